@@ -1,0 +1,53 @@
+"""One transformer block: how attention and MLP join the residual stream. 'b s d' -> 'b s d'."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from models.parts import Parts
+
+
+class Block(nn.Module):
+    """What every block holds; a variant overrides `forward`."""
+
+    final_norm = True
+    """Whether the residual stream leaves the last block unnormalised, so that the model ends with a norm of its own."""
+
+    def __init__(self, name: str, parts: "Parts") -> None:
+        super().__init__()
+        self.attention_norm = parts.norm(f"{name}.attention_norm", parts.model.hidden_size)
+        self.attention = parts.attention(f"{name}.attention")
+        self.mlp_norm = parts.norm(f"{name}.mlp_norm", parts.model.hidden_size)
+        self.mlp = parts.mlp(f"{name}.mlp")
+
+
+class PreNormBlock(Block):
+    """x += attention(norm(x)); x += mlp(norm(x)) (GPT-2, Llama; arXiv:2002.04745)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s d'."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class PostNormBlock(Block):
+    """x = norm(x + attention(x)); x = norm(x + mlp(x)) (arXiv:1706.03762)."""
+
+    final_norm = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s d'."""
+        x = self.attention_norm(x + self.attention(x))
+        return self.mlp_norm(x + self.mlp(x))
+
+
+class ParallelBlock(Block):
+    """x + attention(norm₁(x)) + mlp(norm₂(x)) (GPT-NeoX, arXiv:2204.06745, §2.1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s d'."""
+        return x + self.attention(self.attention_norm(x)) + self.mlp(self.mlp_norm(x))
+
+
+RESIDUALS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "parallel": ParallelBlock}

@@ -1,0 +1,91 @@
+"""The shape of a GPT, every choice spelled out. Pure data: no torch, so that a mistake is refused in milliseconds."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NORMS = ("layernorm", "rmsnorm")
+POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "none")
+MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu")
+RESIDUALS = ("pre_norm", "post_norm", "parallel")
+INITS = ("gpt2", "small_wang")
+CHOICES = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "residual": RESIDUALS, "init": INITS}
+VARIANT = "variant:"
+"""`norm="variant:MyNorm"` names the class MyNorm of the experiment's own variant.py instead of a registered one."""
+
+Size = Annotated[int, Field(gt=0)]
+
+
+class GPT(BaseModel):
+    """A decoder-only transformer. GPT-2, GPT-NeoX/Pythia and Llama are settings of it (models/hf.py has them from a transformers configuration).
+
+    Everything here is science, so nothing has a default, except the two rotary numbers, which must be given exactly when
+    `position` uses them.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    num_layers: Size
+    hidden_size: Size
+    num_heads: Size
+    num_kv_heads: Size = Field(description="= num_heads: multi-head; fewer: grouped-query attention; 1: multi-query")
+    ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu)")
+    vocab_size: Size = Field(description="as the tokenizer counts it; padding for tensor ranks is added and inert")
+    seq_length: Size = Field(description="tokens a sample; longest position of a learned table")
+    norm: str = Field(description=f"{', '.join(NORMS)} or variant:Class")
+    norm_eps: float = Field(gt=0)
+    position: str = Field(description=f"{', '.join(POSITIONS)} or variant:Class")
+    mlp: str = Field(description=f"{', '.join(MLPS)} or variant:Class")
+    residual: str = Field(description=f"{', '.join(RESIDUALS)} or variant:Class")
+    init: str = Field(description=f"{', '.join(INITS)} or variant:Class")
+    bias: bool = Field(description="biases in the attention output, the MLP and the layernorms")
+    qkv_bias: bool = Field(description="biases of the query, key and value projections")
+    qk_norm: bool = Field(description="normalise each head's queries and keys (arXiv:2302.05442)")
+    tied: bool = Field(description="the head is the transposed embedding; False: a table of its own")
+    rotary_fraction: float | None = Field(default=None, gt=0, le=1, description="part of each head that is rotated")
+    rotary_base: float | None = Field(default=None, gt=0, description="wavelengths are 2π·base^(2i/d)")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head: hidden_size / num_heads."""
+        return self.hidden_size // self.num_heads
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GPT":
+        for field, names in CHOICES.items():
+            _refuse_unknown_choice(field, getattr(self, field), names)
+        for field in ("rotary_fraction", "rotary_base"):
+            _refuse_idle_or_missing(self, field)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.num_heads = {self.num_heads} does not divide model.hidden_size = {self.hidden_size} → "
+                f"use {_divisors(self.hidden_size, near=self.num_heads)}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads} → "
+                f"use {_divisors(self.num_heads, near=self.num_kv_heads)}"
+            )
+        return self
+
+
+def _divisors(n: int, near: int) -> str:
+    """The (at most six) divisors of n closest to `near`, as a sentence's end: '1, 2, 4 or 8'."""
+    found = sorted(sorted((i for i in range(1, n + 1) if n % i == 0), key=lambda i: abs(i - near))[:6])
+    return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
+
+
+def _refuse_unknown_choice(field: str, value: str, names: tuple[str, ...]) -> None:
+    if value in names or (value.startswith(VARIANT) and value.removeprefix(VARIANT).isidentifier()):
+        return
+    raise ValueError(f"model.{field} = {value!r} is not known → use {', '.join(names)} or variant:YourClass")
+
+
+def _refuse_idle_or_missing(model: GPT, field: str) -> None:
+    if model.position.startswith(VARIANT):  # the experiment's own class says what it needs
+        return
+    given = getattr(model, field) is not None
+    if model.position == "rotary" and not given:
+        raise ValueError(f"model.position = 'rotary' needs model.{field} → set it (Llama: fraction 1.0, base 10000.0)")
+    if model.position != "rotary" and given:
+        raise ValueError(f"model.{field} has no effect with model.position = {model.position!r} → leave it out")

@@ -1,0 +1,55 @@
+"""GPT as a list of named layers, and its loss."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from models.config import GPT
+from models.parts import Parts
+from parallel.grid import Grid
+from parallel.layers import Layer
+from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead, vocab_parallel_cross_entropy
+
+
+def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | None = None) -> list[Layer]:
+    """embedding, (position), blocks.0 …, (final_norm), head: unbuilt, in order. Pure; needs no process group.
+
+    ids 'b s' go in, logits 'b s v' of this rank's vocabulary rows come out; 'b s d' between any two layers.
+    """
+    parts = Parts(model, grid, seed, variants or {})
+    block, position = parts.chosen("residual"), parts.chosen("position")
+    found = [_vocabulary("embedding", VocabParallelEmbedding, parts)]
+    if position.at_input:
+        found.append(Layer("position", position, {"name": "position", "model": model, "init": parts.init, "grid": grid}))
+    for i in range(model.num_layers):
+        found.append(Layer(f"blocks.{i}", block, {"name": f"blocks.{i}", "parts": parts}, is_block=True))
+    if block.final_norm:
+        found.append(Layer("final_norm", parts.norm, {"name": "final_norm", "size": model.hidden_size}))
+    found.append(Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, parts))
+    return found
+
+
+def _vocabulary(name: str, kind: Callable, parts: Parts) -> Layer:
+    sizes = {"vocab_size": parts.model.vocab_size, "hidden_size": parts.model.hidden_size}
+    return Layer(name, kind, {"name": name, **sizes, "draw": parts.init.embedding, "grid": parts.grid})
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Σ weights · cross entropy over a micro-batch: a 0-dim fp32 tensor, equal on every tensor rank.
+
+    Weights carry the normalisation (research/data/batches.py), so the engines' plain averages over micro-batches and data ranks
+    become the exact mean over unmasked tokens of the global batch.
+    """
+
+    vocab_size: int
+    label_smoothing: float
+    group: ProcessGroup | None
+
+    def __call__(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        """logits 'b s v', labels (targets 'b s', weights 'b s')."""
+        targets, weights = labels
+        smoothing = self.label_smoothing
+        return (weights * vocab_parallel_cross_entropy(logits, targets, self.group, self.vocab_size, smoothing)).sum()

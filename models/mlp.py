@@ -1,0 +1,90 @@
+"""The feed-forward half of a block: up (cut by columns), a non-linearity, down (cut by rows)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.config import GPT
+from models.init import GPT2Init
+from parallel.grid import Grid
+from parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class MLP(nn.Module):
+    """x -> down(activate(up(x))). 'b s d', equal on every tensor rank, both ways; 'b s f/tp' inside.
+
+    A variant overrides `activate`; one whose `gates` is 2 gets gate and up, fused, as one tensor.
+    """
+
+    gates = 1
+
+    def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
+        super().__init__()
+        d, f = model.hidden_size, model.ffn_size
+        self.up = ColumnParallelLinear(f"{name}.up", d, (f,) * self.gates, model.bias, init.inner, grid)
+        self.down = RowParallelLinear(f"{name}.down", f, d, model.bias, init.residual, grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s d'."""
+        return self.down(self.activate(self.up(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """'b s (gates f)' -> 'b s f', elementwise in f."""
+        raise NotImplementedError
+
+
+class GELU(MLP):
+    """x·Φ(x), exact (arXiv:1606.08415)."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """'b s f' -> 'b s f'."""
+        return F.gelu(x)
+
+
+class GELUTanh(MLP):
+    """GELU by its tanh approximation, as in GPT-2."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """'b s f' -> 'b s f'."""
+        return F.gelu(x, approximate="tanh")
+
+
+class ReLU(MLP):
+    """max(x, 0) (arXiv:1706.03762)."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """'b s f' -> 'b s f'."""
+        return F.relu(x)
+
+
+class ReLU2(MLP):
+    """max(x, 0)² (Primer, arXiv:2109.08668)."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """'b s f' -> 'b s f'."""
+        return F.relu(x).square()
+
+
+class SwiGLU(MLP):
+    """silu(gate)·up (arXiv:2002.05202)."""
+
+    gates = 2
+
+    def activate(self, x: Tensor) -> Tensor:
+        """'b s (2 f)' -> 'b s f'."""
+        gate, up = torch.chunk(x, 2, dim=-1)
+        return F.silu(gate) * up
+
+
+class GeGLU(MLP):
+    """gelu(gate)·up (arXiv:2002.05202)."""
+
+    gates = 2
+
+    def activate(self, x: Tensor) -> Tensor:
+        """'b s (2 f)' -> 'b s f'."""
+        gate, up = torch.chunk(x, 2, dim=-1)
+        return F.gelu(gate) * up
+
+
+MLPS = {"gelu": GELU, "gelu_tanh": GELUTanh, "relu": ReLU, "relu2": ReLU2, "swiglu": SwiGLU, "geglu": GeGLU}

@@ -1,0 +1,59 @@
+"""From a model's settings to the classes that carry them out: the registries, and an experiment's own classes beside them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from models.attention import Attention
+from models.block import RESIDUALS
+from models.config import GPT, VARIANT
+from models.init import INITS
+from models.mlp import MLPS
+from models.norm import NORMS
+from models.position import POSITIONS, Position
+from parallel.errors import Mistake
+from parallel.grid import Grid
+
+REGISTRIES: dict[str, dict[str, Any]] = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "residual": RESIDUALS, "init": INITS}
+"""A setting's name -> its registered classes by value."""
+
+
+class Parts:
+    """Builds the parts of one model on one rank: a norm, a position scheme, an attention, an MLP, each by its logical name.
+
+    `variants` are the classes of the experiment's variant.py by name. A variant has the constructor of what it replaces.
+    """
+
+    def __init__(self, model: GPT, grid: Grid, seed: int, variants: Mapping[str, type]) -> None:
+        self.model, self.grid, self.variants = model, grid, variants
+        self.init = self.chosen("init")(model, seed)
+
+    def chosen(self, setting: str) -> Any:
+        """The class that `model.<setting>` names."""
+        value = getattr(self.model, setting)
+        if not value.startswith(VARIANT):
+            return REGISTRIES[setting][value]
+        name = value.removeprefix(VARIANT)
+        if name not in self.variants:
+            known = ", ".join(sorted(self.variants)) or "none"
+            raise Mistake(f"model.{setting} = {value!r}, but variant.py defines no class {name} → it defines {known}")
+        return self.variants[name]
+
+    def norm(self, name: str, size: int, partial_group: ProcessGroup | None = None) -> nn.Module:
+        """A norm over `size` features; see models.norm.Norm for `partial_group`."""
+        return self.chosen("norm")(name, size, self.model, partial_group)
+
+    def position(self, name: str) -> nn.Module:
+        """The position scheme inside attention: the model's own, or none where that acts at the input."""
+        scheme = self.chosen("position")
+        return (Position if scheme.at_input else scheme)(name, self.model, self.init, self.grid)
+
+    def attention(self, name: str) -> nn.Module:
+        """Causal self-attention."""
+        return Attention(name, self)
+
+    def mlp(self, name: str) -> nn.Module:
+        """The feed-forward half of a block."""
+        return self.chosen("mlp")(name, self.model, self.init, self.grid)

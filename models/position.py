@@ -1,0 +1,116 @@
+"""How a token knows its place: added at the input, turned into queries and keys, or a bias on attention scores.
+
+Tables are computed where they are used, in fp32: a buffer would be rounded to bf16 together with the weights.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.config import GPT
+from models.init import GPT2Init
+from parallel.grid import Grid
+from parallel.slices import Slice, make_parameter
+
+
+class Position(nn.Module):
+    """No position at all, and the base of the others.
+
+    `at_input` schemes become a layer of their own behind the embedding, x -> forward(x). The others live in every attention:
+    `rotate` turns its queries and keys, `bias` is added to its scores.
+    """
+
+    at_input = False
+
+    def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
+        super().__init__()
+        self.model, self.grid = model, grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s d'."""
+        return x
+
+    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q 'b h s e', k 'b k s e' of this rank's heads, unchanged in shape."""
+        return q, k
+
+    def bias(self, q: Tensor) -> Tensor | None:
+        """'h s s', causal mask included, in q's dtype; None: plain causal attention."""
+        return None
+
+
+class Learned(Position):
+    """x_t + P_t with a trained table P: 'seq_length d' (GPT-2)."""
+
+    at_input = True
+
+    def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
+        super().__init__(name, model, init, grid)
+        cut = Slice((model.seq_length, model.hidden_size))
+        self.weight = make_parameter(f"{name}.weight", init.embedding(f"{name}.weight", cut.shape), cut, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s d', s ≤ seq_length."""
+        return x + self.weight[: x.shape[1]]
+
+
+class Sinusoidal(Position):
+    """x_t + P_t, P_{t,2i} = sin(t/10000^{2i/d}), P_{t,2i+1} = cos(same) (arXiv:1706.03762, §3.5)."""
+
+    at_input = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s d'."""
+        angles = _angles(x.shape[1], x.shape[2], 10_000.0, x.device)
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : x.shape[2]]
+        return x + table.to(x.dtype)
+
+
+class Rotary(Position):
+    """Pairs (i, i + r/2) of the first r = fraction·head_size features turn by t·base^{−2i/r} (arXiv:2104.09864)."""
+
+    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q 'b h s e', k 'b k s e': the first r features of each head turned, the rest as they were."""
+        assert self.model.rotary_fraction is not None and self.model.rotary_base is not None  # config validates
+        turned = int(q.shape[-1] * self.model.rotary_fraction) // 2 * 2
+        angles = _angles(q.shape[-2], turned, self.model.rotary_base, q.device)
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        return _turn(q, cos, sin), _turn(k, cos, sin)
+
+
+class Alibi(Position):
+    """score(t, u) − slope_h · (t − u), the slopes a geometric series over *all* heads (arXiv:2108.12409)."""
+
+    def bias(self, q: Tensor) -> Tensor:
+        """'h s s' for this rank's heads."""
+        heads, length = q.shape[1], q.shape[2]
+        first = self.grid.tensor_rank * heads
+        slopes = torch.tensor(alibi_slopes(self.model.num_heads)[first : first + heads], device=q.device)
+        place = torch.arange(length, device=q.device)
+        distance = place[:, None] - place[None, :]
+        bias = -slopes[:, None, None] * distance.float()
+        return bias.masked_fill(distance < 0, -torch.inf).to(q.dtype)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """2^{−8i/n} for n a power of two; otherwise the series of the power below, then every other one of the power above."""
+    power = 2 ** math.floor(math.log2(heads))
+    series = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    between = [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
+    return series + between
+
+
+def _angles(length: int, size: int, base: float, device: torch.device) -> Tensor:
+    """'s ⌈size/2⌉' in fp32: position t, pair i -> t · base^{−2i/size}."""
+    exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / max(size, 1)
+    return torch.outer(torch.arange(length, device=device, dtype=torch.float32), base**-exponents)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+POSITIONS = {"learned": Learned, "sinusoidal": Sinusoidal, "rotary": Rotary, "alibi": Alibi, "none": Position}

@@ -1,0 +1,101 @@
+"""The conjugate pairs: what one does forward, the other does backward (arXiv:1909.08053, arXiv:2205.05198).
+
+Every function takes the group it works on; over None (an axis of one rank) it returns its argument. No collective writes a
+tensor that autograd owns: what is reduced in place is always a fresh copy. All of them are blocking calls on the current
+stream, so that NCCL orders them after the kernel that produced their input; NCCL itself was not run.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+Collective = Callable[[Tensor, ProcessGroup], Tensor]
+
+
+def identity(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The same tensor: what replicated tensors need."""
+    return x
+
+
+def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Σ over ranks, equal on every rank of the group; any shape."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(y, group=group)
+    return y
+
+
+def all_gather(dim: int) -> Collective:
+    """Every rank's tensor joined along `dim` in rank order, equal on every rank: '… n …' -> '… (tp n) …'."""
+
+    def gather(x: Tensor, group: ProcessGroup) -> Tensor:
+        pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(pieces, x.contiguous(), group=group)
+        return torch.cat(pieces, dim)
+
+    return gather
+
+
+def reduce_scatter(dim: int) -> Collective:
+    """Σ over ranks, of which each rank keeps its piece along `dim`: '… (tp n) …' -> '… n …'."""
+
+    def reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+        pieces = [piece.contiguous() for piece in x.chunk(group.size(), dim)]
+        mine = torch.empty_like(pieces[0])
+        dist.reduce_scatter(mine, pieces, group=group)
+        return mine
+
+    return reduce
+
+
+def split(dim: int) -> Collective:
+    """This rank's piece along `dim` of a tensor equal on every rank: '… (tp n) …' -> '… n …'."""
+
+    def take(x: Tensor, group: ProcessGroup) -> Tensor:
+        return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+    return take
+
+
+def conjugate(forward: Collective, backward: Collective) -> Callable[[Tensor, ProcessGroup | None], Tensor]:
+    """A differentiable collective: `forward` on the way in, `backward` on the gradient."""
+
+    class Pair(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, group):
+            ctx.group = group
+            # A view, not x itself: autograd must see an output of its own even where nothing is computed.
+            return forward(x, group).view_as(x) if forward is identity else forward(x, group)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return backward(gradient, ctx.group), None
+
+    return lambda x, group: x if group is None else Pair.apply(x, group)
+
+
+copy_to_tensor_ranks = conjugate(identity, all_reduce)
+"""f of arXiv:1909.08053: enters a sliced region. x equal on all ranks; its gradients are summed."""
+
+reduce_from_tensor_ranks = conjugate(all_reduce, identity)
+"""g of arXiv:1909.08053: leaves a sliced region. Partial sums in, their total, equal on all ranks, out."""
+
+gather_from_tensor_ranks = conjugate(all_gather(-1), split(-1))
+"""'… n' -> '… (tp n)': sliced features joined. The gradient must be equal on all ranks, of which each takes its part."""
+
+scatter_to_tensor_ranks = conjugate(split(-1), all_gather(-1))
+"""'… (tp n)' -> '… n': each rank takes its features; the gradients are joined."""
+
+gather_sequence = conjugate(all_gather(1), reduce_scatter(1))
+"""g of arXiv:2205.05198, 'b s/tp d' -> 'b s d': enters a sliced region; every rank's gradient of the whole is summed."""
+
+reduce_scatter_sequence = conjugate(reduce_scatter(1), all_gather(1))
+"""ḡ of arXiv:2205.05198, 'b s d' -> 'b s/tp d': leaves a sliced region; partial sums in, this rank's positions out."""
+
+scatter_sequence = conjugate(split(1), all_gather(1))
+"""'b s d' -> 'b s/tp d': each rank takes its positions of a tensor that is equal on all ranks."""
+
+join_sequence = conjugate(all_gather(1), split(1))
+"""'b s/tp d' -> 'b s d' for a replicated consumer: the gradient is equal on all ranks, of which each takes its positions."""

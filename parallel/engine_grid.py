@@ -1,0 +1,100 @@
+"""What DeepSpeed wants to know of our grid: an `mpu` for its plain engine, a PipelineModule for its pipeline engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from parallel.grid import Grid
+from parallel.layers import Layer, stage_bounds
+
+
+class Mpu:
+    """Our Grid in the words of Megatron's mpu, as DeepSpeedEngine calls it at pipe = 1.
+
+    "Model parallel" means pipe × tensor there. Defines no `get_sequence_*`: that would switch on other machinery.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        alone = dist.new_group([grid.rank], use_local_synchronization=True) if None in (grid.data_group, grid.model_group) else None
+        self.data_group, self.model_group = grid.data_group or alone, grid.model_group or alone
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's share of the batch."""
+        return self.grid.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Number of data ranks."""
+        return self.grid.data
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        """Ranks that hold the same slice of the same stage."""
+        return self.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their global ranks."""
+        return dist.get_process_group_ranks(self.data_group)
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank within one replica of the model."""
+        return self.grid.pipe_rank * self.grid.tensor + self.grid.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Ranks of one replica."""
+        return self.grid.pipe * self.grid.tensor
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        """The ranks of one replica."""
+        return self.model_group
+
+    # At pipe = 1 the tensor ranks are the replica.
+    get_tensor_model_parallel_rank = get_slice_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_slice_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_slice_parallel_group = get_model_parallel_group
+
+
+class Spec(LayerSpec):
+    """A Layer as DeepSpeed's LayerSpec, whose own constructor wants a class where ours takes any callable."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.typename, self.global_rank = layer, nn.Module, dist.get_rank()
+
+    def __repr__(self) -> str:
+        return self.layer.name
+
+    def build(self, log: bool = False) -> nn.Module:
+        """The module, with its parameters drawn."""
+        return self.layer.build()
+
+
+class Pipeline(PipelineModule):
+    """PipelineModule over our list of layers, cut by `stage_bounds` instead of DeepSpeed's partitioner."""
+
+    def __init__(self, layers: Sequence[Layer], loss: Any, grid: Grid) -> None:
+        self.bounds = stage_bounds(layers, grid.pipe)
+        topology = PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data)
+        super().__init__(_specs(layers), topology=topology, loss_fn=loss)
+        # DeepSpeed's gradient norm asks its grid for this group, and that grid lacks it.
+        self._grid.get_tensor_model_parallel_group = self._grid.get_slice_parallel_group
+
+    def _partition_layers(self, method: str = "") -> None:
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = self.bounds
+        self._set_bounds(start=self.bounds[stage], stop=self.bounds[stage + 1])
+
+
+def _specs(layers: Sequence[Layer]) -> list[LayerSpec]:
+    """Tied layers become TiedLayerSpecs: the last stage builds a copy of the embedding, drawn under the same name."""
+    by_name = {layer.name: layer for layer in layers}
+    tied = {layer.tied_to for layer in layers if layer.tied_to}
+    return [_tied_spec(by_name[layer.tied_to or layer.name], layer) if layer.tied_to or layer.name in tied else Spec(layer) for layer in layers]
+
+
+def _tied_spec(owner: Layer, layer: Layer) -> TiedLayerSpec:
+    apply = (lambda embedding, x: embedding.logits(x)) if layer.tied_to else None
+    return TiedLayerSpec(owner.name, owner.make, forward_fn=apply, tied_weight_attr="weight", **owner.arguments)

@@ -1,0 +1,98 @@
+"""Where a rank stands: pipe × data × tensor coordinates and the process groups of each axis."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from parallel.errors import Mistake
+
+if TYPE_CHECKING:  # a Grid without groups needs no torch
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A rank's place among pipe × data × tensor ranks. An argument everywhere, never a global.
+
+    The tensor axis is innermost (neighbours share a node's fast links), pipe outermost:
+    rank = (pipe_rank · data + data_rank) · tensor + tensor_rank, the order of DeepSpeed's PipeModelDataParallelTopology.
+
+    A group is None on an axis of one rank, so that a world of one needs no process groups, and on every axis of a grid that
+    only describes a layout. Collectives over None are the identity.
+    """
+
+    pipe: int = 1
+    data: int = 1
+    tensor: int = 1
+    rank: int = 0
+    pipe_group: "ProcessGroup | None" = None
+    data_group: "ProcessGroup | None" = None
+    tensor_group: "ProcessGroup | None" = None
+    model_group: "ProcessGroup | None" = None
+    """The pipe × tensor ranks that together hold one replica of the model."""
+
+    @property
+    def world(self) -> int:
+        """Number of ranks: pipe · data · tensor."""
+        return self.pipe * self.data * self.tensor
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which slice of every sliced tensor this rank holds, 0 … tensor − 1."""
+        return self.rank % self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the batch this rank works on, 0 … data − 1."""
+        return self.rank // self.tensor % self.data
+
+    @property
+    def pipe_rank(self) -> int:
+        """Which stage of the pipeline this rank runs, 0 … pipe − 1."""
+        return self.rank // (self.tensor * self.data)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank reads token ids."""
+        return self.pipe_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipe_rank == self.pipe - 1
+
+    def ranks_along(self, *axes: str) -> list[list[int]]:
+        """All groups of global ranks that differ in the named axes only: `ranks_along("tensor")` → [[0, 1], [2, 3]]."""
+        sizes = {"pipe": self.pipe, "data": self.data, "tensor": self.tensor}
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world):
+            place = Grid(self.pipe, self.data, self.tensor, rank)
+            key = tuple(getattr(place, f"{axis}_rank") for axis in sizes if axis not in axes)
+            groups.setdefault(key, []).append(rank)
+        return list(groups.values())
+
+
+def make_grid(pipe: int, tensor: int) -> Grid:
+    """The grid of this process in the initialised world; data = world / (pipe · tensor).
+
+    Collective: every rank creates every group in the same order. Under NCCL a group's communicator is made at its first use.
+    """
+    import torch.distributed as dist
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world % (pipe * tensor):
+        raise Mistake(f"parallel.pipe = {pipe} × parallel.tensor = {tensor} does not divide the world of {world} ranks")
+    shape = Grid(pipe, world // (pipe * tensor), tensor, rank)
+    axes = {"pipe": ("pipe",), "data": ("data",), "tensor": ("tensor",), "model": ("pipe", "tensor")}
+    groups = {f"{name}_group": _own_group(shape, along) for name, along in axes.items()}
+    return Grid(shape.pipe, shape.data, shape.tensor, rank, **groups)
+
+
+def _own_group(grid: Grid, axes: tuple[str, ...]) -> "ProcessGroup | None":
+    import torch.distributed as dist
+
+    mine = None
+    for ranks in grid.ranks_along(*axes):
+        if len(ranks) > 1:
+            group = dist.new_group(ranks)
+            mine = group if grid.rank in ranks else mine
+    return mine

@@ -1,0 +1,79 @@
+"""A model as a list of named, unbuilt layers, and the plain module made from it.
+
+The list is pure: it can be counted, cut into stages and printed without a process group. DeepSpeed's PipelineModule is made
+from the same list (parallel/engine.py).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from parallel.errors import Mistake
+from parallel.slices import logical_name
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One unbuilt layer: x -> x. Its name begins the logical names of its parameters."""
+
+    name: str
+    make: Callable[..., nn.Module]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    tied_to: str | None = None
+    """Name of an earlier layer, which is then the one argument of `make`: a head that uses the embedding's weight."""
+    is_block: bool = False
+    """Blocks are what stages share out; a stage without one would hold nothing to train."""
+
+    def build(self) -> nn.Module:
+        """The module, with its parameters drawn."""
+        return self.make(**self.arguments)
+
+
+class PlainModule(nn.Module):
+    """All layers in one process, called in order. Submodules are named so that parameter names are the logical names."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.in_order: list[nn.Module] = []
+        built: dict[str, nn.Module] = {}
+        for layer in layers:
+            built[layer.name] = layer.make(built[layer.tied_to]) if layer.tied_to else layer.build()
+            _attach(self, layer.name, built[layer.name])
+        # A plain list beside the tree: registered once, under the logical name.
+        object.__setattr__(self, "in_order", list(built.values()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ids 'b s' -> logits 'b s v', this rank's vocabulary rows."""
+        for layer in self.in_order:
+            x = layer(x)
+        return x
+
+
+def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.add_module(last, module)
+
+
+def stage_bounds(layers: Sequence[Layer], stages: int) -> list[int]:
+    """Where each stage begins, and the end: stage i runs layers[bounds[i]:bounds[i + 1]].
+
+    Blocks are dealt out evenly, earlier stages take the remainder's smaller share so that the last, which also has the head, is
+    never the only large one; what precedes the first block belongs to stage 0, what follows the last to the last stage.
+    """
+    blocks = [i for i, layer in enumerate(layers) if layer.is_block]
+    if len(blocks) < stages:
+        raise Mistake(f"parallel.pipe = {stages} is more than model.num_layers = {len(blocks)} → use {len(blocks)} or less")
+    firsts = [blocks[len(blocks) * stage // stages] for stage in range(1, stages)]
+    return [0, *firsts, len(layers)]
+
+
+def unique_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(logical name, parameter) of a built module, each parameter once, in the order of the layers."""
+    for parameter in module.parameters():
+        yield logical_name(parameter), parameter

@@ -1,0 +1,115 @@
+"""How a parameter is cut over tensor ranks: which rows of the whole each rank holds, as plain intervals.
+
+One description serves every use: cutting a freshly drawn tensor, joining the ranks' pieces for a checkpoint, reading a part of
+a file at another layout. Pure arithmetic; no process group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Region:
+    """`length` rows from row `whole` of the logical parameter lie at row `local` of this rank's piece."""
+
+    whole: int
+    local: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A logical parameter's full shape and its cut.
+
+    `dim` is the cut dimension, None for a parameter that every tensor rank holds whole. `parts` are the sizes, along `dim`, of
+    what is cut separately: a fused q/k/v weight has three, so that each rank holds *its* q, k and v rows. A part that the
+    degree does not divide is padded at the end with rows that belong to nobody (vocabulary tables only).
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None = None
+    parts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dim is not None and sum(self.parts) != self.shape[self.dim]:
+            raise ValueError(f"parts {self.parts} do not add up to {self.shape[self.dim]}, dim {self.dim} of {self.shape}")
+
+    def regions(self, rank: int, degree: int) -> list[Region]:
+        """The rows along `dim` that `rank` of `degree` holds, in local order. Padding is in no region."""
+        found, whole, local = [], 0, 0
+        for part in self.parts:
+            share = -(-part // degree)
+            length = max(0, min(part - rank * share, share))
+            if length:
+                found.append(Region(whole + rank * share, local, length))
+            whole, local = whole + part, local + share
+        return found
+
+    def local_shape(self, degree: int) -> tuple[int, ...]:
+        """The shape of one rank's piece, padding included; the same on every rank."""
+        if self.dim is None:
+            return self.shape
+        rows = sum(-(-part // degree) for part in self.parts)
+        return (*self.shape[: self.dim], rows, *self.shape[self.dim + 1 :])
+
+    def cut(self, full: Tensor, rank: int, degree: int) -> Tensor:
+        """This rank's piece of the whole parameter, padding zero. A copy."""
+        if tuple(full.shape) != self.shape:
+            raise ValueError(f"a parameter of shape {self.shape} cannot be cut from a tensor of shape {tuple(full.shape)}")
+        if self.dim is None:
+            return full.clone()
+        piece = full.new_zeros(self.local_shape(degree))
+        for region in self.regions(rank, degree):
+            piece.narrow(self.dim, region.local, region.length).copy_(full.narrow(self.dim, region.whole, region.length))
+        return piece
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The whole parameter from the pieces of all tensor ranks in rank order; padding is dropped."""
+        if self.dim is None:
+            return pieces[0].clone()
+        full = pieces[0].new_empty(self.shape)
+        for rank, piece in enumerate(pieces):
+            for region in self.regions(rank, len(pieces)):
+                full.narrow(self.dim, region.whole, region.length).copy_(piece.narrow(self.dim, region.local, region.length))
+        return full
+
+    def __str__(self) -> str:
+        if self.dim is None:
+            return f"{list(self.shape)} on every rank"
+        return f"{list(self.shape)} cut along dim {self.dim}" + (f" in parts {list(self.parts)}" if len(self.parts) > 1 else "")
+
+
+def slice_of(parameter: Tensor) -> Slice:
+    """The Slice that `make_parameter` left on a parameter."""
+    return parameter.slice  # type: ignore[attr-defined]
+
+
+def logical_name(parameter: Tensor) -> str:
+    """The layout-free name, e.g. `blocks.3.attention.qkv.weight`."""
+    return parameter.logical_name  # type: ignore[attr-defined]
+
+
+def make_parameter(name: str, full: Tensor, cut: Slice, rank: int, degree: int) -> nn.Parameter:
+    """This rank's piece of `full` as a parameter that knows its logical name and its cut.
+
+    `tensor_model_parallel` is the attribute DeepSpeed's gradient norm reads: it is set on really sliced parameters only, since
+    those without it are counted on tensor rank 0 alone.
+    """
+    parameter = nn.Parameter(cut.cut(full, rank, degree))
+    parameter.logical_name = name  # type: ignore[attr-defined]
+    parameter.slice = cut  # type: ignore[attr-defined]
+    if cut.dim is not None and degree > 1:
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def gathered(piece: Tensor, cut: Slice, group: "torch.distributed.ProcessGroup | None") -> Tensor:
+    """The whole logical parameter on every rank of the tensor group. Collective over `group`."""
+    if group is None:
+        return cut.join([piece])
+    pieces = [torch.empty_like(piece) for _ in range(group.size())]
+    torch.distributed.all_gather(pieces, piece.contiguous(), group=group)
+    return cut.join(pieces)

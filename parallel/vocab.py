@@ -1,0 +1,165 @@
+"""The vocabulary cut over tensor ranks: embedding, head, and a cross entropy that never gathers the logits.
+
+A vocabulary that the tensor degree does not divide is padded. Padded rows are zero, receive no probability and no gradient,
+and appear in no checkpoint.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from parallel.collectives import copy_to_tensor_ranks, reduce_from_tensor_ranks
+from parallel.grid import Grid
+from parallel.linear import Draw
+from parallel.slices import Slice, make_parameter, slice_of
+
+LOGITS_AT_ONCE = 2**20
+"""Logits whose exponentials are held in fp32 at a time: little enough for a CPU's cache and for a GPU's spare memory."""
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rank i holds rows [i·V/tp, (i+1)·V/tp) of the table, looks up the ids that fall there, zero elsewhere; then the sum.
+
+    ids: 'b s', equal on every tensor rank  ->  x: 'b s d', equal on every tensor rank.
+    Holds nothing but `weight`, so that a pipeline can tie it to the head (DeepSpeed's TiedLayerSpec).
+    """
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> None:
+        super().__init__()
+        self.weight = vocab_table(name, vocab_size, hidden_size, draw, grid)
+        self.group, self.vocab_size = grid.tensor_group, vocab_size
+        self.start = grid.tensor_rank * len(self.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """'b s' -> 'b s d'."""
+        if self.group is None:
+            return F.embedding(ids, self.weight)
+        rows = self.weight.shape[0]
+        local = ids - self.start
+        elsewhere = (local < 0) | (local >= rows)
+        x = F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return reduce_from_tensor_ranks(x, self.group)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s v': the tied head, on this rank's rows."""
+        return vocab_logits(x, self.weight, self.group)
+
+    def extra_repr(self) -> str:
+        """The cut, e.g. `[8192, 192] cut along dim 0`."""
+        return str(slice_of(self.weight))
+
+
+class VocabParallelHead(nn.Module):
+    """logits = x Wᵀ with W cut by vocabulary rows. x: 'b s d', equal on every rank  ->  'b s v', this rank's rows."""
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> None:
+        super().__init__()
+        self.weight = vocab_table(name, vocab_size, hidden_size, draw, grid)
+        self.group = grid.tensor_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s v'."""
+        return vocab_logits(x, self.weight, self.group)
+
+
+class TiedHead(nn.Module):
+    """A head that holds its embedding's own parameter. x: 'b s d'  ->  'b s v'.
+
+    A module of its own, because ZeRO-3 gathers a module's parameters when the module is called.
+    """
+
+    def __init__(self, embedding: VocabParallelEmbedding) -> None:
+        super().__init__()
+        self.weight, self.group = embedding.weight, embedding.group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s v'."""
+        return vocab_logits(x, self.weight, self.group)
+
+
+def vocab_table(name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> nn.Parameter:
+    """This rank's rows of a V × d table, padded with zeros to a multiple of the tensor degree."""
+    cut = Slice((vocab_size, hidden_size), 0, (vocab_size,))
+    full_name = f"{name}.weight"
+    return make_parameter(full_name, draw(full_name, cut.shape), cut, grid.tensor_rank, grid.tensor)
+
+
+def vocab_logits(x: Tensor, weight: Tensor, group: ProcessGroup | None) -> Tensor:
+    """'b s d' -> 'b s v' on this rank's rows; the gradient of x is summed over the group."""
+    return F.linear(copy_to_tensor_ranks(x, group), weight)
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, group: ProcessGroup | None, vocab_size: int, label_smoothing: float = 0.0
+) -> Tensor:
+    """−log p(target) per token, in fp32 (fp64 for fp64 logits), equal on every tensor rank, as F.cross_entropy(…, reduction="none") defines it.
+
+    logits: 'b s v', this rank's rows of the padded vocabulary, never gathered, never written; targets: 'b s' in [0, vocab_size).
+    Communicates two all-reduces of O(b·s): the maximum, then three stacked sums. Label smoothing ε mixes in the mean over the
+    *whole, unpadded* vocabulary: (1 − ε)·nll − ε/V · Σ_v log p_v (NVIDIA/Megatron-LM#737 takes the mean over a rank's own rows).
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    loss = _CrossEntropy.apply(flat, targets.reshape(-1), group, vocab_size, label_smoothing)
+    return loss.view(targets.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Keeps the logits as they are and one number per token; the probabilities are made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, group, vocab_size, smoothing):
+        start = 0 if group is None else group.rank() * logits.shape[1]
+        real = max(0, min(vocab_size - start, logits.shape[1]))  # columns on this rank that are vocabulary, not padding
+        local = targets - start
+        inside = (local >= 0) & (local < real)
+        local = local.clamp(0, max(real - 1, 0))
+
+        highest = _maximum(logits, real, group)
+        summed, total = _sums(logits, real, highest, smoothing)
+        target_logit = logits.gather(1, local.unsqueeze(1)).squeeze(1).to(highest.dtype).masked_fill(~inside, 0.0)
+        sums = torch.stack([summed, target_logit, total])
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        log_z = sums[0].log() + highest
+        ctx.save_for_backward(logits, local, inside, log_z)
+        ctx.real, ctx.vocab_size, ctx.smoothing = real, vocab_size, smoothing
+        return log_z - (1 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, local, inside, log_z = ctx.saved_tensors
+        grad = torch.zeros_like(logits) if ctx.real < logits.shape[1] else torch.empty_like(logits)
+        at_target = -(1 - ctx.smoothing) * inside * gradient
+        for rows in _row_blocks(logits) if ctx.real else ():
+            p = (logits[rows, : ctx.real] - log_z[rows, None]).exp_()
+            if ctx.smoothing:
+                p.sub_(ctx.smoothing / ctx.vocab_size)
+            p.mul_(gradient[rows, None]).scatter_add_(1, local[rows, None], at_target[rows, None])
+            grad[rows, : ctx.real] = p
+        return grad, None, None, None, None
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    size = max(1, LOGITS_AT_ONCE // logits.shape[1])
+    return [slice(i, i + size) for i in range(0, len(logits), size)]
+
+
+def _maximum(logits: Tensor, real: int, group: ProcessGroup | None) -> Tensor:
+    """Largest real logit of each row over all ranks, at least fp32; a rank of nothing but padding contributes −∞."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    highest = logits[:, :real].amax(1).to(dtype) if real else logits.new_full((len(logits),), -torch.inf, dtype=dtype)
+    if group is not None:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    return highest
+
+
+def _sums(logits: Tensor, real: int, highest: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Per row: Σ exp(logit − highest) and, where smoothing needs it, Σ logit; over this rank's real columns."""
+    summed, total = torch.zeros_like(highest), torch.zeros_like(highest)
+    for rows in _row_blocks(logits) if real else ():
+        summed[rows] = (logits[rows, :real] - highest[rows, None]).exp_().sum(1)  # promotes: never in low precision
+        if smoothing:
+            total[rows] = logits[rows, :real].sum(1, dtype=highest.dtype)
+    return summed, total

@@ -1,0 +1,43 @@
+"""Small corpora that the tests of research/data share."""
+
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from research.data import store
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """write(name, texts): a .jsonl file with these texts in the test's own folder; returns its name."""
+
+    def write(name: str, texts: list[str]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        return name
+
+    return write
+
+
+@pytest.fixture
+def settings(lines):
+    """Data settings of a tiny corpus: 20 documents to train on, 3 to validate."""
+    train = lines("train.jsonl", [f"document {i}: the cat sat on mat {i * i}" for i in range(20)])
+    validation = lines("val.jsonl", ["the dog sat", "élan — 猫", "the end"])
+    return types.SimpleNamespace(train=train, validation=validation, tokenizer="builtin:bpe-300", cache="cache")
+
+
+@pytest.fixture
+def token_store(tmp_path):
+    """make(num_tokens): a store whose token k is k, so that a token tells its position; documents of 7 tokens."""
+
+    def make(num_tokens: int, name: str = "stream") -> store.TokenStore:
+        ids = np.split(np.arange(num_tokens), range(7, num_tokens, 7))
+        store.write(tmp_path / name, ((part, 3) for part in ids), 70000, {})
+        return store.TokenStore(tmp_path / name)
+
+    return make
