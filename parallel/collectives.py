@@ -42,7 +42,7 @@ def reduce_scatter(dim: int) -> Collective:
     """Σ over ranks, of which each rank keeps its piece along `dim`: '… (tp n) …' -> '… n …'."""
 
     def reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-        pieces = [piece.contiguous() for piece in x.chunk(group.size(), dim)]
+        pieces = [piece.contiguous() for piece in _equal_pieces(x, group.size(), dim)]
         mine = torch.empty_like(pieces[0])
         dist.reduce_scatter(mine, pieces, group=group)
         return mine
@@ -54,9 +54,16 @@ def split(dim: int) -> Collective:
     """This rank's piece along `dim` of a tensor equal on every rank: '… (tp n) …' -> '… n …'."""
 
     def take(x: Tensor, group: ProcessGroup) -> Tensor:
-        return x.chunk(group.size(), dim)[group.rank()].contiguous()
+        return _equal_pieces(x, group.size(), dim)[group.rank()].contiguous()
 
     return take
+
+
+def _equal_pieces(x: Tensor, degree: int, dim: int) -> tuple[Tensor, ...]:
+    """torch.chunk alone would give the last rank less, or nothing, and the ranks would wait for each other."""
+    if x.shape[dim] % degree:
+        raise ValueError(f"{degree} ranks do not divide {x.shape[dim]}, dim {dim} of {tuple(x.shape)}")
+    return x.chunk(degree, dim)
 
 
 def conjugate(forward: Collective, backward: Collective) -> Callable[[Tensor, ProcessGroup | None], Tensor]:

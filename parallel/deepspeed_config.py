@@ -9,6 +9,18 @@ from parallel.errors import Mistake
 BUCKET_ELEMENTS = 5_000_000
 """Elements a communication bucket holds; DeepSpeed's 5e8 may be allocated whole at each step."""
 
+OWNED = {
+    "train_batch_size": "schedule.batch_size",
+    "scheduler": "optimizer.decay",
+    "bf16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "tensor_parallel": "parallel.tensor",
+    "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
+    "zero_optimization.offload_param": "parallel.offload_parameters",
+}
+"""Keys that are not always derived, but never the user's: each belongs to a field of the experiment."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -87,6 +99,9 @@ def merge(derived: Mapping[str, Any], explicit: Mapping[str, Any], path: str = "
     merged = dict(derived)
     for key, value in explicit.items():
         here = f"{path}.{key}"
+        owner = OWNED.get(here.removeprefix("deepspeed."))
+        if key not in merged and owner:
+            raise Mistake(f"{here} = {value!r} contradicts {owner}, which decides it → set {owner} instead")
         if key not in merged:
             merged[key] = value
         elif isinstance(merged[key], Mapping) and isinstance(value, Mapping):

@@ -77,12 +77,18 @@ class Engine:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(logical name, whole fp32 master weight on the CPU) of this stage's parameters, in the order of the layers.
 
-        Collective over data and tensor ranks, one parameter at a time, so that memory stays bounded by the largest.
+        Collective over data and tensor ranks, one parameter at a time, so that memory stays bounded by the largest. A tied table
+        comes from the stage whose layer owns it, not from the one that holds a copy.
         """
         for name, parameter in self.parameters.items():
+            if not self._owns(name):
+                continue
             cut = slice_of(parameter)
             piece = safe_get_full_fp32_param(parameter).detach().to(torch.float32)
             yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, self._cut_group(parameter)).cpu()
+
+    def _owns(self, name: str) -> bool:
+        return True
 
     def _cut_group(self, parameter: Tensor) -> Any:
         return self.grid.tensor_group if slice_of(parameter).dim is not None else None
@@ -146,6 +152,9 @@ class PipeEngine(Engine):
     def _build_module(self, layers: Sequence[Layer]) -> nn.Module:
         with quiet():
             return Pipeline(layers, self.loss, self.grid)
+
+    def _owns(self, name: str) -> bool:
+        return any(name.startswith(f"{layer}.") for layer in self.module.own_layers)
 
     def _mpu(self) -> None:
         return None  # the PipelineModule carries its own grid

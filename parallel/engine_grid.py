@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -79,8 +80,13 @@ class Pipeline(PipelineModule):
         self.bounds = stage_bounds(layers, grid.pipe)
         topology = PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data)
         super().__init__(_specs(layers), topology=topology, loss_fn=loss)
+        self.own_layers = [layer.name for layer in layers[self.bounds[grid.pipe_rank] : self.bounds[grid.pipe_rank + 1]]]
         # DeepSpeed's gradient norm asks its grid for this group, and that grid lacks it.
         self._grid.get_tensor_model_parallel_group = self._grid.get_slice_parallel_group
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        super()._synchronize_tied_weights()  # a broadcast into a leaf: with gradients on, torch warns of it in every backward pass
 
     def _partition_layers(self, method: str = "") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe

@@ -5,10 +5,16 @@ import io
 import logging
 from collections.abc import Iterator
 
+LOGGER = "tessera"
+"""The logger whose level says how much is told: DEBUG lets everything through."""
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """DeepSpeed's INFO lines and bare prints do not reach the terminal inside; warnings and errors do."""
+    if logging.getLogger(LOGGER).isEnabledFor(logging.DEBUG):
+        yield
+        return
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(max(level, logging.WARNING))

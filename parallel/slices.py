@@ -34,6 +34,8 @@ class Slice:
     parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.dim is not None and not 0 <= self.dim < len(self.shape):
+            raise ValueError(f"dim {self.dim} is not one of {self.shape}")
         if self.dim is not None and sum(self.parts) != self.shape[self.dim]:
             raise ValueError(f"parts {self.parts} do not add up to {self.shape[self.dim]}, dim {self.dim} of {self.shape}")
 
@@ -68,6 +70,9 @@ class Slice:
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The whole parameter from the pieces of all tensor ranks in rank order; padding is dropped."""
+        for piece in pieces:
+            if tuple(piece.shape) != self.local_shape(len(pieces)):
+                raise ValueError(f"a piece of {self} on {len(pieces)} ranks has shape {self.local_shape(len(pieces))}, not {tuple(piece.shape)}")
         if self.dim is None:
             return pieces[0].clone()
         full = pieces[0].new_empty(self.shape)

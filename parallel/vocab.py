@@ -118,25 +118,25 @@ class _CrossEntropy(torch.autograd.Function):
 
         highest = _maximum(logits, real, group)
         summed, total = _sums(logits, real, highest, smoothing)
-        target_logit = logits.gather(1, local.unsqueeze(1)).squeeze(1).to(highest.dtype).masked_fill(~inside, 0.0)
-        sums = torch.stack([summed, target_logit, total])
+        target = (logits.gather(1, local.unsqueeze(1)).squeeze(1) - highest).masked_fill(~inside, 0.0)
+        sums = torch.stack([summed, target, total])
         if group is not None:
             dist.all_reduce(sums, group=group)
-        log_z = sums[0].log() + highest
-        ctx.save_for_backward(logits, local, inside, log_z)
+        ctx.save_for_backward(logits, local, inside, highest, sums[0])
         ctx.real, ctx.vocab_size, ctx.smoothing = real, vocab_size, smoothing
-        return log_z - (1 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
+        return sums[0].log() - (1 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
 
     @staticmethod
     def backward(ctx, gradient):
-        logits, local, inside, log_z = ctx.saved_tensors
+        logits, local, inside, highest, summed = ctx.saved_tensors
         grad = torch.zeros_like(logits) if ctx.real < logits.shape[1] else torch.empty_like(logits)
         at_target = -(1 - ctx.smoothing) * inside * gradient
+        scale = gradient / summed
         for rows in _row_blocks(logits) if ctx.real else ():
-            p = (logits[rows, : ctx.real] - log_z[rows, None]).exp_()
+            p = (logits[rows, : ctx.real] - highest[rows, None]).exp_().mul_(scale[rows, None])
             if ctx.smoothing:
-                p.sub_(ctx.smoothing / ctx.vocab_size)
-            p.mul_(gradient[rows, None]).scatter_add_(1, local[rows, None], at_target[rows, None])
+                p.sub_(ctx.smoothing / ctx.vocab_size * gradient[rows, None])
+            p.scatter_add_(1, local[rows, None], at_target[rows, None])
             grad[rows, : ctx.real] = p
         return grad, None, None, None, None
 
@@ -156,10 +156,14 @@ def _maximum(logits: Tensor, real: int, group: ProcessGroup | None) -> Tensor:
 
 
 def _sums(logits: Tensor, real: int, highest: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Per row: Σ exp(logit − highest) and, where smoothing needs it, Σ logit; over this rank's real columns."""
+    """Per row: Σ exp(logit − highest) and, where smoothing needs it, Σ (logit − highest); over this rank's real columns.
+
+    Everything is measured from the highest logit, so that a large common offset costs no digits.
+    """
     summed, total = torch.zeros_like(highest), torch.zeros_like(highest)
     for rows in _row_blocks(logits) if real else ():
-        summed[rows] = (logits[rows, :real] - highest[rows, None]).exp_().sum(1)  # promotes: never in low precision
+        below = logits[rows, :real] - highest[rows, None]  # promotes: never in low precision
         if smoothing:
-            total[rows] = logits[rows, :real].sum(1, dtype=highest.dtype)
+            total[rows] = below.sum(1)
+        summed[rows] = below.exp_().sum(1)
     return summed, total

@@ -1,0 +1,64 @@
+# Two commands do everything on a fresh machine: make train, make test. Each prepares .venv once, then runs the plain command it prints.
+#
+#   PYTHON=python3.12    another interpreter (3.11 or newer) for .venv
+#   PIP_ARGS="…"         passed to every pip install, e.g. an index that serves CPU-only torch
+#
+# A torch that already sits in .venv and is the pinned version, CPU-only or not, is kept.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow check clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# DeepSpeed's kernels stay unbuilt: nothing here uses them.
+export DS_BUILD_OPS := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# $(call install,FILE): pip's whole output goes to a log; a person sees the pinned packages arrive, and the log's end if it fails.
+define install
+	@$(VENV)/bin/python -m pip install --progress-bar off $(PIP_ARGS) -r $(1) 2>&1 | tee $(VENV)/install.log \
+	| while IFS= read -r line; do case "$$line" in \
+		"Collecting "*" (from -r "* | "Processing "*" (from -r "*) line=$${line#* }; line=$${line%% *}; echo "  $${line##*/}" ;; \
+		"Installing collected packages"*) echo "  unpacking" ;; \
+	esac; done || { grep -v 'already satisfied' $(VENV)/install.log | tail -n 12; \
+		echo "error  pip could not install $(1) → its last words are above, all of them in $(VENV)/install.log"; exit 1; }
+endef
+
+help:  ## list these commands
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+
+train: $(VENV)/ready  ## set up if needed, then train the default experiment on two ranks, about three minutes on two CPU cores
+	deepspeed --num_gpus 2 experiments/gpt_sotu/launch.py --parallel.tensor 2
+
+test: $(VENV)/ready  ## set up if needed, then every test but the slow ones
+	pytest
+
+test-slow: $(VENV)/ready  ## the slow tests
+	pytest -m slow
+
+check: $(VENV)/ready-dev  ## lint, types, and the direction of imports
+	ruff check .
+	mypy
+	pytest tests/test_arrows.py
+
+clean:  ## remove .venv and all caches; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
+
+# The stamps are written last, so an install that was cut short is taken up again by the next make.
+$(VENV)/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error  Python {sys.version.split()[0]} is older than 3.11 → make PYTHON=python3.11 …")'
+	@echo "setting up $(VENV) (once, one to three minutes)"
+	@rm -f $@
+	@$(PYTHON) -m venv $(VENV)
+	$(call install,requirements.txt)
+	@touch $@
+
+$(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
+	$(call install,requirements-dev.txt)
+	@touch $@

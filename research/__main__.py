@@ -1,0 +1,43 @@
+"""`python -m research VERB …`: finds the verb's file and calls its `main`. Nothing is imported before it is known what for."""
+
+import importlib
+import os
+import sys
+
+from parallel.errors import Mistake
+from research.verbs import VERBS, nearest, show_mistake
+
+HELP = """usage: python -m research VERB …
+
+Looks at runs and uses what they have trained. A run is named by its folder: runs/gpt_sotu/latest, or just gpt_sotu.
+
+{verbs}
+
+python -m research VERB --help says more. Training is not a verb: deepspeed experiments/gpt_sotu/launch.py"""
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb; the exit code is 2 for a mistake, 130 for Ctrl-C."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:9} {what}" for verb, what in VERBS.items())))
+        return 0 if argv else 2
+    try:
+        _verb(argv[0]).main(argv[1:])
+    except Mistake as mistake:
+        show_mistake(mistake)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `… | head` has seen enough; keep Python from complaining about it when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _verb(name: str):
+    if name not in VERBS:
+        raise Mistake(f"python -m research does not know {name}{nearest(name, VERBS)}")
+    return importlib.import_module(f"research.{name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""Byte-level BPE: trained on the corpus at hand in seconds, or GPT-2's own tables. No text is out of vocabulary."""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from parallel.errors import Mistake
+from research.data import corpus
+from research.data.cache import locked, published
+
+if TYPE_CHECKING:
+    import tokenizers
+
+GPT2 = "builtin:gpt2"
+GPT2_SIZE = 50257
+TRAINED = "builtin:bpe-"
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST = 257
+"""256 bytes and end-of-text: below this some text could not be written."""
+RECIPE = 1
+"""Part of every cached tokenizer's name: raise it whenever training would give another table."""
+PIECE = 1 << 16
+"""Characters a piece: small enough to share a long document among threads and to bound memory."""
+CUT = re.compile(r"(?<=\S)[ \n]")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back: `decode(encode(text)) == text` for every text that UTF-8 can hold.
+
+    Text is never read as end-of-text: the letters of the marker in a document are ordinary tokens, so that only
+    whoever puts `end_of_text` among the ids ends a document. `decode` shows it as the marker and skips ids >= vocab_size.
+    """
+
+    name: str
+    vocab_size: int
+    end_of_text: int
+    fingerprint: str
+    backend: "tokenizers.Tokenizer"
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without end-of-text."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; bytes that are no whole character become U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def declared_vocab_size(name: str) -> int:
+    """The size that a tokenizer's name promises (training on little text may stop short of it). Imports nothing heavy.
+
+    A name that is not known is a Mistake.
+    """
+    if name == GPT2:
+        return GPT2_SIZE
+    size = name.removeprefix(TRAINED)
+    if not name.startswith(TRAINED) or not (size.isascii() and size.isdecimal()):
+        near = "".join(f" ({guess} is meant?)" for guess in difflib.get_close_matches(name, [f"{TRAINED}8192", GPT2], n=1))
+        raise Mistake(f"data.tokenizer = {name!r} is not known{near} → use {TRAINED}8192 (any size) or {GPT2}")
+    if int(size) < SMALLEST:
+        raise Mistake(f"data.tokenizer = {name!r} is smaller than {SMALLEST}, 256 bytes and end-of-text → use {TRAINED}8192")
+    return int(size)
+
+
+def trained(name: str, texts: Iterable[str], source: str, cache: Path) -> Tokenizer:
+    """The `builtin:bpe-N` learned from `texts`, kept in the folder `cache` under `source`, the texts' digest.
+
+    Any number of processes may ask at once: one reads the texts and trains, the others wait for its file.
+    """
+    size = declared_vocab_size(name)
+    path = cache / f"bpe-{size}-{source[:16]}-v{RECIPE}.json"
+    found = _read(name, path)
+    if found is None:
+        with locked(path.with_suffix(".lock")):
+            found = _read(name, path) or _make(name, path, train_bpe(texts, size))
+    return found
+
+
+def gpt2() -> Tokenizer:
+    """GPT-2's 50,257 tokens, from the tables beside this file."""
+    from tokenizers import models
+
+    vocabulary, merges = corpus.FOLDER / "gpt2" / "vocab.json", corpus.FOLDER / "gpt2" / "merges.txt"
+    backend = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    return _wrap(GPT2, backend, hashlib.sha256(vocabulary.read_bytes() + merges.read_bytes()).hexdigest())
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """A byte-level BPE learned from `texts`, as JSON: id 0 is end-of-text, 1…256 the bytes, then the merges.
+
+    Equal texts give equal JSON, whatever the number of threads. It holds fewer than `vocab_size` tokens if nothing is
+    left to merge.
+    """
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    return backend.to_str()
+
+
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """`text` in parts of `size` characters or a little more, whose ids one after the other are the ids of `text`.
+
+    Only before a space or a newline that follows something else can a cut not change what GPT-2's pattern matches: every
+    match ends there anyway. Text without such a place stays whole.
+    """
+    start = 0
+    while len(text) - start > size:
+        cut = CUT.search(text, start + size)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _byte_level(model: "tokenizers.models.BPE") -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, pre_tokenizers
+
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _wrap(name: str, backend: "tokenizers.Tokenizer", fingerprint: str) -> Tokenizer:
+    backend.add_special_tokens([END_OF_TEXT])  # new to neither table: this marks the id that they hold
+    backend.encode_special_tokens = True  # "encode the marker's letters", in the library's words
+    end_of_text = backend.token_to_id(END_OF_TEXT)
+    assert end_of_text is not None, name
+    return Tokenizer(name, backend.get_vocab_size(), end_of_text, fingerprint, backend)
+
+
+def _read(name: str, path: Path) -> Tokenizer | None:
+    """The cached tokenizer; None if there is none, or one that is not whole."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        backend = Backend.from_str(text)
+    except Exception:  # the library raises bare Exception; whatever it is, the file is of no use and is made again
+        return None
+    return _wrap(name, backend, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _make(name: str, path: Path, text: str) -> Tokenizer:
+    with published(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    made = _read(name, path)
+    assert made is not None, path
+    return made

@@ -1,0 +1,84 @@
+"""`run(__file__)`: what every experiment's launch.py calls. Everything that can be refused is refused before torch is imported."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from parallel.errors import Mistake
+from research.checks import check
+from research.command_line import Options, parse, show_help
+from research.data.prepare import check as check_data
+from research.dry_run import dry_run
+from research.experiment import Loaded, check_variants, load
+from research.job import Job, Override
+from research.layout import layout
+from research.machine import Ranks, find_ranks, git_state, rank_hint
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 20.0
+"""Seconds that ranks > 0 leave to rank 0 to say what is wrong, before its exit makes the launcher end them."""
+WRONG = 2
+"""Exit code of a Mistake."""
+
+
+def run(file: str) -> None:
+    """Train the experiment that `file` lies in. A Mistake, from wherever, ends in one sentence and exit code 2."""
+    try:
+        _run(Path(file).resolve(), sys.argv[1:])
+    except Mistake as mistake:
+        refuse(mistake, rank_hint())
+
+
+def _run(file: Path, argv: list[str]) -> None:
+    ranks, loaded = find_ranks(), load(file.parent)
+    experiment, overrides, options = parse(loaded.experiment, argv)
+    if options.help:
+        _on_rank_0(ranks, lambda: show_help(experiment, os.path.relpath(file)))
+        return
+    job = _resolved(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
+    if options.dry_run:
+        _on_rank_0(ranks, lambda: sys.stdout.write(dry_run(job, *git_state(job.root))))
+        return
+    from research import train  # torch begins here
+
+    train.train(job)
+
+
+def _resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:
+    """Everything that can be checked without torch, checked; then the job."""
+    experiment = loaded.experiment
+    check(experiment, ranks)
+    check_variants(loaded.folder, experiment.model)
+    check_data(experiment.data, ROOT, experiment.model.vocab_size)
+    return Job(
+        experiment=experiment,
+        folder=loaded.folder,
+        name=loaded.name,
+        overrides=overrides,
+        ranks=ranks,
+        layout=layout(experiment, ranks.world),
+        root=ROOT,
+        verbose=options.verbose,
+        argv=argv,
+    )
+
+
+def refuse(mistake: Mistake, rank: int, patience: float = PATIENCE) -> None:
+    """Say it on rank 0 and leave. Others wait: a launcher that sees them leave first would end rank 0 unheard.
+
+    One that is still there after `patience` seconds was not ended by a rank 0 that knew, so it speaks for itself.
+    """
+    if rank > 0:
+        time.sleep(patience)
+    who = f"(rank {rank}) " if rank > 0 else ""
+    sys.stderr.write(f"error  {who}{mistake}\n")
+    sys.stderr.flush()
+    raise SystemExit(WRONG)
+
+
+def _on_rank_0(ranks: Ranks, show: Callable[[], object]) -> None:
+    if ranks.rank == 0:
+        show()

@@ -1,0 +1,179 @@
+"""Who am I among the ranks, what may I use, which commit is this: the one place of research/ that reads the environment."""
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from parallel.errors import Mistake
+
+Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
+LOCALHOST = "127.0.0.1"
+STEP_SIGNS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
+FIRST_SPECIAL_STEP = 0xFFFF_FFF0
+"""Slurm's numbers for steps that are no srun of ours: the batch script, an interactive shell, external processes."""
+FIRST_PORT, PORTS = 15_000, 15_000
+"""Ports below Linux's ephemeral range, so that no outgoing connection happens to hold ours."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: global and local rank, and where the ranks meet. A world of one needs no meeting: port 0."""
+
+    rank: int
+    local_rank: int
+    world: int
+    local_world: int
+    launcher: Launcher
+    master_addr: str
+    master_port: int
+    cores: int = 0
+    """Cores the launcher bound to this rank alone; 0: local ranks share what the process may use."""
+
+
+ALONE = Ranks(0, 0, 1, 1, "python", LOCALHOST, 0)
+
+
+def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
+    """Read what deepspeed, torchrun or srun has set; nothing set: a world of one. Contradictions are Mistakes."""
+    environ = os.environ if environ is None else environ
+    if "RANK" in environ:
+        ranks = _from_torch(environ)
+    elif _is_slurm_step(environ):
+        ranks = _from_slurm(environ)
+    elif int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        raise Mistake("mpirun has set no RANK → launch with deepspeed, torchrun or srun")
+    else:
+        return ALONE
+    if not (0 <= ranks.rank < ranks.world and 0 <= ranks.local_rank < ranks.local_world <= ranks.world):
+        raise Mistake(
+            f"{ranks.launcher} set rank {ranks.rank} of {ranks.world}, local rank {ranks.local_rank} of {ranks.local_world} → "
+            "unset RANK, LOCAL_RANK and WORLD_SIZE in the shell if they are left over"
+        )
+    return ranks
+
+
+def rank_hint(environ: Mapping[str, str] | None = None) -> int:
+    """This process's rank as far as it can be told without raising: for saying who makes a mistake."""
+    environ = os.environ if environ is None else environ
+    text = environ.get("RANK", environ.get("SLURM_PROCID", "0"))
+    return int(text) if text.isdecimal() else 0
+
+
+def threads_per_rank(ranks: Ranks) -> int:
+    """Cores this process may use / local ranks, at least 1."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(ranks.cores, usable) if ranks.cores else usable // ranks.local_world)
+
+
+def _from_torch(environ: Mapping[str, str]) -> Ranks:
+    """deepspeed's launcher and torchrun set the same names, except for the number of local ranks."""
+    launcher: Launcher = "torchrun" if "LOCAL_WORLD_SIZE" in environ else "deepspeed"
+    local_world = "LOCAL_WORLD_SIZE" if launcher == "torchrun" else "LOCAL_SIZE"
+    return Ranks(
+        rank=_number(environ, "RANK"),
+        local_rank=_number(environ, "LOCAL_RANK"),
+        world=_number(environ, "WORLD_SIZE"),
+        local_world=_number(environ, local_world),
+        launcher=launcher,
+        master_addr=_text(environ, "MASTER_ADDR"),
+        master_port=_number(environ, "MASTER_PORT"),
+    )
+
+
+def _is_slurm_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this very process.
+
+    A batch script and a shell from salloc have SLURM_NTASKS > 1 and perhaps SLURM_PROCID = 0 too, yet are one process: they
+    have no step, or one with a number Slurm keeps for itself. A process with SLURM_PROCID > 0 can only come from srun.
+    """
+    if "SLURM_PROCID" not in environ:
+        return False
+    if environ["SLURM_PROCID"] != "0":
+        return True
+    if int(environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", "0"))) >= FIRST_SPECIAL_STEP:
+        return False
+    return any(sign in environ for sign in STEP_SIGNS)
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Ranks:
+    world = _number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
+    hosts = next((environ[name] for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST") if name in environ), LOCALHOST)
+    return Ranks(
+        rank=_number(environ, "SLURM_PROCID"),
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        world=world,
+        local_world=_slurm_local_world(environ, world),
+        launcher="srun",
+        master_addr=environ.get("MASTER_ADDR") or first_host(hosts),
+        master_port=_number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _slurm_port(environ),
+        cores=_number(environ, "SLURM_CPUS_PER_TASK") if "SLURM_CPUS_PER_TASK" in environ else 0,
+    )
+
+
+def _slurm_local_world(environ: Mapping[str, str], world: int) -> int:
+    """Ranks on this node: from the step's own list, '2(x3),1', else from what was asked for."""
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        if name in environ:
+            counts = tasks_per_node(environ[name])
+            node = int(environ.get("SLURM_NODEID", "0"))
+            return min(counts[node] if node < len(counts) else counts[-1], world)
+    if environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")) == "1":
+        return world
+    raise Mistake("srun says nothing of the ranks on this node → add `--ntasks-per-node N` to the srun command")
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's '2(x3),1' -> [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise Mistake(f"Slurm's tasks per node = {text!r} is not understood → add `--ntasks-per-node N` to the srun command")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def first_host(hosts: str) -> str:
+    """The first of Slurm's 'node[003-006,9],other': 'node003'."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else hosts)
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """Equal on every rank of a step, most likely different for two jobs, or two steps of one job, on the same node."""
+    job = int(environ.get("SLURM_JOB_ID", environ.get("SLURM_JOBID", "0")))
+    step = int(environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", "0")))
+    return FIRST_PORT + (job * 17 + step) % PORTS
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    if not environ.get(name):
+        raise Mistake(f"the launcher set RANK but not {name} → launch with deepspeed, torchrun, srun or plain python")
+    return environ[name]
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = _text(environ, name)
+    if not text.isdecimal():
+        raise Mistake(f"{name} = {text!r} in the environment is not a whole number → launch with deepspeed, torchrun or srun")
+    return int(text)
+
+
+def git_state(root: Path) -> tuple[str, bool]:
+    """(short commit, whether the tree differs from it); ("unknown", False) without git or where `root` is no repository of its own."""
+    try:
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != Path(root).resolve():
+            return "unknown", False
+        return _git(root, "rev-parse", "--short", "HEAD"), bool(_git(root, "status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", False
+
+
+def _git(root: Path, *arguments: str) -> str:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # inside a hook they name another tree
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True, env=environ)
+    return done.stdout.strip()

@@ -1,0 +1,294 @@
+"""Weights & Biases as a mirror of metrics.jsonl. The only file that imports wandb, and it does so only when a run starts.
+
+A run must never fail or wait because of W&B. So the mode is decided before `wandb.init`: online needs a key *and* a server
+that answers; everything else is an offline run on disk, which `wandb sync` uploads later. Start and finish are each held to
+ten seconds; a row is written to metrics.jsonl first; whatever W&B raises is turned into one sentence in `Tracker.notes`.
+"""
+
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from research.metrics import JsonLines, plain
+from research.run_folder import FINISHED, RunFolder
+
+AXES = ("progress/step", "progress/tokens")
+OVER_TOKENS, OVER_STEPS = ("train/*", "val/*"), ("perf/*", "progress/*")
+LOWEST = ("val/loss", "val/bits_per_byte")
+START_SECONDS, PROBE_SECONDS, INIT_SECONDS, FINISH_SECONDS = 9.5, 2.5, 3.0, 7.0
+"""The bounds of the whole start, in it of the server's first answer and of wandb.init, and of the last upload."""
+
+
+class Tracked(Protocol):
+    """The fields of research.config.Track that are read here."""
+
+    project: str
+    mode: str
+    group: str | None
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run is, as W&B shows it: the resolved experiment, the DeepSpeed JSON derived from it, the code, family and tags."""
+
+    config: Mapping[str, Any]
+    deepspeed: Mapping[str, Any]
+    commit: str | None
+    dirty: bool
+    family: str
+    tags: Sequence[str] = field(default=())
+
+    def as_config(self) -> dict[str, Any]:
+        """One nested dict. The experiment's fields are on top (W&B's columns are then model.num_layers, optimizer.lr, …)."""
+        return {**self.config, "derived_deepspeed": dict(self.deepspeed), "git": {"commit": self.commit, "dirty": self.dirty}}
+
+
+class Tracker:
+    """Rank 0's record of a run: metrics.jsonl and samples.jsonl first, then W&B. Nothing here raises because of W&B."""
+
+    def __init__(self, folder: RunFolder, track: Tracked, about: About):
+        """Open the files and the W&B run; takes at most ten seconds whatever the network does."""
+        self._metrics, self._samples = JsonLines(folder.metrics), JsonLines(folder.samples)
+        self.notes: list[str] = []
+        """What went wrong with W&B, a sentence each, for the terminal to show once."""
+        self._wandb = Mirror(folder, track, about, self.notes)
+
+    @property
+    def line(self) -> str:
+        """The header's line: where W&B's rows go and what to do with them later."""
+        return self._wandb.line
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One row, e.g. {"train/loss": 2.0, "progress/step": 10, "progress/tokens": 20480}. It must hold both axes."""
+        missing = [axis for axis in AXES if axis not in row]
+        if missing:
+            raise KeyError(f"a row without {', '.join(missing)} cannot be drawn")
+        self._metrics.write(row)
+        self._wandb.log(plain(row))
+
+    def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
+        """What the model wrote after `step` steps."""
+        self._samples.write({"progress/step": step, "progress/tokens": tokens, "prompt": prompt, "text": text})
+        self._wandb.log({"progress/step": step, "progress/tokens": tokens, "sample/prompt": prompt, "sample/text": text})
+
+    def finish(self, status: str = FINISHED) -> None:
+        """Close everything; `status` is finished, interrupted or failed. At most ten seconds; a second call does nothing."""
+        self._metrics.close()
+        self._samples.close()
+        self._wandb.finish(exit_code=0 if status == FINISHED else 1)
+
+
+class NoTracker:
+    """The tracker of ranks > 0: a run is one W&B run and one metrics.jsonl, whatever the world size."""
+
+    line = ""
+    notes: Sequence[str] = ()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
+        """Nothing."""
+
+    def finish(self, status: str = FINISHED) -> None:
+        """Nothing."""
+
+
+class Mirror:
+    """One W&B run, or none where the mode is disabled or W&B cannot be used at all."""
+
+    def __init__(self, folder: RunFolder, track: Tracked, about: About, notes: list[str]):
+        self._notes, self._folder = notes, folder
+        self._run: Any = None
+        self.mode, why = "disabled", "as asked"
+        if track.mode != "disabled":
+            opened = _bounded(lambda: self._guard(lambda: _open(folder, track, about), "start"), START_SECONDS)
+            self.mode, why, self._run = opened or ("disabled", "it did not start", None)
+        self.line = _line(self.mode, why, folder, self._run)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Queue a row; W&B's own process sends it."""
+        run = self._run
+        if run is not None:
+            self._guard(lambda: run.log(dict(row)), "take a row")
+
+    def finish(self, exit_code: int) -> None:
+        """Let W&B write what it has, for at most FINISH_SECONDS; what it could not send stays in the folder for `wandb sync`."""
+        run, self._run = self._run, None
+        if run is not None and not _bounded(lambda: _finish(run, exit_code), FINISH_SECONDS + 1):
+            self._notes.append(f"W&B did not take everything → wandb sync --include-online {_short(self._folder.wandb)} sends the rest")
+        if self.mode != "disabled":
+            _bounded(_end_process, 1.0)
+
+    def _guard(self, call: Callable[[], Any], what: str) -> Any:
+        """The call's result; if it raises, None, a note, and W&B is left alone from then on."""
+        try:
+            return call()
+        except Exception as error:  # W&B is a mirror: whatever it raises must not reach the run
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self._notes.append(f"W&B could not {what} ({reason[:200]}) → nothing is lost, metrics.jsonl has every row")
+            self._run = None
+            return None
+
+
+def _open(folder: RunFolder, track: Tracked, about: About) -> tuple[str, str, Any]:
+    """(mode, why, the W&B run): online if that works, else offline."""
+    _own_folders(folder)
+    mode, why = _choose_mode(track.mode)
+    if mode == "online":
+        if run := _bounded(lambda: _start("online", folder, track, about), INIT_SECONDS + 0.5):
+            return mode, why, run
+        mode, why = "offline", "the server did not accept the run"
+        _bounded(_end_process, 1.0)
+    return mode, why, _start("offline", folder, track, about) if mode == "offline" else None
+
+
+def _line(mode: str, why: str, folder: RunFolder, run: Any) -> str:
+    if mode == "online" and run is not None:
+        return f"W&B online · {run.url}"
+    if mode == "offline":
+        return f"W&B offline ({why}) · later: wandb sync {_short(folder.wandb)}"
+    return f"W&B {mode} ({why}) · {_short(folder.metrics)}"
+
+
+def _short(path: Path) -> Path:
+    """The path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _own_folders(folder: RunFolder) -> None:
+    """Keep W&B's logs and caches in the run folder: HOME may be missing or read-only, and W&B would say so at length.
+
+    W&B reads these only from the environment, and hands that on to its own process. What the user has set stays.
+    """
+    folder.wandb.mkdir(exist_ok=True)
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(name, str(folder.wandb.absolute() / "cache"))
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
+
+def _choose_mode(asked: str) -> tuple[str, str]:
+    """(mode, why). `auto` is what WANDB_MODE says, and online where it says nothing; online without a key or a server is offline."""
+    settings = _settings()
+    wanted = {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}.get(settings.mode, "online") if asked == "auto" else asked
+    if wanted != "online":
+        return wanted, "as asked"
+    if problem := _key_problem(settings.base_url):
+        return "offline", problem
+    if not _bounded(lambda: _answers(settings.base_url), PROBE_SECONDS):
+        return "offline", f"no answer from {settings.base_url}"
+    return "online", ""
+
+
+def _settings() -> Any:
+    """W&B's settings as its files and variables give them; nothing is printed and no process is started."""
+    import wandb
+    from wandb.sdk import wandb_setup
+
+    settings = wandb_setup.singleton().settings
+    wandb.termsetup(wandb.Settings(silent=True), None)
+    return settings
+
+
+def _key_problem(host: str) -> str | None:
+    """None where W&B finds credentials for this server by itself: variable, netrc or settings file. Never asks the user."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    try:
+        found = wbauth.authenticate_session(host=host, source="tessera", prompt=False, update_session=False)
+    except wandb.errors.AuthenticationError:
+        return "what is set as API key cannot be one"
+    return None if found else "no API key"
+
+
+def _answers(url: str) -> bool:
+    """True if the server says anything at all over HTTP (proxies are honoured); connecting is not enough, it may be hung."""
+    try:
+        urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:  # an answer, if not a friendly one
+        return True
+    except OSError as error:
+        return "CERTIFICATE" in str(error)  # alive; W&B has its own say about certificates
+    return True
+
+
+def _start(mode: Literal["online", "offline"], folder: RunFolder, track: Tracked, about: About) -> Any:
+    """wandb.init with our own axes. Raises whatever W&B raises."""
+    import wandb
+
+    quiet = wandb.Settings(
+        silent=True,
+        console="off",
+        save_code=False,
+        init_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,
+        x_service_wait=8,
+    )
+    run = wandb.init(
+        mode=mode,
+        dir=str(folder.path),
+        project=track.project,
+        group=track.group or about.family,
+        id=folder.title,
+        name=folder.title,
+        tags=list(about.tags),
+        config=about.as_config(),
+        resume="allow" if mode == "online" else None,
+        settings=quiet,
+    )
+    if mode == "online" and not run.url:
+        raise ConnectionError("the server gave the run no address")  # something answers, but it is not W&B
+    _define_axes(run)
+    return run
+
+
+def _finish(run: Any, exit_code: int) -> bool:
+    """True if all was written in time."""
+    try:
+        run.finish(exit_code=exit_code)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _define_axes(run: Any) -> None:
+    """Our own x axes (W&B renumbers its `_step` when it syncs), and the lowest validation loss in the run's summary."""
+    for axis in AXES:
+        run.define_metric(axis)
+    for names, axis in ((OVER_TOKENS, "progress/tokens"), (OVER_STEPS, "progress/step")):
+        for name in names:
+            run.define_metric(name, step_metric=axis)
+    for name in LOWEST:
+        run.define_metric(name, step_metric="progress/tokens", summary="min,last")
+
+
+def _end_process() -> bool:
+    """End W&B's own process. Needed after a failed start (an offline run is refused before), and at the end: what W&B
+    would otherwise do when Python exits has no bound and shows its tracebacks."""
+    import wandb
+
+    wandb.teardown()
+    return True
+
+
+def _bounded(call: Callable[[], Any], seconds: float) -> Any:
+    """The call's result if it comes within `seconds`; None if it does not, or if the call raises."""
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except Exception:  # the caller is told by None
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return result[0] if result else None

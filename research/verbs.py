@@ -1,0 +1,48 @@
+"""What `python -m research VERB` knows, and the argument parser of a verb, whose mistakes are sentences.
+
+A verb is one file research/VERB.py with `main(argv: list[str]) -> None` and its line below.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import IO, NoReturn
+
+from parallel.errors import Mistake
+
+VERBS = {
+    "runs": "list the runs: layout, steps, last bits per byte, status",
+    "sample": "let a trained run write: sample RUN --prompt 'My fellow citizens'",
+}
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """' → did you mean X?' for the closest of `words`, or ' → use one of …' where none is close."""
+    words = list(words)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f" → did you mean {close[0]}?" if close else f" → use {', '.join(words)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong is a Mistake that names the nearest option, not a usage dump."""
+
+    def __init__(self, verb: str, description: str):
+        super().__init__(prog=f"python -m research {verb}", description=description, allow_abbrev=False)
+
+    def parse_args(self, args=None, namespace=None):
+        """The parsed arguments; an unknown one is refused by name."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            raise Mistake(f"{self.prog} does not know {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse has to say as a Mistake."""
+        raise Mistake(f"{self.prog}: {message} → see {self.prog} --help")
+
+
+def show_mistake(mistake: Mistake, stream: IO[str] | None = None) -> None:
+    """`error  <sentence>`, the only thing a user sees of a mistake."""
+    print(f"error  {mistake}", file=stream or sys.stderr, flush=True)

@@ -1,0 +1,54 @@
+"""Brings this rank into the world: threads, torch.distributed, warnings into a log. The first thing after torch is imported."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import torch
+import torch.distributed as dist
+
+from parallel import distributed
+from parallel.engine import refuse_precision
+from parallel.errors import Mistake
+from parallel.grid import Grid, make_grid
+from parallel.quiet import LOGGER
+from research.job import Job
+from research.machine import Ranks, threads_per_rank
+
+
+@contextlib.contextmanager
+def joined(job: Job) -> Iterator[Grid]:
+    """The job's grid, with torch.distributed up inside and down afterwards. Collective."""
+    logging.getLogger(LOGGER).setLevel(logging.DEBUG if job.verbose else logging.WARNING)
+    torch.set_num_threads(threads_per_rank(job.ranks))
+    _meet(job.ranks)
+    try:
+        refuse_precision(job.experiment.precision)
+        yield make_grid(job.experiment.parallel.pipe, job.experiment.parallel.tensor)
+    finally:
+        distributed.stop()
+
+
+def _meet(ranks: Ranks) -> None:
+    rendezvous = f"tcp://{ranks.master_addr}:{ranks.master_port}" if ranks.world > 1 else None
+    if ranks.launcher == "torchrun":  # its agent holds the port and serves the store itself
+        rendezvous = "env://"
+    try:
+        distributed.start(ranks.rank, ranks.world, ranks.local_rank, rendezvous)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place = f"{ranks.master_addr}:{ranks.master_port}"
+        why = "is taken by another process" if "EADDRINUSE" in str(error) else f"cannot be reached ({str(error).splitlines()[0][:160]})"
+        raise Mistake(f"the ranks cannot meet: {place} {why} → add `--master_port N` with a free port to the launch command") from error
+
+
+def software() -> list[str]:
+    """What the machine line of the header names: backend, torch, DeepSpeed."""
+    return [dist.get_backend(), f"torch {torch.__version__.split('+')[0]}", f"deepspeed {version('deepspeed')}"]
+
+
+def agreed(value: str) -> str:
+    """Rank 0's string, on every rank. Collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=distributed.device())
+    return box[0]

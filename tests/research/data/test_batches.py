@@ -1,0 +1,102 @@
+"""Batches: every token predicted once, and the same step whatever the layout. Stores hold token k at position k."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from parallel.errors import Mistake
+from research.data import batches, order
+
+LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 3), (4, 2), (5, 1)]
+"""(data ranks, sequences a micro-batch)"""
+
+
+def step_of(store, s, data_size, micro, step, batch_size=24, seed=3):
+    """Every micro-batch of a step, data rank by data rank."""
+    return [list(batches.train_micro_batches(store, s, batch_size, micro, r, data_size, seed, step)) for r in range(data_size)]
+
+
+def test_a_sample_is_a_window_and_targets_follow(token_store):
+    found = list(batches.train_micro_batches(token_store(101), 10, 4, 2, 0, 1, seed=7, step=5))
+    assert len(found) == 2
+    windows = [order.sample(5 * 4 + j, 10, 7) for j in range(4)]
+    for row, window in enumerate(windows):
+        batch = found[row // 2]
+        assert batch.ids[row % 2].tolist() == list(range(window * 10, window * 10 + 10))
+        assert batch.targets[row % 2].tolist() == list(range(window * 10 + 1, window * 10 + 11))
+    assert (found[0].ids.dtype, found[0].targets.dtype, found[0].weights.dtype) == (np.int64, np.int64, np.float32)
+
+
+@pytest.mark.parametrize(("data_size", "micro"), [(2, 1), (2, 3), (4, 2), (3, 8), (1, 24)])
+def test_a_step_is_the_same_sequences_in_the_same_order_on_every_layout(token_store, data_size, micro):
+    store = token_store(1000)
+    for step in (0, 3, 4):  # 111 samples an epoch: step 4 crosses into the next
+        alone = np.concatenate([batch.ids for batch in step_of(store, 9, 1, 1, step)[0]])
+        cut = np.concatenate([batch.ids for rank in step_of(store, 9, data_size, micro, step) for batch in rank])
+        assert (alone == cut).all()
+
+
+@pytest.mark.parametrize(("data_size", "micro"), [(1, 1), (2, 3), (4, 2)])
+def test_engine_averages_give_the_token_mean(token_store, data_size, micro):
+    """Σ weights·loss of a pass, averaged over passes and ranks as the engines do, is the mean over the step's tokens."""
+    ranks = step_of(token_store(1000), 9, data_size, micro, 2)
+    loss = lambda batch: np.sin(batch.targets)  # noqa: E731  a stand-in that differs from token to token
+    averaged = np.mean([[(batch.weights * loss(batch)).sum() for batch in rank] for rank in ranks])
+    exact = np.mean([loss(batch) for rank in ranks for batch in rank])
+    assert averaged == pytest.approx(exact, rel=1e-6)
+
+
+def test_an_epoch_predicts_every_token_but_the_first_once(token_store):
+    store = token_store(241)  # 24 samples of 10: exactly three steps of 8
+    steps = [step_of(store, 10, 2, 2, step, batch_size=8) for step in range(3)]
+    seen = Counter(int(t) for step in steps for rank in step for batch in rank for t in batch.targets.flat)
+    assert seen == Counter(range(1, 241))
+
+
+def test_sample_numbers_count_over_epochs():
+    assert batches.step_samples(8, 2, 1, 2, step=100).tolist() == [[804, 805], [806, 807]]
+
+
+def evaluate(store, s, data_size, micro):
+    """What the engines and the loop make of it: Σ (mean over ranks of Σ weights·loss) · tokens, and who predicted what."""
+    nats, seen = 0.0, []
+    for parts in zip(*(batches.validation_batches(store, s, micro, r, data_size) for r in range(data_size)), strict=True):
+        (tokens,) = {count for _, count in parts}
+        mean = np.mean([(batch.weights * np.float64(np.sin(batch.targets))).sum() for batch, _ in parts])
+        nats += mean * tokens
+        for batch, _ in parts:
+            assert batch.ids.shape == batch.targets.shape == batch.weights.shape == (micro, s)
+            assert (batch.ids[batch.weights == 0] == 0).all() and (batch.targets[batch.weights == 0] == 0).all()
+            seen += zip(batch.ids[batch.weights > 0].tolist(), batch.targets[batch.weights > 0].tolist(), strict=True)
+        assert sum((batch.weights > 0).sum() for batch, _ in parts) == tokens
+    return nats, Counter(seen)
+
+
+@pytest.mark.parametrize(("layout", "num_tokens"), list(itertools.product(LAYOUTS, [2, 10, 11, 12, 100, 101, 163])))
+def test_validation_covers_every_token_once_on_every_layout(token_store, layout, num_tokens):
+    nats, seen = evaluate(token_store(num_tokens), 10, *layout)
+    assert seen == Counter((k, k + 1) for k in range(num_tokens - 1))
+    assert nats == pytest.approx(np.sin(np.arange(1, num_tokens)).sum(), rel=1e-5, abs=1e-5)
+
+
+def test_a_corpus_shorter_than_a_sequence_is_refused_for_training_with_both_numbers(token_store):
+    with pytest.raises(Mistake, match=r"model.seq_length = 128 is longer .* 128 tokens → use model.seq_length = 127 or less"):
+        list(batches.train_micro_batches(token_store(128), 128, 4, 1, 0, 1, 0, 0))
+    assert batches.num_samples(token_store(129, "longer"), 128) == 1
+
+
+def test_one_token_cannot_be_validated(token_store):
+    with pytest.raises(Mistake, match="nothing to predict"):
+        list(batches.validation_batches(token_store(1), 10, 1, 0, 1))
+
+
+def test_an_uneven_batch_is_refused_with_what_would_work():
+    with pytest.raises(Mistake, match=r"batch_size = 10 .*micro_batch_size = 2 × 2 data ranks → use 8 or 12"):
+        batches.micro_batches_per_step(10, 2, 2)
+    assert batches.micro_batches_per_step(12, 2, 2) == 3
+
+
+def test_epochs(token_store):
+    assert batches.epochs(token_store(101), 10, 25) == 2.5

@@ -1,0 +1,211 @@
+"""From text to stores: right, once, atomically, and by real processes that all start at the same moment."""
+
+import select
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+from parallel.errors import Mistake
+from research.data import cache, corpus, prepare, tokenizer
+from research.data.store import TokenStore
+from tests.research.data.conftest import ROOT
+
+PATIENCE = 60
+
+
+def files(folder):
+    return {path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_stores_hold_the_documents_each_followed_by_end_of_text(settings, tmp_path):
+    found = prepare.load(settings, tmp_path, 300)
+    for spec, split in ((settings.train, found.train), (settings.validation, found.validation)):
+        texts = list(corpus.documents(spec, tmp_path))
+        expected = [i for text in texts for i in [*found.tokenizer.encode(text), found.tokenizer.end_of_text]]
+        assert split.tokens.tolist() == expected
+        assert split.num_bytes == sum(len(text.encode()) for text in texts)
+        cut = np.split(split.tokens, split.document_offsets[1:-1])
+        assert [found.tokenizer.decode(ids[:-1]) for ids in cut] == texts
+
+
+def test_the_tokenizer_has_seen_the_training_text_only(settings, tmp_path):
+    found = prepare.load(settings, tmp_path, 300).tokenizer
+    texts = list(corpus.documents(settings.train, tmp_path))
+    assert found.backend.to_str() == tokenizer._wrap("", type(found.backend).from_str(tokenizer.train_bpe(texts, 300)), "").backend.to_str()
+
+
+def test_a_second_load_writes_nothing_and_says_nothing(settings, tmp_path):
+    said = []
+    first = prepare.load(settings, tmp_path, 300, said.append)
+    assert [message.split()[0] for message in said] == ["training", "tokenizing", "tokenizing"]
+    before = files(tmp_path / "cache")
+    again = prepare.load(settings, tmp_path, 300, said.append)
+    assert len(said) == 3 and files(tmp_path / "cache") == before and again.fingerprint == first.fingerprint
+    assert prepare.load_tokenizer(settings, tmp_path, said.append).fingerprint == first.tokenizer.fingerprint and len(said) == 3
+
+
+def test_long_documents_and_many_small_ones_are_grouped_without_a_trace(settings, tmp_path, lines, monkeypatch):
+    settings.validation = lines("long.jsonl", ["tiny", "word and \n\nword " * 50, "", "x" * 200, "end "])
+    whole = prepare.load(settings, tmp_path, 300).validation.tokens.tolist()
+    monkeypatch.setattr(prepare, "GROUP", 37)
+    monkeypatch.setattr(prepare.tokenizer, "pieces", lambda text: pieces(text, 11))
+    settings.cache = "other"
+    assert prepare.load(settings, tmp_path, 300).validation.tokens.tolist() == whole
+
+
+pieces = tokenizer.pieces
+
+
+def test_fingerprint_follows_text_and_tokenizer(settings, tmp_path, lines):
+    prints = {prepare.load(settings, tmp_path, 300).fingerprint}
+    other = types.SimpleNamespace(**vars(settings) | {"validation": lines("v2.jsonl", ["another"])})
+    prints.add(prepare.load(other, tmp_path, 300).fingerprint)
+    smaller = types.SimpleNamespace(**vars(settings) | {"tokenizer": "builtin:bpe-280"})
+    prints.add(prepare.load(smaller, tmp_path, 300).fingerprint)
+    assert len(prints) == 3
+    lines("train.jsonl", ["the file changed under its old name"] * 9)
+    changed = prepare.load(settings, tmp_path, 300)
+    assert changed.fingerprint not in prints and changed.train.num_documents == 9
+    elsewhere = types.SimpleNamespace(**vars(settings) | {"cache": str(tmp_path / "absolute")})
+    assert prepare.load(elsewhere, tmp_path, 300).fingerprint == changed.fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_a_cached_store_that_is_not_whole_is_made_again(settings, tmp_path, suffix):
+    first = prepare.load(settings, tmp_path, 300)
+    path = first.train.prefix.with_name(first.train.prefix.name + suffix)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    prepare.load(settings, tmp_path, 300)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("train", "nowhere.txt", ["data.train = 'nowhere.txt'", "does not exist"]),
+        ("validation", "builtin:sotu/val", ["data.validation = 'builtin:sotu/val'"]),
+        ("tokenizer", "bpe-8192", ["data.tokenizer = 'bpe-8192'"]),
+        ("tokenizer", "builtin:bpe-301", ["model.vocab_size = 300", "301 tokens", "set model.vocab_size = 301"]),
+        ("tokenizer", "builtin:gpt2", ["set model.vocab_size = 50257"]),
+    ],
+)
+def test_check_refuses_before_anything_is_read(settings, tmp_path, field, value, words):
+    setattr(settings, field, value)
+    for refuse in (prepare.check, prepare.load):
+        with pytest.raises(Mistake) as caught:
+            refuse(settings, tmp_path, 300)
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_larger_model_vocabulary_is_fine(settings, tmp_path):
+    assert prepare.load(settings, tmp_path, 1000).tokenizer.vocab_size == 300
+
+
+def test_gpt2_needs_no_training(settings, tmp_path):
+    settings.tokenizer, said = "builtin:gpt2", []
+    found = prepare.load(settings, tmp_path, 50257, said.append)
+    assert found.tokenizer.end_of_text == 50256 == found.train.tokens[-1]
+    assert not any("training" in message for message in said)
+
+
+def test_a_cache_that_cannot_be_used_is_named(settings, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(Mistake, match=r"data.cache = 'cache' cannot be used .* → name a folder"):
+        prepare.load(settings, tmp_path, 300)
+
+
+def test_a_broken_line_leaves_no_half_made_file(settings, tmp_path):
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write("{broken\n")
+    with pytest.raises(Mistake, match="train.jsonl, line 21 is not JSON"):
+        prepare.load(settings, tmp_path, 300)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+LOAD = """
+import pathlib, sys, time, types
+from research.data import load
+data = types.SimpleNamespace(train="train.jsonl", validation="val.jsonl", tokenizer="builtin:bpe-400", cache="cache")
+root = pathlib.Path(sys.argv[1])
+(root / f"ready{sys.argv[2]}").touch()
+while not (root / "go").exists():
+    time.sleep(0.001)
+found = load(data, root, 400, lambda message: print("did", message))
+print(found.fingerprint, int(found.train.tokens.astype("int64").sum()), found.validation.num_bytes)
+"""
+
+
+def test_all_ranks_at_once_one_does_the_work(tmp_path, lines):
+    lines("train.jsonl", list(corpus.documents("builtin:state_of_the_union/val", ROOT)))
+    lines("val.jsonl", ["the end"])
+    ranks = [start(LOAD, tmp_path, rank) for rank in range(5)]
+    deadline = time.monotonic() + PATIENCE
+    while len(list(tmp_path.glob("ready*"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    said = [finished(rank).splitlines() for rank in ranks]
+    work = sorted(line for lines_ in said for line in lines_ if line.startswith("did"))
+    assert work == ["did tokenizing train.jsonl", "did tokenizing val.jsonl", "did training builtin:bpe-400 on train.jsonl"]
+    assert len({lines_[-1] for lines_ in said}) == 1
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+HOLD = """
+import pathlib, sys, time
+from research.data.cache import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_process_leaves_no_lock_behind(tmp_path):
+    lock = tmp_path / "x.lock"
+    holder, waiter = start(HOLD, lock), None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        waiter = start(HOLD, lock)
+        assert select.select([waiter.stdout], [], [], 1.0)[0] == []  # it waits
+        holder.send_signal(signal.SIGKILL)
+        assert waiter.stdout.readline() == "held\n"
+    finally:
+        for process in filter(None, (holder, waiter)):
+            process.kill()
+            process.communicate()
+
+
+def test_where_the_file_system_has_no_locks_work_goes_on(settings, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    assert prepare.load(settings, tmp_path, 300).train.num_documents == 20
+
+
+def test_the_builtin_corpus_gives_the_recorded_numbers(tmp_path):
+    """Ten megabytes in seconds; the tokenizer's bytes are pinned, so that another library version cannot change them unseen."""
+    names = ("builtin:state_of_the_union/train", "builtin:state_of_the_union/val")
+    data = types.SimpleNamespace(train=names[0], validation=names[1], tokenizer="builtin:bpe-8192", cache="c")
+    found = prepare.load(data, tmp_path, 8192)
+    assert (found.train.num_tokens, found.validation.num_tokens) == (2_095_431, 70_813)
+    assert (found.train.num_bytes, found.validation.num_bytes) == (10_275_792, 307_947)
+    assert found.tokenizer.fingerprint == "265dd50d3d95fdeede35bbd100b93744fb04eeaa9952093983ef98e1865cb17b"
+    assert isinstance(found.train, TokenStore) and found.train.tokens.dtype == np.uint16
+
+
+def start(program, *arguments):
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process):
+    out, error = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, error
+    return out

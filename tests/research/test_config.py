@@ -1,0 +1,135 @@
+"""The schema: refusals are sentences, a refused assignment changes nothing, what is saved comes back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from models import config as shapes
+from research import config
+from research.config import GPT, Data, Experiment, Optimizer, Schedule, build, load, resolved, save
+from research.settings import is_group, needs
+from tests.research.example import MODEL, OPTIMIZER, SCHEDULE, example, sentence
+
+SECTIONS = ("Data", "Schedule", "Optimizer", "Parallel", "Track", "Experiment")
+
+
+def test_the_schema_imports_nothing_heavy() -> None:
+    heavy = ["torch", "deepspeed", "transformers", "wandb", "numpy"]
+    program = f"import sys, research.config; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+REFUSED = [
+    ("model", "num_headz", 3, "model.num_headz is not a setting → did you mean model.num_heads?"),
+    ("model", "num_heads", -1, "model.num_heads = -1 does not work → use a whole number greater than 0"),
+    ("model", "num_heads", 0, "model.num_heads = 0 does not work → use a whole number greater than 0"),
+    ("model", "num_heads", "6", "model.num_heads = '6' does not work → use a whole number greater than 0"),
+    ("model", "num_heads", True, "model.num_heads = True does not work → use a whole number greater than 0"),
+    ("model", "num_heads", 6.0, "model.num_heads = 6.0 does not work → use a whole number greater than 0"),
+    ("model", "bias", 1, "model.bias = 1 does not work → use True or False"),
+    ("model", "norm_eps", float("inf"), "model.norm_eps = inf does not work → use a finite number greater than 0"),
+    ("model", "norm", "batch", "model.norm = 'batch' is not known → use layernorm, rmsnorm or variant:YourClass"),
+    ("model", "num_heads", 5, "model.num_heads = 5 does not divide model.hidden_size = 192 → use 1, 2, 3, 4, 6 or 8"),
+    ("optimizer", "lr", float("nan"), "optimizer.lr = nan does not work → use a finite number greater than 0"),
+    ("optimizer", "decay", "cos", "optimizer.decay = 'cos' does not work → use constant, linear, cosine, wsd or inverse_sqrt"),
+    ("optimizer", "betas", (0.9, 1.0), "optimizer.betas[1] = 1.0 does not work → use 2 values, each a finite number at least 0 and below 1"),
+    ("optimizer", "betas", (0.9,), "optimizer.betas = (0.9,) does not work → use 2 values, each a finite number at least 0 and below 1"),
+    ("optimizer", "decay_steps", 0, "optimizer.decay_steps = 0 does not work → use a whole number greater than 0 or None"),
+    ("schedule", "batch_size", 0, "schedule.batch_size = 0 does not work → use a whole number greater than 0"),
+    ("schedule", "validate_every", -1, "schedule.validate_every = -1 does not work → use a whole number at least 0"),
+    ("parallel", "zero_stage", 4, "parallel.zero_stage = 4 does not work → use 0, 1, 2 or 3"),
+    ("parallel", "tensors", 2, "parallel.tensors is not a setting → did you mean parallel.tensor?"),
+    ("track", "mode", "of", "track.mode = 'of' does not work → use auto, online, offline or disabled"),
+]
+
+
+@pytest.mark.parametrize(("section", "name", "value", "said"), REFUSED)
+def test_a_refused_assignment_is_a_sentence_and_leaves_the_old_value(section: str, name: str, value: object, said: str) -> None:
+    experiment = example()
+    assert sentence(lambda: setattr(getattr(experiment, section), name, value)) == said
+    assert experiment == example()
+
+
+@pytest.mark.parametrize(("section", "name", "value", "said"), [case for case in REFUSED if case[0] in ("model", "optimizer", "schedule")])
+def test_construction_refuses_in_the_same_words(section: str, name: str, value: object, said: str) -> None:
+    kind, settings = {"model": (GPT, MODEL), "optimizer": (Optimizer, OPTIMIZER), "schedule": (Schedule, SCHEDULE)}[section]
+    assert sentence(lambda: kind(**settings | {name: value})) == said
+
+
+def test_a_misspelt_setting_is_named_before_the_one_that_is_missing_for_it() -> None:
+    misspelt = {name: value for name, value in MODEL.items() if name != "num_heads"} | {"num_head": 6}
+    assert sentence(lambda: GPT(**misspelt)) == "model.num_head is not a setting → did you mean model.num_heads?"
+
+
+def test_everything_missing_is_named() -> None:
+    assert sentence(lambda: Data(train="a")) == (
+        "data.validation and data.tokenizer are missing → give every setting that has no default"
+    )
+
+
+def test_experiment_level_mistakes() -> None:
+    assert sentence(lambda: example(lr=3)) == "lr is not a setting → did you mean optimizer.lr?"
+    assert sentence(lambda: example(modell=3)) == "modell is not a setting → did you mean model?"
+    assert sentence(lambda: example(precision="fp8")) == "precision = 'fp8' does not work → use fp32, bf16 or fp16"
+    assert sentence(lambda: example(question="")) == "question = '' does not work → use text that is not empty"
+    assert sentence(lambda: example(deepspeed={"hook": print})).startswith("deepspeed")
+    assert sentence(lambda: example(data=3)) == "data = 3 does not work → use Data(…)"
+
+
+def test_a_plain_shape_becomes_one_that_refuses_in_our_words() -> None:
+    plain = Experiment(**dict(example()) | {"model": shapes.GPT(**MODEL)})
+    assert plain == example()
+    assert isinstance(plain.model, GPT)
+
+
+def test_science_has_no_defaults() -> None:
+    for kind in (GPT, Data, Schedule, Optimizer):
+        optional = {name for name, field in kind.model_fields.items() if not field.is_required()}
+        assert optional <= {"rotary_fraction", "rotary_base", "cache", "log_every", "decay_steps"}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_says_what_it_is_and_what_it_needs(section: str) -> None:
+    for name, field in getattr(config, section).model_fields.items():
+        assert field.description, name
+        assert is_group(field) or "<" not in needs(field), name
+
+
+def test_saved_and_loaded_is_equal(tmp_path) -> None:
+    experiment = example(optimizer={"lr": 0.1 + 0.2, "betas": (1 / 3, 0.95)}, deepspeed={"zero_optimization": {"x": [1, None, 2.5]}})
+    save(experiment, tmp_path / "config.json")
+    assert load(tmp_path / "config.json") == experiment
+    assert json.loads((tmp_path / "config.json").read_text())["schema"] == config.SCHEMA
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_newer_schema_is_refused_an_older_one_migrated(tmp_path, monkeypatch) -> None:
+    path, settings = tmp_path / "config.json", resolved(example())
+    path.write_text(json.dumps(settings | {"schema": 2}))
+    assert "schema 2, this code reads up to 1" in sentence(lambda: load(path))
+    monkeypatch.setattr(config, "SCHEMA", 3)
+    monkeypatch.setitem(config.MIGRATIONS, 1, lambda old: {**old, "seed": old["seed"] + 10})
+    monkeypatch.setitem(config.MIGRATIONS, 2, lambda old: {**old, "seed": old["seed"] * 2})
+    path.write_text(json.dumps(settings | {"schema": 1, "seed": 1}))
+    assert load(path).seed == 22
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}'])
+def test_a_hostile_config_is_a_sentence(tmp_path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert str(tmp_path) in sentence(lambda: load(tmp_path / "config.json"))
+
+
+def test_a_mistake_in_a_saved_group_is_named(tmp_path) -> None:
+    settings = resolved(example())
+    settings["model"]["num_headz"] = settings["model"].pop("num_heads")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert "model.num_headz is not a setting → did you mean model.num_heads?" in sentence(lambda: load(tmp_path / "config.json"))
+
+
+def test_build_undoes_resolved() -> None:
+    settings = resolved(example())
+    del settings["schema"]
+    assert build(settings) == example()
