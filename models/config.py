@@ -25,15 +25,15 @@ class GPT(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    num_layers: Size
-    hidden_size: Size
-    num_heads: Size
+    num_layers: Size = Field(description="transformer blocks; a pipeline deals them out to its stages")
+    hidden_size: Size = Field(description="width of the residual stream")
+    num_heads: Size = Field(description="query heads, each hidden_size / num_heads wide; tensor ranks share them")
     num_kv_heads: Size = Field(description="= num_heads: multi-head; fewer: grouped-query attention; 1: multi-query")
     ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu)")
     vocab_size: Size = Field(description="as the tokenizer counts it; padding for tensor ranks is added and inert")
     seq_length: Size = Field(description="tokens a sample; longest position of a learned table")
     norm: str = Field(description=f"{', '.join(NORMS)} or variant:Class")
-    norm_eps: float = Field(gt=0)
+    norm_eps: float = Field(gt=0, description="added to the variance before its square root")
     position: str = Field(description=f"{', '.join(POSITIONS)} or variant:Class")
     mlp: str = Field(description=f"{', '.join(MLPS)} or variant:Class")
     residual: str = Field(description=f"{', '.join(RESIDUALS)} or variant:Class")

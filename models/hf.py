@@ -6,18 +6,17 @@ them; a layout cuts them with each parameter's Slice. They may share memory with
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from models.config import GPT
+from models.hf_settings import GATED_MLPS, PLAIN_MLPS, settings
 from parallel.errors import Mistake
 
-PLAIN_MLPS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
-GATED_MLPS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
-"""Their activation -> our mlp."""
+__all__ = ["FAMILIES", "from_hf", "settings", "shapes", "to_hf"]
+
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 """Ends of names that older files hold beside the weights: masks and rotary tables."""
 
@@ -102,52 +101,6 @@ class Family:
     holds: dict[str, tuple]
     """Our setting -> the values that the family can express."""
     grouped: bool
-    read: Callable[["Get"], dict[str, Any]]
-    """Their configuration -> our settings."""
-
-
-Get = Callable[..., Any]
-"""(key, default=None) -> a setting of theirs."""
-
-
-def _gpt2(get: Get) -> dict[str, Any]:
-    for key, value in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}.items():
-        _require(key, get(key, value), value)
-    return dict(
-        num_layers=get("n_layer"), hidden_size=get("n_embd"), num_heads=get("n_head"), num_kv_heads=get("n_head"),
-        ffn_size=get("n_inner") or 4 * get("n_embd"), seq_length=get("n_positions"), norm="layernorm", norm_eps=get("layer_norm_epsilon"),
-        position="learned", mlp=_mlp("activation_function", get, PLAIN_MLPS), residual="pre_norm", bias=True, qkv_bias=True,
-        tied=get("tie_word_embeddings", True),
-    )  # fmt: skip
-
-
-def _neox(get: Get) -> dict[str, Any]:
-    _require("attention_bias", get("attention_bias", True), True)  # False takes the biases from attention, not from the MLP
-    fraction, base = _rotary(get, default=0.25)
-    turned = get("hidden_size") // get("num_attention_heads") * fraction
-    if int(turned) % 2:
-        raise Mistake(f"partial_rotary_factor = {fraction} turns {int(turned)} features of a head, an odd number → only pairs can be turned")
-    return dict(
-        num_layers=get("num_hidden_layers"), hidden_size=get("hidden_size"), num_heads=get("num_attention_heads"),
-        num_kv_heads=get("num_attention_heads"), ffn_size=get("intermediate_size"), seq_length=get("max_position_embeddings"),
-        norm="layernorm", norm_eps=get("layer_norm_eps"), position="rotary", rotary_fraction=fraction, rotary_base=base,
-        mlp=_mlp("hidden_act", get, PLAIN_MLPS), residual="parallel" if get("use_parallel_residual", True) else "pre_norm",
-        bias=True, qkv_bias=True, tied=get("tie_word_embeddings", False),
-    )  # fmt: skip
-
-
-def _llama(get: Get) -> dict[str, Any]:
-    heads, bias = get("num_attention_heads"), get("attention_bias", False)
-    _require("head_dim", get("head_dim") or get("hidden_size") // heads, get("hidden_size") // heads)
-    _require("mlp_bias", get("mlp_bias", False), bias)  # attention_bias is of q, k, v *and* the output: the MLP must be like it
-    fraction, base = _rotary(get, default=1.0)
-    _require("partial_rotary_factor", fraction, 1.0)
-    return dict(
-        num_layers=get("num_hidden_layers"), hidden_size=get("hidden_size"), num_heads=heads,
-        num_kv_heads=get("num_key_value_heads") or heads, ffn_size=get("intermediate_size"), seq_length=get("max_position_embeddings"),
-        norm="rmsnorm", norm_eps=get("rms_norm_eps"), position="rotary", rotary_fraction=fraction, rotary_base=base,
-        mlp=_mlp("hidden_act", get, GATED_MLPS), residual="pre_norm", bias=bias, qkv_bias=bias, tied=get("tie_word_embeddings", False),
-    )  # fmt: skip
 
 
 FAMILIES = {
@@ -168,7 +121,6 @@ FAMILIES = {
         holds={"norm": ("layernorm",), "position": ("learned",), "residual": ("pre_norm",), "bias": (True,), "qkv_bias": (True,),
                "mlp": tuple(PLAIN_MLPS.values()), "qk_norm": (False,)},
         grouped=False,
-        read=_gpt2,
     ),
     "gpt_neox": Family(
         prefix="gpt_neox.",
@@ -186,7 +138,6 @@ FAMILIES = {
         holds={"norm": ("layernorm",), "position": ("rotary",), "residual": ("parallel", "pre_norm"), "bias": (True,), "qkv_bias": (True,),
                "mlp": tuple(PLAIN_MLPS.values()), "qk_norm": (False,)},
         grouped=False,
-        read=_neox,
     ),
     "llama": Family(
         prefix="model.",
@@ -204,23 +155,9 @@ FAMILIES = {
         holds={"norm": ("rmsnorm",), "position": ("rotary",), "rotary_fraction": (1.0,), "residual": ("pre_norm",),
                "mlp": tuple(GATED_MLPS.values()), "qk_norm": (False,)},
         grouped=True,
-        read=_llama,
     ),
 }  # fmt: skip
 """transformers' `model_type` -> the family."""
-
-
-def settings(hf_config: Any) -> GPT:
-    """Our settings of a transformers configuration, an object or config.json's dict. What GPT cannot say is a Mistake naming it.
-
-    Left behind: dropout, how weights are drawn (`initializer_range`), token ids with a meaning, what only serves generation.
-    """
-
-    def get(key: str, default: Any = None) -> Any:
-        return hf_config.get(key, default) if isinstance(hf_config, Mapping) else getattr(hf_config, key, default)
-
-    family = _family(get("model_type"))
-    return GPT(**family.read(get), vocab_size=get("vocab_size"), init="gpt2", qk_norm=False)
 
 
 def from_hf(model: GPT, family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -319,22 +256,3 @@ def _refuse_unlike(model: GPT, family: str) -> None:
         raise Mistake(f"model.num_kv_heads = {model.num_kv_heads} is no {family} → that has as many as num_heads = {model.num_heads}")
     if model.bias != model.qkv_bias:  # reached by Llama alone
         raise Mistake(f"model.bias = {model.bias} with model.qkv_bias = {model.qkv_bias} is no {family} → that has both or neither")
-
-
-def _require(key: str, value: Any, only: Any) -> None:
-    if value != only:
-        raise Mistake(f"{key} = {value!r} has no counterpart here → only {only!r} can be read")
-
-
-def _mlp(key: str, get: Get, names: dict[str, str]) -> str:
-    if get(key) not in names:
-        raise Mistake(f"{key} = {get(key)!r} has no counterpart here → only {', '.join(names)} can be read")
-    return names[get(key)]
-
-
-def _rotary(get: Get, default: float) -> tuple[float, float]:
-    """(fraction, base), from the one table of transformers 5 or the single settings of earlier files."""
-    table = get("rope_parameters") or get("rope_scaling") or {}
-    _require("rope_type", table.get("rope_type", table.get("type", "default")), "default")
-    fraction = table.get("partial_rotary_factor") or get("partial_rotary_factor") or get("rotary_pct") or default
-    return fraction, table.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or 10_000.0

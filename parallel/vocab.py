@@ -130,7 +130,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient):
         logits, local, inside, highest, summed = ctx.saved_tensors
         grad = torch.zeros_like(logits) if ctx.real < logits.shape[1] else torch.empty_like(logits)
-        at_target = -(1 - ctx.smoothing) * inside * gradient
+        at_target = gradient.masked_fill(~inside, 0.0) * -(1 - ctx.smoothing)
         scale = gradient / summed
         for rows in _row_blocks(logits) if ctx.real else ():
             p = (logits[rows, : ctx.real] - highest[rows, None]).exp_().mul_(scale[rows, None])

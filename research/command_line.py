@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from parallel.errors import Mistake
 from research.config import Experiment, build
 from research.job import Override
-from research.settings import is_group, listed, names, needs, unknown
+from research.settings import names, needs, unknown
 
 HELP = ("--help", "-h")
 FLAGS = ("dry_run", "verbose")
@@ -72,22 +72,23 @@ def show_help(experiment: Experiment, path: str) -> None:
     description = f"{experiment.question}\n\n{USAGE.format(path=path)}"
     shown = experiment.model_copy(update={TABLE: {}})  # an empty table is not listed
     with contextlib.suppress(SystemExit):
-        tyro.cli(
-            Experiment, prog=path, description=description, default=shown, args=["--help"], config=AS_WRITTEN, use_underscores=True
-        )
+        tyro.cli(Experiment, prog=path, description=description, default=shown, args=["--help"], config=AS_WRITTEN, use_underscores=True)
 
 
 def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """['--a-b', '1', '2', '--c=3'] -> [('a_b', ['1', '2']), ('c', ['3'])]."""
+    """['--a-b', '1', '2', '--c=3'] -> [('a_b', ['1', '2']), ('c', ['3'])]; nothing may follow what = has closed."""
     found: list[tuple[str, list[str]]] = []
+    closed = True
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             found.append((name.replace("-", "_"), [value] if equals else []))
-        elif found:
-            found[-1][1].append(word)
-        else:
+            closed = bool(equals)
+        elif closed:
             raise Mistake(f"{word!r} belongs to no setting → write --group.name value, for example --parallel.tensor 2")
+        else:
+            found[-1][1].append(word)
+            closed = found[-1][0] == LOCAL_RANK
     return found
 
 
@@ -101,17 +102,16 @@ def _field(name: str) -> FieldInfo:
     """The schema's field of a dotted name."""
     if name.partition(".")[0].partition("_")[0] == TABLE:
         raise Mistake(f"--{name}: {TABLE} is a table and lives in the file only → write {TABLE}={{…}} in config.py")
-    group, field = Experiment, None
+    fields, found = Experiment.model_fields, None
     for part in name.split("."):
-        field = group.model_fields.get(part) if group else None
-        if field is None:
-            raise unknown(name, [*names(Experiment), *OPTIONS])
-        group = field.annotation if is_group(field) else None  # type: ignore[assignment]
-    if group is not None:
-        example = next(names(group, name))
-        raise Mistake(f"{name} is a group of settings → name one of them, for example --{example}")
-    assert field is not None
-    return field
+        if (found := fields.get(part)) is None:
+            break
+        fields = getattr(found.annotation, "model_fields", {})
+    if found is None:
+        raise unknown(name, [*names(Experiment), *OPTIONS])
+    if fields:
+        raise Mistake(f"{name} is a group of settings → name one of them, for example --{name}.{next(iter(fields))}")
+    return found
 
 
 def _read(field: FieldInfo, name: str, words: list[str], current: Any) -> Any:
@@ -122,7 +122,7 @@ def _read(field: FieldInfo, name: str, words: list[str], current: Any) -> Any:
         raise Mistake(f"--{name} has no value → give it {needs(field)}, now: {_written(current)}")
     if _is_text(field.annotation):
         if len(words) > 1:
-            raise Mistake(f"--{name} takes one value, got {len(words)} → put quotes around it: --{name} \"{' '.join(words)}\"")
+            raise Mistake(f'--{name} takes one value, got {len(words)} → put quotes around it: --{name} "{" ".join(words)}"')
         return None if words == ["None"] and field.annotation is not str else words[0]
     value = _by_type(field.annotation, _separated(field.annotation, words))
     if value is REFUSED:

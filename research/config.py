@@ -39,7 +39,7 @@ class Data(Settings):
 
     train: Text = Field(description="text to learn: builtin:state_of_the_union/train, or a .txt, .jsonl or .jsonl.xz file")
     validation: Text = Field(description="held-out text, named the same way; never trained on")
-    tokenizer: Text = Field(description="builtin:bpe-8192 (trained on the train text, cached) or builtin:gpt2; model.vocab_size must hold it")
+    tokenizer: Text = Field(description="builtin:bpe-8192 (trained on the train text) or builtin:gpt2; model.vocab_size holds it")
     cache: Text = Field(default=".cache", description="folder for token stores and tokenizers, relative to the repository; safe to delete")
 
 
@@ -50,7 +50,7 @@ class Schedule(Settings):
 
     steps: Count = Field(description="optimizer steps")
     batch_size: Count = Field(description="sequences a step, over all ranks")
-    micro_batch_size: Count = Field(description="sequences a rank passes through the model at once; changes memory and speed, not the result")
+    micro_batch_size: Count = Field(description="sequences a rank passes through the model at once; changes speed and memory only")
     validate_every: int = Field(ge=0, description="steps between validations; 0: only at the end")
     log_every: Count = Field(default=10, description="steps between lines in the terminal and rows in metrics.jsonl")
 
@@ -109,10 +109,10 @@ class Experiment(Settings):
     schedule: Schedule = Field(description="how long, how much at a time")
     optimizer: Optimizer = Field(description="AdamW and the learning rate")
     parallel: Parallel = Field(description="how the work is cut")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(description="what the model computes in; master weights are fp32. Never switched silently")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(description="what the model computes in; never switched silently")
     track: Track = Field(default_factory=Track, description="where the run is recorded")
     seed: int = Field(ge=0, description="draws weights and data order; the same on every layout")
-    deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="merged last into the derived DeepSpeed JSON; in the file only")
+    deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="merged last into the derived DeepSpeed JSON; file only")
 
     @field_validator("model", mode="before")
     @classmethod

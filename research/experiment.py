@@ -39,7 +39,7 @@ def load(folder: Path | str) -> Loaded:
     folder = Path(folder).resolve()
     path = folder / CONFIG
     if not path.is_file():
-        raise Mistake(f"{_short(folder)} has no {CONFIG} → an experiment is a folder with {CONFIG} and launch.py; copy experiments/gpt_sotu")
+        raise Mistake(f"{_short(folder)} has no {CONFIG} → copy a folder that has one, such as experiments/gpt_sotu")
     config = getattr(_run(path), "config", None)
     if not isinstance(config, Experiment):
         found = "defines no `config`" if config is None else f"defines config = {type(config).__name__}(…)"
@@ -84,7 +84,7 @@ def load_variants(folder: Path, model: GPT) -> dict[str, type]:
 class _Unwritten(SourceFileLoader):
     """Loads a source file and leaves no __pycache__ in the experiment's folder."""
 
-    def set_data(self, path: str, data: bytes, *, _mode: int = 0o666) -> None:
+    def set_data(self, path: str, data: object, *, _mode: int = 0o666) -> None:
         """Keep nothing."""
 
 

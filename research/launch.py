@@ -1,6 +1,7 @@
 """`run(__file__)`: what every experiment's launch.py calls. Everything that can be refused is refused before torch is imported."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from pathlib import Path
 from parallel.errors import Mistake
 from research.checks import check
 from research.command_line import Options, parse, show_help
+from research.config import Experiment
 from research.data.prepare import check as check_data
 from research.dry_run import dry_run
 from research.experiment import Loaded, check_variants, load
 from research.job import Job, Override
 from research.layout import layout
-from research.machine import Ranks, find_ranks, git_state, rank_hint
+from research.machine import ALONE, Ranks, choose_accelerator, find_ranks, git_state, rank_hint, refuse_taken_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0
@@ -30,6 +32,10 @@ def run(file: str) -> None:
         _run(Path(file).resolve(), sys.argv[1:])
     except Mistake as mistake:
         refuse(mistake, rank_hint())
+    except KeyboardInterrupt:  # while there is nothing to save yet; later research.stopping hears of it
+        raise SystemExit(128 + signal.SIGINT) from None
+    except BrokenPipeError:  # `--help | head` has seen enough; keep Python from complaining about it when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(file: Path, argv: list[str]) -> None:
@@ -38,13 +44,23 @@ def _run(file: Path, argv: list[str]) -> None:
     if options.help:
         _on_rank_0(ranks, lambda: show_help(experiment, os.path.relpath(file)))
         return
+    if options.dry_run and ranks == ALONE:
+        ranks = _enough(experiment)
     job = _resolved(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
     if options.dry_run:
         _on_rank_0(ranks, lambda: sys.stdout.write(dry_run(job, *git_state(job.root))))
         return
-    from research import train  # torch begins here
+    refuse_taken_port(ranks)
+    choose_accelerator()  # torch begins here
+    from research import train
 
     train.train(job)
+
+
+def _enough(experiment: Experiment) -> Ranks:
+    """A dry run without a launcher imagines the smallest world that holds the layout."""
+    world = experiment.parallel.pipe * experiment.parallel.tensor
+    return replace(ALONE, world=world, local_world=world)
 
 
 def _resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:

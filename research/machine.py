@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 """Slurm's numbers for steps that are no srun of ours: the batch script, an interactive shell, external processes."""
 FIRST_PORT, PORTS = 15_000, 15_000
 """Ports below Linux's ephemeral range, so that no outgoing connection happens to hold ours."""
+
+PORT_OPTION = {"deepspeed": "--master_port N", "srun": "MASTER_PORT=N"}
+"""How a launcher is told another port."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,31 @@ def threads_per_rank(ranks: Ranks) -> int:
     """Cores this process may use / local ranks, at least 1."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(ranks.cores, usable) if ranks.cores else usable // ranks.local_world)
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed that this is a CPU where torch sees no accelerator: it would guess the same, and warn of it on every rank.
+
+    Before DeepSpeed is imported. Imports torch.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def refuse_taken_port(ranks: Ranks) -> None:
+    """The rank that will serve the meeting looks, before 10 s of imports, whether it can. torchrun's agent serves it itself."""
+    if ranks.rank > 0 or ranks.world == 1 or ranks.launcher == "torchrun":
+        return
+    with socket.socket(socket.AF_INET6 if ":" in ranks.master_addr else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's own server does
+        try:
+            probe.bind(("", ranks.master_port))
+        except OSError as error:
+            raise Mistake(
+                f"master port {ranks.master_port} cannot be used ({error.strerror}) → add `{PORT_OPTION[ranks.launcher]}` with a free port"
+            ) from error
 
 
 def _from_torch(environ: Mapping[str, str]) -> Ranks:

@@ -19,8 +19,16 @@ TRAIN, VALIDATION, FAINT = "#3b6fb6", "#d1495b", "#8a8f98"
 def loss_curve(metrics: Path, picture: Path, title: str, subtitle: str = "") -> None:
     """Draw metrics.jsonl into a PNG, replaced whole. With no rows it is a picture that says so.
 
-    x: tokens seen; left axis: nats a token. Rows whose value is not finite leave a gap in the curve.
+    x: tokens seen; y: nats a token. Rows whose value is not finite leave a gap in the curve. Never raises: a run that has
+    trained is not to fail for its picture, so what goes wrong (a full disk) goes to the log.
     """
+    try:
+        _draw(metrics, picture, title, subtitle)
+    except Exception:
+        logging.getLogger(__name__).exception("%s could not be drawn", picture)
+
+
+def _draw(metrics: Path, picture: Path, title: str, subtitle: str) -> None:
     figure, axes = _canvas(title, subtitle)
     rows = list(read(metrics))
     train, validation = _points(rows, "train/loss"), _points(rows, "val/loss")

@@ -12,7 +12,14 @@ from pydantic.fields import FieldInfo
 from parallel.errors import Mistake
 
 UNKNOWN = ("extra_forbidden", "no_such_attribute")
-WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "True or False", dict: "a table of JSON values", type(None): "None"}
+WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool: "True or False",
+    dict: "a table of JSON values",
+    type(None): "None",
+}
 LONGEST = 60
 """Characters of a refused value that are shown."""
 MOST = 20
@@ -128,10 +135,10 @@ def _bounds(constraints: Iterable[Any]) -> Iterator[str]:
             yield "that is not empty"
 
 
-def listed(items: Iterable[Any]) -> str:
+def listed(items: Iterable[Any], last: str = "or") -> str:
     """'1, 2, 4 or 8'."""
     words = [str(item) for item in items]
-    return " or ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _telling(problem: Any) -> int:
@@ -153,7 +160,7 @@ def _own_sentence(problem: Any) -> bool:
 
 def _missing(absent: list[str]) -> Mistake:
     are = "is" if len(absent) == 1 else "are"
-    return Mistake(f"{' and '.join(filter(None, [', '.join(absent[:-1]), absent[-1]]))} {are} missing → give every setting that has no default")
+    return Mistake(f"{listed(absent, 'and')} {are} missing → give every setting that has no default")
 
 
 def _wrong_value(problem: Any, kind: type[BaseModel], section: str) -> Mistake:

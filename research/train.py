@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from parallel import checkpoint
 from parallel.engine import Engine
-from research import evaluate, plot, run_folder, sample
+from research import describe, evaluate, plot, run_folder, sample
 from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
 from research.job import Job
@@ -146,9 +146,27 @@ def finish(run: Run) -> None:
         return
     took = time.monotonic() - started
     run.voice.header([("saved", f"{short(run.folder)}/checkpoints/{target.name} ({took:.1f} s)")])
-    plot.loss_curve(run.folder)
+    plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, describe.layout_line(run.job))
     schedule = run.job.experiment.schedule
     run.voice.done(run.step, schedule.steps, run.meter.seconds(), run.best, run.engine.skipped_steps, run.folder.loss_png.name)
+    show_sample(run)
+
+
+def show_sample(run: Run) -> None:
+    """What the model writes after the held-out text's first words. Rank 0 reads its own checkpoint, so that no other is needed."""
+    words, axes = run.corpus.tokenizer, progress(run)
+    prompt = first_words(run)
+    written = sample.write_after_training(run.folder, run.job.experiment, words, prompt)
+    if written is None:
+        run.voice.warn(f"no sample: the whole model is large for this machine's free memory → python -m research sample {short(run.folder)}")
+        return
+    run.voice.sample(prompt, written)
+    run.tracker.sample(int(axes["progress/step"]), int(axes["progress/tokens"]), prompt, written)
+
+
+def first_words(run: Run) -> str:
+    """The prompt: how the held-out text begins."""
+    return run.corpus.tokenizer.decode(run.corpus.validation.tokens[:PROMPT_TOKENS].tolist())
 
 
 def facts(run: Run) -> dict[str, object]:
@@ -166,13 +184,6 @@ def facts(run: Run) -> dict[str, object]:
 
 
 def last_words(run: Run) -> None:
-    """What the model writes, and what to type next. Rank 0 reads its own checkpoint; the other ranks have left."""
-    if run.job.ranks.rank > 0:
-        return
-    words = run.corpus.tokenizer
-    prompt = words.decode(run.corpus.validation.tokens[:PROMPT_TOKENS].tolist())
-    written = sample.write_after_training(run.folder, run.job.experiment, words, prompt)
-    if written is not None:
-        run.voice.sample(prompt, written)
-    here = short(run.folder)
-    run.voice.next([f"python -m research sample {here} --prompt {shlex.quote(prompt)}", "python -m research runs"])
+    """What to type next."""
+    here, prompt = short(run.folder), shlex.quote(first_words(run))
+    run.voice.next([f"python -m research sample {here} --prompt {prompt}", f"wandb leet {here}/wandb", "python -m research runs"])

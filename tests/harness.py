@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import pickle
 import tempfile
 import threading
 import time
@@ -99,7 +100,7 @@ def _collect(pipes: list, deadline: float, timeout: float) -> list[Any]:
             rank = pipes.index(ready)
             del waiting[rank]
             try:
-                worked, value = ready.recv()
+                worked, value = pickle.loads(ready.recv_bytes())
             except EOFError:
                 worked, value = False, "died without a word"
             (results if worked else failures)[rank] = value
@@ -121,12 +122,17 @@ def _rank_main(function: Callable, rank: int, world: int, folder: str, pipe: Any
     torch.set_num_threads(1)
     try:
         distributed.start(rank, world, rank, f"file://{Path(folder) / 'rendezvous'}")
-        pipe.send((True, function(*arguments)))
+        _answer(pipe, True, function(*arguments))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        _answer(pipe, False, traceback.format_exc())
     finally:
         pipe.close()
         distributed.stop()
+
+
+def _answer(pipe: Any, worked: bool, value: Any) -> None:
+    # Plain bytes: torch's own reducer would send tensors as handles that are gone once this process has ended.
+    pipe.send_bytes(pickle.dumps((worked, value)))
 
 
 def _die_with_caller() -> None:

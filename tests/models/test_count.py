@@ -97,7 +97,12 @@ def test_a_variant_has_no_closed_form() -> None:
 
 CHOICES = list(
     itertools.product(
-        ("layernorm", "rmsnorm"), ("learned", "alibi"), ("gelu", "swiglu"), ("pre_norm", "post_norm", "parallel"), (True, False), (True, False)
+        ("layernorm", "rmsnorm"),
+        ("learned", "alibi"),
+        ("gelu", "swiglu"),
+        ("pre_norm", "post_norm", "parallel"),
+        (True, False),
+        (True, False),
     )
 )
 

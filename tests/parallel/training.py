@@ -1,62 +1,100 @@
 """A small GPT trained for a few steps on this rank's real DeepSpeed engine: what the layout tests compare."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import torch
 
 from models import gpt
 from models.config import GPT
+from parallel import checkpoint
 from parallel.deepspeed_config import EngineSettings
-from parallel.engine import MicroBatch, make_engine
-from parallel.grid import make_grid
+from parallel.engine import Engine, MicroBatch, make_engine
+from parallel.grid import Grid, make_grid
 
 MODEL = dict(
     num_layers=4, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=64, vocab_size=83, seq_length=16, norm="layernorm", norm_eps=1e-5,
-    position="learned", mlp="gelu_tanh", residual="pre_norm", init="gpt2", bias=True, qkv_bias=True, qk_norm=False, tied=True,
+    position="learned", mlp="gelu_tanh", residual="pre_norm", init="small_wang", bias=True, qkv_bias=True, qk_norm=False, tied=True,
 )  # fmt: skip
 """A GPT-2 in small, with a vocabulary that no tensor degree divides."""
 
-BATCH, MICRO = 8, 2
+LLAMA = dict(
+    num_kv_heads=2, norm="rmsnorm", position="rotary", rotary_fraction=1.0, rotary_base=10000.0, mlp="swiglu", bias=False, qkv_bias=False,
+    qk_norm=True, tied=False,
+)  # fmt: skip
+"""What a Llama (with normalised queries and keys) has otherwise."""
+
+SEED, BATCH, MICRO, STEPS = 7, 8, 2, 20
+CLIP, BETAS, EPS, WEIGHT_DECAY, LABEL_SMOOTHING = 0.25, (0.9, 0.95), 1e-3, 0.1, 0.1
+EVALUATION = 1000
+"""The number of the batch that is never trained on."""
 
 
-def batch_of(step: int, model: GPT, first: int, count: int) -> MicroBatch:
-    """Samples [first, first + count) of a step, with every third token unmasked in the second half of the batch."""
+def learning_rate(step: int) -> float:
+    """Rises over the steps, so that a step at another one's rate is seen."""
+    return 1e-2 * (step + 1) / STEPS
+
+
+def batch_of(step: int, model: GPT) -> MicroBatch:
+    """A step's global batch: counting in fives, which is soon learned. Every third token of its second half is masked, so a mean of means is another number.
+
+    Weights are the mask over its sum: Σ weights · loss is the mean over unmasked tokens.
+    """
     g = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, model.vocab_size, (BATCH, model.seq_length + 1), generator=g)
+    first = torch.randint(0, model.vocab_size, (BATCH, 1), generator=g)
+    tokens = (first + 5 * torch.arange(model.seq_length + 1)) % model.vocab_size
     mask = torch.ones(BATCH, model.seq_length)
     mask[BATCH // 2 :, ::3] = 0
-    rows = slice(first, first + count)
-    return MicroBatch(tokens[rows, :-1], tokens[rows, 1:], mask[rows] / mask.sum())
+    return MicroBatch(tokens[:, :-1], tokens[:, 1:], mask / mask.sum())
 
 
-def micro_batches(step: int, model: GPT, grid, accumulated: int):
-    """This data rank's micro-batches, weighted as research/data/batches.py defines it."""
-    for i in range(accumulated):
-        ids, targets, weights = batch_of(step, model, grid.data_rank * BATCH // grid.data + i * MICRO, MICRO)
-        yield MicroBatch(ids, targets, weights * accumulated * grid.data)
+def micro_batches(step: int, model: GPT, grid: Grid) -> Iterator[MicroBatch]:
+    """This data rank's micro-batches of a step, weighted for engines that average over micro-batches and data ranks."""
+    share = BATCH // grid.data
+    ids, targets, weights = batch_of(step, model)
+    for first in range(grid.data_rank * share, (grid.data_rank + 1) * share, MICRO):
+        rows = slice(first, first + MICRO)
+        yield MicroBatch(ids[rows], targets[rows], weights[rows] * (BATCH // MICRO))
 
 
-def train(pipe=1, tensor=1, steps=5, model=(), precision="fp32", clip=0.5, want=("loss", "norm"), **settings):
-    """Losses, norms, an evaluation and (on request) the final weights, as every rank sees them."""
-    shape = GPT(**{**MODEL, **dict(model)})
+def build(model=(), pipe=1, tensor=1, precision="fp32", clip=CLIP, **settings) -> tuple[Engine, GPT, Grid]:
+    """An engine on this rank, its model's settings and its grid."""
+    shape = GPT(**MODEL | dict(model))
     grid = make_grid(pipe, tensor)
-    accumulated = BATCH // grid.data // MICRO
-    engine = make_engine(
-        gpt.layers(shape, grid, seed=7),
-        gpt.TokenLoss(shape.vocab_size, 0.1, grid.tensor_group),
-        grid,
-        EngineSettings(
-            precision=precision, micro_batch_size=MICRO, micro_batches=accumulated, clip=clip, lr=1e-3, betas=(0.9, 0.95),
-            eps=1e-3, weight_decay=0.1, **{"zero_stage": 1, **settings},
-        ),
+    derived = EngineSettings(
+        precision=precision, micro_batch_size=MICRO, micro_batches=BATCH // grid.data // MICRO, clip=clip, lr=1.0, betas=BETAS, eps=EPS,
+        weight_decay=WEIGHT_DECAY, **{"zero_stage": 1, **settings},
     )  # fmt: skip
-    losses, norms = [], []
+    loss = gpt.TokenLoss(shape.vocab_size, LABEL_SMOOTHING, grid.tensor_group)
+    return make_engine(gpt.layers(shape, grid, seed=SEED), loss, grid, derived), shape, grid
+
+
+def evaluate(engine: Engine, shape: GPT, grid: Grid) -> float:
+    """The mean over unmasked tokens of one global batch, the same samples on every layout."""
+    losses = [engine.evaluate_batch(micro_batch) for micro_batch in micro_batches(EVALUATION, shape, grid)]
+    return sum(losses) / len(losses)
+
+
+def train(steps=STEPS, evaluate_every=0, weights=False, save=None, spoil: Callable | None = None, reweigh: Callable | None = None, **layout):
+    """Losses, norms, evaluations and (on request) this stage's final weights, as this rank sees them.
+
+    `save`: a folder to write a checkpoint to. `spoil(engine)` and `reweigh(micro_batches, grid)` break one thing on purpose.
+    """
+    engine, shape, grid = build(**layout)
+    if spoil:
+        spoil(engine)
+    found: dict = {"loss": [], "norm": [], "eval": []}
     for step in range(steps):
-        losses.append(engine.train_batch(micro_batches(step, shape, grid, accumulated), lr=1e-2 * (step + 1) / steps))
-        norms.append(engine.gradient_norm())
-    ids, targets, weights = batch_of(99, shape, grid.data_rank * MICRO, MICRO)
-    evaluated = engine.evaluate_batch(MicroBatch(ids, targets, torch.ones_like(weights) / weights.numel()))
-    found = {"loss": losses, "norm": norms, "eval": evaluated}
-    if "weights" in want:
+        batches = micro_batches(step, shape, grid)
+        found["loss"].append(engine.train_batch(reweigh(batches, grid) if reweigh else batches, learning_rate(step)))
+        found["norm"].append(engine.gradient_norm())
+        if evaluate_every and step % evaluate_every == 0:
+            found["eval"].append(evaluate(engine, shape, grid))
+    found["eval"].append(evaluate(engine, shape, grid))
+    if weights:
         found["weights"] = dict(engine.full_weights())
+    if save:
+        checkpoint.write(Path(save), engine.full_weights(), {"step": steps}, grid)
     return found
 
 

@@ -21,7 +21,11 @@ CASES = [
     ({"model": GQA, "parallel": {"tensor": 4}}, 4, "parallel.tensor = 4 does not divide model.num_kv_heads = 2 → use 1 or 2"),
     ({"model": {"ffn_size": 500}, "parallel": {"tensor": 3}}, 3, "parallel.tensor = 3 does not divide model.ffn_size = 500 → use 1 or 2"),
     ({"parallel": {"pipe": 5}}, 5, "parallel.pipe = 5 leaves stages without a block of model.num_layers = 4 → use pipe 4 or fewer"),
-    ({"parallel": {"pipe": 2, "zero_stage": 2}}, 2, "parallel.zero_stage = 2 does not work with parallel.pipe = 2 → use zero_stage 1, or pipe 1"),
+    (
+        {"parallel": {"pipe": 2, "zero_stage": 2}},
+        2,
+        "parallel.zero_stage = 2 does not work with parallel.pipe = 2 → use zero_stage 1, or pipe 1",
+    ),
     (
         {"parallel": {"pipe": 2, "offload_optimizer": True}},
         2,

@@ -7,6 +7,8 @@ from research.config import Experiment
 from research.settings import is_group, names
 from tests.research.example import example, sentence
 
+FILE_ONLY = "deepspeed is a table and lives in the file only → write deepspeed={…} in config.py"
+
 
 def test_settings_are_typed_and_recorded() -> None:
     argv = ["--local_rank=1", "--optimizer.lr", "3e-4", "--optimizer.betas", "0.9", "0.99", "--model.bias=False", "--parallel.tensor", "2"]
@@ -55,7 +57,8 @@ def test_none_and_text() -> None:
     assert parse(example(parent="a"), ["--parent", "None"])[0].parent is None
     assert parse(example(), ["--track.group", "my group"])[0].track.group == "my group"
     assert parse(example(), ["--question=--really?"])[0].question == "--really?"
-    assert parse(example(), ["--model.position", "rotary", "--model.rotary_fraction", "1", "--model.rotary_base", "1e4"])[0].model.rotary_base == 1e4
+    rotary = ["--model.position", "rotary", "--model.rotary_fraction", "1", "--model.rotary_base", "1e4"]
+    assert parse(example(), rotary)[0].model.rotary_base == 1e4
     assert parse(example(), ["--optimizer.betas", "(0.8, 0.9)"])[0].optimizer.betas == (0.8, 0.9)
     assert parse(example(), ["--optimizer.betas=0.8,0.9"])[0].optimizer.betas == (0.8, 0.9)
 
@@ -94,9 +97,11 @@ def test_options(local: list[str]) -> None:
         (["--model.bias", "maybe"], "model.bias = 'maybe' does not work → use True or False"),
         (["--question", "why", "not"], '--question takes one value, got 2 → put quotes around it: --question "why not"'),
         (["--model", "3"], "model is a group of settings → name one of them, for example --model.num_layers"),
-        (["--deepspeed.bf16", "1"], "--deepspeed.bf16: deepspeed is a table and lives in the file only → write deepspeed={…} in config.py"),
-        (["--deepspeed_config", "x"], "--deepspeed_config: deepspeed is a table and lives in the file only → write deepspeed={…} in config.py"),
+        (["--deepspeed.bf16", "1"], f"--deepspeed.bf16: {FILE_ONLY}"),
+        (["--deepspeed_config", "x"], f"--deepspeed_config: {FILE_ONLY}"),
         (["--dry-run", "3"], "--dry-run takes no value, got '3' → write it alone"),
+        (["--local-rank", "1", "seed=3"], "'seed=3' belongs to no setting → write --group.name value, for example --parallel.tensor 2"),
+        (["--optimizer.betas=0.9", "0.95"], "'0.95' belongs to no setting → write --group.name value, for example --parallel.tensor 2"),
         (["seed=3"], "'seed=3' belongs to no setting → write --group.name value, for example --parallel.tensor 2"),
     ],
 )

@@ -21,6 +21,7 @@ def test_the_schema_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+BETAS = "use 2 values, each a finite number at least 0 and below 1"
 REFUSED = [
     ("model", "num_headz", 3, "model.num_headz is not a setting → did you mean model.num_heads?"),
     ("model", "num_heads", -1, "model.num_heads = -1 does not work → use a whole number greater than 0"),
@@ -34,8 +35,8 @@ REFUSED = [
     ("model", "num_heads", 5, "model.num_heads = 5 does not divide model.hidden_size = 192 → use 1, 2, 3, 4, 6 or 8"),
     ("optimizer", "lr", float("nan"), "optimizer.lr = nan does not work → use a finite number greater than 0"),
     ("optimizer", "decay", "cos", "optimizer.decay = 'cos' does not work → use constant, linear, cosine, wsd or inverse_sqrt"),
-    ("optimizer", "betas", (0.9, 1.0), "optimizer.betas[1] = 1.0 does not work → use 2 values, each a finite number at least 0 and below 1"),
-    ("optimizer", "betas", (0.9,), "optimizer.betas = (0.9,) does not work → use 2 values, each a finite number at least 0 and below 1"),
+    ("optimizer", "betas", (0.9, 1.0), f"optimizer.betas[1] = 1.0 does not work → {BETAS}"),
+    ("optimizer", "betas", (0.9,), f"optimizer.betas = (0.9,) does not work → {BETAS}"),
     ("optimizer", "decay_steps", 0, "optimizer.decay_steps = 0 does not work → use a whole number greater than 0 or None"),
     ("schedule", "batch_size", 0, "schedule.batch_size = 0 does not work → use a whole number greater than 0"),
     ("schedule", "validate_every", -1, "schedule.validate_every = -1 does not work → use a whole number at least 0"),
@@ -64,9 +65,7 @@ def test_a_misspelt_setting_is_named_before_the_one_that_is_missing_for_it() -> 
 
 
 def test_everything_missing_is_named() -> None:
-    assert sentence(lambda: Data(train="a")) == (
-        "data.validation and data.tokenizer are missing → give every setting that has no default"
-    )
+    assert sentence(lambda: Data(train="a")) == ("data.validation and data.tokenizer are missing → give every setting that has no default")
 
 
 def test_experiment_level_mistakes() -> None:
@@ -116,7 +115,10 @@ def test_a_newer_schema_is_refused_an_older_one_migrated(tmp_path, monkeypatch) 
     assert load(path).seed == 22
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}'])
+HOSTILE = ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}']
+
+
+@pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_config_is_a_sentence(tmp_path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     assert str(tmp_path) in sentence(lambda: load(tmp_path / "config.json"))

@@ -10,6 +10,7 @@ from research.experiment import check_variants, load, load_variants
 from tests.research.example import example, sentence
 
 ROOT = Path(__file__).resolve().parents[2]
+END = "seed=1,\n)"
 GOOD = (ROOT / "experiments/gpt_sotu/config.py").read_text()
 
 
@@ -38,10 +39,10 @@ def line_of(text: str, words: str) -> int:
     [
         (("num_heads=6", "num_head=6"), "model=GPT(", "model.num_head is not a setting → did you mean model.num_heads?"),
         (("lr=3e-3", "lr=-1"), "Optimizer(", "optimizer.lr = -1 does not work → use a finite number greater than 0"),
-        (("seed=1,\n)", "seed=1,\n)\nconfig.model.num_headz = 3"), "num_headz", "model.num_headz is not a setting → did you mean model.num_heads?"),
+        ((END, f"{END}\nconfig.model.num_headz = 3"), "num_headz", "model.num_headz is not a setting → did you mean model.num_heads?"),
         (("seed=1", "seed=one"), "seed=one", "NameError: name 'one' is not defined → correct the Python there"),
         (("seed=1", "seed=1 2"), "seed=1 2", "invalid syntax. Perhaps you forgot a comma? → correct the Python there"),
-        (("seed=1,\n)", "seed=1,\n)\nconfig.model.num_headz"), "num_headz", "AttributeError: 'GPT' object has no attribute 'num_headz' → correct the Python there"),
+        ((END, f"{END}\nconfig.model.x"), "model.x", "AttributeError: 'GPT' object has no attribute 'x' → correct the Python there"),
     ],
 )
 def test_a_mistake_in_the_file_says_where(folder: Path, edit: tuple[str, str], at: str, said: str) -> None:
@@ -52,7 +53,7 @@ def test_a_mistake_in_the_file_says_where(folder: Path, edit: tuple[str, str], a
 
 
 def test_files_that_are_not_experiments(folder: Path) -> None:
-    assert "has no config.py → an experiment is a folder" in sentence(lambda: load("nowhere"))
+    assert "has no config.py → copy a folder that has one" in sentence(lambda: load("nowhere"))
     (folder / "config.py").write_text("x = 1")
     assert sentence(lambda: load(folder)) == "my_idea/config.py defines no `config` → write config = Experiment(…) in it"
     (folder / "config.py").write_text("config = 1")

@@ -23,7 +23,13 @@ TORCHRUN = {name: value for name, value in DEEPSPEED.items() if name not in ("LO
     "GROUP_RANK": "1",
     "TORCHELASTIC_RUN_ID": "none",
 }
-JOB = {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": "6", "SLURM_JOB_NODELIST": "gpu[007-009]", "SLURM_NNODES": "3", "SLURM_TASKS_PER_NODE": "2(x3)"}
+JOB = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_NTASKS": "6",
+    "SLURM_JOB_NODELIST": "gpu[007-009]",
+    "SLURM_NNODES": "3",
+    "SLURM_TASKS_PER_NODE": "2(x3)",
+}
 STEP = JOB | {
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_NUM_TASKS": "5",
@@ -88,7 +94,7 @@ def test_an_address_that_was_set_is_respected() -> None:
         JOB,  # the shell of salloc
         JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},  # a batch script
         JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": str(0xFFFFFFFB)},  # a batch script, numbered
-        JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": str(0xFFFFFFFA), "SLURM_STEP_NUM_TASKS": "1"},  # salloc's own step
+        JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": str(0xFFFFFFFA), "SLURM_STEP_NUM_TASKS": "1"},  # salloc's
     ],
 )
 def test_a_shell_inside_a_slurm_job_is_a_world_of_one(environ: dict[str, str]) -> None:

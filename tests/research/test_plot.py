@@ -61,6 +61,11 @@ def test_no_metrics_file_at_all(tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 0
 
 
+def test_what_goes_wrong_is_logged_not_raised(tmp_path, caplog):
+    loss_curve(tmp_path / "none.jsonl", tmp_path / "missing" / "loss.png", "a")
+    assert "loss.png could not be drawn" in caplog.text and "FileNotFoundError" in caplog.text
+
+
 def test_a_nan_is_a_gap_not_a_lie(tmp_path):
     x, y = _points([{"progress/tokens": 1, "train/loss": math.inf}, {"progress/tokens": 2, "train/loss": 3.0}], "train/loss")
     assert x == [1, 2] and math.isnan(y[0]) and y[1] == 3.0

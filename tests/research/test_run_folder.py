@@ -40,20 +40,35 @@ def test_an_id_that_is_taken_is_drawn_again(tmp_path, monkeypatch):
     assert [run_folder.create(tmp_path, "a").id for _ in range(2)] == ["aaaaaa", "bbbbbb"]
 
 
+def point(folders, times):
+    for _ in range(times):
+        for folder in folders:
+            run_folder._point_latest(folder)
+
+
+def test_latest_is_never_missing_while_it_moves(tmp_path):
+    folders = [run_folder.create(tmp_path, "a") for _ in range(2)]
+    mover = multiprocessing.get_context("fork").Process(target=point, args=(folders, 2000))
+    mover.start()
+    seen = set()
+    while mover.is_alive():
+        seen.add(os.readlink(tmp_path / "a" / "latest"))
+    assert mover.exitcode == 0 and seen == {folder.id for folder in folders}
+
+
 def make_some(runs, n):
     for _ in range(n):
         run_folder.create(runs, "a")
 
 
-def test_latest_never_dangles_while_runs_start_at_once(tmp_path):
-    make_some(tmp_path, 1)
-    workers = [multiprocessing.get_context("fork").Process(target=make_some, args=(tmp_path, 40)) for _ in range(2)]
+def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path):
+    workers = [multiprocessing.get_context("fork").Process(target=make_some, args=(tmp_path, 20)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    while any(worker.is_alive() for worker in workers):
-        assert (tmp_path / "a" / "latest" / "checkpoints").is_dir()
+    for worker in workers:
+        worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
-    assert len([path for path in (tmp_path / "a").iterdir() if not path.is_symlink()]) == 81
+    assert len([path for path in (tmp_path / "a").iterdir() if not path.is_symlink()]) == 40
 
 
 def test_runs_that_cannot_be_written_are_a_sentence(tmp_path):

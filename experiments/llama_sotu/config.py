@@ -1,0 +1,50 @@
+"""A 3.2 M-parameter Llama on the State of the Union addresses: the other family, at gpt_sotu's size and budget."""
+
+from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule, Track
+
+config = Experiment(
+    question="Are Llama's choices (RMSNorm, rotary, SwiGLU, grouped queries, no biases) better than GPT-2's at this size?",
+    parent="gpt_sotu",
+    model=GPT(
+        num_layers=4,
+        hidden_size=192,
+        num_heads=6,
+        num_kv_heads=2,
+        ffn_size=512,
+        vocab_size=8192,
+        seq_length=128,
+        norm="rmsnorm",
+        norm_eps=1e-5,
+        position="rotary",
+        mlp="swiglu",
+        residual="pre_norm",
+        init="gpt2",
+        bias=False,
+        qkv_bias=False,
+        qk_norm=False,
+        tied=True,
+        rotary_fraction=1.0,
+        rotary_base=10_000.0,
+    ),
+    data=Data(
+        train="builtin:state_of_the_union/train",
+        validation="builtin:state_of_the_union/val",
+        tokenizer="builtin:bpe-8192",
+    ),
+    schedule=Schedule(steps=300, batch_size=16, micro_batch_size=8, validate_every=100),
+    optimizer=Optimizer(
+        lr=3e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.1,
+        clip=1.0,
+        decay="cosine",
+        warmup_steps=30,
+        min_lr=3e-4,
+        label_smoothing=0.0,
+    ),
+    parallel=Parallel(tensor=1, pipe=1, zero_stage=1),
+    precision="fp32",
+    track=Track(project="tessera"),
+    seed=1,
+)

@@ -1,0 +1,68 @@
+"""transformers' configurations read as our settings: what is read, what is refused and in which words."""
+
+import json
+
+import pytest
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+
+from models.config import GPT
+from models.hf_settings import settings
+from parallel.errors import Mistake
+
+GPT2_SMALL = GPT(
+    num_layers=12, hidden_size=768, num_heads=12, num_kv_heads=12, ffn_size=3072, vocab_size=50257, seq_length=1024, norm="layernorm",
+    norm_eps=1e-5, position="learned", mlp="gelu_tanh", residual="pre_norm", init="gpt2", bias=True, qkv_bias=True, qk_norm=False,
+    tied=True,
+)  # fmt: skip
+PYTHIA_70M = dict(
+    model_type="gpt_neox", hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048, vocab_size=50304,
+    max_position_embeddings=2048, hidden_act="gelu", layer_norm_eps=1e-5, rotary_pct=0.25, rotary_emb_base=10000,
+    use_parallel_residual=True, tie_word_embeddings=False,
+)  # fmt: skip
+"""As its config.json has it, written by an earlier transformers."""
+
+
+def test_gpt2_as_published():
+    assert settings(GPT2Config()) == GPT2_SMALL
+
+
+def test_pythia_as_published_in_the_words_of_an_earlier_transformers():
+    found = settings(PYTHIA_70M)
+    assert (found.rotary_fraction, found.rotary_base, found.residual, found.mlp) == (0.25, 10_000, "parallel", "gelu")
+    assert found == settings(GPTNeoXConfig(**{key: value for key, value in PYTHIA_70M.items() if key != "model_type"}))
+
+
+def test_llama_2_as_published():
+    found = settings(LlamaConfig())
+    assert (found.hidden_size, found.ffn_size, found.num_kv_heads, found.norm, found.mlp) == (4096, 11008, 32, "rmsnorm", "swiglu")
+    assert (found.rotary_fraction, found.rotary_base, found.bias, found.qkv_bias, found.tied) == (1.0, 10_000.0, False, False, False)
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), GPTNeoXConfig(), LlamaConfig()], ids=lambda config: config.model_type)
+def test_an_object_and_its_json_are_the_same(config):
+    assert settings(json.loads(config.to_json_string(use_diff=False))) == settings(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True has no counterpart here → only False"),
+        (GPT2Config(scale_attn_weights=False), "scale_attn_weights = False has no counterpart"),
+        (GPT2Config(add_cross_attention=True), "add_cross_attention = True has no counterpart"),
+        (GPT2Config(activation_function="silu"), "activation_function = 'silu' has no counterpart here → only gelu, "),
+        (GPTNeoXConfig(attention_bias=False), "attention_bias = False has no counterpart"),
+        (GPTNeoXConfig(hidden_size=48, num_attention_heads=4), "partial_rotary_factor = 0.25 turns 3 features of a head, an odd number"),
+        (LlamaConfig(attention_bias=True), "mlp_bias = False has no counterpart here → only True"),
+        (LlamaConfig(mlp_bias=True), "mlp_bias = True has no counterpart here → only False"),
+        (LlamaConfig(head_dim=64), "head_dim = 64 has no counterpart here → only 128"),
+        (LlamaConfig(hidden_act="relu"), "hidden_act = 'relu' has no counterpart here → only silu, swish, gelu"),
+        (LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "rope_type = 'linear' has no counterpart"),
+        ({**PYTHIA_70M, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic' has no counterpart"),
+        ({**PYTHIA_70M, "model_type": "bloom"}, "model_type = 'bloom' is not a family we can read → use gpt2, gpt_neox, llama"),
+        ({"model_type": "gpt2"}, "the transformers configuration has no n_layer"),
+        ({}, "the transformers configuration has no model_type"),
+    ],
+)
+def test_what_we_cannot_say_is_refused_by_name(config, words):
+    with pytest.raises(Mistake, match=words):
+        settings(config)
