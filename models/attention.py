@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parallel.linear import ColumnParallelLinear, RowParallelLinear
+from parallel.linear import ColumnParallelLinear, RowParallelLinear, refuse_uneven
 
 if TYPE_CHECKING:
     from models.parts import Parts
@@ -22,6 +22,7 @@ class Attention(nn.Module):
     def __init__(self, name: str, parts: "Parts") -> None:
         super().__init__()
         model, init, grid = parts.model, parts.init, parts.grid
+        refuse_uneven((model.num_heads, model.num_kv_heads), grid, f"{name}'s heads")  # even features could still cut a head in two
         e, q_size, kv_size = model.head_size, model.hidden_size, model.num_kv_heads * model.head_size
         self.head_size, self.grouped = e, model.num_kv_heads != model.num_heads
         self.qkv = ColumnParallelLinear(f"{name}.qkv", model.hidden_size, (q_size, kv_size, kv_size), model.qkv_bias, init.inner, grid)

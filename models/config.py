@@ -17,7 +17,9 @@ Size = Annotated[int, Field(gt=0)]
 
 
 class GPT(BaseModel):
-    """A decoder-only transformer. GPT-2, GPT-NeoX/Pythia and Llama are settings of it (models/hf.py has them from a transformers configuration).
+    """A decoder-only transformer. GPT-2, GPT-NeoX/Pythia and Llama are settings of it.
+
+    models/hf_settings.py has them from a transformers configuration.
 
     Everything here is science, so nothing has a default, except the two rotary numbers, which must be given exactly when
     `position` uses them.

@@ -23,11 +23,11 @@ TABLE = "deepspeed"
 AS_WRITTEN = (tyro.conf.FlagConversionOff,)
 """True and False are written out, on the command line as in the file."""
 USAGE = """start it, from any folder:
-  two ranks here:  deepspeed --num_gpus 2 {path} --parallel.tensor 2
+  {ranks} ranks here:{space}deepspeed --num_gpus {ranks} {path}{cut}
   a cluster:       deepspeed --hostfile hosts {path}
-  Slurm:           srun --ntasks-per-node 2 python {path}
-  or else:         torchrun --nproc_per_node 2 {path}
-  one rank:        python {path}
+  Slurm:           srun --ntasks-per-node {ranks} python {path}{cut}
+  or else:         torchrun --nproc_per_node {ranks} {path}{cut}
+  one rank:        python {path}{uncut}
 
 beside settings:
   --dry-run   resolve everything, print the layout and the batch arithmetic, train nothing
@@ -69,10 +69,19 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
 
 def show_help(experiment: Experiment, path: str) -> None:
     """Print what the experiment asks, how to start it, and every setting with its value and meaning."""
-    description = f"{experiment.question}\n\n{USAGE.format(path=path)}"
+    description = f"{experiment.question}\n\n{usage(experiment, path)}"
     shown = experiment.model_copy(update={TABLE: {}})  # an empty table is not listed
     with contextlib.suppress(SystemExit):
         tyro.cli(Experiment, prog=path, description=description, default=shown, args=["--help"], config=AS_WRITTEN, use_underscores=True)
+
+
+def usage(experiment: Experiment, path: str) -> str:
+    """How to start this experiment: on its own ranks where it names a layout of several, else on two for an example."""
+    pipe, tensor = experiment.parallel.pipe, experiment.parallel.tensor
+    uncut = [f" --parallel.{axis} 1" for axis, size in (("pipe", pipe), ("tensor", tensor)) if size > 1]
+    ranks = pipe * tensor if uncut else 2
+    example = "" if uncut else " --parallel.tensor 2"
+    return USAGE.format(path=path, ranks=ranks, space=" " * (5 - len(str(ranks))), cut=example, uncut="".join(uncut))
 
 
 def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -4,7 +4,6 @@ Every refusal is a Mistake: one sentence with the dotted name, the value and wha
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,6 +12,7 @@ from pydantic import Field, JsonValue, field_validator
 
 from models import config as shapes
 from parallel.errors import Mistake
+from research.run_folder import write_json
 from research.settings import Settings
 
 SCHEMA = 1
@@ -133,9 +133,7 @@ def build(settings: dict[str, Any]) -> Experiment:
 
 def save(experiment: Experiment, path: Path) -> None:
     """Write config.json in one stroke: a reader finds the old file, the new one or none, never half of one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(resolved(experiment), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_json(path, resolved(experiment))
 
 
 def load(path: Path) -> Experiment:

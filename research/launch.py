@@ -28,12 +28,11 @@ WRONG = 2
 
 def run(file: str) -> None:
     """Train the experiment that `file` lies in. A Mistake, from wherever, ends in one sentence and exit code 2."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet: Ctrl-C ends even a long import or a wait for other ranks, silently
     try:
         _run(Path(file).resolve(), sys.argv[1:])
     except Mistake as mistake:
         refuse(mistake, rank_hint())
-    except KeyboardInterrupt:  # while there is nothing to save yet; later research.stopping hears of it
-        raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:  # `--help | head` has seen enough; keep Python from complaining about it when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

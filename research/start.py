@@ -114,7 +114,14 @@ def tracker_of(job: Job, folder: RunFolder, engine: Engine, voice: Voice) -> Tra
     about = About(config.resolved(job.experiment), engine.config, commit, dirty, family=job.name, tags=tags)
     tracker = Tracker(folder, job.experiment.track, about)
     voice.header([("tracking", tracker.line)])
+    tell(tracker, voice)
     return tracker
+
+
+def tell(tracker: Tracker | NoTracker, voice: Voice) -> None:
+    """What went wrong with W&B since the last time, each sentence once."""
+    while tracker.notes:
+        voice.warn(tracker.notes.pop(0))
 
 
 def short(folder: RunFolder) -> str:

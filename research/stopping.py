@@ -1,4 +1,4 @@
-"""A request to stop, from a person or a scheduler, that all ranks obey at the same step."""
+"""What a signal does to a run: before there is anything to keep it ends at once, later all ranks stop after the same step."""
 
 import signal
 from types import FrameType
@@ -9,6 +9,20 @@ import torch.distributed as dist
 from parallel.distributed import device
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALLED = 128
+"""Exit code of a run that a signal ended: 128 + the signal's number, as shells report it."""
+
+
+def leave_when_asked() -> None:
+    """From now on a signal raises SystemExit: what is open gets closed. Further ones, a launcher sends several, do not disturb that."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(SIGNALLED + number)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
 
 
 class Stop:

@@ -55,7 +55,7 @@ class Tracker:
         """Open the files and the W&B run; takes at most ten seconds whatever the network does."""
         self._metrics, self._samples = JsonLines(folder.metrics), JsonLines(folder.samples)
         self.notes: list[str] = []
-        """What went wrong with W&B, a sentence each, for the terminal to show once."""
+        """What went wrong with W&B, a sentence each; whoever shows one takes it out."""
         self._wandb = Mirror(folder, track, about, self.notes)
 
     @property
@@ -87,7 +87,9 @@ class NoTracker:
     """The tracker of ranks > 0: a run is one W&B run and one metrics.jsonl, whatever the world size."""
 
     line = ""
-    notes: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Nothing."""

@@ -4,9 +4,12 @@ import shlex
 import time
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from parallel import checkpoint
 from parallel.engine import Engine
-from research import describe, evaluate, plot, run_folder, sample
+from parallel.grid import Grid
+from research import describe, evaluate, plot, run_folder, sample, text
 from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
 from research.job import Job
@@ -14,14 +17,11 @@ from research.meter import Meter
 from research.report import Report, Silent
 from research.run_folder import FAILED, FINISHED, INTERRUPTED, RunFolder
 from research.schedule import learning_rate
-from research.start import Voice, corpus_of, engine_of, header, open_folder, short, tracker_of
-from research.stopping import Stop
+from research.start import Voice, corpus_of, engine_of, header, open_folder, short, tell, tracker_of
+from research.stopping import SIGNALLED, Stop, leave_when_asked
 from research.tensors import micro_batch
 from research.tracking import NoTracker, Tracker
 from research.world import joined
-
-INTERRUPTED_BY = 128
-"""Exit code of a run that a signal ended after its checkpoint: 128 + the signal's number, as shells report it."""
 
 PROMPT_TOKENS = 6
 """The sample at the end continues so many tokens of the held-out text."""
@@ -38,6 +38,7 @@ class Run:
     tracker: Tracker | NoTracker
     voice: Voice
     meter: Meter
+    stop: Stop
     step: int = 0
     """Optimizer steps attempted so far."""
     best: tuple[float, int] | None = None
@@ -47,37 +48,53 @@ class Run:
 def train(job: Job) -> None:
     """Trains the experiment of `job` from its first step to its last, or to a signal; ends with a checkpoint. Collective."""
     voice = Report() if job.ranks.rank == 0 else Silent()
-    stop = Stop()
     with joined(job) as grid:
         folder = open_folder(job)
-        header(job, folder, voice)
         status = FAILED
         try:
-            corpus = corpus_of(job, voice)
-            engine = engine_of(job, grid)
-            run = Run(job, folder, corpus, engine, tracker_of(job, folder, engine, voice), voice, Meter(job.layout.tokens_per_step))
-            try:
-                steps_of(run, stop)
-                finish(run)
-                status = INTERRUPTED if stop.signal else FINISHED
-            finally:
-                run.tracker.finish(status)
-                for note in run.tracker.notes:
-                    voice.warn(note)
+            leave_when_asked()
+            header(job, folder, voice)
+            run = prepared(job, folder, grid, voice)
+            status = carried_out(run)
+        except SystemExit:  # a signal came before the first step
+            status = INTERRUPTED
+            raise
         finally:
             if grid.rank == 0:
                 run_folder.end(folder, status)
-    last_words(run)
-    if stop.signal:
-        raise SystemExit(INTERRUPTED_BY + stop.signal)
+        last_words(run)
+        dist.barrier()  # the first rank to leave with an exit code makes a launcher end the others
+    if status == INTERRUPTED:
+        raise SystemExit(SIGNALLED + run.stop.signal)
 
 
-def steps_of(run: Run, stop: Stop) -> None:
+def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice) -> Run:
+    """The run before its first step. A signal leaves at once until all is there, then waits for the step's end."""
+    corpus = corpus_of(job, voice)
+    engine = engine_of(job, grid)
+    tracker = tracker_of(job, folder, engine, voice)
+    return Run(job, folder, corpus, engine, tracker, voice, Meter(job.layout.tokens_per_step), Stop())
+
+
+def carried_out(run: Run) -> str:
+    """All of the run's steps, or those before a signal, and its checkpoint; returns its status. The tracker is closed whatever happens."""
+    status = FAILED
+    try:
+        steps_of(run)
+        finish(run)
+        status = FINISHED if run.step == run.job.experiment.schedule.steps else INTERRUPTED
+    finally:
+        run.tracker.finish(status)
+        tell(run.tracker, run.voice)
+    return status
+
+
+def steps_of(run: Run) -> None:
     """Steps, and between them rows, validations and a look at whether to stop."""
     schedule = run.job.experiment.schedule
     run.voice.columns()
     run.meter.start()
-    while run.step < schedule.steps and not stop.agreed():
+    while run.step < schedule.steps and not run.stop.agreed():
         one_step(run)
         last = run.step == schedule.steps
         if run.step % schedule.log_every == 0 or last or run.step == 1:
@@ -158,15 +175,15 @@ def show_sample(run: Run) -> None:
     prompt = first_words(run)
     written = sample.write_after_training(run.folder, run.job.experiment, words, prompt)
     if written is None:
-        run.voice.warn(f"no sample: the whole model is large for this machine's free memory → python -m research sample {short(run.folder)}")
+        run.voice.warn(f"no sample: the whole model is large for this machine's free memory → `python -m research sample` on another")
         return
     run.voice.sample(prompt, written)
     run.tracker.sample(int(axes["progress/step"]), int(axes["progress/tokens"]), prompt, written)
 
 
 def first_words(run: Run) -> str:
-    """The prompt: how the held-out text begins."""
-    return run.corpus.tokenizer.decode(run.corpus.validation.tokens[:PROMPT_TOKENS].tolist())
+    """The prompt: how the held-out text begins, on one line, so that it can be typed."""
+    return text.one_line(run.corpus.tokenizer.decode(run.corpus.validation.tokens[:PROMPT_TOKENS].tolist()))
 
 
 def facts(run: Run) -> dict[str, object]:
@@ -186,4 +203,5 @@ def facts(run: Run) -> dict[str, object]:
 def last_words(run: Run) -> None:
     """What to type next."""
     here, prompt = short(run.folder), shlex.quote(first_words(run))
-    run.voice.next([f"python -m research sample {here} --prompt {prompt}", f"wandb leet {here}/wandb", "python -m research runs"])
+    dashboard = [f"wandb leet {here}/wandb"] if run.folder.wandb.is_dir() else []
+    run.voice.next([f"python -m research sample {here} --prompt {prompt}", *dashboard, "python -m research runs"])

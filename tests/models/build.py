@@ -93,7 +93,7 @@ def joined(model: GPT, ranks: list[Mapping], variants: Mapping[str, type] | None
 
 def relative(found: Tensor, true: Tensor) -> float:
     """‖found − true‖₂ / ‖true‖₂, in fp64."""
-    return float((found.double() - true.double()).norm() / true.double().norm())
+    return float((found.detach().double() - true.detach().double()).norm() / true.detach().double().norm())
 
 
 def worst(found: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -103,7 +103,7 @@ def worst(found: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> tuple[floa
     errors = {}
     for name, tensor in true.items():
         norm = tensor.double().norm()
-        errors[name] = float((found[name].double() - tensor.double()).norm() / (norm if norm > 1e-6 * whole else whole))
+        errors[name] = float((found[name].detach().double() - tensor.double()).norm() / (norm if norm > 1e-6 * whole else whole))
     name = max(errors, key=errors.__getitem__)
     return errors[name], name
 

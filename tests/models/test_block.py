@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.block import RESIDUALS
+from models.norm import NORMS
 from tests.harness import run_ranks
 from tests.models import on_rank, reference
 from tests.models.build import joined_part, random_part, shape, whole_model, worst
@@ -30,9 +31,7 @@ def equations(residual: str, model, x, w):
     return x + attention(norm(x, "attention")) + mlp(norm(x, "mlp"))
 
 
-MODELS = {
-    f"{residual}, {norm}": shape(residual=residual, norm=norm, position="none") for residual in RESIDUALS for norm in ("layernorm", "rmsnorm")
-}
+MODELS = {f"{residual}, {norm}": shape(residual=residual, norm=norm, position="none") for residual in RESIDUALS for norm in NORMS}
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

@@ -30,12 +30,11 @@ def queries_and_keys(length: int, heads: int = 4, size: int = 16, dtype=torch.fl
 def test_rotary_is_transformers_own_to_the_bit(fraction, base):
     """Queries and (fewer) keys at every one of 300 positions; the features behind the fraction unturned."""
     q, k = queries_and_keys(300)
-    config = GPTNeoXConfig(
-        hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": base, "partial_rotary_factor": fraction}
-    )
-    tables = GPTNeoXRotaryEmbedding(config)(q, torch.arange(300)[None])
-    for ours, theirs in zip(scheme("rotary", rotary_fraction=fraction, rotary_base=base).rotate(q, k), apply_rotary_pos_emb(q, k, *tables), strict=True):
-        assert torch.equal(ours, theirs)
+    table = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": fraction}
+    config = GPTNeoXConfig(hidden_size=64, num_attention_heads=4, rope_parameters=table)
+    theirs = apply_rotary_pos_emb(q, k, *GPTNeoXRotaryEmbedding(config)(q, torch.arange(300)[None]))
+    ours = scheme("rotary", rotary_fraction=fraction, rotary_base=base).rotate(q, k)
+    assert all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True))
 
 
 def test_rotated_scores_depend_on_the_distance_alone():
@@ -94,22 +93,25 @@ def test_alibi_slopes_of_eight_heads_are_the_paper_s():
 
 def test_alibi_is_rounded_once_in_a_bf16_model():
     """Computed in fp32, the bias of 1,000 positions is the nearest bf16, not a product of two rounded factors."""
-    q = torch.zeros(1, 4, 1000, 8)
-    exact, low = scheme("alibi").bias(q), scheme("alibi").bfloat16().bias(q.bfloat16())
+    q, alibi = torch.zeros(1, 12, 1000, 8), scheme("alibi", num_heads=12, num_kv_heads=12, hidden_size=96)
+    exact, low = alibi.bias(q), alibi.bfloat16().bias(q.bfloat16())
     assert exact.dtype == torch.float32
     assert torch.equal(low, exact.bfloat16())
 
 
 @pytest.mark.parametrize("heads", [8, 6, 12])
 def test_attention_with_alibi_uses_the_slopes_of_all_heads_on_two_ranks(heads):
-    """Against an explicit softmax with transformers' slopes, in fp64: outputs and gradients to 1e-12 on 1 and 2 ranks."""
+    """Against an explicit softmax with transformers' slopes, in fp64: outputs and gradients to 1e-12 on 1 and 2 ranks.
+
+    1e-7 for twelve heads, four of whose slopes are irrational, hence rounded to fp32.
+    """
     model = shape(position="alibi", num_heads=heads, num_kv_heads=heads, hidden_size=8 * heads)
     weights, x, dy = random_part("attention", model)
     slopes = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1].double()
     true = reference.with_gradients(lambda x, w: reference.attention(x, w, "attention", model, slopes), x, weights, dy)
     for tensor in (1, 2):
-        found = joined_part("attention", model, [rank[0] for rank in run_ranks(on_rank.run_parts, tensor, [("attention", model, weights, x, dy)])])
-        assert worst(found, true)[0] <= (1e-12 if heads != 12 else 1e-7)  # 2^(−i/2) is irrational: fp32 there
+        ranks = run_ranks(on_rank.run_parts, tensor, [("attention", model, weights, x, dy)])
+        assert worst(joined_part("attention", model, [rank[0] for rank in ranks]), true)[0] <= (1e-12 if heads != 12 else 1e-7)
 
 
 @pytest.mark.parametrize("position", POSITIONS)

@@ -19,7 +19,7 @@ MODEL = dict(
 """A GPT-2 in small, with a vocabulary that no tensor degree divides."""
 
 LLAMA = dict(
-    num_kv_heads=2, norm="rmsnorm", position="rotary", rotary_fraction=1.0, rotary_base=10000.0, mlp="swiglu", bias=False, qkv_bias=False,
+    num_layers=2, num_kv_heads=2, norm="rmsnorm", position="rotary", rotary_fraction=1.0, rotary_base=10000.0, mlp="swiglu", bias=False, qkv_bias=False,
     qk_norm=True, tied=False,
 )  # fmt: skip
 """What a Llama (with normalised queries and keys) has otherwise."""
@@ -32,7 +32,7 @@ EVALUATION = 1000
 
 def learning_rate(step: int) -> float:
     """Rises over the steps, so that a step at another one's rate is seen."""
-    return 1e-2 * (step + 1) / STEPS
+    return 5e-3 * (step + 1) / STEPS
 
 
 def batch_of(step: int, model: GPT) -> MicroBatch:

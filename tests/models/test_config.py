@@ -1,0 +1,86 @@
+"""The schema's mistakes, sentence by sentence, and what it lets through."""
+
+import pytest
+from pydantic import ValidationError
+
+from models.config import CHOICES, GPT
+from tests.models.build import ROTARY, SHAPE, shape
+
+SENTENCES = [
+    (dict(num_heads=5), "model.num_heads = 5 does not divide model.hidden_size = 32 → use 1, 2, 4, 8, 16 or 32"),
+    (dict(num_kv_heads=3), "model.num_kv_heads = 3 does not divide model.num_heads = 4 → use 1, 2 or 4"),
+    (dict(num_kv_heads=8), "model.num_kv_heads = 8 does not divide model.num_heads = 4 → use 1, 2 or 4"),
+    (dict(norm="batchnorm"), "model.norm = 'batchnorm' is not known → use layernorm, rmsnorm or variant:YourClass"),
+    (dict(position="rope"), "model.position = 'rope' is not known → use learned, sinusoidal, rotary, alibi, none or variant:YourClass"),
+    (dict(mlp="silu"), "model.mlp = 'silu' is not known → use gelu, gelu_tanh, relu, relu2, swiglu, geglu or variant:YourClass"),
+    (dict(residual="Parallel"), "model.residual = 'Parallel' is not known → use pre_norm, post_norm, parallel or variant:YourClass"),
+    (dict(init="xavier"), "model.init = 'xavier' is not known → use gpt2, small_wang or variant:YourClass"),
+    (dict(norm="variant:"), "model.norm = 'variant:' is not known → use layernorm, rmsnorm or variant:YourClass"),
+    (dict(norm="variant:a b"), "model.norm = 'variant:a b' is not known → use layernorm, rmsnorm or variant:YourClass"),
+    (
+        ROTARY | dict(rotary_base=None),
+        "model.position = 'rotary' needs model.rotary_base → set it (Llama: fraction 1.0, base 10000.0)",
+    ),
+    (
+        ROTARY | dict(rotary_fraction=None),
+        "model.position = 'rotary' needs model.rotary_fraction → set it (Llama: fraction 1.0, base 10000.0)",
+    ),
+    (dict(rotary_base=1e4), "model.rotary_base has no effect with model.position = 'learned' → leave it out"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), SENTENCES)
+def test_sentences(changes, sentence):
+    with pytest.raises(ValidationError) as caught:
+        shape(**changes)
+    assert [error["msg"] for error in caught.value.errors()] == [f"Value error, {sentence}"]
+
+
+@pytest.mark.parametrize("size", ["num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "seq_length"])
+@pytest.mark.parametrize("value", [0, -4])
+def test_sizes_are_positive(size, value):
+    with pytest.raises(ValidationError, match="greater than 0") as caught:
+        shape(**{size: value})
+    assert caught.value.errors()[0]["loc"] == (size,)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(norm_eps=0), ROTARY | dict(rotary_fraction=0.0), ROTARY | dict(rotary_fraction=1.5), ROTARY | dict(rotary_base=0)]
+)
+def test_numbers_out_of_range_are_refused(changes):
+    with pytest.raises(ValidationError, match="greater than 0|less than or equal to 1"):
+        shape(**changes)
+
+
+@pytest.mark.parametrize("field", SHAPE)
+def test_science_has_no_defaults(field):
+    with pytest.raises(ValidationError, match="Field required"):
+        GPT(**{name: value for name, value in SHAPE.items() if name != field})
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        shape(n_layer=2)
+
+
+def test_an_assignment_is_judged_like_a_file():
+    model = shape()
+    with pytest.raises(ValidationError, match="does not divide"):
+        model.num_heads = 5
+    model.num_heads = 8
+    assert model.head_size == 4
+
+
+def test_every_choice_is_allowed_and_so_is_a_class_of_one_s_own():
+    for setting, names in CHOICES.items():
+        for name in (*names, "variant:MyClass"):
+            assert getattr(shape(**{setting: name}), setting) == name
+
+
+def test_an_own_position_may_use_the_rotary_numbers_or_not():
+    assert shape(position="variant:Mine", rotary_base=500.0).rotary_fraction is None
+
+
+def test_it_survives_json():
+    for model in (shape(), shape(position="rotary"), shape(norm="variant:Mine")):
+        assert GPT.model_validate_json(model.model_dump_json()) == model

@@ -1,0 +1,199 @@
+"""The list of layers: its names, every combination of settings trained for a step, classes of an experiment's own, the loss."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models import gpt
+from models.block import PreNormBlock
+from models.config import CHOICES, VARIANT
+from models.init import GPT2Init
+from models.mlp import GELU
+from models.norm import RMSNorm
+from models.parts import REGISTRIES
+from models.position import Learned, Position
+from parallel.errors import Mistake
+from parallel.grid import Grid
+from tests.models.build import ALONE, gradients, shape, values, whole_model
+
+VOCAB = 83
+SETTINGS = {
+    **CHOICES,
+    "bias": (True, False),
+    "qkv_bias": (True, False),
+    "qk_norm": (True, False),
+    "tied": (True, False),
+    "num_kv_heads": (4, 2, 1),
+}
+
+
+def pairs(row: dict) -> set:
+    """Every two settings of a combination."""
+    return set(itertools.combinations(sorted((name, str(value)) for name, value in row.items()), 2))
+
+
+def pairwise(settings: dict[str, tuple]) -> list[dict]:
+    """Few combinations in which any value of any setting meets any value of any other: the best of 30 random rows, again and again."""
+    rng = random.Random(0)
+    missing = set().union(*(pairs({a: x, b: y}) for a, b in itertools.combinations(settings, 2) for x in settings[a] for y in settings[b]))
+    rows = []
+    while missing:
+        wanted = min(missing)
+        candidates = ({name: rng.choice(values) for name, values in settings.items()} for _ in itertools.count())
+        fitting = itertools.islice((row for row in candidates if wanted in pairs(row)), 30)
+        rows.append(max(fitting, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(rows[-1])
+    return rows
+
+
+COMBINATIONS = pairwise(SETTINGS)
+
+
+def test_the_combinations_are_few_and_leave_no_pair_out():
+    met = set().union(*(pairs(row) for row in COMBINATIONS))
+    for a, b in itertools.combinations(SETTINGS, 2):
+        for x, y in itertools.product(SETTINGS[a], SETTINGS[b]):
+            assert pairs({a: x, b: y}) <= met
+    assert len(COMBINATIONS) < 60
+
+
+def loss_of(model, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Mean over 4 × 16 fixed random tokens, in fp32."""
+    tokens = torch.randint(0, VOCAB, (4, 17), generator=torch.Generator().manual_seed(0))
+    targets = tokens[:, 1:]
+    return gpt.TokenLoss(VOCAB, label_smoothing, None)(model(tokens[:, :-1]), (targets, torch.full(targets.shape, 1 / targets.numel())))
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: "-".join(str(value) for value in row.values()))
+def test_every_combination_trains(row):
+    """Near log V at first, and lower after a small step down the gradient.
+
+    A tied small_wang table is so wide (√(2/5h)) that it prefers the token it reads: further from log V.
+    """
+    model = whole_model(shape(**row))
+    before = loss_of(model)
+    assert abs(float(before.detach()) - math.log(VOCAB)) < (0.05 if row["init"] == "gpt2" else 0.6)
+    before.backward()
+    found = gradients(model)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    # A key's bias adds the same to every score of a query: no gradient, in theory.
+    assert all(gradient.any() for name, gradient in found.items() if not name.endswith("k_norm.bias"))
+    norm = torch.stack([gradient.norm() for gradient in found.values()]).norm()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.01 / norm * parameter.grad
+    assert float(loss_of(model).detach()) < float(before.detach())
+
+
+def test_the_registries_are_what_the_schema_allows():
+    assert {setting: tuple(classes) for setting, classes in REGISTRIES.items()} == CHOICES
+
+
+def names(model, grid: Grid = ALONE) -> list[str]:
+    return [layer.name for layer in gpt.layers(model, grid, seed=0)]
+
+
+def test_names_of_the_layers():
+    assert names(shape()) == ["embedding", "position", "blocks.0", "blocks.1", "final_norm", "head"]
+    assert names(shape(position="rotary")) == ["embedding", "blocks.0", "blocks.1", "final_norm", "head"]
+    assert names(shape(position="alibi", residual="post_norm", num_layers=1)) == ["embedding", "blocks.0", "head"]
+
+
+def test_the_list_is_the_same_on_every_rank_and_needs_none():
+    """The grid only describes here: 2 stages, 3 data ranks, 4 tensor ranks, no process group."""
+    assert {tuple(names(shape(), Grid(2, 3, 4, rank))) for rank in range(24)} == {tuple(names(shape()))}
+
+
+def test_every_parameter_knows_its_logical_name():
+    """Which is the module's own path, so that every tool of torch says the same; a tied head has no parameter of its own."""
+    for tied in (True, False):
+        model = whole_model(shape(tied=tied, qk_norm=True))
+        assert list(values(model)) == [name for name, _ in model.named_parameters()]
+        assert ("head.weight" in values(model)) != tied
+
+
+def test_a_tied_head_is_the_embedding():
+    model = whole_model(shape(tied=True))
+    assert model.head.weight is model.embedding.weight
+
+
+def test_loss_is_the_weighted_smoothed_cross_entropy():
+    """torch's own, fp64, 1e-12; masked tokens count for nothing."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, VOCAB, generator=g, dtype=torch.float64)
+    targets, weights = torch.randint(0, VOCAB, (2, 5), generator=g), torch.rand(2, 5, generator=g, dtype=torch.float64)
+    weights[0, 2:] = 0
+    for smoothing in (0.0, 0.1):
+        true = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=smoothing)
+        found = gpt.TokenLoss(VOCAB, smoothing, None)(logits, (targets, weights))
+        assert abs(float(found - (weights.flatten() * true).sum())) < 1e-12
+    logits[0, 2:] = 1e3 * torch.randn(3, VOCAB, generator=g, dtype=torch.float64)
+    assert float(gpt.TokenLoss(VOCAB, smoothing, None)(logits, (targets, weights))) == pytest.approx(float(found), abs=1e-12)
+
+
+class OwnNorm(RMSNorm):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class OwnPosition(Position):
+    def rotate(self, q, k):
+        return -q, k
+
+
+class OwnInputPosition(Learned):
+    def forward(self, x):
+        return x - self.weight[: x.shape[1]]
+
+
+class OwnMLP(GELU):
+    def activate(self, x):
+        return x.sin()
+
+
+class OwnResidual(PreNormBlock):
+    final_norm = False
+
+
+class OwnInit(GPT2Init):
+    def inner_std(self):
+        return 7.0
+
+
+OWN = {"norm": OwnNorm, "position": OwnPosition, "mlp": OwnMLP, "residual": OwnResidual, "init": OwnInit}
+
+
+@pytest.mark.parametrize("setting", OWN)
+def test_an_experiment_s_own_class_is_used(setting):
+    """Named by `variant:Name`, it takes the place of the registered one and changes what the model computes."""
+    own = OWN[setting]
+    model = whole_model(shape(**{setting: f"{VARIANT}{own.__name__}"}), variants={own.__name__: own})
+    plain = whole_model(shape(**({"norm": "rmsnorm"} if setting == "norm" else {"position": "none"} if setting == "position" else {})))
+    if setting == "init":
+        assert 6 < model.get_submodule("blocks.0").mlp.up.weight.std() < 8
+    else:
+        assert any(type(module) is own for module in model.modules())
+        assert not torch.allclose(model(torch.arange(9)[None]), plain(torch.arange(9)[None]))
+    loss_of(model).backward()
+    gradients(model)
+
+
+def test_an_own_position_at_the_input_is_a_layer():
+    setting = {"position": f"{VARIANT}OwnInputPosition"}
+    model = whole_model(shape(**setting), variants={"OwnInputPosition": OwnInputPosition})
+    assert type(model.position) is OwnInputPosition
+    assert type(model.get_submodule("blocks.0").attention.position) is Position  # inside attention there is none
+    ids = torch.arange(9)[None]
+    assert torch.allclose(model.position(model.embedding(ids)) + model.position.weight[:9], model.embedding(ids), atol=1e-7)
+
+
+@pytest.mark.parametrize("setting", OWN)
+def test_a_class_that_variant_py_lacks_is_refused(setting):
+    with pytest.raises(Mistake, match=f"model.{setting} = 'variant:Missing', but variant.py defines no class Missing → it defines Here"):
+        whole_model(shape(**{setting: "variant:Missing"}), variants={"Here": OwnMLP})
+    with pytest.raises(Mistake, match="→ it defines none"):
+        whole_model(shape(**{setting: "variant:Missing"}))
