@@ -84,7 +84,7 @@ class Engine:
             if not self._owns(name):
                 continue
             cut = slice_of(parameter)
-            piece = safe_get_full_fp32_param(parameter).detach().to(torch.float32)
+            piece = safe_get_full_fp32_param(parameter).detach().to(self.device, torch.float32)  # offloaded ones come from the host
             yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, self._cut_group(parameter)).cpu()
 
     def _owns(self, name: str) -> bool:

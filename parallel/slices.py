@@ -89,12 +89,12 @@ class Slice:
 
 def slice_of(parameter: Tensor) -> Slice:
     """The Slice that `make_parameter` left on a parameter."""
-    return parameter.slice  # type: ignore[attr-defined]
+    return parameter.slice
 
 
 def logical_name(parameter: Tensor) -> str:
     """The layout-free name, e.g. `blocks.3.attention.qkv.weight`."""
-    return parameter.logical_name  # type: ignore[attr-defined]
+    return parameter.logical_name
 
 
 def make_parameter(name: str, full: Tensor, cut: Slice, rank: int, degree: int) -> nn.Parameter:
@@ -104,10 +104,10 @@ def make_parameter(name: str, full: Tensor, cut: Slice, rank: int, degree: int) 
     those without it are counted on tensor rank 0 alone.
     """
     parameter = nn.Parameter(cut.cut(full, rank, degree))
-    parameter.logical_name = name  # type: ignore[attr-defined]
-    parameter.slice = cut  # type: ignore[attr-defined]
+    parameter.logical_name = name
+    parameter.slice = cut
     if cut.dim is not None and degree > 1:
-        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = True
     return parameter
 
 

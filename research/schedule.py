@@ -23,9 +23,12 @@ class Decaying(Protocol):
 
     lr: float
     min_lr: float
-    decay: str
     warmup_steps: int
     decay_steps: int | None
+
+    @property
+    def decay(self) -> str:
+        """A name in DECAYS; read-only here, so that a schema may allow fewer strings."""
 
 
 def learning_rate(step: int, optimizer: Decaying, steps: int) -> float:

@@ -28,8 +28,11 @@ class Tracked(Protocol):
     """The fields of research.config.Track that are read here."""
 
     project: str
-    mode: str
     group: str | None
+
+    @property
+    def mode(self) -> str:
+        """auto, online, offline or disabled; read-only here, so that a schema may allow just these."""
 
 
 @dataclass(frozen=True)
