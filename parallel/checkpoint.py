@@ -77,9 +77,7 @@ def _write_file(partial: Path, tensors: dict[str, Tensor], rank: int, part: int)
 
 def _publish(partial: Path, folder: Path, everyone: list[dict[str, dict]], facts: dict[str, Any]) -> None:
     files = {name: entry for entries in everyone for name, entry in sorted(entries.items())}
-    tensors = {
-        name: {**described, "file": file} for file, entry in files.items() for name, described in entry.pop("tensors").items()
-    }
+    tensors = {name: {**described, "file": file} for file, entry in files.items() for name, described in entry.pop("tensors").items()}
     manifest = {"format": FORMAT, **facts, "files": files, "tensors": tensors}
     _write_synced(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
     _sync_folder(partial)
@@ -141,7 +139,9 @@ class Reader:
             path = self.folder / Path(name).name
             size = path.stat().st_size if path.is_file() else None
             if size != entry["size"]:
-                raise Mistake(f"{path} is damaged: {'missing' if size is None else f'{size} bytes'}, the manifest says {entry['size']} bytes")
+                raise Mistake(
+                    f"{path} is damaged: {'missing' if size is None else f'{size} bytes'}, the manifest says {entry['size']} bytes"
+                )
             found = _sha256(path)
             if found != entry["sha256"]:
                 raise Mistake(f"{path} is damaged: SHA-256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…")

@@ -98,7 +98,9 @@ def _specs(layers: Sequence[Layer]) -> list[LayerSpec]:
     """Tied layers become TiedLayerSpecs: the last stage builds a copy of the embedding, drawn under the same name."""
     by_name = {layer.name: layer for layer in layers}
     tied = {layer.tied_to for layer in layers if layer.tied_to}
-    return [_tied_spec(by_name[layer.tied_to or layer.name], layer) if layer.tied_to or layer.name in tied else Spec(layer) for layer in layers]
+    return [
+        _tied_spec(by_name[layer.tied_to or layer.name], layer) if layer.tied_to or layer.name in tied else Spec(layer) for layer in layers
+    ]
 
 
 def _tied_spec(owner: Layer, layer: Layer) -> TiedLayerSpec:

@@ -72,7 +72,9 @@ class Slice:
         """The whole parameter from the pieces of all tensor ranks in rank order; padding is dropped."""
         for piece in pieces:
             if tuple(piece.shape) != self.local_shape(len(pieces)):
-                raise ValueError(f"a piece of {self} on {len(pieces)} ranks has shape {self.local_shape(len(pieces))}, not {tuple(piece.shape)}")
+                raise ValueError(
+                    f"a piece of {self} on {len(pieces)} ranks has shape {self.local_shape(len(pieces))}, not {tuple(piece.shape)}"
+                )
         if self.dim is None:
             return pieces[0].clone()
         full = pieces[0].new_empty(self.shape)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
+from research.files import published
 
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIED = "running", "finished", "interrupted", "failed", "died"
 """run.json says one of the first four; `died` is what `status` makes of a `running` whose process is gone."""
@@ -87,24 +88,10 @@ def _point_latest(folder: RunFolder) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as strict JSON (no NaN), or leave it as it was: temporary file, fsync, rename, fsync of the folder."""
+    """Replace `path` by `value` as strict JSON (no NaN), or leave it as it was."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename in this folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with published(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -175,7 +175,7 @@ def show_sample(run: Run) -> None:
     prompt = first_words(run)
     written = sample.write_after_training(run.folder, run.job.experiment, words, prompt)
     if written is None:
-        run.voice.warn(f"no sample: the whole model is large for this machine's free memory → `python -m research sample` on another")
+        run.voice.warn("no sample: the whole model is large for this machine's free memory → `python -m research sample` on another")
         return
     run.voice.sample(prompt, written)
     run.tracker.sample(int(axes["progress/step"]), int(axes["progress/tokens"]), prompt, written)

@@ -107,7 +107,7 @@ def _collect(pipes: list, deadline: float, timeout: float) -> list[Any]:
         if failures:  # the others wait for the lost one: give their own errors a moment to arrive
             deadline = min(deadline, time.monotonic() + 2.0)
     if failures or waiting:
-        hung = {rank: f"no answer within {timeout:.0f} s (or 2 s after another rank failed)" for rank in waiting}
+        hung = dict.fromkeys(waiting, f"no answer within {timeout:.0f} s (or 2 s after another rank failed)")
         raise RankFailed("\n".join(f"--- rank {rank} ---\n{text}" for rank, text in sorted((failures | hung).items())))
     return [results[rank] for rank in range(len(pipes))]
 

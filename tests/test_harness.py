@@ -91,9 +91,11 @@ def test_a_hanging_rank_is_killed_in_time_and_named(tmp_path) -> None:
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
 def test_no_rank_outlives_a_killed_caller(tmp_path) -> None:
-    code = f"from pathlib import Path; from tests import harness, test_harness as t; harness.run_ranks(t.hang_on, 2, 0, Path({str(tmp_path)!r}))"
     main = tmp_path / "main.py"
-    main.write_text(f"if __name__ == '__main__':\n    {code}\n")
+    main.write_text(
+        "from pathlib import Path\nfrom tests import harness, test_harness\n"
+        f"if __name__ == '__main__':\n    harness.run_ranks(test_harness.hang_on, 2, 0, Path({str(tmp_path)!r}))\n"
+    )
     caller = subprocess.Popen([sys.executable, str(main)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         assert wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "0").read_text(), 60), "the ranks did not start"

@@ -12,9 +12,9 @@ import numpy as np
 
 from parallel.errors import Mistake
 from research.data import corpus, store, tokenizer
-from research.data.cache import locked
 from research.data.store import TokenStore
 from research.data.tokenizer import Tokenizer
+from research.files import locked
 
 RECIPE = 1
 """Part of every store's name: raise it whenever the same text would give other tokens."""

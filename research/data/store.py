@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel.errors import Mistake
-from research.data.cache import published
+from research.files import published
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from parallel.errors import Mistake
 from research.data import corpus
-from research.data.cache import locked, published
+from research.files import locked, published
 
 if TYPE_CHECKING:
     import tokenizers

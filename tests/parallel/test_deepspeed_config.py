@@ -65,7 +65,10 @@ def test_the_users_table_is_merged_last() -> None:
         ({"bf16": {"enabled": False}}, ["deepspeed.bf16.enabled = False", "contradicts True"]),
         ({"fp16": {"enabled": True}}, ["deepspeed.fp16 = ", "contradicts precision"]),
         ({"train_batch_size": 64}, ["deepspeed.train_batch_size = 64", "contradicts schedule.batch_size"]),
-        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, ["deepspeed.zero_optimization.offload_param", "parallel.offload_parameters"]),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            ["deepspeed.zero_optimization.offload_param", "parallel.offload_parameters"],
+        ),
         ({"scheduler": {"type": "WarmupLR"}}, ["deepspeed.scheduler", "optimizer.decay"]),
     ],
 )

@@ -126,8 +126,9 @@ def trained_by_torch_alone(subject: str) -> dict:
     """The plain module, AdamW and clipping by torch, the whole global batch in one pass; nothing of an engine."""
     shape = GPT(**MODEL | SUBJECTS[subject])
     module = PlainModule(gpt.layers(shape, Grid(), seed=SEED))
-    decayed = [p for p in module.parameters() if p.dim() >= 2]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": [p for p in module.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    matrices = [p for p in module.parameters() if p.dim() >= 2]
+    vectors = [p for p in module.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=BETAS, eps=EPS, foreach=False)
     found: dict = {"loss": [], "norm": []}
     for step in range(STEPS):

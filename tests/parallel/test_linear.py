@@ -69,6 +69,10 @@ def all_sandwiches() -> dict[tuple[str, bool], dict[str, Tensor]]:
     return {(name, bias): sliced(parts, bias) for name, parts in FUSED.items() for bias in (True, False)}
 
 
+def assert_equal(name: str, found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{name}: {text}")
+
+
 @functools.cache
 def on_ranks(degree: int) -> list[dict]:
     return run_ranks(all_sandwiches, degree)
@@ -82,7 +86,7 @@ def test_a_sandwich_is_the_dense_one(degree: int, parts: str, bias: bool) -> Non
     for found in on_ranks(degree):
         assert set(found[parts, bias]) == set(expected)
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[parts, bias][name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
+            assert_equal(name, found[parts, bias][name], tensor)
 
 
 @pytest.mark.parametrize("degree", [3, 5])

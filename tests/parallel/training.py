@@ -19,8 +19,8 @@ MODEL = dict(
 """A GPT-2 in small, with a vocabulary that no tensor degree divides."""
 
 LLAMA = dict(
-    num_layers=2, num_kv_heads=2, norm="rmsnorm", position="rotary", rotary_fraction=1.0, rotary_base=10000.0, mlp="swiglu", bias=False, qkv_bias=False,
-    qk_norm=True, tied=False,
+    num_layers=2, num_kv_heads=2, norm="rmsnorm", position="rotary", rotary_fraction=1.0, rotary_base=10000.0, mlp="swiglu", bias=False,
+    qkv_bias=False, qk_norm=True, tied=False,
 )  # fmt: skip
 """What a Llama (with normalised queries and keys) has otherwise."""
 
@@ -36,9 +36,9 @@ def learning_rate(step: int) -> float:
 
 
 def batch_of(step: int, model: GPT) -> MicroBatch:
-    """A step's global batch: counting in fives, which is soon learned. Every third token of its second half is masked, so a mean of means is another number.
+    """A step's global batch: counting in fives, which is soon learned.
 
-    Weights are the mask over its sum: Σ weights · loss is the mean over unmasked tokens.
+    Every third token of its second half is masked, so that a mean of means is another number. Weights are the mask over its sum: Σ weights · loss is the mean over unmasked tokens.
     """
     g = torch.Generator().manual_seed(step)
     first = torch.randint(0, model.vocab_size, (BATCH, 1), generator=g)
@@ -75,7 +75,9 @@ def evaluate(engine: Engine, shape: GPT, grid: Grid) -> float:
     return sum(losses) / len(losses)
 
 
-def train(steps=STEPS, evaluate_every=0, weights=False, save=None, spoil: Callable | None = None, reweigh: Callable | None = None, **layout):
+def train(
+    steps=STEPS, evaluate_every=0, weights=False, save=None, spoil: Callable | None = None, reweigh: Callable | None = None, **layout
+) -> dict:
     """Losses, norms, evaluations and (on request) this stage's final weights, as this rank sees them.
 
     `save`: a folder to write a checkpoint to. `spoil(engine)` and `reweigh(micro_batches, grid)` break one thing on purpose.

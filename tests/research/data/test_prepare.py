@@ -1,5 +1,6 @@
 """From text to stores: right, once, atomically, and by real processes that all start at the same moment."""
 
+import fcntl
 import select
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from parallel.errors import Mistake
-from research.data import cache, corpus, prepare, tokenizer
+from research.data import corpus, prepare, tokenizer
 from research.data.store import TokenStore
 from tests.research.data.conftest import ROOT
 
@@ -159,7 +160,7 @@ def test_all_ranks_at_once_one_does_the_work(tmp_path, lines):
 
 HOLD = """
 import pathlib, sys, time
-from research.data.cache import locked
+from research.files import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -185,7 +186,7 @@ def test_where_the_file_system_has_no_locks_work_goes_on(settings, tmp_path, mon
     def refuse(*_):
         raise OSError("no locks available")
 
-    monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert prepare.load(settings, tmp_path, 300).train.num_documents == 20
 
 

@@ -82,7 +82,7 @@ def test_nothing_is_visible_after_a_failure(tmp_path):
 
 def test_index_appears_last(tmp_path, monkeypatch):
     order, replace = [], store.published.__globals__["os"].replace
-    monkeypatch.setattr("research.data.cache.os.replace", lambda a, b: (order.append(b.suffix), replace(a, b)))
+    monkeypatch.setattr("research.files.os.replace", lambda a, b: (order.append(b.suffix), replace(a, b)))
     write(tmp_path)
     assert sorted(order) == [".bin", ".idx", ".json"] and order[-1] == ".idx"
     assert not list(tmp_path.glob(".*"))

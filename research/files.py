@@ -1,4 +1,4 @@
-"""Files that several processes may want to make at the same moment: made by one, seen whole or not at all."""
+"""Files that several processes may want to write at the same moment: made by one, seen whole or not at all."""
 
 import contextlib
 import fcntl
