@@ -94,7 +94,7 @@ def vocab_logits(x: Tensor, weight: Tensor, group: ProcessGroup | None) -> Tenso
 def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, group: ProcessGroup | None, vocab_size: int, label_smoothing: float = 0.0
 ) -> Tensor:
-    """−log p(target) per token, equal on every tensor rank, as F.cross_entropy(…, reduction="none") defines it; fp32, or fp64 for fp64 logits.
+    """−log p(target) per token, as F.cross_entropy(…, reduction="none"); equal on every tensor rank, fp32 (fp64 for fp64 logits).
 
     logits: 'b s v', this rank's rows of the padded vocabulary, never gathered, never written; targets: 'b s' in [0, vocab_size).
     Communicates two all-reduces of O(b·s): the maximum, then three stacked sums. Label smoothing ε mixes in the mean over the

@@ -18,8 +18,11 @@ def leave_when_asked() -> None:
 
     def leave(number: int, frame: FrameType | None) -> None:
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, ignore)  # not SIG_IGN: Python complains of a signal that is on its way while it is set
         raise SystemExit(SIGNALLED + number)
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        return
 
     for number in SIGNALS:
         signal.signal(number, leave)

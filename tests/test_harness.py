@@ -113,7 +113,7 @@ def test_ranks_run_on_the_cpu_and_the_caller_keeps_its_environment() -> None:
     assert dict(os.environ) == before
 
 
-FOUR_RANKS = [dict(pipe=2, tensor=2), dict(tensor=4), dict(pipe=2), dict(tensor=2), dict(zero_stage=3)]
+FOUR_RANKS = [dict(pipe=2, tensor=2), dict(tensor=4), dict(pipe=2), dict(tensor=2), dict(zero_stage=3, micro=2)]
 
 
 @pytest.mark.parametrize("layout", FOUR_RANKS, ids=str)

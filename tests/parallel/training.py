@@ -24,7 +24,7 @@ LLAMA = dict(
 )  # fmt: skip
 """What a Llama (with normalised queries and keys) has otherwise."""
 
-SEED, BATCH, MICRO, STEPS = 7, 8, 2, 20
+SEED, BATCH, MICRO, STEPS = 7, 8, 4, 20
 CLIP, BETAS, EPS, WEIGHT_DECAY, LABEL_SMOOTHING = 0.25, (0.9, 0.95), 1e-3, 0.1, 0.1
 EVALUATION = 1000
 """The number of the batch that is never trained on."""
@@ -38,7 +38,8 @@ def learning_rate(step: int) -> float:
 def batch_of(step: int, model: GPT) -> MicroBatch:
     """A step's global batch: counting in fives, which is soon learned.
 
-    Every third token of its second half is masked, so that a mean of means is another number. Weights are the mask over its sum: Σ weights · loss is the mean over unmasked tokens.
+    Every third token of its second half is masked, so that a mean of means is another number. Weights are the mask over its
+    sum: Σ weights · loss is the mean over unmasked tokens.
     """
     g = torch.Generator().manual_seed(step)
     first = torch.randint(0, model.vocab_size, (BATCH, 1), generator=g)
@@ -48,21 +49,21 @@ def batch_of(step: int, model: GPT) -> MicroBatch:
     return MicroBatch(tokens[:, :-1], tokens[:, 1:], mask / mask.sum())
 
 
-def micro_batches(step: int, model: GPT, grid: Grid) -> Iterator[MicroBatch]:
+def micro_batches(step: int, model: GPT, grid: Grid, micro: int) -> Iterator[MicroBatch]:
     """This data rank's micro-batches of a step, weighted for engines that average over micro-batches and data ranks."""
     share = BATCH // grid.data
     ids, targets, weights = batch_of(step, model)
-    for first in range(grid.data_rank * share, (grid.data_rank + 1) * share, MICRO):
-        rows = slice(first, first + MICRO)
-        yield MicroBatch(ids[rows], targets[rows], weights[rows] * (BATCH // MICRO))
+    for first in range(grid.data_rank * share, (grid.data_rank + 1) * share, micro):
+        rows = slice(first, first + micro)
+        yield MicroBatch(ids[rows], targets[rows], weights[rows] * (BATCH // micro))
 
 
-def build(model=(), pipe=1, tensor=1, precision="fp32", clip=CLIP, **settings) -> tuple[Engine, GPT, Grid]:
+def build(model=(), pipe=1, tensor=1, precision="fp32", clip=CLIP, micro=MICRO, **settings) -> tuple[Engine, GPT, Grid]:
     """An engine on this rank, its model's settings and its grid."""
     shape = GPT(**MODEL | dict(model))
     grid = make_grid(pipe, tensor)
     derived = EngineSettings(
-        precision=precision, micro_batch_size=MICRO, micro_batches=BATCH // grid.data // MICRO, clip=clip, lr=1.0, betas=BETAS, eps=EPS,
+        precision=precision, micro_batch_size=micro, micro_batches=BATCH // grid.data // micro, clip=clip, lr=1.0, betas=BETAS, eps=EPS,
         weight_decay=WEIGHT_DECAY, **{"zero_stage": 1, **settings},
     )  # fmt: skip
     loss = gpt.TokenLoss(shape.vocab_size, LABEL_SMOOTHING, grid.tensor_group)
@@ -71,7 +72,9 @@ def build(model=(), pipe=1, tensor=1, precision="fp32", clip=CLIP, **settings) -
 
 def evaluate(engine: Engine, shape: GPT, grid: Grid) -> float:
     """The mean over unmasked tokens of one global batch, the same samples on every layout."""
-    losses = [engine.evaluate_batch(micro_batch) for micro_batch in micro_batches(EVALUATION, shape, grid)]
+    losses = [
+        engine.evaluate_batch(micro_batch) for micro_batch in micro_batches(EVALUATION, shape, grid, engine.settings.micro_batch_size)
+    ]
     return sum(losses) / len(losses)
 
 
@@ -87,7 +90,7 @@ def train(
         spoil(engine)
     found: dict = {"loss": [], "norm": [], "eval": []}
     for step in range(steps):
-        batches = micro_batches(step, shape, grid)
+        batches = micro_batches(step, shape, grid, engine.settings.micro_batch_size)
         found["loss"].append(engine.train_batch(reweigh(batches, grid) if reweigh else batches, learning_rate(step)))
         found["norm"].append(engine.gradient_norm())
         if evaluate_every and step % evaluate_every == 0:

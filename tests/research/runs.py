@@ -167,7 +167,7 @@ def launch(
     words = [file, *place.settings({name.replace("__", "."): value for name, value in changes.items()})]
     port, base = port or free_port(), _environment(place) | (environ or {})
     if launcher == "srun":
-        return Launch(place, [[sys.executable, *words]] * ranks, cwd, [base | _slurm(rank, ranks, port) for rank in range(ranks)])
+        return Launch(place, [[sys.executable, *words]] * ranks, cwd, [base | slurm(rank, ranks, port) for rank in range(ranks)])
     return Launch(place, [[*_launcher(launcher, ranks, port), *words]], cwd, [base])
 
 
@@ -197,7 +197,7 @@ def _command(script: str, module: str) -> list[str]:
     return [str(beside)] if beside.is_file() else [sys.executable, "-m", module]
 
 
-def _slurm(rank: int, ranks: int, port: int) -> dict[str, str]:
+def slurm(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What srun tells a task of a step on one node."""
     step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_STEP_NODELIST": "127.0.0.1"}
     counts = {"SLURM_NTASKS": str(ranks), "SLURM_STEP_TASKS_PER_NODE": str(ranks), "SLURM_NNODES": "1"}
