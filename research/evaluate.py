@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from parallel.engine import Engine
 from research.data.batches import validation_batches
 from research.data.store import TokenStore
+from research.metrics import perplexity
 from research.tensors import micro_batch
 
 
@@ -18,8 +19,8 @@ class Validation:
 
     @property
     def perplexity(self) -> float:
-        """e^loss; infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """e^loss."""
+        return perplexity(self.loss)
 
     def row(self) -> dict[str, float]:
         """The keys of metrics.jsonl."""

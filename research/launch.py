@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from parallel.deepspeed_config import EngineSettings, derive
 from parallel.errors import Mistake
 from research.checks import check
 from research.command_line import Options, parse, show_help
@@ -16,7 +17,7 @@ from research.data.prepare import check as check_data
 from research.dry_run import dry_run
 from research.experiment import Loaded, check_variants, load
 from research.job import Job, Override
-from research.layout import layout
+from research.layout import engine_settings, layout
 from research.machine import ALONE, Ranks, choose_accelerator, find_ranks, git_state, rank_hint, refuse_taken_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,17 +69,27 @@ def _resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: 
     check(experiment, ranks)
     check_variants(loaded.folder, experiment.model)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
+    found = layout(experiment, ranks.world)
+    _check_table(engine_settings(experiment, found))
     return Job(
         experiment=experiment,
         folder=loaded.folder,
         name=loaded.name,
         overrides=overrides,
         ranks=ranks,
-        layout=layout(experiment, ranks.world),
+        layout=found,
         root=ROOT,
         verbose=options.verbose,
         argv=argv,
     )
+
+
+def _check_table(settings: EngineSettings) -> None:
+    """Refuse a deepspeed={…} that contradicts the experiment on a CPU and on a GPU: which one this is, only torch knows."""
+    try:
+        derive(settings, cuda=False)
+    except Mistake:
+        derive(settings, cuda=True)
 
 
 def refuse(mistake: Mistake, rank: int, patience: float = PATIENCE) -> None:

@@ -1,7 +1,8 @@
-"""The numbers that follow from an experiment and the size of its world."""
+"""What follows from an experiment and the size of its world: the rank grid, the batch arithmetic, what an engine is told. No torch."""
 
 from dataclasses import dataclass
 
+from parallel.deepspeed_config import EngineSettings
 from research.config import Experiment, Parallel
 
 
@@ -37,3 +38,22 @@ def layout(experiment: Experiment, world: int) -> Layout:
 def effective_zero_stage(parallel: Parallel) -> int:
     """The stage that runs: 0 runs as 1, because DeepSpeed's stage 0 has a wrong norm or none (DESIGN.md)."""
     return max(parallel.zero_stage, 1)
+
+
+def engine_settings(experiment: Experiment, layout: Layout) -> EngineSettings:
+    """What the DeepSpeed JSON is derived from."""
+    optimizer, parallel = experiment.optimizer, experiment.parallel
+    return EngineSettings(
+        precision=experiment.precision,
+        zero_stage=layout.zero_stage,
+        micro_batch_size=experiment.schedule.micro_batch_size,
+        micro_batches=layout.micro_batches,
+        clip=optimizer.clip,
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        offload_optimizer=parallel.offload_optimizer,
+        offload_parameters=parallel.offload_parameters,
+        explicit=experiment.deepspeed,
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from research.config import Schedule
 from research.memory import peak_memory_mb
+from research.metrics import perplexity
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Meter:
         trained = max(self.clock() - self.interval_began - self.interval_pause, 1e-9)
         row = {
             "train/loss": loss,
-            "train/ppl": math.exp(loss) if loss < 700 else math.inf,
+            "train/ppl": perplexity(loss),
             "train/lr": self.lr,
             "train/grad_norm": grad_norm,
             "perf/tokens_per_second": len(self.losses) * self.tokens_per_step / trained,
@@ -65,9 +66,9 @@ class Meter:
         return self.clock() - self.began
 
     def seconds_left(self, step: int, schedule: Schedule) -> float:
-        """Steps and evaluations still to come, at their mean duration so far."""
+        """Steps and evaluations still to come, at their mean duration so far; `step` is taken but not yet evaluated."""
         a_step = (self.seconds() - self.all_pauses) / max(self.steps, 1)
         a_pause = self.all_pauses / max(self.pauses, 1)
         every = schedule.validate_every or schedule.steps
-        evaluations = math.ceil(schedule.steps / every) - step // every if step < schedule.steps else 0
+        evaluations = math.ceil(schedule.steps / every) - (step - 1) // every
         return a_step * (schedule.steps - step) + a_pause * evaluations

@@ -32,6 +32,14 @@ class JsonLines:
         self._file.close()
 
 
+def perplexity(loss: float) -> float:
+    """e^loss; infinite where that overflows, nan where the loss is."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with numpy and torch scalars as Python numbers."""
     return {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}

@@ -5,7 +5,6 @@ import os
 import warnings
 
 from models import gpt
-from parallel.deepspeed_config import EngineSettings
 from parallel.distributed import device
 from parallel.engine import Engine, make_engine
 from parallel.grid import Grid
@@ -15,6 +14,7 @@ from research.data.batches import epochs
 from research.data.prepare import Corpus
 from research.experiment import load_variants
 from research.job import Job
+from research.layout import engine_settings
 from research.machine import git_state
 from research.report import Report, Silent
 from research.run_folder import RunFolder
@@ -83,25 +83,11 @@ def _say(voice: Voice, what: str) -> None:
 
 def engine_of(job: Job, grid: Grid) -> Engine:
     """The model on its DeepSpeed engine."""
-    experiment, optimizer, parallel = job.experiment, job.experiment.optimizer, job.experiment.parallel
+    experiment = job.experiment
     model = experiment.model
-    settings = EngineSettings(
-        precision=experiment.precision,
-        zero_stage=job.layout.zero_stage,
-        micro_batch_size=experiment.schedule.micro_batch_size,
-        micro_batches=job.layout.micro_batches,
-        clip=optimizer.clip,
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        offload_optimizer=parallel.offload_optimizer,
-        offload_parameters=parallel.offload_parameters,
-        explicit=experiment.deepspeed,
-    )
     layers = gpt.layers(model, grid, experiment.seed, load_variants(job.folder, model))
-    loss = gpt.TokenLoss(model.vocab_size, optimizer.label_smoothing, grid.tensor_group)
-    return make_engine(layers, loss, grid, settings)
+    loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
+    return make_engine(layers, loss, grid, engine_settings(experiment, job.layout))
 
 
 def tracker_of(job: Job, folder: RunFolder, engine: Engine, voice: Voice) -> Tracker | NoTracker:

@@ -43,5 +43,5 @@ class Stop:
         """The signal that any rank has received, 0 for none; equal on every rank. One all-reduce of an integer."""
         found = torch.tensor([self.signal], device=device())
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        self.signal = int(found)
-        return self.signal
+        self.signal = int(found) or self.signal  # one that came during the all-reduce is found by the next
+        return int(found)

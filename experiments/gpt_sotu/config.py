@@ -29,7 +29,7 @@ config = Experiment(
         validation="builtin:state_of_the_union/val",
         tokenizer="builtin:bpe-8192",
     ),
-    schedule=Schedule(steps=300, batch_size=16, micro_batch_size=8, validate_every=100),
+    schedule=Schedule(steps=240, batch_size=16, micro_batch_size=8, validate_every=80),
     optimizer=Optimizer(
         lr=3e-3,
         betas=(0.9, 0.95),
@@ -37,7 +37,7 @@ config = Experiment(
         weight_decay=0.1,
         clip=1.0,
         decay="cosine",
-        warmup_steps=30,
+        warmup_steps=25,
         min_lr=3e-4,
         label_smoothing=0.0,
     ),

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240.0
 """Seconds until a launch is killed with all its processes; on two idle cores one takes ten to twenty."""
 NOT_OURS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "OMPI_", "TORCHELASTIC_", "WANDB_", "DS_", "OMP_", "PYTHON")
-WORDS = ["we", "the", "people", "of", "this", "union", "state", "budget", "war", "peace", "jobs", "health", "energy", "nation", "congress", "work", "year", "world", "future"]
+WORDS = ("budget", "congress", "energy", "health", "jobs", "nation", "of", "peace", "people", "state", "the", "union", "war", "world")
 
 TINY: dict[str, Any] = {
     "model.num_layers": 2,
@@ -38,6 +38,10 @@ TINY: dict[str, Any] = {
     "schedule.micro_batch_size": 2,
     "schedule.validate_every": 3,
     "schedule.log_every": 1,
+    "optimizer.lr": 3e-3,
+    "optimizer.min_lr": 3e-4,
+    "optimizer.clip": 1.0,
+    "optimizer.decay": "cosine",
     "optimizer.warmup_steps": 2,
     "track.mode": "disabled",
 }
@@ -163,8 +167,9 @@ def launch(
     **changes: Any,
 ) -> Launch:
     """Start `experiments/EXPERIMENT/launch.py`; `changes` are settings with __ for the dot: parallel__tensor=2."""
-    file = os.path.relpath(ROOT / "experiments" / experiment / "launch.py", cwd) if cwd == ROOT else str(ROOT / f"experiments/{experiment}/launch.py")
-    words = [file, *place.settings({name.replace("__", "."): value for name, value in changes.items()})]
+    file = ROOT / f"experiments/{experiment}/launch.py"
+    settings = {name.replace("__", "."): value for name, value in changes.items()}
+    words = [str(file.relative_to(ROOT) if cwd == ROOT else file), *place.settings(settings)]
     port, base = port or free_port(), _environment(place) | (environ or {})
     if launcher == "srun":
         return Launch(place, [[sys.executable, *words]] * ranks, cwd, [base | slurm(rank, ranks, port) for rank in range(ranks)])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from research.command_line import Options, parse, show_help
+from research.command_line import Options, parse, show_help, usage
 from research.config import Experiment
 from research.settings import is_group, names
 from tests.research.example import example, sentence
@@ -132,6 +132,19 @@ def test_help_teaches(capsys) -> None:
         assert f"--{name} " in said, name
     assert "(default: 0.003)" in said
     assert "sequences a step, over all ranks" in said
+
+
+def test_help_starts_an_experiment_on_its_own_layout() -> None:
+    said = usage(example(parallel={"tensor": 2, "pipe": 2}), "x/launch.py").splitlines()
+    assert "  4 ranks here:    deepspeed --num_gpus 4 x/launch.py" in said
+    assert "  or else:         torchrun --nproc_per_node 4 x/launch.py" in said
+    assert "  one rank:        python x/launch.py --parallel.pipe 1 --parallel.tensor 1" in said
+
+
+def test_help_shows_a_layout_where_the_experiment_has_none() -> None:
+    said = usage(example(), "x/launch.py").splitlines()
+    assert "  2 ranks here:    deepspeed --num_gpus 2 x/launch.py --parallel.tensor 2" in said
+    assert "  one rank:        python x/launch.py" in said
 
 
 def values() -> list[str]:

@@ -110,7 +110,7 @@ def test_ctrl_c_between_the_header_and_the_first_step(moment: str, launched, tmp
 @pytest.mark.slow
 def test_ctrl_c_while_deepspeed_prepares(launched, tmp_path) -> None:
     launch = launched("deepspeed", 2, data__cache=tmp_path, parallel__tensor=2, **LONG)
-    launch.wait_for("tokenizing")
+    launch.wait_for("\nmodel ")
     ended = stopped(launch)
     assert ended.status == "interrupted"
     assert_no_traceback_of_ours(ended)

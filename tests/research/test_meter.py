@@ -1,0 +1,112 @@
+"""The clock of a run, by a clock that the test moves."""
+
+import math
+
+import pytest
+
+from research.meter import Meter
+from tests.research.example import example
+
+SCHEDULE = example(schedule={"steps": 100, "validate_every": 25}).schedule
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def meter(clock: Clock) -> Meter:
+    found = Meter(512, clock)
+    clock.now += 50.0  # building the engine is not training
+    found.start()
+    return found
+
+
+def take(meter: Meter, clock: Clock, *losses: float, seconds: float = 2.0) -> None:
+    for loss in losses:
+        clock.now += seconds
+        meter.step(loss, loss / 1000)
+
+
+def test_an_interval_is_the_mean_of_its_steps(meter: Meter, clock: Clock) -> None:
+    take(meter, clock, 5.0, 4.0, 3.0)
+    row = meter.interval(1.5)
+    assert row["train/loss"] == 4.0
+    assert row["train/ppl"] == pytest.approx(math.exp(4.0))
+    assert row["train/lr"] == 0.003, "the last step's"
+    assert row["train/grad_norm"] == 1.5
+    assert row["perf/tokens_per_second"] == pytest.approx(3 * 512 / 6.0)
+    assert row["perf/memory_mb"] > 1
+
+
+def test_the_next_interval_starts_anew(meter: Meter, clock: Clock) -> None:
+    take(meter, clock, 9.0, 9.0)
+    meter.interval(1.0)
+    take(meter, clock, 2.0, seconds=0.5)
+    row = meter.interval(1.0)
+    assert row["train/loss"] == 2.0
+    assert row["perf/tokens_per_second"] == pytest.approx(512 / 0.5)
+
+
+def test_evaluation_is_no_training_time_but_passes(meter: Meter, clock: Clock) -> None:
+    take(meter, clock, 1.0, 1.0)
+    with meter.paused():
+        clock.now += 100.0
+    take(meter, clock, 1.0)
+    assert meter.interval(1.0)["perf/tokens_per_second"] == pytest.approx(3 * 512 / 6.0)
+    assert meter.seconds() == 106.0
+    take(meter, clock, 1.0)
+    assert meter.interval(1.0)["perf/tokens_per_second"] == pytest.approx(512 / 2.0), "a pause counts in its own interval only"
+
+
+def test_what_is_left_are_steps_and_evaluations(meter: Meter, clock: Clock) -> None:
+    """100 steps, an evaluation every 25: after 30 steps, 70 steps and 3 evaluations."""
+    take(meter, clock, *[1.0] * 25)
+    assert meter.seconds_left(25, SCHEDULE) == pytest.approx(75 * 2.0), "no evaluation has been timed yet"
+    with meter.paused():
+        clock.now += 10.0
+    take(meter, clock, *[1.0] * 5)
+    assert meter.seconds_left(30, SCHEDULE) == pytest.approx(70 * 2.0 + 3 * 10.0)
+
+
+def test_before_the_evaluation_of_this_very_step_it_is_still_left(meter: Meter, clock: Clock) -> None:
+    """The row of step 50 is written before that step's evaluation."""
+    take(meter, clock, *[1.0] * 25)
+    with meter.paused():
+        clock.now += 10.0
+    take(meter, clock, *[1.0] * 25)
+    assert meter.seconds_left(50, SCHEDULE) == pytest.approx(50 * 2.0 + 3 * 10.0)
+
+
+def test_at_the_end_nothing_is_left_but_the_last_evaluation(meter: Meter, clock: Clock) -> None:
+    take(meter, clock, *[1.0] * 50)
+    with meter.paused():
+        clock.now += 10.0
+    take(meter, clock, *[1.0] * 50)
+    assert meter.seconds_left(100, SCHEDULE) == pytest.approx(10.0)
+
+
+def test_only_at_the_end_means_one_evaluation(meter: Meter, clock: Clock) -> None:
+    """Its duration is unknown before it has happened once."""
+    take(meter, clock, *[1.0] * 10)
+    schedule = example(schedule={"steps": 100, "validate_every": 0}).schedule
+    assert meter.seconds_left(10, schedule) == pytest.approx(90 * 2.0)
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(1000.0, math.inf), (math.nan, math.nan), (math.inf, math.inf)])
+def test_a_loss_that_overflows_is_written_not_raised(loss: float, perplexity: float, meter: Meter, clock: Clock) -> None:
+    take(meter, clock, loss)
+    row = meter.interval(math.nan)
+    assert row["train/ppl"] == pytest.approx(perplexity, nan_ok=True)
+    assert row["perf/tokens_per_second"] > 0
