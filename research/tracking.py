@@ -3,10 +3,13 @@
 A run must never fail or wait because of W&B. So the mode is decided before `wandb.init`: online needs a key *and* a server
 that answers; everything else is an offline run on disk, which `wandb sync` uploads later. Start and finish are each held to
 ten seconds; a row is written to metrics.jsonl first; whatever W&B raises is turned into one sentence in `Tracker.notes`.
+
+W&B writes through a process of its own, which can die before the run does: Ctrl-C on the `deepspeed` command ends it. An offline
+run then has no rows, so `finish` writes it again from metrics.jsonl.
 """
 
 import os
-import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from research import replay
+from research.bounded import bounded
 from research.metrics import JsonLines, plain
 from research.run_folder import FINISHED, RunFolder
 
@@ -76,8 +81,9 @@ class Tracker:
 
     def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
         """What the model wrote after `step` steps."""
-        self._samples.write({"progress/step": step, "progress/tokens": tokens, "prompt": prompt, "text": text})
-        self._wandb.log({"progress/step": step, "progress/tokens": tokens, "sample/prompt": prompt, "sample/text": text})
+        row = {"progress/step": step, "progress/tokens": tokens, "prompt": prompt, "text": text}
+        self._samples.write(row)
+        self._wandb.log(replay.sample_row(row))
 
     def finish(self, status: str = FINISHED) -> None:
         """Close everything; `status` is finished, interrupted or failed. At most ten seconds; a second call does nothing."""
@@ -108,12 +114,15 @@ class Mirror:
     """One W&B run, or none where the mode is disabled or W&B cannot be used at all."""
 
     def __init__(self, folder: RunFolder, track: Tracked, about: About, notes: list[str]):
-        self._notes, self._folder = notes, folder
+        self._notes, self._folder, self._as_started = notes, folder, (folder, track, about)
         self._run: Any = None
+        self._broken: str | None = None
+        """The note on why W&B was left alone before its end."""
         self.mode, why = "disabled", "as asked"
         if track.mode != "disabled":
-            opened = _bounded(lambda: self._guard(lambda: _open(folder, track, about), "start"), START_SECONDS)
+            opened = bounded(lambda: self._guard(lambda: _open(folder, track, about), "start"), START_SECONDS)
             self.mode, why, self._run = opened or ("disabled", "it did not start", None)
+        self._place = Path(self._run.dir).parent if self._run is not None else folder.wandb
         self.line = _line(self.mode, why, folder, self._run)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -123,12 +132,29 @@ class Mirror:
             self._guard(lambda: run.log(dict(row)), "take a row")
 
     def finish(self, exit_code: int) -> None:
-        """Let W&B write what it has, for at most FINISH_SECONDS; what it could not send stays in the folder for `wandb sync`."""
+        """Let W&B write what it has; what it could not send stays in the folder for `wandb sync`. FINISH_SECONDS + 2 at most."""
+        ends = time.monotonic() + FINISH_SECONDS + 1
         run, self._run = self._run, None
-        if run is not None and not _bounded(lambda: _finish(run, exit_code), FINISH_SECONDS + 1):
+        done = run is None or bounded(lambda: self._guard(lambda: _finish(run, exit_code), "finish"), FINISH_SECONDS + 1)
+        if self._broken and self.mode == "offline":
+            if bounded(lambda: self._write_again(exit_code, ends), ends - time.monotonic()):
+                self._notes[:] = [note for note in self._notes if note != self._broken]
+        elif not done and not self._broken:
             self._notes.append(f"W&B did not take everything → wandb sync --include-online {_short(self._folder.wandb)} sends the rest")
         if self.mode != "disabled":
-            _bounded(_end_process, 1.0)
+            bounded(_end_process, 1.0)
+
+    def _write_again(self, exit_code: int, ends: float) -> bool:
+        """The offline run anew, in W&B processes of its own, from the run folder's files; the broken one goes once that is done."""
+        with replay.replacing(self._place):
+            bounded(_end_process, 1.0)
+            run = _start("offline", *self._as_started)
+            for row in replay.rows(self._folder):
+                if time.monotonic() > ends:
+                    raise TimeoutError
+                run.log(row)
+            run.finish(exit_code=exit_code)
+        return True
 
     def _guard(self, call: Callable[[], Any], what: str) -> Any:
         """The call's result; if it raises, None, a note, and W&B is left alone from then on."""
@@ -136,7 +162,8 @@ class Mirror:
             return call()
         except Exception as error:  # W&B is a mirror: whatever it raises must not reach the run
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self._notes.append(f"W&B could not {what} ({reason[:200]}) → nothing is lost, metrics.jsonl has every row")
+            self._broken = f"W&B could not {what} ({reason[:200]}) → nothing is lost, metrics.jsonl has every row"
+            self._notes.append(self._broken)
             self._run = None
             return None
 
@@ -146,10 +173,10 @@ def _open(folder: RunFolder, track: Tracked, about: About) -> tuple[str, str, An
     _own_folders(folder)
     mode, why = _choose_mode(track.mode)
     if mode == "online":
-        if run := _bounded(lambda: _start("online", folder, track, about), INIT_SECONDS + 0.5):
+        if run := bounded(lambda: _start("online", folder, track, about), INIT_SECONDS + 0.5):
             return mode, why, run
         mode, why = "offline", "the server did not accept the run"
-        _bounded(_end_process, 1.0)
+        bounded(_end_process, 1.0)
     return mode, why, _start("offline", folder, track, about) if mode == "offline" else None
 
 
@@ -185,7 +212,7 @@ def _choose_mode(asked: str) -> tuple[str, str]:
         return wanted, "as asked"
     if problem := _key_problem(settings.base_url):
         return "offline", problem
-    if not _bounded(lambda: _answers(settings.base_url), PROBE_SECONDS):
+    if not bounded(lambda: _answers(settings.base_url), PROBE_SECONDS):
         return "offline", f"no answer from {settings.base_url}"
     return "online", ""
 
@@ -281,19 +308,3 @@ def _end_process() -> bool:
 
     wandb.teardown()
     return True
-
-
-def _bounded(call: Callable[[], Any], seconds: float) -> Any:
-    """The call's result if it comes within `seconds`; None if it does not, or if the call raises."""
-    result: list[Any] = []
-
-    def run() -> None:
-        try:
-            result.append(call())
-        except Exception:  # the caller is told by None
-            return
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return result[0] if result else None

@@ -23,7 +23,7 @@ from research.tensors import micro_batch
 from research.tracking import NoTracker, Tracker
 from research.world import joined
 
-PROMPT_TOKENS = 6
+PROMPT_TOKENS = 8
 """The sample at the end continues so many tokens of the held-out text."""
 
 
