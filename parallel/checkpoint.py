@@ -29,6 +29,8 @@ from parallel.slices import slice_of
 FORMAT = 1
 BYTES_PER_FILE = 256 * 2**20
 """Files are cut at this size, which also bounds what a writer holds in memory."""
+ENTRIES: dict[str, dict[str, type]] = {"files": {"size": int, "sha256": str}, "tensors": {"file": str}}
+"""What a reader needs of each entry of the manifest's tables."""
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any], grid: Grid) -> None:
@@ -115,10 +117,12 @@ class Reader:
             self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
             self.tensors: dict[str, dict] = self.manifest["tensors"]
             version = self.manifest["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise Mistake(f"{folder} is not a checkpoint: its manifest.json cannot be read ({error})") from error
         if version != FORMAT:
             raise Mistake(f"{folder} has format {version!r}, this version reads format {FORMAT}")
+        for table, facts in ENTRIES.items():
+            _check_entries(folder, table, self.manifest.get(table), facts)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`, fp32, on the CPU."""
@@ -130,7 +134,7 @@ class Reader:
         try:
             with safe_open(self.folder / file, framework="pt") as opened:
                 return opened.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise Mistake(f"{self.folder / file} cannot be read: {error}") from error
 
     def check(self) -> None:
@@ -148,6 +152,17 @@ class Reader:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
+
+
+def _check_entries(folder: Path, table: str, entries: Any, facts: dict[str, type]) -> None:
+    """Refuse a table of the manifest that is not {name: {each of `facts`: a value of its type, …}}."""
+    if not isinstance(entries, dict):
+        raise Mistake(f"{folder} is not a checkpoint: {table} in its manifest.json is not a table → use another checkpoint of the run")
+    for name, entry in entries.items():
+        for fact, kind in facts.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(fact), kind):
+                what = f"{table}[{name!r}] has no {fact} that is {kind.__name__}"
+                raise Mistake(f"{folder} is not a checkpoint: {what} in its manifest.json → use another checkpoint of the run")
 
 
 def load_weights(module: nn.Module, reader: Reader, grid: Grid) -> None:

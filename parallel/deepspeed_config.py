@@ -9,8 +9,20 @@ from parallel.errors import Mistake
 BUCKET_ELEMENTS = 5_000_000
 """Elements a communication bucket holds; DeepSpeed's 5e8 may be allocated whole at each step."""
 
+SAME = {
+    "train_micro_batch_size_per_gpu": "schedule.micro_batch_size",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer.params.lr": "optimizer.lr",
+    "optimizer.params.betas": "optimizer.betas",
+    "optimizer.params.eps": "optimizer.eps",
+    "optimizer.params.weight_decay": "optimizer.weight_decay",
+}
+"""Keys that hold a field of the experiment as it is."""
+
 OWNED = {
     "train_batch_size": "schedule.batch_size",
+    "gradient_accumulation_steps": "schedule.batch_size",
+    "zero_optimization.stage": "parallel.zero_stage",
     "scheduler": "optimizer.decay",
     "bf16": "precision",
     "fp16": "precision",
@@ -19,7 +31,7 @@ OWNED = {
     "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
     "zero_optimization.offload_param": "parallel.offload_parameters",
 }
-"""Keys that are not always derived, but never the user's: each belongs to a field of the experiment."""
+"""Keys, or tables of them, that a field of the experiment decides; not all are always derived. The rest is Tessera's own choice."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +106,27 @@ def _precision(settings: EngineSettings) -> dict[str, Any]:
     return {name: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 
 
-def merge(derived: Mapping[str, Any], explicit: Mapping[str, Any], path: str = "deepspeed") -> dict[str, Any]:
-    """`derived` with the keys of `explicit` added, table by table; a key with two values is refused, naming both."""
+def merge(derived: Mapping[str, Any], explicit: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """`derived` with the keys of `explicit` added, table by table; a key with two values is refused, naming the field that decides it."""
     merged = dict(derived)
     for key, value in explicit.items():
-        here = f"{path}.{key}"
-        owner = OWNED.get(here.removeprefix("deepspeed."))
-        if key not in merged and owner:
-            raise Mistake(f"{here} = {value!r} contradicts {owner}, which decides it → set {owner} instead")
+        here = f"{path}{key}"
+        if key not in merged and here in OWNED:
+            raise Mistake(f"deepspeed.{here} = {value!r} contradicts {OWNED[here]}, which decides it → set {OWNED[here]} instead")
         if key not in merged:
             merged[key] = value
         elif isinstance(merged[key], Mapping) and isinstance(value, Mapping):
-            merged[key] = merge(merged[key], value, here)
+            merged[key] = merge(merged[key], value, f"{here}.")
         elif merged[key] != value:
-            raise Mistake(f"{here} = {value!r} contradicts {merged[key]!r}, derived from the experiment's fields → set the field instead")
+            raise Mistake(f"deepspeed.{here} = {value!r} contradicts {_whose(here, merged[key])}")
     return merged
+
+
+def _whose(key: str, value: Any) -> str:
+    """'optimizer.clip = 1.0 → set optimizer.clip instead': where the derived value of `key` is from, and what to do."""
+    if key in SAME:
+        return f"{SAME[key]} = {value!r} → set {SAME[key]} instead"
+    for table in (key, key.rpartition(".")[0]):
+        if table in OWNED:
+            return f"{value!r}, which follows from {OWNED[table]} → set {OWNED[table]} instead"
+    return f"{value!r}, which no setting changes → leave deepspeed.{key} out"

@@ -80,7 +80,11 @@ def make_grid(pipe: int, tensor: int) -> Grid:
 
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % (pipe * tensor):
-        raise Mistake(f"parallel.pipe = {pipe} × parallel.tensor = {tensor} does not divide the world of {world} ranks")
+        enough, works = world + -world % (pipe * tensor), ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise Mistake(
+            f"parallel.pipe = {pipe} × parallel.tensor = {tensor} does not divide the world of {world} ranks → "
+            f"launch {enough} ranks, or set pipe and tensor so that their product is one of {works}"
+        )
     shape = Grid(pipe, world // (pipe * tensor), tensor, rank)
     axes = {"pipe": ("pipe",), "data": ("data",), "tensor": ("tensor",), "model": ("pipe", "tensor")}
     groups = {f"{name}_group": _own_group(shape, along) for name, along in axes.items()}

@@ -9,6 +9,7 @@ from parallel.distributed import device
 from parallel.engine import Engine, make_engine
 from parallel.grid import Grid
 from research import config, describe, run_folder, text
+from research.about import About
 from research.data import prepare
 from research.data.batches import epochs
 from research.data.prepare import Corpus
@@ -18,7 +19,7 @@ from research.layout import engine_settings
 from research.machine import git_state
 from research.report import Report, Silent
 from research.run_folder import RunFolder
-from research.tracking import About, NoTracker, Tracker
+from research.tracking import NoTracker, Tracker
 from research.world import agreed, software
 
 Voice = Report | Silent

@@ -12,12 +12,12 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from research import replay
+from research.about import About, Tracked
 from research.bounded import bounded
 from research.metrics import JsonLines, plain
 from research.run_folder import FINISHED, RunFolder
@@ -27,33 +27,6 @@ OVER_TOKENS, OVER_STEPS = ("train/*", "val/*"), ("perf/*", "progress/*")
 LOWEST = ("val/loss", "val/bits_per_byte")
 START_SECONDS, PROBE_SECONDS, INIT_SECONDS, FINISH_SECONDS = 9.5, 2.5, 3.0, 7.0
 """The bounds of the whole start, in it of the server's first answer and of wandb.init, and of the last upload."""
-
-
-class Tracked(Protocol):
-    """The fields of research.config.Track that are read here."""
-
-    project: str
-    group: str | None
-
-    @property
-    def mode(self) -> str:
-        """auto, online, offline or disabled; read-only here, so that a schema may allow just these."""
-
-
-@dataclass(frozen=True)
-class About:
-    """What a run is, as W&B shows it: the resolved experiment, the DeepSpeed JSON derived from it, the code, family and tags."""
-
-    config: Mapping[str, Any]
-    deepspeed: Mapping[str, Any]
-    commit: str | None
-    dirty: bool
-    family: str
-    tags: Sequence[str] = field(default=())
-
-    def as_config(self) -> dict[str, Any]:
-        """One nested dict. The experiment's fields are on top (W&B's columns are then model.num_layers, optimizer.lr, …)."""
-        return {**self.config, "derived_deepspeed": dict(self.deepspeed), "git": {"commit": self.commit, "dirty": self.dirty}}
 
 
 class Tracker:
@@ -122,7 +95,6 @@ class Mirror:
         if track.mode != "disabled":
             opened = bounded(lambda: self._guard(lambda: _open(folder, track, about), "start"), START_SECONDS)
             self.mode, why, self._run = opened or ("disabled", "it did not start", None)
-        self._place = Path(self._run.dir).parent if self._run is not None else folder.wandb
         self.line = _line(self.mode, why, folder, self._run)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -146,7 +118,7 @@ class Mirror:
 
     def _write_again(self, exit_code: int, ends: float) -> bool:
         """The offline run anew, in W&B processes of its own, from the run folder's files; the broken one goes once that is done."""
-        with replay.replacing(self._place):
+        with replay.replacing(max(self._folder.wandb.glob(replay.OFFLINE))):  # named by the time they were opened at: ours is the last
             bounded(_end_process, 1.0)
             run = _start("offline", *self._as_started)
             for row in replay.rows(self._folder):

@@ -177,12 +177,38 @@ def test_a_manifest_cannot_point_outside(path: str, tmp_path: Path) -> None:
     assert reader.read("layer.1.weight")[0, 0] == 1.0
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "tensors": {}}', '{"format": 1, "tens', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 2, "tensors": {}}', '{"format": 1, "tens', "\x00", pytest.param("[" * 100_000, id="deep")]
+)
 def test_what_is_no_manifest_is_refused_in_words(text: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "step")
     (folder / "manifest.json").write_text(text)
     with pytest.raises(Mistake, match="not a checkpoint|reads format 1"):
         Reader(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda manifest: manifest["tensors"]["layer.0.weight"].pop("file"), "tensors['layer.0.weight'] has no file that is str"),
+        (lambda manifest: manifest["tensors"]["layer.0.weight"].update(file=["a"]), "tensors['layer.0.weight'] has no file that is str"),
+        (lambda manifest: manifest["tensors"].update({"layer.1.weight": "weights"}), "tensors['layer.1.weight'] has no file that is str"),
+        (lambda manifest: manifest.update(tensors=[1]), "tensors in its manifest.json is not a table"),
+        (lambda manifest: manifest.pop("files"), "files in its manifest.json is not a table"),
+        (lambda manifest: next(iter(manifest["files"].values())).pop("sha256"), "has no sha256 that is str"),
+        (lambda manifest: next(iter(manifest["files"].values())).update(size="1"), "has no size that is int"),
+    ],
+)
+def test_entries_of_a_wrong_shape_are_refused_in_words(change, words: str, tmp_path: Path) -> None:
+    with pytest.raises(Mistake) as refused:
+        change_manifest(save(tmp_path / "step"), change)
+    assert words in str(refused.value) and "→" in str(refused.value), str(refused.value)
+
+
+def test_a_file_name_that_no_system_has_is_refused_in_words(tmp_path: Path) -> None:
+    reader = change_manifest(save(tmp_path / "step"), lambda manifest: manifest["tensors"]["layer.0.weight"].update(file="a\0b"))
+    with pytest.raises(Mistake, match="cannot be read"):
+        reader.read("layer.0.weight")
 
 
 def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from parallel.deepspeed_config import OWNED, EngineSettings, derive, merge
+from parallel.deepspeed_config import OWNED, SAME, EngineSettings, derive, merge
 from parallel.errors import Mistake
 
 SETTINGS = EngineSettings(
@@ -58,11 +58,20 @@ def test_the_users_table_is_merged_last() -> None:
 @pytest.mark.parametrize(
     ("explicit", "names"),
     [
-        ({"zero_optimization": {"stage": 3}}, ["deepspeed.zero_optimization.stage = 3", "contradicts 2"]),
-        ({"gradient_clipping": 1.0}, ["deepspeed.gradient_clipping = 1.0", "contradicts 0.7"]),
-        ({"optimizer": {"params": {"lr": 0.1}}}, ["deepspeed.optimizer.params.lr = 0.1", "contradicts 0.001"]),
-        ({"optimizer": "Adam"}, ["deepspeed.optimizer = 'Adam'", "AdamW"]),
-        ({"bf16": {"enabled": False}}, ["deepspeed.bf16.enabled = False", "contradicts True"]),
+        (
+            {"zero_optimization": {"stage": 3}},
+            ["deepspeed.zero_optimization.stage = 3", "contradicts 2, which follows from parallel.zero_stage → set parallel.zero_stage"],
+        ),
+        ({"gradient_clipping": 1.0}, ["deepspeed.gradient_clipping = 1.0", "contradicts optimizer.clip = 0.7 → set optimizer.clip"]),
+        (
+            {"optimizer": {"params": {"lr": 0.1}}},
+            ["deepspeed.optimizer.params.lr = 0.1", "contradicts optimizer.lr = 0.001 → set optimizer.lr"],
+        ),
+        ({"optimizer": "Adam"}, ["deepspeed.optimizer = 'Adam'", "AdamW", "→ leave deepspeed.optimizer out"]),
+        (
+            {"bf16": {"enabled": False}},
+            ["deepspeed.bf16.enabled = False", "contradicts True, which follows from precision → set precision"],
+        ),
         ({"fp16": {"enabled": True}}, ["deepspeed.fp16 = ", "contradicts precision"]),
         ({"train_batch_size": 64}, ["deepspeed.train_batch_size = 64", "contradicts schedule.batch_size"]),
         (
@@ -75,7 +84,51 @@ def test_the_users_table_is_merged_last() -> None:
 def test_a_contradiction_names_both(explicit: dict, names: list[str]) -> None:
     with pytest.raises(Mistake) as refused:
         derive(replace(SETTINGS, explicit=explicit), cuda=False)
-    assert all(name in str(refused.value) for name in names) and "→ set" in str(refused.value), str(refused.value)
+    assert all(name in str(refused.value) for name in names) and "→" in str(refused.value), str(refused.value)
+
+
+DECIDED_BY = {
+    "train_micro_batch_size_per_gpu": "schedule.micro_batch_size",
+    "gradient_accumulation_steps": "schedule.batch_size",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer.params.lr": "optimizer.lr",
+    "optimizer.params.betas": "optimizer.betas",
+    "optimizer.params.eps": "optimizer.eps",
+    "optimizer.params.weight_decay": "optimizer.weight_decay",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer.device": "parallel.offload_optimizer",
+    "zero_optimization.offload_optimizer.pin_memory": "parallel.offload_optimizer",
+    "zero_optimization.offload_param.device": "parallel.offload_parameters",
+    "zero_optimization.offload_param.pin_memory": "parallel.offload_parameters",
+    "bf16.enabled": "precision",
+}
+
+
+def leaves(table: dict, path: str = "") -> list[str]:
+    """The dotted names of all values that are no tables."""
+    deeper = ((f"{path}{key}", value) for key, value in table.items())
+    return [name for here, value in deeper for name in (leaves(value, f"{here}.") if isinstance(value, dict) else [here])]
+
+
+WHOLE = replace(SETTINGS, zero_stage=3, offload_optimizer=True, offload_parameters=True)
+
+
+@pytest.mark.parametrize("key", leaves(derive(WHOLE, cuda=False)))
+def test_a_contradiction_of_any_derived_key_names_it_and_its_field(key: str) -> None:
+    explicit: object = "something else"
+    for part in reversed(key.split(".")):
+        explicit = {part: explicit}
+    with pytest.raises(Mistake) as refused:
+        derive(replace(WHOLE, explicit=explicit), cuda=False)
+    told = str(refused.value)
+    assert told.startswith(f"deepspeed.{key} = 'something else' contradicts ")
+    assert told.endswith(
+        f"→ set {DECIDED_BY[key]} instead" if key in DECIDED_BY else f"which no setting changes → leave deepspeed.{key} out"
+    )
+
+
+def test_every_key_that_a_field_decides_is_derived() -> None:
+    assert set(DECIDED_BY) <= set(leaves(derive(WHOLE, cuda=False)))
 
 
 def test_the_same_value_is_no_contradiction_and_nothing_is_written_back() -> None:
@@ -88,6 +141,6 @@ def test_owned_keys_belong_to_fields_that_exist() -> None:
     from research.config import Optimizer, Parallel, Schedule
 
     fields = {"schedule": Schedule, "optimizer": Optimizer, "parallel": Parallel}
-    for field in OWNED.values():
+    for field in (OWNED | SAME).values():
         section, _, name = field.partition(".")
         assert not name or name in fields[section].model_fields, field

@@ -67,7 +67,8 @@ def refused_world(pipe: int, tensor: int) -> str:
 
 def test_a_world_that_the_model_does_not_divide_is_refused() -> None:
     for told in run_ranks(refused_world, 3, 2, 1):
-        assert "parallel.pipe = 2" in told and "parallel.tensor = 1" in told and "3 ranks" in told
+        assert "parallel.pipe = 2" in told and "parallel.tensor = 1" in told and "3 ranks → launch 4 ranks" in told
+        assert told.endswith("one of 1, 3")
 
 
 def test_a_grid_without_groups_is_alone() -> None:

@@ -117,8 +117,11 @@ def test_fp16_where_the_device_has_none(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"gradient_clipping": 5.0}, "deepspeed.gradient_clipping = 5.0 contradicts 1.0"),
-        ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage = 2 contradicts 1"),
+        ({"gradient_clipping": 5.0}, "deepspeed.gradient_clipping = 5.0 contradicts optimizer.clip = 1.0 → set optimizer.clip instead"),
+        (
+            {"zero_optimization": {"stage": 2}},
+            "deepspeed.zero_optimization.stage = 2 contradicts 1, which follows from parallel.zero_stage",
+        ),
         ({"bf16": {"enabled": True}}, "deepspeed.bf16 = {'enabled': True} contradicts precision"),
     ],
 )

@@ -10,7 +10,9 @@ import psutil
 import pytest
 
 from parallel import checkpoint
+from research import metrics
 from tests.research.runs import LIMIT, Ended, Launch, free_port, slurm
+from tests.research.test_tracking import logged
 
 LONG = {"schedule__steps": 100_000, "schedule__validate_every": 0, "schedule__log_every": 1}
 TRAINING = "\n    2 "
@@ -58,6 +60,15 @@ def test_ctrl_c_while_deepspeed_trains(launched) -> None:
     assert_kept(ended)
     assert ended.code != 0
     assert_no_traceback_of_ours(ended)
+    assert_mirrored(ended)
+
+
+def assert_mirrored(ended: Ended) -> None:
+    """One offline W&B run with every row of the run's files, though the launcher ended W&B's own process together with the ranks."""
+    (offline,) = ended.folder.wandb.glob("offline-run-*")
+    rows, samples = list(metrics.read(ended.folder.metrics)), list(metrics.read(ended.folder.samples))
+    assert [row["progress/step"] for row in logged(ended.folder)] == [row["progress/step"] for row in [*rows, *samples]]
+    assert "\nwarn " not in ended.out
 
 
 def assert_no_traceback_of_ours(ended: Ended) -> None:
