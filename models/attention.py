@@ -30,8 +30,8 @@ class Attention(nn.Module):
         self.position = parts.position(f"{name}.position")
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if model.qk_norm:
-            self.q_norm = parts.norm(f"{name}.q_norm", e, partial_group=grid.tensor_group)
-            self.k_norm = parts.norm(f"{name}.k_norm", e, partial_group=grid.tensor_group)
+            self.q_norm = parts.head_norm(f"{name}.q_norm")
+            self.k_norm = parts.head_norm(f"{name}.k_norm")
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' -> 'b s d'."""

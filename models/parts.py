@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from models.attention import Attention
 from models.block import RESIDUALS
@@ -41,9 +40,13 @@ class Parts:
             raise Mistake(f"model.{setting} = {value!r}, but variant.py defines no class {name} → it defines {known}")
         return self.variants[name]
 
-    def norm(self, name: str, size: int, partial_group: ProcessGroup | None = None) -> nn.Module:
-        """A norm over `size` features; see models.norm.Norm for `partial_group`."""
-        return self.chosen("norm")(name, size, self.model, partial_group)
+    def norm(self, name: str, size: int) -> nn.Module:
+        """A norm of the residual stream."""
+        return self.chosen("norm")(name, size, self.model, self.grid.region.partial_group)
+
+    def head_norm(self, name: str) -> nn.Module:
+        """A norm of each head's features: inside a sliced region, so every tensor rank sees other heads."""
+        return self.chosen("norm")(name, self.model.head_size, self.model, self.grid.tensor_group)
 
     def position(self, name: str) -> nn.Module:
         """The position scheme inside attention: the model's own, or none where that acts at the input."""

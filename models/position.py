@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.config import GPT
 from models.init import GPT2Init
+from parallel.collectives import copy_to_tensor_ranks
 from parallel.grid import Grid
 from parallel.slices import Slice, make_parameter
 
@@ -25,7 +26,7 @@ class Position(nn.Module):
 
     def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
         super().__init__()
-        self.model, self.grid = model, grid
+        self.model, self.grid, self.region = model, grid, grid.region
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' -> 'b s d'."""
@@ -51,8 +52,9 @@ class Learned(Position):
         self.weight = make_parameter(f"{name}.weight", init.embedding(f"{name}.weight", cut.shape), cut, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """'b s d' -> 'b s d', s ≤ seq_length."""
-        return x + self.weight[: x.shape[1]]
+        """'b s d' -> 'b s d', s ≤ seq_length; under sequence parallelism this rank's positions."""
+        first = self.region.first_position(x)
+        return x + copy_to_tensor_ranks(self.weight, self.region.partial_group)[first : first + x.shape[1]]
 
 
 class Sinusoidal(Position):
@@ -62,7 +64,8 @@ class Sinusoidal(Position):
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' -> 'b s d'."""
-        angles = _angles(x.shape[1], x.shape[2], 10_000.0, x.device)
+        first = self.region.first_position(x)
+        angles = _angles(first + x.shape[1], x.shape[2], 10_000.0, x.device)[first:]
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : x.shape[2]]
         return x + table.to(x.dtype)
 

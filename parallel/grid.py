@@ -1,12 +1,14 @@
 """Where a rank stands: pipe × data × tensor coordinates and the process groups of each axis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from parallel.errors import Mistake
 
 if TYPE_CHECKING:  # a Grid without groups needs no torch
     from torch.distributed import ProcessGroup
+
+    from parallel.region import Whole
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Grid:
     tensor_group: "ProcessGroup | None" = None
     model_group: "ProcessGroup | None" = None
     """The pipe × tensor ranks that together hold one replica of the model."""
+    sequence: bool = False
+    """Whether activations between sliced regions are cut along the sequence (parallel/region.py)."""
 
     @property
     def world(self) -> int:
@@ -60,6 +64,13 @@ class Grid:
         """Whether this rank computes the loss."""
         return self.pipe_rank == self.pipe - 1
 
+    @property
+    def region(self) -> "Whole":
+        """How activations enter and leave what is sliced over this grid's tensor ranks."""
+        from parallel.region import Sequence, Whole
+
+        return (Sequence if self.sequence else Whole)(self.tensor_group)
+
     def ranks_along(self, *axes: str) -> list[list[int]]:
         """All groups of global ranks that differ in the named axes only: `ranks_along("tensor")` → [[0, 1], [2, 3]]."""
         sizes = {"pipe": self.pipe, "data": self.data, "tensor": self.tensor}
@@ -71,7 +82,7 @@ class Grid:
         return list(groups.values())
 
 
-def make_grid(pipe: int, tensor: int) -> Grid:
+def make_grid(pipe: int, tensor: int, sequence: bool = False) -> Grid:
     """The grid of this process in the initialised world; data = world / (pipe · tensor).
 
     Collective: every rank creates every group in the same order. Under NCCL a group's communicator is made at its first use.
@@ -88,7 +99,7 @@ def make_grid(pipe: int, tensor: int) -> Grid:
     shape = Grid(pipe, world // (pipe * tensor), tensor, rank)
     axes = {"pipe": ("pipe",), "data": ("data",), "tensor": ("tensor",), "model": ("pipe", "tensor")}
     groups = {f"{name}_group": _own_group(shape, along) for name, along in axes.items()}
-    return Grid(shape.pipe, shape.data, shape.tensor, rank, **groups)
+    return replace(shape, **groups, sequence=sequence)
 
 
 def _own_group(grid: Grid, axes: tuple[str, ...]) -> "ProcessGroup | None":

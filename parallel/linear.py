@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parallel.collectives import copy_to_tensor_ranks, reduce_from_tensor_ranks
+from parallel.collectives import copy_to_tensor_ranks
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.slices import Slice, make_parameter, slice_of
@@ -39,15 +39,15 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, name: str, in_features: int, parts: tuple[int, ...], bias: bool, draw: Draw, grid: Grid) -> None:
         super().__init__()
         refuse_uneven(parts, grid, name)
-        self.group = grid.tensor_group
+        self.region = grid.region
         self.parts = tuple(part // grid.tensor for part in parts)
         rows = sum(parts)
         self.weight = _parameter(f"{name}.weight", Slice((rows, in_features), 0, parts), draw, grid)
         self.bias = _parameter(f"{name}.bias", Slice((rows,), 0, parts), zeros, grid) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """'... d_in' -> '... d_out/tp'."""
-        return F.linear(copy_to_tensor_ranks(x, self.group), self.weight, self.bias)
+        """'b s d_in' ('b s/tp d_in' under sequence parallelism) -> 'b s d_out/tp'."""
+        return F.linear(self.region.enter(x), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The cut, e.g. `[576, 192] cut along dim 0 in parts [192, 192, 192]`."""
@@ -64,16 +64,16 @@ class RowParallelLinear(nn.Module):
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, draw: Draw, grid: Grid) -> None:
         super().__init__()
         refuse_uneven((in_features,), grid, name)
-        self.group = grid.tensor_group
+        self.region = grid.region
         self.weight = _parameter(f"{name}.weight", Slice((out_features, in_features), 1, (in_features,)), draw, grid)
         self.bias = _parameter(f"{name}.bias", Slice((out_features,)), zeros, grid) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """'... d_in/tp' -> '... d_out'."""
-        if self.group is None:
+        """'b s d_in/tp' -> 'b s d_out' ('b s/tp d_out' under sequence parallelism)."""
+        if self.region.group is None:
             return F.linear(x, self.weight, self.bias)
-        y = reduce_from_tensor_ranks(F.linear(x, self.weight), self.group)
-        return y if self.bias is None else y + self.bias
+        y = self.region.leave(F.linear(x, self.weight))
+        return y if self.bias is None else y + copy_to_tensor_ranks(self.bias, self.region.partial_group)
 
     def extra_repr(self) -> str:
         """The cut, e.g. `[192, 768] cut along dim 1`."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from parallel.collectives import copy_to_tensor_ranks, reduce_from_tensor_ranks
 from parallel.grid import Grid
 from parallel.linear import Draw
 from parallel.slices import Slice, make_parameter, slice_of
@@ -22,29 +21,29 @@ LOGITS_AT_ONCE = 2**19
 class VocabParallelEmbedding(nn.Module):
     """Rank i holds rows [i·V/tp, (i+1)·V/tp) of the table, looks up the ids that fall there, zero elsewhere; then the sum.
 
-    ids: 'b s', equal on every tensor rank  ->  x: 'b s d', equal on every tensor rank.
+    ids: 'b s', equal on every tensor rank  ->  x: 'b s d', equal on every tensor rank ('b s/tp d' under sequence parallelism).
     Holds nothing but `weight`, so that a pipeline can tie it to the head (DeepSpeed's TiedLayerSpec).
     """
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> None:
         super().__init__()
         self.weight = vocab_table(name, vocab_size, hidden_size, draw, grid)
-        self.group, self.vocab_size = grid.tensor_group, vocab_size
+        self.region = grid.region
         self.start = grid.tensor_rank * len(self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         """'b s' -> 'b s d'."""
-        if self.group is None:
+        if self.region.group is None:
             return F.embedding(ids, self.weight)
         rows = self.weight.shape[0]
         local = ids - self.start
         elsewhere = (local < 0) | (local >= rows)
         x = F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return reduce_from_tensor_ranks(x, self.group)
+        return self.region.leave(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """'b s d' -> 'b s v': the tied head, on this rank's rows."""
-        return vocab_logits(x, self.weight, self.group)
+        return F.linear(self.region.enter(x), self.weight)
 
     def extra_repr(self) -> str:
         """The cut, e.g. `[8192, 192] cut along dim 0`."""
@@ -57,11 +56,11 @@ class VocabParallelHead(nn.Module):
     def __init__(self, name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> None:
         super().__init__()
         self.weight = vocab_table(name, vocab_size, hidden_size, draw, grid)
-        self.group = grid.tensor_group
+        self.region = grid.region
 
     def forward(self, x: Tensor) -> Tensor:
-        """'b s d' -> 'b s v'."""
-        return vocab_logits(x, self.weight, self.group)
+        """'b s d' ('b s/tp d' under sequence parallelism) -> 'b s v'."""
+        return F.linear(self.region.enter(x), self.weight)
 
 
 class TiedHead(nn.Module):
@@ -72,11 +71,11 @@ class TiedHead(nn.Module):
 
     def __init__(self, embedding: VocabParallelEmbedding) -> None:
         super().__init__()
-        self.weight, self.group = embedding.weight, embedding.group
+        self.weight, self.region = embedding.weight, embedding.region
 
     def forward(self, x: Tensor) -> Tensor:
-        """'b s d' -> 'b s v'."""
-        return vocab_logits(x, self.weight, self.group)
+        """'b s d' ('b s/tp d' under sequence parallelism) -> 'b s v'."""
+        return F.linear(self.region.enter(x), self.weight)
 
 
 def vocab_table(name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> nn.Parameter:
@@ -84,11 +83,6 @@ def vocab_table(name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: 
     cut = Slice((vocab_size, hidden_size), 0, (vocab_size,))
     full_name = f"{name}.weight"
     return make_parameter(full_name, draw(full_name, cut.shape), cut, grid.tensor_rank, grid.tensor)
-
-
-def vocab_logits(x: Tensor, weight: Tensor, group: ProcessGroup | None) -> Tensor:
-    """'b s d' -> 'b s v' on this rank's rows; the gradient of x is summed over the group."""
-    return F.linear(copy_to_tensor_ranks(x, group), weight)
 
 
 def vocab_parallel_cross_entropy(

@@ -1,0 +1,64 @@
+"""What lies between sliced regions, and how activations go in and out of one.
+
+Inside a sliced region each tensor rank holds its own features of all positions. Outside, every rank holds the same whole
+activations (`Whole`), or its own positions of them (`Sequence`, arXiv:2205.05198), which divides their memory by the degree.
+"""
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from parallel.collectives import (
+    copy_to_tensor_ranks,
+    gather_sequence,
+    reduce_from_tensor_ranks,
+    reduce_scatter_sequence,
+)
+
+
+class Whole:
+    """Outside a sliced region x is 'b s d', equal on every tensor rank. f and g of arXiv:1909.08053."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    @property
+    def partial_group(self) -> ProcessGroup | None:
+        """Ranks over which the gradient of a parameter used out here must be summed: none, each rank has all of it."""
+        return None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """'b s d' -> 'b s d', equal on every rank; the gradients of the ranks' slices are summed."""
+        return copy_to_tensor_ranks(x, self.group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """'b s d' of partial sums -> 'b s d', their total, equal on every rank."""
+        return reduce_from_tensor_ranks(x, self.group)
+
+    def first_position(self, x: Tensor) -> int:
+        """The place in the sequence of x[:, 0]."""
+        return 0
+
+
+class Sequence(Whole):
+    """Outside a sliced region x is 'b s/tp d', this rank's positions. g and ḡ of arXiv:2205.05198.
+
+    Gathered inputs are kept for the weight gradient: 8·b·s·h·(t−1)/t elements sent per layer, forward and backward together, the
+    same as without; the paper gathers again in the backward pass, 10·…, to keep 4·b·s·h·(1−1/t) elements less.
+    """
+
+    @property
+    def partial_group(self) -> ProcessGroup | None:
+        """All tensor ranks: each has seen its own positions only."""
+        return self.group
+
+    def enter(self, x: Tensor) -> Tensor:
+        """'b s/tp d' -> 'b s d', equal on every rank; each rank gets the summed gradient of its positions."""
+        return gather_sequence(x, self.group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """'b s d' of partial sums -> 'b s/tp d', the total at this rank's positions."""
+        return reduce_scatter_sequence(x, self.group)
+
+    def first_position(self, x: Tensor) -> int:
+        """The place in the sequence of x[:, 0]."""
+        return 0 if self.group is None else self.group.rank() * x.shape[1]
