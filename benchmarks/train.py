@@ -85,6 +85,10 @@ def ours(vocab_size: int, grid: Grid, settings: EngineSettings) -> Engine:
         bias=True,
         qkv_bias=True,
         qk_norm=False,
+        embedding_dropout=0.0,
+        residual_dropout=0.0,
+        mlp_dropout=0.0,
+        attention_dropout=0.0,
         tied=True,
     )
     return make_engine(gpt.layers(shape, grid, seed=0), gpt.TokenLoss(vocab_size, 0.0, None), grid, settings)

@@ -1,42 +1,84 @@
 """Causal self-attention with its heads shared out over tensor ranks."""
 
+import math
 from typing import TYPE_CHECKING
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.dropout import dropped, mixed
+from models.init import seed_of
+from parallel.grid import Grid
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, refuse_uneven
 
 if TYPE_CHECKING:
     from models.parts import Parts
 
 
+class Core(nn.Module):
+    """softmax(q kᵀ/√e + bias) v by torch's fused kernel, which keeps no s × s matrix."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
+        """q 'b h s e', k and v 'b k s e', bias 'h s s' or None (causal) -> 'b h s e'."""
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped)
+
+
+class DroppingCore(Core):
+    """softmax(…) · mask/(1 − p) · v with the probabilities written out: b·h·s² memory.
+
+    The mask is a hash of (seed, layer, sample, query position, global head, key position): equal on every layout.
+    """
+
+    def __init__(self, name: str, p: float, seed: int, grid: Grid) -> None:
+        super().__init__()
+        self.p, self.key, self.tensor_rank = p, seed_of(seed, f"{name}.dropout"), grid.tensor_rank
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
+        """As Core's."""
+        if not self.training or samples is None:
+            return super().forward(q, k, v, bias, samples)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        length = q.shape[2]
+        causal = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1) if bias is None else bias
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + causal
+        probabilities = scores.float().softmax(-1).to(q.dtype) if q.dtype.itemsize < 4 else scores.softmax(-1)
+        return probabilities.masked_fill(self.mask(samples, q.shape[1], length), 0.0) * (1 / (1 - self.p)) @ v
+
+    def mask(self, samples: Tensor, heads: int, length: int) -> Tensor:
+        """'b h s s' bool, True where a probability is dropped."""
+        places = mixed(self.key, samples, 0, length)  # b s
+        keys = torch.arange(length, device=samples.device)
+        global_heads = torch.arange(heads, device=samples.device) + self.tensor_rank * heads
+        features = (global_heads[:, None] << 32) + keys  # h t: no head's numbers depend on the length
+        return rearrange(dropped(places, features.flatten(), self.p), "b s (h t) -> b h s t", h=heads)
+
+
 class Attention(nn.Module):
     """softmax(q kᵀ/√e + bias) v for this rank's heads, then the row-parallel output (arXiv:1909.08053, fig. 3b).
 
-    x: 'b s d', equal on every tensor rank, both ways. Rank i holds query heads [i·H/tp, (i+1)·H/tp) and the kv heads that
-    serve exactly them, so nothing is communicated between qkv and output.
+    x: 'b s d', equal on every tensor rank, both ways ('b s/tp d' under sequence parallelism). Rank i holds query heads
+    [i·H/tp, (i+1)·H/tp) and the kv heads that serve exactly them, so nothing is communicated between qkv and output.
     """
 
     def __init__(self, name: str, parts: "Parts") -> None:
         super().__init__()
         model, init, grid = parts.model, parts.init, parts.grid
-        refuse_uneven((model.num_heads, model.num_kv_heads), grid, f"{name}'s heads")  # even features could still cut a head in two
         e, q_size, kv_size = model.head_size, model.hidden_size, model.num_kv_heads * model.head_size
-        self.head_size, self.grouped = e, model.num_kv_heads != model.num_heads
+        refuse_uneven((model.num_heads, model.num_kv_heads), grid, f"{name}'s heads")  # half a head divides too, and is none
+        self.head_size = e
         self.qkv = ColumnParallelLinear(f"{name}.qkv", model.hidden_size, (q_size, kv_size, kv_size), model.qkv_bias, init.inner, grid)
         self.output = RowParallelLinear(f"{name}.output", q_size, model.hidden_size, model.bias, init.residual, grid)
         self.position = parts.position(f"{name}.position")
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
-        if model.qk_norm:
-            self.q_norm = parts.head_norm(f"{name}.q_norm")
-            self.k_norm = parts.head_norm(f"{name}.k_norm")
+        self.q_norm = parts.head_norm(f"{name}.q_norm") if model.qk_norm else nn.Identity()
+        self.k_norm = parts.head_norm(f"{name}.k_norm") if model.qk_norm else nn.Identity()
+        self.core = parts.attention_core(name)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """'b s d' -> 'b s d'."""
+    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
+        """'b s d' -> 'b s d'; samples: 'b', global sample indices for dropout."""
         q, k, v = (rearrange(part, "b s (h e) -> b h s e", e=self.head_size) for part in self.qkv(x).split(self.qkv.parts, dim=-1))
         q, k = self.position.rotate(self.q_norm(q), self.k_norm(k))
-        bias = self.position.bias(q)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=self.grouped)
+        y = self.core(q, k, v, self.position.bias(q), samples)
         return self.output(rearrange(y, "b h s e -> b s (h e)"))

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Block(nn.Module):
-    """What every block holds; a variant overrides `forward`."""
+    """What every block holds; a variant overrides `forward`. samples: 'b', global sample indices, where any dropout is on."""
 
     final_norm = True
     """Whether the residual stream leaves the last block unnormalised, so that the model ends with a norm of its own."""
@@ -20,15 +20,25 @@ class Block(nn.Module):
         self.attention = parts.attention(f"{name}.attention")
         self.mlp_norm = parts.norm(f"{name}.mlp_norm", parts.model.hidden_size)
         self.mlp = parts.mlp(f"{name}.mlp")
+        self.attention_dropout = parts.residual_dropout(f"{name}.attention")
+        self.mlp_dropout = parts.residual_dropout(f"{name}.mlp")
+
+    def attend(self, x: Tensor, samples: Tensor | None) -> Tensor:
+        """What attention adds to the residual stream, residual dropout included. 'b s d' -> 'b s d'."""
+        return self.attention_dropout(self.attention(x, samples), samples)
+
+    def think(self, x: Tensor, samples: Tensor | None) -> Tensor:
+        """What the MLP adds, likewise."""
+        return self.mlp_dropout(self.mlp(x, samples), samples)
 
 
 class PreNormBlock(Block):
     """x += attention(norm(x)); x += mlp(norm(x)) (GPT-2, Llama; arXiv:2002.04745)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attend(self.attention_norm(x), samples)
+        return x + self.think(self.mlp_norm(x), samples)
 
 
 class PostNormBlock(Block):
@@ -36,18 +46,18 @@ class PostNormBlock(Block):
 
     final_norm = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'."""
-        x = self.attention_norm(x + self.attention(x))
-        return self.mlp_norm(x + self.mlp(x))
+        x = self.attention_norm(x + self.attend(x, samples))
+        return self.mlp_norm(x + self.think(x, samples))
 
 
 class ParallelBlock(Block):
     """x + attention(norm₁(x)) + mlp(norm₂(x)) (GPT-NeoX, arXiv:2204.06745, §2.1)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'."""
-        return x + self.attention(self.attention_norm(x)) + self.mlp(self.mlp_norm(x))
+        return x + self.attend(self.attention_norm(x), samples) + self.think(self.mlp_norm(x), samples)
 
 
 RESIDUALS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "parallel": ParallelBlock}

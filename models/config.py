@@ -14,6 +14,7 @@ VARIANT = "variant:"
 """`norm="variant:MyNorm"` names the class MyNorm of the experiment's own variant.py instead of a registered one."""
 
 Size = Annotated[int, Field(gt=0)]
+Chance = Annotated[float, Field(ge=0, lt=1)]
 
 
 class GPT(BaseModel):
@@ -43,6 +44,10 @@ class GPT(BaseModel):
     bias: bool = Field(description="biases in the attention output, the MLP and the layernorms")
     qkv_bias: bool = Field(description="biases of the query, key and value projections")
     qk_norm: bool = Field(description="normalise each head's queries and keys (arXiv:2302.05442)")
+    embedding_dropout: Chance = Field(description="of what enters the first block; 0: none, as in all four")
+    residual_dropout: Chance = Field(description="of what attention and MLP add to the residual stream")
+    mlp_dropout: Chance = Field(description="of the MLP's inner activations")
+    attention_dropout: Chance = Field(description="of attention probabilities; above 0 they are computed explicitly: b·h·s² memory")
     tied: bool = Field(description="the head is the transposed embedding; False: a table of its own")
     rotary_fraction: float | None = Field(default=None, gt=0, le=1, description="part of each head that is rotated")
     rotary_base: float | None = Field(default=None, gt=0, description="wavelengths are 2π·base^(2i/d)")
@@ -51,6 +56,11 @@ class GPT(BaseModel):
     def head_size(self) -> int:
         """Width of one attention head: hidden_size / num_heads."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def drops(self) -> bool:
+        """Whether any dropout is on: batches then carry the samples' numbers as context."""
+        return any((self.embedding_dropout, self.residual_dropout, self.mlp_dropout, self.attention_dropout))
 
     @model_validator(mode="after")
     def _consistent(self) -> "GPT":

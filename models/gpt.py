@@ -1,34 +1,41 @@
 """GPT as a list of named layers, and its loss."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from models.config import GPT
+from models.dropout import Dropout
 from models.parts import Parts
+from models.recompute import recomputed
 from parallel.grid import Grid
 from parallel.layers import Layer
 from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead, vocab_parallel_cross_entropy
 
 
-def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | None = None) -> list[Layer]:
+def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | None = None, recompute: str = "none") -> list[Layer]:
     """embedding, (position), blocks.0 …, (final_norm), head: unbuilt, in order. Pure; needs no process group.
 
-    ids 'b s' go in, logits 'b s v' of this rank's vocabulary rows come out; 'b s d' between any two layers.
+    ids 'b s' go in, logits 'b s v' of this rank's vocabulary rows come out; 'b s d' between any two layers. Where the model drops
+    anything, the samples' numbers 'b' travel beside x.
     """
-    parts = Parts(model, grid, seed, variants or {})
+    parts = Parts(model, grid, seed, variants or {}, recompute)
     block, position = parts.chosen("residual"), parts.chosen("position")
     found = [_vocabulary("embedding", VocabParallelEmbedding, parts)]
     if position.at_input:
         found.append(Layer("position", position, {"name": "position", "model": model, "init": parts.init, "grid": grid}))
+    if model.embedding_dropout:
+        dropout = {"name": "embedding", "p": model.embedding_dropout, "seed": seed, "grid": grid}
+        found.append(Layer("embedding_dropout", Dropout, dropout, reads_context=True))
+    make = recomputed(block) if recompute == "full" else block
     for i in range(model.num_layers):
-        found.append(Layer(f"blocks.{i}", block, {"name": f"blocks.{i}", "parts": parts}, is_block=True))
+        found.append(Layer(f"blocks.{i}", make, {"name": f"blocks.{i}", "parts": parts}, is_block=True, reads_context=True))
     if block.final_norm:
         found.append(Layer("final_norm", parts.norm, {"name": "final_norm", "size": model.hidden_size}))
-    found.append(Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, parts))
-    return found
+    head = Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, parts)
+    return [*found, replace(head, drops_context=True)]
 
 
 def _vocabulary(name: str, kind: Callable, parts: Parts) -> Layer:

@@ -10,6 +10,9 @@ PLAIN_MLPS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gel
 GATED_MLPS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 """Their activation -> our mlp."""
 
+NO_DROPOUT = {"embedding_dropout": 0.0, "residual_dropout": 0.0, "mlp_dropout": 0.0, "attention_dropout": 0.0}
+"""How their weights are run on; theirs is a setting of a training that we do not continue."""
+
 Get = Callable[..., Any]
 """(key) -> a setting of theirs, (key, default) -> the same where it may be absent."""
 
@@ -29,7 +32,7 @@ def settings(hf_config: Any) -> GPT:
     family = get("model_type")
     if family not in READERS:
         raise Mistake(f"model_type = {family!r} is not a family we can read → use {', '.join(READERS)}")
-    return GPT(**READERS[family](get), vocab_size=get("vocab_size"), init="gpt2", qk_norm=False)
+    return GPT(**READERS[family](get), vocab_size=get("vocab_size"), init="gpt2", qk_norm=False, **NO_DROPOUT)
 
 
 def _gpt2(get: Get) -> dict[str, Any]:

@@ -13,10 +13,15 @@ from torch import Tensor
 from models.config import GPT
 
 
+def seed_of(seed: int, name: str) -> int:
+    """64 bits, signed, that depend on (seed, name) alone."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 def generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator whose stream depends on (seed, name) alone."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.Generator().manual_seed(seed_of(seed, name))
 
 
 def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:

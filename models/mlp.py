@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.config import GPT
+from models.dropout import Dropout
 from models.init import GPT2Init
 from parallel.grid import Grid
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -21,12 +22,13 @@ class MLP(nn.Module):
     def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
         super().__init__()
         d, f = model.hidden_size, model.ffn_size
+        self.dropout = Dropout(name, model.mlp_dropout, init.seed, grid, sliced=True)
         self.up = ColumnParallelLinear(f"{name}.up", d, (f,) * self.gates, model.bias, init.inner, grid)
         self.down = RowParallelLinear(f"{name}.down", f, d, model.bias, init.residual, grid)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """'b s d' -> 'b s d'."""
-        return self.down(self.activate(self.up(x)))
+    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
+        """'b s d' -> 'b s d'; samples: 'b', global sample indices for dropout."""
+        return self.down(self.dropout(self.activate(self.up(x)), samples))
 
     def activate(self, x: Tensor) -> Tensor:
         """'b s (gates f)' -> 'b s f', elementwise in f."""

@@ -5,13 +5,15 @@ from typing import Any
 
 from torch import nn
 
-from models.attention import Attention
+from models.attention import Attention, Core, DroppingCore
 from models.block import RESIDUALS
 from models.config import GPT, VARIANT
+from models.dropout import Dropout
 from models.init import INITS
 from models.mlp import MLPS
 from models.norm import NORMS
 from models.position import POSITIONS, Position
+from models.recompute import recomputed
 from parallel.errors import Mistake
 from parallel.grid import Grid
 
@@ -25,8 +27,8 @@ class Parts:
     `variants` are the classes of the experiment's variant.py by name. A variant has the constructor of what it replaces.
     """
 
-    def __init__(self, model: GPT, grid: Grid, seed: int, variants: Mapping[str, type]) -> None:
-        self.model, self.grid, self.variants = model, grid, variants
+    def __init__(self, model: GPT, grid: Grid, seed: int, variants: Mapping[str, type], recompute: str = "none") -> None:
+        self.model, self.grid, self.seed, self.variants, self.recompute = model, grid, seed, variants, recompute
         self.init = self.chosen("init")(model, seed)
 
     def chosen(self, setting: str) -> Any:
@@ -48,6 +50,10 @@ class Parts:
         """A norm of each head's features: inside a sliced region, so every tensor rank sees other heads."""
         return self.chosen("norm")(name, self.model.head_size, self.model, self.grid.tensor_group)
 
+    def residual_dropout(self, name: str) -> nn.Module:
+        """Dropout of what the branch `name` adds to the residual stream."""
+        return Dropout(f"{name}.residual", self.model.residual_dropout, self.seed, self.grid)
+
     def position(self, name: str) -> nn.Module:
         """The position scheme inside attention: the model's own, or none where that acts at the input."""
         scheme = self.chosen("position")
@@ -56,6 +62,12 @@ class Parts:
     def attention(self, name: str) -> nn.Module:
         """Causal self-attention."""
         return Attention(name, self)
+
+    def attention_core(self, name: str) -> nn.Module:
+        """softmax(q kᵀ) v: fused, or written out where probabilities are dropped; rerun in the backward pass if selected."""
+        p = self.model.attention_dropout
+        make = recomputed(DroppingCore if p else Core) if self.recompute == "selective" else (DroppingCore if p else Core)
+        return make(name, p, self.seed, self.grid) if p else make()
 
     def mlp(self, name: str) -> nn.Module:
         """The feed-forward half of a block."""

@@ -23,11 +23,19 @@ from parallel.slices import gathered, slice_of
 
 
 class MicroBatch(NamedTuple):
-    """What one pass reads: ids 'b s' int64, targets 'b s' int64, weights 'b s' fp32 (research/data/batches.py defines them)."""
+    """What one pass reads: ids 'b s' int64, targets 'b s' int64, weights 'b s' fp32 (research/data/batches.py defines them).
+
+    `context`: integer tensors that travel beside x through all layers, e.g. the samples' numbers 'b' for dropout.
+    """
 
     ids: Tensor
     targets: Tensor
     weights: Tensor
+    context: tuple[Tensor, ...] = ()
+
+    def inputs(self) -> Tensor | tuple[Tensor, ...]:
+        """What the first layer takes."""
+        return (self.ids, *self.context) if self.context else self.ids
 
 
 Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -136,8 +144,8 @@ class PlainEngine(Engine):
         return self._mean_over_data(loss)
 
     def _forward(self, batch: MicroBatch) -> Tensor:
-        ids, targets, weights = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        return self.loss(self.deepspeed(ids), (targets, weights))
+        here = MicroBatch(*(t.to(self.device) for t in batch[:3]), context=tuple(t.to(self.device) for t in batch.context))
+        return self.loss(self.deepspeed(here.inputs()), (here.targets, here.weights))
 
     def _mean_over_data(self, value: Tensor) -> float:
         mean = value.clone()
@@ -184,7 +192,7 @@ def refuse_precision(precision: str) -> None:
 def _pairs(batches: Iterator[MicroBatch]) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
     """What DeepSpeed's pipeline reads: (inputs of the first stage, labels of the last)."""
     for batch in batches:
-        yield batch.ids, (batch.targets, batch.weights)
+        yield batch.inputs(), (batch.targets, batch.weights)
 
 
 def _decay_groups(parameters: Iterable[nn.Parameter], settings: EngineSettings) -> list[dict[str, Any]]:

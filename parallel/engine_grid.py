@@ -1,6 +1,7 @@
 """What DeepSpeed wants to know of our grid: an `mpu` for its plain engine, a PipelineModule for its pipeline engine."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from parallel.grid import Grid
-from parallel.layers import Layer, stage_bounds
+from parallel.layers import Layer, stage_bounds, through
 
 
 class Mpu:
@@ -77,12 +78,18 @@ class Pipeline(PipelineModule):
     """PipelineModule over our list of layers, cut by `stage_bounds` instead of DeepSpeed's partitioner."""
 
     def __init__(self, layers: Sequence[Layer], loss: Any, grid: Grid) -> None:
-        self.bounds = stage_bounds(layers, grid.pipe)
+        object.__setattr__(self, "named_layers", list(layers))  # before nn.Module is ready for attributes
+        object.__setattr__(self, "bounds", stage_bounds(layers, grid.pipe))
         topology = PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data)
         super().__init__(_specs(layers), topology=topology, loss_fn=loss)
         self.own_layers = [layer.name for layer in layers[self.bounds[grid.pipe_rank] : self.bounds[grid.pipe_rank + 1]]]
         # DeepSpeed's gradient norm asks its grid for this group, and that grid lacks it.
         self._grid.get_tensor_model_parallel_group = self._grid.get_slice_parallel_group
+
+    def _build(self) -> None:
+        super()._build()
+        own = self.named_layers[self._local_start : self._local_stop]
+        self.forward_funcs = [partial(through, layer, call) for layer, call in zip(own, self.forward_funcs, strict=True)]
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:

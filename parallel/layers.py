@@ -25,10 +25,27 @@ class Layer:
     """Name of an earlier layer, which is then the one argument of `make`: a head that uses the embedding's weight."""
     is_block: bool = False
     """Blocks are what stages share out; a stage without one would hold nothing to train."""
+    reads_context: bool = False
+    """Whether the layer takes the context tensors behind x; the others are only passed by them."""
+    drops_context: bool = False
+    """The last layer: what it returns is all that is wanted."""
 
     def build(self) -> nn.Module:
         """The module, with its parameters drawn."""
         return self.make(**self.arguments)
+
+
+Passed = Tensor | tuple[Tensor, ...]
+"""What goes from layer to layer: x, or x followed by integer context tensors that no layer changes."""
+
+
+def through(layer: Layer, call: Callable[..., Tensor], passed: Passed) -> Passed:
+    """One layer's step: `call` on x (and the context, where the layer reads it), the context handed on beside the result."""
+    if isinstance(passed, Tensor):
+        return call(passed)
+    x, *context = passed
+    y = call(x, *context) if layer.reads_context else call(x)
+    return y if layer.drops_context else (y, *context)
 
 
 class PlainModule(nn.Module):
@@ -36,19 +53,19 @@ class PlainModule(nn.Module):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
-        self.in_order: list[nn.Module] = []
+        self.steps: list[tuple[Layer, nn.Module]] = []
         built: dict[str, nn.Module] = {}
         for layer in layers:
             built[layer.name] = layer.make(built[layer.tied_to]) if layer.tied_to else layer.build()
             _attach(self, layer.name, built[layer.name])
         # A plain list beside the tree: registered once, under the logical name.
-        object.__setattr__(self, "in_order", list(built.values()))
+        object.__setattr__(self, "steps", list(zip(layers, built.values(), strict=True)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """ids 'b s' -> logits 'b s v', this rank's vocabulary rows."""
-        for layer in self.in_order:
-            x = layer(x)
-        return x
+    def forward(self, passed: Passed) -> Passed:
+        """ids 'b s' (and context) -> logits 'b s v', this rank's vocabulary rows."""
+        for layer, module in self.steps:
+            passed = through(layer, module, passed)
+        return passed
 
 
 def _attach(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,6 +18,7 @@ RANKS_OPTION = {"deepspeed": "--num_gpus {}", "torchrun": "--nproc_per_node {}",
 def check(experiment: Experiment, ranks: Ranks) -> None:
     """Raise the first Mistake there is, settings first, then the world, then the batch."""
     _tensor_divides(experiment)
+    _tensor_divides_sequence(experiment)
     _every_stage_has_a_block(experiment)
     _zero_with_pipeline(experiment)
     _offload_with_pipeline(experiment)
@@ -36,6 +37,15 @@ def _tensor_divides(experiment: Experiment) -> None:
             raise Mistake(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {getattr(model, name)} → use {listed(_divisors(works)[:8])}"
             )
+
+
+def _tensor_divides_sequence(experiment: Experiment) -> None:
+    length, tensor = experiment.model.seq_length, experiment.parallel.tensor
+    if experiment.parallel.sequence and length % tensor:
+        raise Mistake(
+            f"parallel.tensor = {tensor} does not divide model.seq_length = {length} → "
+            f"use {listed(_divisors(length)[:8])}, or parallel.sequence False"
+        )
 
 
 def _every_stage_has_a_block(experiment: Experiment) -> None:

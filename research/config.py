@@ -15,10 +15,18 @@ from parallel.errors import Mistake
 from research.run_folder import write_json
 from research.settings import Settings
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
+    """1 → 2: models had no dropout. Sequence parallelism and recomputation, new too, are off unless set."""
+    rates = {f"{place}_dropout": 0.0 for place in ("embedding", "residual", "mlp", "attention")}
+    return {**settings, "model": {**settings["model"], **rates}}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout}
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""
 
 Count = Annotated[int, Field(gt=0)]
@@ -86,6 +94,10 @@ class Parallel(Settings):
     )
     offload_optimizer: bool = Field(default=False, description="optimizer state in host memory (zero_stage 2 or 3)")
     offload_parameters: bool = Field(default=False, description="weights in host memory (zero_stage 3)")
+    sequence: bool = Field(default=False, description="activations between sliced regions cut along the sequence, over the tensor ranks")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="run again in the backward pass instead of kept: nothing, attention's core, whole blocks"
+    )
 
 
 class Track(Settings):

@@ -86,7 +86,7 @@ def engine_of(job: Job, grid: Grid) -> Engine:
     """The model on its DeepSpeed engine."""
     experiment = job.experiment
     model = experiment.model
-    layers = gpt.layers(model, grid, experiment.seed, load_variants(job.folder, model))
+    layers = gpt.layers(model, grid, experiment.seed, load_variants(job.folder, model), experiment.parallel.recompute)
     loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
     return make_engine(layers, loss, grid, engine_settings(experiment, job.layout))
 

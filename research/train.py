@@ -118,7 +118,7 @@ def one_step(run: Run) -> None:
         run.step,
     )
     lr = learning_rate(run.step, experiment.optimizer, schedule.steps)
-    loss = run.engine.train_batch(map(micro_batch, batches), lr)
+    loss = run.engine.train_batch((micro_batch(batch, experiment.model.drops) for batch in batches), lr)
     run.step += 1
     run.meter.step(loss, lr)
 
@@ -133,7 +133,8 @@ def report_interval(run: Run) -> None:
 def validate(run: Run) -> None:
     """All of the held-out text; its time is not counted as training time."""
     with run.meter.paused():
-        found = evaluate.evaluate(run.engine, run.corpus.validation, run.job.experiment.model.seq_length)
+        model = run.job.experiment.model
+        found = evaluate.evaluate(run.engine, run.corpus.validation, model.seq_length, model.drops)
     is_best = run.best is None or found.bits_per_byte < run.best[0]
     if is_best:
         run.best = (found.bits_per_byte, run.step)

@@ -25,7 +25,8 @@ def joined(job: Job) -> Iterator[Grid]:
     _meet(job.ranks)
     try:
         refuse_precision(job.experiment.precision)
-        yield make_grid(job.experiment.parallel.pipe, job.experiment.parallel.tensor)
+        parallel = job.experiment.parallel
+        yield make_grid(parallel.pipe, parallel.tensor, parallel.sequence)
     finally:
         distributed.stop()
 

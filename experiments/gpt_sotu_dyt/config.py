@@ -22,6 +22,10 @@ config = Experiment(
         bias=True,
         qkv_bias=True,
         qk_norm=False,
+        embedding_dropout=0.0,
+        residual_dropout=0.0,
+        mlp_dropout=0.0,
+        attention_dropout=0.0,
         tied=True,
     ),
     data=Data(

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     ids: np.ndarray  # b s, int64
     targets: np.ndarray  # b s, int64
     weights: np.ndarray  # b s, float32
+    samples: np.ndarray  # b, int64: the run's sample numbers, counted over epochs
 
 
 def num_samples(store: TokenStore, seq_length: int) -> int:
@@ -78,8 +79,9 @@ def train_micro_batches(
     numbers = step_samples(batch_size, micro_batch_size, data_rank, data_size, step)
     tokens = batch_size * seq_length  # of the global batch: plain windows mask nothing
     weight = len(numbers) * data_size / tokens
-    for windows in order.sample(numbers, num_samples(store, seq_length), seed):
-        yield _batch(store, windows, seq_length, weight)
+    every = num_samples(store, seq_length)
+    for samples in numbers:
+        yield _batch(store, order.sample(samples, every, seed), samples, seq_length, weight)
 
 
 def validation_batches(
@@ -95,7 +97,7 @@ def validation_batches(
     for first in range(0, math.ceil(predicted / seq_length), together):
         tokens = min(predicted - first * seq_length, together * seq_length)
         windows = first + data_rank * micro_batch_size + np.arange(micro_batch_size)
-        yield _batch(store, windows, seq_length, data_size / tokens), tokens
+        yield _batch(store, windows, windows, seq_length, data_size / tokens), tokens
 
 
 def _predicted(store: TokenStore) -> int:
@@ -104,10 +106,10 @@ def _predicted(store: TokenStore) -> int:
     return store.num_tokens - 1
 
 
-def _batch(store: TokenStore, windows: np.ndarray, seq_length: int, weight: float) -> Batch:
+def _batch(store: TokenStore, windows: np.ndarray, samples: np.ndarray, seq_length: int, weight: float) -> Batch:
     """The windows' tokens; what lies beyond the end of the store is id 0, target 0, weight 0."""
     shape = (len(windows), seq_length)
-    batch = Batch(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32))
+    batch = Batch(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32), samples)
     for row, window in enumerate(windows):
         start = int(window) * seq_length
         tokens = store.tokens[start : start + seq_length + 1]

@@ -16,6 +16,7 @@ from parallel.slices import slice_of
 SHAPE = dict(
     num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=48, vocab_size=83, seq_length=16, norm="layernorm", norm_eps=1e-5,
     position="learned", mlp="gelu_tanh", residual="pre_norm", init="gpt2", bias=True, qkv_bias=True, qk_norm=False, tied=True,
+    embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 """A GPT-2 in small, with a vocabulary that neither 2 nor 4 divides."""
 ROTARY = dict(position="rotary", rotary_fraction=1.0, rotary_base=10_000.0)

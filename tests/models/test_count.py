@@ -21,6 +21,10 @@ GPT2: dict[str, Any] = {
     "bias": True,
     "qkv_bias": True,
     "qk_norm": False,
+    "embedding_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "mlp_dropout": 0.0,
+    "attention_dropout": 0.0,
     "tied": True,
 }
 NEOX = GPT2 | {"position": "rotary", "rotary_fraction": 0.25, "rotary_base": 10000.0, "residual": "parallel", "tied": False}

@@ -12,6 +12,7 @@ from parallel.errors import Mistake
 GPT2_SMALL = GPT(
     num_layers=12, hidden_size=768, num_heads=12, num_kv_heads=12, ffn_size=3072, vocab_size=50257, seq_length=1024, norm="layernorm",
     norm_eps=1e-5, position="learned", mlp="gelu_tanh", residual="pre_norm", init="gpt2", bias=True, qkv_bias=True, qk_norm=False,
+    embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0, attention_dropout=0.0,
     tied=True,
 )  # fmt: skip
 PYTHIA_70M = dict(

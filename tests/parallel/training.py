@@ -15,6 +15,7 @@ from parallel.grid import Grid, make_grid
 MODEL = dict(
     num_layers=4, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=64, vocab_size=83, seq_length=16, norm="layernorm", norm_eps=1e-5,
     position="learned", mlp="gelu_tanh", residual="pre_norm", init="small_wang", bias=True, qkv_bias=True, qk_norm=False, tied=True,
+    embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 """A GPT-2 in small, with a vocabulary that no tensor degree divides."""
 
@@ -46,28 +47,29 @@ def batch_of(step: int, model: GPT) -> MicroBatch:
     tokens = (first + 5 * torch.arange(model.seq_length + 1)) % model.vocab_size
     mask = torch.ones(BATCH, model.seq_length)
     mask[BATCH // 2 :, ::3] = 0
-    return MicroBatch(tokens[:, :-1], tokens[:, 1:], mask / mask.sum())
+    samples = step * BATCH + torch.arange(BATCH)
+    return MicroBatch(tokens[:, :-1], tokens[:, 1:], mask / mask.sum(), context=(samples,) if model.drops else ())
 
 
 def micro_batches(step: int, model: GPT, grid: Grid, micro: int) -> Iterator[MicroBatch]:
     """This data rank's micro-batches of a step, weighted for engines that average over micro-batches and data ranks."""
     share = BATCH // grid.data
-    ids, targets, weights = batch_of(step, model)
+    ids, targets, weights, context = batch_of(step, model)
     for first in range(grid.data_rank * share, (grid.data_rank + 1) * share, micro):
         rows = slice(first, first + micro)
-        yield MicroBatch(ids[rows], targets[rows], weights[rows] * (BATCH // micro))
+        yield MicroBatch(ids[rows], targets[rows], weights[rows] * (BATCH // micro), tuple(tensor[rows] for tensor in context))
 
 
-def build(model=(), pipe=1, tensor=1, precision="fp32", clip=CLIP, micro=MICRO, **settings) -> tuple[Engine, GPT, Grid]:
+def build(model=(), pipe=1, tensor=1, sequence=False, recompute="none", precision="fp32", clip=CLIP, micro=MICRO, **settings) -> tuple[Engine, GPT, Grid]:
     """An engine on this rank, its model's settings and its grid."""
     shape = GPT(**MODEL | dict(model))
-    grid = make_grid(pipe, tensor)
+    grid = make_grid(pipe, tensor, sequence)
     derived = EngineSettings(
         precision=precision, micro_batch_size=micro, micro_batches=BATCH // grid.data // micro, clip=clip, lr=1.0, betas=BETAS, eps=EPS,
         weight_decay=WEIGHT_DECAY, **{"zero_stage": 1, **settings},
     )  # fmt: skip
     loss = gpt.TokenLoss(shape.vocab_size, LABEL_SMOOTHING, grid.tensor_group)
-    return make_engine(gpt.layers(shape, grid, seed=SEED), loss, grid, derived), shape, grid
+    return make_engine(gpt.layers(shape, grid, SEED, recompute=recompute), loss, grid, derived), shape, grid
 
 
 def evaluate(engine: Engine, shape: GPT, grid: Grid) -> float:

@@ -25,6 +25,10 @@ MODEL: dict[str, Any] = {
     "bias": True,
     "qkv_bias": True,
     "qk_norm": False,
+    "embedding_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "mlp_dropout": 0.0,
+    "attention_dropout": 0.0,
     "tied": True,
 }
 OPTIMIZER: dict[str, Any] = {

@@ -170,6 +170,7 @@ def dense_logits(ids: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.T
     shape = GPT(
         num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=2, ffn_size=64, vocab_size=391, seq_length=32, norm="layernorm",
         norm_eps=1e-5, position="learned", mlp="gelu", residual="pre_norm", init="gpt2", bias=True, qkv_bias=True, qk_norm=False, tied=True,
+        embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     x = (weights["embedding.weight"][ids] + weights["position.weight"][: len(ids)])[None]
     for block in ("blocks.0", "blocks.1"):
