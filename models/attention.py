@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 class Core(nn.Module):
     """softmax(q kᵀ/√e + bias) v by torch's fused kernel, which keeps no s × s matrix."""
 
+    def __init__(self, name: str, p: float, seed: int, grid: Grid) -> None:
+        super().__init__()
+        self.p, self.key, self.tensor_rank = p, seed_of(seed, f"{name}.dropout"), grid.tensor_rank
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
         """q 'b h s e', k and v 'b k s e', bias 'h s s' or None (causal) -> 'b h s e'."""
         grouped = q.shape[1] != k.shape[1]
@@ -31,10 +35,6 @@ class DroppingCore(Core):
 
     The mask is a hash of (seed, layer, sample, query position, global head, key position): equal on every layout.
     """
-
-    def __init__(self, name: str, p: float, seed: int, grid: Grid) -> None:
-        super().__init__()
-        self.p, self.key, self.tensor_rank = p, seed_of(seed, f"{name}.dropout"), grid.tensor_rank
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
         """As Core's."""

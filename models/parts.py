@@ -65,9 +65,9 @@ class Parts:
 
     def attention_core(self, name: str) -> nn.Module:
         """softmax(q kᵀ) v: fused, or written out where probabilities are dropped; rerun in the backward pass if selected."""
-        p = self.model.attention_dropout
-        make = recomputed(DroppingCore if p else Core) if self.recompute == "selective" else (DroppingCore if p else Core)
-        return make(name, p, self.seed, self.grid) if p else make()
+        kind = DroppingCore if self.model.attention_dropout else Core
+        make = recomputed(kind) if self.recompute == "selective" else kind
+        return make(name, self.model.attention_dropout, self.seed, self.grid)
 
     def mlp(self, name: str) -> nn.Module:
         """The feed-forward half of a block."""

@@ -33,6 +33,11 @@ class MicroBatch(NamedTuple):
     weights: Tensor
     context: tuple[Tensor, ...] = ()
 
+    def on(self, device: torch.device) -> "MicroBatch":
+        """The same on `device`."""
+        ids, targets, weights = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.targets, self.weights))
+        return MicroBatch(ids, targets, weights, tuple(tensor.to(device, non_blocking=True) for tensor in self.context))
+
     def inputs(self) -> Tensor | tuple[Tensor, ...]:
         """What the first layer takes."""
         return (self.ids, *self.context) if self.context else self.ids
@@ -144,7 +149,7 @@ class PlainEngine(Engine):
         return self._mean_over_data(loss)
 
     def _forward(self, batch: MicroBatch) -> Tensor:
-        here = MicroBatch(*(t.to(self.device) for t in batch[:3]), context=tuple(t.to(self.device) for t in batch.context))
+        here = batch.on(self.device)
         return self.loss(self.deepspeed(here.inputs()), (here.targets, here.weights))
 
     def _mean_over_data(self, value: Tensor) -> float:

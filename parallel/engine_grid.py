@@ -89,7 +89,7 @@ class Pipeline(PipelineModule):
     def _build(self) -> None:
         super()._build()
         own = self.named_layers[self._local_start : self._local_stop]
-        self.forward_funcs = [partial(through, layer, call) for layer, call in zip(own, self.forward_funcs, strict=True)]
+        self.forward_funcs: list[Any] = [partial(through, layer, call) for layer, call in zip(own, self.forward_funcs, strict=True)]
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:

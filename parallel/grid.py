@@ -1,7 +1,7 @@
 """Where a rank stands: pipe × data × tensor coordinates and the process groups of each axis."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from parallel.errors import Mistake
 
@@ -98,7 +98,7 @@ def make_grid(pipe: int, tensor: int, sequence: bool = False) -> Grid:
         )
     shape = Grid(pipe, world // (pipe * tensor), tensor, rank)
     axes = {"pipe": ("pipe",), "data": ("data",), "tensor": ("tensor",), "model": ("pipe", "tensor")}
-    groups = {f"{name}_group": _own_group(shape, along) for name, along in axes.items()}
+    groups: dict[str, Any] = {f"{name}_group": _own_group(shape, along) for name, along in axes.items()}
     return replace(shape, **groups, sequence=sequence)
 
 

@@ -6,7 +6,7 @@ from the same list (parallel/engine.py).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ class Layer:
         return self.make(**self.arguments)
 
 
-Passed = Tensor | tuple[Tensor, ...]
+Passed: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """What goes from layer to layer: x, or x followed by integer context tensors that no layer changes."""
 
 

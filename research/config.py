@@ -19,7 +19,6 @@ SCHEMA = 2
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 
 
-
 def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
     """1 → 2: models had no dropout. Sequence parallelism and recomputation, new too, are off unless set."""
     rates = {f"{place}_dropout": 0.0 for place in ("embedding", "residual", "mlp", "attention")}

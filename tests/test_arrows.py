@@ -237,7 +237,7 @@ INNOCENTS = [
     ("parallel/x.py", DOC + "import deepspeed, torch\nfrom parallel.grid import Grid\nfrom .slices import Slice"),
     ("parallel/distributed.py", DOC + "import os\nos.environ['LOCAL_RANK'] = '0'"),
     ("models/x.py", DOC + "from parallel.grid import Grid\ndef _helper():\n    return sys.environment"),
-    ("models/y.py", DOC + "@overload\ndef f(x): ...\ndef f(x):\n    \"\"\"Says.\"\"\""),
+    ("models/y.py", DOC + '@overload\ndef f(x): ...\ndef f(x):\n    """Says."""'),
     ("research/tracking.py", DOC + "import wandb\nprint('hello')"),
     ("research/data/x.py", DOC + 'def f():\n    """Loads."""\n    np.load(path, allow_pickle=False)'),
     ("experiments/a/config.py", DOC + "from research.config import Experiment"),

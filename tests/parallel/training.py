@@ -60,7 +60,9 @@ def micro_batches(step: int, model: GPT, grid: Grid, micro: int) -> Iterator[Mic
         yield MicroBatch(ids[rows], targets[rows], weights[rows] * (BATCH // micro), tuple(tensor[rows] for tensor in context))
 
 
-def build(model=(), pipe=1, tensor=1, sequence=False, recompute="none", precision="fp32", clip=CLIP, micro=MICRO, **settings) -> tuple[Engine, GPT, Grid]:
+def build(
+    model=(), pipe=1, tensor=1, sequence=False, recompute="none", precision="fp32", clip=CLIP, micro=MICRO, **settings
+) -> tuple[Engine, GPT, Grid]:
     """An engine on this rank, its model's settings and its grid."""
     shape = GPT(**MODEL | dict(model))
     grid = make_grid(pipe, tensor, sequence)
