@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from parallel.deepspeed_config import EngineSettings, derive
@@ -99,6 +99,27 @@ class Engine:
             cut = slice_of(parameter)
             piece = safe_get_full_fp32_param(parameter).detach().to(self.device, torch.float32)  # offloaded ones come from the host
             yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, self._cut_group(parameter)).cpu()
+
+    def watch_gradients(self, see: Callable[[dict[str, Tensor]], None]) -> None:
+        """From now on `see` gets every step's gradients before the update: whole, unclipped, fp32, by logical name, of this stage.
+
+        Collective in every step, and slow: for verification, not for training.
+        """
+        update = self.optimizer.step
+
+        def step(*arguments: Any, **settings: Any) -> Any:
+            see(dict(self._full_gradients()))
+            return update(*arguments, **settings)
+
+        self.optimizer.step = step
+
+    def _full_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        scale = getattr(self.optimizer, "loss_scale", None) or 1.0  # fp16's gradients are still multiplied by it
+        for name, parameter in self.parameters.items():
+            if self._owns(name):
+                cut = slice_of(parameter)
+                piece = safe_get_full_grad(parameter).detach().to(self.device, torch.float32) / scale
+                yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, self._cut_group(parameter)).cpu()
 
     def _owns(self, name: str) -> bool:
         return True

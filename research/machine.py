@@ -1,10 +1,11 @@
 """Who am I among the ranks, what may I use, which commit is this: the one place of research/ that reads the environment."""
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,6 +72,18 @@ def threads_per_rank(ranks: Ranks) -> int:
     """Cores this process may use / local ranks, at least 1."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(ranks.cores, usable) if ranks.cores else usable // ranks.local_world)
+
+
+@contextlib.contextmanager
+def environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for processes started inside; put back afterwards."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def choose_accelerator() -> None:

@@ -32,6 +32,21 @@ class JsonLines:
         self._file.close()
 
 
+def relative(a: float, b: float) -> float:
+    """|a − b|/|b|; infinite where a is not a number."""
+    error = abs(a - b) / abs(b)
+    return error if error == error else math.inf
+
+
+def finite(value: Any) -> Any:
+    """The same lists and dicts with "nan", "inf" and "-inf" for what JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def perplexity(loss: float) -> float:
     """e^loss; infinite where that overflows, nan where the loss is."""
     try:

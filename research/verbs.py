@@ -13,6 +13,7 @@ from parallel.errors import Mistake
 
 VERBS = {
     "runs": "list the runs: layout, steps, last bits per byte, status",
+    "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
     "sample": "let a trained run write: sample RUN --prompt 'My fellow citizens'",
 }
 

@@ -1,0 +1,108 @@
+"""The layouts that `verify` runs: every grid of a world, with every ZeRO stage, sequence parallelism, accumulation, recomputation."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from research import config
+from research.config import Experiment
+
+BATCH, LENGTH, HEAD_SIZE, VOCABULARY = 16, 16, 8, 83
+"""Of the shrunk experiment: a batch that 8 data ranks divide, a vocabulary that no tensor degree does."""
+STAGES, SEQUENCES, RECOMPUTES, ACCUMULATIONS = (1, 2, 3), (False, True), ("none", "selective", "full"), (1, 2)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One layout: the grid, and what is done along its axes."""
+
+    pipe: int = 1
+    data: int = 1
+    tensor: int = 1
+    zero_stage: int = 1
+    sequence: bool = False
+    recompute: str = "none"
+    accumulated: int = 1
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.pipe * self.data * self.tensor
+
+    def __str__(self) -> str:
+        words = [f"pipe {self.pipe} × data {self.data} × tensor {self.tensor}", f"ZeRO-{self.zero_stage}"]
+        words += ["sequence"] * self.sequence + [f"{self.recompute} recomputation"] * (self.recompute != "none")
+        return " · ".join([*words, f"{self.accumulated} accumulated"])
+
+
+def grids(world: int) -> Iterator[tuple[int, int, int]]:
+    """All (pipe, data, tensor) whose product is `world`."""
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    return ((p, d, t) for p, d, t in product(sizes, repeat=3) if p * d * t == world)
+
+
+def pairwise(world: int) -> list[Cut]:
+    """A few cuts of each grid in which each way of running stands at least once beside each axis > 1."""
+    return [_dealt(*grid, i) for grid in grids(world) for i in range(3 if world > 1 else 1)]
+
+
+def _dealt(pipe: int, data: int, tensor: int, i: int) -> Cut:
+    stage = 1 if pipe > 1 else STAGES[i]
+    sequence = tensor > 1 and SEQUENCES[i % 2]
+    return Cut(pipe, data, tensor, stage, sequence, RECOMPUTES[i], ACCUMULATIONS[(i + 1) % 2])
+
+
+def full(world: int) -> list[Cut]:
+    """The whole product, impossible ones included: they are listed with the reason."""
+    return [
+        Cut(*grid, stage, sequence, recompute, accumulated)
+        for grid in grids(world)
+        for stage, sequence, recompute, accumulated in product(STAGES, SEQUENCES, RECOMPUTES, ACCUMULATIONS)
+        if grid[2] > 1 or not sequence
+    ]
+
+
+def why_not(cut: Cut, experiment: Experiment) -> str | None:
+    """Why this cut cannot be; None where it can."""
+    if cut.pipe > 1 and cut.zero_stage > 1:
+        return f"ZeRO-{cut.zero_stage} does not work with a pipeline"
+    for name in ("num_heads", "num_kv_heads"):
+        if getattr(experiment.model, name) % cut.tensor:
+            return f"tensor {cut.tensor} does not divide {name} = {getattr(experiment.model, name)}"
+    return None
+
+
+def shrunk(experiment: Experiment, ranks: int) -> Experiment:
+    """The experiment with its structure and small sizes, which grids of up to `ranks` ranks divide; fp32, Adam's eps 1e-3.
+
+    eps: some gradients are zero in theory (a key bias without rotary), and Adam would turn their rounding noise into full steps.
+    """
+    model = experiment.model
+    groups = model.num_heads // model.num_kv_heads
+    kv_heads = 1 if model.num_kv_heads == 1 else ranks
+    heads = groups * kv_heads
+    sizes: dict[str, Any] = {
+        "num_layers": max(2, ranks),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "hidden_size": heads * HEAD_SIZE,
+        "ffn_size": _multiple(model.ffn_size / model.hidden_size * heads * HEAD_SIZE, ranks),
+        "vocab_size": VOCABULARY,
+        "seq_length": LENGTH,
+    }
+    settings = config.resolved(experiment)
+    del settings["schema"]
+    settings["model"] |= sizes
+    settings["schedule"] |= {"batch_size": BATCH, "micro_batch_size": 1}
+    settings["optimizer"] |= {"eps": 1e-3}
+    return config.build(settings | {"precision": "fp32", "deepspeed": {}})
+
+
+def _multiple(size: float, unit: int) -> int:
+    return max(1, round(size / unit)) * unit
+
+
+def as_dict(cut: Cut) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(cut)
