@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from models.dropout import dropped, mixed
 from models.init import seed_of
+from parallel.collectives import gather_shared
 from parallel.grid import Grid
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, refuse_uneven
 
@@ -38,7 +39,7 @@ class DroppingCore(Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
         """As Core's."""
-        if not self.training or samples is None:
+        if not self.training:
             return super().forward(q, k, v, bias, samples)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         length = q.shape[2]
@@ -47,11 +48,11 @@ class DroppingCore(Core):
         probabilities = scores.float().softmax(-1).to(q.dtype) if q.dtype.itemsize < 4 else scores.softmax(-1)
         return probabilities.masked_fill(self.mask(samples, q.shape[1], length), 0.0) * (1 / (1 - self.p)) @ v
 
-    def mask(self, samples: Tensor, heads: int, length: int) -> Tensor:
+    def mask(self, samples: Tensor | None, heads: int, length: int) -> Tensor:
         """'b h s s' bool, True where a probability is dropped."""
         places = mixed(self.key, samples, 0, length)  # b s
-        keys = torch.arange(length, device=samples.device)
-        global_heads = torch.arange(heads, device=samples.device) + self.tensor_rank * heads
+        keys = torch.arange(length, device=places.device)
+        global_heads = torch.arange(heads, device=places.device) + self.tensor_rank * heads
         features = (global_heads[:, None] << 32) + keys  # h t: no head's numbers depend on the length
         return rearrange(dropped(places, features.flatten(), self.p), "b s (h t) -> b h s t", h=heads)
 
@@ -61,14 +62,17 @@ class Attention(nn.Module):
 
     x: 'b s d', equal on every tensor rank, both ways ('b s/tp d' under sequence parallelism). Rank i holds query heads
     [i·H/tp, (i+1)·H/tp) and the kv heads that serve exactly them, so nothing is communicated between qkv and output.
+
+    With fewer kv heads K than tensor ranks, tp/K neighbours use the same kv head. Each computes its share of that head's
+    features, and the head is gathered among them: no weight is replicated, so each gradient exists, and counts, once.
     """
 
     def __init__(self, name: str, parts: "Parts") -> None:
         super().__init__()
         model, init, grid = parts.model, parts.init, parts.grid
         e, q_size, kv_size = model.head_size, model.hidden_size, model.num_kv_heads * model.head_size
-        refuse_uneven((model.num_heads, model.num_kv_heads), grid, f"{name}'s heads")  # half a head divides too, and is none
-        self.head_size = e
+        refuse_uneven((model.num_heads,), grid, f"{name}'s heads")  # half a head divides too, and is none
+        self.head_size, self.kv_group = e, parts.kv_group
         self.qkv = ColumnParallelLinear(f"{name}.qkv", model.hidden_size, (q_size, kv_size, kv_size), model.qkv_bias, init.inner, grid)
         self.output = RowParallelLinear(f"{name}.output", q_size, model.hidden_size, model.bias, init.residual, grid)
         self.position = parts.position(f"{name}.position")
@@ -78,7 +82,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'; samples: 'b', global sample indices for dropout."""
-        q, k, v = (rearrange(part, "b s (h e) -> b h s e", e=self.head_size) for part in self.qkv(x).split(self.qkv.parts, dim=-1))
+        q, k, v = self.qkv(x).split(self.qkv.parts, dim=-1)
+        k, v = gather_shared(k, self.kv_group), gather_shared(v, self.kv_group)
+        q, k, v = (rearrange(part, "b s (h e) -> b h s e", e=self.head_size) for part in (q, k, v))
         q, k = self.position.rotate(self.q_norm(q), self.k_norm(k))
         y = self.core(q, k, v, self.position.bias(q), samples)
         return self.output(rearrange(y, "b h s e -> b s (h e)"))

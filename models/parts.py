@@ -1,9 +1,12 @@
 """From a model's settings to the classes that carry them out: the registries, and an experiment's own classes beside them."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from models.attention import Attention, Core, DroppingCore
 from models.block import RESIDUALS
@@ -30,6 +33,24 @@ class Parts:
     def __init__(self, model: GPT, grid: Grid, seed: int, variants: Mapping[str, type], recompute: str = "none") -> None:
         self.model, self.grid, self.seed, self.variants, self.recompute = model, grid, seed, variants, recompute
         self.init = self.chosen("init")(model, seed)
+
+    @cached_property
+    def kv_group(self) -> ProcessGroup | None:
+        """The neighbouring tensor ranks that use the same kv head; None where each rank has kv heads of its own.
+
+        Made by its members alone, when a rank builds its first attention; every stage has one.
+        """
+        kv_heads, tensor = self.model.num_kv_heads, self.grid.tensor
+        if kv_heads % tensor == 0:
+            return None
+        sharers = tensor // kv_heads
+        if tensor % kv_heads or self.model.head_size % sharers:
+            raise Mistake(
+                f"parallel.tensor = {tensor} does not fit model.num_kv_heads = {kv_heads}: it must divide them, or be a multiple of "
+                f"them by which a head's {self.model.head_size} features can be shared"
+            )
+        first = self.grid.rank - self.grid.tensor_rank % sharers
+        return dist.new_group(list(range(first, first + sharers)), use_local_synchronization=True)
 
     def chosen(self, setting: str) -> Any:
         """The class that `model.<setting>` names."""

@@ -95,6 +95,9 @@ gather_from_tensor_ranks = conjugate(all_gather(-1), split(-1))
 scatter_to_tensor_ranks = conjugate(split(-1), all_gather(-1))
 """'… (tp n)' -> '… n': each rank takes its features; the gradients are joined."""
 
+gather_shared = conjugate(all_gather(-1), reduce_scatter(-1))
+"""'… n' -> '… (c n)': pieces of features that the group's ranks use alike, each for work of its own; the uses' gradients are summed."""
+
 gather_sequence = conjugate(all_gather(1), reduce_scatter(1))
 """g of arXiv:2205.05198, 'b s/tp d' -> 'b s d': enters a sliced region; every rank's gradient of the whole is summed."""
 

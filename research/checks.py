@@ -3,6 +3,7 @@
 import itertools
 import math
 
+from models.config import GPT
 from parallel.errors import Mistake
 from research.config import Experiment
 from research.layout import Layout, effective_zero_stage, layout
@@ -31,12 +32,19 @@ def check(experiment: Experiment, ranks: Ranks) -> None:
 
 def _tensor_divides(experiment: Experiment) -> None:
     model, tensor = experiment.model, experiment.parallel.tensor
-    works = math.gcd(model.num_heads, model.num_kv_heads, model.ffn_size)
-    for name in ("num_heads", "num_kv_heads", "ffn_size"):
+    works = _tensor_degrees(model)
+    for name in ("num_heads", "ffn_size"):
         if getattr(model, name) % tensor:
-            raise Mistake(
-                f"parallel.tensor = {tensor} does not divide model.{name} = {getattr(model, name)} → use {listed(_divisors(works)[:8])}"
-            )
+            raise Mistake(f"parallel.tensor = {tensor} does not divide model.{name} = {getattr(model, name)} → use {listed(works[:8])}")
+    if not kv_heads_fit(model, tensor):
+        raise Mistake(f"parallel.tensor = {tensor} does not fit model.num_kv_heads = {model.num_kv_heads} → use {listed(works[:8])}")
+
+
+def kv_heads_fit(model: GPT, tensor: int) -> bool:
+    """Whether the kv heads can be dealt to `tensor` ranks: whole heads each, or one head shared feature-wise by several ranks."""
+    if model.num_kv_heads % tensor == 0:
+        return True
+    return tensor % model.num_kv_heads == 0 and model.head_size % (tensor // model.num_kv_heads) == 0
 
 
 def _tensor_divides_sequence(experiment: Experiment) -> None:
@@ -44,8 +52,13 @@ def _tensor_divides_sequence(experiment: Experiment) -> None:
     if experiment.parallel.sequence and length % tensor:
         raise Mistake(
             f"parallel.tensor = {tensor} does not divide model.seq_length = {length} → "
-            f"use {listed(_divisors(length)[:8])}, or parallel.sequence False"
+            f"use {listed([n for n in _tensor_degrees(experiment.model) if length % n == 0][:8])}, or parallel.sequence False"
         )
+
+
+def _tensor_degrees(model: GPT) -> list[int]:
+    """The tensor degrees by which heads and ffn can be sliced."""
+    return [n for n in _divisors(math.gcd(model.num_heads, model.ffn_size)) if kv_heads_fit(model, n)]
 
 
 def _every_stage_has_a_block(experiment: Experiment) -> None:

@@ -1,11 +1,13 @@
 """The layouts that `verify` runs: every grid of a world, with every ZeRO stage, sequence parallelism, accumulation, recomputation."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
 from research import config
+from research.checks import kv_heads_fit
 from research.config import Experiment
 
 BATCH, LENGTH, HEAD_SIZE, VOCABULARY = 16, 16, 8, 83
@@ -67,9 +69,10 @@ def why_not(cut: Cut, experiment: Experiment) -> str | None:
     """Why this cut cannot be; None where it can."""
     if cut.pipe > 1 and cut.zero_stage > 1:
         return f"ZeRO-{cut.zero_stage} does not work with a pipeline"
-    for name in ("num_heads", "num_kv_heads"):
-        if getattr(experiment.model, name) % cut.tensor:
-            return f"tensor {cut.tensor} does not divide {name} = {getattr(experiment.model, name)}"
+    if experiment.model.num_heads % cut.tensor:
+        return f"tensor {cut.tensor} does not divide num_heads = {experiment.model.num_heads}"
+    if not kv_heads_fit(experiment.model, cut.tensor):
+        return f"tensor {cut.tensor} does not fit num_kv_heads = {experiment.model.num_kv_heads}"
     return None
 
 
@@ -80,8 +83,8 @@ def shrunk(experiment: Experiment, ranks: int) -> Experiment:
     """
     model = experiment.model
     groups = model.num_heads // model.num_kv_heads
-    kv_heads = 1 if model.num_kv_heads == 1 else ranks
-    heads = groups * kv_heads
+    kv_heads = ranks if groups == 1 else max(1, min(model.num_kv_heads, ranks // 2))  # grouped: fewer than the most tensor ranks
+    heads = math.lcm(groups * kv_heads, ranks)
     sizes: dict[str, Any] = {
         "num_layers": max(2, ranks),
         "num_heads": heads,

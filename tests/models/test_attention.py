@@ -70,8 +70,15 @@ def test_head_norms_are_of_one_head_s_size():
     assert sizes == {f"attention.{part}_norm.{kind}": 8 for part in "qk" for kind in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("heads", [dict(num_heads=8, num_kv_heads=2), dict(num_heads=2, num_kv_heads=2), dict(num_heads=4, num_kv_heads=1)])
-def test_no_head_is_ever_cut_in_two(heads):
-    """Four ranks would share the kv heads' features evenly, half a head each: refused where it is built."""
-    with pytest.raises(Mistake, match=r"parallel.tensor = 4 does not divide \d, .* attention"):
+@pytest.mark.parametrize(
+    ("heads", "words"),
+    [
+        (dict(num_heads=2, num_kv_heads=2), r"parallel.tensor = 4 does not divide 2, .* attention"),
+        (dict(num_heads=12, num_kv_heads=3, hidden_size=96), "parallel.tensor = 4 does not fit model.num_kv_heads = 3"),
+        (dict(num_heads=8, num_kv_heads=1, hidden_size=8), "parallel.tensor = 4 does not fit model.num_kv_heads = 1"),
+    ],
+)
+def test_heads_that_cannot_be_dealt_are_refused(heads, words):
+    """Query heads are never cut; a kv head is shared by whole numbers of ranks, feature-wise. Refused where it is built."""
+    with pytest.raises(Mistake, match=words):
         made("attention", shape(**heads), Grid(tensor=4, rank=1))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from models import attention
 from models.dropout import Dropout
 from models.gpt import TokenLoss
 from models.init import GPT2Init
@@ -187,6 +188,20 @@ def context_lost_on_the_way() -> None:
     from parallel import engine_grid
 
     engine_grid.through = shifted
+
+
+def shared_head_counted_twice() -> None:
+    """The gradient of a kv head that several ranks use is multiplied by their number."""
+
+    def doubled(gradient, group):
+        return collectives.reduce_scatter(-1)(gradient, group) * group.size()
+
+    attention.gather_shared = collectives.conjugate(collectives.all_gather(-1), doubled)
+
+
+def shared_head_of_own_queries() -> None:
+    """The gradient of a kv head that several ranks use holds one rank's uses only."""
+    attention.gather_shared = collectives.conjugate(collectives.all_gather(-1), collectives.split(-1))
 
 
 def train_mutated(name: str, folder: Path) -> None:

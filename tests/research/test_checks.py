@@ -14,12 +14,17 @@ def ranks(world: int, launcher: str = "deepspeed", nodes: int = 1) -> Ranks:
     return Ranks(0, 0, world, world // nodes, launcher, "127.0.0.1", 29500)  # type: ignore[arg-type]
 
 
-GQA = {"num_heads": 8, "num_kv_heads": 2}
+GQA = {"num_heads": 12, "num_kv_heads": 3}
 SMALL = {"steps": 10}
 CASES = [
     ({"parallel": {"tensor": 4}}, 4, "parallel.tensor = 4 does not divide model.num_heads = 6 → use 1, 2, 3 or 6"),
-    ({"model": GQA, "parallel": {"tensor": 4}}, 4, "parallel.tensor = 4 does not divide model.num_kv_heads = 2 → use 1 or 2"),
+    ({"model": GQA, "parallel": {"tensor": 4}}, 4, "parallel.tensor = 4 does not fit model.num_kv_heads = 3 → use 1, 3, 6 or 12"),
     ({"model": {"ffn_size": 500}, "parallel": {"tensor": 3}}, 3, "parallel.tensor = 3 does not divide model.ffn_size = 500 → use 1 or 2"),
+    (
+        {"model": {"seq_length": 129}, "parallel": {"tensor": 2, "sequence": True}},
+        2,
+        "parallel.tensor = 2 does not divide model.seq_length = 129 → use 1, 3, 43 or 129, or parallel.sequence False",
+    ),
     ({"parallel": {"pipe": 5}}, 5, "parallel.pipe = 5 leaves stages without a block of model.num_layers = 4 → use pipe 4 or fewer"),
     (
         {"parallel": {"pipe": 2, "zero_stage": 2}},

@@ -39,6 +39,7 @@ def verdict(cut, model, train=verify_rank.on_rank):
 
 
 ALIBI = {"position": "alibi"}
+SHARED = {"num_heads": 4, "num_kv_heads": 1, "qk_norm": True}
 WRONG = [  # what is broken, a layout that shows it, the model, a part of the name of a parameter near the damage
     (m.no_sum_on_entry, TP2, {}, "norm"),
     (m.summed_again_on_exit, TP2, {}, ""),
@@ -58,6 +59,8 @@ WRONG = [  # what is broken, a layout that shows it, the model, a part of the na
     (m.slopes_of_the_first_heads, TP2, ALIBI, "attention"),
     (m.tied_copies_not_summed, PP2, {"tied": True}, "embedding"),
     (m.context_lost_on_the_way, PP2, DROPS, ""),
+    (m.shared_head_counted_twice, TP2, SHARED, ""),
+    (m.shared_head_of_own_queries, TP2, SHARED, ""),
 ]
 
 
@@ -70,7 +73,7 @@ def test_what_is_wrong_is_found_and_named(mutation, cut, model, near):
     assert near in row.gradient_at or near in row.weight_at, (row.gradient_at, row.weight_at)
 
 
-@pytest.mark.parametrize("model", [{}, DROPS, ALIBI], ids=["plain", "dropout", "alibi"])
+@pytest.mark.parametrize("model", [{}, DROPS, ALIBI, SHARED], ids=["plain", "dropout", "alibi", "shared kv head"])
 @pytest.mark.parametrize("cut", [TP2, SP2, DP2, PP2], ids=["TP2", "SP2", "DP2", "PP2"])
 def test_what_is_right_passes(cut, model):
     row = verdict(cut, model)
@@ -101,12 +104,14 @@ def test_every_way_of_running_stands_beside_every_axis():
 
 def test_a_layout_that_cannot_be_has_a_reason():
     assert "pipeline" in cuts.why_not(Cut(pipe=2, zero_stage=2), subject())
-    assert "num_kv_heads = 1" in cuts.why_not(TP2, subject(num_heads=6, num_kv_heads=1))
+    odd = subject().model_copy(update={"model": subject().model.model_copy(update={"num_heads": 3, "num_kv_heads": 3})})
+    assert "num_heads = 3" in cuts.why_not(TP2, odd)
 
 
 def test_shrinking_keeps_the_structure():
     shrunk = cuts.shrunk(example(model={"num_heads": 6, "num_kv_heads": 2, "mlp": "swiglu"}), 4).model
-    assert (shrunk.num_heads // shrunk.num_kv_heads, shrunk.mlp, shrunk.num_heads % 4, shrunk.vocab_size % 2) == (3, "swiglu", 0, 1)
+    assert shrunk.num_kv_heads < shrunk.num_heads
+    assert (shrunk.num_heads % shrunk.num_kv_heads, shrunk.mlp, shrunk.num_heads % 4, shrunk.vocab_size % 2) == (0, "swiglu", 0, 1)
 
 
 def test_a_missing_or_infinite_parameter_is_infinitely_wrong():
