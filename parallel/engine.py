@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from parallel.deepspeed_config import EngineSettings, derive
 from parallel.distributed import device
-from parallel.engine_grid import Mpu, Pipeline
+from parallel.engine_grid import Mpu, Pipeline, reduce_tied_accumulated
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import Layer, PlainModule, unique_parameters
@@ -182,6 +182,10 @@ class PlainEngine(Engine):
 
 class PipeEngine(Engine):
     """pipe > 1: the layers on PipelineEngine, ZeRO-1, 1F1B."""
+
+    def __init__(self, layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings) -> None:
+        super().__init__(layers, loss, grid, settings)
+        reduce_tied_accumulated(self.deepspeed)
 
     def _build_module(self, layers: Sequence[Layer]) -> nn.Module:
         with quiet():

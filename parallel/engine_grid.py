@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -113,3 +115,21 @@ def _specs(layers: Sequence[Layer]) -> list[LayerSpec]:
 def _tied_spec(owner: Layer, layer: Layer) -> TiedLayerSpec:
     apply = (lambda embedding, x: embedding.logits(x)) if layer.tied_to else None
     return TiedLayerSpec(owner.name, owner.make, forward_fn=apply, tied_weight_attr="weight", **owner.arguments)
+
+
+def reduce_tied_accumulated(engine: PipelineEngine) -> None:
+    """Makes a pipeline sum its tied copies' gradients where ZeRO-1 accumulates them in fp32, beside `weight.grad`.
+
+    DeepSpeed 0.19.8 sums `weight.grad`, which is None by then (fp16), so that the copies drift apart without a word: the norm
+    of a tied GPT in fp16 on two stages was 2.140 instead of 2.229.
+    """
+
+    def reduce(engine: PipelineEngine) -> None:
+        for weight, group in engine.module.get_tied_weights_and_groups():
+            accumulated = getattr(weight, "grad_accum", None)
+            if accumulated is not None:
+                dist.all_reduce(accumulated, group=group)
+        inherited(engine)
+
+    inherited = engine._INSTRUCTION_MAP[ReduceTiedGrads]
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: reduce}

@@ -42,8 +42,10 @@ class Whole:
 class Sequence(Whole):
     """Outside a sliced region x is 'b s/tp d', this rank's positions. g and ḡ of arXiv:2205.05198.
 
-    Gathered inputs are kept for the weight gradient: 8·b·s·h·(t−1)/t elements sent per layer, forward and backward together, the
-    same as without; the paper gathers again in the backward pass, 10·…, to keep 4·b·s·h·(1−1/t) elements less.
+    A block gathers twice and reduce-scatters twice, forward and again backward: on a ring each rank sends 8·b·s·h·(t−1)/t
+    elements, the same as without; and one all-reduce of h for each norm's weight and bias and each row bias. The two gathered
+    inputs are kept for the weight gradients; the paper gathers them again in the backward pass, 10·…, to keep 2·b·s·h·(1−1/t)
+    elements less.
     """
 
     @property
