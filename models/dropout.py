@@ -19,7 +19,7 @@ MIX_32 = (0x7FEB352D, -0x7B935975)  # Wellons' low-bias 32-bit hash, likewise
 class Dropout(nn.Module):
     """x · keep / (1 − p) while training, x in evaluation; keep is 1 with probability 1 − p.
 
-    x: 'b s d', or this rank's positions or features of it; samples: 'b', global sample indices.
+    x: 'b s d', or this rank's positions or features of it; samples: 'b', global sample indices (None will do in evaluation).
     `sliced`: whether this rank holds its own features of every position (inside a sliced region) or all features of the
     positions that its region has out here.
     """
@@ -30,9 +30,9 @@ class Dropout(nn.Module):
         self.region, self.feature_rank = grid.region, grid.tensor_rank if sliced else 0
         self.sliced = sliced
 
-    def forward(self, x: Tensor, samples: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'."""
-        if not (self.training and self.p) or samples is None:
+        if not (self.training and self.p):
             return x
         first = 0 if self.sliced else self.region.first_position(x)
         places = mixed(self.key, samples, first, x.shape[1])  # b s
@@ -44,8 +44,10 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
-def mixed(key: int, samples: Tensor, first: int, length: int) -> Tensor:
+def mixed(key: int, samples: Tensor | None, first: int, length: int) -> Tensor:
     """'b s': 64 well-mixed bits for each (sample, position first … first + length − 1) of the layer `key`. int64."""
+    if samples is None:  # a block that does not hand them on would silently train without dropout
+        raise ValueError("dropout in training needs the samples' numbers 'b' (MicroBatch.context), handed on by every module to its parts")
     places = torch.arange(first, first + length, device=samples.device)
     of_sample = _mix_64(samples.to(torch.int64) + key)
     return _mix_64(of_sample[:, None] + places[None, :] * MIX_64[0])

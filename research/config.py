@@ -21,8 +21,9 @@ SCHEMA = 2
 
 def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
     """1 → 2: models had no dropout. Sequence parallelism and recomputation, new too, are off unless set."""
-    rates = {f"{place}_dropout": 0.0 for place in ("embedding", "residual", "mlp", "attention")}
-    return {**settings, "model": {**settings["model"], **rates}}
+    if not isinstance(model := settings.get("model"), dict):
+        return settings  # what is missing is said when the settings are read
+    return {**settings, "model": {f"{place}_dropout": 0.0 for place in ("embedding", "residual", "mlp", "attention")} | model}
 
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout}

@@ -44,12 +44,16 @@ def machine_line(job: Job, device: str = "", software: Sequence[str] = ()) -> st
 
 
 def layout_line(job: Job) -> str:
-    """'pipe 1 × data 1 × tensor 2 · ZeRO-1 · fp32'."""
+    """'pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-1 · fp32 · full recomputation'."""
     layout, parallel = job.layout, job.experiment.parallel
-    zero = f"ZeRO-{layout.zero_stage}" + (" (stage 0 always runs as 1)" if parallel.zero_stage == 0 else "")
+    words = [f"pipe {layout.pipe} × data {layout.data} × tensor {layout.tensor}"]
+    words += ["sequence parallel"] * (parallel.sequence and layout.tensor > 1)
+    words += [f"ZeRO-{layout.zero_stage}" + (" (stage 0 always runs as 1)" if parallel.zero_stage == 0 else "")]
     offload = [what for what in ("optimizer", "parameters") if getattr(parallel, f"offload_{what}")]
-    offloaded = [f"{' and '.join(offload)} in host memory"] if offload else []
-    return " · ".join([f"pipe {layout.pipe} × data {layout.data} × tensor {layout.tensor}", zero, *offloaded, job.experiment.precision])
+    words += [f"{' and '.join(offload)} in host memory"] * bool(offload)
+    words += [job.experiment.precision]
+    words += [f"{parallel.recompute} recomputation"] * (parallel.recompute != "none")
+    return " · ".join(words)
 
 
 def batch_line(job: Job) -> str:

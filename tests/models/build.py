@@ -44,9 +44,9 @@ def whole_model(model: GPT, grid: Grid = ALONE, seed: int = 5, variants: Mapping
     return PlainModule(gpt.layers(model, grid, seed, variants))
 
 
-def tensor_grid() -> Grid:
+def tensor_grid(sequence: bool = False) -> Grid:
     """Every rank of the world on the tensor axis."""
-    return make_grid(1, torch.distributed.get_world_size())
+    return make_grid(1, torch.distributed.get_world_size(), sequence)
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], grid: Grid = ALONE) -> None:
@@ -62,6 +62,13 @@ def scatter(module: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=g, dtype=torch.float64).to(parameter.dtype), alpha=0.2)
+
+
+def random_weights(model: GPT, seed: int) -> dict[str, Tensor]:
+    """A whole model's in fp64, away from what an initialisation leaves: a lost bias or norm would hide there."""
+    module = whole_model(model).double()
+    scatter(module, seed)
+    return values(module)
 
 
 def values(module: nn.Module) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from models.norm import NORMS
 from parallel.deepspeed_config import EngineSettings
 from parallel.engine import make_engine
 from parallel.grid import Grid, make_grid
-from tests.models.build import as_arrays, fill, gradients, made, shape, tensor_grid, whole_model
+from tests.models.build import as_arrays, fill, gradients, made, random_weights, shape, tensor_grid, whole_model
 
 VOCAB, LENGTH, BATCH = 83, 16, 2
+SAMPLES = torch.tensor([4, 1_000])
 
 
 def tokens() -> tuple[Tensor, Tensor, Tensor]:
@@ -26,16 +27,23 @@ def tokens() -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], torch.rand(BATCH, LENGTH, generator=g).round(decimals=1)
 
 
-def whole_models(jobs: list[tuple[GPT, dict[str, Tensor]]]) -> list[tuple]:
+def whole_models(jobs: list[tuple[GPT, dict[str, Tensor]]], sequence: bool = False) -> list[tuple]:
     """[(settings, whole weights)] -> [(this rank's logits, its gradients)] of a token loss, in the weights' precision."""
-    return [_whole_model(model, weights, tensor_grid()) for model, weights in jobs]
+    grid = tensor_grid(sequence)
+    return [run_model(model, weights, grid) for model, weights in jobs]
 
 
-def _whole_model(model: GPT, weights: dict[str, Tensor], grid: Grid) -> tuple:
+def random_models(jobs: list[tuple[GPT, int]], sequence: bool) -> list[tuple]:
+    """The same of weights that every rank draws whole from a seed: many models' would be too many to hand over."""
+    return whole_models([(model, random_weights(model, seed)) for model, seed in jobs], sequence)
+
+
+def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid) -> tuple:
+    """One of them."""
     module = whole_model(model, grid).to(next(iter(weights.values())).dtype)
     fill(module, weights, grid)
     ids, targets, token_weights = tokens()
-    logits = module(ids)
+    logits = module((ids, SAMPLES) if model.drops else ids)
     gpt.TokenLoss(model.vocab_size, 0.0, grid.tensor_group)(logits, (targets, token_weights)).backward()
     return logits.detach().numpy(), as_arrays(gradients(module))
 

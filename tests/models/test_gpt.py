@@ -18,7 +18,9 @@ from models.parts import REGISTRIES
 from models.position import Learned, Position
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from tests.models.build import ALONE, gradients, shape, values, whole_model
+from tests.harness import run_ranks
+from tests.models import on_rank
+from tests.models.build import ALONE, gradients, joined, random_weights, relative, shape, values, whole_model, worst
 
 VOCAB = 83
 SETTINGS = {
@@ -87,6 +89,32 @@ def test_every_combination_trains(row):
         for parameter in model.parameters():
             parameter -= 0.01 / norm * parameter.grad
     assert float(loss_of(model).detach()) < float(before.detach())
+
+
+EVERYWHERE = dict(embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)
+LLAMA_LIKE = dict(
+    norm="rmsnorm", position="rotary", residual="post_norm", mlp="swiglu", bias=False, qkv_bias=False, qk_norm=True, num_kv_heads=2,
+    tied=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
+def test_every_combination_is_the_same_on_sliced_ranks(degree, sequence):
+    """Logits to 1e-12 and every gradient to 1e-10 in fp64, engine-free; every other model drops something everywhere.
+
+    The truth is the plain module on one rank, which is compared with transformers and with equations elsewhere.
+    """
+    rows = [LLAMA_LIKE, *COMBINATIONS]
+    models = [shape(**row, **(EVERYWHERE if i % 2 else {})) for i, row in enumerate(rows) if row["num_kv_heads"] % degree == 0]
+    ranks = run_ranks(on_rank.random_models, degree, [(model, seed) for seed, model in enumerate(models)], sequence)
+    assert len(models) >= 8 and {model.drops for model in models} == {False, True}
+    for i, model in enumerate(models):
+        true_logits, true_gradients = on_rank.run_model(model, random_weights(model, i), ALONE)
+        logits = torch.cat([torch.from_numpy(rank[i][0]) for rank in ranks], dim=-1)[..., :VOCAB]
+        assert relative(logits, torch.from_numpy(true_logits)) <= 1e-12, model
+        error, name = worst(joined(model, [rank[i][1] for rank in ranks]), {n: torch.from_numpy(a) for n, a in true_gradients.items()})
+        assert error <= 1e-10, (name, model)
 
 
 def test_the_registries_are_what_the_schema_allows():

@@ -1,4 +1,7 @@
-"""Our GPT against transformers' own models: the same random weights, logits and gradients, on 1, 2 and 4 real tensor ranks."""
+"""Our GPT against transformers' own models: the same random weights, logits and gradients, on 1, 2 and 4 real tensor ranks.
+
+On 2 and 4 with activations whole between sliced regions, and cut along the sequence.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -37,6 +40,8 @@ CONFIGS = {
     "llama": LlamaConfig(**LLAMA),
     "llama, tied, biases": LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, hidden_act="gelu"),
 }
+LAYOUTS = [(1, False), (2, False), (4, False), (2, True), (4, True)]
+"""(tensor ranks, sequence parallelism)"""
 IN_DOUBLE = ("gpt2", "gpt2, untied, n_inner", "pythia", "pythia, sequential residual")
 """transformers computes Llama's norms, and eager softmaxes, in fp32 whatever the weights are."""
 
@@ -76,11 +81,11 @@ def our_weights(case: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @functools.cache
-def ours(tensor: int) -> dict[tuple[str, torch.dtype], tuple[Tensor, dict[str, Tensor]]]:
-    """Every case on `tensor` ranks, in one launch: (whole logits, whole gradients)."""
+def ours(tensor: int, sequence: bool) -> dict[tuple[str, torch.dtype], tuple[Tensor, dict[str, Tensor]]]:
+    """Every case on this layout, in one launch: (whole logits, whole gradients)."""
     keys = [(case, torch.float32) for case in CONFIGS] + [(case, torch.float64) for case in IN_DOUBLE]
     jobs = [(hf.settings(CONFIGS[case]), our_weights(case, dtype)) for case, dtype in keys]
-    ranks = run_ranks(on_rank.whole_models, tensor, jobs)
+    ranks = run_ranks(on_rank.whole_models, tensor, jobs, sequence)
     found = {}
     for i, (key, (model, _)) in enumerate(zip(keys, jobs, strict=True)):
         logits = torch.cat([torch.from_numpy(rank[i][0]) for rank in ranks], dim=-1)
@@ -88,29 +93,29 @@ def ours(tensor: int) -> dict[tuple[str, torch.dtype], tuple[Tensor, dict[str, T
     return found
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("case", CONFIGS)
-def test_logits_are_those_of_transformers(case, tensor):
+def test_logits_are_those_of_transformers(case, layout):
     """Largest difference of a logit ≤ 1e-5 of the largest logit, fp32."""
-    found, true = ours(tensor)[case, torch.float32][0], truth(case, torch.float32).logits
+    found, true = ours(*layout)[case, torch.float32][0], truth(case, torch.float32).logits
     assert found.shape == true.shape == (BATCH, LENGTH, VOCAB)
     assert true.abs().max() > 0.5  # else there is nothing to compare
     assert (found - true).abs().max() <= TOLERANCE * true.abs().max()
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("case", CONFIGS)
-def test_gradients_are_those_of_transformers(case, tensor):
+def test_gradients_are_those_of_transformers(case, layout):
     """Of a weighted token loss, each parameter: ‖a − b‖₂ ≤ 1e-5 ‖b‖₂, fp32."""
-    error, name = worst(ours(tensor)[case, torch.float32][1], truth(case, torch.float32).gradients)
+    error, name = worst(ours(*layout)[case, torch.float32][1], truth(case, torch.float32).gradients)
     assert error <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("case", IN_DOUBLE)
-def test_in_double_precision_nothing_but_rounding_is_left(case, tensor):
+def test_in_double_precision_nothing_but_rounding_is_left(case, layout):
     """An epsilon or a constant that is slightly off would hide below fp32's rounding."""
-    logits, found = ours(tensor)[case, torch.float64]
+    logits, found = ours(*layout)[case, torch.float64]
     assert relative(logits, truth(case, torch.float64).logits) <= 1e-12
     error, name = worst(found, truth(case, torch.float64).gradients)
     assert error <= 1e-10, name

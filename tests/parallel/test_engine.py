@@ -13,6 +13,7 @@ from parallel import engine as engines
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule
+from parallel.region import Whole
 from parallel.slices import slice_of
 from tests.harness import RankFailed, run_ranks
 from tests.parallel import training
@@ -21,7 +22,8 @@ from tests.parallel.training import BETAS, CLIP, EPS, LABEL_SMOOTHING, LLAMA, MO
 LOSS, NORM, WEIGHTS, LOW_PRECISION_LOSS = 2e-5, 1e-5, 1e-5, 1e-3
 """Relative errors that are allowed."""
 
-SUBJECTS = {"tied": {}, "untied": {"tied": False}, "llama": LLAMA}
+DROPPING = dict(num_layers=2, embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)
+SUBJECTS = {"tied": {}, "untied": {"tied": False}, "llama": LLAMA, "dropping": DROPPING, "dropping llama": LLAMA | DROPPING}
 LAYOUTS = {  # name: ranks, settings; the micro-batch's size is part of what must not matter
     "one rank": (1, {}),
     "TP2": (2, dict(tensor=2)),
@@ -44,7 +46,23 @@ LAYOUTS = {  # name: ranks, settings; the micro-batch's size is part of what mus
 BEYOND = [("tied", "TP4"), ("tied", "PP4"), ("tied", "ZeRO-0"), ("tied", "TP2·ZeRO-2"), ("untied", "ZeRO-3"), ("llama", "TP2·ZeRO-3")]
 EACH = [("tied", layout) for layout in LAYOUTS if layout != "one rank" and ("tied", layout) not in BEYOND]
 EACH += [("untied", "PP2"), ("untied", "TP2·PP2"), ("llama", "TP2"), ("llama", "TP2·PP2")]
+
+CUT_LONG = {  # along the sequence, with recomputation, or both: where dropout's masks could go wrong
+    "TP2·SP": (2, dict(tensor=2, sequence=True)),
+    "TP2·SP, selective": (2, dict(tensor=2, sequence=True, recompute="selective")),
+    "TP4·SP, full": (4, dict(tensor=4, sequence=True, recompute="full")),
+    "TP2·PP2·SP, selective": (4, dict(tensor=2, pipe=2, sequence=True, recompute="selective", micro=2)),
+    "TP2·DP2·SP·ZeRO-2": (4, dict(tensor=2, sequence=True, zero_stage=2, micro=2)),
+    "TP2·SP·ZeRO-3, full": (2, dict(tensor=2, sequence=True, zero_stage=3, recompute="full")),
+    "PP2, full": (2, dict(pipe=2, recompute="full", micro=2)),
+    "DP2, selective": (2, dict(recompute="selective", micro=2)),
+}
+LAYOUTS |= CUT_LONG
+EACH += [("dropping", layout) for layout in CUT_LONG if layout != "TP4·SP, full"]
+EACH += [("tied", "TP2·SP, selective"), ("dropping llama", "TP2·SP")]
+BEYOND += [("tied", "TP2·SP·ZeRO-3, full"), ("dropping", "TP4·SP, full"), ("dropping llama", "TP2·PP2·SP, selective")]
 LOW = [("tied", layout) for layout in ("TP2", "PP2", "DP2", "TP2·PP2", "ZeRO-2", "ZeRO-3")] + [("untied", "TP2·PP2")]
+LOW += [("dropping", "TP2·SP, selective")]
 
 
 @functools.cache
@@ -133,7 +151,7 @@ def trained_by_torch_alone(subject: str) -> dict:
     found: dict = {"loss": [], "norm": []}
     for step in range(STEPS):
         batch = training.batch_of(step, shape)
-        loss = token_mean(module(batch.ids), batch)
+        loss = token_mean(module(batch.inputs()), batch)
         optimizer.zero_grad()
         loss.backward()
         found["norm"].append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)))
@@ -142,6 +160,7 @@ def trained_by_torch_alone(subject: str) -> dict:
         optimizer.step()
         found["loss"].append(float(loss.detach()))
     held_out = training.batch_of(training.EVALUATION, shape)
+    module.eval()
     with torch.no_grad():
         found["eval"] = [float(token_mean(module(held_out.ids), held_out))]
     return found | {"weights": {name: p.detach() for name, p in module.named_parameters()}}
@@ -190,6 +209,31 @@ def shift_one_replica(engine: engines.Engine) -> None:
             engine.parameters["blocks.0.attention_norm.weight"].mul_(1.01)
 
 
+def forget_to_sum_norms(engine: engines.Engine) -> None:
+    """A norm outside sliced regions keeps the gradient of this rank's positions."""
+    engine.module.get_submodule("blocks.0.mlp_norm").partial_group = None
+
+
+def begin_at_zero(engine: engines.Engine) -> None:
+    """Every rank believes that its positions are the first ones."""
+    engine.module.get_submodule("position").region = Whole(None)
+
+
+def drop_as_if_whole(engine: engines.Engine) -> None:
+    """The same in dropout alone: both ranks use the mask of the first positions."""
+    engine.module.get_submodule("blocks.1.mlp_dropout").region = Whole(None)
+
+
+def drop_as_rank_0(engine: engines.Engine) -> None:
+    """Every rank uses the mask of rank 0's features."""
+    engine.module.get_submodule("blocks.0.mlp").dropout.feature_rank = 0
+
+
+def number_within_rank(batches: Iterable[engines.MicroBatch], grid: Grid) -> Iterable[engines.MicroBatch]:
+    """Samples counted from zero in every micro-batch."""
+    return [batch._replace(context=(torch.arange(len(batch.ids)),)) for batch in batches]
+
+
 def mean_of_own_batch(batches: Iterable[engines.MicroBatch], grid: Grid) -> Iterable[engines.MicroBatch]:
     """Each data rank takes the mean over its *own* tokens, as a plain masked mean does."""
     own = list(batches)
@@ -205,6 +249,11 @@ def equal_weights(batches: Iterable[engines.MicroBatch], grid: Grid) -> Iterable
 @pytest.mark.parametrize(
     ("layout", "broken", "seen_in"),
     [
+        ("TP2·SP", dict(spoil=forget_to_sum_norms), {"norm"}),
+        ("TP2·SP", dict(spoil=begin_at_zero), {"loss", "norm"}),
+        ("TP2·SP", dict(spoil=drop_as_if_whole, model=DROPPING), {"loss", "norm"}),
+        ("TP2", dict(spoil=drop_as_rank_0, model=DROPPING), {"loss", "norm"}),
+        ("DP2", dict(reweigh=number_within_rank, model=DROPPING), {"loss", "norm"}),
         ("TP2", dict(spoil=unmark_slices), {"norm"}),
         ("TP2", dict(spoil=mark_everything), {"norm"}),
         ("TP2", dict(spoil=shift_one_replica), {"loss", "norm"}),
@@ -217,7 +266,8 @@ def equal_weights(batches: Iterable[engines.MicroBatch], grid: Grid) -> Iterable
 def test_the_comparison_can_fail(layout: str, broken: dict, seen_in: set[str]) -> None:
     steps = 3
     world, settings = LAYOUTS[layout]
-    expected = {key: run("tied", "one rank")[0][key][:steps] for key in ("loss", "norm")}
+    subject = "dropping" if "model" in broken else "tied"
+    expected = {key: run(subject, "one rank")[0][key][:steps] for key in ("loss", "norm")}
     found = run_ranks(training.call, world, dict(settings, steps=steps, **broken))
     errors = {key: max(furthest(rank[key], expected[key]) for rank in found) for key in expected}
     with pytest.raises(AssertionError):

@@ -23,7 +23,7 @@ CASES = [
     (
         {"model": {"seq_length": 129}, "parallel": {"tensor": 2, "sequence": True}},
         2,
-        "parallel.tensor = 2 does not divide model.seq_length = 129 → use 1, 3, 43 or 129, or parallel.sequence False",
+        "parallel.tensor = 2 does not divide model.seq_length = 129 → use 1 or 3, or parallel.sequence False",
     ),
     ({"parallel": {"pipe": 5}}, 5, "parallel.pipe = 5 leaves stages without a block of model.num_layers = 4 → use pipe 4 or fewer"),
     (

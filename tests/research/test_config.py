@@ -40,6 +40,9 @@ REFUSED = [
     ("optimizer", "decay_steps", 0, "optimizer.decay_steps = 0 does not work → use a whole number greater than 0 or None"),
     ("schedule", "batch_size", 0, "schedule.batch_size = 0 does not work → use a whole number greater than 0"),
     ("schedule", "validate_every", -1, "schedule.validate_every = -1 does not work → use a whole number at least 0"),
+    ("model", "mlp_dropout", 1.0, "model.mlp_dropout = 1.0 does not work → use a finite number at least 0 and below 1"),
+    ("model", "residual_dropout", -0.1, "model.residual_dropout = -0.1 does not work → use a finite number at least 0 and below 1"),
+    ("parallel", "recompute", "all", "parallel.recompute = 'all' does not work → use none, selective or full"),
     ("parallel", "zero_stage", 4, "parallel.zero_stage = 4 does not work → use 0, 1, 2 or 3"),
     ("parallel", "tensors", 2, "parallel.tensors is not a setting → did you mean parallel.tensor?"),
     ("track", "mode", "of", "track.mode = 'of' does not work → use auto, online, offline or disabled"),
@@ -105,17 +108,65 @@ def test_saved_and_loaded_is_equal(tmp_path) -> None:
 
 
 def test_a_newer_schema_is_refused_an_older_one_migrated(tmp_path, monkeypatch) -> None:
-    path, settings = tmp_path / "config.json", resolved(example())
-    path.write_text(json.dumps(settings | {"schema": 2}))
-    assert "schema 2, this code reads up to 1" in sentence(lambda: load(path))
-    monkeypatch.setattr(config, "SCHEMA", 3)
-    monkeypatch.setitem(config.MIGRATIONS, 1, lambda old: {**old, "seed": old["seed"] + 10})
-    monkeypatch.setitem(config.MIGRATIONS, 2, lambda old: {**old, "seed": old["seed"] * 2})
-    path.write_text(json.dumps(settings | {"schema": 1, "seed": 1}))
+    path, settings, now = tmp_path / "config.json", resolved(example()), config.SCHEMA
+    path.write_text(json.dumps(settings | {"schema": now + 1}))
+    assert f"schema {now + 1}, this code reads up to {now}" in sentence(lambda: load(path))
+    monkeypatch.setattr(config, "SCHEMA", now + 2)
+    monkeypatch.setitem(config.MIGRATIONS, now, lambda old: {**old, "seed": old["seed"] + 10})
+    monkeypatch.setitem(config.MIGRATIONS, now + 1, lambda old: {**old, "seed": old["seed"] * 2})
+    path.write_text(json.dumps(settings | {"schema": now, "seed": 1}))
     assert load(path).seed == 22
 
 
+SCHEMA_1 = """{
+  "schema": 1, "question": "what is a small GPT's loss?", "parent": null,
+  "model": {
+    "num_layers": 4, "hidden_size": 192, "num_heads": 6, "num_kv_heads": 6, "ffn_size": 768, "vocab_size": 8192, "seq_length": 128,
+    "norm": "layernorm", "norm_eps": 1e-05, "position": "learned", "mlp": "gelu", "residual": "pre_norm", "init": "gpt2", "bias": true,
+    "qkv_bias": true, "qk_norm": false, "tied": true, "rotary_fraction": null, "rotary_base": null
+  },
+  "data": {
+    "train": "builtin:state_of_the_union/train", "validation": "builtin:state_of_the_union/val", "tokenizer": "builtin:bpe-8192",
+    "cache": ".cache"
+  },
+  "schedule": {"steps": 300, "batch_size": 16, "micro_batch_size": 8, "validate_every": 100, "log_every": 10},
+  "optimizer": {
+    "lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-08, "weight_decay": 0.1, "clip": 1.0, "decay": "cosine", "warmup_steps": 30,
+    "min_lr": 0.0003, "decay_steps": null, "label_smoothing": 0.0
+  },
+  "parallel": {"pipe": 1, "tensor": 2, "zero_stage": 1, "offload_optimizer": false, "offload_parameters": false},
+  "precision": "fp32", "track": {"project": "tessera", "mode": "auto", "group": null, "runs": "runs"}, "seed": 1, "deepspeed": {}
+}"""
+"""What a run wrote before there was dropout."""
+
+
+def test_schema_1_had_no_dropout_sequence_parallelism_or_recomputation(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(SCHEMA_1)
+    found = load(path)
+    rates = {name: value for name, value in found.model if name.endswith("_dropout")}
+    assert rates == {f"{place}_dropout": 0.0 for place in ("embedding", "residual", "mlp", "attention")} and not found.model.drops
+    assert (found.parallel.sequence, found.parallel.recompute) == (False, "none")
+    now, then = resolved(found), json.loads(SCHEMA_1)
+    for section in ("model", "parallel"):
+        assert {name: now[section][name] for name in then[section]} == then[section]  # the rest is as it was
+    assert {name: now[name] for name in then if name not in ("schema", "model", "parallel")} == {
+        name: then[name] for name in then if name not in ("schema", "model", "parallel")
+    }
+    save(found, path)
+    assert load(path) == found and json.loads(path.read_text())["schema"] == config.SCHEMA
+
+
+def test_dropout_in_a_config_of_schema_1_is_not_overwritten(tmp_path) -> None:
+    """It cannot have been there; where somebody wrote it in by hand, it is what they want."""
+    settings = json.loads(SCHEMA_1)
+    settings["model"]["mlp_dropout"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load(tmp_path / "config.json").model.mlp_dropout == 0.5
+
+
 HOSTILE = ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}']
+HOSTILE += ['{"schema": 1, "model": 3}', '{"schema": 1, "model": null}', '{"schema": 2}', '{"schema": 2, "model": [1]}']
 
 
 @pytest.mark.parametrize("text", HOSTILE)

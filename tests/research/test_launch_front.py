@@ -120,6 +120,24 @@ def test_two_ranks_are_described_as_two() -> None:
     assert lines["model"].endswith("3.4 M parameters (1.7 M on each rank)")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--parallel.sequence", "pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-1 · fp32"),
+        ("--parallel.recompute selective", "pipe 1 × data 1 × tensor 2 · ZeRO-1 · fp32 · selective recomputation"),
+        (
+            "--parallel.sequence --parallel.zero_stage 2 --parallel.offload_optimizer --parallel.recompute full",
+            "pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-2 · optimizer in host memory · fp32 · full recomputation",
+        ),
+    ],
+)
+def test_what_the_layout_line_says(arguments: str, said: str) -> None:
+    rank_0 = RANK_1 | {"RANK": "0", "LOCAL_RANK": "0"}
+    done = launch("--local_rank=0", "--dry-run", "--parallel.tensor", "2", *arguments.split(), **rank_0)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line)["layout"] == said
+
+
 def test_help_needs_no_layout_that_works(tmp_path: Path) -> None:
     """`python launch.py --help` teaches even where the experiment itself wants four ranks."""
     folder = tmp_path / "experiments/wide"

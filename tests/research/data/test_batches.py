@@ -59,6 +59,37 @@ def test_sample_numbers_count_over_epochs():
     assert batches.step_samples(8, 2, 1, 2, step=100).tolist() == [[804, 805], [806, 807]]
 
 
+@pytest.mark.parametrize(("data_size", "micro"), [(1, 24), (2, 1), (2, 3), (4, 2), (3, 8)])
+def test_a_batch_names_its_samples_in_the_run(token_store, data_size, micro):
+    """Sequence j of step t is sample t·24 + j, whatever the layout: the numbers of a step in order, beside their windows."""
+    store = token_store(1000)
+    for step in (0, 3, 4, 1000):
+        found = [batch for rank in step_of(store, 9, data_size, micro, step) for batch in rank]
+        assert all(batch.samples.dtype == np.int64 and batch.samples.shape == (micro,) for batch in found)
+        numbers = np.concatenate([batch.samples for batch in found])
+        assert numbers.tolist() == list(range(24 * step, 24 * step + 24))
+        firsts = np.concatenate([batch.ids[:, 0] for batch in found])
+        assert (firsts == order.sample(numbers, 111, 3) * 9).all()
+
+
+def test_a_window_has_another_number_in_every_epoch(token_store):
+    """24 windows, three epochs of three steps: each window comes thrice under three numbers, one of each epoch."""
+    store = token_store(241)
+    numbers: dict[int, list[int]] = {}
+    for step in range(9):
+        for batch in (batch for rank in step_of(store, 10, 2, 2, step, batch_size=8) for batch in rank):
+            for first, number in zip(batch.ids[:, 0].tolist(), batch.samples.tolist(), strict=True):
+                numbers.setdefault(first // 10, []).append(number)
+    assert sorted(numbers) == list(range(24))
+    assert all([number // 24 for number in found] == [0, 1, 2] for found in numbers.values())
+
+
+def test_validation_batches_name_their_windows(token_store):
+    """They drop nothing, but a pipeline wants the same shapes as in training."""
+    for batch, _ in batches.validation_batches(token_store(101), 10, 3, 1, 2):
+        assert batch.samples.dtype == np.int64 and batch.samples.shape == (3,)
+
+
 def evaluate(store, s, data_size, micro):
     """What the engines and the loop make of it: Σ (mean over ranks of Σ weights·loss) · tokens, and who predicted what."""
     nats, seen = 0.0, []
