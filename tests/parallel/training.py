@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from models import gpt
 from models.config import GPT
@@ -64,6 +65,8 @@ def build(
     model=(), pipe=1, tensor=1, sequence=False, recompute="none", precision="fp32", clip=CLIP, micro=MICRO, **settings
 ) -> tuple[Engine, GPT, Grid]:
     """An engine on this rank, its model's settings and its grid."""
+    if precision == "fp16":
+        get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any CPU, if slowly; DeepSpeed asks for kernels
     shape = GPT(**MODEL | dict(model))
     grid = make_grid(pipe, tensor, sequence)
     derived = EngineSettings(
