@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     try:
         _verb(argv[0]).main(argv[1:])
+        sys.stdout.flush()  # here, where a reader that has left can still be told from an error
     except Mistake as mistake:
         show_mistake(mistake)
         return 2

@@ -32,6 +32,7 @@ def run(file: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet: Ctrl-C ends even a long import or a wait for other ranks, silently
     try:
         _run(Path(file).resolve(), sys.argv[1:])
+        sys.stdout.flush()  # here, where a reader that has left can still be told from an error
     except Mistake as mistake:
         refuse(mistake, rank_hint())
     except BrokenPipeError:  # `--help | head` has seen enough; keep Python from complaining about it when it exits
