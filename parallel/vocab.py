@@ -135,11 +135,6 @@ class _CrossEntropy(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-def _exponentials(logits: Tensor, shift: Tensor) -> Tensor:
-    """exp(logits − shift), a new tensor in shift's precision. The cast comes first: mixed operands are twice as slow on a CPU."""
-    return logits.to(shift.dtype, copy=True).sub_(shift[:, None]).exp_()
-
-
 def _row_blocks(logits: Tensor) -> list[slice]:
     size = max(1, LOGITS_AT_ONCE // logits.shape[1])
     return [slice(i, i + size) for i in range(0, len(logits), size)]

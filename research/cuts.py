@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -104,8 +104,3 @@ def shrunk(experiment: Experiment, ranks: int) -> Experiment:
 
 def _multiple(size: float, unit: int) -> int:
     return max(1, round(size / unit)) * unit
-
-
-def as_dict(cut: Cut) -> dict[str, Any]:
-    """For JSON."""
-    return asdict(cut)
