@@ -15,7 +15,7 @@ from parallel.errors import Mistake
 from research.run_folder import write_json
 from research.settings import Settings
 
-SCHEMA = 2
+SCHEMA = 3
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 
 
@@ -26,7 +26,13 @@ def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "model": {f"{place}_dropout": 0.0 for place in ("embedding", "residual", "mlp", "attention")} | model}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout}
+def _unwatched(settings: dict[str, Any]) -> dict[str, Any]:
+    """2 → 3: one checkpoint, at the end; DeepSpeed skipped what was not finite; nobody looked for hangs or spikes."""
+    watch = {"hang_seconds": 0.0, "non_finite": "skip", "most_skips": 0, "spike": 0.0}
+    return {"checkpoints": {"every": 0}, "watch": watch} | settings
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout, 2: _unwatched}
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""
 
 Count = Annotated[int, Field(gt=0)]
@@ -100,6 +106,33 @@ class Parallel(Settings):
     )
 
 
+class Checkpoints(Settings):
+    """When weights and optimizer state are saved, and which of them stay. A run always saves when it ends or is stopped."""
+
+    SECTION: ClassVar[str] = "checkpoints"
+
+    every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: Count = Field(default=2, description="newest checkpoints that stay")
+    keep_every: int = Field(default=0, ge=0, description="checkpoints at multiples of so many steps stay for good; 0: none")
+    background: bool = Field(default=False, description="write while training goes on, from a copy in host memory")
+
+
+class Watch(Settings):
+    """What the run looks out for, and what it does then."""
+
+    SECTION: ClassVar[str] = "watch"
+
+    hang_seconds: float = Field(default=600.0, ge=0, description="longest time without progress before the job is ended; 0: never")
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop", description="at a loss or gradient that is not finite: stop before the update, or skip the update and go on"
+    )
+    most_skips: int = Field(
+        default=20, ge=0, description="skipped steps in a row before the run stops (fp16 skips some to find its scale); 0: never"
+    )
+    spike: float = Field(default=0.0, ge=0, description="warn of a loss so many standard deviations above the mean of 100 steps; 0: never")
+    on_spike: Literal["warn", "stop"] = Field(default="warn", description="at a spike: only say it, or stop after the step")
+
+
 class Track(Settings):
     """Where the run is recorded. metrics.jsonl in the run folder is always written; Weights & Biases mirrors it."""
 
@@ -122,6 +155,8 @@ class Experiment(Settings):
     optimizer: Optimizer = Field(description="AdamW and the learning rate")
     parallel: Parallel = Field(description="how the work is cut")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="what the model computes in; never switched silently")
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="when the state is saved, what stays")
+    watch: Watch = Field(default_factory=Watch, description="what the run looks out for")
     track: Track = Field(default_factory=Track, description="where the run is recorded")
     seed: int = Field(ge=0, description="draws weights and data order; the same on every layout")
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="merged last into the derived DeepSpeed JSON; file only")

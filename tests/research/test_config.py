@@ -165,7 +165,17 @@ def test_dropout_in_a_config_of_schema_1_is_not_overwritten(tmp_path) -> None:
     assert load(tmp_path / "config.json").model.mlp_dropout == 0.5
 
 
+def test_schema_2_saved_once_and_watched_for_nothing(tmp_path) -> None:
+    settings = resolved(example()) | {"schema": 2}
+    del settings["checkpoints"], settings["watch"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = load(tmp_path / "config.json")
+    assert found.checkpoints.every == 0 and not found.checkpoints.background
+    assert (found.watch.hang_seconds, found.watch.non_finite, found.watch.most_skips, found.watch.spike) == (0.0, "skip", 0, 0.0)
+
+
 HOSTILE = ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}']
+HOSTILE += ['{"schema": 2, "watch": 3}', '{"schema": 3, "watch": []}']
 HOSTILE += ['{"schema": 1, "model": 3}', '{"schema": 1, "model": null}', '{"schema": 2}', '{"schema": 2, "model": [1]}']
 
 
