@@ -14,6 +14,8 @@ from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
 from research.job import Job
 from research.meter import Meter
+from research.parents import Parents
+from research.progress import Progress, Stage
 from research.report import Report, Silent
 from research.run_folder import FAILED, FINISHED, INTERRUPTED, RunFolder
 from research.schedule import learning_rate
@@ -21,6 +23,7 @@ from research.start import Voice, corpus_of, engine_of, header, open_folder, sho
 from research.stopping import SIGNALLED, Stop, leave_when_asked
 from research.tensors import micro_batch
 from research.tracking import NoTracker, Tracker
+from research.watch import Watch, watched
 from research.world import joined
 
 PROMPT_TOKENS = 8
@@ -39,41 +42,48 @@ class Run:
     voice: Voice
     meter: Meter
     stop: Stop
+    doing: Progress
     step: int = 0
     """Optimizer steps attempted so far."""
     best: tuple[float, int] | None = None
     """Lowest bits per byte so far and its step."""
+    cut_short: bool = False
+    """Whether a signal ended a validation."""
 
 
-def train(job: Job) -> None:
+def train(job: Job, parents: Parents) -> None:
     """Trains the experiment of `job` from its first step to its last, or to a signal; ends with a checkpoint. Collective."""
     voice = Report() if job.ranks.rank == 0 else Silent()
-    with joined(job) as grid:
+    with watched(job, parents) as watch, joined(job) as grid:
         folder = open_folder(job)
         status = FAILED
         try:
             leave_when_asked()
-            header(job, folder, voice)
-            run = prepared(job, folder, grid, voice)
-            status = carried_out(run)
+            with watch.together(folder):
+                header(job, folder, voice)
+                run = prepared(job, folder, grid, voice, watch)
+                status = carried_out(run)
         except SystemExit:  # a signal came before the first step
             status = INTERRUPTED
             raise
         finally:
             if grid.rank == 0:
-                run_folder.end(folder, status)
+                run_folder.end(folder, status, watch.reason)
         last_words(run)
         dist.barrier()  # the first rank to leave with an exit code makes a launcher end the others
     if status == INTERRUPTED:
         raise SystemExit(SIGNALLED + run.stop.signal)
 
 
-def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice) -> Run:
+def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, watch: Watch) -> Run:
     """The run before its first step. A signal leaves at once until all is there, then waits for the step's end."""
-    corpus = corpus_of(job, voice)
+    with watch.progress.work("preparing the text"):
+        corpus = corpus_of(job, voice)
+    watch.progress.advance("building the engine")
     engine = engine_of(job, grid)
+    watch.progress.advance("starting the tracker")
     tracker = tracker_of(job, folder, engine, voice)
-    return Run(job, folder, corpus, engine, tracker, voice, Meter(job.layout.tokens_per_step), Stop())
+    return Run(job, folder, corpus, engine, tracker, voice, Meter(job.layout.tokens_per_step), watch.note_signals(), watch.progress)
 
 
 def carried_out(run: Run) -> str:
@@ -81,9 +91,11 @@ def carried_out(run: Run) -> str:
     status = FAILED
     try:
         steps_of(run)
-        finish(run)
-        status = FINISHED if run.step == run.job.experiment.schedule.steps else INTERRUPTED
+        with run.doing.work("saving", Stage.SAVING):
+            finish(run)
+        status = FINISHED if run.step == run.job.experiment.schedule.steps and not run.cut_short else INTERRUPTED
     finally:
+        run.doing.advance("closing the tracker", Stage.LEAVING)
         run.tracker.finish(status)
         tell(run.tracker, run.voice)
     return status
@@ -94,7 +106,8 @@ def steps_of(run: Run) -> None:
     schedule = run.job.experiment.schedule
     run.voice.columns()
     run.meter.start()
-    while run.step < schedule.steps and not run.stop.agreed():
+    while run.step < schedule.steps and not run.cut_short and not run.stop.agreed():
+        run.doing.stepping(run.step + 1)
         one_step(run)
         last = run.step == schedule.steps
         if run.step % schedule.log_every == 0 or last or run.step == 1:
@@ -131,16 +144,25 @@ def report_interval(run: Run) -> None:
 
 
 def validate(run: Run) -> None:
-    """All of the held-out text; its time is not counted as training time."""
+    """All of the held-out text; its time is not counted as training time. A signal cuts it short: then there is no row."""
     with run.meter.paused():
         model = run.job.experiment.model
-        found = evaluate.evaluate(run.engine, run.corpus.validation, model.seq_length, model.drops)
+        found = evaluate.evaluate(run.engine, run.corpus.validation, model.seq_length, model.drops, lambda: goes_on(run))
+    if found is None:
+        run.cut_short = True
+        return
     is_best = run.best is None or found.bits_per_byte < run.best[0]
     if is_best:
         run.best = (found.bits_per_byte, run.step)
     row = found.row() | progress(run)
     run.tracker.log(row)
     run.voice.validation(row, is_best)
+
+
+def goes_on(run: Run) -> bool:
+    """Between two batches of a validation: whether no rank was asked to stop. Collective."""
+    run.doing.advance("validation")
+    return not run.stop.agreed()
 
 
 def progress(run: Run) -> dict[str, float]:
@@ -167,7 +189,8 @@ def finish(run: Run) -> None:
     plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, describe.layout_line(run.job))
     schedule = run.job.experiment.schedule
     run.voice.done(run.step, schedule.steps, run.meter.seconds(), run.best, run.engine.skipped_steps, run.folder.loss_png.name)
-    show_sample(run)
+    if not run.stop.signal:  # who was asked to end does not start anything new
+        show_sample(run)
 
 
 def show_sample(run: Run) -> None:

@@ -14,6 +14,7 @@ from parallel.errors import Mistake
 VERBS = {
     "runs": "list the runs: layout, steps, last bits per byte, status",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
+    "supervise": "launch an experiment, again after a crash: supervise experiments/gpt_sotu",
     "sample": "let a trained run write: sample RUN --prompt 'My fellow citizens'",
 }
 
