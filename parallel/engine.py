@@ -17,7 +17,7 @@ from parallel.distributed import device
 from parallel.engine_grid import Mpu, Pipeline, reduce_tied_accumulated
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from parallel.layers import Layer, PlainModule, unique_parameters
+from parallel.layers import Layer, PlainModule, Watcher, unique_parameters
 from parallel.quiet import quiet
 from parallel.slices import gathered, slice_of
 
@@ -99,6 +99,10 @@ class Engine:
             cut = slice_of(parameter)
             piece = safe_get_full_fp32_param(parameter).detach().to(self.device, torch.float32)  # offloaded ones come from the host
             yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, self._cut_group(parameter)).cpu()
+
+    def watch_layers(self, watcher: Watcher) -> None:
+        """From now on each layer of this stage is called through `watcher(name, call)`. For verification."""
+        self.module.watch(watcher)
 
     def watch_gradients(self, see: Callable[[dict[str, Tensor]], None]) -> None:
         """From now on `see` gets every step's gradients before the update: whole, unclipped, fp32, by logical name, of this stage.
