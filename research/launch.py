@@ -19,6 +19,7 @@ from research.experiment import Loaded, check_variants, load
 from research.job import Job, Override
 from research.layout import engine_settings, layout
 from research.machine import ALONE, Ranks, choose_accelerator, find_ranks, git_state, rank_hint, refuse_taken_port
+from research.resume import find
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0
@@ -82,6 +83,7 @@ def _resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: 
         root=ROOT,
         verbose=options.verbose,
         argv=argv,
+        resume=find(options.resume, experiment, loaded.folder, ROOT / experiment.track.runs) if ranks.rank == 0 else None,
     )
 
 

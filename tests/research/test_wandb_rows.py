@@ -7,7 +7,7 @@ import pytest
 
 from research import metrics, run_folder
 from research.metrics import JsonLines
-from research.replay import replacing, rows, sample_row
+from research.wandb_rows import replacing, rows, sample_row
 from tests.research.test_tracking import LATER, ROWS, inspected, launch, logged, of
 
 

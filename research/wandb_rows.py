@@ -17,10 +17,10 @@ def sample_row(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {f"sample/{key}" if key in ("prompt", "text") else key: value for key, value in sample.items()}
 
 
-def rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """Every row that W&B was or should have been given, in that order: by step, a step's samples after its metrics."""
+def rows(folder: RunFolder, after: int = 0) -> list[dict[str, Any]]:
+    """Every row later than step `after` that W&B was or should have been given, in order: by step, a step's samples after its metrics."""
     samples = [sample_row(sample) for sample in metrics.read(folder.samples)]
-    return sorted([*metrics.read(folder.metrics), *samples], key=lambda row: row[STEP])
+    return sorted((row for row in [*metrics.read(folder.metrics), *samples] if row[STEP] > after), key=lambda row: row[STEP])
 
 
 @contextmanager
