@@ -159,7 +159,8 @@ def finish(run: Run) -> None:
     """The last checkpoint and the loss curve."""
     started = time.monotonic()
     target = run.folder.checkpoints / f"step_{run.step:06d}"
-    checkpoint.write(target, run.engine.full_weights(), facts(run), run.engine.grid)
+    saver = checkpoint.Saver()
+    saver.save(target, run.engine, facts(run))
     if run.engine.grid.rank > 0:
         return
     took = time.monotonic() - started
@@ -195,7 +196,6 @@ def facts(run: Run) -> dict[str, object]:
         "samples": run.step * run.job.experiment.schedule.batch_size,
         "tokens": run.step * layout.tokens_per_step,
         "applied_steps": run.step - run.engine.skipped_steps,
-        "layout": {"pipe": layout.pipe, "data": layout.data, "tensor": layout.tensor, "zero_stage": layout.zero_stage},
         "precision": run.job.experiment.precision,
         "data": run.corpus.fingerprint,
     }
