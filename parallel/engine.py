@@ -94,7 +94,7 @@ class Engine:
         comes from the stage whose layer owns it, not from the one that holds a copy.
         """
         for name, parameter in self.parameters.items():
-            if not self._owns(name):
+            if not self.owns(name):
                 continue
             cut = slice_of(parameter)
             piece = safe_get_full_fp32_param(parameter).detach().to(self.device, torch.float32)  # offloaded ones come from the host
@@ -120,12 +120,13 @@ class Engine:
     def _full_gradients(self) -> Iterator[tuple[str, Tensor]]:
         scale = getattr(self.optimizer, "loss_scale", None) or 1.0  # fp16's gradients are still multiplied by it
         for name, parameter in self.parameters.items():
-            if self._owns(name):
+            if self.owns(name):
                 cut = slice_of(parameter)
                 piece = safe_get_full_grad(parameter).detach().to(self.device, torch.float32) / scale
                 yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, self._cut_group(parameter)).cpu()
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
+        """Whether a parameter is this stage's own, not its copy of another's tied table."""
         return True
 
     def _cut_group(self, parameter: Tensor) -> Any:
@@ -195,7 +196,8 @@ class PipeEngine(Engine):
         with quiet():
             return Pipeline(layers, self.loss, self.grid)
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
+        """See Engine."""
         return any(name.startswith(f"{layer}.") for layer in self.module.own_layers)
 
     def _mpu(self) -> None:
