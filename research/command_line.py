@@ -64,7 +64,7 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
     options, given = Options(), {}
     for name, words in _grouped(argv):
         if name in FLAGS:
-            options = replace(options, **{name: _alone(name, words)})
+            options = replace(options, **{name: _alone(name, words)})  # type: ignore[arg-type]
         elif name == RESUME:
             options = replace(options, resume=_one(name, words))
         elif name != LOCAL_RANK:

@@ -48,7 +48,7 @@ def _run(file: Path, argv: list[str]) -> None:
         return
     if options.dry_run and ranks == ALONE:
         ranks = _enough(experiment)
-    job = _resolved(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
+    job = resolved(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
     if options.dry_run:
         _on_rank_0(ranks, lambda: sys.stdout.write(dry_run(job, *git_state(job.root))))
         return
@@ -65,7 +65,7 @@ def _enough(experiment: Experiment) -> Ranks:
     return replace(ALONE, world=world, local_world=world)
 
 
-def _resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:
+def resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:
     """Everything that can be checked without torch, checked; then the job."""
     experiment = loaded.experiment
     check(experiment, ranks)

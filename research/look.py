@@ -1,11 +1,12 @@
-"""A look at every step: is its loss finite, was its update skipped, is it out of the ordinary? What is wrong is described and may end the run."""
+"""A look at every step: is its loss finite, was its update skipped, is it out of the ordinary? What is wrong may end the run."""
 
 import math
 import shlex
 from typing import TYPE_CHECKING
 
-from parallel.together import everyone
+import numpy as np
 
+from parallel.together import everyone
 from research import incidents
 from research.data import order
 from research.data.batches import num_samples
@@ -53,7 +54,7 @@ def describe(run: "Run", kind: str, loss: float, found: list[Suspect]) -> str:
         loss=_json(loss),
         grad_norm=_json(run.engine.gradient_norm()),
         samples=(samples.start, samples.stop),
-        windows=[int(window) for window in order.sample(list(samples), every, experiment.seed)],
+        windows=[int(window) for window in order.sample(np.arange(samples.start, samples.stop), every, experiment.seed)],
         checkpoint=incidents.newest_before(run.folder, run.step),
         suspects=found,
     )

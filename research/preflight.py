@@ -2,15 +2,14 @@
 
 import hashlib
 import json
+import math
 import uuid
-from math import prod
 
 from parallel.checkpoint_folder import free_bytes, megabytes
-from parallel.together import everyone
-
 from parallel.engine import Engine
 from parallel.errors import Mistake
 from parallel.slices import slice_of
+from parallel.together import everyone
 from research import config
 from research.config import Experiment
 from research.data.prepare import Corpus
@@ -61,7 +60,7 @@ def same_on_every_rank(mine: dict[str, str], engine: Engine) -> None:
 
 def whole_model(engine: Engine) -> int:
     """Parameters of the whole model, a tied table once. Collective."""
-    mine = sum(prod(slice_of(parameter).shape) for name, parameter in engine.parameters.items() if engine.owns(name))
+    mine = sum(math.prod(slice_of(parameter).shape) for name, parameter in engine.parameters.items() if engine.owns(name))
     return sum(dict(everyone((engine.grid.pipe_rank, mine), engine.grid)).values())
 
 

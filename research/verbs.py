@@ -14,6 +14,7 @@ from parallel.errors import Mistake
 VERBS = {
     "runs": "list the runs: layout, steps, last bits per byte, status",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
+    "torture": "does a run survive kills? torture experiments/gpt_sotu --trials 50",
     "sample": "let a trained run write: sample RUN --prompt 'My fellow citizens'",
 }
 
