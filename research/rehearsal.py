@@ -38,14 +38,13 @@ def small(loaded: Loaded, place: Path, changes: dict[str, dict[str, Any]] | None
     """The experiment with small sizes and a small text of `place`, whose run folders go to `place`/runs."""
     settings = config.resolved(loaded.experiment)
     del settings["schema"]
-    for group, values in itertools.chain(SIZES.items(), (changes or {}).items()):
+    texts = {name: str(place / f"{name}.txt") for name in ("train", "validation")}
+    data = {"data": texts | {"tokenizer": "builtin:bpe-384", "cache": str(place / "cache")}, "track": {"runs": str(place / "runs")}}
+    for group, values in itertools.chain(SIZES.items(), data.items(), (changes or {}).items()):
         settings[group] = settings[group] | values if isinstance(values, dict) else values
     if loaded.experiment.model.num_kv_heads == loaded.experiment.model.num_heads:
         settings["model"]["num_kv_heads"] = settings["model"]["num_heads"]
     settings["optimizer"]["warmup_steps"] = min(4, settings["optimizer"]["warmup_steps"])
-    texts = {name: str(place / f"{name}.txt") for name in ("train", "validation")}
-    settings["data"] = texts | {"tokenizer": "builtin:bpe-384", "cache": str(place / "cache")}
-    settings["track"]["runs"] = str(place / "runs")
     return Loaded(config.build(settings), loaded.folder, loaded.name)
 
 
