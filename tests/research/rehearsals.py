@@ -3,8 +3,10 @@
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from research.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 DROPS = {f"{place}_dropout": 0.1 for place in ("embedding", "residual", "mlp", "attention")}
-LIMIT = 240.0
-"""Seconds until a rehearsal is killed; on two idle cores one takes two to five."""
+LIMIT, GRACE = 240.0, 10.0
+"""Seconds until a rehearsal is killed (on two idle cores one takes two to five), and of ranks that outlive another."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,21 @@ class Stage:
         before = output.stat().st_size if output.exists() else 0
         under_way = rehearsal.begin(rehearsal.Start(loaded, world, output, resume, prelude))
         try:
-            for process in under_way:
-                process.join(LIMIT)
+            _wait_for(under_way)
             codes = [-1 if process.exitcode is None else process.exitcode for process in under_way]
         finally:
             ranks.end(under_way)
         said = output.read_bytes()[before:].decode(errors="replace")
         return Ended(codes, said, rehearsal.newest(loaded.experiment))
+
+
+def _wait_for(under_way: list) -> None:
+    """Their ends; once one has failed, the others have the ten seconds that a launcher would leave them."""
+    deadline = time.monotonic() + LIMIT
+    while (waiting := [process for process in under_way if process.exitcode is None]) and time.monotonic() < deadline:
+        wait([process.sentinel for process in waiting], timeout=max(0.0, deadline - time.monotonic()))
+        if any(process.exitcode for process in under_way):
+            deadline = min(deadline, time.monotonic() + GRACE)
 
 
 def bits(folder: RunFolder) -> dict[str, bytes]:
@@ -136,3 +146,93 @@ def nan_from_step_5_on(rank: int) -> None:
         step(run)
 
     train.one_step, train.micro_batch = one_step, weights_of_nan
+
+
+PHASES = {  # a moment of a save -> the function that a rank dies on entering
+    "begun": ("parallel.checkpoint_writer", "begin"),
+    "a file is begun": ("parallel.checkpoint_writer", "TensorFile"),
+    "a file is complete": ("parallel.checkpoint_file", "TensorFile.close"),
+    "all files are complete": ("parallel.checkpoint_writer", "Writing.published"),
+    "before the manifest": ("parallel.checkpoint_writer", "publish"),
+    "before the rename": ("parallel.checkpoint_folder", "sync_folder"),
+    "before latest": ("parallel.checkpoint_folder", "point_latest"),
+    "before an old one goes": ("parallel.checkpoint_folder", "_delete"),
+}
+
+
+def killed_in_a_save(phase: str, victim: int, times: int, rank: int) -> None:
+    """SIGKILL on the victim as it enters that moment for the n-th time in the run."""
+    import importlib
+
+    if rank != victim:
+        return
+    module, _, path = PHASES[phase][0], None, PHASES[phase][1]
+    owner: Any = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    inner, entered = getattr(owner, name), [0]
+
+    def enter(*arguments: Any, **settings: Any) -> Any:
+        entered[0] += 1
+        if entered[0] == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*arguments, **settings)
+
+    setattr(owner, name, enter)
+
+
+def disk_full_in_save_2(rank: int) -> None:
+    """From the second save on, this rank may write no file longer than 20 kB: a real limit of the kernel's, EFBIG."""
+    import resource
+
+    from research import saving
+
+    save, saves = saving.save, [0]
+
+    def limited(run: Any) -> None:
+        saves[0] += 1
+        if saves[0] == 2 and rank == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        save(run)
+
+    saving.save = limited
+
+
+def other_seed_on_rank_1(rank: int) -> None:
+    """Rank 1 was given another seed than the rest."""
+    from research import preflight
+
+    claims = preflight.claims
+    if rank == 1:
+        preflight.claims = lambda job, corpus: claims(job, corpus) | {"the seed": "99"}
+
+
+def no_room(rank: int) -> None:
+    """The disk has a kilobyte left."""
+    from research import preflight
+
+    preflight.free_bytes = lambda folder: 1000
+
+
+def folder_is_read_only(rank: int) -> None:
+    """The file system of the run folder turns read-only before the preflight: writes fail with EROFS."""
+    import errno
+    from pathlib import Path
+
+    from research import preflight
+
+    trouble, write = preflight.trouble, Path.write_bytes
+
+    def read_only(folder: Any, need: int) -> Any:
+        def refuse(path: Path, data: bytes) -> int:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+        Path.write_bytes = refuse  # type: ignore[method-assign]
+        try:
+            return trouble(folder, need)
+        finally:
+            Path.write_bytes = write  # type: ignore[method-assign]
+
+    preflight.trouble = read_only
