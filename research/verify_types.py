@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from research.typed_pass import Fault, TensorCut
 
 ROOT = Path(__file__).resolve().parent.parent
+DEGREES = (2, 4, 8, 64)
+"""The tensor degrees that `verify --types` checks."""
 LAYERS = 2
 MODEL = f"{LAYERS} layers of its own classes, in sizes that the degree divides · pipe 1 · data 1 · no ranks: a fake process group"
 TYPES = "I equal on every rank · R equal, its gradient partial · V a rank's own · P a summand"
