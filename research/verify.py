@@ -11,8 +11,6 @@ from research.verbs import Parser
 
 WHAT = """Takes the experiment's own config and classes, shrinks sizes but not structure, trains a few steps in plain torch and then on
 every layout's real DeepSpeed engine, and compares losses, gradient norms, every gradient and every weight by logical name."""
-TENSOR_DEGREES = (2, 4, 8, 64)
-"""That types are checked at."""
 LOSS_TOLERANCE = 2e-5
 """Of two real runs in fp32 (DESIGN.md, promise 1)."""
 
@@ -47,9 +45,9 @@ def _witness(folder: Path, arguments: Namespace) -> int:
 
         return ledger(folder, arguments.ranks)
     if arguments.types:
-        from research.verify_types import check_types
+        from research.verify_types import DEGREES, check_types
 
-        return check_types(folder, TENSOR_DEGREES)
+        return check_types(folder, DEGREES)
     from research.verification import verify
 
     return verify(folder, arguments.ranks, arguments.full, arguments.steps)
