@@ -1,15 +1,15 @@
 """Layout-free checkpoints: written by any layout, read by any layout. safetensors + JSON, no pickle anywhere. docs/checkpoints.md
 
-    saver = checkpoint.Saver()                              # or BackgroundSaver(): all ranks, once
-    saver.save(run / "checkpoints/step_000300", engine, {"step": 300, …})
-    for saved in saver.poll(): …                            # after every step; wait() at the end
-    if rank == 0: checkpoint.retain(run / "checkpoints", keep_last=3, keep_every=1000)
+saver = checkpoint.Saver()                              # or BackgroundSaver(): all ranks, once
+saver.save(run / "checkpoints/step_000300", engine, {"step": 300, …})
+for saved in saver.poll(): …                            # after every step; wait() at the end
+if rank == 0: checkpoint.retain(run / "checkpoints", keep_last=3, keep_every=1000)
 
-    facts = checkpoint.load(checkpoint.latest(run / "checkpoints"), engine)   # all ranks, before the next step
-    why = checkpoint.differences(facts, engine)             # {} where the run goes on bit for bit
+facts = checkpoint.load(checkpoint.latest(run / "checkpoints"), engine)   # all ranks, before the next step
+why = checkpoint.differences(facts, engine)             # {} where the run goes on bit for bit
 
-    with checkpoint.Reader(folder) as reader:               # one process, any layout's checkpoint
-        checkpoint.load_weights(module, reader, Grid())
+with checkpoint.Reader(folder) as reader:               # one process, any layout's checkpoint
+    checkpoint.load_weights(module, reader, Grid())
 """
 
 import json

@@ -1,10 +1,10 @@
 """A run's folder of checkpoints: begun hidden, published by one rename, found again, kept or deleted. One process at a time writes it.
 
-    checkpoints/step_000300/             complete, as every folder without a leading dot
-    checkpoints/latest                   a file that holds the newest one's name
-    checkpoints/.step_000400.partial     being written, or what a killed writer left; the next save removes it
-    checkpoints/.step_000300.replaced    the older of the same step, until a newer has its place
-    checkpoints/.step_000100.deleted     being deleted
+checkpoints/step_000300/             complete, as every folder without a leading dot
+checkpoints/latest                   a file that holds the newest one's name
+checkpoints/.step_000400.partial     being written, or what a killed writer left; the next save removes it
+checkpoints/.step_000300.replaced    the older of the same step, until a newer has its place
+checkpoints/.step_000100.deleted     being deleted
 """
 
 import contextlib

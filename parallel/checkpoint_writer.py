@@ -25,6 +25,8 @@ BYTES_PER_FILE = 256 * 2**20
 """Files are cut at this size, or hold one part that is larger."""
 GENERATORS = "generators.json"
 """The random generators of every rank, in rank order."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows [start, start + length) along `dim` of the logical tensor `name`, of the shape `whole`, of one of KINDS: what a rank writes."""
