@@ -78,14 +78,19 @@ class Manifest:
     tensors: dict[str, dict[str, Logical]]
 
     def text(self) -> str:
-        """As JSON. A fact may not have the name of a table."""
+        """As JSON, a file or a tensor on a line. A fact may not have the name of a table."""
         if taken := set(self.facts) & set(TABLES):
             raise ValueError(f"a checkpoint's facts cannot be called {', '.join(sorted(taken))}")
-        tables = {
-            "files": {name: asdict(file) for name, file in self.files.items()},
-            "tensors": {kind: {name: asdict(tensor) for name, tensor in table.items()} for kind, table in self.tensors.items()},
-        }
-        return json.dumps({"format": FORMAT, **self.facts, **tables}, indent=1, allow_nan=False)
+        facts = json.dumps({"format": FORMAT, **self.facts}, indent=1, allow_nan=False).removesuffix("\n}")
+        tensors = {kind: _lines({name: asdict(tensor) for name, tensor in table.items()}) for kind, table in self.tensors.items()}
+        kinds = ",\n".join(f'  "{kind}": {lines}' for kind, lines in tensors.items())
+        files = _lines({name: asdict(file) for name, file in self.files.items()})
+        return f'{facts},\n "files": {files},\n "tensors": {{\n{kinds}\n }}\n}}\n'
+
+
+def _lines(table: dict[str, Any]) -> str:
+    """A JSON table with one entry a line."""
+    return "{\n" + ",\n".join(f"   {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items()) + "\n  }"
 
 
 def parse(text: bytes) -> Manifest:

@@ -5,6 +5,7 @@ Stages 1 and 2 keep most parameters whole on one data rank, and nothing travels;
 written by its own rank. What tensor ranks hold alike is dealt out among them. A tied table is written by the stage that owns it.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from parallel.checkpoint_writer import Part
 from parallel.engine import Engine
 from parallel.engine_state import fragment
 from parallel.slices import Region, slice_of
+
+AHEAD = 128 * 2**20
+"""Bytes of slices that a rank receives before it comes to write them."""
 
 
 @dataclass(frozen=True)
@@ -70,55 +74,100 @@ def parts_of(engine: Engine, shares: Sequence[Share]) -> list[Part]:
     """What this rank writes, in the order in which `collected` yields it."""
     return [
         Part(kind, share.name, slice_of(share.parameter).shape, *_place(share, region))
-        for kind, share in _walk(shares)
+        for kind in KINDS
+        for share in shares
         if share.writer == engine.grid.data_rank
         for region in _regions(share, engine)
     ]
 
 
 def collected(engine: Engine, shares: Sequence[Share]) -> Iterator[Tensor]:
-    """The tensors of `parts_of`, fp32, on the CPU: views of the optimizer's own memory, or of a buffer that the next one overwrites.
+    """The tensors of `parts_of`, fp32, on the CPU; each may be the optimizer's own memory.
 
-    Collective over the data group: all of its ranks walk to the end. Holds at most one slice of one parameter.
+    Collective over the data group: all of its ranks walk to the end. Holds one slice of one parameter, or AHEAD bytes if that is
+    more: ranks send without waiting and receive ahead, so that none is held up while another writes.
     """
-    buffer = _buffer(engine, shares)
-    for kind, share in _walk(shares):
-        flat = _whole(kind, share, engine, buffer)
-        if flat is not None:
-            slice_ = flat.view(slice_of(share.parameter).local_shape(engine.grid.tensor)).cpu()
-            for region in _regions(share, engine):
-                dim, _, length = _place(share, region)
-                yield slice_.narrow(dim, region.local, length)
+    walk = iter([(kind, share) for kind in KINDS for share in shares])
+    under_way: deque[_Transfer] = deque()
+    sent: list[_Transfer] = []
+    following = next(walk, None)
+    while following or under_way:
+        while following and _has_room(under_way, *following, engine):
+            under_way.append(_begun(*following, engine))
+            following = next(walk, None)
+        transfer = under_way.popleft()
+        if transfer.flat is None and not transfer.held:
+            sent.append(transfer)
+            continue
+        transfer.wait()
+        if transfer.flat is not None:
+            yield from _regions_of(transfer, engine)
+    for transfer in sent:
+        transfer.wait()
 
 
-def _buffer(engine: Engine, shares: Sequence[Share]) -> Tensor:
-    """Room for the largest slice that this rank puts together."""
-    sizes = [sum(count for _, count in share.held) for share in shares if share.writer == engine.grid.data_rank and not share.alone]
-    return torch.empty(max(sizes, default=0), device=engine.device)
+@dataclass
+class _Transfer:
+    """A share on its way to its writer, as one rank sees it."""
+
+    share: Share
+    flat: Tensor | None
+    """The whole flat slice, once `wait` is through; None where another rank writes it."""
+    tensors: list[Tensor]
+    """What is sent or received; alive until it is through."""
+    works: list[dist.Work]
+    held: int
+    """Bytes that it takes meanwhile."""
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
-def _whole(kind: str, share: Share, engine: Engine, buffer: Tensor) -> Tensor | None:
-    """The whole flat slice on its writer, None elsewhere.
+def _has_room(under_way: deque[_Transfer], kind: str, share: Share, engine: Engine) -> bool:
+    more = _cost(kind, share, engine)
+    return not under_way or more == 0 or more + sum(transfer.held for transfer in under_way) <= AHEAD
 
-    Sends and receives are given in one batch: NCCL then uses the group's own communicator instead of one for every pair (not run).
-    """
-    own, rank = fragment(share.parameter, kind).values, engine.grid.data_rank
+
+def _cost(kind: str, share: Share, engine: Engine) -> int:
+    """Bytes that this rank must find for the transfer: of a slice to receive, or of a copy on the device that sends."""
+    own = fragment(share.parameter, kind).values
     if share.alone:
-        return own if share.writer == rank else None
+        return 0
+    if share.writer == engine.grid.data_rank:
+        return own.element_size() * sum(count for _, count in share.held)
+    return 0 if own.device == engine.device else own.nbytes
+
+
+def _begun(kind: str, share: Share, engine: Engine) -> _Transfer:
+    """Starts to send or to receive. One batch: NCCL then uses the group's own communicator, not one for every pair (not run)."""
+    own, rank = fragment(share.parameter, kind).values, engine.grid.data_rank
+    held = _cost(kind, share, engine)
+    if share.alone:
+        return _Transfer(share, own if share.writer == rank else None, [], [], held)
     if share.writer != rank:
-        if own.numel():
-            _exchange([(dist.isend, own.to(engine.device), share.writer)], engine)
-        return None
-    parts = [buffer[first : first + count] for first, count in share.held]
+        tensors = [own.to(engine.device)] if own.numel() else []
+        return _Transfer(share, None, tensors, _exchange([(dist.isend, tensor, share.writer) for tensor in tensors], engine), held)
+    flat = torch.empty(sum(count for _, count in share.held), device=engine.device)
+    parts = [flat[first : first + count] for first, count in share.held]
     parts[rank].copy_(own)
-    _exchange([(dist.irecv, part, other) for other, part in enumerate(parts) if other != rank and part.numel()], engine)
-    return buffer[: sum(map(len, parts))]
+    wanted = [(dist.irecv, part, other) for other, part in enumerate(parts) if other != rank and part.numel()]
+    return _Transfer(share, flat, parts, _exchange(wanted, engine), held)
 
 
-def _exchange(operations: list, engine: Engine) -> None:
+def _exchange(operations: list, engine: Engine) -> list[dist.Work]:
+    if not operations:
+        return []
     group = engine.grid.data_group
-    for work in dist.batch_isend_irecv([dist.P2POp(do, tensor, group=group, group_peer=peer) for do, tensor, peer in operations]):
-        work.wait()
+    return dist.batch_isend_irecv([dist.P2POp(do, tensor, group=group, group_peer=peer) for do, tensor, peer in operations])
+
+
+def _regions_of(transfer: _Transfer, engine: Engine) -> Iterator[Tensor]:
+    assert transfer.flat is not None
+    piece = transfer.flat.view(slice_of(transfer.share.parameter).local_shape(engine.grid.tensor)).cpu()
+    for region in _regions(transfer.share, engine):
+        dim, _, length = _place(transfer.share, region)
+        yield piece.narrow(dim, region.local, length)
 
 
 def _regions(share: Share, engine: Engine) -> list[Region]:
@@ -130,7 +179,3 @@ def _regions(share: Share, engine: Engine) -> list[Region]:
 def _place(share: Share, region: Region) -> tuple[int, int, int]:
     """(dim, start, length) of a region in the whole tensor."""
     return slice_of(share.parameter).dim or 0, region.whole, region.length
-
-
-def _walk(shares: Sequence[Share]) -> Iterator[tuple[str, Share]]:
-    return ((kind, share) for kind in KINDS for share in shares)
