@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # a folder is looked at before torch is imported
+    from torch import Tensor
 
 from parallel.checkpoint_manifest import DTYPES, File
 
@@ -44,7 +46,7 @@ class TensorFile:
         self.file = path.open("xb", buffering=0)
         self._write(header(entries))
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: "Tensor") -> None:
         """Writes the next entry's tensor, which is on the CPU; in any memory order."""
         entry = self.waiting.pop(0)
         if tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{entry.dtype}":

@@ -38,7 +38,7 @@ def assert_kept(ended: Ended) -> None:
     steps = ended.column("progress/step")
     reader = checkpoint.Reader(checkpoint.latest(ended.folder.checkpoints))
     reader.check()
-    assert reader.manifest["step"] == int(reader.folder.name.removeprefix("step_")) >= steps[-1] >= 2
+    assert reader.facts["step"] == int(reader.folder.name.removeprefix("step_")) >= steps[-1] >= 2
     assert ended.folder.loss_png.is_file()
     assert f"\nended  after {reader.manifest['step']} of 100000 steps" in ended.out
     assert "\nsaved " in ended.out and "\nnext " in ended.out
