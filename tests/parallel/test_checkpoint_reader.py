@@ -102,7 +102,10 @@ def test_another_shape_is_refused_with_both(reader: Reader) -> None:
 
 
 def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:
-    with Reader(save(tmp_path / "step_1")) as reader, pytest.raises(Mistake, match="holds no tensor blocks.9 → it holds 6, e.g. layer.0.weight"):
+    with (
+        Reader(save(tmp_path / "step_1")) as reader,
+        pytest.raises(Mistake, match="holds no tensor blocks.9 → it holds 6, e.g. layer.0.weight"),
+    ):
         reader.read("blocks.9")
 
 
