@@ -125,15 +125,6 @@ def test_bf16_trains_as_fp32_does_but_is_not_fp32() -> None:
     assert 1e-6 < furthest(low["loss"], full["loss"]) <= 5e-3
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2", "ZeRO-2", "ZeRO-3"])
-def test_fp16_is_the_same_run(layout: str) -> None:
-    """At the default loss scale nothing overflows. PP2: DeepSpeed alone leaves the tied copies' gradients apart, 4 % of the norm."""
-    (alone,) = run("tied", "one rank", "fp16", steps=5)
-    for found in run("tied", layout, "fp16", steps=5):
-        assert furthest(found["loss"], alone["loss"]) <= LOW_PRECISION_LOSS
-        assert furthest(found["norm"], alone["norm"]) <= 5e-3
-
-
 def test_stage_zero_is_run_as_stage_one() -> None:
     zero, one = run("tied", "ZeRO-0", steps=5), run("tied", "DP2")
     assert zero[0]["loss"] == one[0]["loss"][:5] and zero[0]["norm"] == one[0]["norm"][:5]

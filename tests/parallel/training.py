@@ -88,18 +88,20 @@ def evaluate(engine: Engine, shape: GPT, grid: Grid) -> float:
 def train(
     steps=STEPS, evaluate_every=0, weights=False, save=None, spoil: Callable | None = None, reweigh: Callable | None = None, **layout
 ) -> dict:
-    """Losses, norms, evaluations and (on request) this stage's final weights, as this rank sees them.
+    """Losses, norms, evaluations, loss scales, steps skipped so far and (on request) final weights, as this rank sees them.
 
     `save`: a folder to write a checkpoint to. `spoil(engine)` and `reweigh(micro_batches, grid)` break one thing on purpose.
     """
     engine, shape, grid = build(**layout)
     if spoil:
         spoil(engine)
-    found: dict = {"loss": [], "norm": [], "eval": []}
+    found: dict = {"loss": [], "norm": [], "eval": [], "scale": [], "skipped": []}
     for step in range(steps):
         batches = micro_batches(step, shape, grid, engine.settings.micro_batch_size)
+        found["scale"].append(engine.loss_scale)
         found["loss"].append(engine.train_batch(reweigh(batches, grid) if reweigh else batches, learning_rate(step)))
         found["norm"].append(engine.gradient_norm())
+        found["skipped"].append(engine.skipped_steps)
         if evaluate_every and step % evaluate_every == 0:
             found["eval"].append(evaluate(engine, shape, grid))
     found["eval"].append(evaluate(engine, shape, grid))
