@@ -24,7 +24,7 @@ WINDOW, NO_GROWTH = 3, 1000
 """Steps without overflow after which the scale may double: soon, or not in this test."""
 LARGEST = torch.finfo(torch.float16).max
 LOSS, NORM = 1e-3, 5e-3
-"""Relative errors that are allowed; measured: 5.2e-5 and 1.2e-3."""
+"""Relative errors that are allowed; measured: 5.3e-5 and 1.4e-3."""
 MICRO = 2
 """The same everywhere: a micro-batch's weight gradients are summed in fp16, so its size decides when a sum is too large."""
 
