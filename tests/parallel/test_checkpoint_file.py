@@ -44,7 +44,7 @@ def test_the_header_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:
     save_file({"b": torch.zeros(4, 2), "a": torch.zeros(3)}, tmp_path / "theirs", {"format": "pt"})
     theirs = (tmp_path / "theirs").read_bytes()
     length = int.from_bytes(theirs[:8], "little")
-    order = sorted((name for name in json.loads(theirs[8 : 8 + length]) if name != "__metadata__"))
+    order = sorted(name for name in json.loads(theirs[8 : 8 + length]) if name != "__metadata__")
     ours = header([Entry(name, {"b": (4, 2), "a": (3,)}[name]) for name in order])
     assert len(ours) % 8 == 0 and json.loads(ours[8:]) == json.loads(theirs[8 : 8 + length])
 
