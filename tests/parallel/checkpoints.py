@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.numpy import load_file
 
@@ -52,6 +54,13 @@ def save_on(grid: Grid, folder: Path, offset: float = 0.0, step: int = 1) -> Sav
     for tensor in mine:
         writing.write(tensor)
     return writing.published()
+
+
+def all_but_slow(cases: Iterable, fast: Collection) -> list:
+    """Parameters of a test: every case, those that are not `fast` in `make test-slow` only."""
+    return [
+        case if case in fast else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow) for case in cases
+    ]
 
 
 def change_manifest(folder: Path, change) -> None:

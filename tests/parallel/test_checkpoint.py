@@ -23,7 +23,7 @@ from parallel.errors import Mistake
 from parallel.slices import slice_of
 from tests.harness import run_ranks
 from tests.parallel import training
-from tests.parallel.checkpoints import by_another_reader, change_manifest, save
+from tests.parallel.checkpoints import all_but_slow, by_another_reader, change_manifest, save
 from tests.parallel.test_engine import DROPPING, LOSS, LOW_PRECISION_LOSS, furthest
 from tests.parallel.training import LLAMA
 
@@ -49,7 +49,7 @@ LAYOUTS |= {
     "PP4": (4, dict(pipe=4, micro=2)),
 }
 SUBJECTS = {"dropping": DROPPING, "dropping, four blocks": DROPPING | {"num_layers": 4}, "llama": LLAMA}
-SCALED = {"fp16": {"initial_scale_power": 20, "loss_scale_window": 2}}
+SCALED = {"fp16": {"initial_scale_power": 19, "loss_scale_window": 2}}
 """fp16 that overflows in its first steps and whose scale grows again soon."""
 
 
@@ -87,16 +87,14 @@ def resumed(folder: Path, layout: str, subject: str = "dropping", precision: str
 
 # The same layout.
 
-SAME = [("one rank", "dropping", "fp32"), ("TP2", "dropping", "fp32"), ("PP2", "dropping", "fp32"), ("ZeRO-3", "dropping", "fp32")]
-SAME += [("DP2", "dropping", "bf16"), ("PP2", "dropping", "bf16"), ("ZeRO-3", "dropping", "bf16"), ("one rank", "dropping", "fp16")]
-SAME_SLOW = [(layout, "dropping", precision) for layout in LAYOUTS for precision in ("fp32", "bf16") if layout != "PP4"]
-SAME_SLOW += [("PP4", "dropping, four blocks", "bf16"), ("TP2", "llama", "fp32"), ("TP2·PP2", "llama", "bf16")]
-SAME_SLOW += [(layout, "dropping", "fp16") for layout in ("TP2", "PP2", "ZeRO-2", "ZeRO-3")]
-SAME_SLOW = [case for case in SAME_SLOW if case not in SAME]
+SAME = [(layout, "dropping", precision) for layout in LAYOUTS for precision in ("fp32", "bf16") if layout != "PP4"]
+SAME += [("PP4", "dropping, four blocks", "bf16"), ("TP2", "llama", "fp32"), ("TP2·PP2", "llama", "bf16")]
+SAME += [(layout, "dropping", "fp16") for layout in ("one rank", "TP2", "PP2", "ZeRO-2", "ZeRO-3")]
+SOON = {("TP2", "fp32"), ("PP2", "fp32"), ("ZeRO-3", "fp32"), ("DP2", "bf16"), ("one rank", "fp16")}
 
 
 @pytest.mark.parametrize(
-    ("layout", "subject", "precision"), [*SAME, *(pytest.param(*case, marks=pytest.mark.slow) for case in SAME_SLOW)], ids=str
+    ("layout", "subject", "precision"), all_but_slow(SAME, {(layout, "dropping", precision) for layout, precision in SOON}), ids=str
 )
 def test_the_same_layout_goes_on_bit_for_bit(layout: str, subject: str, precision: str, uninterrupted, tmp_path: Path) -> None:
     """Losses, norms and an evaluation as hex; and the last step's weights, moments, counters and generators by their files' hashes."""
@@ -146,20 +144,14 @@ def test_the_comparison_can_fail(what: str, uninterrupted, tmp_path: Path) -> No
 # Another layout.
 
 PAIRS = [(a, b) for a in MATRIX for b in MATRIX]
-SHORT = [("one rank", "TP2·PP2"), ("TP2", "ZeRO-3"), ("PP2", "DP2"), ("ZeRO-3", "TP2"), ("TP2·PP2", "one rank"), ("ZeRO-2", "PP2")]
+SHORT = [("one rank", "TP2·PP2"), ("TP2", "ZeRO-3"), ("PP2", "DP2"), ("ZeRO-3", "TP2"), ("TP2·PP2", "one rank")]
 OTHER = [("dropping", *pair) for pair in PAIRS]
 OTHER += [("llama", "TP2·PP2", "ZeRO-3"), ("llama", "ZeRO-3", "TP2"), ("dropping", "TP4", "ZeRO-3"), ("dropping", "ZeRO-3", "TP4")]
 OTHER += [("dropping, four blocks", "PP4", "TP2"), ("dropping, four blocks", "ZeRO-3, all offloaded", "PP4")]
 OTHER += [("dropping", "TP2·SP", "PP2·DP2")]
 
 
-def is_short(subject: str, a: str, b: str) -> bool:
-    return subject == "dropping" and (a, b) in SHORT
-
-
-@pytest.mark.parametrize(
-    ("subject", "a", "b"), [pytest.param(*case, marks=[] if is_short(*case) else pytest.mark.slow) for case in OTHER], ids=str
-)
+@pytest.mark.parametrize(("subject", "a", "b"), all_but_slow(OTHER, [("dropping", *pair) for pair in SHORT]), ids=str)
 def test_half_on_a_and_half_on_b_is_the_whole_on_one_rank(subject: str, a: str, b: str, uninterrupted) -> None:
     """Losses of fp32 within 2e-5, with dropout."""
     (alone,), _ = uninterrupted("one rank", subject)
@@ -200,7 +192,10 @@ def after_load(settings: dict, folder: Path) -> dict:
     return found
 
 
-@pytest.mark.parametrize(("layout", "precision"), [("TP2·PP2", "bf16"), ("ZeRO-3", "fp16"), ("DP2", "bf16"), ("ZeRO-2, offloaded", "fp32")])
+LOADED = [("TP2·PP2", "bf16"), ("ZeRO-3", "fp16"), ("DP2", "bf16"), ("ZeRO-2, offloaded", "fp32")]
+
+
+@pytest.mark.parametrize(("layout", "precision"), all_but_slow(LOADED, LOADED[:2]))
 def test_a_load_sets_every_element_bit_for_bit(layout: str, precision: str, uninterrupted) -> None:
     """Masters and moments are the file's, the model's weights their rounding, on the first stage and on its copy, padding zero."""
     _, folder = uninterrupted("TP2")
@@ -249,7 +244,7 @@ def state_of(engine: Engine) -> list[torch.Tensor]:
 
 
 def tries(settings: dict, folders: list[Path]) -> list[str]:
-    """What this rank hears of each folder. The engine must stay as it was."""
+    """What this rank hears of each folder. The engine must stay as it was where it is not loaded."""
     engine, *_ = training.build(**{key: value for key, value in settings.items() if key != "steps"})
     ensure_moments(engine)
     before, told = state_of(engine), []
@@ -259,7 +254,7 @@ def tries(settings: dict, folders: list[Path]) -> list[str]:
             told.append("loaded")
         except Mistake as mistake:
             told.append(str(mistake))
-        assert all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True)) or told[-1] == "loaded"
+        assert told[-1] == "loaded" or all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
     return told
 
 
@@ -338,13 +333,15 @@ def test_damage_of_every_kind_is_found_and_named_before_anything_is_set(copies) 
         assert told == "loaded" or (str(folder) in told or "counters" in name) and "→" in told, told
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"[1, 2]", b'[{"python": 3}, {}]', b"[" * 99_999], ids=lambda data: str(data[:20]))
-def test_hostile_generators_are_refused_on_their_own_layout(data: bytes, copies, request) -> None:
-    folder = copies(f"generators-{abs(hash(data))}")
-    change_generators(folder, data)
-    first, second = run_ranks(tries_anyway, 2, settings_of("TP2", "dropping", "fp32")[1], folder)
-    assert first == second or "generators" in first + second
-    assert "cannot be" in first and "→ use another checkpoint of the run" in first
+HOSTILE = [b"", b"[]", b"{}", b"[1, 2]", b'[{"python": 3}, {}]', b"[" * 99_999]
+
+
+def test_hostile_generators_are_refused_on_their_own_layout(copies) -> None:
+    folders = [copies(f"generators-{i}") for i in range(len(HOSTILE))]
+    for folder, data in zip(folders, HOSTILE, strict=True):
+        change_generators(folder, data)
+    for rank in run_ranks(tries, 2, settings_of("TP2", "dropping", "fp32")[1], folders):
+        assert all("generators" in told and "cannot be" in told and "→ use another checkpoint of the run" in told for told in rank), rank
 
 
 def tries_anyway(settings: dict, folder: Path) -> str:
@@ -359,10 +356,9 @@ def tries_anyway(settings: dict, folder: Path) -> str:
 def test_another_model_is_refused_with_both_shapes(uninterrupted) -> None:
     _, folder = uninterrupted("TP2")
     cases = {
-        r"embedding.weight is [83, 32] in": {"vocab_size": 84},
-        r"holds no tensor blocks.2.": {"num_layers": 3},
-        r"blocks.1.": {"num_layers": 1},
-        r"holds no tensor head.weight": {"tied": False},
+        "embedding.weight is [83, 32] in": {"vocab_size": 84},
+        "holds blocks.1.": {"num_layers": 1},
+        "holds no tensor head.weight": {"tied": False},
     }
     for words, change in cases.items():
         settings = settings_of("PP2" if change.get("num_layers") != 1 else "TP2", "dropping", "fp32")[1]

@@ -18,7 +18,7 @@ from parallel.grid import Grid
 from parallel.layers import PlainModule
 from tests.harness import run_ranks
 from tests.parallel import training
-from tests.parallel.checkpoints import by_another_reader
+from tests.parallel.checkpoints import all_but_slow, by_another_reader
 from tests.parallel.training import MODEL, SEED
 
 LAYOUTS = {
@@ -49,7 +49,7 @@ def initial_weights() -> dict[str, np.ndarray]:
     return {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", all_but_slow(LAYOUTS, {"TP2·PP2", "ZeRO-3", "PP2, bf16"}))
 def test_untrained_weights_are_the_drawn_ones_bit_for_bit(layout: str) -> None:
     """Whole and without padding; the tied table once. Moments are zero before the first step."""
     found, expected = written(layout, 0), initial_weights()
@@ -62,7 +62,7 @@ def test_untrained_weights_are_the_drawn_ones_bit_for_bit(layout: str) -> None:
         assert not found["exp_avg"][name].any() and not found["exp_avg_sq"][name].any()
 
 
-@pytest.mark.parametrize("layout", ["TP2", "ZeRO-3", "TP2·PP2"])
+@pytest.mark.parametrize("layout", all_but_slow(["TP2", "ZeRO-3", "TP2·PP2"], {"TP2·PP2"}))
 def test_trained_state_is_that_of_one_rank(layout: str) -> None:
     found, expected = written(layout, 3), written("one rank", 3)
     for kind, table in expected.items():
@@ -85,7 +85,7 @@ def dealt(settings: dict) -> tuple[list[Part], list[tuple[int, ...]], list[str],
     return parts, shapes, [share.name for share in shares if not share.alone], sum(part.entry.size for part in parts)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", all_but_slow(LAYOUTS, {"TP2·PP2", "TP2·ZeRO-3", "ZeRO-2, offloaded"}))
 def test_all_ranks_write_about_as_much_each_their_own(layout: str) -> None:
     world, settings = LAYOUTS[layout]
     ranks = run_ranks(dealt, world, settings)
@@ -142,7 +142,11 @@ def slow_writer(settings: dict, ahead: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("ahead", [0, 5000, 2**30])
-@pytest.mark.parametrize(("world", "settings"), [(2, dict(zero_stage=3)), (4, dict(zero_stage=3, micro=2)), (4, dict(micro=2))], ids=str)
-def test_ranks_that_wait_for_each_other_come_to_an_end(world: int, settings: dict, ahead: int) -> None:
+WAITING = [(layout, ahead) for layout in ("ZeRO-3", "TP2·ZeRO-3", "ZeRO-3 on four", "DP4") for ahead in (0, 5000, 2**30)]
+FOUR = {"ZeRO-3 on four": (4, dict(zero_stage=3, micro=2)), "DP4": (4, dict(micro=2))}
+
+
+@pytest.mark.parametrize(("layout", "ahead"), all_but_slow(WAITING, {("ZeRO-3", 0), ("ZeRO-3 on four", 5000)}))
+def test_ranks_that_wait_for_each_other_come_to_an_end(layout: str, ahead: int) -> None:
+    world, settings = (LAYOUTS | FOUR)[layout]
     assert run_ranks(slow_writer, world, settings, ahead) == [True] * world

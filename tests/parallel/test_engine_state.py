@@ -14,6 +14,7 @@ from parallel.errors import Mistake
 from parallel.slices import slice_of
 from tests.harness import run_ranks
 from tests.parallel import training
+from tests.parallel.checkpoints import all_but_slow
 from tests.parallel.training import BETAS, CLIP
 
 SMALL = {"num_layers": 2}
@@ -59,6 +60,9 @@ def out(settings: dict) -> dict:
     return found
 
 
+EACH = all_but_slow(LAYOUTS, {"DP2, bf16", "ZeRO-2, offloaded", "ZeRO-3", "PP2, bf16"})
+
+
 @functools.cache
 def after_one_step(layout: str) -> list[dict]:
     """Run once, shared by three tests."""
@@ -66,7 +70,7 @@ def after_one_step(layout: str) -> list[dict]:
     return run_ranks(out, world, settings)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EACH)
 def test_fragments_are_the_parts_of_what_deepspeed_puts_together(layout: str) -> None:
     ranks, settings = after_one_step(layout), LAYOUTS[layout][1]
     together = [ranks] if settings.get("pipe", 1) == 1 else [[rank] for rank in ranks]  # a stage has parameters of its own
@@ -80,7 +84,7 @@ def test_fragments_are_the_parts_of_what_deepspeed_puts_together(layout: str) ->
             assert (covered == 1).all(), f"{key}: an element is on no rank, or on two"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EACH)
 def test_moments_after_one_step_are_adams_of_the_clipped_gradient(layout: str) -> None:
     """exp_avg = (1 − β₁) g and exp_avg_sq = (1 − β₂) g², g the gradient by its own hook, scaled down to the clip."""
     for rank in after_one_step(layout):
@@ -93,7 +97,7 @@ def test_moments_after_one_step_are_adams_of_the_clipped_gradient(layout: str) -
                 assert float((found - value).norm()) <= 1e-5 * float(value.norm()) + 1e-12, (kind, name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EACH)
 def test_the_model_computes_with_the_rounded_weights(layout: str) -> None:
     dtype = PRECISIONS[LAYOUTS[layout][1].get("precision", "fp32")]
     for rank in after_one_step(layout):
@@ -119,7 +123,7 @@ def back_in(settings: dict) -> list[tuple[str, str]]:
     return lost
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "bf16" not in layout])
+@pytest.mark.parametrize("layout", all_but_slow([layout for layout in LAYOUTS if "bf16" not in layout], {"DP2", "ZeRO-3"}))
 def test_what_goes_in_before_the_first_step_is_what_the_model_computes_with(layout: str) -> None:
     """Bit for bit: a sign of zero too."""
     world, settings = LAYOUTS[layout]
