@@ -158,9 +158,8 @@ def measure(rank: int, arguments: argparse.Namespace, place: Path) -> None:
 
 def report(arguments: argparse.Namespace, times: dict[str, list[float]], size: int, memory: int, largest: int) -> None:
     """The table."""
-    print(
-        f"{arguments.ranks} ranks, tensor {arguments.tensor}, ZeRO-{arguments.zero}: {size / 1e6:,.0f} MB, median of {arguments.repetitions}"
-    )
+    layout = f"{arguments.ranks} ranks, tensor {arguments.tensor}, ZeRO-{arguments.zero}"
+    print(f"{layout}: {size / 1e6:,.0f} MB, median of {arguments.repetitions}")
     print("                       seconds     MB/s   ratio to plain, to plain + fsync  (range of the pairs)")
     for name, found in times.items():
         ratios = [sorted(a / b for a, b in zip(found, times[base], strict=True)) for base in ("plain", "plain + fsync")]

@@ -22,7 +22,7 @@ from parallel.checkpoint_reader import Reader, check_shape, load_weights
 from parallel.checkpoint_saver import BackgroundSaver, Saver
 from parallel.checkpoint_writer import GENERATORS, Saved, write
 from parallel.engine import Engine
-from parallel.engine_state import ensure_moments, fragment, publish_weights, set_counters
+from parallel.engine_state import check_counters, ensure_moments, fragment, publish_weights, set_counters
 from parallel.errors import Mistake
 from parallel.host_state import differences, set_generators
 from parallel.slices import slice_of
@@ -59,11 +59,12 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
         named = {name for names in everyone(list(engine.parameters), grid) for name in names}
         with together(grid):
             _check_model(reader, engine, named)
+            counters = check_counters(reader.facts.get("counters"))
+            _restore_generators(reader, engine)
         ensure_moments(engine)
         with together(grid):
             _read_state(reader, engine)
-            set_counters(engine, reader.facts.get("counters"))
-            _restore_generators(reader, engine)
+        set_counters(engine, counters)
         publish_weights(engine)
         return reader.facts
 
