@@ -100,7 +100,7 @@ def counters(engine: Engine) -> dict[str, Any]:
         "steps": int(engine.deepspeed.global_steps),
         "skipped_steps": int(engine.deepspeed.skipped_steps),
         "adam_steps": steps.pop(),
-        "loss_scaler": {name: getattr(scaler, name) for name in SCALER} if scaler else {},
+        "loss_scaler": {name: getattr(scaler, name) for name in SCALER} | {"cur_scale": engine.loss_scale} if scaler else {},
     }
 
 
@@ -118,7 +118,7 @@ def set_counters(engine: Engine, found: dict[str, Any]) -> None:
         engine.optimizer.optimizer.state[flat]["step"].fill_(found["adam_steps"])
     scaler = _dynamic_scaler(engine)
     for name, value in found["loss_scaler"].items() if scaler else ():
-        setattr(scaler, name, value)
+        setattr(scaler, name, value / engine.grid.data if name == "cur_scale" else value)  # parallel/fp16.py: DeepSpeed's is divided
 
 
 def check_counters(found: Any) -> dict[str, Any]:

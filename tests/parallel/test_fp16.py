@@ -259,3 +259,13 @@ def test_a_scale_that_changes_within_a_step_is_seen() -> None:
 def test_the_model_is_tied_and_learns() -> None:
     (alone,) = run("one rank", NEVER)
     assert MODEL["tied"] and alone["loss"][-1] < alone["loss"][0] - 0.2
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(tensor=2), dict(zero_stage=3)], ids=["DP2", "TP2", "ZeRO-3"])
+def test_a_checkpoint_takes_the_scale_to_another_layout(tmp_path, layout: dict) -> None:
+    """The scale that the next step would have had, and its losses, whatever number of data ranks goes on."""
+    settings = dict(precision="fp16", micro=2, steps=14, explicit={"fp16": {"initial_scale_power": 24, "loss_scale_window": 3}})
+    (alone,) = run_ranks(training.call, 1, settings | dict(save={10: str(tmp_path / "step_10")}))
+    for found in run_ranks(training.call, 2, settings | layout | dict(resume=str(tmp_path / "step_10"))):
+        assert found["scale"] == alone["scale"][10:] and found["skipped"] == alone["skipped"][10:]
+        assert found["loss"] == pytest.approx(alone["loss"][10:], rel=1e-3)
