@@ -159,8 +159,7 @@ def finish(run: Run) -> None:
     """The last checkpoint and the loss curve."""
     started = time.monotonic()
     target = run.folder.checkpoints / f"step_{run.step:06d}"
-    saver = checkpoint.Saver()
-    saver.save(target, run.engine, facts(run))
+    checkpoint.Saver().save(target, run.engine, facts(run))
     if run.engine.grid.rank > 0:
         return
     took = time.monotonic() - started
@@ -196,7 +195,6 @@ def facts(run: Run) -> dict[str, object]:
         "samples": run.step * run.job.experiment.schedule.batch_size,
         "tokens": run.step * layout.tokens_per_step,
         "applied_steps": run.step - run.engine.skipped_steps,
-        "precision": run.job.experiment.precision,
         "data": run.corpus.fingerprint,
     }
 
