@@ -83,14 +83,13 @@ class Manifest:
         """As JSON, a file or a tensor on a line. A fact may not have the name of a table."""
         if taken := set(self.facts) & set(TABLES):
             raise ValueError(f"a checkpoint's facts cannot be called {', '.join(sorted(taken))}")
-        tables = {
-            "files": {name: asdict(file) for name, file in self.files.items()},
-            "tensors": {kind: {name: asdict(tensor) for name, tensor in table.items()} for kind, table in self.tensors.items()},
-        }
-        facts = json.dumps({"format": FORMAT, **self.facts}, indent=1, allow_nan=False).removesuffix("\n}")
-        kinds = ",\n".join(f'  "{kind}": {_lines(table)}' for kind, table in tables["tensors"].items())
-        sha256 = digest({"format": FORMAT, **self.facts, **tables})
-        return f'{facts},\n "files": {_lines(tables["files"])},\n "tensors": {{\n{kinds}\n }},\n "sha256": "{sha256}"\n}}\n'
+        tensors = {kind: {name: asdict(tensor) for name, tensor in table.items()} for kind, table in self.tensors.items()}
+        tables = {"files": {name: asdict(file) for name, file in self.files.items()}, "tensors": tensors}
+        facts = json.dumps({"format": FORMAT, **self.facts}, indent=1, allow_nan=False)
+        sha256 = digest(json.loads(facts) | json.loads(json.dumps(tables)))  # as it will be read: a tuple is a list then
+        kinds = ",\n".join(f'  "{kind}": {_lines(table)}' for kind, table in tensors.items())
+        head = facts.removesuffix("\n}")
+        return f'{head},\n "files": {_lines(tables["files"])},\n "tensors": {{\n{kinds}\n }},\n "sha256": "{sha256}"\n}}\n'
 
 
 class OtherFormat(ValueError):

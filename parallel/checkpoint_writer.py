@@ -52,7 +52,7 @@ Plan = dict[str, list[Part]]
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that has been published: its folder, the bytes of its files on all ranks, the seconds since it was begun."""
+    """A checkpoint that has been published: its folder, the bytes of its tensors on all ranks, the seconds since it was begun."""
 
     folder: Path
     size: int

@@ -24,7 +24,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + len(values)) of a parameter's flattened slice. `values` '… -> n' fp32 is the optimizer's own memory."""
+    """Elements [start, start + len(values)) of a parameter's flattened slice. `values`, 'n' in fp32, is the optimizer's own memory."""
 
     start: int
     values: Tensor

@@ -84,6 +84,12 @@ def parts_of(text: bytes) -> tuple:
     return manifest.files, manifest.tensors
 
 
+def test_facts_are_read_as_json_has_them() -> None:
+    facts = {"step": 1, "betas": (0.9, 0.95), "by number": {10: "a", 9: "b"}}
+    manifest = parse(Manifest(facts, *parts_of(changed(lambda told: None))).text().encode())
+    assert manifest.facts == {"step": 1, "betas": [0.9, 0.95], "by number": {"10": "a", "9": "b"}}
+
+
 @pytest.mark.parametrize("fact", ["format", "files", "tensors", "sha256"])
 def test_a_fact_cannot_be_a_table(fact: str) -> None:
     with pytest.raises(ValueError, match=f"cannot be called {fact}"):

@@ -30,6 +30,8 @@ LAYOUTS = {
     "PP2, bf16": (2, dict(pipe=2, precision="bf16")),
     "TP2·PP2": (4, dict(tensor=2, pipe=2)),
     "TP2·ZeRO-3": (4, dict(tensor=2, zero_stage=3, micro=2)),
+    "ZeRO-3 on three": (3, dict(zero_stage=3, micro=2)),  # which divide no parameter's size
+    "DP3, bf16": (3, dict(micro=2, precision="bf16")),
 }
 
 
@@ -49,7 +51,7 @@ def initial_weights() -> dict[str, np.ndarray]:
     return {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
 
 
-@pytest.mark.parametrize("layout", all_but_slow(LAYOUTS, {"TP2·PP2", "ZeRO-3", "PP2, bf16"}))
+@pytest.mark.parametrize("layout", all_but_slow(LAYOUTS, {"TP2·PP2", "ZeRO-3 on three", "PP2, bf16"}))
 def test_untrained_weights_are_the_drawn_ones_bit_for_bit(layout: str) -> None:
     """Whole and without padding; the tied table once. Moments are zero before the first step."""
     found, expected = written(layout, 0), initial_weights()
