@@ -65,6 +65,10 @@ class RunFolder:
         """The log of one rank."""
         return self.logs / f"rank_{rank}.txt"
 
+    def sign(self, rank: int) -> Path:
+        """The sign of life of one rank, while it runs."""
+        return self.logs / f"rank_{rank}.alive.json"
+
 
 def create(runs: Path, name: str) -> RunFolder:
     """A new, empty run folder with an id nobody else has, and `runs/NAME/latest` pointing at it. Rank 0 only."""
@@ -116,9 +120,16 @@ def hostname() -> str:
     return socket.gethostname()
 
 
-def end(folder: RunFolder, status: str) -> None:
-    """Set run.json's status to finished, interrupted or failed, and `ended` to now."""
-    write_json(folder.run, {**read_json(folder.run), "status": status, "ended": now()})
+def end(folder: RunFolder, status: str, reason: str = "") -> None:
+    """Set run.json's status to finished, interrupted or failed, `ended` to now, `reason` to why it is not finished."""
+    why = {"reason": reason} if reason and status != FINISHED else {}
+    write_json(folder.run, {**read_json(folder.run), "status": status, "ended": now(), **why})
+
+
+def end_unless_ended(folder: RunFolder, status: str, reason: str) -> None:
+    """`end`, but what another rank has written of the end stays. Any rank."""
+    if read_json(folder.run).get("status") == RUNNING:
+        end(folder, status, reason)
 
 
 def status(run: dict[str, Any]) -> str:
