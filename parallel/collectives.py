@@ -54,9 +54,14 @@ def split(dim: int) -> Collective:
     """This rank's piece along `dim` of a tensor equal on every rank: '… (tp n) …' -> '… n …'."""
 
     def take(x: Tensor, group: ProcessGroup) -> Tensor:
-        return _equal_pieces(x, group.size(), dim)[group.rank()].contiguous()
+        return own_piece(x, group, dim)
 
     return take
+
+
+def own_piece(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """What this rank holds of a tensor equal on every rank, cut evenly along `dim`: '… (tp n) …' -> '… n …'."""
+    return _equal_pieces(x, group.size(), dim)[group.rank()].contiguous()
 
 
 def _equal_pieces(x: Tensor, degree: int, dim: int) -> tuple[Tensor, ...]:

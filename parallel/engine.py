@@ -12,12 +12,13 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
+from parallel import fp16
 from parallel.deepspeed_config import EngineSettings, derive
 from parallel.distributed import device
 from parallel.engine_grid import Mpu, Pipeline, reduce_tied_accumulated
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from parallel.layers import Layer, PlainModule, unique_parameters
+from parallel.layers import Layer, PlainModule, Watcher, unique_parameters
 from parallel.quiet import quiet
 from parallel.slices import gathered, slice_of
 
@@ -63,6 +64,7 @@ class Engine:
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=self.module, model_parameters=_decay_groups(self.parameters.values(), settings), config=self.config, mpu=self._mpu()
             )
+        fp16.correct(self.optimizer, settings.precision, grid.data)
 
     def train_batch(self, batches: Iterable[MicroBatch], lr: float) -> float:
         """One optimizer step at learning rate `lr` on the step's `settings.micro_batches` micro-batches of this data rank.
@@ -87,6 +89,11 @@ class Engine:
         """Steps whose update was not applied because a gradient was not finite."""
         return int(self.deepspeed.skipped_steps)
 
+    @property
+    def loss_scale(self) -> float:
+        """What the next step multiplies its loss by before the backward pass, in fp16; equal on every rank and every layout. Else 1."""
+        return self._gradient_scale() * self.grid.data if self.settings.precision == "fp16" else 1.0
+
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(logical name, whole fp32 master weight on the CPU) of this stage's parameters, in the order of the layers.
 
@@ -94,11 +101,15 @@ class Engine:
         comes from the stage whose layer owns it, not from the one that holds a copy.
         """
         for name, parameter in self.parameters.items():
-            if not self._owns(name):
+            if not self.owns(name):
                 continue
             cut = slice_of(parameter)
             piece = safe_get_full_fp32_param(parameter).detach().to(self.device, torch.float32)  # offloaded ones come from the host
             yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, self._cut_group(parameter)).cpu()
+
+    def watch_layers(self, watcher: Watcher) -> None:
+        """From now on each layer of this stage is called through `watcher(name, call)`. For verification."""
+        self.module.watch(watcher)
 
     def watch_gradients(self, see: Callable[[dict[str, Tensor]], None]) -> None:
         """From now on `see` gets every step's gradients before the update: whole, unclipped, fp32, by logical name, of this stage.
@@ -114,14 +125,19 @@ class Engine:
         self.optimizer.step = step
 
     def _full_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        scale = getattr(self.optimizer, "loss_scale", None) or 1.0  # fp16's gradients are still multiplied by it
+        scale = self._gradient_scale()
         for name, parameter in self.parameters.items():
-            if self._owns(name):
+            if self.owns(name):
                 cut = slice_of(parameter)
                 piece = safe_get_full_grad(parameter).detach().to(self.device, torch.float32) / scale
                 yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, self._cut_group(parameter)).cpu()
 
-    def _owns(self, name: str) -> bool:
+    def _gradient_scale(self) -> float:
+        """What DeepSpeed's reduced gradients are still multiplied by."""
+        return float(self.optimizer.loss_scale) if self.settings.precision == "fp16" else 1.0
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter is this stage's own, not its copy of another's tied table."""
         return True
 
     def _cut_group(self, parameter: Tensor) -> Any:
@@ -191,7 +207,8 @@ class PipeEngine(Engine):
         with quiet():
             return Pipeline(layers, self.loss, self.grid)
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
+        """See Engine."""
         return any(name.startswith(f"{layer}.") for layer in self.module.own_layers)
 
     def _mpu(self) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from parallel.grid import Grid
-from parallel.layers import Layer, stage_bounds, through
+from parallel.layers import Layer, Watcher, stage_bounds, through
 
 
 class Mpu:
@@ -92,6 +92,10 @@ class Pipeline(PipelineModule):
         super()._build()
         own = self.named_layers[self._local_start : self._local_stop]
         self.forward_funcs: list[Any] = [partial(through, layer, call) for layer, call in zip(own, self.forward_funcs, strict=True)]
+
+    def watch(self, watcher: Watcher) -> None:
+        """From now on each of this stage's layers is called through `watcher(name, call)`."""
+        self.forward_funcs = [partial(through, layer, watcher(layer.name, call)) for layer, call in (f.args for f in self.forward_funcs)]
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:

@@ -39,7 +39,13 @@ Passed: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """What goes from layer to layer: x, or x followed by integer context tensors that no layer changes."""
 
 
-def through(layer: Layer, call: Callable[..., Tensor], passed: Passed) -> Passed:
+Call: TypeAlias = Callable[..., Any]
+"""A layer's module, or what stands for it: x (and context) -> x."""
+Watcher: TypeAlias = Callable[[str, Call], Call]
+"""(layer's name, its call) -> a call that does the same and is observed."""
+
+
+def through(layer: Layer, call: Call, passed: Passed) -> Passed:
     """One layer's step: `call` on x (and the context, where the layer reads it), the context handed on beside the result."""
     if isinstance(passed, Tensor):
         return call(passed)
@@ -53,7 +59,7 @@ class PlainModule(nn.Module):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
-        self.steps: list[tuple[Layer, nn.Module]] = []
+        self.steps: list[tuple[Layer, Call]] = []
         built: dict[str, nn.Module] = {}
         for layer in layers:
             built[layer.name] = layer.make(built[layer.tied_to]) if layer.tied_to else layer.build()
@@ -61,10 +67,14 @@ class PlainModule(nn.Module):
         # A plain list beside the tree: registered once, under the logical name.
         object.__setattr__(self, "steps", list(zip(layers, built.values(), strict=True)))
 
+    def watch(self, watcher: Watcher) -> None:
+        """From now on each layer is called through `watcher(name, call)`."""
+        self.steps = [(layer, watcher(layer.name, call)) for layer, call in self.steps]
+
     def forward(self, passed: Passed) -> Passed:
         """ids 'b s' (and context) -> logits 'b s v', this rank's vocabulary rows."""
-        for layer, module in self.steps:
-            passed = through(layer, module, passed)
+        for layer, call in self.steps:
+            passed = through(layer, call, passed)
         return passed
 
 

@@ -17,7 +17,8 @@ from research.settings import names, needs, unknown
 
 HELP = ("--help", "-h")
 FLAGS = ("dry_run", "verbose")
-OPTIONS = ("--dry-run", "--verbose", "--help")
+OPTIONS = ("--resume", "--dry-run", "--verbose", "--help")
+RESUME = "resume"
 LOCAL_RANK = "local_rank"
 TABLE = "deepspeed"
 AS_WRITTEN = (tyro.conf.FlagConversionOff,)
@@ -30,6 +31,8 @@ USAGE = """start it, from any folder:
   one rank:        python {path}{uncut}
 
 beside settings:
+  --resume    auto: go on with this experiment's newest unfinished run, or begin one · RUN or CHECKPOINT: go on with that one ·
+              never (the default): begin a new run. The layout may be another one, the model and the data may not
   --dry-run   resolve everything, print the layout and the batch arithmetic, train nothing
   --verbose   show what DeepSpeed and W&B have to say
   --help      this text
@@ -43,6 +46,8 @@ Ranks = pipe × data × tensor: the data-parallel size is what pipe and tensor l
 class Options:
     """What the command line asks for beside settings."""
 
+    resume: str = "never"
+    """auto, never, or what names a run or a checkpoint."""
     dry_run: bool = False
     verbose: bool = False
     help: bool = False
@@ -59,7 +64,9 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
     options, given = Options(), {}
     for name, words in _grouped(argv):
         if name in FLAGS:
-            options = replace(options, **{name: _alone(name, words)})
+            options = replace(options, **{name: _alone(name, words)})  # type: ignore[arg-type]
+        elif name == RESUME:
+            options = replace(options, resume=_one(name, words))
         elif name != LOCAL_RANK:
             given[name] = _read(_field(name), name, words, _get(experiment, name))
     changed = _with(experiment, given)
@@ -105,6 +112,12 @@ def _alone(name: str, words: list[str]) -> bool:
     if words:
         raise Mistake(f"--{name.replace('_', '-')} takes no value, got {' '.join(words)!r} → write it alone")
     return True
+
+
+def _one(name: str, words: list[str]) -> str:
+    if len(words) != 1:
+        raise Mistake(f"--{name} takes one word, got {len(words)} → write --{name} auto, --{name} never, or --{name} runs/NAME/ID")
+    return words[0]
 
 
 def _field(name: str) -> FieldInfo:

@@ -32,6 +32,11 @@ class Cut:
         """Ranks."""
         return self.pipe * self.data * self.tensor
 
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one pass of a data rank."""
+        return BATCH // self.data // self.accumulated
+
     def __str__(self) -> str:
         words = [f"pipe {self.pipe} × data {self.data} × tensor {self.tensor}", f"ZeRO-{self.zero_stage}"]
         words += ["sequence"] * self.sequence + [f"{self.recompute} recomputation"] * (self.recompute != "none")

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from research.config import Experiment
 from research.layout import Layout
 from research.machine import Ranks
+
+if TYPE_CHECKING:
+    from research.resume import Resume
 
 Override = tuple[str, Any, Any]
 """(dotted setting, value in the file, value on the command line)."""
@@ -25,3 +28,5 @@ class Job:
     root: Path
     verbose: bool
     argv: list[str]
+    resume: "Resume | None" = None
+    """The run that goes on, as rank 0 found it; None on the other ranks."""

@@ -21,6 +21,7 @@ from research.layout import engine_settings, layout
 from research.machine import ALONE, Ranks, choose_accelerator, find_ranks, git_state, rank_hint, refuse_taken_port
 from research.parents import follow
 from research.peers import Lost
+from research.resume import find
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0
@@ -54,7 +55,7 @@ def _run(file: Path, argv: list[str]) -> None:
         return
     if options.dry_run and ranks == ALONE:
         ranks = _enough(experiment)
-    job = _resolved(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
+    job = resolved(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
     if options.dry_run:
         _on_rank_0(ranks, lambda: sys.stdout.write(dry_run(job, *git_state(job.root))))
         return
@@ -71,7 +72,7 @@ def _enough(experiment: Experiment) -> Ranks:
     return replace(ALONE, world=world, local_world=world)
 
 
-def _resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:
+def resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:
     """Everything that can be checked without torch, checked; then the job."""
     experiment = loaded.experiment
     check(experiment, ranks)
@@ -89,6 +90,7 @@ def _resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: 
         root=ROOT,
         verbose=options.verbose,
         argv=argv,
+        resume=find(options.resume, experiment, loaded.folder, ROOT / experiment.track.runs) if ranks.rank == 0 else None,
     )
 
 

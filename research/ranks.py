@@ -8,7 +8,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -31,6 +31,7 @@ PRELOAD = [
     "einops._torch_specific",
     "parallel.engine",
     "models.gpt",
+    "research.train",
 ]
 """Imported once in the server, so that a rank starts in a tenth of a second."""
 
@@ -44,21 +45,32 @@ class RankFailed(RuntimeError):
 
 def run(function: Callable[[Path], None], world: int, folder: Path, timeout: float = 300.0) -> None:
     """`function(folder)` on `world` ranks with torch.distributed up. `function` is at module level. No rank outlives the call."""
+    ranks = start(_rank_main, [(function, rank, world, folder) for rank in range(world)])
+    try:
+        _wait_for(ranks, time.monotonic() + timeout)
+    finally:
+        end(ranks)
+    _raise_failures(ranks, folder)
+
+
+def start(target: Callable[..., None], arguments: Sequence[tuple]) -> list[ForkServerProcess]:
+    """One process for each of `arguments`, forked from the server and running `target`, which is at module level."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     with environment(CPU):
         multiprocessing.forkserver.ensure_running()
     context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=_rank_main, args=(function, rank, world, folder), daemon=True) for rank in range(world)]
+    ranks = [context.Process(target=target, args=own, daemon=True) for own in arguments]
     for process in ranks:
         process.start()
-    try:
-        _wait_for(ranks, time.monotonic() + timeout)
-    finally:
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-            process.join()
-    _raise_failures(ranks, folder)
+    return ranks
+
+
+def end(ranks: Sequence[ForkServerProcess]) -> None:
+    """Kills those that are still there."""
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+        process.join()
 
 
 def _wait_for(ranks: list[ForkServerProcess], deadline: float) -> None:

@@ -71,6 +71,10 @@ class Report:
         """One validation; `best`: the lowest so far; `saved`: what was written, e.g. 'step_000050 (0.2 s)'."""
         self._put(Text(validation_line(row, best, saved), "bold green" if best else "bold"))
 
+    def saved(self, name: str, seconds: float) -> None:
+        """A checkpoint on the way."""
+        self._put(Text(f"{'saved':>{WIDTHS['step']}}  {name} ({seconds:.1f} s)", "dim"))
+
     def done(
         self, steps: int, planned: int, seconds: float, best: tuple[float, int] | None, skipped: int = 0, picture: str | None = None
     ) -> None:
@@ -132,6 +136,9 @@ class Silent:
         """Nothing."""
 
     def validation(self, row: Row, best: bool, saved: str | None = None) -> None:
+        """Nothing."""
+
+    def saved(self, name: str, seconds: float) -> None:
         """Nothing."""
 
     def done(

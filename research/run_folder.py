@@ -57,6 +57,7 @@ class RunFolder:
     loss_png = property(lambda self: self.path / "loss.png")
     source = property(lambda self: self.path / "source")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    incidents = property(lambda self: self.path / "incidents")
     logs = property(lambda self: self.path / "logs")
     wandb = property(lambda self: self.path / "wandb")
 
@@ -106,8 +107,17 @@ def read_json(path: Path) -> Any:
 def start(folder: RunFolder, *, layout: str, precision: str, steps: int, **more: Any) -> None:
     """Write run.json with status `running`; `layout` and `precision` as a person reads them, `steps` as planned."""
     known = {"schema": 1, "name": folder.name, "id": folder.id, "status": RUNNING, "started": now(), "ended": None}
-    owner = {"host": socket.gethostname(), "pid": os.getpid()}
-    write_json(folder.run, {**known, "layout": layout, "precision": precision, "steps": steps, **owner, **more})
+    write_json(folder.run, {**known, "layout": layout, "precision": precision, "steps": steps, **owner(), **more})
+
+
+def owner() -> dict[str, Any]:
+    """Who writes this run: host and process of rank 0."""
+    return {"host": hostname(), "pid": os.getpid()}
+
+
+def hostname() -> str:
+    """This machine's, as run.json has it."""
+    return socket.gethostname()
 
 
 def end(folder: RunFolder, status: str, reason: str = "") -> None:
@@ -124,7 +134,7 @@ def end_unless_ended(folder: RunFolder, status: str, reason: str) -> None:
 
 def status(run: dict[str, Any]) -> str:
     """run.json's status; `died` for a `running` one of this machine whose process no longer exists."""
-    if run.get("status") != RUNNING or run.get("host") != socket.gethostname() or not isinstance(run.get("pid"), int):
+    if run.get("status") != RUNNING or run.get("host") != hostname() or not isinstance(run.get("pid"), int):
         return str(run.get("status", "unknown"))
     return RUNNING if _alive(run["pid"]) else DIED
 

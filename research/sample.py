@@ -8,7 +8,8 @@ import torch
 
 from models import gpt
 from models.config import GPT
-from parallel.checkpoint import Reader, latest, load_weights
+from parallel.checkpoint_folder import latest
+from parallel.checkpoint_reader import Reader, load_weights
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule
@@ -48,7 +49,8 @@ def restored(folder: RunFolder, experiment: Experiment) -> PlainModule:
     """The run's newest checkpoint as a plain fp32 module, in evaluation mode. Variants come from the run's own copy."""
     model = GPT(**experiment.model.model_dump())
     module = PlainModule(gpt.layers(model, Grid(), experiment.seed, load_variants(folder.source, experiment.model)))
-    load_weights(module, Reader(latest(folder.checkpoints)), Grid())
+    with Reader(latest(folder.checkpoints)) as reader:
+        load_weights(module, reader, Grid())
     return module.eval()
 
 
@@ -79,8 +81,8 @@ def most_likely(module: PlainModule, ids: list[int], vocab_size: int) -> int:
 
 def write_after_training(folder: RunFolder, experiment: Experiment, tokenizer: Tokenizer, prompt: str, tokens: int = 40) -> str | None:
     """A greedy sample of the run just ended, on one line; None where the fp32 weights would not fit easily into free memory."""
-    reader = Reader(latest(folder.checkpoints))
-    needed = sum(4 * torch.Size(entry["shape"]).numel() for entry in reader.tensors.values())
+    with Reader(latest(folder.checkpoints)) as reader:
+        needed = sum(4 * tensor.numel for tensor in reader.tensors.values())
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * needed > free:
         return None

@@ -1,15 +1,24 @@
 """What a run needs before its first step: a folder, text, an engine, a tracker. Every function is collective."""
 
+import json
 import logging
 import os
+import random
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from models import gpt
 from parallel.distributed import device
 from parallel.engine import Engine, make_engine
 from parallel.grid import Grid
-from research import config, describe, run_folder, text
+from research import config, describe, run_folder, segments, text
 from research.about import About
+from research.changes import said
 from research.data import prepare
 from research.data.batches import epochs
 from research.data.prepare import Corpus
@@ -25,25 +34,72 @@ from research.world import agreed, software
 Voice = Report | Silent
 
 
-def open_folder(job: Job) -> RunFolder:
-    """The run's folder, made by rank 0 and known to all; its config.json, source/ and run.json; this rank's log."""
-    runs = job.root / job.experiment.track.runs
-    first = job.ranks.rank == 0
-    folder = RunFolder(type(runs)(agreed(str(run_folder.create(runs, job.name).path) if first else "")))
-    if first:
-        config.save(job.experiment, folder.config)
-        sums = run_folder.keep_source(folder, job.folder)
-        overrides = [[name, str(old), str(new)] for name, old, new in job.overrides]
-        run_folder.start(
-            folder,
-            layout=layout_tag(job),
-            precision=job.experiment.precision,
-            steps=job.experiment.schedule.steps,
-            overrides=overrides,
-            source=sums,
-        )
+@dataclass(frozen=True)
+class Resumed:
+    """A run that goes on, as every rank knows it."""
+
+    folder: RunFolder
+    checkpoint: Path
+    step: int
+    changed: str
+    """Settings that are others now, as a person reads them."""
+
+    def line(self, step: int, differences: dict[str, tuple[Any, Any]]) -> str:
+        """'step_000120 of gpt_sotu-7f3a2c · bit for bit as if it had never stopped', or why only within rounding."""
+        why = ", ".join(f"{name.partition('.')[2]} {then} → {now}" for name, (then, now) in differences.items())
+        exact = f"within rounding ({why})" if why else "bit for bit as if it had never stopped"
+        words = [f"step {step} of {self.folder.title}, {self.checkpoint.name}", exact, *([self.changed] if self.changed else [])]
+        return " · ".join(words)
+
+
+def agreed_resume(job: Job) -> Resumed | None:
+    """What rank 0 decided before torch was imported, on every rank. Collective."""
+    found = job.resume
+    told = json.loads(
+        agreed(json.dumps([str(found.folder.path), str(found.checkpoint), found.step, said(found.changed)] if found else None))
+    )
+    return Resumed(RunFolder(Path(told[0])), Path(told[1]), told[2], told[3]) if told else None
+
+
+def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
+    """The run's folder, made or opened again by rank 0 and known to all; its config.json, source/ and run.json; this rank's log."""
+    if resumed:
+        folder = resumed.folder
+        if job.ranks.rank == 0:
+            segments.reopen(folder, resumed.step, {"started": run_folder.now(), "checkpoint": resumed.checkpoint.name, **facts_of(job)})
+            config.save(job.experiment, folder.config)
+    else:
+        runs = job.root / job.experiment.track.runs
+        folder = RunFolder(type(runs)(agreed(str(run_folder.create(runs, job.name).path) if job.ranks.rank == 0 else "")))
+        if job.ranks.rank == 0:
+            config.save(job.experiment, folder.config)
+            run_folder.start(folder, source=run_folder.keep_source(folder, job.folder), **facts_of(job))
     _log_to(folder, job.ranks.rank)
     return folder
+
+
+def facts_of(job: Job) -> dict[str, Any]:
+    """What run.json says of how the run is trained."""
+    overrides = [[name, str(old), str(new)] for name, old, new in job.overrides]
+    experiment = job.experiment
+    return {
+        "layout": layout_tag(job),
+        "precision": experiment.precision,
+        "steps": experiment.schedule.steps,
+        "overrides": overrides,
+        "commit": git_state(job.root)[0],
+    }
+
+
+def seeded(number: int, grid: Grid) -> None:
+    """Seeds Python's, numpy's and torch's generators, for a variant that draws from them; Tessera itself does not while it trains.
+
+    Ranks of one tensor group alike: outside of sliced regions they compute the same.
+    """
+    own = number * 1_000_003 + grid.pipe_rank * grid.data + grid.data_rank
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
 
 
 def _log_to(folder: RunFolder, rank: int) -> None:
@@ -91,7 +147,7 @@ def engine_of(job: Job, grid: Grid) -> Engine:
     return make_engine(layers, loss, grid, engine_settings(experiment, job.layout))
 
 
-def tracker_of(job: Job, folder: RunFolder, engine: Engine, voice: Voice) -> Tracker | NoTracker:
+def tracker_of(job: Job, folder: RunFolder, engine: Engine, voice: Voice, resumed: Resumed | None) -> Tracker | NoTracker:
     """Rank 0's tracker, with all that W&B is told of the run; deepspeed.json beside it."""
     if job.ranks.rank > 0:
         return NoTracker()
@@ -99,7 +155,7 @@ def tracker_of(job: Job, folder: RunFolder, engine: Engine, voice: Voice) -> Tra
     commit, dirty = git_state(job.root)
     tags = [layout_tag(job), job.experiment.precision]
     about = About(config.resolved(job.experiment), engine.config, commit, dirty, family=job.name, tags=tags)
-    tracker = Tracker(folder, job.experiment.track, about)
+    tracker = Tracker(folder, job.experiment.track, about, after=resumed.step if resumed else 0)
     voice.header([("tracking", tracker.line)])
     tell(tracker, voice)
     return tracker

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from research import replay
+from research import wandb_rows
 from research.about import About, Tracked
 from research.bounded import bounded
 from research.metrics import JsonLines, plain
@@ -32,12 +32,18 @@ START_SECONDS, PROBE_SECONDS, INIT_SECONDS, FINISH_SECONDS = 9.5, 2.5, 3.0, 7.0
 class Tracker:
     """Rank 0's record of a run: metrics.jsonl and samples.jsonl first, then W&B. Nothing here raises because of W&B."""
 
-    def __init__(self, folder: RunFolder, track: Tracked, about: About):
-        """Open the files and the W&B run; takes at most ten seconds whatever the network does."""
+    def __init__(self, folder: RunFolder, track: Tracked, about: About, after: int = 0):
+        """Open the files and the W&B run; takes at most ten seconds whatever the network does.
+
+        `after`: the step of the checkpoint that the run goes on from. Online it goes on in the same W&B run; offline it is another
+        folder with the same id, which `wandb sync` joins to the first.
+        """
         self._metrics, self._samples = JsonLines(folder.metrics), JsonLines(folder.samples)
         self.notes: list[str] = []
         """What went wrong with W&B, a sentence each; whoever shows one takes it out."""
-        self._wandb = Mirror(folder, track, about, self.notes)
+        self._wandb = Mirror(folder, track, about, self.notes, after)
+        if after:
+            self._wandb.log({"progress/resumed_at": after, AXES[0]: after})
 
     @property
     def line(self) -> str:
@@ -56,7 +62,7 @@ class Tracker:
         """What the model wrote after `step` steps."""
         row = {"progress/step": step, "progress/tokens": tokens, "prompt": prompt, "text": text}
         self._samples.write(row)
-        self._wandb.log(replay.sample_row(row))
+        self._wandb.log(wandb_rows.sample_row(row))
 
     def finish(self, status: str = FINISHED) -> None:
         """Close everything; `status` is finished, interrupted or failed. At most ten seconds; a second call does nothing."""
@@ -86,8 +92,8 @@ class NoTracker:
 class Mirror:
     """One W&B run, or none where the mode is disabled or W&B cannot be used at all."""
 
-    def __init__(self, folder: RunFolder, track: Tracked, about: About, notes: list[str]):
-        self._notes, self._folder, self._as_started = notes, folder, (folder, track, about)
+    def __init__(self, folder: RunFolder, track: Tracked, about: About, notes: list[str], after: int = 0):
+        self._notes, self._folder, self._as_started, self._after = notes, folder, (folder, track, about), after
         self._run: Any = None
         self._broken: str | None = None
         """The note on why W&B was left alone before its end."""
@@ -118,10 +124,12 @@ class Mirror:
 
     def _write_again(self, exit_code: int, ends: float) -> bool:
         """The offline run anew, in W&B processes of its own, from the run folder's files; the broken one goes once that is done."""
-        with replay.replacing(max(self._folder.wandb.glob(replay.OFFLINE))):  # named by the time they were opened at: ours is the last
+        with wandb_rows.replacing(
+            max(self._folder.wandb.glob(wandb_rows.OFFLINE))
+        ):  # named by the time they were opened at: ours is the last
             bounded(_end_process, 1.0)
             run = _start("offline", *self._as_started)
-            for row in replay.rows(self._folder):
+            for row in wandb_rows.rows(self._folder, self._after):
                 if time.monotonic() > ends:
                     raise TimeoutError
                 run.log(row)

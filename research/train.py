@@ -1,33 +1,36 @@
 """The one training loop."""
 
-import shlex
-import time
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
 from parallel import checkpoint
 from parallel.engine import Engine
 from parallel.grid import Grid
-from research import describe, evaluate, plot, run_folder, sample, text
+from parallel.suspects import Suspects
+from research import evaluate, finish, look, run_folder, saving, state
 from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
 from research.job import Job
 from research.meter import Meter
 from research.parents import Parents
+from research.preflight import preflight
 from research.progress import Progress, Stage
 from research.report import Report, Silent
 from research.run_folder import FAILED, FINISHED, INTERRUPTED, RunFolder
 from research.schedule import learning_rate
-from research.start import Voice, corpus_of, engine_of, header, open_folder, short, tell, tracker_of
+from research.spikes import Spikes
+from research.start import Resumed, Voice, agreed_resume, corpus_of, engine_of, header, open_folder, seeded, tell, tracker_of
 from research.stopping import SIGNALLED, Stop, leave_when_asked
 from research.tensors import micro_batch
 from research.tracking import NoTracker, Tracker
 from research.watch import Watch, watched
 from research.world import joined
 
-PROMPT_TOKENS = 8
-"""The sample at the end continues so many tokens of the held-out text."""
+WATCHED = 3
+"""Exit code of a run that stopped itself: a loss or gradient that is not finite, too many skipped steps, a spike."""
 
 
 @dataclass
@@ -43,47 +46,106 @@ class Run:
     meter: Meter
     stop: Stop
     doing: Progress
+    saver: checkpoint.Saver
+    spikes: Spikes
+    suspects: Suspects
     step: int = 0
     """Optimizer steps attempted so far."""
+    saved_step: int = -1
+    """Of the newest checkpoint begun or gone on from; −1: none."""
     best: tuple[float, int] | None = None
     """Lowest bits per byte so far and its step."""
+    skips_in_a_row: int = 0
+    failure: str | None = None
+    """Why the run stops itself after this step, as a sentence."""
     cut_short: bool = False
     """Whether a signal ended a validation."""
 
+    def progress(self) -> dict[str, float]:
+        """The axes of a row."""
+        return {
+            "progress/step": self.step,
+            "progress/tokens": self.step * self.job.layout.tokens_per_step,
+            "progress/samples": self.step * self.job.experiment.schedule.batch_size,
+            "progress/applied_steps": self.step - self.engine.skipped_steps,
+            "progress/seconds": self.meter.seconds(),
+        }
+
 
 def train(job: Job, parents: Parents) -> None:
-    """Trains the experiment of `job` from its first step to its last, or to a signal; ends with a checkpoint. Collective."""
+    """Trains the experiment of `job` to its last step, or to a signal, from its first step or a checkpoint; ends with one. Collective."""
     voice = Report() if job.ranks.rank == 0 else Silent()
     with watched(job, parents) as watch, joined(job) as grid:
-        folder = open_folder(job)
-        status = FAILED
+        resumed = agreed_resume(job)
+        folder = open_folder(job, resumed)
+        status, failure = FAILED, ""
         try:
             leave_when_asked()
             with watch.together(folder):
                 header(job, folder, voice)
-                run = prepared(job, folder, grid, voice, watch)
+                run = prepared(job, folder, grid, voice, resumed, watch)
                 status = carried_out(run)
+                failure = run.failure or ""
         except SystemExit:  # a signal came before the first step
             status = INTERRUPTED
             raise
         finally:
             if grid.rank == 0:
-                run_folder.end(folder, status, watch.reason)
-        last_words(run)
+                run_folder.end(folder, status, failure or watch.reason)
+        finish.last_words(run)
         dist.barrier()  # the first rank to leave with an exit code makes a launcher end the others
+    if run.failure:
+        leave_with(run.failure, grid)
     if status == INTERRUPTED:
         raise SystemExit(SIGNALLED + run.stop.signal)
 
 
-def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, watch: Watch) -> Run:
+def leave_with(failure: str, grid: Grid) -> None:
+    """Rank 0 says why, every rank leaves."""
+    if grid.rank == 0:
+        sys.stderr.write(f"error  {failure}\n")
+    raise SystemExit(WATCHED)
+
+
+def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, resumed: Resumed | None, watch: Watch) -> Run:
     """The run before its first step. A signal leaves at once until all is there, then waits for the step's end."""
     with watch.progress.work("preparing the text"):
         corpus = corpus_of(job, voice)
     watch.progress.advance("building the engine")
     engine = engine_of(job, grid)
+    preflight(job, folder, corpus, engine)
+    seeded(job.experiment.seed, grid)
+    with watch.progress.work("reading the checkpoint"):
+        told = state_of(resumed, engine, corpus, voice)
     watch.progress.advance("starting the tracker")
-    tracker = tracker_of(job, folder, engine, voice)
-    return Run(job, folder, corpus, engine, tracker, voice, Meter(job.layout.tokens_per_step), watch.note_signals(), watch.progress)
+    run = Run(
+        job=job,
+        folder=folder,
+        corpus=corpus,
+        engine=engine,
+        tracker=tracker_of(job, folder, engine, voice, resumed),
+        voice=voice,
+        meter=Meter(job.layout.tokens_per_step),
+        stop=watch.note_signals(),
+        doing=watch.progress,
+        saver=saving.saver_of(job.experiment),
+        spikes=Spikes(job.experiment.watch.spike),
+        suspects=Suspects(engine.parameters, engine.device),
+    )
+    if told:
+        state.restore(run, told)
+        run.saved_step = run.step
+    return run
+
+
+def state_of(resumed: Resumed | None, engine: Engine, corpus: Corpus, voice: Voice) -> dict[str, Any] | None:
+    """The checkpoint's state in the engine, and its facts; None for a run that begins."""
+    if resumed is None:
+        return None
+    told = checkpoint.load(resumed.checkpoint, engine)
+    state.refuse_other_data(told, corpus.fingerprint, str(resumed.checkpoint))
+    voice.header([("resume", resumed.line(told["step"], checkpoint.differences(told, engine)))])
+    return told
 
 
 def carried_out(run: Run) -> str:
@@ -92,8 +154,10 @@ def carried_out(run: Run) -> str:
     try:
         steps_of(run)
         with run.doing.work("saving", Stage.SAVING):
-            finish(run)
-        status = FINISHED if run.step == run.job.experiment.schedule.steps and not run.cut_short else INTERRUPTED
+            finish.finish(run)
+        if not run.failure:
+            whole = run.step >= run.job.experiment.schedule.steps and not run.cut_short
+            status = FINISHED if whole else INTERRUPTED
     finally:
         run.doing.advance("closing the tracker", Stage.LEAVING)
         run.tracker.finish(status)
@@ -102,18 +166,26 @@ def carried_out(run: Run) -> str:
 
 
 def steps_of(run: Run) -> None:
-    """Steps, and between them rows, validations and a look at whether to stop."""
-    schedule = run.job.experiment.schedule
+    """Steps, and between them rows, validations, checkpoints and a look at whether to stop."""
+    schedule, checkpoints = run.job.experiment.schedule, run.job.experiment.checkpoints
     run.voice.columns()
     run.meter.start()
-    while run.step < schedule.steps and not run.cut_short and not run.stop.agreed():
+    if run.cut_short:  # by the signal that ended the segment before this one
+        validate(run)
+    while run.step < schedule.steps and not run.failure and not run.cut_short and not run.stop.agreed():
         run.doing.stepping(run.step + 1)
         one_step(run)
         last = run.step == schedule.steps
-        if run.step % schedule.log_every == 0 or last or run.step == 1:
+        if run.step % schedule.log_every == 0 or last or run.step == 1 or run.failure:
             report_interval(run)
+        if run.failure:
+            return
         if last or (schedule.validate_every and run.step % schedule.validate_every == 0):
             validate(run)
+        if not last and checkpoints.every and run.step % checkpoints.every == 0:
+            with run.doing.work("saving", Stage.SAVING):
+                saving.save(run)
+        saving.poll(run)
 
 
 def one_step(run: Run) -> None:
@@ -131,30 +203,33 @@ def one_step(run: Run) -> None:
         run.step,
     )
     lr = learning_rate(run.step, experiment.optimizer, schedule.steps)
+    run.suspects.clear()
+    skipped = run.engine.skipped_steps
     loss = run.engine.train_batch((micro_batch(batch, experiment.model.drops) for batch in batches), lr)
     run.step += 1
     run.meter.step(loss, lr)
+    look.at_step(run, loss, run.engine.skipped_steps > skipped)
 
 
 def report_interval(run: Run) -> None:
     """The row of the steps since the last one: metrics.jsonl, W&B and the terminal."""
-    row = run.meter.interval(run.engine.gradient_norm()) | progress(run)
+    row = run.meter.interval(run.engine.gradient_norm()) | run.progress()
     run.tracker.log(row)
     run.voice.train(row, run.meter.seconds_left(run.step, run.job.experiment.schedule))
 
 
 def validate(run: Run) -> None:
-    """All of the held-out text; its time is not counted as training time. A signal cuts it short: then there is no row."""
+    """All of the held-out text; its time is not counted as training time. A signal cuts it short: the resumed run begins with it."""
     with run.meter.paused():
         model = run.job.experiment.model
         found = evaluate.evaluate(run.engine, run.corpus.validation, model.seq_length, model.drops, lambda: goes_on(run))
+    run.cut_short = found is None
     if found is None:
-        run.cut_short = True
         return
     is_best = run.best is None or found.bits_per_byte < run.best[0]
     if is_best:
         run.best = (found.bits_per_byte, run.step)
-    row = found.row() | progress(run)
+    row = found.row() | run.progress()
     run.tracker.log(row)
     run.voice.validation(row, is_best)
 
@@ -163,69 +238,3 @@ def goes_on(run: Run) -> bool:
     """Between two batches of a validation: whether no rank was asked to stop. Collective."""
     run.doing.advance("validation")
     return not run.stop.agreed()
-
-
-def progress(run: Run) -> dict[str, float]:
-    """The axes of a row."""
-    tokens = run.step * run.job.layout.tokens_per_step
-    return {
-        "progress/step": run.step,
-        "progress/tokens": tokens,
-        "progress/samples": run.step * run.job.experiment.schedule.batch_size,
-        "progress/applied_steps": run.step - run.engine.skipped_steps,
-        "progress/seconds": run.meter.seconds(),
-    }
-
-
-def finish(run: Run) -> None:
-    """The last checkpoint and the loss curve."""
-    started = time.monotonic()
-    target = run.folder.checkpoints / f"step_{run.step:06d}"
-    checkpoint.write(target, run.engine.full_weights(), facts(run), run.engine.grid)
-    if run.engine.grid.rank > 0:
-        return
-    took = time.monotonic() - started
-    run.voice.header([("saved", f"{short(run.folder)}/checkpoints/{target.name} ({took:.1f} s)")])
-    plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, describe.layout_line(run.job))
-    schedule = run.job.experiment.schedule
-    run.voice.done(run.step, schedule.steps, run.meter.seconds(), run.best, run.engine.skipped_steps, run.folder.loss_png.name)
-    if not run.stop.signal:  # who was asked to end does not start anything new
-        show_sample(run)
-
-
-def show_sample(run: Run) -> None:
-    """What the model writes after the held-out text's first words. Rank 0 reads its own checkpoint, so that no other is needed."""
-    words, axes = run.corpus.tokenizer, progress(run)
-    prompt = first_words(run)
-    written = sample.write_after_training(run.folder, run.job.experiment, words, prompt)
-    if written is None:
-        run.voice.warn("no sample: the whole model is large for this machine's free memory → `python -m research sample` on another")
-        return
-    run.voice.sample(prompt, written)
-    run.tracker.sample(int(axes["progress/step"]), int(axes["progress/tokens"]), prompt, written)
-
-
-def first_words(run: Run) -> str:
-    """The prompt: how the held-out text begins, on one line, so that it can be typed."""
-    return text.one_line(run.corpus.tokenizer.decode(run.corpus.validation.tokens[:PROMPT_TOKENS].tolist()))
-
-
-def facts(run: Run) -> dict[str, object]:
-    """What a checkpoint's manifest says of the run."""
-    layout = run.job.layout
-    return {
-        "step": run.step,
-        "samples": run.step * run.job.experiment.schedule.batch_size,
-        "tokens": run.step * layout.tokens_per_step,
-        "applied_steps": run.step - run.engine.skipped_steps,
-        "layout": {"pipe": layout.pipe, "data": layout.data, "tensor": layout.tensor, "zero_stage": layout.zero_stage},
-        "precision": run.job.experiment.precision,
-        "data": run.corpus.fingerprint,
-    }
-
-
-def last_words(run: Run) -> None:
-    """What to type next."""
-    here, prompt = short(run.folder), shlex.quote(first_words(run))
-    dashboard = [f"wandb leet {here}/wandb"] if run.folder.wandb.is_dir() else []
-    run.voice.next([f"python -m research sample {here} --prompt {prompt}", *dashboard, "python -m research runs"])

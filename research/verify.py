@@ -1,6 +1,7 @@
 """`python -m research verify`: does the layout change the experiment? It must not."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from parallel.errors import Mistake
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ranks", type=int, default=4, choices=[1, 2, 4, 8], help="largest world, on this machine's CPU (default: 4)")
     parser.add_argument("--full", action="store_true", help="the whole product of layouts on 1, 2, 4 and 8 ranks: slow")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default: 3)")
+    parser.add_argument("--ledger", action="store_true", help="count what each layout communicates instead, beside the closed forms")
+    parser.add_argument("--types", action="store_true", help="check how tensors are typed instead, by spmd_types; needs no ranks")
     parser.add_argument("--against", nargs=2, metavar=("RUN_A", "RUN_B"), help="compare the rows of two real runs instead")
     arguments = parser.parse_args(argv)
     if arguments.against:
@@ -29,10 +32,25 @@ def main(argv: list[str]) -> None:
         raise Mistake("verify needs an experiment's folder → python -m research verify experiments/gpt_sotu")
     if arguments.steps < 1:
         raise Mistake(f"--steps {arguments.steps} is not a number of steps → use 1 or more")
+    if arguments.ledger and arguments.types:
+        raise Mistake("--ledger and --types are two witnesses → ask one at a time")
     choose_accelerator()  # before DeepSpeed is imported
+    raise SystemExit(_witness(Path(arguments.experiment), arguments))
+
+
+def _witness(folder: Path, arguments: Namespace) -> int:
+    """The exit code of the witness that is asked: numbers, collectives or types."""
+    if arguments.ledger:
+        from research.ledger_report import ledger
+
+        return ledger(folder, arguments.ranks)
+    if arguments.types:
+        from research.verify_types import DEGREES, check_types
+
+        return check_types(folder, DEGREES)
     from research.verification import verify
 
-    raise SystemExit(verify(Path(arguments.experiment), arguments.ranks, arguments.full, arguments.steps))
+    return verify(folder, arguments.ranks, arguments.full, arguments.steps)
 
 
 def compare_runs(a: str, b: str) -> int:

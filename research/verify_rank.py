@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import gpt
-from parallel.engine import Engine, MicroBatch, make_engine
+from parallel.engine import Engine, Loss, MicroBatch, make_engine
 from parallel.grid import Grid, make_grid
 from parallel.layers import PlainModule, unique_parameters
 from parallel.slices import slice_of
@@ -60,33 +60,43 @@ def write_job(folder: Path, experiment: Experiment, cut: Cut, steps: int, varian
     (folder / "job.json").write_text(json.dumps(job))
 
 
-def on_rank(folder: Path) -> None:
-    """Trains `folder`'s job on this rank's engine and saves the record beside it. Collective."""
+def read_job(folder: Path) -> tuple[Experiment, Cut, int, Path]:
+    """What `write_job` wrote."""
     job = json.loads((folder / "job.json").read_text())
     settings = {key: value for key, value in job["experiment"].items() if key != "schema"}
-    experiment, cut = config.build(settings), Cut(**job["cut"])
+    return config.build(settings), Cut(**job["cut"]), job["steps"], Path(job["variants"])
+
+
+def on_rank(folder: Path) -> None:
+    """Trains `folder`'s job on this rank's engine and saves the record beside it. Collective."""
+    experiment, cut, steps, variants = read_job(folder)
     grid = make_grid(cut.pipe, cut.tensor, cut.sequence)
     record = Record()
-    engine = _engine(experiment, cut, grid, Path(job["variants"]))
+    engine = engine_of(experiment, cut, grid, variants, loss_of(experiment, grid))
     engine.watch_gradients(record.add_gradients)
-    for step in range(job["steps"]):
+    for step in range(steps):
         record.losses.append(engine.train_batch(share_of(experiment, step, grid, cut), experiment.optimizer.lr))
         record.norms.append(engine.gradient_norm())
     record.weights = dict(engine.full_weights())
     record.save(folder, grid.rank)
 
 
-def _engine(experiment: Experiment, cut: Cut, grid: Grid, variants: Path) -> Engine:
+def loss_of(experiment: Experiment, grid: Grid) -> Loss:
+    """The experiment's own."""
+    return gpt.TokenLoss(experiment.model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
+
+
+def engine_of(experiment: Experiment, cut: Cut, grid: Grid, variants: Path, loss: Loss) -> Engine:
+    """The experiment's model on the cut's engine."""
     parallel = experiment.parallel.model_copy(
         update={"pipe": cut.pipe, "tensor": cut.tensor, "zero_stage": cut.zero_stage, "sequence": cut.sequence, "recompute": cut.recompute}
     )
-    micro = BATCH // cut.data // cut.accumulated
+    micro = cut.micro_batch
     whole = experiment.model_copy(
         update={"parallel": parallel, "schedule": experiment.schedule.model_copy(update={"micro_batch_size": micro})}
     )
     model = experiment.model
     layers = gpt.layers(model, grid, experiment.seed, load_variants(variants, model), cut.recompute)
-    loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
     return make_engine(layers, loss, grid, engine_settings(whole, layout(whole, cut.world)))
 
 
@@ -103,7 +113,7 @@ def batch_of(experiment: Experiment, step: int) -> MicroBatch:
 
 def share_of(experiment: Experiment, step: int, grid: Grid, cut: Cut) -> Iterator[MicroBatch]:
     """This data rank's micro-batches of a step, weighted for engines that average over micro-batches and data ranks."""
-    whole, micro = batch_of(experiment, step), BATCH // cut.data // cut.accumulated
+    whole, micro = batch_of(experiment, step), cut.micro_batch
     for i in range(cut.accumulated):
         first = (grid.data_rank * cut.accumulated + i) * micro
         rows = slice(first, first + micro)
@@ -115,15 +125,15 @@ def serially(experiment: Experiment, steps: int, variants: Path) -> Record:
     """The reference: one process, no DeepSpeed, the whole batch at once, torch's AdamW."""
     model, optimizer = experiment.model, experiment.optimizer
     module = PlainModule(gpt.layers(model, Grid(), experiment.seed, load_variants(variants, model)))
-    loss_of = gpt.TokenLoss(model.vocab_size, optimizer.label_smoothing, None)
+    loss = loss_of(experiment, Grid())
     parameters = dict(unique_parameters(module))
     adam = _adam(parameters, experiment)
     record = Record()
     for step in range(steps):
         batch = batch_of(experiment, step)
-        loss = loss_of(module(batch.inputs()), (batch.targets, batch.weights))
-        loss.backward()
-        record.losses.append(float(loss.detach()))
+        found = loss(module(batch.inputs()), (batch.targets, batch.weights))
+        found.backward()
+        record.losses.append(float(found.detach()))
         record.gradients |= {f"{name}@{step}": _gradient(p).clone() for name, p in parameters.items()}
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), optimizer.clip or torch.inf)
         record.norms.append(float(norm))

@@ -111,6 +111,12 @@ def wandb_only_in_tracking(source: Source) -> Iterator[Finding]:
         yield from _imports_of("wandb", source, "only research/tracking.py may")
 
 
+def spmd_types_only_where_types_are_checked(source: Source) -> Iterator[Finding]:
+    """What runs and trains knows nothing of the checker, which only requirements-dev.txt installs."""
+    if source.folder != "tests" and not source.path.startswith("research/typed_"):
+        yield from _imports_of("spmd_types", source, "only research/typed_*.py may")
+
+
 def _imports_of(package: str, source: Source, who: str) -> Iterator[Finding]:
     for line, name in imports(source):
         if name.split(".")[0] == package:
@@ -166,7 +172,7 @@ def nothing_forbidden(source: Source) -> Iterator[Finding]:
 
 
 RULES: list[Rule] = [
-    *(arrows, experiments_stand_alone, deepspeed_only_in_parallel, wandb_only_in_tracking),
+    *(arrows, experiments_stand_alone, deepspeed_only_in_parallel, wandb_only_in_tracking, spmd_types_only_where_types_are_checked),
     *(environment_in_named_places, library_is_silent, public_names_say_what_they_are, nothing_forbidden),
 ]
 
@@ -207,6 +213,8 @@ OFFENDERS: list[tuple[Rule, str, str]] = [  # the finding must name the line tha
     (deepspeed_only_in_parallel, "research/x.py", DOC + "def f():\n    from deepspeed.runtime import engine  # here"),
     (wandb_only_in_tracking, "research/x.py", DOC + "import wandb  # here"),
     (wandb_only_in_tracking, "parallel/x.py", DOC + "import wandb.sdk as w  # here"),
+    (spmd_types_only_where_types_are_checked, "parallel/x.py", DOC + "from spmd_types import R  # here"),
+    (spmd_types_only_where_types_are_checked, "research/verify.py", DOC + "import spmd_types.checker  # here"),
     (environment_in_named_places, "research/x.py", DOC + "import os\nos.environ['A']  # here"),
     (environment_in_named_places, "research/x.py", DOC + "import os as o\no.getenv('A')  # here"),
     (environment_in_named_places, "models/x.py", DOC + "from os import environ  # here"),
@@ -239,6 +247,7 @@ INNOCENTS = [
     ("models/x.py", DOC + "from parallel.grid import Grid\ndef _helper():\n    return sys.environment"),
     ("models/y.py", DOC + '@overload\ndef f(x): ...\ndef f(x):\n    """Says."""'),
     ("research/tracking.py", DOC + "import wandb\nprint('hello')"),
+    ("research/typed_x.py", DOC + "from spmd_types import R"),
     ("research/data/x.py", DOC + 'def f():\n    """Loads."""\n    np.load(path, allow_pickle=False)'),
     ("experiments/a/config.py", DOC + "from research.config import Experiment"),
     ("experiments/a/variant.py", DOC + "from models.norm import LayerNorm\nfrom parallel.grid import Grid\nclass A:\n    pass"),

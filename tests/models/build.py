@@ -21,6 +21,8 @@ SHAPE = dict(
 """A GPT-2 in small, with a vocabulary that neither 2 nor 4 divides."""
 ROTARY = dict(position="rotary", rotary_fraction=1.0, rotary_base=10_000.0)
 ALONE = Grid()
+SEED = 5
+"""Of what is drawn and dropped, where a test names none."""
 
 
 def shape(**changes) -> GPT:
@@ -29,8 +31,8 @@ def shape(**changes) -> GPT:
 
 
 def parts(model: GPT, grid: Grid = ALONE, variants: Mapping[str, type] | None = None) -> Parts:
-    """What a layer is built with, seed 5."""
-    return Parts(model, grid, 5, variants or {})
+    """What a layer is built with."""
+    return Parts(model, grid, SEED, variants or {})
 
 
 def made(kind: str, model: GPT, grid: Grid) -> nn.Module:
@@ -39,7 +41,7 @@ def made(kind: str, model: GPT, grid: Grid) -> nn.Module:
     return RESIDUALS[model.residual]("block", built) if kind == "block" else getattr(built, kind)(kind)
 
 
-def whole_model(model: GPT, grid: Grid = ALONE, seed: int = 5, variants: Mapping[str, type] | None = None) -> PlainModule:
+def whole_model(model: GPT, grid: Grid = ALONE, seed: int = SEED, variants: Mapping[str, type] | None = None) -> PlainModule:
     """All layers in this process (on this tensor rank)."""
     return PlainModule(gpt.layers(model, grid, seed, variants))
 

@@ -14,7 +14,8 @@ from models.norm import NORMS
 from parallel.deepspeed_config import EngineSettings
 from parallel.engine import make_engine
 from parallel.grid import Grid, make_grid
-from tests.models.build import as_arrays, fill, gradients, made, random_weights, shape, tensor_grid, whole_model
+from parallel.layers import PlainModule
+from tests.models.build import SEED, as_arrays, fill, gradients, made, random_weights, shape, tensor_grid, whole_model
 
 VOCAB, LENGTH, BATCH = 83, 16, 2
 SAMPLES = torch.tensor([4, 1_000])
@@ -46,6 +47,19 @@ def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid) -> tuple:
     logits = module((ids, SAMPLES) if model.drops else ids)
     gpt.TokenLoss(model.vocab_size, 0.0, grid.tensor_group)(logits, (targets, token_weights)).backward()
     return logits.detach().numpy(), as_arrays(gradients(module))
+
+
+def dropping_model(model: GPT, seed: int, sequence: bool) -> list[tuple[float, dict]]:
+    """(loss, this rank's gradients) in fp64 of a model that drops, without recomputation and with either kind."""
+    grid, weights, (ids, targets, token_weights) = tensor_grid(sequence), random_weights(model, seed), tokens()
+    found = []
+    for recompute in ("none", "selective", "full"):
+        module = PlainModule(gpt.layers(model, grid, SEED, recompute=recompute)).double()
+        fill(module, weights, grid)
+        loss = gpt.TokenLoss(model.vocab_size, 0.0, grid.tensor_group)(module((ids, SAMPLES)), (targets, token_weights.double()))
+        loss.backward()
+        found.append((float(loss.detach()), as_arrays(gradients(module))))
+    return found
 
 
 def run_part(kind: str, model: GPT, weights: dict[str, Tensor], x: Tensor, dy: Tensor, grid: Grid) -> dict[str, Tensor]:

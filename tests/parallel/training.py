@@ -86,27 +86,35 @@ def evaluate(engine: Engine, shape: GPT, grid: Grid) -> float:
 
 
 def train(
-    steps=STEPS, evaluate_every=0, weights=False, save=None, spoil: Callable | None = None, reweigh: Callable | None = None, **layout
-) -> dict:
-    """Losses, norms, evaluations and (on request) this stage's final weights, as this rank sees them.
+    steps=STEPS, evaluate_every=0, weights=False, resume=None, save=None, spoil: Callable | None = None,
+    reweigh: Callable | None = None, **layout
+) -> dict:  # fmt: skip
+    """Losses, norms, evaluations, loss scales, steps skipped so far and (on request) this stage's final weights, as this rank sees them.
 
-    `save`: a folder to write a checkpoint to. `spoil(engine)` and `reweigh(micro_batches, grid)` break one thing on purpose.
+    `resume`: a checkpoint to go on from, with its step. `save`: {after step: folder to save to}, or a folder for the last one.
+    `spoil(engine)` and `reweigh(micro_batches, grid)` break one thing on purpose.
     """
     engine, shape, grid = build(**layout)
+    first = checkpoint.load(Path(resume), engine)["step"] if resume else 0
     if spoil:
         spoil(engine)
-    found: dict = {"loss": [], "norm": [], "eval": []}
-    for step in range(steps):
+    found: dict = {"loss": [], "norm": [], "eval": [], "scale": [], "skipped": []}
+    saves = save if isinstance(save, dict) else {steps: save} if save else {}
+    if 0 in saves:
+        checkpoint.Saver().save(Path(saves[0]), engine, {"step": 0})
+    for step in range(first, steps):
         batches = micro_batches(step, shape, grid, engine.settings.micro_batch_size)
+        found["scale"].append(engine.loss_scale)
         found["loss"].append(engine.train_batch(reweigh(batches, grid) if reweigh else batches, learning_rate(step)))
         found["norm"].append(engine.gradient_norm())
+        found["skipped"].append(engine.skipped_steps)
         if evaluate_every and step % evaluate_every == 0:
             found["eval"].append(evaluate(engine, shape, grid))
+        if step + 1 in saves:
+            checkpoint.Saver().save(Path(saves[step + 1]), engine, {"step": step + 1})
     found["eval"].append(evaluate(engine, shape, grid))
     if weights:
         found["weights"] = dict(engine.full_weights())
-    if save:
-        checkpoint.write(Path(save), engine.full_weights(), {"step": steps}, grid)
     return found
 
 

@@ -1,85 +1,106 @@
-"""The rows of a broken W&B run from the run's own files, in the order they came; the broken folder goes last."""
+"""A step that went wrong is run again in one process, and what is first not finite is named."""
 
-import signal
-from pathlib import Path
+import math
 
 import pytest
+import torch
 
-from research import metrics, run_folder
-from research.metrics import JsonLines
-from research.replay import replacing, rows, sample_row
-from tests.research.test_tracking import LATER, ROWS, inspected, launch, logged, of
+from models import gpt
+from parallel.engine import MicroBatch
+from parallel.errors import Mistake
+from parallel.grid import Grid
+from parallel.layers import PlainModule
+from research import config, examine, replay
+from research.run_folder import RunFolder
+from tests.parallel.training import MODEL
+from tests.research import rehearsals as r
+from tests.research.rehearsals import Stage
 
-
-def row(step: int, **more: object) -> dict[str, object]:
-    return {"progress/step": step, "progress/tokens": 100 * step} | more
-
-
-def test_metrics_and_samples_come_in_the_order_of_steps(tmp_path: Path) -> None:
-    folder = run_folder.create(tmp_path, "a")
-    for path, lines in (
-        (folder.metrics, [row(1, x=1), row(2, x=2), row(2, x=3), row(3, x=4)]),
-        (folder.samples, [row(2, prompt="p", text="q")]),
-    ):
-        file = JsonLines(path)
-        for line in lines:
-            file.write(line)
-        file.close()
-    first = [row(1, x=1), row(2, x=2), row(2, x=3)]
-    assert rows(folder) == [*first, row(2, **{"sample/prompt": "p", "sample/text": "q"}), row(3, x=4)]
-    assert sample_row(row(2, prompt="p")) == row(2, **{"sample/prompt": "p"})
+EXPLODES = {"optimizer": {"lr": 1e30, "clip": 0.0, "warmup_steps": 0}}
+"""One step makes weights whose squares are infinite: the second step's loss is NaN on every layout, and again in every replay."""
 
 
-def test_without_files_there_are_no_rows(tmp_path: Path) -> None:
-    assert rows(run_folder.create(tmp_path, "a")) == []
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("stage"))
 
 
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    for name in ("offline-run-1-a", "offline-run-2-a"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "rows").write_text(name)
-    return tmp_path / "offline-run-2-a"
+def replayed(folder: RunFolder, step: int, capsys) -> tuple[examine.Examined, str]:
+    found = replay.replay(folder, config.load(folder.config), step)
+    return found, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["offline-run-2-a", "offline-run-3-a"])
-def test_the_new_one_takes_the_place_of_the_broken_one(name: str, broken: Path) -> None:
-    with replacing(broken):
-        (broken.parent / name).mkdir()
-    assert {path.name for path in broken.parent.iterdir()} == {"offline-run-1-a", name}
-    assert list((broken.parent / name).iterdir()) == []
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_that_explodes_is_found_again_by_module_and_sample(stage: Stage, capsys, precision: str) -> None:
+    ended = stage.run(f"explodes_{precision}", 2, parallel={"tensor": 2}, precision=precision, **EXPLODES)
+    assert set(ended.codes) == {3} and "step 2" in ended.said, ended.said
+    found, said = replayed(ended.folder, 2, capsys)
+    assert found.culprits[0].phase == "forward" and found.culprits[0].name.startswith("blocks.0.")
+    assert math.isnan(found.loss) and "from step_000002, no step in between" in said
+    assert "forward  blocks.0." in said and "text     sample 8: " in said
 
 
-@pytest.mark.parametrize("name", ["offline-run-2-a", "offline-run-3-a"])
-def test_the_broken_one_is_back_where_the_new_one_fails(name: str, broken: Path) -> None:
-    with pytest.raises(KeyError), replacing(broken):
-        (broken.parent / name).mkdir()
-        raise KeyError
-    assert {path.name for path in broken.parent.iterdir()} == {"offline-run-1-a", "offline-run-2-a"}
-    assert (broken / "rows").read_text() == "offline-run-2-a"
+def test_a_fault_of_one_rank_is_finite_in_one_process_and_the_rank_is_named(stage: Stage, capsys) -> None:
+    ended = stage.run("rank_1", 2, prelude=r.nan_gradient_in_step_5)
+    assert set(ended.codes) == {3}, ended.said
+    found, said = replayed(ended.folder, 5, capsys)
+    assert found.culprits == [] and math.isfinite(found.loss)
+    assert "lay in a rank or its machine" in said and "rank 1 (pipe 0, data 1, tensor 0): blocks.1.mlp.up.weight" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_offline_run_whose_process_died_is_written_again(number: int, tmp_path: Path) -> None:
-    told, errors = launch(tmp_path, kill=int(number))
-    folder = told["folder"]
-    assert told["notes"] == [] and errors == ""
-    assert [path.name for path in folder.wandb.iterdir() if "offline-run" in path.name] == [(folder.wandb / "latest-run").resolve().name]
-    later = [LATER] if number == signal.SIGKILL else []
-    assert repr(list(metrics.read(folder.metrics))) == repr([*ROWS, *later])
-    first, wild, *others, sample = logged(folder)
-    assert [first, *others] == [ROWS[0], ROWS[2], *later]
-    assert (wild["train/loss"], wild["train/grad_norm"]) == ("NaN", "Infinity") and sample["sample/text"] == "of the United States"
-    (record,) = of(inspected(folder), "run")
-    assert record["run_id"] == folder.title and record["run_group"] == "gpt_sotu" and "model" in record["config"]["update"]
-    assert {"train/*", "val/*"} <= {metric.get("glob_name") for metric in of(inspected(folder), "metric")}
-    assert of(inspected(folder), "exit") == [{"exit_code": 0}]
+def test_any_step_can_be_reached_from_the_checkpoint_before_it(stage: Stage, capsys) -> None:
+    """Two steps are trained again; loss and norm are those that the run recorded."""
+    ended = stage.run("calm", 2, parallel={"pipe": 2})
+    assert set(ended.codes) == {0}, ended.said
+    found, said = replayed(ended.folder, 12, capsys)
+    assert "from step_000009, 2 steps trained again" in said
+    assert abs(found.loss - ended.rows()[12]) <= 2e-5 * ended.rows()[12]
+    assert abs(found.grad_norm - ended.rows("train/grad_norm")[12]) <= 1e-4 * found.grad_norm
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_dead_wandb_process_costs_the_mirror_at_most(number: int, tmp_path: Path) -> None:
-    told, errors = launch(tmp_path, kill=int(number), again=False)
-    assert len(told["notes"]) == 1 and "metrics.jsonl has every row" in told["notes"][0] and "Traceback" not in errors
-    assert len(list(metrics.read(told["folder"].metrics))) == len(ROWS) + (number == signal.SIGKILL)
-    assert len(list(metrics.read(told["folder"].samples))) == 1
-    assert len([path for path in told["folder"].wandb.iterdir() if "offline-run" in path.name]) == 1
+def test_a_step_that_is_none_is_refused(stage: Stage) -> None:
+    with pytest.raises(Mistake, match="count from 1"):
+        replay.replay(RunFolder(stage.place), None, 0)  # type: ignore[arg-type]
+
+
+# examine, on a module with something wrong put into it.
+
+
+def module_and_batch() -> tuple[PlainModule, MicroBatch, gpt.TokenLoss]:
+    model = gpt.GPT(**MODEL)
+    module = PlainModule(gpt.layers(model, Grid(), 0))
+    ids = torch.arange(3 * 16).reshape(3, 16) % model.vocab_size
+    return module, MicroBatch(ids, ids, torch.ones(3, 16) / 48), gpt.TokenLoss(model.vocab_size, 0.0, None)
+
+
+def test_all_is_well_with_a_healthy_step() -> None:
+    module, batch, loss = module_and_batch()
+    found = examine.examine(module, loss, [batch, batch])
+    assert found.culprits == [] and 4 < found.loss < 5 and found.grad_norm > 0
+
+
+def test_a_weight_that_is_not_finite_comes_first() -> None:
+    module, batch, loss = module_and_batch()
+    with torch.no_grad():
+        module.get_parameter("blocks.1.mlp.down.weight")[2, 3] = math.inf
+    found = examine.examine(module, loss, [batch])
+    assert [(c.phase, c.name, c.what) for c in found.culprits[:1]] == [("weights", "blocks.1.mlp.down.weight", "1 of 2048 values")]
+    assert found.culprits[1].phase == "forward" and found.culprits[1].name == "blocks.1.mlp.down"
+
+
+def test_the_row_and_the_micro_batch_are_told() -> None:
+    module, batch, loss = module_and_batch()
+    handle = module.get_submodule("blocks.2.attention.core").register_forward_hook(
+        lambda core, inputs, y: y.index_fill(0, torch.tensor([1]), math.nan) if bool(inputs[0].abs().sum()) else None
+    )
+    found = examine.examine(module, loss, [batch])
+    handle.remove()
+    first = found.culprits[0]
+    assert (first.phase, first.micro_batch, first.rows) == ("forward", 0, (1,)) and first.name.startswith("blocks.2.attention")
+
+
+def test_a_gradient_alone_is_named_by_layer_and_parameter() -> None:
+    module, batch, loss = module_and_batch()
+    module.get_parameter("blocks.0.mlp.up.bias").register_hook(lambda gradient: gradient * math.nan)
+    found = examine.examine(module, loss, [batch])
+    assert [(c.phase, c.name) for c in found.culprits] == [("backward", "blocks.0.mlp.up.bias")]

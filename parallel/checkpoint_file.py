@@ -1,0 +1,113 @@
+"""One safetensors file written as a stream: hashed on the way, on disk when closed, one tensor in memory at a time.
+
+safetensors' own writer wants all tensors of a file at once and copies them; its hash would be a second reading. The format is a
+length, a JSON header and the bytes one behind the other (https://huggingface.co/docs/safetensors), and is read by safetensors.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a folder is looked at before torch is imported
+    from torch import Tensor
+
+from parallel.checkpoint_manifest import DTYPES, File
+
+AT_ONCE = 2**20
+"""Bytes that are hashed and then written while they are still in the processor's cache."""
+SAFETENSORS = {"float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that a file is to hold."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * DTYPES[self.dtype]
+
+
+class TensorFile:
+    """The file `path`, to hold `entries` in this order. Must not be there yet."""
+
+    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+        self.path, self.waiting = path, list(entries)
+        self.hash, self.size = hashlib.sha256(), 0
+        self.file = path.open("xb", buffering=0)
+        self._write(header(entries))
+
+    def add(self, tensor: "Tensor") -> None:
+        """Writes the next entry's tensor, which is on the CPU; in any memory order."""
+        entry = self.waiting.pop(0)
+        if tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{entry.dtype}":
+            raise ValueError(f"{entry} was to follow in {self.path}, not {tensor.dtype} {tuple(tensor.shape)}")
+        self._write(memoryview(tensor.detach().contiguous().view(-1).numpy()).cast("B"))
+
+    def close(self) -> File:
+        """Waits until the file is on disk; its size and hash."""
+        if self.waiting:
+            raise ValueError(f"{self.path} is to hold {self.waiting[0]} too")
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return File(self.size, self.hash.hexdigest())
+
+    def abandon(self) -> None:
+        """Lets go of a file that will not be finished."""
+        self.file.close()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), AT_ONCE):
+            part = view[start : start + AT_ONCE]
+            self.hash.update(part)
+            while part:  # a disk that fills up takes a part of it before it refuses the rest
+                part = part[self.file.write(part) :]
+        self.size += len(view)
+
+
+def header(entries: Sequence[Entry]) -> bytes:
+    """A safetensors file's begin: the length of the JSON as 8 bytes, little-endian, and the JSON, padded to a multiple of 8."""
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.size
+        described[entry.key] = {"dtype": SAFETENSORS[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    if len(described) != len(entries) + 1:
+        raise ValueError(f"two of the {len(entries)} tensors of a file have the same name")
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def sha256_of(path: Path) -> str:
+    """Of a whole file, read piecewise."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_synced(path: Path, data: bytes) -> File:
+    """A small file, on disk when this returns; replaces one that is there."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return File(len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in `folder` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
