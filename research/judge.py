@@ -36,12 +36,11 @@ class Judge:
         self._progress, self._parents, self._hang_seconds = progress, parents, hang_seconds
         self._moves, self._asked, self._alone = -1, 0.0, 0.0
 
-    @property
-    def reason(self) -> str:
-        """Why the run was asked to stop; '' where it was not."""
-        if self.signal == signal.SIGTERM and self._parents.look():
+    def reason_of(self, number: int) -> str:
+        """Why the run was asked to stop with this signal; '' where it was with none (0)."""
+        if number == signal.SIGTERM and self._parents.look():
             return LAUNCHER_GONE
-        return signal.Signals(self.signal).name if self.signal else ""
+        return signal.Signals(number).name if number else ""
 
     @property
     def uneasy(self) -> bool:
@@ -54,7 +53,7 @@ class Judge:
         if self._alone >= (CLOSING_SECONDS if self._progress.stage is Stage.LEAVING else ALONE_SECONDS):
             return self._of_the_lost()
         if self.signal and self._asked >= self.patience():
-            return Verdict(SIGNALLED + self.signal, SIGNAL, f"{self.reason}, but {self._stuck()}")
+            return Verdict(SIGNALLED + self.signal, SIGNAL, f"{self.reason_of(self.signal)}, but {self._stuck()}")
         if self._hang_seconds and self._hangs():
             return Verdict(HUNG, HANG, self._stuck())
         return None

@@ -40,7 +40,7 @@ def run(file: str) -> None:
         refuse(mistake, rank_hint())
     except Lost as lost:
         sys.stderr.write(f"error  {lost}\n" if str(lost) else "")
-        raise SystemExit(1) from None
+        raise SystemExit(lost.code) from None
     except BrokenPipeError:  # `--help | head` has seen enough; keep Python from complaining about it when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

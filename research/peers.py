@@ -13,7 +13,11 @@ SAME_START = 5.0
 
 
 class Lost(RuntimeError):
-    """The run cannot go on because a rank is gone; a sentence. No user's mistake: exit code 1."""
+    """The run cannot go on because of another rank: a sentence where it falls to this rank to say it, and an exit code."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from research.progress import Progress
 from research.run_folder import RunFolder
@@ -69,6 +70,7 @@ class Signs:
     def __init__(self, folder: RunFolder, rank: int, world: int, root: Path) -> None:
         self._folder, self._rank, self._root, self._beat = folder, rank, root, 0
         self._pen = threading.Lock()
+        self._farewell: dict[str, Any] = {}
         self.heard: dict[int, Sign] = {}
         """The last sign of each other rank, where there is one."""
         self.silence = dict.fromkeys((other for other in range(world) if other != rank), 0.0)
@@ -79,7 +81,12 @@ class Signs:
         self._beat += 1
         stack = stack_of(main, self._root) if main != threading.get_ident() else []  # the main thread itself is only busy with this
         now = time.strftime("%H:%M:%S", time.gmtime())
-        return Sign(self._rank, os.getpid(), self._beat, now, progress.stage.value, progress.doing, progress.step, stack)
+        place = (progress.stage.value, progress.doing, progress.step)
+        return Sign(self._rank, os.getpid(), self._beat, now, *place, stack, **self._farewell)
+
+    def farewell(self, left: str, why: str, code: int) -> None:
+        """From now on this rank's signs say that it leaves."""
+        self._farewell = {"left": left, "why": why, "code": code}
 
     def give(self, sign: Sign) -> bool:
         """Puts the sign in the place of this rank's last one; False where the file system refuses."""
@@ -93,12 +100,10 @@ class Signs:
 
     def listen(self, seconds: float) -> None:
         """Reads the other ranks' signs; `seconds` have passed since the last time."""
-        for other in self.silence:
-            sign = self.read(other)
-            changed = sign is not None and sign != self.heard.get(other)
-            self.silence[other] = 0.0 if changed else self.silence[other] + seconds
-            if sign is not None:
-                self.heard[other] = sign
+        read = {other: sign for other in self.silence if (sign := self.read(other))}
+        changed = {other for other, sign in read.items() if sign != self.heard.get(other)}
+        self.silence = {other: 0.0 if other in changed else before + seconds for other, before in self.silence.items()}
+        self.heard = self.heard | read  # replaced, not changed: another thread may be reading it
 
     def rest(self) -> None:
         """Nobody listens for a while: how long the others have been silent is not known any more."""

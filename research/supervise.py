@@ -82,7 +82,7 @@ def supervise(command: list[str], settings: list[str], record: Record, restarts:
         outcome = outcome_of(code, launches.signal, *record.state())
         if outcome is not Outcome.CRASHED or tries == restarts:
             break
-        pause = min(FIRST_PAUSE * 2**tries, LONGEST_PAUSE)
+        pause = pause_before(tries)
         tries, given = tries + 1, record.settings(settings)
         _say(f"{_crash(code, record)} → launched again in {pause:.0f} s (restart {tries} of {restarts} without a newer checkpoint)")
         launches.pause(pause)
@@ -91,6 +91,11 @@ def supervise(command: list[str], settings: list[str], record: Record, restarts:
     if outcome is Outcome.CRASHED and not launches.signal:
         _say(f"gives up: {_crash(code, record)}, {tries} restarts have brought no newer checkpoint")
     return _shown(-launches.signal if launches.signal and outcome is not Outcome.OVER else code)
+
+
+def pause_before(restart: int) -> float:
+    """Seconds before the restart of this number, from 0."""
+    return min(FIRST_PAUSE * 2**restart, LONGEST_PAUSE)
 
 
 def outcome_of(code: int, signalled: int, status: str, reason: str) -> Outcome:

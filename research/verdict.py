@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from research.peers import Peer
-from research.sign_of_life import FAULT, OTHERS, SIGNAL, Sign
+from research.sign_of_life import FAULT, HANG, OTHERS, SIGNAL, Sign
 
 OF_OTHERS = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|store", re.IGNORECASE)
 """In an exception of torch's that may come from another rank's end."""
 FIND_OUT_SECONDS = 5.0
 """How long after such an exception another rank's end may become known."""
 
-ORDER = ("", FAULT, SIGNAL, OTHERS)
+ORDER = ("", FAULT, SIGNAL, HANG, OTHERS)
 """Causes first: a rank that was killed has left no word; one that left because of others comes last."""
 
 
@@ -30,13 +30,13 @@ class Verdict:
 
 def of_the_lost(lost: Mapping[int, Sign], peers: list[Peer]) -> Verdict:
     """What became of the ranks that have left (their last signs): the one that left first, as far as that can be told, is the cause."""
-    sign = min(lost.values(), key=lambda sign: (ORDER.index(sign.left) if sign.left in ORDER else len(ORDER), sign.rank))
-    if sign.left == SIGNAL:
-        return Verdict(sign.code, SIGNAL, sign.why)
+    sign = min(lost.values(), key=lambda sign: (ORDER.index(sign.left), sign.rank))
+    if sign.left in (SIGNAL, HANG):
+        return Verdict(sign.code, sign.left, sign.why)
     who = peers[sign.rank]
     if sign.left:
         return Verdict(1, OTHERS, f"{who} has left: {sign.why}")
-    return Verdict(1, OTHERS, f"{who} is gone without a word, last seen {sign.where}: killed from outside, or for want of memory")
+    return Verdict(1, OTHERS, f"{who} is gone without a word, last seen {sign.where}: killed from outside or for want of memory")
 
 
 def of_an_error(error: BaseException, reason: str, lost: Callable[[], Mapping[int, Sign]], peers: list[Peer]) -> Verdict:

@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import NoReturn
 
 from research import run_folder
@@ -22,12 +21,12 @@ from research.parents import Parents
 from research.peers import Lost
 from research.progress import Progress, Stage
 from research.run_folder import FAILED, INTERRUPTED, RunFolder
-from research.sign_of_life import OTHERS, SIGNAL
+from research.sign_of_life import HANG, OTHERS, SIGNAL
 from research.signals import SIGNALLED
 from research.stopping import Stop
 from research.verdict import Verdict, of_an_error
 
-LOOK_SECONDS, LONGEST_LOOK = 1.0, 2.0
+LOOK_SECONDS = 1.0
 RANKS_A_SECOND = 64
 """Signs of life that are left in all: where there are more ranks, each leaves one less often."""
 STDERR = 2
@@ -44,6 +43,7 @@ class Watch:
         self._ranks, self._root, self._exit = job.ranks, job.root, leave
         self._judge = Judge(self.progress, parents, job.experiment.watch.hang_seconds)
         self._fellows: Fellows | None = None
+        self._stop: Stop | None = None
         self._why = ""
         self._closed = threading.Event()
         self._ears, self._mouth = os.pipe()
@@ -53,13 +53,13 @@ class Watch:
     @property
     def reason(self) -> str:
         """Why the run was asked to stop, or could not go on; '' where neither happened."""
-        return self._why or self._judge.reason
+        return self._why or self._judge.reason_of(self._stop.signal if self._stop else self._judge.signal)
 
     def note_signals(self) -> Stop:
         """From now on a signal waits for the step's end."""
-        stop = Stop()
+        self._stop = Stop()
         self.progress.advance("before the first step", Stage.TRAINING)
-        return stop
+        return self._stop
 
     @contextlib.contextmanager
     def together(self, folder: RunFolder) -> Iterator[None]:
@@ -72,18 +72,19 @@ class Watch:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, SystemExit) and isinstance(error.code, int):
-                self._judge.signal = error.code - SIGNALLED  # perhaps it has not been heard yet
-            verdict = of_an_error(error, self._judge.reason, fellows.lost, fellows.peers)
+            asked = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 0
+            reason = self._judge.reason_of(max(0, asked - SIGNALLED))
+            verdict = of_an_error(error, reason, fellows.lost, fellows.peers)
             self._why = verdict.why
             self._farewell(fellows, verdict)
             self._raise(verdict, error, fellows)
 
     def _raise(self, verdict: Verdict, error: BaseException, fellows: Fellows) -> NoReturn:
-        if verdict.left == OTHERS:
+        if verdict.left in (OTHERS, HANG):
             logging.getLogger(__name__).error(verdict.why, exc_info=error)
             run_folder.end_unless_ended(fellows.folder, FAILED, verdict.why)  # rank 0 may be the lost one
-            raise Lost(verdict.why if fellows.speaks({*fellows.lost()}) else "") from None
+            speaks = verdict.left == OTHERS and fellows.speaks({*fellows.lost()})  # who found the hang has said so
+            raise Lost(verdict.why + self._way_out(fellows) if speaks else "", verdict.code) from None
         if verdict.left == SIGNAL and not isinstance(error, SystemExit):
             raise SystemExit(verdict.code) from error
         raise error
@@ -91,13 +92,16 @@ class Watch:
     def start(self) -> None:
         """Begin to look; on the main thread. A signal is heard while that is inside of C, too."""
         self._before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
-        for run in (self._look, self._sign):
-            threading.Thread(target=run, name=f"watch{run.__name__}", daemon=True).start()
+        self._threads = [threading.Thread(target=run, name=f"watch{run.__name__}", daemon=True) for run in (self._look, self._sign)]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """The rank ends as it should, or says itself why not."""
         self._closed.set()
         signal.set_wakeup_fd(self._before)
+        for thread in self._threads:
+            thread.join(LAST_SECONDS)  # a sign that is given after it was taken away would look like a death
         if self._fellows and not self._why:
             self._fellows.signs.remove()
 
@@ -105,8 +109,9 @@ class Watch:
         for seconds in self._ticks(LOOK_SECONDS):
             with contextlib.suppress(BlockingIOError):
                 self._judge.signal = self._judge.signal or os.read(self._ears, 1)[0]
-            if verdict := self._judge.look(seconds):
-                self._leave(verdict)
+            with contextlib.suppress(OSError):  # a file system that fails for a moment is no reason to stop looking
+                if verdict := self._judge.look(seconds):
+                    self._leave(verdict)
 
     def _sign(self) -> None:
         for seconds in self._ticks(max(LOOK_SECONDS, self._ranks.world / RANKS_A_SECOND)):
@@ -128,18 +133,22 @@ class Watch:
         timer.start()
         stopped = self._judge.stopped()
         with contextlib.suppress(Exception):
-            self._last_words(verdict, stopped)
+            self._say(verdict, stopped)
         if self._fellows:
+            with contextlib.suppress(Exception):
+                self._write_down(verdict, stopped, self._fellows)
             for rank in stopped:
                 self._fellows.neighbours.kill(rank)
         self._exit(verdict.code)
 
-    def _last_words(self, verdict: Verdict, stopped: set[int]) -> None:
+    def _say(self, verdict: Verdict, stopped: set[int]) -> None:
+        """On one rank's standard error, unless nothing is lost; past the buffer, whose lock the main thread may hold."""
         fellows, nothing_lost = self._fellows, verdict.left == SIGNAL and self.progress.stage is Stage.START
         if not nothing_lost and (fellows is None or fellows.speaks(stopped | {*fellows.lost()})):
-            os.write(STDERR, f"error  {verdict.why}\n".encode())  # no buffer whose lock the main thread may hold
-        if fellows is None:
-            return
+            os.write(STDERR, f"error  {verdict.why}{self._way_out(fellows)}\n".encode())
+
+    def _write_down(self, verdict: Verdict, stopped: set[int], fellows: Fellows) -> None:
+        """In run.json, and with all stacks in this rank's log."""
         self._farewell(fellows, verdict)
         run_folder.end_unless_ended(fellows.folder, INTERRUPTED if verdict.left == SIGNAL else FAILED, verdict.why)
         with fellows.folder.rank_log(fellows.rank).open("a") as log:
@@ -149,8 +158,12 @@ class Watch:
             log.flush()
             faulthandler.dump_traceback(log)
 
+    def _way_out(self, fellows: Fellows | None) -> str:
+        return f" → what each rank was doing is in {fellows.folder.logs}; the last checkpoint stands" if fellows else ""
+
     def _farewell(self, fellows: Fellows, verdict: Verdict) -> None:
-        fellows.signs.give(replace(fellows.own(), left=verdict.left, why=verdict.why, code=verdict.code))
+        fellows.signs.farewell(verdict.left, verdict.why, verdict.code)
+        fellows.signs.give(fellows.own())
 
 
 @contextlib.contextmanager
