@@ -15,10 +15,19 @@ from research.cuts import Cut
 from research.experiment import load
 from research.metrics import JsonLines
 from research.verification import TOLERANCE, row_of, worst
+from tests.harness import start_server
 from tests.research import mutations as m
 from tests.research.example import example
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """The tests' own, which research.ranks then forks from, too."""
+    start_server()
+
+
 DROPS = {f"{place}_dropout": 0.1 for place in ("embedding", "residual", "mlp", "attention")}
 TP2, SP2 = Cut(tensor=2, accumulated=2), Cut(tensor=2, sequence=True, accumulated=2)
 DP2, PP2 = Cut(data=2, accumulated=2), Cut(pipe=2, accumulated=2)

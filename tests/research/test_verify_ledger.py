@@ -12,10 +12,17 @@ import pytest
 from research import cuts, verify_ledger
 from research.cuts import Cut
 from research.verify_ledger import Row, row_of
+from tests.harness import start_server
 from tests.research import mutations as m
 from tests.research.example import example
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """The tests' own, which research.ranks then forks from, too."""
+    start_server()
 
 
 def subject(ranks: int, **model):
