@@ -88,7 +88,7 @@ def assert_saved(ended: Ended, moment: str) -> None:
         return
     reader = checkpoint.Reader(checkpoint.latest(ended.folder.checkpoints))
     reader.check()
-    assert reader.manifest["step"] == 1 and ended.rows("val/loss") == []
+    assert reader.manifest.facts["step"] == 1 and ended.rows("val/loss") == []
 
 
 SIGNALS: list[tuple[str, str, str, int, int | None]] = [  # the last: the exit code, None where it is the launcher's own affair
