@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel import checkpoint_folder
 from parallel.checkpoint_folder import MANIFEST
 from parallel.checkpoint_manifest import MAX_BYTES, parse
-
-from parallel import checkpoint_folder
 from parallel.errors import Mistake
 from research import config, run_folder
 from research.changes import Change, allowed
