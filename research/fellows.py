@@ -44,6 +44,8 @@ class Fellows:
         self.signs = Signs(folder, rank, world, root)
         self.signs.give(self.own())  # before any other rank may look for it
         self.peers: list[Peer] = everyone(rank, world)
+        if rank == 0:
+            self.signs.forget_others()
         self.neighbours = Neighbours(self.peers, rank)
         self._gives = True
 

@@ -122,8 +122,12 @@ def hostname() -> str:
 
 def end(folder: RunFolder, status: str, reason: str = "") -> None:
     """Set run.json's status to finished, interrupted or failed, `ended` to now, `reason` to why it is not finished."""
-    why = {"reason": reason} if reason and status != FINISHED else {}
-    write_json(folder.run, {**read_json(folder.run), "status": status, "ended": now(), **why})
+    run = {**read_json(folder.run), "status": status, "ended": now()}
+    if status == FINISHED:
+        run.pop("reason", None)  # of an earlier end
+    elif reason:
+        run["reason"] = reason
+    write_json(folder.run, run)
 
 
 def end_unless_ended(folder: RunFolder, status: str, reason: str) -> None:

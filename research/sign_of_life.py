@@ -115,6 +115,14 @@ class Signs:
             return Sign(**json.loads(self._folder.sign(rank).read_text(encoding="utf-8")))
         return None
 
+    def forget_others(self) -> None:
+        """Removes signs of ranks that there are no more, since the run has gone on with fewer."""
+        with contextlib.suppress(OSError):
+            for path in set(self._folder.logs.glob("rank_*.alive.json")) - {
+                self._folder.sign(rank) for rank in (self._rank, *self.silence)
+            }:
+                path.unlink()
+
     def remove(self) -> None:
         """This rank has nothing more to say: it ends as it should."""
         with contextlib.suppress(OSError):

@@ -56,6 +56,14 @@ def test_what_is_no_sign_is_silence(tmp_path: Path) -> None:
     assert theirs.silence == {0: 4.0} and theirs.heard == {}
 
 
+def test_signs_of_ranks_that_are_no_more_are_removed(tmp_path: Path) -> None:
+    ours, theirs = two(tmp_path)
+    for signs in (ours, theirs, Signs(RunFolder(tmp_path), 2, 3, ROOT)):
+        signs.give(signs.own(Progress(), 0))
+    ours.forget_others()
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank_0.alive.json", "rank_1.alive.json"]
+
+
 def test_a_file_system_that_refuses_is_told(tmp_path: Path) -> None:
     ours, _ = two(tmp_path)
     (tmp_path / "logs").rmdir()
