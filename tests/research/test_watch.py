@@ -172,18 +172,30 @@ def test_a_rank_that_is_stopped_in_such_work_is_found(tmp_path: Path) -> None:
     assert f"rank 1 (process {begun[1].pid} on " in told(path)[1]
 
 
+def slow_steps(watch: Watch, rank: int, path: Path) -> int:
+    """Steps of three seconds, counted while the process runs."""
+    stop, step = watch.note_signals(), 0
+    while not (found := stop.agreed()):
+        step += 1
+        watch.progress.stepping(step)
+        (path / f"step_{rank}").write_text(str(step))
+        for _ in range(30):
+            time.sleep(0.1)
+    return found
+
+
 @pytest.mark.slow
 def test_a_suspended_job_has_not_hung(tmp_path: Path) -> None:
-    """Ctrl-Z for longer than hang_seconds, then fg."""
+    """Ctrl-Z in a step, for longer than hang_seconds, then fg."""
     path = tmp_path / "a"
-    with ranks(steps, 2, path, 5.0) as begun:
-        training(path)
-        for number, pause in ((signal.SIGSTOP, 8.0), (signal.SIGCONT, 2.0), (signal.SIGTERM, 0.0)):
-            for process in begun:
-                os.kill(process.pid, number)
+    with ranks(slow_steps, 1, path, 8.0) as begun:
+        wait_for(path / "step_0")
+        time.sleep(1.0)
+        for number, pause in ((signal.SIGSTOP, 12.0), (signal.SIGCONT, 4.0), (signal.SIGTERM, 0.0)):
+            os.kill(begun[0].pid, number)
             time.sleep(pause)
-        assert codes(begun) == [128 + signal.SIGTERM] * 2
-    assert (path / "saved_0").read_text() == (path / "saved_1").read_text()
+        assert codes(begun) == [128 + signal.SIGTERM]
+    assert told(path) == ("interrupted", "SIGTERM")
 
 
 def impatient(watch: Watch, rank: int, path: Path) -> int:
