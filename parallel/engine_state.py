@@ -117,8 +117,10 @@ def set_counters(engine: Engine, found: dict[str, Any]) -> None:
     for flat in _flat_partitions(engine):
         engine.optimizer.optimizer.state[flat]["step"].fill_(found["adam_steps"])
     scaler = _dynamic_scaler(engine)
-    for name, value in found["loss_scaler"].items() if scaler else ():
-        setattr(scaler, name, value / engine.grid.data if name == "cur_scale" else value)  # parallel/fp16.py: DeepSpeed's is divided
+    if scaler and found["loss_scaler"]:
+        for name, value in found["loss_scaler"].items():
+            setattr(scaler, name, value)
+        scaler.cur_scale /= engine.grid.data  # told as Engine.loss_scale is, which means the same on every layout
 
 
 def check_counters(found: Any) -> dict[str, Any]:

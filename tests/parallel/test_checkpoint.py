@@ -162,6 +162,20 @@ def test_half_on_a_and_half_on_b_is_the_whole_on_one_rank(subject: str, a: str, 
         assert furthest(rank["eval"], alone["eval"]) <= LOSS
 
 
+SCALES = [("one rank", "ZeRO-3"), ("DP2", "TP2"), ("ZeRO-2", "PP2"), ("PP2", "DP2")]
+
+
+@pytest.mark.parametrize(("a", "b"), all_but_slow(SCALES, SCALES[:1]), ids=str)
+def test_the_loss_scale_goes_on_as_on_one_rank(a: str, b: str, uninterrupted) -> None:
+    """fp16: every step's scale and the steps skipped exactly, losses to 1e-3. DeepSpeed's own number depends on the data ranks."""
+    (alone,), _ = uninterrupted("one rank", "dropping", "fp16")
+    _, folder = uninterrupted(a, "dropping", "fp16")
+    for rank in resumed(folder, b, precision="fp16"):
+        assert rank["scale"] == alone["scale"][HALF:] and rank["skipped"] == alone["skipped"][HALF:]
+        assert len(set(rank["scale"])) > 1, "a scale that stands still compares little"
+        assert furthest(rank["loss"], alone["loss"][HALF:]) <= LOW_PRECISION_LOSS
+
+
 PRECISIONS_CHANGE = [("PP2", "bf16", "ZeRO-3", "bf16"), ("DP2", "bf16", "TP2", "fp32"), ("ZeRO-3", "fp32", "PP2", "bf16")]
 PRECISIONS_CHANGE += [("ZeRO-2", "fp16", "TP2", "bf16"), ("TP2", "bf16", "one rank", "fp16")]
 
