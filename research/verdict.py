@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from research.peers import Peer
 from research.sign_of_life import FAULT, HANG, OTHERS, SIGNAL, Sign
 
-OF_OTHERS = re.compile(r"\bgloo\b|nccl|connection (closed|reset|refused)|broken pipe|TCPStore|Dist(Backend|Network|Store)Error", re.IGNORECASE)
+OF_OTHERS = re.compile(r"\bgloo\b|nccl|connection (closed|reset|refused)|broken pipe|TCPStore|Dist(Backend|Network|Store)Error", re.I)
 """In an exception of torch's that may come from another rank's end."""
 FIND_OUT_SECONDS = 5.0
 """How long after such an exception another rank's end may become known."""
