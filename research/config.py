@@ -15,7 +15,7 @@ from parallel.errors import Mistake
 from research.run_folder import write_json
 from research.settings import Settings
 
-SCHEMA = 3
+SCHEMA = 4
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 
 
@@ -32,7 +32,14 @@ def _unwatched(settings: dict[str, Any]) -> dict[str, Any]:
     return {"checkpoints": {"every": 0}, "watch": watch} | settings
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout, 2: _unwatched}
+def _unscaled(settings: dict[str, Any]) -> dict[str, Any]:
+    """3 → 4: rotary positions had their own wavelengths; every run began with weights drawn from its seed."""
+    if not isinstance(model := settings.get("model"), dict) or model.get("position") != "rotary":
+        return settings
+    return {**settings, "model": {"rotary_scaling": "none"} | model}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout, 2: _unwatched, 3: _unscaled}
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""
 
 Count = Annotated[int, Field(gt=0)]
