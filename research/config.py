@@ -157,6 +157,9 @@ class Experiment(Settings):
     question: Text = Field(description="what this run is to answer")
     parent: str | None = Field(description="the experiment folder this one was copied from")
     model: GPT = Field(description="the network")
+    init_from: Text | None = Field(
+        default=None, description="checkpoint whose weights a run begins with: runs/NAME/ID/checkpoints/step_N; None: drawn from the seed"
+    )
     data: Data = Field(description="the text")
     schedule: Schedule = Field(description="how long, how much at a time")
     optimizer: Optimizer = Field(description="AdamW and the learning rate")
