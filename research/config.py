@@ -60,7 +60,9 @@ class Data(Settings):
 
     train: Text = Field(description="text to learn: builtin:state_of_the_union/train, or a .txt, .jsonl or .jsonl.xz file")
     validation: Text = Field(description="held-out text, named the same way; never trained on")
-    tokenizer: Text = Field(description="builtin:bpe-8192 (trained on the train text) or builtin:gpt2; model.vocab_size holds it")
+    tokenizer: Text = Field(
+        description="builtin:bpe-8192 (trained on the train text), builtin:gpt2 or the path of a tokenizer.json; model.vocab_size holds it"
+    )
     cache: Text = Field(default=".cache", description="folder for token stores and tokenizers, relative to the repository; safe to delete")
 
 
