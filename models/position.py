@@ -4,12 +4,15 @@ Tables are computed where they are used, in fp32: a buffer would be rounded to b
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from models.config import GPT
 from models.init import GPT2Init
+from models.rotary_scaling import scaled
 from parallel.collectives import copy_to_tensor_ranks
 from parallel.grid import Grid
 from parallel.slices import Slice, make_parameter
@@ -71,13 +74,16 @@ class Sinusoidal(Position):
 
 
 class Rotary(Position):
-    """Pairs (i, i + r/2) of the first r = fraction·head_size features turn by t·base^{−2i/r} (arXiv:2104.09864)."""
+    """Pairs (i, i + r/2) of the first r = fraction·head_size features turn by t·base^{−2i/r} (arXiv:2104.09864).
+
+    models/rotary_scaling.py makes those frequencies lower for long texts.
+    """
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q 'b h s e', k 'b k s e': the first r features of each head turned, the rest as they were."""
         assert self.model.rotary_fraction is not None and self.model.rotary_base is not None  # config validates
         turned = int(q.shape[-1] * self.model.rotary_fraction) // 2 * 2
-        angles = _angles(q.shape[-2], turned, self.model.rotary_base, q.device)
+        angles = _angles(q.shape[-2], turned, self.model.rotary_base, q.device, partial(scaled, model=self.model))
         cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
         return _turn(q, cos, sin), _turn(k, cos, sin)
 
@@ -104,10 +110,11 @@ def alibi_slopes(heads: int) -> list[float]:
     return series + between
 
 
-def _angles(length: int, size: int, base: float, device: torch.device) -> Tensor:
-    """'s ⌈size/2⌉' in fp32: position t, pair i -> t · base^{−2i/size}."""
+def _angles(length: int, size: int, base: float, device: torch.device, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """'s ⌈size/2⌉' in fp32: position t, pair i -> t · base^{−2i/size}, the frequencies changed before they meet the positions."""
     exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / max(size, 1)
     frequencies = 1.0 / base**exponents  # not base**-exponents, an ulp away from transformers: 1e-4 in an angle at position 2,000
+    frequencies = change(frequencies) if change else frequencies
     return torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
 
 

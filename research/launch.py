@@ -16,6 +16,7 @@ from research.config import Experiment
 from research.data.prepare import check as check_data
 from research.dry_run import dry_run
 from research.experiment import Loaded, check_variants, load
+from research.initial import check as check_initial
 from research.job import Job, Override
 from research.layout import engine_settings, layout
 from research.machine import ALONE, Ranks, choose_accelerator, find_ranks, git_state, rank_hint, refuse_taken_port
@@ -78,6 +79,7 @@ def resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: O
     check(experiment, ranks)
     check_variants(loaded.folder, experiment.model)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
+    check_initial(experiment, ROOT)
     found = layout(experiment, ranks.world)
     _check_table(engine_settings(experiment, found))
     return Job(

@@ -25,6 +25,8 @@ from research.files import published
 
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIED = "running", "finished", "interrupted", "failed", "died"
 """run.json says one of the first four; `died` is what `status` makes of a `running` whose process is gone."""
+IMPORTED = "imported"
+"""What run.json says of weights that another program has trained."""
 SOURCES = ("config.py", "variant.py")
 
 

@@ -10,7 +10,7 @@ from parallel import checkpoint
 from parallel.engine import Engine
 from parallel.grid import Grid
 from parallel.suspects import Suspects
-from research import evaluate, finish, look, run_folder, saving, state
+from research import evaluate, finish, initial, look, run_folder, saving, state
 from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
 from research.job import Job
@@ -116,7 +116,9 @@ def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, resumed: Res
     preflight(job, folder, corpus, engine)
     seeded(job.experiment.seed, grid)
     with watch.progress.work("reading the checkpoint"):
-        told = state_of(resumed, engine, corpus, voice)
+        told = state_of(resumed, engine, corpus, voice) if resumed else None
+        if resumed is None:
+            begin(job, engine, voice)
     watch.progress.advance("starting the tracker")
     run = Run(
         job=job,
@@ -138,10 +140,15 @@ def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, resumed: Res
     return run
 
 
-def state_of(resumed: Resumed | None, engine: Engine, corpus: Corpus, voice: Voice) -> dict[str, Any] | None:
-    """The checkpoint's state in the engine, and its facts; None for a run that begins."""
-    if resumed is None:
-        return None
+def begin(job: Job, engine: Engine, voice: Voice) -> None:
+    """The weights of `init_from` in the engine of a run that begins with them."""
+    if path := initial.path_of(job.experiment, job.root):
+        facts = checkpoint.load_initial(path, engine)
+        voice.header([("weights", f"{job.experiment.init_from} · step {facts['step']}")])
+
+
+def state_of(resumed: Resumed, engine: Engine, corpus: Corpus, voice: Voice) -> dict[str, Any]:
+    """The checkpoint's state in the engine, and its facts."""
     told = checkpoint.load(resumed.checkpoint, engine)
     state.refuse_other_data(told, corpus.fingerprint, str(resumed.checkpoint))
     voice.header([("resume", resumed.line(told["step"], checkpoint.differences(told, engine)))])

@@ -19,14 +19,16 @@ SHAPE = dict(
     embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 """A GPT-2 in small, with a vocabulary that neither 2 nor 4 divides."""
-ROTARY = dict(position="rotary", rotary_fraction=1.0, rotary_base=10_000.0)
+ROTARY = dict(position="rotary", rotary_fraction=1.0, rotary_base=10_000.0, rotary_scaling="none")
+LLAMA_3 = dict(rotary_scaling="llama3", rotary_factor=8.0, rotary_low_factor=1.0, rotary_high_factor=4.0, rotary_original_length=64)
+"""Llama 3.1's rotary scaling, of a model that was trained on 64 tokens a sample."""
 ALONE = Grid()
 SEED = 5
 """Of what is drawn and dropped, where a test names none."""
 
 
 def shape(**changes) -> GPT:
-    """SHAPE with settings replaced; rotary's two numbers come along with position="rotary"."""
+    """SHAPE with settings replaced; rotary's own settings come along with position="rotary"."""
     return GPT(**(SHAPE | (ROTARY if changes.get("position") == "rotary" else {}) | changes))
 
 

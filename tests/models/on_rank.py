@@ -5,6 +5,7 @@ Ranks return numpy arrays, which travel between processes by value.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,15 +29,19 @@ def tokens() -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], torch.rand(BATCH, LENGTH, generator=g).round(decimals=1)
 
 
-def whole_models(jobs: list[tuple[GPT, dict[str, Tensor]]], sequence: bool = False) -> list[tuple]:
-    """[(settings, whole weights)] -> [(this rank's logits, its gradients)] of a token loss, in the weights' precision."""
+def whole_models(jobs: list[tuple[GPT, dict[str, np.ndarray]]], sequence: bool = False) -> list[tuple]:
+    """[(settings, whole weights)] -> [(this rank's logits, its gradients)] of a token loss, in the weights' precision.
+
+    Arrays, since every tensor that is handed to a new process takes a file descriptor, of which there are 256.
+    """
     grid = tensor_grid(sequence)
-    return [run_model(model, weights, grid) for model, weights in jobs]
+    return [run_model(model, {name: torch.from_numpy(array) for name, array in weights.items()}, grid) for model, weights in jobs]
 
 
 def random_models(jobs: list[tuple[GPT, int]], sequence: bool) -> list[tuple]:
     """The same of weights that every rank draws whole from a seed: many models' would be too many to hand over."""
-    return whole_models([(model, random_weights(model, seed)) for model, seed in jobs], sequence)
+    grid = tensor_grid(sequence)
+    return [run_model(model, random_weights(model, seed), grid) for model, seed in jobs]
 
 
 def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid) -> tuple:

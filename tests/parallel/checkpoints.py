@@ -36,7 +36,8 @@ def by_another_reader(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 def save(folder: Path, offset: float = 0.0, step: int = 1) -> Path:
     """Weights alone, from one process: no process group is needed."""
-    write(folder, [(name, tensor + offset) for name, tensor in TENSORS.items()], {"step": step})
+    shapes = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+    write(folder, shapes, (tensor + offset for tensor in TENSORS.values()), {"step": step})
     return folder
 
 

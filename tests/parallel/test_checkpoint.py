@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import pytest
 import torch
 
@@ -194,10 +195,11 @@ def test_another_precision_goes_on_with_the_same_weights(a: str, before: str, b:
 # What a load sets.
 
 
-def after_load(settings: dict, folder: Path) -> dict:
+def after_load(settings: dict, folder: Path, initial: bool = False) -> dict:
     """Every rank's fragments and what its model computes with, before a first step."""
     engine, _, grid = training.build(**{key: value for key, value in settings.items() if key != "steps"})
-    facts = checkpoint.load(folder, engine)
+    facts = checkpoint.load_initial(folder, engine) if initial else checkpoint.load(folder, engine)
+    ensure_moments(engine)
     found: dict = {"facts": facts, "differences": checkpoint.differences(facts, engine), "tensor_rank": grid.tensor_rank, "parts": {}}
     for name, parameter in engine.parameters.items():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -211,13 +213,19 @@ LOADED = [("TP2·PP2", "bf16"), ("ZeRO-3 on three", "fp16"), ("DP2", "bf16"), ("
 
 
 @pytest.mark.parametrize(("layout", "precision"), all_but_slow(LOADED, LOADED[:2]))
-def test_a_load_sets_every_element_bit_for_bit(layout: str, precision: str, uninterrupted) -> None:
-    """Masters and moments are the file's, the model's weights their rounding, on the first stage and on its copy, padding zero."""
+@pytest.mark.parametrize("initial", [False, True], ids=["resumed", "begun"])
+def test_a_load_sets_every_element_bit_for_bit(initial: bool, layout: str, precision: str, uninterrupted) -> None:
+    """Masters and moments are the file's, the model's weights their rounding, on the first stage and on its copy, padding zero.
+
+    Of a run that begins with the weights the moments are zero.
+    """
     _, folder = uninterrupted("TP2")
     whole = by_another_reader(folder / "step_4")
+    if initial:
+        whole |= {kind: {name: np.zeros_like(array) for name, array in whole[kind].items()} for kind in KINDS[1:]}
     world, settings = settings_of(layout, "dropping", precision)
     degree = settings.get("tensor", 1)
-    ranks = run_ranks(after_load, world, settings, folder / "step_4")
+    ranks = run_ranks(after_load, world, settings, folder / "step_4", initial)
     for rank in ranks:
         assert rank["facts"]["step"] == HALF and rank["differences"]["layout.tensor" if degree == 1 else "layout.pipe"] is not None
         for name, (cut, model, fragments) in rank["parts"].items():
@@ -362,10 +370,10 @@ def test_hostile_generators_are_refused_on_their_own_layout(copies) -> None:
         assert all("generators" in told and "cannot be" in told and "→ use another checkpoint of the run" in told for told in rank), rank
 
 
-def tries_anyway(settings: dict, folder: Path) -> str:
+def tries_anyway(settings: dict, folder: Path, load: Callable = checkpoint.load) -> str:
     engine, *_ = training.build(**{key: value for key, value in settings.items() if key != "steps"})
     try:
-        checkpoint.load(folder, engine)
+        load(folder, engine)
         return "loaded"
     except Mistake as mistake:
         return str(mistake)
@@ -380,7 +388,8 @@ def test_another_model_is_refused_with_both_shapes(uninterrupted) -> None:
     }
     for words, change in cases.items():
         settings = settings_of("PP2" if change.get("num_layers") != 1 else "TP2", "dropping", "fp32")[1]
-        told = run_ranks(tries_anyway, 2, settings | {"model": DROPPING | change}, folder / "step_4")
+        load = checkpoint.load_initial if "tied" in change else checkpoint.load
+        told = run_ranks(tries_anyway, 2, settings | {"model": DROPPING | change}, folder / "step_4", load)
         assert told[0] == told[1] and words in told[0] and "→" in told[0], told
 
 

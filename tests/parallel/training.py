@@ -21,8 +21,8 @@ MODEL = dict(
 """A GPT-2 in small, with a vocabulary that no tensor degree divides."""
 
 LLAMA = dict(
-    num_layers=2, num_kv_heads=2, norm="rmsnorm", position="rotary", rotary_fraction=1.0, rotary_base=10000.0, mlp="swiglu", bias=False,
-    qkv_bias=False, qk_norm=True, tied=False,
+    num_layers=2, num_kv_heads=2, norm="rmsnorm", position="rotary", rotary_fraction=1.0, rotary_base=10000.0, rotary_scaling="none",
+    mlp="swiglu", bias=False, qkv_bias=False, qk_norm=True, tied=False,
 )  # fmt: skip
 """What a Llama (with normalised queries and keys) has otherwise."""
 

@@ -99,7 +99,8 @@ def test_zero_on_a_real_engine(stage: int) -> None:
 
 
 SHARED = (("num_heads", 4), ("num_kv_heads", 1), ("qk_norm", True))
-POST = (("residual", "post_norm"), ("position", "rotary"), ("rotary_fraction", 1.0), ("rotary_base", 1e4), ("tied", False))
+ROTARY = (("position", "rotary"), ("rotary_fraction", 1.0), ("rotary_base", 1e4), ("rotary_scaling", "none"))
+POST = (("residual", "post_norm"), *ROTARY, ("tied", False))
 
 
 @pytest.mark.parametrize("model", [SHARED, POST], ids=["shared kv head", "post-norm"])
