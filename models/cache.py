@@ -35,7 +35,8 @@ class Rows(Places):
     def begin(self, lengths: Sequence[int]) -> None:
         """The coming pass reads prompts of these lengths, side by side from place 0, into as many new rows."""
         if not 0 < len(lengths) <= self.slots - len(self.lengths) or not 0 < min(lengths) <= max(lengths) <= self.length:
-            raise ValueError(f"prompts of {list(lengths)} tokens do not fit: {self.slots - len(self.lengths)} rows free, {self.length} long")
+            room = f"{self.slots - len(self.lengths)} rows free, of {self.length} tokens each"
+            raise ValueError(f"prompts of {list(lengths)} tokens do not fit: {room}")
         self.first, self._now = len(self.lengths), None
         self.lengths += lengths
         self._made.clear()
@@ -92,13 +93,17 @@ class CachedCore(nn.Module):
 
     What a pass that advances computes for a row depends on that row alone, up to rounding: a masked key's probability is 0.
     The cache begins as zeros, because 0 times whatever was there before need not be 0.
+
+    On a CPU it is kept in fp32 at least, whatever the model's precision: torch's fused bf16 kernel takes five times as long for
+    a single query as fp32's (benchmarks/generate.py).
     """
 
     def __init__(self, core: Core, rows: Rows, heads: int, head_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.core, self.rows = core, rows
+        self.dtype = torch.promote_types(dtype, torch.float32) if rows.device.type == "cpu" else dtype
         shape = (rows.slots, heads, rows.length, head_size)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=rows.device) for _ in range(2))
+        self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=rows.device) for _ in range(2))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None = None) -> Tensor:
         """q 'b h s e', k and v 'b k s e', bias 'h s s', 'n h 1 t' or None (causal) -> 'b h s e'."""
@@ -109,11 +114,11 @@ class CachedCore(nn.Module):
             return self.core(q, k, v, bias, samples)
         self._keep(k, v)
         used = slice(len(rows.lengths)), slice(None), slice(max(rows.lengths))
-        heads = q.shape[1]
-        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # n k h/k e: the queries of a kv head side by side, no head copied
-        mask = rows.mask(q) if bias is None else bias.view(-1, k.shape[1], heads // k.shape[1], bias.shape[-1])
+        n, heads, _, e = q.shape
+        grouped = q.reshape(n, k.shape[1], -1, e).to(self.dtype)  # n k h/k e: the queries of a kv head side by side, no head copied
+        mask = rows.mask(grouped) if bias is None else bias.view(n, k.shape[1], -1, bias.shape[-1]).to(self.dtype)
         y = F.scaled_dot_product_attention(grouped, self.keys[used], self.values[used], attn_mask=mask)
-        return y.reshape(len(q), heads, 1, -1)
+        return y.reshape(n, heads, 1, e).to(q.dtype)
 
     def _keep(self, k: Tensor, v: Tensor) -> None:
         """Writes 'n k 1 e' at each row's place."""

@@ -17,6 +17,7 @@ from parallel.collectives import gather_from_tensor_ranks
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import Passed, PlainModule, through
+from parallel.packed import lay_out
 
 TRIED = 8
 """Tokens on which a model with classes of its own shows that it can be decoded a token at a time."""
@@ -36,8 +37,9 @@ class Decoder:
 
     def __init__(self, module: PlainModule, model: GPT, grid: Grid, slots: int, length: int) -> None:
         if model.position == "learned" and length > model.seq_length:
-            raise Mistake(f"a context of {length} tokens is longer than the learned positions, model.seq_length = {model.seq_length} → use that")
+            raise Mistake(f"a context of {length} tokens is longer than the learned positions → use model.seq_length = {model.seq_length}")
         self.module, self.model, self.grid = module.eval(), model, grid
+        lay_out(module, slots, release=has_closed_form(model))
         weight = next(module.parameters())
         self.rows = Rows(slots, length, weight.device)
         tried = None if has_closed_form(model) else _tried(model, length)
@@ -137,8 +139,8 @@ class Decoder:
         error = float((after - alone).abs().max() / alone.abs().max())
         if not error <= CLOSE.get(next(self.module.parameters()).dtype, 0.05):
             raise Mistake(
-                f"this model's classes of its own compute other logits a token at a time than at once (off by {error:.1g} of the largest) → "
-                "let its position class ask self.places for places (models/position.py), and look at earlier tokens in attention only"
+                f"classes of variant.py compute other logits a token at a time than at once (off by {error:.1g} of the largest) → "
+                "let a position class ask self.places for places (models/position.py), and look at earlier tokens in attention only"
             )
 
 

@@ -16,7 +16,6 @@ from parallel.collectives import copy_to_tensor_ranks
 from parallel.grid import Grid
 from parallel.slices import Slice, make_parameter
 
-
 Made = TypeVar("Made")
 
 
