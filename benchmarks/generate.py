@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"{LAYERS} layers, hidden {HIDDEN}, {arguments.prompt} + {arguments.tokens} tokens, {arguments.threads} threads, torch {torch.__version__}")
+    sizes = f"{LAYERS} layers, hidden {HIDDEN}, {arguments.prompt} + {arguments.tokens} tokens"
+    print(f"{sizes}, {arguments.threads} threads, torch {torch.__version__}")
     print("tokens a CPU second, median of", arguments.repetitions)
     print("  vocab precision  batch     ours   dynamic   static   ratio  (range of the pairs)   equal")
     for precision in [arguments.precision] if arguments.precision else PRECISIONS:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.choice import Choice
-from models.init import seed_of
+from models.seed import seed_of
 from parallel.errors import Mistake
 
 

@@ -4,7 +4,7 @@ Ids in, ids out; text is research/writing.py's. A request's tokens depend on wha
 """
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from models.choice import GREEDY, Choice
 from models.sampling import Row, log_probabilities, next_tokens, refuse_non_finite
 
 END, STOP, LENGTH, CANCELLED = "end_of_text", "stop", "length", "cancelled"
-"""Why a text ended: the model ended it, one of the request's stop strings came, it has as many tokens as were asked for, `cancel`."""
+"""Why a text ended: by the model, before a stop string, with as many tokens as were asked for, because nobody wanted it any more."""
 
 
 class Writes(Protocol):
@@ -60,8 +60,6 @@ class Written:
     """Of each id: its log-probability, and those of the likeliest as (id, log-probability)."""
     finish: str | None = None
     """Why it ended; None while it goes on."""
-    stopped: Callable[[int], bool] = lambda token: False
-    """Hears of every id but one of `ends`; True ends the text with it."""
 
     def row(self) -> Row:
         """What decides the next token."""
@@ -72,8 +70,6 @@ class Written:
         self.ids.append(token)
         if token in self.request.ends:
             self.finish = END
-        elif self.stopped(token):
-            self.finish = STOP
         elif len(self.ids) == self.request.max_new_tokens:
             self.finish = LENGTH
 
@@ -92,19 +88,19 @@ class Batch:
         """Whether anything is left to do."""
         return bool(self.waiting or self.live)
 
-    def submit(self, request: Request, stopped: Callable[[int], bool] | None = None) -> Written:
-        """Queues a request; what is returned fills with every step. `stopped` ends the text after an id for which it is true."""
-        written = Written(request) if stopped is None else Written(request, stopped=stopped)
+    def submit(self, request: Request) -> Written:
+        """Queues a request; what is returned fills with every step."""
+        written = Written(request)
         self.waiting.append(written)
         return written
 
-    def cancel(self, written: Written) -> None:
-        """Ends a request before its time."""
+    def end(self, written: Written, why: str) -> None:
+        """Ends a request between two steps, for a reason that the batch does not know of: a stop string, a client that has gone."""
         if written in self.waiting:
             self.waiting.remove(written)
         elif written in self.live:
             self._leave(self.live.index(written))
-        written.finish = written.finish or CANCELLED
+        written.finish = why
 
     def step(self) -> list[Written]:
         """A token of every request in a row; where rows are free and requests wait, the first token of as many of those instead.
