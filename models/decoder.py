@@ -28,7 +28,7 @@ CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6}
 class Decoder:
     """`module`, from now on the decoder's own, over `slots` rows of `length` tokens each. Every method is collective over tensor ranks.
 
-    Rows in use are 0 … n − 1. Logits are 'n v', fp32, of the whole vocabulary, equal on every tensor rank: the head's slices stay
+    Rows in use are 0 … n − 1. Logits are 'n v', fp32 at least, of the whole vocabulary, equal on every tensor rank: the head's slices stay
     where they are until here, where n rows, the next tokens', are gathered.
 
     A class of the experiment's own may be anything that looks at earlier tokens through attention alone. A position scheme of
@@ -126,7 +126,8 @@ class Decoder:
         layer, head = self.module.steps[-1]
         sliced = through(layer, head, x)
         assert isinstance(sliced, Tensor)
-        return gather_from_tensor_ranks(sliced[:, 0], self.grid.tensor_group)[:, : self.model.vocab_size].float()
+        logits = gather_from_tensor_ranks(sliced[:, 0], self.grid.tensor_group)[:, : self.model.vocab_size]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.inference_mode()
     def _refuse_unlike(self, alone: Tensor, tried: list[int]) -> None:

@@ -52,7 +52,7 @@ def penalised(logits: Tensor, seen: Sequence[set[int]], penalty: float) -> Tenso
     """'n v', the logits of each row's seen ids divided by the penalty where positive, multiplied where negative. A copy."""
     found = logits.clone()
     for row, ids in zip(found, seen, strict=True):
-        at = torch.tensor(sorted(i for i in ids if i < len(row)), device=row.device)
+        at = torch.tensor(sorted(i for i in ids if i < len(row)), dtype=torch.int64, device=row.device)
         row[at] = torch.where(row[at] < 0, row[at] * penalty, row[at] / penalty)
     return found
 
