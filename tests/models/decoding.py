@@ -1,10 +1,12 @@
 """Small decoders for tests, alone and on ranks. Imports no transformers: a rank would spend seconds on it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.beams import Search, search
 from models.choice import GREEDY, Choice
 from models.config import GPT
 from models.decoder import Decoder
@@ -15,6 +17,7 @@ from parallel.layers import PlainModule
 from tests.models.build import ALONE, fill, random_weights, shape, tensor_grid, whole_model
 
 LENGTH = 24
+DRAWN = Choice(temperature=0.8, top_k=40, top_p=0.95, repetition_penalty=1.1)
 PROMPTS = [[5], [7, 2, 80, 41, 41, 3, 9], [1, 2, 3], [60, 61, 62, 63, 64]]
 
 
@@ -64,4 +67,30 @@ def on_tensor_ranks(models: list[GPT], choices: list[Choice], tokens: int) -> li
         found.append([written(decoder, PROMPTS, tokens, choice) for choice in choices])
         if isinstance(decoder, Leader):
             decoder.release()
+    return found
+
+
+def carried_out(decoder: Decoder) -> dict[str, Any]:
+    """Logits after orders of every kind, as arrays, and the beams of a search."""
+    found = [decoder.admit(PROMPTS[:3]), decoder.step([1, 2, 3])]
+    decoder.drop(0)
+    found.append(decoder.step([4, 5]))
+    decoder.reorder([1, 1, 0])
+    found.append(decoder.step([6, 7, 8]))
+    decoder.clear()
+    found.append(decoder.admit([list(range(20))]))
+    decoder.clear()
+    beams = search(decoder, PROMPTS[1], Search(3, 8, (3,)))
+    return {"logits": [logits.numpy() for logits in found], "beams": [(beam.ids, beam.score) for beam in beams]}
+
+
+def ordered(model: GPT) -> dict[str, Any] | None:
+    """`carried_out` on tensor rank 0; nothing on the others, which follow."""
+    grid = tensor_grid()
+    if grid.rank > 0:
+        follow(Decoder(filled(model, grid), model, grid, 4, LENGTH))
+        return None
+    leader = Leader(filled(model, grid), model, grid, 4, LENGTH)
+    found = carried_out(leader)
+    leader.release()
     return found

@@ -9,16 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from models import hf
-from models.choice import GREEDY, Choice
+from models.choice import GREEDY
 from models.decoder import Decoder
 from models.norm import RMSNorm
 from models.position import Learned, Position, Rotary
 from parallel.errors import Mistake
 from parallel.layers import PlainModule
-from tests.harness import run_ranks
-from tests.models import decoding
 from tests.models.build import ALONE, fill, whole_model
-from tests.models.decoding import LENGTH, PROMPTS, filled, logits_of, longer, written
+from tests.models.decoding import DRAWN, LENGTH, PROMPTS, filled, logits_of, longer, written
 
 COMMON = dict(vocab_size=83, bos_token_id=None, eos_token_id=None)
 SIZES = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=96, max_position_embeddings=64, **COMMON)
@@ -29,7 +27,6 @@ CONFIGS = {
     "llama": LlamaConfig(num_attention_heads=8, num_key_value_heads=2, **SIZES),
 }
 TOKENS = 40
-DRAWN = Choice(temperature=0.8, top_k=40, top_p=0.95, repetition_penalty=1.1)
 
 
 @functools.cache
@@ -109,22 +106,6 @@ def test_rows_go_on_from_others():
     found = decoder.step([text[-1] for text in texts])
     for row, text in zip(found, texts, strict=True):
         assert torch.allclose(row, logits_of(alone, model, text), atol=1e-5)
-
-
-def many() -> list:
-    """Shared kv heads among them: at tensor 4 two neighbours use one; a vocabulary that is padded."""
-    rows = [("learned", 4, "pre_norm"), ("rotary", 2, "parallel"), ("alibi", 2, "post_norm"), ("none", 1, "pre_norm")]
-    return [longer(position=p, num_kv_heads=k, residual=r, qk_norm=k == 2, tied=k == 4) for p, k, r in rows]
-
-
-@pytest.mark.parametrize("tensor", [2, 4])
-def test_tensor_ranks_write_what_one_writes(tensor):
-    """Token for token, greedy and drawn, in fp32."""
-    decoders = [Decoder(filled(model), model, ALONE, len(PROMPTS), LENGTH) for model in many()]
-    alone = [[written(decoder, PROMPTS, 16, choice) for choice in (GREEDY, DRAWN)] for decoder in decoders]
-    first, *others = run_ranks(decoding.on_tensor_ranks, tensor, many(), [GREEDY, DRAWN], 16)
-    assert first == alone and others == [[]] * (tensor - 1)
-    assert alone[0][0] != alone[0][1]
 
 
 class Backwards(Position):
