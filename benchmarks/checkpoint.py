@@ -5,8 +5,8 @@
 `plain` is safetensors' save_file of each of a rank's files, then the hash of what was written, read back; `plain + fsync` also waits
 for the disk, as a checkpoint must. `ours` is Saver.save: the state out of a real engine, hashed while it is written, fsync, manifest,
 rename. `background` is how long BackgroundSaver.save holds training up. Ranks work at the same time and the slowest counts. The
-three take turns, so that a machine or a disk whose speed drifts slows all of them. Memory is the peak of a rank's resident
-set above what it held before, the page cache not counted.
+ways take turns, so that a machine or a disk whose speed drifts slows all of them; on a busy machine read the CPU times of all ranks
+together. Memory is the peak of a rank's resident set above what it held before, the page cache not counted.
 """
 
 import argparse
@@ -92,18 +92,19 @@ def plain(engine: Engine, wait: bool) -> Callable[[Path], None]:
     return save
 
 
-def seconds(do: Callable[[Path], None], folder: Path) -> float:
-    """The slowest rank's wall time; the folder is gone afterwards, and its pages are on disk."""
+def seconds(do: Callable[[Path], None], folder: Path) -> tuple[float, float]:
+    """The slowest rank's wall time, and the CPU time of all ranks; the folder is gone afterwards, and its pages are on disk."""
     dist.barrier()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     do(folder)
-    took = torch.tensor(time.perf_counter() - start)
-    dist.all_reduce(took, op=dist.ReduceOp.MAX)
+    wall, cpu_time = torch.tensor(time.perf_counter() - start), torch.tensor(time.process_time() - cpu)
+    dist.all_reduce(wall, op=dist.ReduceOp.MAX)
+    dist.all_reduce(cpu_time)
     if dist.get_rank() == 0:
         shutil.rmtree(folder)
         os.sync()
     dist.barrier()
-    return float(took)
+    return float(wall), float(cpu_time)
 
 
 def extra_memory(do: Callable[[], object]) -> int:
@@ -132,12 +133,12 @@ def measure(rank: int, arguments: argparse.Namespace, place: Path) -> None:
         size = sum(file.size for file in reader.manifest.files.values())
         largest = 4 * max(tensor.numel for tensor in reader.tensors.values())
     background = checkpoint.BackgroundSaver()
-    held_up: list[float] = []
+    held_up: list[tuple[float, float]] = []
 
     def in_background(folder: Path) -> None:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         background.save(folder, engine, {"step": 1})
-        held_up.append(time.perf_counter() - start)
+        held_up.append((time.perf_counter() - start, time.process_time() - cpu))
         background.wait()
 
     ways: dict[str, Callable[[Path], None]] = {
@@ -146,28 +147,34 @@ def measure(rank: int, arguments: argparse.Namespace, place: Path) -> None:
         "ours": lambda folder: checkpoint.Saver().save(folder, engine, {"step": 1}),
         "background, all": in_background,
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    order = list(ways)
     for _ in range(arguments.repetitions):
-        for name, do in ways.items():
-            times[name].append(seconds(do, place / "run" / "step_000002"))
+        for name in order:
+            times[name].append(seconds(ways[name], place / "run" / "step_000002"))
+        order.append(order.pop(0))  # what comes after what may matter to the page cache
     if rank == 0:
         times["background, held up"] = held_up
         report(arguments, times, size, memory, largest)
     distributed.stop()
 
 
-def report(arguments: argparse.Namespace, times: dict[str, list[float]], size: int, memory: int, largest: int) -> None:
+def report(arguments: argparse.Namespace, times: dict[str, list[tuple[float, float]]], size: int, memory: int, largest: int) -> None:
     """The table."""
-    print(
-        f"{arguments.ranks} ranks, tensor {arguments.tensor}, ZeRO-{arguments.zero}: {size / 1e6:,.0f} MB, median of {arguments.repetitions}"
-    )
-    print("                       seconds     MB/s   ratio to plain, to plain + fsync  (range of the pairs)")
+    layout = f"{arguments.ranks} ranks, tensor {arguments.tensor}, ZeRO-{arguments.zero}"
+    print(f"{layout}: {size / 1e6:,.0f} MB, median of {arguments.repetitions} (range of the pairs)")
+    print("                       seconds     MB/s   wall / plain           wall / plain + fsync   CPU / plain")
     for name, found in times.items():
-        ratios = [sorted(a / b for a, b in zip(found, times[base], strict=True)) for base in ("plain", "plain + fsync")]
-        told = "   ".join(f"{statistics.median(pairs):5.2f} ({pairs[0]:.2f} – {pairs[-1]:.2f})" for pairs in ratios)
-        median = statistics.median(found)
-        print(f"{name:>20}  {median:8.2f}  {size / 1e6 / median:7,.0f}   {told}")
+        told = [ratio(found, times[base], which) for base, which in (("plain", 0), ("plain + fsync", 0), ("plain", 1))]
+        median = statistics.median(wall for wall, _ in found)
+        print(f"{name:>20}  {median:8.2f}  {size / 1e6 / median:7,.0f}   {'   '.join(told)}")
     print(f"peak extra memory of a rank: {memory / 1e6:,.0f} MB; the largest parameter has {largest / 1e6:,.0f} MB", flush=True)
+
+
+def ratio(found: list[tuple[float, float]], base: list[tuple[float, float]], which: int) -> str:
+    """The median of the pairwise ratios, and their range."""
+    pairs = sorted(a[which] / b[which] for a, b in zip(found, base, strict=True))
+    return f"{statistics.median(pairs):5.2f} ({pairs[0]:.2f} – {pairs[-1]:.2f})"
 
 
 def main() -> None:

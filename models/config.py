@@ -1,6 +1,6 @@
 """The shape of a GPT, every choice spelled out. Pure data: no torch, so that a mistake is refused in milliseconds."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,6 +13,18 @@ CHOICES = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "residual": RESIDU
 VARIANT = "variant:"
 """`norm="variant:MyNorm"` names the class MyNorm of the experiment's own variant.py instead of a registered one."""
 
+LLAMA, LLAMA_3 = "Llama 2: fraction 1.0, base 10000.0, scaling none", "Llama 3.1: factor 8.0, low 1.0, high 4.0, original length 8192"
+ROTARY = {
+    "rotary_fraction": ("position", ("rotary",), LLAMA),
+    "rotary_base": ("position", ("rotary",), LLAMA),
+    "rotary_scaling": ("position", ("rotary",), LLAMA),
+    "rotary_factor": ("rotary_scaling", ("linear", "llama3"), LLAMA_3),
+    "rotary_low_factor": ("rotary_scaling", ("llama3",), LLAMA_3),
+    "rotary_high_factor": ("rotary_scaling", ("llama3",), LLAMA_3),
+    "rotary_original_length": ("rotary_scaling", ("llama3",), LLAMA_3),
+}
+"""Setting -> (another setting, its values with which the first has an effect, an example)."""
+
 Size = Annotated[int, Field(gt=0)]
 Chance = Annotated[float, Field(ge=0, lt=1)]
 
@@ -22,8 +34,8 @@ class GPT(BaseModel):
 
     models/hf_settings.py has them from a transformers configuration.
 
-    Everything here is science, so nothing has a default, except the two rotary numbers, which must be given exactly when
-    `position` uses them.
+    Everything here is science, so nothing has a default, except the rotary settings, which must be given exactly where they
+    have an effect.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -51,6 +63,13 @@ class GPT(BaseModel):
     tied: bool = Field(description="the head is the transposed embedding; False: a table of its own")
     rotary_fraction: float | None = Field(default=None, gt=0, le=1, description="part of each head that is rotated")
     rotary_base: float | None = Field(default=None, gt=0, description="wavelengths are 2π·base^(2i/d)")
+    rotary_scaling: Literal["none", "linear", "llama3"] | None = Field(
+        default=None, description="wavelengths made longer for long texts: none, all alike (linear), or only the long ones (Llama 3.1)"
+    )
+    rotary_factor: float | None = Field(default=None, gt=0, description="how many times longer scaled wavelengths are")
+    rotary_low_factor: float | None = Field(default=None, gt=0, description="llama3: wavelengths above original_length / this are scaled")
+    rotary_high_factor: float | None = Field(default=None, gt=0, description="llama3: those below original_length / this are not")
+    rotary_original_length: Size | None = Field(default=None, description="llama3: tokens a sample before the scaling")
 
     @property
     def head_size(self) -> int:
@@ -66,8 +85,9 @@ class GPT(BaseModel):
     def _consistent(self) -> "GPT":
         for field, names in CHOICES.items():
             _refuse_unknown_choice(field, getattr(self, field), names)
-        for field in ("rotary_fraction", "rotary_base"):
-            _refuse_idle_or_missing(self, field)
+        for field, (asker, values, example) in ROTARY.items():
+            _refuse_idle_or_missing(self, field, asker, values, example)
+        _refuse_crossed_bounds(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.num_heads = {self.num_heads} does not divide model.hidden_size = {self.hidden_size} → "
@@ -93,11 +113,18 @@ def _refuse_unknown_choice(field: str, value: str, names: tuple[str, ...]) -> No
     raise ValueError(f"model.{field} = {value!r} is not known → use {', '.join(names)} or variant:YourClass")
 
 
-def _refuse_idle_or_missing(model: GPT, field: str) -> None:
+def _refuse_idle_or_missing(model: GPT, field: str, asker: str, values: tuple[str, ...], example: str) -> None:
+    """`field` is given exactly where the setting `asker` has one of `values`."""
     if model.position.startswith(VARIANT):  # the experiment's own class says what it needs
         return
-    given = getattr(model, field) is not None
-    if model.position == "rotary" and not given:
-        raise ValueError(f"model.position = 'rotary' needs model.{field} → set it (Llama: fraction 1.0, base 10000.0)")
-    if model.position != "rotary" and given:
-        raise ValueError(f"model.{field} has no effect with model.position = {model.position!r} → leave it out")
+    given, asked = getattr(model, field) is not None, getattr(model, asker)
+    if asked in values and not given:
+        raise ValueError(f"model.{asker} = {asked!r} needs model.{field} → set it ({example})")
+    if asked not in values and given:
+        raise ValueError(f"model.{field} has no effect with model.{asker} = {asked!r} → leave it out")
+
+
+def _refuse_crossed_bounds(model: GPT) -> None:
+    low, high = model.rotary_low_factor, model.rotary_high_factor
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"model.rotary_low_factor = {low} is not below model.rotary_high_factor = {high} → Llama 3.1 has 1.0 and 4.0")

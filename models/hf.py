@@ -1,195 +1,149 @@
 """Names and shapes to and from transformers' GPT-2, GPT-NeoX (Pythia) and Llama. Pure maps: no files, no transformers.
 
-A family is a table: our module -> theirs, wrapped in the form in which they hold it. Tensors are whole, as checkpoints hold
-them; a layout cuts them with each parameter's Slice. They may share memory with what was passed in.
+A Link says what one of our parameters is made of in their files, so that a model goes from one to the other a parameter at a time.
+Tensors are whole, as checkpoints hold them; a layout cuts them with each parameter's Slice. They may share memory with what was
+passed in.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from models.config import GPT
-from models.hf_settings import GATED_MLPS, PLAIN_MLPS, settings
+from models.hf_families import FAMILIES, Family, Fused, Same, qkv_rows
+from models.hf_settings import GATED_MLPS, settings
 from parallel.errors import Mistake
 
-__all__ = ["FAMILIES", "from_hf", "settings", "shapes", "to_hf"]
+__all__ = ["FAMILIES", "Link", "Plan", "family_of", "from_hf", "links", "plan", "settings", "shapes", "to_hf"]
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 """Ends of names that older files hold beside the weights: masks and rotary tables."""
 
 
 @dataclass(frozen=True)
-class Same:
-    """Their module `name` holds what ours does: a weight '[out, in]' or a table."""
+class Link:
+    """Our parameter `name`, whole, of `shape`: their tensors `keys` in the form `form`."""
 
     name: str
+    shape: tuple[int, ...]
+    keys: tuple[str, ...]
+    form: Same | Fused
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Their modules that make up one of ours."""
-        return (self.name,)
+    def ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+        """Their tensors, in the order of `keys`, as our one. A Mistake where they do not make it."""
+        try:
+            found = self.form.to_ours(tensors, model)
+        except Mistake:
+            raise
+        except Exception as error:  # einops and torch each have their own way to say that sizes do not fit
+            told = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+            raise Mistake(f"{self.keys[0]} {told:.100} does not make {self.name}, which is {list(self.shape)} in this model") from error
+        if tuple(found.shape) != self.shape:
+            raise Mistake(f"{self.keys[0]} makes {self.name} {list(found.shape)}, this model's is {list(self.shape)}")
+        return found
 
-    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
-        """Their tensors, in the order of `names`, as our one."""
-        return tensors[0]
+    def theirs(self, tensor: Tensor, model: GPT) -> dict[str, Tensor]:
+        """Our tensor as theirs, by key."""
+        return dict(zip(self.keys, self.form.to_theirs(tensor, model), strict=True))
 
-    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
-        """Our tensor as theirs, in the order of `names`."""
-        return [tensor]
-
-
-class Transposed(Same):
-    """GPT-2's Conv1D: a weight '[in, out]'."""
-
-    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
-        """'[in, out]' -> '[out, in]'; a bias as it is."""
-        return tensors[0].t().contiguous()
-
-    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
-        """'[out, in]' -> '[in, out]'; a bias as it is."""
-        return [tensor.t().contiguous()]
-
-
-class HeadByHead(Same):
-    """GPT-NeoX's qkv, whose rows are each head's q, k and v, then the next head's."""
-
-    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
-        """Rows '(h 3 e)' -> '(3 h e)', of weight and bias."""
-        return rearrange(tensors[0], "(h three e) ... -> (three h e) ...", three=3, h=model.num_heads)
-
-    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
-        """Rows '(3 h e)' -> '(h 3 e)', of weight and bias."""
-        return [rearrange(tensor, "(three h e) ... -> (h three e) ...", three=3, h=model.num_heads)]
+    def their_shapes(self, model: GPT) -> dict[str, tuple[int, ...]]:
+        """The shape of each of their tensors."""
+        return {key: tuple(tensor.shape) for key, tensor in self.theirs(torch.empty(self.shape, device="meta"), model).items()}
 
 
 @dataclass(frozen=True)
-class Fused:
-    """Several modules of theirs are one of ours, row under row; `rows` gives the height of each."""
+class Plan:
+    """How a model is read: a link for each parameter, in the order of the layers, their keys as in the files."""
 
-    names: tuple[str, ...]
-    rows: Callable[[GPT], list[int]]
-
-    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
-        """q, k, v or gate, up -> one tensor."""
-        heights = [len(tensor) for tensor in tensors]
-        if heights != self.rows(model):  # a right sum of wrong heights would go unnoticed
-            raise Mistake(f"{', '.join(self.names)} have {heights} rows where this model has {self.rows(model)}")
-        return torch.cat(tensors)
-
-    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
-        """One tensor -> q, k, v or gate, up."""
-        return [part.contiguous() for part in tensor.split(self.rows(model))]
+    links: list[Link]
+    copy: str | None
+    """The key of a tied head that the files hold all the same; it must be equal to the embedding's tensor."""
 
 
-def qkv_rows(model: GPT) -> list[int]:
-    """Heights of q, k and v."""
-    return [model.num_heads * model.head_size] + [model.num_kv_heads * model.head_size] * 2
+def plan(model: GPT, family: Family, found: Mapping[str, tuple[int, ...]]) -> Plan:
+    """How `model` is read from tensors of these names and shapes, which are all of them.
 
-
-@dataclass(frozen=True)
-class Family:
-    """How transformers holds one kind of model. Names as in its files; `*` is the block's number."""
-
-    prefix: str
-    """Begins all names but the head's; some files leave it out."""
-    heads: tuple[str, ...]
-    """The untied head's names, the one in files first. Never prefixed."""
-    modules: dict[str, Same | Fused]
-    holds: dict[str, tuple]
-    """Our setting -> the values that the family can express."""
-    grouped: bool
-
-
-FAMILIES = {
-    "gpt2": Family(
-        prefix="transformer.",
-        heads=("lm_head",),
-        modules={
-            "embedding": Same("wte"),
-            "position": Same("wpe"),
-            "blocks.*.attention_norm": Same("h.*.ln_1"),
-            "blocks.*.attention.qkv": Transposed("h.*.attn.c_attn"),
-            "blocks.*.attention.output": Transposed("h.*.attn.c_proj"),
-            "blocks.*.mlp_norm": Same("h.*.ln_2"),
-            "blocks.*.mlp.up": Transposed("h.*.mlp.c_fc"),
-            "blocks.*.mlp.down": Transposed("h.*.mlp.c_proj"),
-            "final_norm": Same("ln_f"),
-        },
-        holds={"norm": ("layernorm",), "position": ("learned",), "residual": ("pre_norm",), "bias": (True,), "qkv_bias": (True,),
-               "mlp": tuple(PLAIN_MLPS.values()), "qk_norm": (False,)},
-        grouped=False,
-    ),
-    "gpt_neox": Family(
-        prefix="gpt_neox.",
-        heads=("embed_out", "lm_head"),
-        modules={
-            "embedding": Same("embed_in"),
-            "blocks.*.attention_norm": Same("layers.*.input_layernorm"),
-            "blocks.*.attention.qkv": HeadByHead("layers.*.attention.query_key_value"),
-            "blocks.*.attention.output": Same("layers.*.attention.dense"),
-            "blocks.*.mlp_norm": Same("layers.*.post_attention_layernorm"),
-            "blocks.*.mlp.up": Same("layers.*.mlp.dense_h_to_4h"),
-            "blocks.*.mlp.down": Same("layers.*.mlp.dense_4h_to_h"),
-            "final_norm": Same("final_layer_norm"),
-        },
-        holds={"norm": ("layernorm",), "position": ("rotary",), "residual": ("parallel", "pre_norm"), "bias": (True,), "qkv_bias": (True,),
-               "mlp": tuple(PLAIN_MLPS.values()), "qk_norm": (False,)},
-        grouped=False,
-    ),
-    "llama": Family(
-        prefix="model.",
-        heads=("lm_head",),
-        modules={
-            "embedding": Same("embed_tokens"),
-            "blocks.*.attention_norm": Same("layers.*.input_layernorm"),
-            "blocks.*.attention.qkv": Fused(tuple(f"layers.*.self_attn.{part}_proj" for part in "qkv"), qkv_rows),
-            "blocks.*.attention.output": Same("layers.*.self_attn.o_proj"),
-            "blocks.*.mlp_norm": Same("layers.*.post_attention_layernorm"),
-            "blocks.*.mlp.up": Fused(("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"), lambda model: [model.ffn_size] * 2),
-            "blocks.*.mlp.down": Same("layers.*.mlp.down_proj"),
-            "final_norm": Same("norm"),
-        },
-        holds={"norm": ("rmsnorm",), "position": ("rotary",), "rotary_fraction": (1.0,), "residual": ("pre_norm",),
-               "mlp": tuple(GATED_MLPS.values()), "qk_norm": (False,)},
-        grouped=True,
-    ),
-}  # fmt: skip
-"""transformers' `model_type` -> the family."""
+    A missing, misshapen, doubled or left over one is a Mistake; no tensor need be read to know.
+    """
+    if model.num_layers > len(found):
+        raise Mistake(f"the weights hold {len(found)} tensors, too few for a {family.name} of {model.num_layers} layers")
+    keys = _without_prefix(family, found)
+    head = _take_head(family, keys)
+    planned = []
+    for link in links(model, family):
+        bare = [key.removeprefix(family.prefix) for key in link.keys]
+        if link.name == "head.weight":
+            keys |= {bare[0]: head} if head else {}
+        missing = [key for key in bare if key not in keys]
+        if missing:
+            what = f"the weights hold no {missing[0]}, which {link.name} is made of"
+            raise Mistake(f"{what} → is this a {family.name} of {model.num_layers} layers?")
+        planned.append(Link(link.name, link.shape, tuple(keys.pop(key) for key in bare), link.form))
+        planned[-1].ours([torch.empty(found[key], device="meta") for key in planned[-1].keys], model)
+    if keys:
+        raise Mistake(f"the weights hold {len(keys)} tensors that this model lacks, the first is {next(iter(keys))}")
+    return Plan(planned, head if model.tied else None)
 
 
 def from_hf(model: GPT, family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors by our logical names: every parameter of `model`, whole. A missing, left over or misshapen one is a Mistake."""
-    table = _table(model, family)
-    theirs = {key.removeprefix(_family(family).prefix): tensor for key, tensor in state_dict.items() if not key.endswith(BUFFERS)}
-    head = _take_head(_family(family), theirs)
-    found = {}
-    for name, shape in shapes(model).items():
-        form, keys = table(name)
-        if name == "head.weight" and head is not None:
-            theirs[keys[0]] = head
-        missing = [key for key in keys if key not in theirs]
-        if missing:
-            raise Mistake(f"the weights hold no {missing[0]}, which {name} is made of → is this a {family} of {model.num_layers} layers?")
-        found[name] = form.to_ours([theirs.pop(key) for key in keys], model)
-        if tuple(found[name].shape) != shape:
-            raise Mistake(f"{keys[0]} makes {name} {list(found[name].shape)}, this model's is {list(shape)}")
-    if model.tied and head is not None and not torch.equal(head, found["embedding.weight"]):
-        raise Mistake("model.tied = True, but the head's weights are not the embedding's → set model.tied = False")
-    if theirs:
-        raise Mistake(f"the weights hold {len(theirs)} tensors that this model lacks, the first is {next(iter(theirs))}")
+    """Their tensors by our logical names: every parameter of `model`, whole. One that does not fit is a Mistake, as in `plan`."""
+    planned = plan(model, _family(family), {key: tuple(tensor.shape) for key, tensor in state_dict.items()})
+    found = {link.name: link.ours([state_dict[key] for key in link.keys], model) for link in planned.links}
+    if planned.copy:
+        check_copy(state_dict[planned.copy], found["embedding.weight"])
     return found
+
+
+def check_copy(head: Tensor, embedding: Tensor) -> None:
+    """A Mistake where a tied model's files hold a head that is not the embedding."""
+    if not torch.equal(head, embedding):
+        raise Mistake("model.tied = True, but the head's weights are not the embedding's → set tie_word_embeddings to false")
 
 
 def to_hf(model: GPT, family: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our whole tensors by the names in transformers' files (a tied head is not written twice): the inverse of `from_hf`."""
-    table, prefix, found = _table(model, family), _family(family).prefix, {}
-    for name in shapes(model):
-        form, keys = table(name)
-        for key, tensor in zip(keys, form.to_theirs(weights[name], model), strict=True):
-            found[key if name == "head.weight" else prefix + key] = tensor
+    found: dict[str, Tensor] = {}
+    for link in links(model, _family(family)):
+        found |= link.theirs(weights[link.name], model)
+    return found
+
+
+def links(model: GPT, family: Family) -> list[Link]:
+    """A link for each parameter, in the order of the layers, their keys as transformers writes them."""
+    if misfits := unlike(model, family):
+        raise Mistake(misfits[0])
+    look_up = _names(family)
+    return [Link(name, shape, keys, form) for name, shape in shapes(model).items() for form, keys in [look_up(name)]]
+
+
+def family_of(model: GPT) -> str:
+    """The family that holds the model; a Mistake lists every setting without a counterpart in the nearest one."""
+    misfits = {name: unlike(model, family) for name, family in FAMILIES.items()}
+    name = min(misfits, key=lambda name: len(misfits[name]))
+    if misfits[name]:
+        settings = "; ".join(misfits[name])
+        raise Mistake(f"no family of transformers that we write ({', '.join(FAMILIES)}) is this model: {settings} → train one that fits")
+    return name
+
+
+def unlike(model: GPT, family: Family) -> list[str]:
+    """Each setting that the family cannot hold, in words."""
+    found = []
+    for field, values in family.holds.items():
+        if getattr(model, field) not in values:
+            allowed = " or ".join(repr(value) for value in dict.fromkeys(values))
+            found.append(f"model.{field} = {getattr(model, field)!r} is no {family.name} → that has {allowed}")
+    if not family.grouped and model.num_kv_heads != model.num_heads:
+        has = f"that has as many as num_heads = {model.num_heads}"
+        found.append(f"model.num_kv_heads = {model.num_kv_heads} is no {family.name} → {has}")
+    if "bias" not in family.holds and model.bias != model.qkv_bias:
+        told = f"model.bias = {model.bias} with model.qkv_bias = {model.qkv_bias}"
+        found.append(f"{told} is no {family.name} → that has both or neither")
+    if model.position == "rotary" and int(model.head_size * (model.rotary_fraction or 0)) % 2:
+        what = f"model.rotary_fraction = {model.rotary_fraction} of {model.head_size} features, an odd number,"
+        found.append(f"{what} is no {family.name} → that turns an even number of them")
     return found
 
 
@@ -222,22 +176,36 @@ def _modules(model: GPT) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         yield "head", table, False
 
 
-def _table(model: GPT, family: str) -> Callable[[str], tuple[Same | Fused, list[str]]]:
-    """Our parameter -> the form they hold it in, and their names for it without the prefix."""
-    _refuse_unlike(model, family)
-    modules = _family(family).modules | {"head": Same(_family(family).heads[0])}
+def _names(family: Family) -> Callable[[str], tuple[Same | Fused, tuple[str, ...]]]:
+    """Our parameter -> the form they hold it in, and the names of its tensors."""
+    modules = family.modules | {"head": Same(family.heads[0])}
 
-    def look_up(name: str) -> tuple[Same | Fused, list[str]]:
+    def look_up(name: str) -> tuple[Same | Fused, tuple[str, ...]]:
         module, _, kind = name.rpartition(".")
         number = module.split(".")[1] if module.startswith("blocks.") else ""
         form = modules[module.replace(f".{number}.", ".*.") if number else module]
-        return form, [f"{theirs.replace('*', number)}.{kind}" for theirs in form.names]
+        prefix = "" if module == "head" else family.prefix
+        return form, tuple(f"{prefix}{theirs.replace('*', number)}.{kind}" for theirs in form.names)
 
     return look_up
 
 
-def _take_head(family: Family, theirs: dict[str, Tensor]) -> Tensor | None:
-    found = [theirs.pop(f"{head}.weight") for head in family.heads if f"{head}.weight" in theirs]
+def _without_prefix(family: Family, found: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Name without the prefix -> name in the files, of everything that is a weight."""
+    keys: dict[str, str] = {}
+    for key in found:
+        bare = key.removeprefix(family.prefix)
+        if bare in keys:
+            raise Mistake(f"the weights hold both {keys[bare]} and {key}, which are the same → take one of them out")
+        if not key.endswith(BUFFERS):
+            keys[bare] = key
+    return keys
+
+
+def _take_head(family: Family, keys: dict[str, str]) -> str | None:
+    found = [keys.pop(f"{head}.weight") for head in family.heads if f"{head}.weight" in keys]
+    if len(found) > 1:
+        raise Mistake(f"the weights hold both {found[0]} and {found[1]}, which are the same → take one of them out")
     return found[0] if found else None
 
 
@@ -245,14 +213,3 @@ def _family(name: str) -> Family:
     if name not in FAMILIES:
         raise Mistake(f"model_type = {name!r} is not a family we can read or write → use {', '.join(FAMILIES)}")
     return FAMILIES[name]
-
-
-def _refuse_unlike(model: GPT, family: str) -> None:
-    for field, values in _family(family).holds.items():
-        if getattr(model, field) not in values:
-            allowed = " or ".join(repr(value) for value in dict.fromkeys(values))
-            raise Mistake(f"model.{field} = {getattr(model, field)!r} is no {family} → that has {allowed}")
-    if not _family(family).grouped and model.num_kv_heads != model.num_heads:
-        raise Mistake(f"model.num_kv_heads = {model.num_kv_heads} is no {family} → that has as many as num_heads = {model.num_heads}")
-    if model.bias != model.qkv_bias:  # reached by Llama alone
-        raise Mistake(f"model.bias = {model.bias} with model.qkv_bias = {model.qkv_bias} is no {family} → that has both or neither")

@@ -5,6 +5,7 @@ Tables are computed where they are used, in fp32: a buffer would be rounded to b
 
 import math
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from models.config import GPT
 from models.init import GPT2Init
+from models.rotary_scaling import scaled
 from parallel.collectives import copy_to_tensor_ranks
 from parallel.grid import Grid
 from parallel.slices import Slice, make_parameter
@@ -98,18 +100,21 @@ class Sinusoidal(Position):
 
 
 class Rotary(Position):
-    """Pairs (i, i + r/2) of the first r = fraction·head_size features turn by t·base^{−2i/r} (arXiv:2104.09864)."""
+    """Pairs (i, i + r/2) of the first r = fraction·head_size features turn by t·base^{−2i/r} (arXiv:2104.09864).
+
+    models/rotary_scaling.py makes those frequencies lower for long texts.
+    """
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q 'b h s e', k 'b k s e': the first r features of each head turned, the rest as they were."""
         assert self.model.rotary_fraction is not None and self.model.rotary_base is not None  # config validates
         turned = int(q.shape[-1] * self.model.rotary_fraction) // 2 * 2
-        cos, sin = self.places.once(("rotary", turned, self.model.rotary_base, q.dtype), lambda: self._factors(q, turned))
+        cos, sin = self.places.once((type(self), turned, q.dtype), lambda: self._factors(q, turned))
         return _turn(q, cos, sin), _turn(k, cos, sin)
 
     def _factors(self, q: Tensor, turned: int) -> tuple[Tensor, Tensor]:
         assert self.model.rotary_base is not None
-        angles = _angles(self.places.of(q), turned, self.model.rotary_base)
+        angles = _angles(self.places.of(q), turned, self.model.rotary_base, partial(scaled, model=self.model))
         return angles.cos().to(q.dtype), angles.sin().to(q.dtype)
 
 
@@ -118,7 +123,7 @@ class Alibi(Position):
 
     def bias(self, q: Tensor) -> Tensor:
         """'h s t' for this rank's heads."""
-        return self.places.once(("alibi", q.shape[1], q.dtype), lambda: self._bias(q))
+        return self.places.once((type(self), q.dtype), lambda: self._bias(q))
 
     def _bias(self, q: Tensor) -> Tensor:
         heads = q.shape[1]
@@ -137,10 +142,11 @@ def alibi_slopes(heads: int) -> list[float]:
     return series + between
 
 
-def _angles(places: Tensor, size: int, base: float) -> Tensor:
-    """'…' -> '… ⌈size/2⌉' in fp32: position t, pair i -> t · base^{−2i/size}."""
+def _angles(places: Tensor, size: int, base: float, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """'…' -> '… ⌈size/2⌉' in fp32: position t, pair i -> t · base^{−2i/size}, the frequencies changed before they meet the positions."""
     exponents = torch.arange(0, size, 2, device=places.device, dtype=torch.float32) / max(size, 1)
     frequencies = 1.0 / base**exponents  # not base**-exponents, an ulp away from transformers: 1e-4 in an angle at position 2,000
+    frequencies = change(frequencies) if change else frequencies
     return places[..., None].float() * frequencies
 
 

@@ -7,12 +7,14 @@ if rank == 0: checkpoint.retain(run / "checkpoints", keep_last=3, keep_every=100
 
 facts = checkpoint.load(checkpoint.latest(run / "checkpoints"), engine)   # all ranks, before the next step
 why = checkpoint.differences(facts, engine)             # {} where the run goes on bit for bit
+checkpoint.load_initial(other / "checkpoints/step_000300", engine)        # a new run that begins with another's weights
 
 with checkpoint.Reader(folder) as reader:               # one process, any layout's checkpoint
     checkpoint.load_weights(module, reader, Grid())
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from parallel.checkpoint_reader import Reader, check_shape, load_weights
 from parallel.checkpoint_saver import BackgroundSaver, Saver
 from parallel.checkpoint_writer import GENERATORS, Saved, write
 from parallel.engine import Engine
-from parallel.engine_state import ensure_moments, fragment, publish_weights, set_counters
+from parallel.engine_state import check_counters, ensure_moments, fragment, publish_weights, set_counters
 from parallel.errors import Mistake
 from parallel.host_state import differences, set_generators
 from parallel.slices import slice_of
@@ -36,6 +38,7 @@ __all__ = [
     "differences",
     "latest",
     "load",
+    "load_initial",
     "load_weights",
     "newest_complete",
     "retain",
@@ -58,30 +61,56 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
             reader.check(grid.rank, grid.world)
         named = {name for names in everyone(list(engine.parameters), grid) for name in names}
         with together(grid):
+            _check_moments(reader)
             _check_model(reader, engine, named)
+            counters = check_counters(reader.facts.get("counters"))
+            _restore_generators(reader, engine)
         ensure_moments(engine)
         with together(grid):
-            _read_state(reader, engine)
-            set_counters(engine, reader.facts.get("counters"))
-            _restore_generators(reader, engine)
+            _read_state(reader, engine, KINDS)
+        set_counters(engine, counters)
         publish_weights(engine)
         return reader.facts
 
 
-def _check_model(reader: Reader, engine: Engine, named: set[str]) -> None:
-    """The checkpoint is of this model, and of a training run."""
+def load_initial(folder: Path, engine: Engine) -> dict[str, Any]:
+    """Sets the weights alone to those of the checkpoint `folder`, and returns its facts. Collective, before the first step.
+
+    For a run of its own that begins where another ended, or with imported weights: moments and counters stay as they begin.
+    Checked as in `load`.
+    """
+    grid = engine.grid
+    with together(grid):
+        reader = Reader(folder)
+    with reader:
+        with together(grid):
+            reader.check(grid.rank, grid.world)
+        named = {name for names in everyone(list(engine.parameters), grid) for name in names}
+        with together(grid):
+            _check_model(reader, engine, named)
+            _read_state(reader, engine, ("weights",))
+        publish_weights(engine)
+        return reader.facts
+
+
+def _check_moments(reader: Reader) -> None:
+    """The checkpoint is of a training run."""
     if missing := [kind for kind in KINDS if kind not in reader.manifest.tensors]:
         raise Mistake(f"{reader.folder} holds weights but no {missing[0]} → resume from a checkpoint that a training run wrote")
+
+
+def _check_model(reader: Reader, engine: Engine, named: set[str]) -> None:
+    """The checkpoint is of this model."""
     for name, parameter in engine.parameters.items():
         check_shape(name, slice_of(parameter).shape, reader)
     if unknown := sorted(set(reader) - named):
         raise Mistake(f"{reader.folder} holds {unknown[0]}, which this model has not → use the model it was trained with")
 
 
-def _read_state(reader: Reader, engine: Engine) -> None:
+def _read_state(reader: Reader, engine: Engine, kinds: Sequence[str]) -> None:
     """Each parameter's fragment on this rank, from the rows of its slice that it lies in."""
     grid = engine.grid
-    for kind in KINDS:
+    for kind in kinds:
         for name, parameter in engine.parameters.items():
             cut, own = slice_of(parameter), fragment(parameter, kind)
             count = own.values.numel()

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # a folder is looked at before torch is imported
     from torch import Tensor
 
-from parallel.checkpoint_manifest import DTYPES, File
+from parallel.checkpoint_manifest import File
 
 AT_ONCE = 2**20
 """Bytes that are hashed and then written while they are still in the processor's cache."""
-SAFETENSORS = {"float32": "F32"}
+SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""torch's name of a dtype -> the format's. Checkpoints hold the first alone; the others are for other programs."""
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Entry:
     @property
     def size(self) -> int:
         """Bytes."""
-        return prod(self.shape) * DTYPES[self.dtype]
+        return prod(self.shape) * BYTES[self.dtype]
 
 
 class TensorFile:
@@ -51,7 +53,7 @@ class TensorFile:
         entry = self.waiting.pop(0)
         if tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{entry.dtype}":
             raise ValueError(f"{entry} was to follow in {self.path}, not {tensor.dtype} {tuple(tensor.shape)}")
-        self._write(memoryview(tensor.detach().contiguous().view(-1).numpy()).cast("B"))
+        self._write(_bytes(tensor))
 
     def close(self) -> File:
         """Waits until the file is on disk; its size and hash."""
@@ -73,6 +75,13 @@ class TensorFile:
             while part:  # a disk that fills up takes a part of it before it refuses the rest
                 part = part[self.file.write(part) :]
         self.size += len(view)
+
+
+def _bytes(tensor: "Tensor") -> memoryview:
+    """As they lie in memory, little-endian on every machine that torch runs on; numpy has no bfloat16."""
+    import torch
+
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def header(entries: Sequence[Entry]) -> bytes:

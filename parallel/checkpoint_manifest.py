@@ -4,12 +4,14 @@
      "files": {"weights-rank00000-000.safetensors": {"size": 1234, "sha256": "…"}, …},
      "tensors": {"weights": {"head.weight": {"shape": [8192, 192], "dtype": "float32", "pieces": [
          {"file": "weights-rank00000-000.safetensors", "key": "head.weight[0:4096]", "dim": 0, "start": 0, "length": 4096}, …]}, …},
-                 "exp_avg": …, "exp_avg_sq": …}}
+                 "exp_avg": …, "exp_avg_sq": …},
+     "sha256": "…"}                                        of all else in it: a flipped bit would change a step or a sample
 
 Text to objects and back, no files. A manifest may come from a stranger: what `parse` lets through names no path, fits into the
 files it names, and covers every tensor exactly once.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -27,7 +29,7 @@ MAX_BYTES = 256 * 2**20
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_SIZE = 2**60
-TABLES = ("format", "files", "tensors")
+TABLES = ("format", "files", "tensors", "sha256")
 COUNTS = ("step", "samples", "tokens")
 """Facts that are numbers where they are there; `step` always is."""
 
@@ -81,11 +83,22 @@ class Manifest:
         """As JSON, a file or a tensor on a line. A fact may not have the name of a table."""
         if taken := set(self.facts) & set(TABLES):
             raise ValueError(f"a checkpoint's facts cannot be called {', '.join(sorted(taken))}")
-        facts = json.dumps({"format": FORMAT, **self.facts}, indent=1, allow_nan=False).removesuffix("\n}")
-        tensors = {kind: _lines({name: asdict(tensor) for name, tensor in table.items()}) for kind, table in self.tensors.items()}
-        kinds = ",\n".join(f'  "{kind}": {lines}' for kind, lines in tensors.items())
-        files = _lines({name: asdict(file) for name, file in self.files.items()})
-        return f'{facts},\n "files": {files},\n "tensors": {{\n{kinds}\n }}\n}}\n'
+        tensors = {kind: {name: asdict(tensor) for name, tensor in table.items()} for kind, table in self.tensors.items()}
+        tables = {"files": {name: asdict(file) for name, file in self.files.items()}, "tensors": tensors}
+        facts = json.dumps({"format": FORMAT, **self.facts}, indent=1, allow_nan=False)
+        sha256 = digest(json.loads(facts) | json.loads(json.dumps(tables)))  # as it will be read: a tuple is a list then
+        kinds = ",\n".join(f'  "{kind}": {_lines(table)}' for kind, table in tensors.items())
+        head = facts.removesuffix("\n}")
+        return f'{head},\n "files": {_lines(tables["files"])},\n "tensors": {{\n{kinds}\n }},\n "sha256": "{sha256}"\n}}\n'
+
+
+class OtherFormat(ValueError):
+    """A manifest of another version's."""
+
+
+def digest(told: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's table without its own `sha256`: of its compact JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _lines(table: dict[str, Any]) -> str:
@@ -102,7 +115,9 @@ def parse(text: bytes) -> Manifest:
     _require(isinstance(told, dict), "it is not a table")
     _require("format" in told, "it has no format")
     version = told["format"]
-    _require(version == FORMAT and not isinstance(version, bool), f"it has format {version!r:.40}, this version reads format {FORMAT}")
+    if version != FORMAT or isinstance(version, bool):
+        raise OtherFormat(f"it has format {version!r:.40}, this version reads format {FORMAT}")
+    _require(told.pop("sha256", None) == digest(told), "its own sha256 is not that of what it says: it is damaged")
     facts = {name: value for name, value in told.items() if name not in TABLES}
     _require("step" in facts, "it has no step")
     for name in COUNTS:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from parallel.checkpoint_file import SAFETENSORS, sha256_of
 from parallel.checkpoint_folder import MANIFEST, hold, still_there
-from parallel.checkpoint_manifest import MAX_BYTES, Logical, Manifest, Piece, parse
+from parallel.checkpoint_manifest import MAX_BYTES, Logical, Manifest, OtherFormat, Piece, parse
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import unique_parameters
@@ -36,7 +36,8 @@ class Reader:
         try:
             self._held = hold(folder)
         except OSError as error:
-            raise Mistake(f"{folder} is not a checkpoint: its {MANIFEST} cannot be read ({error.strerror})") from error
+            what = f"{folder} is not a checkpoint: its {MANIFEST} cannot be read ({error.strerror})"
+            raise Mistake(f"{what} → name a folder that a run has saved, such as …/checkpoints/step_000300") from error
         self._open: dict[str, Any] = {}
         try:
             self.manifest: Manifest = self._parsed()
@@ -134,8 +135,8 @@ class Reader:
                 raise ValueError(f"it has more than {MAX_BYTES} bytes")
             return parse(text)
         except ValueError as error:
-            what = f"{self.folder} is not a checkpoint that can be read"
-            raise Mistake(f"{what}: {error} ({MANIFEST}) → use another one of its run") from error
+            way_out = "use the version that wrote it" if isinstance(error, OtherFormat) else "use another checkpoint of its run"
+            raise Mistake(f"{self.folder} is not a checkpoint that can be read: {error} ({MANIFEST}) → {way_out}") from error
 
     def _logical(self, name: str, kind: str) -> Logical:
         table = self.manifest.tensors.get(kind)

@@ -32,7 +32,7 @@ class Saver:
 
         `facts`: the caller's own, for the manifest: `step` must be among them, layout, machine and counters (told by the engine)
         must not. A Mistake on all ranks where one of them cannot write; nothing is left of the checkpoint then.
-        Takes, besides the engine, one parameter's slice on each rank.
+        Takes, besides the engine, at most one parameter's slice and 128 MiB on each rank. One saver at a time writes beside `folder`.
         """
         writing, tensors = begun(folder, engine, facts)
         for tensor in tensors:

@@ -84,8 +84,8 @@ def parts_of(engine: Engine, shares: Sequence[Share]) -> list[Part]:
 def collected(engine: Engine, shares: Sequence[Share]) -> Iterator[Tensor]:
     """The tensors of `parts_of`, fp32, on the CPU; each may be the optimizer's own memory.
 
-    Collective over the data group: all of its ranks walk to the end. Holds one slice of one parameter, or AHEAD bytes if that is
-    more: ranks send without waiting and receive ahead, so that none is held up while another writes.
+    Collective over the data group: all of its ranks walk to the end. Holds one parameter's slice and at most AHEAD bytes more:
+    ranks send without waiting and receive ahead, so that none is held up while another writes. All meet in the same order.
     """
     walk = iter([(kind, share) for kind in KINDS for share in shares])
     under_way: deque[_Transfer] = deque()

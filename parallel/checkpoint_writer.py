@@ -7,7 +7,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ Plan = dict[str, list[Part]]
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that has been published: its folder, the bytes of its files on all ranks, the seconds since it was begun."""
+    """A checkpoint that has been published: its folder, the bytes of its tensors on all ranks, the seconds since it was begun."""
 
     folder: Path
     size: int
@@ -114,6 +114,12 @@ class Writing:
             raise
         return Saved(self.folder, self.need, time.monotonic() - self.started)
 
+    def abandon(self) -> None:
+        """Removes what has been written; nothing may be written or published after it. Not collective."""
+        if self._file is not None:
+            self._file.abandon()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def _check_complete(self) -> None:
         if self.error is None and self._left:
             self.error = RuntimeError(f"{self._left[0]} was to be written and was not")
@@ -142,13 +148,18 @@ class Writing:
                 raise Mistake(f"{name}, which another rank has written, is not in {self.partial} → write to a disk that all ranks share")
 
 
-def write(folder: Path, weights: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Saved:
-    """Writes whole fp32 tensors by logical name from one process: a checkpoint that can be read, not resumed. `facts` hold a step."""
-    tensors = dict(weights)
-    parts = [Part("weights", name, tuple(tensor.shape), 0, 0, len(tensor)) for name, tensor in tensors.items()]
-    writing = Writing(folder, parts, facts, Grid())
-    for tensor in tensors.values():
-        writing.write(tensor)
+def write(folder: Path, shapes: Mapping[str, tuple[int, ...]], weights: Iterable[Tensor], facts: dict[str, Any]) -> Saved:
+    """Writes whole fp32 tensors from one process: a checkpoint that can be read, or begun with, not resumed. `facts` hold a step.
+
+    `shapes` by logical name; `weights` in that order, taken one at a time. Nothing is left where taking one raises.
+    """
+    writing = Writing(folder, [Part("weights", name, shape, 0, 0, shape[0]) for name, shape in shapes.items()], facts, Grid())
+    try:
+        for tensor in weights:
+            writing.write(tensor)
+    except BaseException:
+        writing.abandon()
+        raise
     return writing.published()
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
+from parallel import fp16
 from parallel.deepspeed_config import EngineSettings, derive
 from parallel.distributed import device
 from parallel.engine_grid import Mpu, Pipeline, reduce_tied_accumulated
@@ -63,6 +64,7 @@ class Engine:
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=self.module, model_parameters=_decay_groups(self.parameters.values(), settings), config=self.config, mpu=self._mpu()
             )
+        fp16.correct(self.optimizer, settings.precision, grid.data)
 
     def train_batch(self, batches: Iterable[MicroBatch], lr: float) -> float:
         """One optimizer step at learning rate `lr` on the step's `settings.micro_batches` micro-batches of this data rank.
@@ -86,6 +88,11 @@ class Engine:
     def skipped_steps(self) -> int:
         """Steps whose update was not applied because a gradient was not finite."""
         return int(self.deepspeed.skipped_steps)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next step multiplies its loss by before the backward pass, in fp16; equal on every rank and every layout. Else 1."""
+        return self._gradient_scale() * self.grid.data if self.settings.precision == "fp16" else 1.0
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(logical name, whole fp32 master weight on the CPU) of this stage's parameters, in the order of the layers.
@@ -118,12 +125,16 @@ class Engine:
         self.optimizer.step = step
 
     def _full_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        scale = getattr(self.optimizer, "loss_scale", None) or 1.0  # fp16's gradients are still multiplied by it
+        scale = self._gradient_scale()
         for name, parameter in self.parameters.items():
             if self.owns(name):
                 cut = slice_of(parameter)
                 piece = safe_get_full_grad(parameter).detach().to(self.device, torch.float32) / scale
                 yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, self._cut_group(parameter)).cpu()
+
+    def _gradient_scale(self) -> float:
+        """What DeepSpeed's reduced gradients are still multiplied by."""
+        return float(self.optimizer.loss_scale) if self.settings.precision == "fp16" else 1.0
 
     def owns(self, name: str) -> bool:
         """Whether a parameter is this stage's own, not its copy of another's tied table."""

@@ -24,7 +24,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + len(values)) of a parameter's flattened slice. `values` '… -> n' fp32 is the optimizer's own memory."""
+    """Elements [start, start + len(values)) of a parameter's flattened slice. `values`, 'n' in fp32, is the optimizer's own memory."""
 
     start: int
     values: Tensor
@@ -91,7 +91,7 @@ def publish_weights(engine: Engine) -> None:
 
 
 def counters(engine: Engine) -> dict[str, Any]:
-    """{steps: attempted, skipped_steps, adam_steps: applied, loss_scaler: {} unless fp16}: equal on every rank."""
+    """{steps: attempted, skipped_steps, adam_steps: applied, loss_scaler: {} unless fp16}: equal on every rank. After `ensure_moments`."""
     steps = {int(engine.optimizer.optimizer.state[flat]["step"]) for flat in _flat_partitions(engine)}
     if len(steps) != 1:
         raise RuntimeError(f"Adam has taken {sorted(steps)} steps on the parts of one rank, where all take the same number")
@@ -100,42 +100,47 @@ def counters(engine: Engine) -> dict[str, Any]:
         "steps": int(engine.deepspeed.global_steps),
         "skipped_steps": int(engine.deepspeed.skipped_steps),
         "adam_steps": steps.pop(),
-        "loss_scaler": {name: getattr(scaler, name) for name in SCALER} if scaler else {},
+        "loss_scaler": {name: getattr(scaler, name) for name in SCALER} | {"cur_scale": engine.loss_scale} if scaler else {},
     }
 
 
-def set_counters(engine: Engine, found: Any) -> None:
+def set_counters(engine: Engine, found: dict[str, Any]) -> None:
     """Sets what `counters` told. Micro-steps and samples follow from the steps, so that another accumulation goes on rightly.
 
     A loss scale is set where both runs have a dynamic one; a run that changes to fp16 begins with its own.
     """
-    for name in ("steps", "skipped_steps", "adam_steps"):
-        if not _is_count(found.get(name) if isinstance(found, dict) else None):
-            raise Mistake(f"the checkpoint's counters hold no {name} that is a number of steps → use another checkpoint of the run")
     below = engine.deepspeed
     below.global_steps, below.skipped_steps = found["steps"], found["skipped_steps"]
-    below.micro_steps = found["steps"] * below.gradient_accumulation_steps()
+    if engine.grid.pipe == 1:  # the pipeline engine counts none
+        below.micro_steps = found["steps"] * below.gradient_accumulation_steps()
     below.global_samples = found["steps"] * below.train_batch_size()
     for flat in _flat_partitions(engine):
         engine.optimizer.optimizer.state[flat]["step"].fill_(found["adam_steps"])
-    _set_scaler(_dynamic_scaler(engine), found.get("loss_scaler"))
+    scaler = _dynamic_scaler(engine)
+    if scaler and found["loss_scaler"]:
+        for name, value in found["loss_scaler"].items():
+            setattr(scaler, name, value)
+        scaler.cur_scale /= engine.grid.data  # told as Engine.loss_scale is, which means the same on every layout
 
 
-def _set_scaler(scaler: Any, found: Any) -> None:
-    if scaler is None or not found:
-        return
-    for name in SCALER:
-        value: Any = found.get(name) if isinstance(found, dict) else None
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or (name == "cur_scale" and not value > 0):
-            raise Mistake(f"the checkpoint's loss scaler has {name} = {value!r} → use another checkpoint of the run")
-        setattr(scaler, name, value)
+def check_counters(found: Any) -> dict[str, Any]:
+    """`found`, where it is what `counters` tells; else a Mistake."""
+    told = found if isinstance(found, dict) else {}
+    for name in ("steps", "skipped_steps", "adam_steps"):
+        if not (_is_number(told.get(name)) and isinstance(told[name], int) and 0 <= told[name] < 2**24):  # Adam counts in fp32
+            raise Mistake(f"the checkpoint's counters hold no {name} that is a number of steps → use another checkpoint of the run")
+    scaler = told.get("loss_scaler")
+    if not isinstance(scaler, dict) or set(scaler) not in (set(), set(SCALER)) or not all(map(_is_number, scaler.values())):
+        raise Mistake(f"the checkpoint's counters hold no loss_scaler with {', '.join(SCALER)} → use another checkpoint of the run")
+    if scaler and not scaler["cur_scale"] > 0:
+        raise Mistake(f"the checkpoint's loss scale is {scaler['cur_scale']} → use another checkpoint of the run")
+    return told
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _dynamic_scaler(engine: Engine) -> Any:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return scaler if scaler is not None and scaler.dynamic else None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**24  # Adam counts in fp32

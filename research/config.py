@@ -15,7 +15,7 @@ from parallel.errors import Mistake
 from research.run_folder import write_json
 from research.settings import Settings
 
-SCHEMA = 3
+SCHEMA = 4
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 
 
@@ -32,7 +32,14 @@ def _unwatched(settings: dict[str, Any]) -> dict[str, Any]:
     return {"checkpoints": {"every": 0}, "watch": watch} | settings
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout, 2: _unwatched}
+def _unscaled(settings: dict[str, Any]) -> dict[str, Any]:
+    """3 → 4: rotary positions had their own wavelengths; every run began with weights drawn from its seed."""
+    if not isinstance(model := settings.get("model"), dict) or model.get("position") != "rotary":
+        return settings
+    return {**settings, "model": {"rotary_scaling": "none"} | model}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout, 2: _unwatched, 3: _unscaled}
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""
 
 Count = Annotated[int, Field(gt=0)]
@@ -53,7 +60,9 @@ class Data(Settings):
 
     train: Text = Field(description="text to learn: builtin:state_of_the_union/train, or a .txt, .jsonl or .jsonl.xz file")
     validation: Text = Field(description="held-out text, named the same way; never trained on")
-    tokenizer: Text = Field(description="builtin:bpe-8192 (trained on the train text) or builtin:gpt2; model.vocab_size holds it")
+    tokenizer: Text = Field(
+        description="builtin:bpe-8192 (trained on the train text), builtin:gpt2 or the path of a tokenizer.json; model.vocab_size holds it"
+    )
     cache: Text = Field(default=".cache", description="folder for token stores and tokenizers, relative to the repository; safe to delete")
 
 
@@ -150,6 +159,9 @@ class Experiment(Settings):
     question: Text = Field(description="what this run is to answer")
     parent: str | None = Field(description="the experiment folder this one was copied from")
     model: GPT = Field(description="the network")
+    init_from: Text | None = Field(
+        default=None, description="checkpoint whose weights a run begins with: runs/NAME/ID/checkpoints/step_N; None: drawn from the seed"
+    )
     data: Data = Field(description="the text")
     schedule: Schedule = Field(description="how long, how much at a time")
     optimizer: Optimizer = Field(description="AdamW and the learning rate")

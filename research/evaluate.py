@@ -1,6 +1,7 @@
 """Held-out text: loss, perplexity and bits per byte over all tokens of a split, equal on every layout."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from parallel.engine import Engine
@@ -27,15 +28,20 @@ class Validation:
         return {"val/loss": self.loss, "val/ppl": self.perplexity, "val/bits_per_byte": self.bits_per_byte}
 
 
-def evaluate(engine: Engine, split: TokenStore, seq_length: int, numbered: bool = False) -> Validation:
+def evaluate(
+    engine: Engine, split: TokenStore, seq_length: int, numbered: bool = False, go_on: Callable[[], bool] = lambda: True
+) -> Validation | None:
     """Every token of `split` but the first, predicted once from at most seq_length tokens before it. Collective.
 
     `numbered`: batches carry context, as the training ones do (nothing is dropped, but a pipeline's shapes are fixed).
+    `go_on` is asked before each batch, the same answer on every rank; None where it was no.
     Bits per byte = Σ nats / (ln 2 · bytes): end-of-text's loss counts, its bytes do not.
     """
     grid, settings = engine.grid, engine.settings
     nats = tokens = 0.0
     for batch, count in validation_batches(split, seq_length, settings.micro_batch_size, grid.data_rank, grid.data):
+        if not go_on():
+            return None
         nats += engine.evaluate_batch(micro_batch(batch, numbered)) * count
         tokens += count
     return Validation(loss=nats / tokens, bits_per_byte=nats / math.log(2) / split.num_bytes)

@@ -23,7 +23,8 @@ def finish(run: "Run") -> None:
     plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, describe.layout_line(run.job))
     schedule = run.job.experiment.schedule
     run.voice.done(run.step, schedule.steps, run.meter.seconds(), run.best, run.engine.skipped_steps, run.folder.loss_png.name)
-    show_sample(run)
+    if not run.stop.signal:  # who was asked to end does not start anything new
+        show_sample(run)
 
 
 def show_sample(run: "Run") -> None:

@@ -16,9 +16,12 @@ from research.config import Experiment
 from research.data.prepare import check as check_data
 from research.dry_run import dry_run
 from research.experiment import Loaded, check_variants, load
+from research.initial import check as check_initial
 from research.job import Job, Override
 from research.layout import engine_settings, layout
 from research.machine import ALONE, Ranks, choose_accelerator, find_ranks, git_state, rank_hint, refuse_taken_port
+from research.parents import follow
+from research.peers import Lost
 from research.resume import find
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +39,17 @@ def run(file: str) -> None:
         sys.stdout.flush()  # here, where a reader that has left can still be told from an error
     except Mistake as mistake:
         refuse(mistake, rank_hint())
+    except Lost as lost:
+        sys.stderr.write(f"error  {lost}\n" if str(lost) else "")
+        raise SystemExit(lost.code) from None
     except BrokenPipeError:  # `--help | head` has seen enough; keep Python from complaining about it when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(file: Path, argv: list[str]) -> None:
-    ranks, loaded = find_ranks(), load(file.parent)
+    ranks = find_ranks()
+    parents = follow(ranks.launcher)
+    loaded = load(file.parent)
     experiment, overrides, options = parse(loaded.experiment, argv)
     if options.help:
         _on_rank_0(ranks, lambda: show_help(experiment, os.path.relpath(file)))
@@ -56,7 +64,7 @@ def _run(file: Path, argv: list[str]) -> None:
     choose_accelerator()  # torch begins here
     from research import train
 
-    train.train(job)
+    train.train(job, parents)
 
 
 def _enough(experiment: Experiment) -> Ranks:
@@ -71,6 +79,7 @@ def resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: O
     check(experiment, ranks)
     check_variants(loaded.folder, experiment.model)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
+    check_initial(experiment, ROOT)
     found = layout(experiment, ranks.world)
     _check_table(engine_settings(experiment, found))
     return Job(

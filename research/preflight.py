@@ -10,7 +10,7 @@ from parallel.engine import Engine
 from parallel.errors import Mistake
 from parallel.slices import slice_of
 from parallel.together import everyone
-from research import config
+from research import config, initial
 from research.config import Experiment
 from research.data.prepare import Corpus
 from research.job import Job
@@ -36,6 +36,7 @@ def claims(job: Job, corpus: Corpus) -> dict[str, str]:
     return {
         "the configuration": config_hash(job.experiment),
         "the code": f"{commit}{' and changes' if dirty else ''}",
+        "the initial weights": initial.digest(job.experiment, job.root),
         "the data": json.dumps(corpus.fingerprint, sort_keys=True),
         "the seed": str(job.experiment.seed),
     }

@@ -101,9 +101,14 @@ def _rank(rank: int, settings: dict, folder: str, name: str, world: int, port: i
     if prelude is not None:
         prelude(rank)
     from research import launch, train
+    from research.parents import Parents
+    from research.peers import Lost
 
     try:
-        train.train(launch.resolved(loaded, [], own, launch.Options(resume=resume), []))
+        train.train(launch.resolved(loaded, [], own, launch.Options(resume=resume), []), Parents("python"))
+    except Lost as lost:
+        sys.stderr.write(f"error  (rank {rank}) {lost}\n")
+        raise SystemExit(1) from None
     except Mistake as mistake:
         with contextlib.suppress(OSError):
             sys.stderr.write(f"error  (rank {rank}) {mistake}\n")

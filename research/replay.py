@@ -11,7 +11,7 @@ from parallel.engine import PRECISIONS, Engine, MicroBatch, make_engine
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
-from research import config, incidents, run_folder
+from research import config, incidents, initial, run_folder
 from research.config import Experiment
 from research.data import prepare
 from research.data.batches import train_micro_batches
@@ -83,6 +83,8 @@ def reached(
         engine = _engine(folder, alone)
         if base is not None:
             checkpoint.load(base, engine)
+        elif path := initial.path_of(experiment, ROOT):
+            checkpoint.load_initial(path, engine)
         with report.progress("steps in between", step - 1 - first) as advance:
             for taken in range(first, step - 1):
                 lr = learning_rate(taken, experiment.optimizer, experiment.schedule.steps)

@@ -6,8 +6,9 @@ The same characters either way; in a pipe no colour, no cursor movement and no w
 
 import functools
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
@@ -31,12 +32,22 @@ def _nothing(n: int = 1, /) -> None:
     """No bar to move."""
 
 
+class _Console(Console):
+    """Goes on, unheard, when its reader has left: `| tee log` ends at a Ctrl-C before the run has saved."""
+
+    def on_broken_pipe(self) -> None:
+        """Later words, and those that are still in a buffer, go nowhere."""
+        self.quiet = True
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Report:
     """Rank 0's voice. Every method writes whole lines and flushes them."""
 
     def __init__(self, stream: TextIO | None = None, terminal: bool | None = None):
         """Write to `stream` (None: standard output as it is at each line); `terminal` None: ask the stream."""
-        self._console = Console(file=stream, force_terminal=terminal, highlight=False, markup=False, emoji=False)
+        self._console = _Console(file=stream, force_terminal=terminal, highlight=False, markup=False, emoji=False)
         _never_fail_on_a_letter(self._console.file)
 
     def header(self, lines: Sequence[tuple[str, str]]) -> None:
@@ -105,8 +116,11 @@ class Report:
             self._put(Text.assemble((f"{'' if i else label:<{indent}}", style), line))
 
     def _put(self, line: Text) -> None:
-        self._console.print(line, soft_wrap=True)
-        self._console.file.flush()
+        try:
+            self._console.print(line, soft_wrap=True)
+            self._console.file.flush()
+        except OSError:  # the terminal is gone
+            self._console.on_broken_pipe()
 
 
 class Silent:

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel import checkpoint_folder
 from parallel.checkpoint_folder import MANIFEST
 from parallel.checkpoint_manifest import MAX_BYTES, parse
-
-from parallel import checkpoint_folder
 from parallel.errors import Mistake
 from research import config, run_folder
 from research.changes import Change, allowed
 from research.config import Experiment
 from research.experiment import VARIANTS, variant_names
-from research.run_folder import FINISHED, RUNNING, RunFolder
+from research.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
 
 AUTO, NEVER = "auto", "never"
 
@@ -49,6 +48,7 @@ def find(asked: str, experiment: Experiment, source: Path, runs: Path) -> Resume
     run = run_folder.read_json(folder.run)
     _refuse_other_experiment(folder, source)
     _refuse_running(folder, run)
+    _refuse_imported(folder, run)
     if asked != AUTO and run_folder.status(run) == FINISHED and experiment.schedule.steps <= _facts(checkpoint)["step"]:
         steps = experiment.schedule.steps
         raise Mistake(
@@ -62,7 +62,7 @@ def _newest(runs: Path, name: str) -> tuple[RunFolder | None, Path | None]:
     """The newest run of the experiment that has a checkpoint, unless it is finished."""
     found = [(run_folder.read_json(folder.run), folder) for folder in run_folder.every(runs) if folder.name == name]
     for run, folder in sorted(found, key=lambda pair: str(pair[0].get("started")), reverse=True):
-        if checkpoint_folder.newest_complete(folder.checkpoints) is None:
+        if checkpoint_folder.newest_complete(folder.checkpoints) is None or run_folder.status(run) == IMPORTED:
             continue
         if run_folder.status(run) == FINISHED:
             return None, None
@@ -103,6 +103,11 @@ def _refuse_other_experiment(folder: RunFolder, source: Path) -> None:
 def _refuse_running(folder: RunFolder, run: dict[str, Any]) -> None:
     if run_folder.status(run) == RUNNING and run.get("host") == run_folder.hostname():
         raise Mistake(f"{folder.title} is running (process {run['pid']}) → wait for its end, or end it: kill -USR1 {run['pid']}")
+
+
+def _refuse_imported(folder: RunFolder, run: dict[str, Any]) -> None:
+    if run_folder.status(run) == IMPORTED:
+        raise Mistake(f"{folder.title} was imported, not trained: it holds weights alone → leave --resume out: init_from begins with them")
 
 
 def _refuse_other_variant(folder: RunFolder, source: Path, experiment: Experiment) -> None:

@@ -25,6 +25,8 @@ from research.files import published
 
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIED = "running", "finished", "interrupted", "failed", "died"
 """run.json says one of the first four; `died` is what `status` makes of a `running` whose process is gone."""
+IMPORTED = "imported"
+"""What run.json says of weights that another program has trained."""
 SOURCES = ("config.py", "variant.py")
 
 
@@ -64,6 +66,10 @@ class RunFolder:
     def rank_log(self, rank: int) -> Path:
         """The log of one rank."""
         return self.logs / f"rank_{rank}.txt"
+
+    def sign(self, rank: int) -> Path:
+        """The sign of life of one rank, while it runs."""
+        return self.logs / f"rank_{rank}.alive.json"
 
 
 def create(runs: Path, name: str) -> RunFolder:
@@ -116,9 +122,20 @@ def hostname() -> str:
     return socket.gethostname()
 
 
-def end(folder: RunFolder, status: str) -> None:
-    """Set run.json's status to finished, interrupted or failed, and `ended` to now."""
-    write_json(folder.run, {**read_json(folder.run), "status": status, "ended": now()})
+def end(folder: RunFolder, status: str, reason: str = "") -> None:
+    """Set run.json's status to finished, interrupted or failed, `ended` to now, `reason` to why it is not finished."""
+    run = {**read_json(folder.run), "status": status, "ended": now()}
+    if status == FINISHED:
+        run.pop("reason", None)  # of an earlier end
+    elif reason:
+        run["reason"] = reason
+    write_json(folder.run, run)
+
+
+def end_unless_ended(folder: RunFolder, status: str, reason: str) -> None:
+    """`end`, but what another rank has written of the end stays. Any rank."""
+    if read_json(folder.run).get("status") == RUNNING:
+        end(folder, status, reason)
 
 
 def status(run: dict[str, Any]) -> str:

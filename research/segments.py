@@ -24,6 +24,7 @@ def reopen(folder: RunFolder, step: int, segment: dict[str, Any]) -> int:
     for path in (folder.metrics, folder.samples):
         cut(path, step, folder.path / DROPPED, len(segments))
     now = {"status": run_folder.RUNNING, "ended": None, "segments": segments}
+    run.pop("reason", None)  # why the segment before this one ended
     run_folder.write_json(folder.run, {**run, **now, **run_folder.owner(), **_shown(segment)})
     return len(segments)
 

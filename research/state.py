@@ -30,6 +30,7 @@ def facts(run: "Run") -> dict[str, Any]:
             "interval_losses": finite(run.meter.losses),
             "recent_losses": list(run.spikes.recent),
             "skips_in_a_row": run.skips_in_a_row,
+            "validation_due": run.cut_short,
         },
     }
 
@@ -52,6 +53,7 @@ def restore(run: "Run", told: dict[str, Any]) -> None:
         run.best = _best(mine["best"])  # type: ignore[index]
         run.spikes = Spikes(run.spikes.threshold, [float(loss) for loss in mine["recent_losses"]])  # type: ignore[index]
         run.skips_in_a_row = int(mine["skips_in_a_row"])  # type: ignore[index]
+        run.cut_short = bool(mine["validation_due"])  # type: ignore[index]
     except (KeyError, TypeError, ValueError) as error:
         raise Mistake(f"the checkpoint does not say how its run stood ({error!r:.100}) → use another checkpoint of the run") from None
 

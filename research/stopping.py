@@ -1,31 +1,25 @@
 """What a signal does to a run: before there is anything to keep it ends at once, later all ranks stop after the same step."""
 
-import signal
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from parallel.distributed import device
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SIGNALLED = 128
-"""Exit code of a run that a signal ended: 128 + the signal's number, as shells report it."""
+from research.signals import SIGNALLED, catch
 
 
 def leave_when_asked() -> None:
     """From now on a signal raises SystemExit: what is open gets closed. Further ones, a launcher sends several, do not disturb that."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        for each in SIGNALS:
-            signal.signal(each, ignore)  # not SIG_IGN: Python complains of a signal that is on its way while it is set
+        catch(ignore)  # not SIG_IGN: Python complains of a signal that is on its way while it is set
         raise SystemExit(SIGNALLED + number)
 
     def ignore(number: int, frame: FrameType | None) -> None:
         return
 
-    for number in SIGNALS:
-        signal.signal(number, leave)
+    catch(leave)
 
 
 class Stop:
@@ -33,8 +27,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        catch(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number

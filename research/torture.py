@@ -66,10 +66,8 @@ def torture(loaded: Loaded, place: Path, trials: int, kills: int, seed: int) -> 
         done.append(trial(small(loaded, place, layout, f"trial_{number}"), layout, truths[layout], dice, kills, place))
         report.header([("lost" if done[-1].lost else "kept", line(number, done[-1]))])
     lost = [trial for trial in done if trial.lost]
-    total = sum(trial.kills for trial in done)
-    report.header(
-        [("", ""), ("done", f"{len(lost)} of {trials} runs lost something · {total} kills, {sum(t.starts for t in done)} starts")]
-    )
+    kills, starts = sum(trial.kills for trial in done), sum(trial.starts for trial in done)
+    report.header([("", ""), ("done", f"{len(lost)} lost runs of {trials} · {kills} kills, {starts} starts")])
     return 1 if lost else 0
 
 

@@ -10,12 +10,14 @@ from parallel import checkpoint
 from parallel.engine import Engine
 from parallel.grid import Grid
 from parallel.suspects import Suspects
-from research import evaluate, finish, look, run_folder, saving, state
+from research import evaluate, finish, initial, look, run_folder, saving, state
 from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
 from research.job import Job
 from research.meter import Meter
+from research.parents import Parents
 from research.preflight import preflight
+from research.progress import Progress, Stage
 from research.report import Report, Silent
 from research.run_folder import FAILED, FINISHED, INTERRUPTED, RunFolder
 from research.schedule import learning_rate
@@ -24,6 +26,7 @@ from research.start import Resumed, Voice, agreed_resume, corpus_of, engine_of, 
 from research.stopping import SIGNALLED, Stop, leave_when_asked
 from research.tensors import micro_batch
 from research.tracking import NoTracker, Tracker
+from research.watch import Watch, watched
 from research.world import joined
 
 WATCHED = 3
@@ -42,6 +45,7 @@ class Run:
     voice: Voice
     meter: Meter
     stop: Stop
+    doing: Progress
     saver: checkpoint.Saver
     spikes: Spikes
     suspects: Suspects
@@ -54,6 +58,8 @@ class Run:
     skips_in_a_row: int = 0
     failure: str | None = None
     """Why the run stops itself after this step, as a sentence."""
+    cut_short: bool = False
+    """Whether a signal ended a validation."""
 
     def progress(self) -> dict[str, float]:
         """The axes of a row."""
@@ -66,24 +72,26 @@ class Run:
         }
 
 
-def train(job: Job) -> None:
+def train(job: Job, parents: Parents) -> None:
     """Trains the experiment of `job` to its last step, or to a signal, from its first step or a checkpoint; ends with one. Collective."""
     voice = Report() if job.ranks.rank == 0 else Silent()
-    with joined(job) as grid:
+    with watched(job, parents) as watch, joined(job) as grid:
         resumed = agreed_resume(job)
         folder = open_folder(job, resumed)
-        status = FAILED
+        status, failure = FAILED, ""
         try:
             leave_when_asked()
-            header(job, folder, voice)
-            run = prepared(job, folder, grid, voice, resumed)
-            status = carried_out(run)
+            with watch.together(folder):
+                header(job, folder, voice)
+                run = prepared(job, folder, grid, voice, resumed, watch)
+                status = carried_out(run)
+                failure = run.failure or ""
         except SystemExit:  # a signal came before the first step
             status = INTERRUPTED
             raise
         finally:
             if grid.rank == 0:
-                run_folder.end(folder, status)
+                run_folder.end(folder, status, failure or watch.reason)
         finish.last_words(run)
         dist.barrier()  # the first rank to leave with an exit code makes a launcher end the others
     if run.failure:
@@ -99,27 +107,48 @@ def leave_with(failure: str, grid: Grid) -> None:
     raise SystemExit(WATCHED)
 
 
-def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, resumed: Resumed | None) -> Run:
+def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, resumed: Resumed | None, watch: Watch) -> Run:
     """The run before its first step. A signal leaves at once until all is there, then waits for the step's end."""
-    corpus = corpus_of(job, voice)
+    with watch.progress.work("preparing the text"):
+        corpus = corpus_of(job, voice)
+    watch.progress.advance("building the engine")
     engine = engine_of(job, grid)
     preflight(job, folder, corpus, engine)
     seeded(job.experiment.seed, grid)
-    told = state_of(resumed, engine, corpus, voice)
-    tracker = tracker_of(job, folder, engine, voice, resumed)
-    watch, saver = job.experiment.watch, saving.saver_of(job.experiment)
-    suspects = Suspects(engine.parameters, engine.device)
-    run = Run(job, folder, corpus, engine, tracker, voice, Meter(job.layout.tokens_per_step), Stop(), saver, Spikes(watch.spike), suspects)
+    with watch.progress.work("reading the checkpoint"):
+        told = state_of(resumed, engine, corpus, voice) if resumed else None
+        if resumed is None:
+            begin(job, engine, voice)
+    watch.progress.advance("starting the tracker")
+    run = Run(
+        job=job,
+        folder=folder,
+        corpus=corpus,
+        engine=engine,
+        tracker=tracker_of(job, folder, engine, voice, resumed),
+        voice=voice,
+        meter=Meter(job.layout.tokens_per_step),
+        stop=watch.note_signals(),
+        doing=watch.progress,
+        saver=saving.saver_of(job.experiment),
+        spikes=Spikes(job.experiment.watch.spike),
+        suspects=Suspects(engine.parameters, engine.device),
+    )
     if told:
         state.restore(run, told)
         run.saved_step = run.step
     return run
 
 
-def state_of(resumed: Resumed | None, engine: Engine, corpus: Corpus, voice: Voice) -> dict[str, Any] | None:
-    """The checkpoint's state in the engine, and its facts; None for a run that begins."""
-    if resumed is None:
-        return None
+def begin(job: Job, engine: Engine, voice: Voice) -> None:
+    """The weights of `init_from` in the engine of a run that begins with them."""
+    if path := initial.path_of(job.experiment, job.root):
+        facts = checkpoint.load_initial(path, engine)
+        voice.header([("weights", f"{job.experiment.init_from} · step {facts['step']}")])
+
+
+def state_of(resumed: Resumed, engine: Engine, corpus: Corpus, voice: Voice) -> dict[str, Any]:
+    """The checkpoint's state in the engine, and its facts."""
     told = checkpoint.load(resumed.checkpoint, engine)
     state.refuse_other_data(told, corpus.fingerprint, str(resumed.checkpoint))
     voice.header([("resume", resumed.line(told["step"], checkpoint.differences(told, engine)))])
@@ -131,10 +160,13 @@ def carried_out(run: Run) -> str:
     status = FAILED
     try:
         steps_of(run)
-        finish.finish(run)
+        with run.doing.work("saving", Stage.SAVING):
+            finish.finish(run)
         if not run.failure:
-            status = FINISHED if run.step >= run.job.experiment.schedule.steps else INTERRUPTED
+            whole = run.step >= run.job.experiment.schedule.steps and not run.cut_short
+            status = FINISHED if whole else INTERRUPTED
     finally:
+        run.doing.advance("closing the tracker", Stage.LEAVING)
         run.tracker.finish(status)
         tell(run.tracker, run.voice)
     return status
@@ -145,7 +177,10 @@ def steps_of(run: Run) -> None:
     schedule, checkpoints = run.job.experiment.schedule, run.job.experiment.checkpoints
     run.voice.columns()
     run.meter.start()
-    while run.step < schedule.steps and not run.failure and not run.stop.agreed():
+    if run.cut_short:  # by the signal that ended the segment before this one
+        validate(run)
+    while run.step < schedule.steps and not run.failure and not run.cut_short and not run.stop.agreed():
+        run.doing.stepping(run.step + 1)
         one_step(run)
         last = run.step == schedule.steps
         if run.step % schedule.log_every == 0 or last or run.step == 1 or run.failure:
@@ -155,7 +190,8 @@ def steps_of(run: Run) -> None:
         if last or (schedule.validate_every and run.step % schedule.validate_every == 0):
             validate(run)
         if not last and checkpoints.every and run.step % checkpoints.every == 0:
-            saving.save(run)
+            with run.doing.work("saving", Stage.SAVING):
+                saving.save(run)
         saving.poll(run)
 
 
@@ -190,13 +226,22 @@ def report_interval(run: Run) -> None:
 
 
 def validate(run: Run) -> None:
-    """All of the held-out text; its time is not counted as training time."""
+    """All of the held-out text; its time is not counted as training time. A signal cuts it short: the resumed run begins with it."""
     with run.meter.paused():
         model = run.job.experiment.model
-        found = evaluate.evaluate(run.engine, run.corpus.validation, model.seq_length, model.drops)
+        found = evaluate.evaluate(run.engine, run.corpus.validation, model.seq_length, model.drops, lambda: goes_on(run))
+    run.cut_short = found is None
+    if found is None:
+        return
     is_best = run.best is None or found.bits_per_byte < run.best[0]
     if is_best:
         run.best = (found.bits_per_byte, run.step)
     row = found.row() | run.progress()
     run.tracker.log(row)
     run.voice.validation(row, is_best)
+
+
+def goes_on(run: Run) -> bool:
+    """Between two batches of a validation: whether no rank was asked to stop. Collective."""
+    run.doing.advance("validation")
+    return not run.stop.agreed()

@@ -29,6 +29,7 @@ config = Experiment(
         tied=True,
         rotary_fraction=1.0,
         rotary_base=10_000.0,
+        rotary_scaling="none",
     ),
     data=Data(
         train="builtin:state_of_the_union/train",

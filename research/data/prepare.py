@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from parallel.errors import Mistake
-from research.data import corpus, store, tokenizer
+from research.data import corpus, store, tokenizer, tokenizer_file
 from research.data.store import TokenStore
 from research.data.tokenizer import Tokenizer
 from research.files import locked
@@ -64,6 +64,8 @@ def load(data: Settings, root: Path, vocab_size: int, progress: Progress | None 
 
 def load_tokenizer(data: Settings, root: Path, progress: Progress | None = None) -> Tokenizer:
     """The tokenizer alone (to generate, no text need be tokenized), made as in `load` if it is not cached."""
+    if tokenizer_file.is_file(data.tokenizer):
+        return tokenizer_file.load(data.tokenizer, root)
     if data.tokenizer == tokenizer.GPT2:
         return tokenizer.gpt2()
     digest = corpus.digest(data.train, root)
@@ -76,7 +78,8 @@ def check(data: Settings, root: Path, vocab_size: int) -> None:
     """Refuse in milliseconds, before torch is imported, what can be seen without reading: files, names, vocabulary."""
     corpus.check_exists(data.train, root, "data.train")
     corpus.check_exists(data.validation, root, "data.validation")
-    declared = tokenizer.declared_vocab_size(data.tokenizer)
+    is_file = tokenizer_file.is_file(data.tokenizer)
+    declared = tokenizer_file.declared_vocab_size(data.tokenizer, root) if is_file else tokenizer.declared_vocab_size(data.tokenizer)
     if declared > vocab_size:
         raise Mistake(
             f"model.vocab_size = {vocab_size} has no room for the {declared} tokens of data.tokenizer = "
@@ -128,7 +131,7 @@ def _announced(texts: Iterator[str], what: str, progress: Progress | None) -> It
 def _encoded(texts: Iterable[str], words: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
     """Each text's ids, end-of-text last, and its UTF-8 bytes. Works on GROUP characters at a time, however long a text is."""
     ids, num_bytes = [], 0
-    for group in _groups(_parts(texts)):
+    for group in _groups(_parts(texts, words)):
         found = words.encode_batch([part for part, _ in group])
         for (part, ends), part_ids in zip(group, found, strict=True):
             ids.append(np.array(part_ids, np.int32))
@@ -138,10 +141,10 @@ def _encoded(texts: Iterable[str], words: Tokenizer) -> Iterator[tuple[np.ndarra
                 ids, num_bytes = [], 0
 
 
-def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+def _parts(texts: Iterable[str], words: Tokenizer) -> Iterator[tuple[str, bool]]:
     """Every text's pieces in order, the last of each marked."""
     for text in texts:
-        *first, last = tokenizer.pieces(text)
+        *first, last = words.pieces(text)
         yield from ((part, False) for part in first)
         yield last, True
 

@@ -41,6 +41,12 @@ class Tokenizer:
     end_of_text: int
     fingerprint: str
     backend: "tokenizers.Tokenizer"
+    cuts: bool = True
+    """Whether a long text may be cut before it is tokenized: so it is with the pattern of all of ours (`pieces`)."""
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """`text` in parts whose ids one after the other are its own."""
+        return pieces(text) if self.cuts else iter([text])
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without end-of-text."""
@@ -65,7 +71,7 @@ def declared_vocab_size(name: str) -> int:
     size = name.removeprefix(TRAINED)
     if not name.startswith(TRAINED) or not (size.isascii() and size.isdecimal()):
         near = "".join(f" ({guess} is meant?)" for guess in difflib.get_close_matches(name, [f"{TRAINED}8192", GPT2], n=1))
-        raise Mistake(f"data.tokenizer = {name!r} is not known{near} → use {TRAINED}8192 (any size) or {GPT2}")
+        raise Mistake(f"data.tokenizer = {name!r} is not known{near} → use {TRAINED}8192 (any size), {GPT2} or a tokenizer.json")
     if int(size) < SMALLEST:
         raise Mistake(f"data.tokenizer = {name!r} is smaller than {SMALLEST}, 256 bytes and end-of-text → use {TRAINED}8192")
     return int(size)

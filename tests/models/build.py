@@ -19,18 +19,22 @@ SHAPE = dict(
     embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 """A GPT-2 in small, with a vocabulary that neither 2 nor 4 divides."""
-ROTARY = dict(position="rotary", rotary_fraction=1.0, rotary_base=10_000.0)
+ROTARY = dict(position="rotary", rotary_fraction=1.0, rotary_base=10_000.0, rotary_scaling="none")
+LLAMA_3 = dict(rotary_scaling="llama3", rotary_factor=8.0, rotary_low_factor=1.0, rotary_high_factor=4.0, rotary_original_length=64)
+"""Llama 3.1's rotary scaling, of a model that was trained on 64 tokens a sample."""
 ALONE = Grid()
+SEED = 5
+"""Of what is drawn and dropped, where a test names none."""
 
 
 def shape(**changes) -> GPT:
-    """SHAPE with settings replaced; rotary's two numbers come along with position="rotary"."""
+    """SHAPE with settings replaced; rotary's own settings come along with position="rotary"."""
     return GPT(**(SHAPE | (ROTARY if changes.get("position") == "rotary" else {}) | changes))
 
 
 def parts(model: GPT, grid: Grid = ALONE, variants: Mapping[str, type] | None = None) -> Parts:
-    """What a layer is built with, seed 5."""
-    return Parts(model, grid, 5, variants or {})
+    """What a layer is built with."""
+    return Parts(model, grid, SEED, variants or {})
 
 
 def made(kind: str, model: GPT, grid: Grid) -> nn.Module:
@@ -39,7 +43,7 @@ def made(kind: str, model: GPT, grid: Grid) -> nn.Module:
     return RESIDUALS[model.residual]("block", built) if kind == "block" else getattr(built, kind)(kind)
 
 
-def whole_model(model: GPT, grid: Grid = ALONE, seed: int = 5, variants: Mapping[str, type] | None = None) -> PlainModule:
+def whole_model(model: GPT, grid: Grid = ALONE, seed: int = SEED, variants: Mapping[str, type] | None = None) -> PlainModule:
     """All layers in this process (on this tensor rank)."""
     return PlainModule(gpt.layers(model, grid, seed, variants))
 

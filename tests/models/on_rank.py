@@ -5,6 +5,7 @@ Ranks return numpy arrays, which travel between processes by value.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,8 @@ from models.norm import NORMS
 from parallel.deepspeed_config import EngineSettings
 from parallel.engine import make_engine
 from parallel.grid import Grid, make_grid
-from tests.models.build import as_arrays, fill, gradients, made, random_weights, shape, tensor_grid, whole_model
+from parallel.layers import PlainModule
+from tests.models.build import SEED, as_arrays, fill, gradients, made, random_weights, shape, tensor_grid, whole_model
 
 VOCAB, LENGTH, BATCH = 83, 16, 2
 SAMPLES = torch.tensor([4, 1_000])
@@ -27,15 +29,19 @@ def tokens() -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], torch.rand(BATCH, LENGTH, generator=g).round(decimals=1)
 
 
-def whole_models(jobs: list[tuple[GPT, dict[str, Tensor]]], sequence: bool = False) -> list[tuple]:
-    """[(settings, whole weights)] -> [(this rank's logits, its gradients)] of a token loss, in the weights' precision."""
+def whole_models(jobs: list[tuple[GPT, dict[str, np.ndarray]]], sequence: bool = False) -> list[tuple]:
+    """[(settings, whole weights)] -> [(this rank's logits, its gradients)] of a token loss, in the weights' precision.
+
+    Arrays, since every tensor that is handed to a new process takes a file descriptor, of which there are 256.
+    """
     grid = tensor_grid(sequence)
-    return [run_model(model, weights, grid) for model, weights in jobs]
+    return [run_model(model, {name: torch.from_numpy(array) for name, array in weights.items()}, grid) for model, weights in jobs]
 
 
 def random_models(jobs: list[tuple[GPT, int]], sequence: bool) -> list[tuple]:
     """The same of weights that every rank draws whole from a seed: many models' would be too many to hand over."""
-    return whole_models([(model, random_weights(model, seed)) for model, seed in jobs], sequence)
+    grid = tensor_grid(sequence)
+    return [run_model(model, random_weights(model, seed), grid) for model, seed in jobs]
 
 
 def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid) -> tuple:
@@ -46,6 +52,19 @@ def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid) -> tuple:
     logits = module((ids, SAMPLES) if model.drops else ids)
     gpt.TokenLoss(model.vocab_size, 0.0, grid.tensor_group)(logits, (targets, token_weights)).backward()
     return logits.detach().numpy(), as_arrays(gradients(module))
+
+
+def dropping_model(model: GPT, seed: int, sequence: bool) -> list[tuple[float, dict]]:
+    """(loss, this rank's gradients) in fp64 of a model that drops, without recomputation and with either kind."""
+    grid, weights, (ids, targets, token_weights) = tensor_grid(sequence), random_weights(model, seed), tokens()
+    found = []
+    for recompute in ("none", "selective", "full"):
+        module = PlainModule(gpt.layers(model, grid, SEED, recompute=recompute)).double()
+        fill(module, weights, grid)
+        loss = gpt.TokenLoss(model.vocab_size, 0.0, grid.tensor_group)(module((ids, SAMPLES)), (targets, token_weights.double()))
+        loss.backward()
+        found.append((float(loss.detach()), as_arrays(gradients(module))))
+    return found
 
 
 def run_part(kind: str, model: GPT, weights: dict[str, Tensor], x: Tensor, dy: Tensor, grid: Grid) -> dict[str, Tensor]:

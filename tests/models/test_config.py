@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.config import CHOICES, GPT
-from tests.models.build import ROTARY, SHAPE, shape
+from tests.models.build import LLAMA_3, ROTARY, SHAPE, shape
 
 SENTENCES = [
     (dict(num_heads=5), "model.num_heads = 5 does not divide model.hidden_size = 32 → use 1, 2, 4, 8, 16 or 32"),
@@ -19,11 +19,36 @@ SENTENCES = [
     (dict(norm="variant:a b"), "model.norm = 'variant:a b' is not known → use layernorm, rmsnorm or variant:YourClass"),
     (
         ROTARY | dict(rotary_base=None),
-        "model.position = 'rotary' needs model.rotary_base → set it (Llama: fraction 1.0, base 10000.0)",
+        "model.position = 'rotary' needs model.rotary_base → set it (Llama 2: fraction 1.0, base 10000.0, scaling none)",
     ),
     (
         ROTARY | dict(rotary_fraction=None),
-        "model.position = 'rotary' needs model.rotary_fraction → set it (Llama: fraction 1.0, base 10000.0)",
+        "model.position = 'rotary' needs model.rotary_fraction → set it (Llama 2: fraction 1.0, base 10000.0, scaling none)",
+    ),
+    (
+        ROTARY | dict(rotary_scaling=None),
+        "model.position = 'rotary' needs model.rotary_scaling → set it (Llama 2: fraction 1.0, base 10000.0, scaling none)",
+    ),
+    (
+        ROTARY | dict(rotary_scaling="linear"),
+        "model.rotary_scaling = 'linear' needs model.rotary_factor → "
+        "set it (Llama 3.1: factor 8.0, low 1.0, high 4.0, original length 8192)",
+    ),
+    (
+        ROTARY | LLAMA_3 | dict(rotary_original_length=None),
+        "model.rotary_scaling = 'llama3' needs model.rotary_original_length → "
+        "set it (Llama 3.1: factor 8.0, low 1.0, high 4.0, original length 8192)",
+    ),
+    (
+        ROTARY | LLAMA_3 | dict(rotary_scaling="linear"),
+        "model.rotary_low_factor has no effect with model.rotary_scaling = 'linear' → leave it out",
+    ),
+    (ROTARY | dict(rotary_factor=2.0), "model.rotary_factor has no effect with model.rotary_scaling = 'none' → leave it out"),
+    (dict(rotary_factor=2.0), "model.rotary_factor has no effect with model.rotary_scaling = None → leave it out"),
+    (dict(rotary_scaling="none"), "model.rotary_scaling has no effect with model.position = 'learned' → leave it out"),
+    (
+        ROTARY | LLAMA_3 | dict(rotary_high_factor=1.0),
+        "model.rotary_low_factor = 1.0 is not below model.rotary_high_factor = 1.0 → Llama 3.1 has 1.0 and 4.0",
     ),
     (dict(rotary_base=1e4), "model.rotary_base has no effect with model.position = 'learned' → leave it out"),
 ]

@@ -27,12 +27,14 @@ GPT2: dict[str, Any] = {
     "attention_dropout": 0.0,
     "tied": True,
 }
-NEOX = GPT2 | {"position": "rotary", "rotary_fraction": 0.25, "rotary_base": 10000.0, "residual": "parallel", "tied": False}
+ROTARY = {"position": "rotary", "rotary_fraction": 0.25, "rotary_base": 10000.0, "rotary_scaling": "none"}
+NEOX = GPT2 | ROTARY | {"residual": "parallel", "tied": False}
 LLAMA = GPT2 | {
     "norm": "rmsnorm",
     "position": "rotary",
     "rotary_fraction": 1.0,
     "rotary_base": 10000.0,
+    "rotary_scaling": "none",
     "mlp": "swiglu",
     "bias": False,
     "qkv_bias": False,

@@ -15,34 +15,13 @@ from models.init import seed_of
 from models.position import alibi_slopes
 from parallel.grid import Grid
 from tests.models.build import ALONE, gradients, relative, shape, whole_model
+from tests.models.integers import M64, is_dropped, true_place
 
 SEED = 7
-M32, M64 = (1 << 32) - 1, (1 << 64) - 1
 EVERYWHERE = dict(embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)
 
 
 # The hash, once more, in integers.
-
-
-def finalised(x: int) -> int:
-    """splitmix64's finaliser on an unsigned number of 64 bits."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & M64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & M64
-    return x ^ (x >> 31)
-
-
-def true_place(name: str, sample: int, position: int, seed: int = SEED) -> int:
-    """64 bits of (seed, layer, sample, position)."""
-    key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}.dropout".encode(), digest_size=8).digest(), "little")
-    return finalised(finalised(key + sample & M64) + position * 0xBF58476D1CE4E5B9 & M64)
-
-
-def is_dropped(place: int, feature: int, p: float) -> bool:
-    """One 32-bit round; the lowest p of 2³² signed numbers are dropped."""
-    h = ((place & M32) ^ (finalised(feature) & M32)) * 0x7FEB352D + (place >> 32) & M32
-    h ^= h >> 15 | (0xFFFE0000 if h >> 31 else 0)  # the shift copies the sign
-    h = h * 0x846CA68B & M32
-    return (h - (1 << 32) if h >> 31 else h) < int(p * 2**32) - 2**31
 
 
 def kept(p: float, samples, positions=64, features=256, name="layer", seed=SEED, first=0, first_feature=0) -> Tensor:
@@ -56,20 +35,20 @@ def test_the_mask_is_that_of_plain_integers(p):
     samples = [0, 1, 12_345, 2**40 + 3]
     found = ~kept(p, samples, positions=6, features=9)
     for (i, sample), position, feature in itertools.product(enumerate(samples), range(6), range(9)):
-        assert bool(found[i, position, feature]) == is_dropped(true_place("layer", sample, position), feature, p)
+        assert bool(found[i, position, feature]) == is_dropped(true_place("layer", sample, position, SEED), feature, p)
 
 
 def test_the_module_s_mask_is_that_of_plain_integers():
     y = Dropout("layer", 0.3, SEED, ALONE)(torch.ones(2, 5, 7), torch.tensor([4, 9]))
     for (i, sample), position, feature in itertools.product(enumerate([4, 9]), range(5), range(7)):
-        assert (y[i, position, feature] == 0) == is_dropped(true_place("layer", sample, position), feature, 0.3)
+        assert (y[i, position, feature] == 0) == is_dropped(true_place("layer", sample, position, SEED), feature, 0.3)
 
 
 def test_attention_s_mask_is_that_of_plain_integers():
     """Key u of head h is feature h·2³² + u, of the place of the query's position."""
     mask = DroppingCore("layer", 0.4, SEED, ALONE).mask(torch.tensor([3, 8]), 3, 5)
     for (i, sample), head, t, u in itertools.product(enumerate([3, 8]), range(3), range(5), range(5)):
-        assert bool(mask[i, head, t, u]) == is_dropped(true_place("layer", sample, t), (head << 32) + u, 0.4)
+        assert bool(mask[i, head, t, u]) == is_dropped(true_place("layer", sample, t, SEED), (head << 32) + u, 0.4)
 
 
 GOLDEN_PLACES = ["2a2e5ad0c43bb8db", "72319c168bfe7ab9"]
@@ -282,7 +261,7 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, p: float) -
         weights = scores.masked_fill(t[None, :] > t[:, None], -math.inf).softmax(-1)
         mask = torch.tensor(
             [
-                [[is_dropped(true_place("layer", int(sample), i), (h << 32) + j, p) for j in range(length)] for i in range(length)]
+                [[is_dropped(true_place("layer", int(sample), i, SEED), (h << 32) + j, p) for j in range(length)] for i in range(length)]
                 for sample in SAMPLES
             ]
         )

@@ -16,7 +16,7 @@ from models import hf
 from parallel.errors import Mistake
 from tests.harness import run_ranks
 from tests.models import on_rank
-from tests.models.build import joined, relative, shape, values, whole_model, worst
+from tests.models.build import as_arrays, joined, relative, shape, values, whole_model, worst
 from tests.models.on_rank import BATCH, LENGTH, VOCAB, tokens
 
 TOLERANCE = 1e-5
@@ -37,9 +37,19 @@ CONFIGS = {
     "pythia, sequential residual": GPTNeoXConfig(
         **NEOX, use_parallel_residual=False, rope_parameters={"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
     ),
+    "pythia, linear scaling": GPTNeoXConfig(
+        **NEOX, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "factor": 4.0}
+    ),
     "llama": LlamaConfig(**LLAMA),
+    "llama 3.2, tied": LlamaConfig(
+        **LLAMA | dict(num_key_value_heads=1), tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        },
+    ),
     "llama, tied, biases": LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, hidden_act="gelu"),
-}
+}  # fmt: skip
 LAYOUTS = [(1, False), (2, False), (4, False), (2, True), (4, True)]
 """(tensor ranks, sequence parallelism)"""
 IN_DOUBLE = ("gpt2", "gpt2, untied, n_inner", "pythia", "pythia, sequential residual")
@@ -84,7 +94,7 @@ def our_weights(case: str, dtype: torch.dtype) -> dict[str, Tensor]:
 def ours(tensor: int, sequence: bool) -> dict[tuple[str, torch.dtype], tuple[Tensor, dict[str, Tensor]]]:
     """Every case on this layout, in one launch: (whole logits, whole gradients)."""
     keys = [(case, torch.float32) for case in CONFIGS] + [(case, torch.float64) for case in IN_DOUBLE]
-    jobs = [(hf.settings(CONFIGS[case]), our_weights(case, dtype)) for case, dtype in keys]
+    jobs = [(hf.settings(CONFIGS[case]), as_arrays(our_weights(case, dtype))) for case, dtype in keys]
     ranks = run_ranks(on_rank.whole_models, tensor, jobs, sequence)
     found = {}
     for i, (key, (model, _)) in enumerate(zip(keys, jobs, strict=True)):

@@ -4,15 +4,17 @@ import math
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig
+from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from models.position import POSITIONS, alibi_slopes
+from models.rotary_scaling import scaled
 from parallel.grid import Grid
 from tests.harness import run_ranks
 from tests.models import on_rank, reference
-from tests.models.build import ALONE, fill, joined_part, parts, random_part, relative, shape, values, whole_model, worst
+from tests.models.build import ALONE, LLAMA_3, fill, joined_part, parts, random_part, relative, shape, values, whole_model, worst
 
 
 def scheme(position: str, grid: Grid = ALONE, **changes):
@@ -35,6 +37,46 @@ def test_rotary_is_transformers_own_to_the_bit(fraction, base):
     theirs = apply_rotary_pos_emb(q, k, *GPTNeoXRotaryEmbedding(config)(q, torch.arange(300)[None]))
     ours = scheme("rotary", rotary_fraction=fraction, rotary_base=base).rotate(q, k)
     assert all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True))
+
+
+SCALED = {
+    "linear": (dict(rotary_scaling="linear", rotary_factor=4.0), {"factor": 4.0}),
+    "llama3": (
+        LLAMA_3,
+        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+    "llama3, 3.2": (
+        LLAMA_3 | dict(rotary_factor=32.0, rotary_original_length=8192),
+        {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    ),
+}
+
+
+@pytest.mark.parametrize("base", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("case", SCALED)
+def test_scaled_rotary_is_transformers_own_to_the_bit(case, base):
+    """At 600 positions, and another rotation than without scaling."""
+    q, k = queries_and_keys(600)
+    changes, table = SCALED[case]
+    parameters = {"rope_type": changes["rotary_scaling"], "rope_theta": base, **table}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=16_384, rope_parameters=parameters)
+    theirs = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, torch.arange(600)[None]))
+    ours = scheme("rotary", rotary_base=base, **changes).rotate(q, k)
+    assert all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True))
+    assert relative(ours[0], scheme("rotary", rotary_base=base).rotate(q, k)[0]) > 0.1
+
+
+@pytest.mark.parametrize("base", [10_000.0, 500_000.0])
+def test_llama_3_leaves_short_wavelengths_scales_long_ones_and_blends_between(base):
+    """Its three bands from their definition, in fp64, of a head of 128 features; each of them is met."""
+    length, factor = 8192, 8.0
+    model = shape(hidden_size=128, num_heads=1, num_kv_heads=1, position="rotary", **LLAMA_3 | dict(rotary_original_length=length))
+    frequencies = base ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    turns = length * frequencies / (2 * math.pi)  # of each pair in the original length
+    blend = ((turns - 1) / (4 - 1)).clamp(0, 1)
+    true = frequencies * blend + frequencies / factor * (1 - blend)
+    assert relative(scaled(frequencies.float(), model), true) <= 1e-6
+    assert (blend == 0).any() and (blend == 1).any() and ((blend > 0) & (blend < 1)).any()
 
 
 def test_rotated_scores_depend_on_the_distance_alone():

@@ -1,9 +1,12 @@
 """Checkpoints as tests write and read them: without an engine, and by numpy and json alone."""
 
+import hashlib
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.numpy import load_file
 
@@ -33,7 +36,8 @@ def by_another_reader(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 def save(folder: Path, offset: float = 0.0, step: int = 1) -> Path:
     """Weights alone, from one process: no process group is needed."""
-    write(folder, [(name, tensor + offset) for name, tensor in TENSORS.items()], {"step": step})
+    shapes = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+    write(folder, shapes, (tensor + offset for tensor in TENSORS.values()), {"step": step})
     return folder
 
 
@@ -53,12 +57,25 @@ def save_on(grid: Grid, folder: Path, offset: float = 0.0, step: int = 1) -> Sav
     return writing.published()
 
 
+def all_but_slow(cases: Iterable, fast: Collection) -> list:
+    """Parameters of a test: every case, those that are not `fast` in `make test-slow` only."""
+    return [
+        case if case in fast else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow) for case in cases
+    ]
+
+
 def change_manifest(folder: Path, change) -> None:
-    """Rewrites the manifest as `change` left it."""
+    """Rewrites the manifest as `change` left it, signed as a stranger could."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(signed(manifest)))
+
+
+def signed(manifest: dict) -> dict:
+    """With the SHA-256 of all else, as docs/checkpoints.md defines it."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return said | {"sha256": hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()}
 
 
 def hidden(folder: Path) -> list[str]:

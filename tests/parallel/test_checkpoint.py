@@ -1,296 +1,408 @@
-"""Checkpoints: written by any layout, read here with safetensors' numpy reader and json; damage is found, a killed writer loses nothing."""
+"""Resumed = uninterrupted: bit for bit on the same layout, within the rounding of the layouts on any other; and never from damage."""
 
 import functools
-import hashlib
 import json
 import os
+import random
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
-from models import gpt
-from models.config import GPT
 from parallel import checkpoint
-from parallel.checkpoint import Reader, latest, load_weights, write
+from parallel.checkpoint_file import write_synced
+from parallel.checkpoint_folder import MANIFEST
+from parallel.checkpoint_reader import Reader
+from parallel.engine import PRECISIONS, Engine
+from parallel.engine_state import KINDS, ensure_moments, fragment
 from parallel.errors import Mistake
-from parallel.grid import Grid
-from parallel.layers import PlainModule
-from tests.harness import RankFailed, run_ranks
+from parallel.slices import slice_of
+from tests.harness import run_ranks
 from tests.parallel import training
-from tests.parallel.training import MODEL, SEED
+from tests.parallel.checkpoints import all_but_slow, by_another_reader, change_manifest, save
+from tests.parallel.test_engine import DROPPING, LOSS, LOW_PRECISION_LOSS, furthest
+from tests.parallel.training import LLAMA
 
-WRITERS = {
+HALF, STEPS = 4, 8
+"""The rate rises from step to step, the clip binds, everything drops out, and a step takes two micro-batches where nothing is said."""
+LAYOUTS = {
     "one rank": (1, {}),
     "TP2": (2, dict(tensor=2)),
-    "ZeRO-3": (2, dict(zero_stage=3)),
+    "PP2": (2, dict(pipe=2, micro=2)),
+    "DP2": (2, dict(micro=2)),
+    "ZeRO-2": (2, dict(zero_stage=2, micro=2)),
+    "ZeRO-3": (2, dict(zero_stage=3, micro=2)),
     "TP2·PP2": (4, dict(tensor=2, pipe=2)),
-    "PP2, bf16": (2, dict(pipe=2, precision="bf16")),
 }
+MATRIX = list(LAYOUTS)
+LAYOUTS |= {
+    "PP2·DP2": (4, dict(pipe=2, micro=2)),
+    "TP2·ZeRO-3": (4, dict(tensor=2, zero_stage=3, micro=2)),
+    "TP2·SP": (2, dict(tensor=2, sequence=True)),
+    "ZeRO-2, offloaded": (2, dict(zero_stage=2, micro=2, offload_optimizer=True)),
+    "ZeRO-3, all offloaded": (2, dict(zero_stage=3, micro=2, offload_optimizer=True, offload_parameters=True)),
+    "TP4": (4, dict(tensor=4)),
+    "PP4": (4, dict(pipe=4, micro=2)),
+    "ZeRO-3 on three": (3, dict(zero_stage=3, micro=2)),  # which divide no parameter's size; the batch is not theirs to train on
+}
+SUBJECTS = {"dropping": DROPPING, "dropping, four blocks": DROPPING | {"num_layers": 4}, "llama": LLAMA}
+SCALED = {"fp16": {"initial_scale_power": 19, "loss_scale_window": 2}}
+"""fp16 that overflows in its first steps and whose scale grows again soon."""
+
+
+def settings_of(layout: str, subject: str, precision: str) -> tuple[int, dict]:
+    world, settings = LAYOUTS[layout]
+    explicit = {"explicit": SCALED} if precision == "fp16" else {}
+    return world, dict(settings, model=SUBJECTS[subject], precision=precision, steps=STEPS, **explicit)
 
 
 @pytest.fixture(scope="module")
-def written():
-    """written(layout, steps): the folder of a checkpoint, made once; tests that change one work on a copy of their own."""
-    with tempfile.TemporaryDirectory() as parent:
-
-        @functools.cache
-        def make(layout: str, steps: int) -> Path:
-            world, settings = WRITERS[layout]
-            folder = Path(parent) / f"{layout}-{steps}" / f"step_{steps:06d}"
-            run_ranks(training.call, world, dict(settings, steps=steps, save=str(folder)))
-            return folder
-
-        yield make
+def place():
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
-def by_another_reader(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the files that lie there, each name once."""
-    found: dict[str, np.ndarray] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(file)
-        assert not set(tensors) & set(found), "a tensor is written twice"
-        found |= tensors
+@pytest.fixture(scope="module")
+def uninterrupted(place: Path):
+    """uninterrupted(layout, subject, precision): every rank's losses of all steps, and the folder with step_4 and step_8. Run once."""
+
+    @functools.cache
+    def run(layout: str, subject: str = "dropping", precision: str = "fp32") -> tuple[list[dict], Path]:
+        world, settings = settings_of(layout, subject, precision)
+        folder = place / f"{layout}-{subject}-{precision}"
+        saves = {step: folder / f"step_{step}" for step in (HALF, STEPS)}
+        return run_ranks(training.call, world, dict(settings, save=saves)), folder
+
+    return run
+
+
+def resumed(folder: Path, layout: str, subject: str = "dropping", precision: str = "fp32", **more) -> list[dict]:
+    """The second half on a layout, from a checkpoint of the first."""
+    world, settings = settings_of(layout, subject, precision)
+    return run_ranks(training.call, world, dict(settings, resume=folder / f"step_{HALF}", **more))
+
+
+# The same layout.
+
+SAME = [(layout, "dropping", precision) for layout in LAYOUTS for precision in ("fp32", "bf16") if layout not in ("PP4", "ZeRO-3 on three")]
+SAME += [("PP4", "dropping, four blocks", "bf16"), ("TP2", "llama", "fp32"), ("TP2·PP2", "llama", "bf16")]
+SAME += [(layout, "dropping", "fp16") for layout in ("one rank", "TP2", "PP2", "ZeRO-2", "ZeRO-3")]
+SOON = {("TP2", "fp32"), ("PP2", "fp32"), ("ZeRO-3", "fp32"), ("DP2", "bf16"), ("one rank", "fp16")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "subject", "precision"), all_but_slow(SAME, {(layout, "dropping", precision) for layout, precision in SOON}), ids=str
+)
+def test_the_same_layout_goes_on_bit_for_bit(layout: str, subject: str, precision: str, uninterrupted, tmp_path: Path) -> None:
+    """Losses, norms and an evaluation as hex; and the last step's weights, moments, counters and generators by their files' hashes."""
+    whole, folder = uninterrupted(layout, subject, precision)
+    again = resumed(folder, layout, subject, precision, save={STEPS: tmp_path / "step_8"})
+    for rank, other in zip(whole, again, strict=True):
+        for key, last in (("loss", STEPS - HALF), ("norm", STEPS - HALF), ("eval", 1)):
+            assert [value.hex() for value in rank[key][-last:]] == [value.hex() for value in other[key]], key
+        assert len(set(rank["loss"])) == STEPS, "a loss that stands still compares nothing"
+    manifests = [json.loads((path / MANIFEST).read_text()) for path in (folder / "step_8", tmp_path / "step_8")]
+    assert manifests[0] == manifests[1]
+    if precision == "fp16":
+        half = json.loads((folder / "step_4" / MANIFEST).read_text())
+        assert 0 < half["counters"]["skipped_steps"] < HALF - 1, "some steps are skipped, some are not"
+
+
+def forget_the_moments(engine: Engine) -> None:
+    for parameter in engine.parameters.values():
+        fragment(parameter, "exp_avg").values.zero_()
+
+
+def forget_adams_step(engine: Engine) -> None:
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"].zero_()
+
+
+def forget_a_bit(engine: Engine) -> None:
+    """One bit of one weight, as the engine keeps it."""
+    weights = fragment(next(iter(engine.parameters.values())), "weights").values.view(torch.int32)
+    weights[5] ^= 1
+
+
+FORGET = {"the moments": forget_the_moments, "Adam's step": forget_adams_step, "a bit": forget_a_bit}
+
+
+@pytest.mark.parametrize("what", FORGET)
+def test_the_comparison_can_fail(what: str, uninterrupted, tmp_path: Path) -> None:
+    (whole,), folder = uninterrupted("one rank")
+    (again,) = resumed(folder, "one rank", spoil=FORGET[what], save={STEPS: tmp_path / "step_8"})
+    assert again["loss"][0] == whole["loss"][HALF], "the first loss comes before the first update"
+    files = [json.loads((path / MANIFEST).read_text())["files"] for path in (folder / "step_8", tmp_path / "step_8")]
+    assert files[0]["weights-rank00000-000.safetensors"] != files[1]["weights-rank00000-000.safetensors"]
+    if what != "a bit":
+        assert furthest(again["loss"][1:], whole["loss"][HALF + 1 :]) > 2 * LOSS
+
+
+# Another layout.
+
+PAIRS = [(a, b) for a in MATRIX for b in MATRIX]
+SHORT = [("one rank", "TP2·PP2"), ("TP2", "ZeRO-3"), ("PP2", "DP2"), ("ZeRO-3", "TP2"), ("TP2·PP2", "one rank")]
+OTHER = [("dropping", *pair) for pair in PAIRS]
+OTHER += [("llama", "TP2·PP2", "ZeRO-3"), ("llama", "ZeRO-3", "TP2"), ("dropping", "TP4", "ZeRO-3"), ("dropping", "ZeRO-3", "TP4")]
+OTHER += [("dropping, four blocks", "PP4", "TP2"), ("dropping, four blocks", "ZeRO-3, all offloaded", "PP4")]
+OTHER += [("dropping", "TP2·SP", "PP2·DP2")]
+
+
+@pytest.mark.parametrize(("subject", "a", "b"), all_but_slow(OTHER, [("dropping", *pair) for pair in SHORT]), ids=str)
+def test_half_on_a_and_half_on_b_is_the_whole_on_one_rank(subject: str, a: str, b: str, uninterrupted) -> None:
+    """Losses of fp32 within 2e-5, with dropout."""
+    (alone,), _ = uninterrupted("one rank", subject)
+    _, folder = uninterrupted(a, subject)
+    for rank in resumed(folder, b, subject):
+        assert furthest(rank["loss"], alone["loss"][HALF:]) <= LOSS
+        assert furthest(rank["eval"], alone["eval"]) <= LOSS
+
+
+SCALES = [("one rank", "ZeRO-3"), ("DP2", "TP2"), ("ZeRO-2", "PP2"), ("PP2", "DP2")]
+
+
+@pytest.mark.parametrize(("a", "b"), all_but_slow(SCALES, SCALES[:1]), ids=str)
+def test_the_loss_scale_goes_on_as_on_one_rank(a: str, b: str, uninterrupted) -> None:
+    """fp16: every step's scale and the steps skipped exactly, losses to 1e-3. DeepSpeed's own number depends on the data ranks."""
+    (alone,), _ = uninterrupted("one rank", "dropping", "fp16")
+    _, folder = uninterrupted(a, "dropping", "fp16")
+    for rank in resumed(folder, b, precision="fp16"):
+        assert rank["scale"] == alone["scale"][HALF:] and rank["skipped"] == alone["skipped"][HALF:]
+        assert len(set(rank["scale"])) > 1, "a scale that stands still compares little"
+        assert furthest(rank["loss"], alone["loss"][HALF:]) <= LOW_PRECISION_LOSS
+
+
+PRECISIONS_CHANGE = [("PP2", "bf16", "ZeRO-3", "bf16"), ("DP2", "bf16", "TP2", "fp32"), ("ZeRO-3", "fp32", "PP2", "bf16")]
+PRECISIONS_CHANGE += [("ZeRO-2", "fp16", "TP2", "bf16"), ("TP2", "bf16", "one rank", "fp16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("a", "before", "b", "after"), PRECISIONS_CHANGE, ids=str)
+def test_another_precision_goes_on_with_the_same_weights(a: str, before: str, b: str, after: str, uninterrupted) -> None:
+    """As the same change does on one rank: to 1e-3 where a half has low precision, to 2e-5 where the second is fp32."""
+    _, folder = uninterrupted(a, "dropping", before)
+    (alone,) = resumed(folder, "one rank", precision=after)
+    assert len(set(alone["loss"])) == STEPS - HALF
+    for rank in resumed(folder, b, precision=after):
+        assert furthest(rank["loss"], alone["loss"]) <= (LOSS if after == "fp32" else LOW_PRECISION_LOSS)
+
+
+# What a load sets.
+
+
+def after_load(settings: dict, folder: Path, initial: bool = False) -> dict:
+    """Every rank's fragments and what its model computes with, before a first step."""
+    engine, _, grid = training.build(**{key: value for key, value in settings.items() if key != "steps"})
+    facts = checkpoint.load_initial(folder, engine) if initial else checkpoint.load(folder, engine)
+    ensure_moments(engine)
+    found: dict = {"facts": facts, "differences": checkpoint.differences(facts, engine), "tensor_rank": grid.tensor_rank, "parts": {}}
+    for name, parameter in engine.parameters.items():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            model = parameter.detach().clone()
+        fragments = {kind: (fragment(parameter, kind).start, fragment(parameter, kind).values.clone()) for kind in KINDS}
+        found["parts"][name] = (slice_of(parameter), model, fragments)
     return found
 
 
-def initial_weights() -> dict[str, np.ndarray]:
-    """The logical weights as one process draws them."""
-    module = PlainModule(gpt.layers(GPT(**MODEL), Grid(), seed=SEED))
-    return {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
+LOADED = [("TP2·PP2", "bf16"), ("ZeRO-3 on three", "fp16"), ("DP2", "bf16"), ("ZeRO-2, offloaded", "fp32"), ("ZeRO-3", "bf16")]
 
 
-@pytest.mark.parametrize("layout", WRITERS)
-def test_untrained_weights_are_the_drawn_ones_bit_for_bit(layout: str, written) -> None:
-    found, expected = by_another_reader(written(layout, 0)), initial_weights()
-    if "bf16" in layout:  # the masters are made from the rounded weights
-        expected = {name: torch.from_numpy(value).bfloat16().float().numpy() for name, value in expected.items()}
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        assert found[name].dtype == np.float32 and found[name].shape == value.shape and found[name].tobytes() == value.tobytes(), name
+@pytest.mark.parametrize(("layout", "precision"), all_but_slow(LOADED, LOADED[:2]))
+@pytest.mark.parametrize("initial", [False, True], ids=["resumed", "begun"])
+def test_a_load_sets_every_element_bit_for_bit(initial: bool, layout: str, precision: str, uninterrupted) -> None:
+    """Masters and moments are the file's, the model's weights their rounding, on the first stage and on its copy, padding zero.
+
+    Of a run that begins with the weights the moments are zero.
+    """
+    _, folder = uninterrupted("TP2")
+    whole = by_another_reader(folder / "step_4")
+    if initial:
+        whole |= {kind: {name: np.zeros_like(array) for name, array in whole[kind].items()} for kind in KINDS[1:]}
+    world, settings = settings_of(layout, "dropping", precision)
+    degree = settings.get("tensor", 1)
+    ranks = run_ranks(after_load, world, settings, folder / "step_4", initial)
+    for rank in ranks:
+        assert rank["facts"]["step"] == HALF and rank["differences"]["layout.tensor" if degree == 1 else "layout.pipe"] is not None
+        for name, (cut, model, fragments) in rank["parts"].items():
+            expected = {kind: cut.cut(torch.from_numpy(whole[kind][name]), rank["tensor_rank"], degree) for kind in KINDS}
+            rounded = expected["weights"].to(PRECISIONS[precision])
+            assert model.dtype == rounded.dtype and torch.equal(model.view(-1), rounded.view(-1)), name
+            for kind, (start, values) in fragments.items():
+                assert values.numpy().tobytes() == expected[kind].flatten()[start : start + len(values)].numpy().tobytes(), (kind, name)
+    copies = [rank for rank in ranks if "embedding.weight" in rank["parts"]]
+    assert len(copies) == world, "the tied table is on both stages"
 
 
-@pytest.mark.parametrize("layout", ["TP2", "ZeRO-3", "TP2·PP2"])
-def test_trained_weights_are_those_of_one_rank(layout: str, written) -> None:
-    found, expected, before = by_another_reader(written(layout, 3)), by_another_reader(written("one rank", 3)), initial_weights()
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        assert np.linalg.norm(found[name] - value) <= 1e-5 * np.linalg.norm(value), name
-    moved = max(np.linalg.norm(value - before[name]) / np.linalg.norm(value) for name, value in expected.items())
-    assert moved > 1e-3, "nothing was trained, so nothing was compared"
+def generators_after(settings: dict, folder: Path, seed: int) -> list[float]:
+    """What a rank draws after it has saved (where nothing is there yet) or loaded, its own generators seeded before."""
+    engine, _, grid = training.build(**{key: value for key, value in settings.items() if key != "steps"})
+    random.seed(seed + grid.rank), torch.manual_seed(seed + grid.rank)
+    if folder.exists():
+        checkpoint.load(folder, engine)
+    elif seed:
+        checkpoint.Saver().save(folder, engine, {"step": 0})
+    return [random.random(), float(torch.rand(()))]
 
 
-@pytest.mark.parametrize("layout", WRITERS)
-def test_the_manifest_says_what_lies_there(layout: str, written) -> None:
-    folder = written(layout, 0)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["format"] == 1 and manifest["step"] == 0
-    assert {path.name for path in folder.iterdir()} == {*manifest["files"], "manifest.json"}
-    for name, entry in manifest["files"].items():
-        data = (folder / name).read_bytes()
-        assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        described = {key: value for key, value in manifest["tensors"].items() if value["file"] == name}
-        assert {key: (value["shape"], value["dtype"]) for key, value in described.items()} == {
-            key: (list(value.shape), "float32") for key, value in load_file(folder / name).items()
-        }
-    Reader(folder).check()
-    assert latest(folder.parent) == folder
+def test_each_rank_gets_its_own_generators_back_on_the_same_layout_only(tmp_path: Path) -> None:
+    _, two = settings_of("TP2", "dropping", "fp32")
+    _, other = settings_of("DP2", "dropping", "fp32")
+    drawn = run_ranks(generators_after, 2, two, tmp_path / "step_0", 10)
+    assert drawn[0] != drawn[1]
+    assert run_ranks(generators_after, 2, two, tmp_path / "step_0", 0) == drawn
+    assert (
+        run_ranks(generators_after, 2, other, tmp_path / "step_0", 0)
+        == run_ranks(generators_after, 2, other, tmp_path / "none", 0)
+        != drawn
+    )
 
 
-def test_the_tied_table_is_written_once_and_without_padding(written) -> None:
-    found = by_another_reader(written("TP2·PP2", 0))
-    assert found["embedding.weight"].shape == (83, 32) and "head.weight" not in found
+# Damage and strangers, all of it before anything is set.
 
 
-def test_data_ranks_share_the_writing(written) -> None:
-    shares = [len(load_file(file)) for file in sorted(written("ZeRO-3", 0).glob("*.safetensors"))]
-    assert len(shares) == 2 and abs(shares[0] - shares[1]) <= 1
+def state_of(engine: Engine) -> list[torch.Tensor]:
+    return [fragment(parameter, kind).values.clone() for parameter in engine.parameters.values() for kind in KINDS]
 
 
-@pytest.mark.parametrize("degree", [1, 2, 4])
-def test_any_rank_of_any_layout_loads_its_slices(degree: int, written) -> None:
-    reader, full = Reader(written("TP2·PP2", 3)), by_another_reader(written("TP2·PP2", 3))
-    for rank in range(degree):
-        module = PlainModule(gpt.layers(GPT(**MODEL), Grid(tensor=degree, rank=rank), seed=SEED + 1))
-        load_weights(module, reader, Grid(tensor=degree, rank=rank))
-        for name, parameter in module.named_parameters():
-            assert torch.equal(parameter, parameter.slice.cut(torch.from_numpy(full[name]), rank, degree)), name
+def tries(settings: dict, folders: list[Path]) -> list[str]:
+    """What this rank hears of each folder. The engine must stay as it was where it is not loaded."""
+    engine, *_ = training.build(**{key: value for key, value in settings.items() if key != "steps"})
+    ensure_moments(engine)
+    before, told = state_of(engine), []
+    for folder in folders:
+        try:
+            checkpoint.load(folder, engine)
+            told.append("loaded")
+        except Mistake as mistake:
+            told.append(str(mistake))
+        assert told[-1] == "loaded" or all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
+    return told
 
 
-def test_another_model_is_refused_with_both_shapes(written) -> None:
-    module = PlainModule(gpt.layers(GPT(**MODEL | {"vocab_size": 84}), Grid(), seed=SEED))
-    with pytest.raises(Mistake, match=r"embedding.weight is \[83, 32\] in .* and \[84, 32\] in this model"):
-        load_weights(module, Reader(written("one rank", 0)), Grid())
+@pytest.fixture(scope="module")
+def copies(uninterrupted, place: Path) -> Callable[[str], Path]:
+    """copies(name): a copy of one checkpoint, of two tensor ranks, to damage."""
+
+    def copy(name: str) -> Path:
+        _, folder = uninterrupted("TP2")
+        return Path(shutil.copytree(folder / "step_4", place / "copies" / name))
+
+    return copy
 
 
-# Damage and malice. These write in one process: a world of one needs no process group.
-
-TENSORS = {f"layer.{i}.weight": torch.full((4, 5), float(i)) for i in range(6)}
-
-
-def save(folder: Path, offset: float = 0.0) -> Path:
-    write(folder, [(name, tensor + offset) for name, tensor in TENSORS.items()], {"step": 1}, Grid())
-    return folder
-
-
-def change_manifest(folder: Path, change) -> Reader:
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-    return Reader(folder)
-
-
-@pytest.mark.parametrize("place", [0, 100, -1])
-def test_one_flipped_bit_is_found(place: int, tmp_path: Path) -> None:
-    folder = save(tmp_path / "step")
-    (file,) = folder.glob("*.safetensors")
-    data = bytearray(file.read_bytes())
-    data[place] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(Mistake, match=f"{file.name} is damaged: SHA-256 .* the manifest says"):
-        Reader(folder).check()
+def test_a_flipped_bit_anywhere_is_found_and_named_before_anything_is_set(copies) -> None:
+    """100 random bits in random files, one at a time."""
+    draw = random.Random(0)
+    victims, folders = [], []
+    for i in range(100):
+        folder = copies(f"flip-{i}")
+        file = draw.choice(sorted(path for path in folder.iterdir() if path.name != MANIFEST))
+        data = bytearray(file.read_bytes())
+        place = draw.randrange(len(data))
+        data[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        victims.append(file), folders.append(folder)
+    first, second = run_ranks(tries, 2, settings_of("ZeRO-3", "dropping", "fp32")[1], folders)
+    assert first == second and len({victim.name for victim in victims}) == 7
+    for victim, told in zip(victims, first, strict=True):
+        assert told.startswith(f"{victim} is damaged: SHA-256 ") and "→ use another checkpoint of the run" in told
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: os.truncate(file, 50)], ids=["missing", "truncated"])
-def test_a_missing_or_short_file_is_found_and_not_read(damage, tmp_path: Path) -> None:
-    folder = save(tmp_path / "step")
-    (file,) = folder.glob("*.safetensors")
-    damage(file)
-    with pytest.raises(Mistake, match=f"{file.name} is damaged"):
-        Reader(folder).check()
-    with pytest.raises(Mistake, match=f"{file.name} cannot be read"):
-        Reader(folder).read("layer.0.weight")
+FILE = "exp_avg-rank00001-000.safetensors"
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda folder: (folder / FILE).unlink(), f"{FILE} is damaged: missing"),
+    "empty": (lambda folder: os.truncate(folder / FILE, 0), f"{FILE} is damaged: 0 bytes"),
+    "cut short": (lambda folder: os.truncate(folder / FILE, 5000), f"{FILE} is damaged: 5000 bytes"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "its manifest.json cannot be read"),
+    "an empty manifest": (lambda folder: (folder / MANIFEST).write_text(""), "Expecting value"),
+    "half a manifest": (lambda folder: os.truncate(folder / MANIFEST, 3000), "is not a checkpoint that can be read"),
+    "an older format": (
+        lambda folder: change_manifest(folder, lambda told: told.update(format=1)),
+        "has format 1, this version reads format 2",
+    ),
+    "no counters": (lambda folder: change_manifest(folder, lambda told: told.pop("counters")), "counters hold no steps"),
+    "a piece less": (
+        lambda folder: change_manifest(folder, lambda told: told["tensors"]["exp_avg"]["embedding.weight"]["pieces"].pop()),
+        "exp_avg of 'embedding.weight' lacks 42:83 along dim 0",
+    ),
+    "a tensor more": (
+        lambda folder: change_manifest(folder, lambda told: [rename(told, kind, "position.weight", "other.weight") for kind in KINDS]),
+        "holds no tensor position.weight",
+    ),
+    "generators of another": (lambda folder: change_generators(folder, b"[1, 2]"), "loaded"),  # of another layout: not looked at
+}
 
 
-@pytest.mark.parametrize("path", ["../outside.safetensors", "/tmp/outside.safetensors", "inner/../../outside.safetensors", "..", "."])
-def test_a_manifest_cannot_point_outside(path: str, tmp_path: Path) -> None:
-    folder = save(tmp_path / "step")
-    (file,) = folder.glob("*.safetensors")
-    (tmp_path / "outside.safetensors").write_bytes(file.read_bytes())
-    reader = change_manifest(folder, lambda manifest: manifest["tensors"]["layer.0.weight"].update(file=path))
-    with pytest.raises(Mistake):
-        reader.read("layer.0.weight")
-    assert reader.read("layer.1.weight")[0, 0] == 1.0
+def rename(told: dict, kind: str, old: str, new: str) -> None:
+    told["tensors"][kind][new] = told["tensors"][kind].pop(old)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 2, "tensors": {}}', '{"format": 1, "tens', "\x00", pytest.param("[" * 100_000, id="deep")]
-)
-def test_what_is_no_manifest_is_refused_in_words(text: str, tmp_path: Path) -> None:
-    folder = save(tmp_path / "step")
-    (folder / "manifest.json").write_text(text)
-    with pytest.raises(Mistake, match="not a checkpoint|reads format 1"):
-        Reader(folder)
+def change_generators(folder: Path, data: bytes) -> None:
+    file = write_synced(folder / "generators.json", data)
+    change_manifest(folder, lambda told: told["files"].update({"generators.json": {"size": file.size, "sha256": file.sha256}}))
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda manifest: manifest["tensors"]["layer.0.weight"].pop("file"), "tensors['layer.0.weight'] has no file that is str"),
-        (lambda manifest: manifest["tensors"]["layer.0.weight"].update(file=["a"]), "tensors['layer.0.weight'] has no file that is str"),
-        (lambda manifest: manifest["tensors"].update({"layer.1.weight": "weights"}), "tensors['layer.1.weight'] has no file that is str"),
-        (lambda manifest: manifest.update(tensors=[1]), "tensors in its manifest.json is not a table"),
-        (lambda manifest: manifest.pop("files"), "files in its manifest.json is not a table"),
-        (lambda manifest: next(iter(manifest["files"].values())).pop("sha256"), "has no sha256 that is str"),
-        (lambda manifest: next(iter(manifest["files"].values())).update(size="1"), "has no size that is int"),
-    ],
-)
-def test_entries_of_a_wrong_shape_are_refused_in_words(change, words: str, tmp_path: Path) -> None:
-    with pytest.raises(Mistake) as refused:
-        change_manifest(save(tmp_path / "step"), change)
-    assert words in str(refused.value) and "→" in str(refused.value), str(refused.value)
+def test_damage_of_every_kind_is_found_and_named_before_anything_is_set(copies) -> None:
+    folders = []
+    for name, (damage, _) in DAMAGES.items():
+        damage(folder := copies(name))
+        folders.append(folder)
+    first, second = run_ranks(tries, 2, settings_of("ZeRO-3", "dropping", "fp32")[1], folders)
+    assert first == second
+    for (name, (_, words)), folder, told in zip(DAMAGES.items(), folders, first, strict=True):
+        assert words in told, name
+        assert told == "loaded" or (str(folder) in told or "counters" in name) and "→" in told, told
 
 
-def test_a_file_name_that_no_system_has_is_refused_in_words(tmp_path: Path) -> None:
-    reader = change_manifest(save(tmp_path / "step"), lambda manifest: manifest["tensors"]["layer.0.weight"].update(file="a\0b"))
-    with pytest.raises(Mistake, match="cannot be read"):
-        reader.read("layer.0.weight")
+HOSTILE = [b"", b"[]", b"{}", b"[1, 2]", b'[{"python": 3}, {}]', b"[" * 99_999]
 
 
-def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="holds no tensor blocks.9 → it holds 6, e.g. layer.0.weight"):
-        Reader(save(tmp_path / "step")).read("blocks.9")
+def test_hostile_generators_are_refused_on_their_own_layout(copies) -> None:
+    folders = [copies(f"generators-{i}") for i in range(len(HOSTILE))]
+    for folder, data in zip(folders, HOSTILE, strict=True):
+        change_generators(folder, data)
+    for rank in run_ranks(tries, 2, settings_of("TP2", "dropping", "fp32")[1], folders):
+        assert all("generators" in told and "cannot be" in told and "→ use another checkpoint of the run" in told for told in rank), rank
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/tmp", "step_9", "a/b"])
-def test_latest_names_a_checkpoint_beside_it_or_is_refused(name: str, tmp_path: Path) -> None:
-    save(tmp_path / "run" / "step_1")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "run" / "latest").write_text(name)
-    with pytest.raises(Mistake, match="not a checkpoint beside it"):
-        latest(tmp_path / "run")
+def tries_anyway(settings: dict, folder: Path, load: Callable = checkpoint.load) -> str:
+    engine, *_ = training.build(**{key: value for key, value in settings.items() if key != "steps"})
+    try:
+        load(folder, engine)
+        return "loaded"
+    except Mistake as mistake:
+        return str(mistake)
 
 
-def test_a_run_without_a_checkpoint_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="holds no complete checkpoint"):
-        latest(tmp_path)
+def test_another_model_is_refused_with_both_shapes(uninterrupted) -> None:
+    _, folder = uninterrupted("TP2")
+    cases = {
+        "embedding.weight is [83, 32] in": {"vocab_size": 84},
+        "holds blocks.1.": {"num_layers": 1},
+        "holds no tensor head.weight": {"tied": False},
+    }
+    for words, change in cases.items():
+        settings = settings_of("PP2" if change.get("num_layers") != 1 else "TP2", "dropping", "fp32")[1]
+        load = checkpoint.load_initial if "tied" in change else checkpoint.load
+        told = run_ranks(tries_anyway, 2, settings | {"model": DROPPING | change}, folder / "step_4", load)
+        assert told[0] == told[1] and words in told[0] and "→" in told[0], told
 
 
-def test_files_are_cut_at_their_size_and_read_as_one(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "BYTES_PER_FILE", 200)  # two tensors of 80 bytes
-    folder = save(tmp_path / "step")
-    assert [len(load_file(file)) for file in sorted(folder.glob("*.safetensors"))] == [2, 2, 2]
-    reader = Reader(folder)
-    assert list(reader) == list(TENSORS) and all(torch.equal(reader.read(name), tensor) for name, tensor in TENSORS.items())
+def test_weights_alone_are_not_resumed_from(tmp_path: Path) -> None:
+    folder = save(tmp_path / "step_1")
+    (told,) = run_ranks(tries_anyway, 1, settings_of("one rank", "dropping", "fp32")[1], folder)
+    assert told.startswith(f"{folder} holds weights but no exp_avg → resume from a checkpoint that a training run wrote")
 
 
-# Writers that die.
-
-
-def hidden(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-
-
-def test_the_same_step_saved_again_replaces_the_older(tmp_path: Path) -> None:
-    save(tmp_path / "step")
-    save(tmp_path / "step", offset=10.0)
-    assert Reader(latest(tmp_path)).read("layer.1.weight")[0, 0] == 11.0 and hidden(tmp_path) == []
-
-
-def save_and_die(folder: Path, victim: str) -> None:
-    """Saves again, and is killed where it reaches `victim`; "rename#2": where it would rename for the second time."""
-    name, _, nth = victim.partition("#")
-    owner = Path if name == "rename" else checkpoint
-    inner, calls = getattr(owner, name), []
-
-    def deadly(*arguments):
-        calls.append(arguments)
-        if len(calls) == int(nth or 1):
-            os._exit(9)
-        return inner(*arguments)
-
-    setattr(owner, name, deadly)
-    save(folder, offset=10.0)
-
-
-DEATHS = ["_write_file", "_publish", "_sync_folder", "rename#1", "rename#2", "_sync_folder#2"]
-
-
-@pytest.mark.parametrize("victim", [victim for victim in DEATHS if victim != "rename#2"])  # a new step is renamed once
-def test_a_writer_killed_anywhere_leaves_a_complete_latest(victim: str, tmp_path: Path) -> None:
-    """Another step while the first is there: whatever the moment, `latest` is one of the two, whole."""
-    save(tmp_path / "step_1")
-    with pytest.raises(RankFailed, match="died without a word"):
-        run_ranks(save_and_die, 1, tmp_path / "step_2", victim)
-    Reader(latest(tmp_path)).check()
-    assert (latest(tmp_path).name, victim == "_sync_folder#2") in [("step_1", False), ("step_2", True)]
-    complete = [path for path in tmp_path.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    assert complete and all(Reader(path).check() is None for path in complete), "a folder without a dot is complete"
-    save(tmp_path / "step_2", offset=20.0)
-    assert Reader(latest(tmp_path)).read("layer.0.weight")[0, 0] == 20.0 and hidden(tmp_path) == []
-
-
-@pytest.mark.parametrize("victim", DEATHS)
-def test_a_writer_killed_while_it_replaces_a_step_loses_nothing(victim: str, tmp_path: Path) -> None:
-    save(tmp_path / "step_1")
-    with pytest.raises(RankFailed, match="died without a word"):
-        run_ranks(save_and_die, 1, tmp_path / "step_1", victim)
-    reader = Reader(latest(tmp_path))
-    reader.check()
-    assert float(reader.read("layer.0.weight")[0, 0]) == (10.0 if victim == "_sync_folder#2" else 0.0)
-    save(tmp_path / "step_1", offset=20.0)
-    assert Reader(latest(tmp_path)).read("layer.0.weight")[0, 0] == 20.0 and hidden(tmp_path) == []
+def test_one_process_reads_what_four_wrote(uninterrupted) -> None:
+    _, folder = uninterrupted("TP2·PP2")
+    whole = by_another_reader(folder / "step_4")
+    with Reader(folder / "step_4") as reader:
+        reader.check()
+        for kind, table in whole.items():
+            assert all(torch.equal(reader.read(name, kind), torch.from_numpy(value)) for name, value in table.items())

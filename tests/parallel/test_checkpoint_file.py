@@ -33,6 +33,17 @@ def test_safetensors_reads_every_bit_back(tmp_path: Path) -> None:
     assert all(found[key].numpy().tobytes() == tensor.numpy().tobytes() for key, tensor in TENSORS.items())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_files_for_other_programs_may_be_of_half_the_size(dtype: str, tmp_path: Path) -> None:
+    tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in TENSORS.items()}
+    file = TensorFile(tmp_path / "a", [Entry(key, tuple(tensor.shape), dtype) for key, tensor in tensors.items()])
+    for tensor in tensors.values():
+        file.add(tensor)
+    told, found = file.close(), load_file(tmp_path / "a")
+    assert told.size == (tmp_path / "a").stat().st_size < 2 * sum(tensor.numel() for tensor in tensors.values()) + 1000
+    assert all(torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)) for key, tensor in tensors.items())
+
+
 def test_size_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
     told = written(tmp_path / "a", TENSORS)
     data = (tmp_path / "a").read_bytes()

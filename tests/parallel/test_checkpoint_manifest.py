@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from parallel.checkpoint_manifest import File, Logical, Manifest, Piece, parse
+from parallel.checkpoint_manifest import File, Logical, Manifest, OtherFormat, Piece, parse
+from tests.parallel.checkpoints import signed
 
 HASH = "0" * 64
 MANIFEST = {
@@ -40,7 +41,7 @@ HEAD, NORM = MANIFEST["tensors"]["weights"].values()
 def changed(change: Callable[[dict], Any]) -> bytes:
     told = copy.deepcopy(MANIFEST)
     change(told)
-    return json.dumps(told).encode()
+    return json.dumps(signed(told)).encode()
 
 
 def head(told: dict) -> dict:
@@ -52,7 +53,7 @@ def both(told: dict) -> list[dict]:
 
 
 def test_an_honest_one_is_read_as_it_is() -> None:
-    manifest = parse(json.dumps(MANIFEST).encode())
+    manifest = parse(json.dumps(signed(MANIFEST)).encode())
     assert manifest.facts == {"step": 300, "samples": 4800, "data": {"any": ["thing"]}}
     assert manifest.files["b.safetensors"] == File(4000, HASH)
     whole = manifest.tensors["weights"]["head.weight"]
@@ -67,7 +68,29 @@ def test_what_is_written_is_what_is_read() -> None:
     assert json.loads(manifest.text())["tensors"]["exp_avg"]["a.b"]["shape"] == [3, 4]
 
 
-@pytest.mark.parametrize("fact", ["format", "files", "tensors"])
+def test_a_flipped_bit_anywhere_is_found() -> None:
+    """Also where it makes one honest manifest another: step 300 → 301."""
+    text = Manifest({"step": 300, "samples": 4800, "data": {"any": ["thing", 1e-3]}}, *parts_of(changed(lambda told: None))).text().encode()
+    parse(text)
+    for bit in range(8 * len(text)):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError):
+            parse(bytes(flipped))
+
+
+def parts_of(text: bytes) -> tuple:
+    manifest = parse(text)
+    return manifest.files, manifest.tensors
+
+
+def test_facts_are_read_as_json_has_them() -> None:
+    facts = {"step": 1, "betas": (0.9, 0.95), "by number": {10: "a", 9: "b"}}
+    manifest = parse(Manifest(facts, *parts_of(changed(lambda told: None))).text().encode())
+    assert manifest.facts == {"step": 1, "betas": [0.9, 0.95], "by number": {"10": "a", "9": "b"}}
+
+
+@pytest.mark.parametrize("fact", ["format", "files", "tensors", "sha256"])
 def test_a_fact_cannot_be_a_table(fact: str) -> None:
     with pytest.raises(ValueError, match=f"cannot be called {fact}"):
         Manifest({"step": 1, fact: 3}, {}, {}).text()
@@ -88,6 +111,8 @@ TEXTS = {
     "deep": (b"[" * 100_000, "nested too deeply|maximum recursion"),
     "a number without end": (b'{"format": 2, "step": ' + b"9" * 10_000 + b"}", "Exceeds the limit"),
     "a key twice": (b'{"format": 2, "format": 2}', "'format' is there twice"),
+    "unsigned": (json.dumps(MANIFEST).encode(), "its own sha256 is not that of what it says"),
+    "another's signature": (json.dumps(MANIFEST | {"sha256": HASH}).encode(), "its own sha256 is not that of what it says"),
     "a tensor twice": (
         json.dumps(MANIFEST).replace('"norm.weight": {', '"head.weight": {').encode(),
         "'head.weight' is there twice",
@@ -105,7 +130,7 @@ def test_what_is_no_manifest_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("version", [1, 3, "2", None, True, 2.5])
 def test_another_format_is_refused_with_both_numbers(version: Any) -> None:
-    with pytest.raises(ValueError, match=f"has format {version!r}, this version reads format 2"):
+    with pytest.raises(OtherFormat, match=f"has format {version!r}, this version reads format 2"):
         parse(changed(lambda told: told.update(format=version)))
 
 

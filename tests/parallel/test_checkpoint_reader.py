@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parallel.checkpoint_folder import MANIFEST
+from parallel.checkpoint_folder import MANIFEST, retain
 from parallel.checkpoint_manifest import MAX_BYTES
 from parallel.checkpoint_reader import OPEN_AT_ONCE, Reader, load_weights
 from parallel.checkpoint_writer import Part, Writing
@@ -102,7 +102,8 @@ def test_another_shape_is_refused_with_both(reader: Reader) -> None:
 
 
 def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:
-    with Reader(save(tmp_path / "step_1")) as reader, pytest.raises(Mistake, match="holds no tensor blocks.9 → it holds 6, e.g. layer.0.weight"):
+    words = "holds no tensor blocks.9 → it holds 6, e.g. layer.0.weight"
+    with Reader(save(tmp_path / "step_1")) as reader, pytest.raises(Mistake, match=words):
         reader.read("blocks.9")
 
 
@@ -225,9 +226,9 @@ def test_a_hostile_file_is_refused_in_words(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "can be read: Expecting value"),
+        ("", "can be read: Expecting value.* → use another checkpoint of its run"),
         ("{}", "it has no format"),
-        ('{"format": 1, "tensors": {}}', "it has format 1, this version reads format 2"),
+        ('{"format": 1, "tensors": {}}', "it has format 1, this version reads format 2 .* → use the version that wrote it"),
         ("\x00", "Expecting value"),
     ],
 )
@@ -236,7 +237,7 @@ def test_a_manifest_that_cannot_be_read_is_refused_with_its_folder(text: str, wo
     (folder / MANIFEST).write_text(text)
     with pytest.raises(Mistake, match=words) as refused:
         Reader(folder)
-    assert str(folder) in str(refused.value) and "→ use another one of its run" in str(refused.value)
+    assert str(folder) in str(refused.value)
 
 
 def test_a_manifest_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
@@ -268,8 +269,6 @@ def test_what_was_open_stays_readable_when_it_is_replaced(tmp_path: Path) -> Non
 
 def test_a_broken_manifest_leaves_nothing_held(tmp_path: Path) -> None:
     """Otherwise `retain` would spare it for as long as this process lives."""
-    from parallel.checkpoint_folder import retain
-
     for step in (1, 2):
         save(tmp_path / f"step_{step}")
     change_manifest(tmp_path / "step_1", lambda manifest: manifest.pop("step"))

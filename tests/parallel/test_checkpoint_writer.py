@@ -231,13 +231,27 @@ def test_a_disk_that_fills_up_is_told_with_need_and_have(small_disk: Path, monke
     run.mkdir()
     save(run / "step_1")
     (small_disk / "filler").write_bytes(b"x" * 30_000)
-    tensors = [("a", torch.zeros(10_000))]
+    shapes, tensors = {"a": (10_000,)}, [torch.zeros(10_000)]
     with pytest.raises(Mistake, match=r"step_2 needs 0\.0 MB, its disk has 0\.0 MB free"):
-        checkpoint_writer.write(run / "step_2", tensors, {"step": 2})
+        checkpoint_writer.write(run / "step_2", shapes, tensors, {"step": 2})
     monkeypatch.setattr(checkpoint_folder, "free_bytes", lambda folder: None)  # a disk that does not know beforehand
     with pytest.raises(Mistake, match=r"\.step_2\.partial.* cannot be written, No space left on device"):
-        checkpoint_writer.write(run / "step_2", tensors, {"step": 2})
+        checkpoint_writer.write(run / "step_2", shapes, tensors, {"step": 2})
     assert sorted(path.name for path in run.iterdir()) == ["latest", "step_1"] and first_element(latest(run)) == 0.0
+
+
+def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """Whole tensors are taken one at a time: the first is on disk when the second cannot be had."""
+    seen = []
+
+    def weights():
+        yield torch.zeros(2)
+        seen.extend(path.name for path in (tmp_path / ".step_0.partial").iterdir())
+        raise Mistake("no more")
+
+    with pytest.raises(Mistake, match="no more"):
+        checkpoint_writer.write(tmp_path / "step_0", {"a": (2,), "b": (3,)}, weights(), {"step": 0})
+    assert seen == ["weights-rank00000-000.safetensors"] and list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_read_only_is_told(small_disk: Path) -> None:

@@ -1,6 +1,7 @@
 """The layout never changes the experiment: twenty steps on every layout against one rank, and one rank against plain torch."""
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -21,9 +22,12 @@ from tests.parallel.training import BETAS, CLIP, EPS, LABEL_SMOOTHING, LLAMA, MO
 
 LOSS, NORM, WEIGHTS, LOW_PRECISION_LOSS = 2e-5, 1e-5, 1e-5, 1e-3
 """Relative errors that are allowed."""
+PATIENCE = 480.0
+"""Seconds until a run is given up: four tensor ranks along the sequence are slow where there are fewer idle cores than ranks."""
 
 DROPPING = dict(num_layers=2, embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)
-SUBJECTS = {"tied": {}, "untied": {"tied": False}, "llama": LLAMA, "dropping": DROPPING, "dropping llama": LLAMA | DROPPING}
+DEEP = DROPPING | dict(num_layers=4)
+SUBJECTS = {"tied": {}, "untied": {"tied": False}, "llama": LLAMA, "dropping": DROPPING, "dropping llama": LLAMA | DROPPING, "deep": DEEP}
 LAYOUTS = {  # name: ranks, settings; the micro-batch's size is part of what must not matter
     "one rank": (1, {}),
     "TP2": (2, dict(tensor=2)),
@@ -61,6 +65,30 @@ LAYOUTS |= CUT_LONG
 EACH += [("dropping", layout) for layout in CUT_LONG if layout != "TP4·SP, full"]
 EACH += [("tied", "TP2·SP, selective"), ("dropping llama", "TP2·SP")]
 BEYOND += [("tied", "TP2·SP·ZeRO-3, full"), ("dropping", "TP4·SP, full"), ("dropping llama", "TP2·PP2·SP, selective")]
+GRIDS_OF_FOUR = {
+    "TP4": dict(tensor=4, micro=8),
+    "PP4": dict(pipe=4),
+    "DP4": {},
+    "TP2·PP2": dict(tensor=2, pipe=2),
+    "TP2·DP2": dict(tensor=2),
+    "PP2·DP2": dict(pipe=2),
+}
+
+
+def on_four_ranks() -> dict[str, dict]:
+    """Every grid of four ranks, with and without sequence parallelism, with every ZeRO stage it can have; recomputation on each axis."""
+    found = {}
+    for name, grid in GRIDS_OF_FOUR.items():
+        for sequence in (False, True) if "tensor" in grid else (False,):
+            for stage in (1,) if "pipe" in grid else (1, 2, 3):
+                found[f"{name}{'·SP' * sequence}·ZeRO-{stage}"] = dict(grid, sequence=sequence, zero_stage=stage)
+    for recompute, name in itertools.product(("selective", "full"), ("TP4·SP·ZeRO-1", "PP4·ZeRO-1", "DP4·ZeRO-3", "TP2·PP2·SP·ZeRO-1")):
+        found[f"{name}, {recompute}"] = dict(found[name], recompute=recompute)
+    return found
+
+
+FOUR = on_four_ranks()
+LAYOUTS |= {name: (4, {"micro": 2, **settings}) for name, settings in FOUR.items()}
 LOW = [("tied", layout) for layout in ("TP2", "PP2", "DP2", "TP2·PP2", "ZeRO-2", "ZeRO-3")] + [("untied", "TP2·PP2")]
 LOW += [("dropping", "TP2·SP, selective")]
 
@@ -69,7 +97,8 @@ LOW += [("dropping", "TP2·SP, selective")]
 def run(subject: str, layout: str, precision: str = "fp32", steps: int = STEPS) -> list[dict]:
     """Every rank's losses, norms, evaluation and final weights. Run once, shared by all tests of this file."""
     world, settings = LAYOUTS[layout]
-    return run_ranks(training.call, world, dict(settings, model=SUBJECTS[subject], precision=precision, steps=steps, weights=True))
+    every = dict(settings, model=SUBJECTS[subject], precision=precision, steps=steps, weights=True)
+    return run_ranks(training.call, world, every, timeout=PATIENCE)
 
 
 def furthest(found: list[float], expected: list[float]) -> float:
@@ -98,6 +127,13 @@ def test_a_layout_trains_as_one_rank_does(subject: str, layout: str) -> None:
     assert_same(differences(run(subject, layout), run(subject, "one rank")[0]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FOUR)
+def test_every_layout_of_four_ranks_drops_as_one_rank_does(layout: str) -> None:
+    """Twenty steps with dropout everywhere, on four layers."""
+    assert_same(differences(run("deep", layout), run("deep", "one rank")[0]))
+
+
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_the_clip_binds_and_the_model_learns(subject: str) -> None:
     """Otherwise the norms would be compared, but what is done with them would not."""
@@ -123,15 +159,6 @@ def test_bf16_losses_agree(subject: str, layout: str) -> None:
 def test_bf16_trains_as_fp32_does_but_is_not_fp32() -> None:
     (low,), (full,) = run("tied", "one rank", "bf16"), run("tied", "one rank")
     assert 1e-6 < furthest(low["loss"], full["loss"]) <= 5e-3
-
-
-@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2", "ZeRO-2", "ZeRO-3"])
-def test_fp16_is_the_same_run(layout: str) -> None:
-    """At the default loss scale nothing overflows. PP2: DeepSpeed alone leaves the tied copies' gradients apart, 4 % of the norm."""
-    (alone,) = run("tied", "one rank", "fp16", steps=5)
-    for found in run("tied", layout, "fp16", steps=5):
-        assert furthest(found["loss"], alone["loss"]) <= LOW_PRECISION_LOSS
-        assert furthest(found["norm"], alone["norm"]) <= 5e-3
 
 
 def test_stage_zero_is_run_as_stage_one() -> None:

@@ -145,8 +145,8 @@ def test_embedding_and_head_are_the_dense_ones(degree: int, tied: bool) -> None:
 
 COUNTED = GPT(
     num_layers=1, hidden_size=16, num_heads=4, num_kv_heads=4, ffn_size=48, vocab_size=11, seq_length=S, norm="layernorm", norm_eps=1e-5,
-    position="rotary", rotary_fraction=1.0, rotary_base=1e4, mlp="gelu", residual="pre_norm", init="gpt2", bias=True, qkv_bias=True,
-    qk_norm=False, tied=True, embedding_dropout=0.0, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1,
+    position="rotary", rotary_fraction=1.0, rotary_base=1e4, rotary_scaling="none", mlp="gelu", residual="pre_norm", init="gpt2", bias=True,
+    qkv_bias=True, qk_norm=False, tied=True, embedding_dropout=0.0, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1,
 )  # fmt: skip
 WHOLE = B * S * COUNTED.hidden_size
 """b·s·h, in elements."""

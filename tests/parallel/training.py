@@ -21,8 +21,8 @@ MODEL = dict(
 """A GPT-2 in small, with a vocabulary that no tensor degree divides."""
 
 LLAMA = dict(
-    num_layers=2, num_kv_heads=2, norm="rmsnorm", position="rotary", rotary_fraction=1.0, rotary_base=10000.0, mlp="swiglu", bias=False,
-    qkv_bias=False, qk_norm=True, tied=False,
+    num_layers=2, num_kv_heads=2, norm="rmsnorm", position="rotary", rotary_fraction=1.0, rotary_base=10000.0, rotary_scaling="none",
+    mlp="swiglu", bias=False, qkv_bias=False, qk_norm=True, tied=False,
 )  # fmt: skip
 """What a Llama (with normalised queries and keys) has otherwise."""
 
@@ -89,7 +89,7 @@ def train(
     steps=STEPS, evaluate_every=0, weights=False, resume=None, save=None, spoil: Callable | None = None,
     reweigh: Callable | None = None, **layout
 ) -> dict:  # fmt: skip
-    """Losses, norms, evaluations and (on request) this stage's final weights, as this rank sees them.
+    """Losses, norms, evaluations, loss scales, steps skipped so far and (on request) this stage's final weights, as this rank sees them.
 
     `resume`: a checkpoint to go on from, with its step. `save`: {after step: folder to save to}, or a folder for the last one.
     `spoil(engine)` and `reweigh(micro_batches, grid)` break one thing on purpose.
@@ -98,14 +98,16 @@ def train(
     first = checkpoint.load(Path(resume), engine)["step"] if resume else 0
     if spoil:
         spoil(engine)
-    found: dict = {"loss": [], "norm": [], "eval": []}
+    found: dict = {"loss": [], "norm": [], "eval": [], "scale": [], "skipped": []}
     saves = save if isinstance(save, dict) else {steps: save} if save else {}
     if 0 in saves:
         checkpoint.Saver().save(Path(saves[0]), engine, {"step": 0})
     for step in range(first, steps):
         batches = micro_batches(step, shape, grid, engine.settings.micro_batch_size)
+        found["scale"].append(engine.loss_scale)
         found["loss"].append(engine.train_batch(reweigh(batches, grid) if reweigh else batches, learning_rate(step)))
         found["norm"].append(engine.gradient_norm())
+        found["skipped"].append(engine.skipped_steps)
         if evaluate_every and step % evaluate_every == 0:
             found["eval"].append(evaluate(engine, shape, grid))
         if step + 1 in saves:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from research import metrics, ranks, rehearsal
 from research.experiment import Loaded, load
 from research.run_folder import RunFolder
+from tests.harness import start_server
 
 ROOT = Path(__file__).resolve().parents[2]
 DROPS = {f"{place}_dropout": 0.1 for place in ("embedding", "residual", "mlp", "attention")}
@@ -43,6 +44,7 @@ class Stage:
     """A place with small texts, where runs of one experiment are rehearsed; `name` keeps their folders apart."""
 
     def __init__(self, place: Path, experiment: str = "gpt_sotu") -> None:
+        start_server()  # the tests' own, which has more imported; research.ranks forks from whichever runs
         self.place, self.loaded = place, load(ROOT / "experiments" / experiment)
         rehearsal.write_texts(self.loaded, place)
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from research import metrics
 from research.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
+MARK = "TESSERA_TEST_LAUNCH"
+"""A variable that all processes of one launch inherit, with a value of its own."""
 LIMIT = 240.0
 """Seconds until a launch is killed with all its processes; on two idle cores one takes ten to twenty."""
 NOT_OURS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "OMPI_", "TORCHELASTIC_", "WANDB_", "DS_", "OMP_", "PYTHON")
@@ -99,9 +102,11 @@ class Launch:
     def __init__(self, place: Place, commands: list[list[str]], cwd: Path, environs: list[dict[str, str]]) -> None:
         place.launches += 1
         self.place, self.before, self.began = place, set(place.runs.glob("*/*/run.json")), time.monotonic()
+        self.mark = uuid.uuid4().hex
         self.streams = [place.path / f"launch_{place.launches}_{i}" for i in range(len(commands))]
         self.processes = [
-            _start(command, cwd, environ, stream) for command, environ, stream in zip(commands, environs, self.streams, strict=True)
+            _start(command, cwd, environ | {MARK: self.mark}, stream)
+            for command, environ, stream in zip(commands, environs, self.streams, strict=True)
         ]
 
     def said(self, kind: str = "out") -> str:
@@ -119,12 +124,20 @@ class Launch:
             time.sleep(0.05)
 
     def family(self) -> list[psutil.Process]:
-        """The processes started and all their descendants that are alive."""
+        """Every process of this launch that is alive, orphans too: all have inherited its mark."""
         found = []
-        for process in self.processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                parent = psutil.Process(process.pid)
-                found += [parent, *parent.children(recursive=True)]
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
+                    found.append(process)
+        return found
+
+    def roles(self) -> dict[str, psutil.Process]:
+        """The living by what they are: command (deepspeed, torchrun), launch.py (DeepSpeed's), rank 0, rank 1 …; others by name."""
+        found = {}
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                found[_role(process)] = process
         return found
 
     def interrupt(self) -> None:
@@ -213,6 +226,17 @@ def _environment(place: Place) -> dict[str, str]:
     """As in a new terminal of somebody with an empty home and no W&B account."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
     return kept | {"HOME": str(place.home), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def _role(process: psutil.Process) -> str:
+    """By the script or module that it runs."""
+    script = next((word for word in process.cmdline()[1:] if not word.startswith("-")), "")
+    if script == "deepspeed.launcher.launch":
+        return "launch.py"
+    if script.endswith("/launch.py"):
+        return f"rank {process.environ().get('RANK', '0')}"
+    command = Path(script).name in ("deepspeed", "torchrun") or script in ("deepspeed.launcher.runner", "torch.distributed.run")
+    return "command" if command else Path(process.cmdline()[0]).name
 
 
 def _start(command: list[str], cwd: Path, environ: dict[str, str], stream: Path) -> subprocess.Popen:

@@ -57,7 +57,7 @@ def test_none_and_text() -> None:
     assert parse(example(parent="a"), ["--parent", "None"])[0].parent is None
     assert parse(example(), ["--track.group", "my group"])[0].track.group == "my group"
     assert parse(example(), ["--question=--really?"])[0].question == "--really?"
-    rotary = ["--model.position", "rotary", "--model.rotary_fraction", "1", "--model.rotary_base", "1e4"]
+    rotary = ["--model.position", "rotary", "--model.rotary_fraction", "1", "--model.rotary_base", "1e4", "--model.rotary-scaling", "none"]
     assert parse(example(), rotary)[0].model.rotary_base == 1e4
     assert parse(example(), ["--optimizer.betas", "(0.8, 0.9)"])[0].optimizer.betas == (0.8, 0.9)
     assert parse(example(), ["--optimizer.betas=0.8,0.9"])[0].optimizer.betas == (0.8, 0.9)

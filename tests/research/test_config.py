@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from models import config as shapes
+from models.config import ROTARY
 from research import config
 from research.config import GPT, Data, Experiment, Optimizer, Schedule, build, load, resolved, save
 from research.settings import is_group, needs
@@ -89,7 +90,7 @@ def test_a_plain_shape_becomes_one_that_refuses_in_our_words() -> None:
 def test_science_has_no_defaults() -> None:
     for kind in (GPT, Data, Schedule, Optimizer):
         optional = {name for name, field in kind.model_fields.items() if not field.is_required()}
-        assert optional <= {"rotary_fraction", "rotary_base", "cache", "log_every", "decay_steps"}
+        assert optional <= {*ROTARY, "cache", "log_every", "decay_steps"}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -172,6 +173,15 @@ def test_schema_2_saved_once_and_watched_for_nothing(tmp_path) -> None:
     found = load(tmp_path / "config.json")
     assert found.checkpoints.every == 0 and not found.checkpoints.background
     assert (found.watch.hang_seconds, found.watch.non_finite, found.watch.most_skips, found.watch.spike) == (0.0, "skip", 0, 0.0)
+
+
+def test_schema_3_had_rotary_positions_of_their_own_wavelengths(tmp_path) -> None:
+    rotary = {"position": "rotary", "rotary_fraction": 0.5, "rotary_base": 5e5, "rotary_scaling": "none"}
+    settings = resolved(example(model=rotary)) | {"schema": 3}
+    for name in ("rotary_scaling", "rotary_factor", "rotary_low_factor", "rotary_high_factor", "rotary_original_length"):
+        del settings["model"][name]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load(tmp_path / "config.json") == example(model=rotary)
 
 
 HOSTILE = ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}']

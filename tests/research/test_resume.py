@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from research.incidents import load as incident_of
 from research.run_folder import RunFolder, read_json, write_json
 from tests.research import rehearsals as r
 from tests.research.rehearsals import DROPS, Ended, Stage, bits
+from tests.research.test_tracking import logged
 
 SCIENCE = {"model": DROPS, "optimizer": {"clip": 0.5, "warmup_steps": 4}}
 """Dropout everywhere, a clip that binds, a warm-up; batches of 8 in micro-batches of 2 are accumulated."""
@@ -96,6 +98,18 @@ def test_another_layout_goes_on_within_rounding(stage: Stage, whole: Ended, firs
 def test_a_background_save_is_the_same_checkpoint(stage: Stage, whole: Ended) -> None:
     behind = go(stage, "behind", "1", checkpoints={"background": True})
     assert behind.codes == [0] and behind.hexes() == whole.hexes() and bits(behind.folder) == bits(whole.folder)
+
+
+def test_wandb_gets_a_second_offline_segment_with_the_same_id(stage: Stage) -> None:
+    """Read back by W&B's own reader: each segment has its own rows, the second says where it began."""
+    go(stage, "tracked", "1", prelude=r.stopped_in_step_6, track={"mode": "offline"})
+    resumed = go(stage, "tracked", "1", resume="auto", track={"mode": "offline"})
+    first, second = sorted(resumed.folder.wandb.glob("offline-run-*"))
+    assert {path.name.rpartition("-")[2] for path in (first, second)} == {resumed.folder.id}
+    rows = {path: logged(SimpleNamespace(wandb=path)) for path in (first, second)}
+    steps = [{row["progress/step"] for row in rows[path] if "train/loss" in row} for path in (first, second)]
+    assert steps == [set(range(1, 7)), set(range(7, 13))]
+    assert any(row.get("progress/resumed_at") == 6 for row in rows[second])
 
 
 # What is refused.

@@ -113,6 +113,15 @@ def test_the_status_of_a_run(folder):
     assert run_folder.status(run) == "interrupted" and run["started"] <= run["ended"] and run["steps"] == 300
 
 
+def test_why_a_run_ended_is_said_until_it_is_finished(folder):
+    run_folder.end(folder, run_folder.FAILED, "rank 1 is gone")
+    run_folder.end_unless_ended(folder, run_folder.INTERRUPTED, "another rank's word, too late")
+    run = run_folder.read_json(folder.run)
+    assert (run["status"], run["reason"]) == ("failed", "rank 1 is gone")
+    run_folder.end(folder, run_folder.FINISHED, "a signal after the last step")
+    assert "reason" not in run_folder.read_json(folder.run)
+
+
 def test_a_running_run_whose_process_is_gone_has_died(folder):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

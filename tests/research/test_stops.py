@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from parallel import checkpoint
+from parallel.checkpoint_folder import latest
+from parallel.checkpoint_reader import Reader
 from research import metrics
 from tests.research.runs import LIMIT, Ended, Launch, free_port, slurm
 from tests.research.test_tracking import logged
@@ -36,11 +37,11 @@ def assert_kept(ended: Ended) -> None:
     """A whole checkpoint of the step it stopped after, and a closed record."""
     assert ended.status == "interrupted"
     steps = ended.column("progress/step")
-    reader = checkpoint.Reader(checkpoint.latest(ended.folder.checkpoints))
-    reader.check()
+    with Reader(latest(ended.folder.checkpoints)) as reader:
+        reader.check()
     assert reader.facts["step"] == int(reader.folder.name.removeprefix("step_")) >= steps[-1] >= 2
     assert ended.folder.loss_png.is_file()
-    assert f"\nended  after {reader.manifest['step']} of 100000 steps" in ended.out
+    assert f"\nended  after {reader.facts['step']} of 100000 steps" in ended.out
     assert "\nsaved " in ended.out and "\nnext " in ended.out
 
 

@@ -1,6 +1,7 @@
 """`verify` passes what is right, and names layout and parameter of what is wrong: one mutation at a time."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,22 @@ import torch
 from parallel.errors import Mistake
 from research import cuts, verify, verify_rank
 from research.cuts import Cut
+from research.experiment import load
 from research.metrics import JsonLines
 from research.verification import TOLERANCE, row_of, worst
+from tests.harness import start_server
 from tests.research import mutations as m
 from tests.research.example import example
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """The tests' own, which research.ranks then forks from, too."""
+    start_server()
+
+
 DROPS = {f"{place}_dropout": 0.1 for place in ("embedding", "residual", "mlp", "attention")}
 TP2, SP2 = Cut(tensor=2, accumulated=2), Cut(tensor=2, sequence=True, accumulated=2)
 DP2, PP2 = Cut(data=2, accumulated=2), Cut(pipe=2, accumulated=2)
@@ -163,3 +174,61 @@ def test_the_command_prints_a_row_per_layout_and_writes_verify_json(tmp_path):
     assert done.stdout.count("\npass ") == 9
     written = json.loads((ROOT / "runs/gpt_sotu_dyt/verify.json").read_text())
     assert [row["verdict"] for row in written["rows"]] == ["pass"] * 9
+
+
+EVERYTHING = {  # of experiments/gpt_sotu's config.py, what is written differently
+    "embedding_dropout=0.0": "embedding_dropout=0.1",
+    "residual_dropout=0.0": "residual_dropout=0.1",
+    "mlp_dropout=0.0": "mlp_dropout=0.1",
+    "attention_dropout=0.0": "attention_dropout=0.1",
+    "vocab_size=8192": "vocab_size=8193",
+    "parallel=Parallel(tensor=1, pipe=1, zero_stage=1)": 'parallel=Parallel(tensor=2, pipe=1, sequence=True, recompute="selective")',
+}
+
+
+def everything_at_once(place: Path) -> Path:
+    """An experiment's folder outside the repository: dropout everywhere, sequence parallelism, selective recomputation, a tied head.
+
+    Its runs are beside it; a relative `track.runs` would mean the repository's, wherever the folder is.
+    """
+    folder = place / "everything_at_once"
+    shutil.copytree(ROOT / "experiments/gpt_sotu", folder)
+    text = (folder / "config.py").read_text()
+    for old, new in (EVERYTHING | {'track=Track(project="tessera")': f'track=Track(project="tessera", runs="{place / "runs"}")'}).items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "config.py").write_text(text)
+    return folder
+
+
+def test_everything_at_once_is_kept_when_shrunk(tmp_path):
+    written = load(everything_at_once(tmp_path)).experiment
+    shrunk = cuts.shrunk(written, 4)
+    for model in (written.model, shrunk.model):
+        assert model.tied and {getattr(model, place) for place in DROPS} == {0.1}
+        assert model.vocab_size % 2 == 1
+    assert (written.parallel.sequence, written.parallel.recompute) == (True, "selective")
+    together = {cut.tensor for world in (2, 4) for cut in cuts.pairwise(world) if cut.sequence and cut.recompute == "selective"}
+    assert together == {2, 4}
+
+
+@pytest.mark.slow
+def test_dropout_sequence_recomputation_tied_head_and_odd_vocabulary_pass_together(tmp_path):
+    """The real command on four ranks; every layout's worst gradient and weight is within 1e-5."""
+    folder = everything_at_once(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "research", "verify", str(folder), "--ranks", "4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "runs/everything_at_once/verify.json").read_text())["rows"]
+    assert len(rows) >= sum(len(cuts.pairwise(world)) for world in (2, 4)) == 27
+    for row in rows:
+        assert row["verdict"] == "pass"
+        assert 0 < row["gradient"] <= 1e-5 and 0 < row["weight"] <= 1e-5 and row["loss"] <= 1e-5, row
+    together = [row["cut"] for row in rows if row["cut"]["sequence"] and row["cut"]["recompute"] == "selective"]
+    assert {(cut["pipe"], cut["data"], cut["tensor"]) for cut in together} == {(1, 1, 2), (1, 1, 4), (1, 2, 2), (2, 1, 2)}

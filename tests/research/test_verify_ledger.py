@@ -12,10 +12,17 @@ import pytest
 from research import cuts, verify_ledger
 from research.cuts import Cut
 from research.verify_ledger import Row, row_of
+from tests.harness import start_server
 from tests.research import mutations as m
 from tests.research.example import example
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """The tests' own, which research.ranks then forks from, too."""
+    start_server()
 
 
 def subject(ranks: int, **model):
@@ -92,7 +99,8 @@ def test_zero_on_a_real_engine(stage: int) -> None:
 
 
 SHARED = (("num_heads", 4), ("num_kv_heads", 1), ("qk_norm", True))
-POST = (("residual", "post_norm"), ("position", "rotary"), ("rotary_fraction", 1.0), ("rotary_base", 1e4), ("tied", False))
+ROTARY = (("position", "rotary"), ("rotary_fraction", 1.0), ("rotary_base", 1e4), ("rotary_scaling", "none"))
+POST = (("residual", "post_norm"), *ROTARY, ("tied", False))
 
 
 @pytest.mark.parametrize("model", [SHARED, POST], ids=["shared kv head", "post-norm"])

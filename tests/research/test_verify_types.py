@@ -22,7 +22,7 @@ from research.typed_pass import Fault, TensorCut, fault_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DROPS = {f"{place}_dropout": 0.1 for place in ("embedding", "residual", "mlp", "attention")}
-ROTARY = {"position": "rotary", "rotary_fraction": 1.0, "rotary_base": 1e4}
+ROTARY = {"position": "rotary", "rotary_fraction": 1.0, "rotary_base": 1e4, "rotary_scaling": "none"}
 LLAMA = {**ROTARY, "norm": "rmsnorm", "mlp": "swiglu", "num_kv_heads": 2, "bias": False, "qkv_bias": False}
 ALIBI = {"position": "alibi"}
 SHARED = {"num_kv_heads": 1, "qk_norm": True}

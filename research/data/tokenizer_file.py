@@ -1,0 +1,135 @@
+"""A tokenizer.json of the tokenizers library as data.tokenizer names it: data of a stranger, of which nothing is executed.
+
+Beside it may lie tokenizer_config.json, which names the token that ends a text.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import Mistake
+from research.data import corpus
+from research.data.tokenizer import END_OF_TEXT, Tokenizer
+
+CONFIG = "tokenizer_config.json"
+LARGEST = 256 * 2**20
+"""Bytes of a tokenizer.json; one of 256 thousand tokens has 33 MB."""
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+"""What the token that ends a text is called where no tokenizer_config.json says it."""
+WAY_OUT = "give it a tokenizer.json as Hugging Face's tokenizers saves it"
+
+
+def is_file(name: str) -> bool:
+    """Whether data.tokenizer names a file rather than a tokenizer of ours."""
+    return name.endswith(".json") and not name.startswith(corpus.BUILTIN)
+
+
+def declared_vocab_size(name: str, root: Path) -> int:
+    """One more than the highest id in the file. Imports nothing heavy."""
+    return _size(path_of(name, root), _table(path_of(name, root)))
+
+
+def path_of(name: str, root: Path) -> Path:
+    """Where the file lies; a relative path starts at `root`."""
+    return Path(root) / Path(name).expanduser()
+
+
+def load(name: str, root: Path) -> Tokenizer:
+    """The tokenizer in the file, its own normaliser and all: `decode` of `encode` is then not always the same text."""
+    path = path_of(name, root)
+    table = _table(path)
+    backend = parsed(path)
+    marker = end_of_text(path, table)
+    identifier = backend.token_to_id(marker)
+    if identifier is None:
+        raise Mistake(f"{path} has no token {marker!r:.80}, with which {path.with_name(CONFIG).name} ends a text → {WAY_OUT}")
+    fingerprint = hashlib.sha256(path.read_bytes() + b"\0" + marker.encode()).hexdigest()
+    return Tokenizer(name, _size(path, table), identifier, fingerprint, backend, cuts=False)
+
+
+def parsed(path: Path) -> Any:
+    """The library's tokenizer, which takes the letters of special tokens for text, and neither cuts nor pads."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exceptions, and panics of Rust, which are none
+        raise Mistake(f"{path} is not a tokenizer ({' '.join(str(error).split())[:120]}) → {WAY_OUT}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def end_of_text(path: Path, table: dict[str, Any]) -> str:
+    """The token that ends a text: tokenizer_config.json's eos_token, or one that is usually called so."""
+    said = token(read_table(path.with_name(CONFIG)).get("eos_token")) if path.with_name(CONFIG).is_file() else None
+    if said:
+        return said
+    known = _names(table)
+    for name in ENDS:
+        if name in known:
+            return name
+    raise Mistake(f"{path} does not say which token ends a text → name it in {CONFIG} beside it: {{'eos_token': '</s>'}}")
+
+
+def token(value: Any) -> str | None:
+    """A token as tokenizer_config.json names it: text, or a table with its `content`; None for anything else."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) and 0 < len(content) <= 200 else None
+
+
+def read_table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:
+    """A JSON table of at most `largest` bytes. Whatever else it is, is a Mistake."""
+    try:
+        if path.stat().st_size > largest:
+            raise Mistake(f"{path} has {path.stat().st_size} bytes, more than {largest} → is it the right file?")
+        table = json.loads(path.read_bytes(), parse_constant=_no_constant)
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read ({error.strerror}) → check the file and its permissions") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Mistake):
+            raise
+        raise Mistake(f"{path} is not JSON ({str(error)[:120]}) → is it the right file?") from None
+    if not isinstance(table, dict):
+        raise Mistake(f"{path} holds a {type(table).__name__}, not a table → is it the right file?")
+    return table
+
+
+def _no_constant(value: str) -> float:
+    raise ValueError(f"{value} is not JSON")
+
+
+def _table(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise Mistake(f"data.tokenizer: {path} does not exist → name a tokenizer.json, or use builtin:bpe-8192 or builtin:gpt2")
+    return read_table(path, LARGEST)
+
+
+def _tokens(table: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(token, id) of each: a vocabulary is a table, or a list whose places are ids; added tokens come beside it."""
+    model = table.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    added = table.get("added_tokens")
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.items()
+    elif isinstance(vocabulary, list):
+        yield from ((entry[0] if isinstance(entry, list) and entry else None, i) for i, entry in enumerate(vocabulary))
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, dict):
+            yield entry.get("content"), entry.get("id")
+
+
+def _size(path: Path, table: dict[str, Any]) -> int:
+    highest = max((number for _, number in _tokens(table) if isinstance(number, int)), default=-1)
+    if highest < 0:
+        raise Mistake(f"{path} holds no tokens → {WAY_OUT}")
+    return 1 + highest
+
+
+def _names(table: dict[str, Any]) -> set[str]:
+    return {name for name, _ in _tokens(table) if isinstance(name, str)}

@@ -1,0 +1,156 @@
+"""A tokenizer.json as data.tokenizer: the library's own ids, the end of a text, and what a stranger may have put there."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from parallel.errors import Mistake
+from research.data import prepare, tokenizer_file
+from research.data.store import TokenStore
+from tests.research.data.conftest import ROOT
+
+TEXT = "We the people of the United States, in order to form a more perfect union, …\n\n establish justice in 1787.\n"
+
+
+def byte_level() -> Tokenizer:
+    """As Llama 3's: its own pattern, which cuts numbers in threes, and a first token added by a post-processor."""
+    found = Tokenizer(models.BPE())
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    found.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    found.train_from_iterator([TEXT], trainer)
+    found.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return found
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama 2's: a normaliser of its own, spaces as letters, a vocabulary that is a list."""
+    found = Tokenizer(models.Unigram())
+    found.normalizer = normalizers.Replace(" ", "▁")
+    found.decoder = decoders.Replace("▁", " ")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False, initial_alphabet=list("▁the")
+    )
+    found.train_from_iterator([TEXT] * 3, trainer)
+    return found
+
+
+def saved(folder, backend, **config):
+    backend.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_ids_are_the_librarys_without_anything_added(make, tmp_path):
+    backend = make()
+    saved(tmp_path, backend)
+    found = tokenizer_file.load("tokenizer.json", tmp_path)
+    assert found.encode(TEXT) == backend.encode(TEXT, add_special_tokens=False).ids != []
+    assert found.encode_batch([TEXT, "of"]) == [found.encode(TEXT), found.encode("of")]
+    assert found.vocab_size == backend.get_vocab_size() == tokenizer_file.declared_vocab_size("tokenizer.json", tmp_path)
+    assert found.end_of_text == backend.token_to_id("</s>")
+    assert found.decode(found.encode(TEXT)) == TEXT
+
+
+def test_the_letters_of_a_marker_are_text_and_padding_in_the_file_is_not_done(tmp_path):
+    backend = byte_level()
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    saved(tmp_path, backend)
+    found = tokenizer_file.load("tokenizer.json", tmp_path)
+    assert found.end_of_text not in found.encode("one </s> two") and found.decode(found.encode("one </s> two")) == "one </s> two"
+
+
+def test_a_text_is_never_cut_for_a_pattern_that_is_not_ours(tmp_path):
+    """Before a newline ours may be cut; this one has '.\\n' as one piece."""
+    saved(tmp_path, byte_level())
+    found = tokenizer_file.load("tokenizer.json", tmp_path)
+    text = "justice in 1787.\n\n" * 20_000
+    assert list(found.pieces(text)) == [text]
+    settings = types.SimpleNamespace(train="a.txt", validation="a.txt", tokenizer="tokenizer.json", cache="cache")
+    (tmp_path / "a.txt").write_text(text)
+    store = prepare.load(settings, tmp_path, 300).train
+    assert isinstance(store, TokenStore) and store.tokens.tolist() == [*found.encode(text), found.end_of_text]
+
+
+@pytest.mark.parametrize("eos", ["<|stop|>", {"content": "<|stop|>", "lstrip": False}])
+def test_the_end_of_a_text_is_the_one_that_the_config_names(eos, tmp_path):
+    backend = byte_level()
+    backend.add_special_tokens(["<|stop|>"])
+    saved(tmp_path, backend, eos_token=eos)
+    found = tokenizer_file.load("tokenizer.json", tmp_path)
+    assert found.end_of_text == backend.token_to_id("<|stop|>") == 300 and found.vocab_size == 301
+    saved(tmp_path, backend, eos_token="</s>")
+    assert tokenizer_file.load("tokenizer.json", tmp_path).fingerprint != found.fingerprint
+
+
+def test_the_size_is_that_of_the_highest_id(tmp_path):
+    """Not the number of tokens, which is smaller where ids have holes."""
+    path = saved(tmp_path, byte_level())
+    table = json.loads(path.read_text())
+    table["model"]["vocab"]["rare"] = 900
+    path.write_text(json.dumps(table))
+    assert tokenizer_file.load("tokenizer.json", tmp_path).vocab_size == 901
+    settings = types.SimpleNamespace(
+        train="builtin:state_of_the_union/val", validation="builtin:state_of_the_union/val", tokenizer=str(path), cache="cache"
+    )
+    prepare.check(settings, tmp_path, 901)
+    with pytest.raises(Mistake, match="model.vocab_size = 900 has no room for the 901 tokens of data.tokenizer"):
+        prepare.check(settings, tmp_path, 900)
+
+
+HOSTILE = ["", "{", "[]", "3", "[" * 100_000, '{"model": 3}', '{"model": {"vocab": 3}}', '{"model": {"vocab": [[]]}}', '{"a": NaN}']
+HOSTILE += ['{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": [[1, 2]]}}', '{"added_tokens": [3, {"id": "x"}]}', "\xff"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_file_is_one_sentence(text, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(text, encoding="latin-1")
+    for act in (tokenizer_file.load, tokenizer_file.declared_vocab_size):
+        try:
+            found = act("tokenizer.json", tmp_path)
+        except Mistake as mistake:
+            assert "→" in str(mistake) and "\n" not in str(mistake) and str(tmp_path) in str(mistake)
+        else:
+            assert act is tokenizer_file.declared_vocab_size and found > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"eos_token": "<nobody>"}, "has no token '<nobody>'"),
+        ({"eos_token": 3}, "does not say which token ends a text → name it in tokenizer_config.json"),
+        ({"eos_token": ["</s>"]}, "does not say which token ends a text"),
+    ],
+)
+def test_an_end_that_is_not_there_is_said(config, words, tmp_path):
+    backend = byte_level()
+    table = json.loads(backend.to_str().replace("</s>", "<end>"))
+    saved(tmp_path, Tokenizer.from_str(json.dumps(table)), **config)
+    with pytest.raises(Mistake, match=words):
+        tokenizer_file.load("tokenizer.json", tmp_path)
+
+
+def test_a_missing_one_is_refused_before_anything_is_imported(tmp_path):
+    with pytest.raises(Mistake, match="no.json does not exist → name a tokenizer.json, or use builtin"):
+        tokenizer_file.load("no.json", tmp_path)
+    saved(tmp_path, byte_level())
+    code = (
+        "import sys; from pathlib import Path; from research.data import tokenizer_file as t; "
+        f"print(t.declared_vocab_size('tokenizer.json', Path({str(tmp_path)!r})), [m for m in ('torch', 'tokenizers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "300 []\n"
+
+
+def test_which_names_are_files():
+    assert [tokenizer_file.is_file(name) for name in ("builtin:gpt2", "builtin:x.json", "a/tokenizer.json", "gpt2")] == [0, 0, 1, 0]

@@ -1,0 +1,88 @@
+"""Signs of life: what a rank leaves is what the others read, and silence is counted by who listens."""
+
+import sys
+import threading
+from pathlib import Path
+
+from research.progress import Progress, Stage
+from research.run_folder import RunFolder
+from research.sign_of_life import Signs, stack_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def two(path: Path) -> list[Signs]:
+    folder = RunFolder(path)
+    folder.logs.mkdir()
+    return [Signs(folder, rank, 2, ROOT) for rank in range(2)]
+
+
+def test_what_one_leaves_the_other_reads(tmp_path: Path) -> None:
+    ours, theirs = two(tmp_path)
+    progress = Progress()
+    progress.stepping(7)
+    sign = ours.own(progress, threading.get_ident())
+    assert ours.give(sign) and theirs.read(0) == sign
+    assert (sign.rank, sign.step, sign.stage, sign.left) == (0, 7, Stage.TRAINING.value, "")
+    ours.farewell("fault", "ValueError: no", 1)
+    assert ours.give(ours.own(progress, 0))
+    found = theirs.read(0)
+    assert (found.left, found.why, found.code) == ("fault", "ValueError: no", 1)
+    ours.remove()
+    assert theirs.read(0) is None and [*(tmp_path / "logs").iterdir()] == []
+
+
+def test_silence_is_counted_while_somebody_listens(tmp_path: Path) -> None:
+    ours, theirs = two(tmp_path)
+    progress = Progress()
+    for silence in (0.0, 0.0, 0.0):
+        ours.give(ours.own(progress, 0))  # nothing moves, and still it is alive
+        theirs.listen(5.0)
+        assert theirs.silence == {0: silence}
+    for silence in (5.0, 10.0):
+        theirs.listen(5.0)
+        assert theirs.silence == {0: silence}
+    theirs.rest()
+    assert theirs.silence == {0: 0.0}
+    theirs.listen(5.0)
+    assert theirs.silence == {0: 5.0}
+
+
+def test_what_is_no_sign_is_silence(tmp_path: Path) -> None:
+    _, theirs = two(tmp_path)
+    for text in ("", "{}", "[1]", "nonsense"):
+        (tmp_path / "logs/rank_0.alive.json").write_text(text)
+        theirs.listen(1.0)
+    assert theirs.silence == {0: 4.0} and theirs.heard == {}
+
+
+def test_signs_of_ranks_that_are_no_more_are_removed(tmp_path: Path) -> None:
+    ours, theirs = two(tmp_path)
+    for signs in (ours, theirs, Signs(RunFolder(tmp_path), 2, 3, ROOT)):
+        signs.give(signs.own(Progress(), 0))
+    ours.forget_others()
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank_0.alive.json", "rank_1.alive.json"]
+
+
+def test_a_file_system_that_refuses_is_told(tmp_path: Path) -> None:
+    ours, _ = two(tmp_path)
+    (tmp_path / "logs").rmdir()
+    assert not ours.give(ours.own(Progress(), 0))
+
+
+def test_the_stack_is_another_threads_innermost_last() -> None:
+    inside, end = threading.Event(), threading.Event()
+
+    def waits_here() -> None:
+        inside.set()
+        end.wait()
+
+    thread = threading.Thread(target=waits_here)
+    thread.start()
+    inside.wait()
+    found = stack_of(thread.ident or 0, ROOT)
+    end.set()
+    thread.join()
+    assert any(frame.startswith("tests/research/test_sign_of_life.py:") and frame.endswith(" waits_here") for frame in found)
+    assert found[-1].endswith(" wait") or sys.version_info >= (3, 13)
+    assert stack_of(-1, ROOT) == []
