@@ -9,7 +9,7 @@ from tests.research.example import sentence
 
 
 def test_greedy_is_the_default():
-    assert Choice().greedy and GREEDY == Choice(0.0, 0, 1.0, 0.0, 1.0)
+    assert Choice().greedy and Choice(0.0, 0, 1.0, 0.0, 1.0) == GREEDY
     assert not Choice(temperature=1e-3).greedy
 
 

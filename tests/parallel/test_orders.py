@@ -4,7 +4,8 @@ from parallel.grid import make_grid
 from parallel.orders import HEAD, hear, tell
 from tests.harness import run_ranks
 
-ORDERS = [[[7]], [[1], [], [2, 3]], [[-5, 2**40]], [list(range(HEAD - 3))], [list(range(HEAD - 2))], [[9], list(range(5 * HEAD)), [4]], [[]]]
+SHORT = [[[7]], [[1], [], [2, 3]], [[-5, 2**40]], [[]]]
+ORDERS = [*SHORT, [list(range(HEAD - 3))], [list(range(HEAD - 2))], [[9], list(range(5 * HEAD)), [4]]]
 
 
 def exchanged(orders: list) -> list:
