@@ -13,12 +13,12 @@ from parallel.errors import Mistake
 
 VERBS = {
     "runs": "list the runs: layout, steps, last bits per byte, status",
-    "generate": "let a trained model write: generate RUN --prompt 'My fellow citizens'",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
     "supervise": "launch an experiment, again after a crash: supervise experiments/gpt_sotu",
     "inspect": "what is in a run or a checkpoint, and is it whole? inspect RUN --check",
     "replay": "run one step again and see where it is not finite: replay RUN --step N",
     "torture": "does a run survive kills? torture experiments/gpt_sotu --trials 50",
+    "generate": "let a trained model write: generate RUN --prompt 'My fellow citizens'",
 }
 
 

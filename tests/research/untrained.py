@@ -5,6 +5,8 @@ from typing import Any
 
 from parallel.checkpoint_writer import write
 from research import config, run_folder
+from research.data.prepare import load_tokenizer
+from research.experiment import load_variants
 from research.run_folder import RunFolder
 from tests.models.build import random_weights
 from tests.research.example import example
@@ -28,13 +30,12 @@ def make(place: Path, name: str = "small", steps: tuple[int, ...] = (3,), precis
     for step in steps:
         save(folder, experiment, step)
     run_folder.end(folder, run_folder.FINISHED)
+    load_tokenizer(data, place)
     return folder
 
 
 def save(folder: RunFolder, experiment: config.Experiment, step: int) -> None:
     """A checkpoint."""
-    from research.experiment import load_variants
-
     variants = load_variants(folder.source, experiment.model)
     weights = {name: tensor.float() for name, tensor in random_weights(experiment.model, step, variants).items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
