@@ -47,10 +47,10 @@ def their_warpers(choice: Choice) -> LogitsProcessorList:
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_warped_logits_are_transformers_own_to_the_bit(choice):
-    given = logits()
+    given = logits(300)
     found = warped(given, choice)
-    assert torch.equal(found, their_warpers(choice)(torch.zeros(6, 1, dtype=torch.int64), given))
-    assert torch.equal(given, logits())
+    assert torch.equal(found, their_warpers(choice)(torch.zeros(300, 1, dtype=torch.int64), given))
+    assert torch.equal(given, logits(300))
     assert (found > -torch.inf).any(-1).all()
 
 
