@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dropout import dropped, mixed
-from models.init import seed_of
+from models.seed import seed_of
 from parallel.collectives import gather_shared
 from parallel.grid import Grid
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, refuse_uneven

@@ -9,7 +9,7 @@ The first four are mixed well, in 64 bits, once a position; each feature then co
 import torch
 from torch import Tensor, nn
 
-from models.init import seed_of
+from models.seed import seed_of
 from parallel.grid import Grid
 
 MIX_64 = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's multipliers as signed numbers

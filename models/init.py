@@ -3,7 +3,6 @@
 So a parameter's first value depends on neither the layout nor the other parameters: add a layer, and the rest stays the same.
 """
 
-import hashlib
 import math
 
 import numpy as np
@@ -11,12 +10,7 @@ import torch
 from torch import Tensor
 
 from models.config import GPT
-
-
-def seed_of(seed: int, name: str) -> int:
-    """64 bits, signed, that depend on (seed, name) alone."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+from models.seed import seed_of
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -81,6 +75,16 @@ class SmallWangInit(GPT2Init):
     def residual_std(self) -> float:
         """2/(layers·√h)."""
         return 2 / (self.model.num_layers * math.sqrt(self.model.hidden_size))
+
+
+class Undrawn(GPT2Init):
+    """Zeros, at no cost: for a model whose every weight is about to be read from a file."""
+
+    def embedding(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A table of zeros that takes no memory until it is cut."""
+        return torch.zeros(()).expand(shape)
+
+    inner = residual = embedding
 
 
 INITS = {"gpt2": GPT2Init, "small_wang": SmallWangInit}

@@ -4,8 +4,9 @@ Tables are computed where they are used, in fp32: a buffer would be rounded to b
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,37 @@ from parallel.collectives import copy_to_tensor_ranks
 from parallel.grid import Grid
 from parallel.slices import Slice, make_parameter
 
+Made = TypeVar("Made")
+
+
+class Places:
+    """Where in their sequences the tokens at hand are: 0, 1, 2, … of a whole one. models/cache.py has the other kind."""
+
+    def of(self, x: Tensor, first: int = 0) -> Tensor:
+        """Of x '… s d', whose first is at `first`: int64 's', or something that goes with '… s'."""
+        return torch.arange(first, first + x.shape[-2], device=x.device)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Of the keys that queries x 'b h s e' look at: 't'."""
+        return self.of(x)
+
+    def rows(self, table: Tensor, x: Tensor, first: int = 0) -> Tensor:
+        """The rows of a table 'seq_length d' at the places of x 'b s d': 's d', or 'b s d'."""
+        return table[first : first + x.shape[1]]
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` makes of these places, which other layers may have made already under the same key."""
+        return make()
+
 
 class Position(nn.Module):
     """No position at all, and the base of the others.
 
     `at_input` schemes become a layer of their own behind the embedding, x -> forward(x). The others live in every attention:
     `rotate` turns its queries and keys, `bias` is added to its scores.
+
+    A scheme asks `self.places` where its tokens are, instead of counting them: a decoder gives it other places, of which each
+    row of a batch has its own, and keys that lie further back than the queries at hand.
     """
 
     at_input = False
@@ -30,6 +56,7 @@ class Position(nn.Module):
     def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
         super().__init__()
         self.model, self.grid, self.region = model, grid, grid.region
+        self.places = Places()
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' -> 'b s d'."""
@@ -40,7 +67,7 @@ class Position(nn.Module):
         return q, k
 
     def bias(self, q: Tensor) -> Tensor | None:
-        """'h s s', causal mask included, in q's dtype; None: plain causal attention."""
+        """'h s t' (or 'b h s t') for s queries and t keys, causal mask included, in q's dtype; None: plain causal attention."""
         return None
 
 
@@ -56,8 +83,8 @@ class Learned(Position):
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' -> 'b s d', s ≤ seq_length; under sequence parallelism this rank's positions."""
-        first = self.region.first_position(x)
-        return x + copy_to_tensor_ranks(self.weight, self.region.partial_group)[first : first + x.shape[1]]
+        table = copy_to_tensor_ranks(self.weight, self.region.partial_group)
+        return x + self.places.rows(table, x, self.region.first_position(x))
 
 
 class Sinusoidal(Position):
@@ -67,9 +94,8 @@ class Sinusoidal(Position):
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' -> 'b s d'."""
-        first = self.region.first_position(x)
-        angles = _angles(first + x.shape[1], x.shape[2], 10_000.0, x.device)[first:]
-        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : x.shape[2]]
+        angles = _angles(self.places.of(x, self.region.first_position(x)), x.shape[2], 10_000.0)
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : x.shape[2]]
         return x + table.to(x.dtype)
 
 
@@ -83,21 +109,27 @@ class Rotary(Position):
         """q 'b h s e', k 'b k s e': the first r features of each head turned, the rest as they were."""
         assert self.model.rotary_fraction is not None and self.model.rotary_base is not None  # config validates
         turned = int(q.shape[-1] * self.model.rotary_fraction) // 2 * 2
-        angles = _angles(q.shape[-2], turned, self.model.rotary_base, q.device, partial(scaled, model=self.model))
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        cos, sin = self.places.once((type(self), turned, q.dtype), lambda: self._factors(q, turned))
         return _turn(q, cos, sin), _turn(k, cos, sin)
+
+    def _factors(self, q: Tensor, turned: int) -> tuple[Tensor, Tensor]:
+        assert self.model.rotary_base is not None
+        angles = _angles(self.places.of(q), turned, self.model.rotary_base, partial(scaled, model=self.model))
+        return angles.cos().to(q.dtype), angles.sin().to(q.dtype)
 
 
 class Alibi(Position):
     """score(t, u) − slope_h · (t − u), the slopes a geometric series over *all* heads (arXiv:2108.12409)."""
 
     def bias(self, q: Tensor) -> Tensor:
-        """'h s s' for this rank's heads."""
-        heads, length = q.shape[1], q.shape[2]
+        """'h s t' for this rank's heads."""
+        return self.places.once((type(self), q.dtype), lambda: self._bias(q))
+
+    def _bias(self, q: Tensor) -> Tensor:
+        heads = q.shape[1]
         first = self.grid.tensor_rank * heads
         slopes = torch.tensor(alibi_slopes(self.model.num_heads)[first : first + heads], device=q.device)
-        place = torch.arange(length, device=q.device)
-        distance = place[:, None] - place[None, :]
+        distance = self.places.of(q)[..., :, None] - self.places.of_keys(q)
         bias = -slopes[:, None, None] * distance.float()
         return bias.masked_fill(distance < 0, -torch.inf).to(q.dtype)
 
@@ -110,12 +142,12 @@ def alibi_slopes(heads: int) -> list[float]:
     return series + between
 
 
-def _angles(length: int, size: int, base: float, device: torch.device, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """'s ⌈size/2⌉' in fp32: position t, pair i -> t · base^{−2i/size}, the frequencies changed before they meet the positions."""
-    exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / max(size, 1)
+def _angles(places: Tensor, size: int, base: float, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """'…' -> '… ⌈size/2⌉' in fp32: position t, pair i -> t · base^{−2i/size}, the frequencies changed before they meet the positions."""
+    exponents = torch.arange(0, size, 2, device=places.device, dtype=torch.float32) / max(size, 1)
     frequencies = 1.0 / base**exponents  # not base**-exponents, an ulp away from transformers: 1e-4 in an angle at position 2,000
     frequencies = change(frequencies) if change else frequencies
-    return torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    return places[..., None].float() * frequencies
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,12 +19,18 @@ def device() -> torch.device:
 
 
 def start(rank: int, world: int, local_rank: int, rendezvous: str | None) -> None:
-    """Joins the world through `rendezvous` ("tcp://host:port" or "file://path"; None: a world of one, which needs neither).
-
-    NCCL where CUDA is present (not run), gloo elsewhere. DeepSpeed finds the group initialised and uses it.
-    """
+    """Joins the world as `meet` does, and DeepSpeed with it, which finds the group initialised and uses it."""
     os.environ["LOCAL_RANK"] = str(local_rank)  # read by DeepSpeed's PipelineModule and accelerator
     _compile_nothing()
+    meet(rank, world, local_rank, rendezvous)
+    _join_deepspeed(dist.get_backend())
+
+
+def meet(rank: int, world: int, local_rank: int, rendezvous: str | None) -> None:
+    """Joins the world through `rendezvous` ("tcp://host:port" or "file://path"; None: a world of one, which needs neither).
+
+    NCCL where CUDA is present (not run), gloo elsewhere. Without DeepSpeed, whose import takes seconds: for what trains nothing.
+    """
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -33,7 +39,6 @@ def start(rank: int, world: int, local_rank: int, rendezvous: str | None) -> Non
         dist.init_process_group(store=dist.HashStore(), **arguments)
     else:
         dist.init_process_group(init_method=rendezvous, **arguments)
-    _join_deepspeed(arguments["backend"])
 
 
 def stop() -> None:

@@ -36,6 +36,9 @@ class ColumnParallelLinear(nn.Module):
     `parts` are fused outputs (q, k, v or gate, up) which are cut one by one; y holds this rank's piece of each in that order.
     """
 
+    product = staticmethod(F.linear)
+    """(x, weight, bias) -> x weightᵀ + bias. parallel/packed.py puts others here, for inference."""
+
     def __init__(self, name: str, in_features: int, parts: tuple[int, ...], bias: bool, draw: Draw, grid: Grid) -> None:
         super().__init__()
         refuse_uneven(parts, grid, name)
@@ -47,7 +50,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d_in' ('b s/tp d_in' under sequence parallelism) -> 'b s d_out/tp'."""
-        return F.linear(self.region.enter(x), self.weight, self.bias)
+        return self.product(self.region.enter(x), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The cut, e.g. `[576, 192] cut along dim 0 in parts [192, 192, 192]`."""
@@ -61,6 +64,9 @@ class RowParallelLinear(nn.Module):
     The bias is replicated and added once, after the sum. Backward: every rank sees the whole gradient of y.
     """
 
+    product = staticmethod(F.linear)
+    """As ColumnParallelLinear's."""
+
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, draw: Draw, grid: Grid) -> None:
         super().__init__()
         refuse_uneven((in_features,), grid, name)
@@ -71,8 +77,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """'b s d_in/tp' -> 'b s d_out' ('b s/tp d_out' under sequence parallelism)."""
         if self.region.group is None:
-            return F.linear(x, self.weight, self.bias)
-        y = self.region.leave(F.linear(x, self.weight))
+            return self.product(x, self.weight, self.bias)
+        y = self.region.leave(self.product(x, self.weight, None))
         return y if self.bias is None else y + copy_to_tensor_ranks(self.bias, self.region.partial_group)
 
     def extra_repr(self) -> str:

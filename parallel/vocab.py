@@ -53,6 +53,9 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """logits = x Wᵀ with W cut by vocabulary rows. x: 'b s d', equal on every rank  ->  'b s v', this rank's rows."""
 
+    product = staticmethod(F.linear)
+    """As ColumnParallelLinear's."""
+
     def __init__(self, name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> None:
         super().__init__()
         self.weight = vocab_table(name, vocab_size, hidden_size, draw, grid)
@@ -60,7 +63,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' ('b s/tp d' under sequence parallelism) -> 'b s v'."""
-        return F.linear(self.region.enter(x), self.weight)
+        return self.product(self.region.enter(x), self.weight, None)
 
 
 class TiedHead(nn.Module):
@@ -69,13 +72,16 @@ class TiedHead(nn.Module):
     A module of its own, because ZeRO-3 gathers a module's parameters when the module is called.
     """
 
+    product = staticmethod(F.linear)
+    """As ColumnParallelLinear's."""
+
     def __init__(self, embedding: VocabParallelEmbedding) -> None:
         super().__init__()
         self.weight, self.region = embedding.weight, embedding.region
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' ('b s/tp d' under sequence parallelism) -> 'b s v'."""
-        return F.linear(self.region.enter(x), self.weight)
+        return self.product(self.region.enter(x), self.weight, None)
 
 
 def vocab_table(name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> nn.Parameter:

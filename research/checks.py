@@ -32,7 +32,7 @@ def check(experiment: Experiment, ranks: Ranks) -> None:
 
 def _tensor_divides(experiment: Experiment) -> None:
     model, tensor = experiment.model, experiment.parallel.tensor
-    works = _tensor_degrees(model)
+    works = tensor_degrees(model)
     for name in ("num_heads", "ffn_size"):
         if getattr(model, name) % tensor:
             raise Mistake(f"parallel.tensor = {tensor} does not divide model.{name} = {getattr(model, name)} → use {listed(works[:8])}")
@@ -52,11 +52,11 @@ def _tensor_divides_sequence(experiment: Experiment) -> None:
     if experiment.parallel.sequence and length % tensor:
         raise Mistake(
             f"parallel.tensor = {tensor} does not divide model.seq_length = {length} → "
-            f"use {listed([n for n in _tensor_degrees(experiment.model) if length % n == 0][:8])}, or parallel.sequence False"
+            f"use {listed([n for n in tensor_degrees(experiment.model) if length % n == 0][:8])}, or parallel.sequence False"
         )
 
 
-def _tensor_degrees(model: GPT) -> list[int]:
+def tensor_degrees(model: GPT) -> list[int]:
     """The tensor degrees by which heads and ffn can be sliced."""
     return [n for n in _divisors(math.gcd(model.num_heads, model.ffn_size)) if kv_heads_fit(model, n)]
 

@@ -3,7 +3,8 @@
 import shlex
 from typing import TYPE_CHECKING
 
-from research import describe, plot, sample, saving, text
+from parallel.errors import Mistake
+from research import closing_sample, describe, plot, saving, text
 from research.start import short
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ def show_sample(run: "Run") -> None:
     """What the model writes after the held-out text's first words. Rank 0 reads its own checkpoint, so that no other is needed."""
     words, axes = run.corpus.tokenizer, run.progress()
     prompt = first_words(run)
-    written = sample.write_after_training(run.folder, run.job.experiment, words, prompt)
-    if written is None:
-        run.voice.warn("no sample: the whole model is large for this machine's free memory → `python -m research sample` on another")
+    try:
+        written = closing_sample.write(run.folder, run.job.experiment, words, prompt)
+    except Mistake as mistake:
+        run.voice.warn(f"no sample: {mistake}")
         return
     run.voice.sample(prompt, written)
     run.tracker.sample(int(axes["progress/step"]), int(axes["progress/tokens"]), prompt, written)
@@ -47,4 +49,4 @@ def last_words(run: "Run") -> None:
     """What to type next."""
     here, prompt = short(run.folder), shlex.quote(first_words(run))
     dashboard = [f"wandb leet {here}/wandb"] if run.folder.wandb.is_dir() else []
-    run.voice.next([f"python -m research sample {here} --prompt {prompt}", *dashboard, "python -m research runs"])
+    run.voice.next([f"python -m research generate {here} --prompt {prompt}", *dashboard, "python -m research runs"])

@@ -1,10 +1,16 @@
 """Numbers and text as a person reads them in a terminal. Pure functions of their arguments."""
 
 import functools
+import json
 import math
+import unicodedata
 from collections.abc import Callable
 
 PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
+STEERING = ("Cc", "Cs")
+"""Unicode's categories of control characters and of halves of characters, which no stream can encode."""
+MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Marks of direction, with which a text can look like another."""
 
 
 def count(n: float) -> str:
@@ -90,3 +96,14 @@ def duration(seconds: float) -> str:
 def one_line(text: str) -> str:
     """The text on one line, white space single, control characters (a model may write escape sequences) gone."""
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
+def printable(text: str) -> str:
+    """The text without what could steer a terminal or hide what it says: control characters but newline and tab, and marks of direction."""
+    return "".join(letter for letter in text if letter in "\n\t" or (unicodedata.category(letter) not in STEERING and letter not in MARKS))
+
+
+def json_line(value: object) -> str:
+    """A value as JSON on one line, readable in any language; what `printable` would drop is escaped."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return "".join(letter if printable(letter) == letter else json.dumps(letter)[1:-1] for letter in line)

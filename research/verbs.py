@@ -18,7 +18,7 @@ VERBS = {
     "inspect": "what is in a run or a checkpoint, and is it whole? inspect RUN --check",
     "replay": "run one step again and see where it is not finite: replay RUN --step N",
     "torture": "does a run survive kills? torture experiments/gpt_sotu --trials 50",
-    "sample": "let a trained run write: sample RUN --prompt 'My fellow citizens'",
+    "generate": "let a trained model write: generate RUN --prompt 'My fellow citizens'",
 }
 
 
@@ -36,16 +36,23 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"python -m research {verb}", description=description, allow_abbrev=False)
 
     def parse_args(self, args=None, namespace=None):
-        """The parsed arguments; an unknown one is refused by name."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        """The parsed arguments, dashes in their names or underscores; an unknown one is refused by name."""
+        options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        parsed, unknown = self.parse_known_args([_spelled(word, options) for word in args or ()], namespace)
         if unknown:
-            options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             raise Mistake(f"{self.prog} does not know {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse has to say as a Mistake."""
         raise Mistake(f"{self.prog}: {message} → see {self.prog} --help")
+
+
+def _spelled(word: str, options: list[str]) -> str:
+    """`--max-new-tokens=5` as `--max_new_tokens=5`, where that is what the option is called."""
+    name, equals, value = word.partition("=")
+    known = "--" + name.removeprefix("--").replace("-", "_")
+    return known + equals + value if name.startswith("--") and known in options else word
 
 
 def show_mistake(mistake: Mistake, stream: IO[str] | None = None) -> None:

@@ -68,9 +68,9 @@ def scatter(module: nn.Module, seed: int = 0) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=g, dtype=torch.float64).to(parameter.dtype), alpha=0.2)
 
 
-def random_weights(model: GPT, seed: int) -> dict[str, Tensor]:
+def random_weights(model: GPT, seed: int, variants: Mapping[str, type] | None = None) -> dict[str, Tensor]:
     """A whole model's in fp64, away from what an initialisation leaves: a lost bias or norm would hide there."""
-    module = whole_model(model).double()
+    module = whole_model(model, variants=variants).double()
     scatter(module, seed)
     return values(module)
 

@@ -77,4 +77,4 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(monkeypatch, capsys):
 
 
 def test_nearest_word():
-    assert nearest("smaple", VERBS) == " → did you mean sample?"
+    assert nearest("genrate", VERBS) == " → did you mean generate?"

@@ -106,7 +106,7 @@ def everything(r):
     r.validation(VALIDATION, True, "step_000300 (0.2 s)")
     r.done(*DONE[0][0])
     r.sample("My fellow\ncitizens", "of the United States " * 9)
-    r.next(["python -m research sample runs/gpt_sotu/latest --prompt 'My fellow citizens' --and more", "second"])
+    r.next(["python -m research generate runs/gpt_sotu/latest --prompt 'My fellow citizens' --and more", "second"])
     r.warn("careful\nnow")
 
 
@@ -118,7 +118,7 @@ def test_a_pipe_gets_one_line_a_thing_and_no_escape():
     assert lines[9] == DONE[0][1]
     assert lines[10] == "sample My fellow citizens ▸ " + " ".join(["of the United States"] * 9)
     assert lines[11:13] == [
-        "next   python -m research sample runs/gpt_sotu/latest --prompt 'My fellow citizens' --and more",
+        "next   python -m research generate runs/gpt_sotu/latest --prompt 'My fellow citizens' --and more",
         "       second",
     ]
     assert lines[13:] == ["warn   careful now", ""]
@@ -147,7 +147,7 @@ def test_a_screen_gets_colour_and_hanging_lines():
     seen = on_a_screen(80)
     assert "\x1b[1mgpt · run gpt-7f3a2c" in seen and "\x1b[1;32m  val" in seen and "\x1b[36mconfig   \x1b[0mlong" in seen
     assert "\r\n\x1b[36m         \x1b[0mlong long" in seen  # long text goes on under itself
-    assert "\x1b[36mnext   \x1b[0mpython -m research sample runs/gpt_sotu/latest --prompt 'My fellow citizens' --and more" in seen
+    assert "\x1b[36mnext   \x1b[0mpython -m research generate runs/gpt_sotu/latest --prompt 'My fellow citizens' --and more" in seen
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") >= 1  # the bar gave the cursor back
 
 

@@ -190,13 +190,13 @@ def test_the_checkpoint_is_whole_and_says_where_it_comes_from(ended: Ended) -> N
     assert reader.tensors["embedding.weight"].shape == (391, 32) and set(reader.manifest.tensors) == {"weights", "exp_avg", "exp_avg_sq"}
 
 
-def test_sample_writes_what_the_run_wrote(ended: Ended, capsys) -> None:
-    """`python -m research sample`, in one process, from a checkpoint of any layout."""
+def test_generate_writes_what_the_run_wrote(ended: Ended, capsys) -> None:
+    """`python -m research generate`, in one process, from a checkpoint of any layout."""
     (row,) = [json.loads(line) for line in ended.folder.samples.read_text().splitlines()]
     assert (row["progress/step"], row["progress/tokens"]) == (6, 1536)
     assert len(row["text"].split()) > 5, "a sample of nothing compares nothing"
     assert f"sample {row['prompt']} ▸ {row['text']}\n" in ended.out
-    assert research_main.main(["sample", str(ended.folder.path), "--prompt", row["prompt"], "--tokens", "40"]) == 0
+    assert research_main.main(["generate", str(ended.folder.path), "--prompt", row["prompt"]]) == 0
     written = capsys.readouterr().out
     assert written.startswith(row["prompt"])
     assert one_line(written.removeprefix(row["prompt"])) == row["text"]
@@ -213,7 +213,7 @@ def test_runs_lists_it(tensor_2: Ended, place: Place) -> None:
 def test_what_to_type_next_can_be_typed(alone: Ended) -> None:
     """`next` names this run's folder; the line of a dashboard appears where there is something to see."""
     following = alone.out[alone.out.index("\nnext ") :]
-    assert f"python -m research sample {alone.folder.path} --prompt '" in following
+    assert f"python -m research generate {alone.folder.path} --prompt '" in following
     assert f"wandb leet {alone.folder.wandb}\n" in following and alone.folder.wandb.is_dir()
 
 
@@ -247,9 +247,9 @@ def test_an_experiment_in_code_is_the_same_on_every_layout(place: Place, elsewhe
 
 
 @pytest.mark.slow
-def test_sample_in_a_process_of_its_own(tensor_2: Ended) -> None:
+def test_generate_in_a_process_of_its_own(tensor_2: Ended) -> None:
     """As a person types it, from the repository."""
-    command = [sys.executable, "-m", "research", "sample", str(tensor_2.folder.path), "--prompt", "the people", "--tokens", "5"]
+    command = [sys.executable, "-m", "research", "generate", str(tensor_2.folder.path), "--prompt", "the people", "--max_new_tokens", "5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("the people") and len(done.stdout.split()) > 4

@@ -1,0 +1,176 @@
+"""The command line of `generate`, and everything that can be refused before torch is imported."""
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.choice import Choice
+from models.config import GPT
+from parallel import checkpoint_folder
+from parallel.errors import Mistake
+from research import config, prompts, run_folder
+from research.ask import USUAL_TOKENS, Ask, refuse_context, refuse_long, text_seed
+from research.checks import tensor_degrees
+from research.config import Experiment
+from research.data.prepare import load_tokenizer
+from research.data.tokenizer import Tokenizer
+from research.experiment import check_variants
+from research.machine import find_ranks
+from research.run_folder import RunFolder
+from research.settings import listed
+from research.verbs import Parser
+
+ROOT = Path(__file__).resolve().parent.parent
+WHAT = """Lets a trained model continue prompts. By default it takes the likeliest token, again and again (greedy); with --temperature
+it draws one. The same command gives the same text, whatever is written beside it and on any number of tensor ranks, up to rounding:
+in fp32 that is to say always, in bf16 two tokens may be so close that it decides. Stops at end-of-text."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command that can be carried out."""
+
+    arguments: argparse.Namespace
+    folder: RunFolder
+    checkpoint: Path
+    experiment: Experiment
+    tokenizer: Tokenizer
+    choice: Choice
+    prompts: tuple[str, ...]
+    """Empty in an interactive session."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its text may have together."""
+        asked, trained = self.arguments.context, self.experiment.model.seq_length
+        return trained if asked is None else asked
+
+    def ask(self, prompt: str, number: int = 0, text: int = 0) -> Ask:
+        """What is asked for text `text` of this prompt, the `number`-th. A Mistake where it does not fit into the context."""
+        arguments, length = self.arguments, self.length(prompt)
+        seed = text_seed(arguments.seed, number, text)
+        usual = max(1, min(USUAL_TOKENS, self.context - length))
+        tokens = usual if arguments.max_new_tokens is None else arguments.max_new_tokens
+        ask = Ask(tokens, self.choice, seed, tuple(map(prompts.check, arguments.stop)), arguments.logprobs)
+        refuse_long(length, tokens, self.context, self.experiment.model)
+        return ask
+
+    def length(self, prompt: str) -> int:
+        """Its tokens; an empty prompt is read as end-of-text."""
+        return len(self.tokenizer.encode(prompt)) or 1
+
+    @property
+    def at_once(self) -> int:
+        """Rows that the cache needs."""
+        arguments = self.arguments
+        return arguments.beams if arguments.beams > 1 else min(arguments.batch, arguments.n * max(1, len(self.prompts)))
+
+    @property
+    def places(self) -> int:
+        """Tokens that each row of the cache needs room for."""
+        return max((self.length(prompt) + self.ask(prompt).max_new_tokens for prompt in self.prompts), default=self.context)
+
+
+def parser() -> Parser:
+    """All options, with words that teach."""
+    found = Parser("generate", WHAT)
+    found.add_argument("run", help="a run's folder (runs/gpt_sotu/latest), its name or its title")
+    found.add_argument("--checkpoint", type=int, metavar="STEP", help="the checkpoint of this step (default: the newest)")
+    source = found.add_argument_group("what to continue, one of")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times")
+    source.add_argument(
+        "--file", help='a .jsonl file of {"prompt": "…"}, or any with a prompt a line; -: standard input; writes JSON lines'
+    )
+    source.add_argument("--interactive", action="store_true", help="asks for prompts until Ctrl-D; Ctrl-C ends a text")
+    length = found.add_argument_group("how long")
+    usual = f"{USUAL_TOKENS}, or what the context leaves"
+    length.add_argument("--max_new_tokens", type=int, metavar="N", help=f"tokens at most (default: {usual})")
+    length.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    length.add_argument("--context", type=int, metavar="N", help="room for prompt and text together, in tokens (default: model.seq_length)")
+    choice = found.add_argument_group("how the next token is chosen, in this order")
+    add = choice.add_argument
+    add("--repetition_penalty", type=float, default=1.0, metavar="X", help="above 1, tokens that were there before become less likely")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest (default); 1: drawn by the model's probabilities")
+    add("--top_k", type=int, default=0, metavar="K", help="drawn from the K likeliest (default: from all)")
+    add("--top_p", type=float, default=1.0, metavar="P", help="drawn from the likeliest that have probability P together (default: 1)")
+    add("--min_p", type=float, default=0.0, metavar="P", help="drawn from those at least P times as likely as the likeliest (default: 0)")
+    add("--seed", type=int, default=0, help="another seed, other draws (default: 0)")
+    add("--beams", type=int, default=1, metavar="B", help="the likeliest whole text that a search with B beams finds")
+    add("--n", type=int, default=1, help="texts for each prompt (default: 1)")
+    output = found.add_argument_group("what is written")
+    output.add_argument("--logprobs", type=int, metavar="N", help="each token's log-probability beside those of the N likeliest")
+    output.add_argument("--json", action="store_true", help="a JSON line a text: prompt, text, finish, prompt_tokens, ids, logprobs, score")
+    machine = found.add_argument_group("how it is computed")
+    machine.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: as trained (fp16 on a CPU: fp32)")
+    machine.add_argument("--tensor", type=int, default=1, metavar="T", help="slice the model over T processes of this machine")
+    machine.add_argument("--batch", type=int, default=8, metavar="N", help="texts that are written at once (default: 8)")
+    return found
+
+
+def prepared(arguments: argparse.Namespace) -> Task:
+    """The command, checked."""
+    if find_ranks().world > 1:
+        raise Mistake("generate starts its ranks itself → run it without a launcher: python -m research generate RUN --tensor 2")
+    _refuse_sources(arguments)
+    choice = Choice(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Choice)})
+    _refuse_counts(arguments, choice)
+    folder = run_folder.find(arguments.run)
+    experiment = config.load(folder.config)
+    check_variants(folder.source, experiment.model)
+    _refuse_tensor(arguments.tensor, experiment.model)
+    checkpoint = _checkpoint(folder, arguments.checkpoint)
+    given = prompts.read(arguments.file) if arguments.file else map(prompts.check, arguments.prompt or ())
+    tokenizer = load_tokenizer(experiment.data, ROOT, _say)
+    task = Task(arguments, folder, checkpoint, experiment, tokenizer, choice, tuple(given))
+    refuse_context(task.context, experiment.model)
+    for prompt in task.prompts or ("",):
+        task.ask(prompt)
+    return task
+
+
+def _say(what: str) -> None:
+    """Slow work: the tokenizer is being made again, because nothing has kept it."""
+    sys.stderr.write(f"{what} …\n")
+
+
+def _refuse_sources(arguments: argparse.Namespace) -> None:
+    sources = {"--prompt": arguments.prompt, "--file": arguments.file, "--interactive": arguments.interactive}
+    given = [name for name, value in sources.items() if value]
+    if len(given) != 1:
+        said = f"{listed(given, 'and')} are given" if given else "there is nothing to continue"
+        raise Mistake(f"{said} → give one of --prompt TEXT, --file FILE and --interactive")
+    if arguments.interactive and arguments.json:
+        raise Mistake("--interactive does not go with --json → use --prompt TEXT --json, or --file -")
+
+
+def _refuse_counts(arguments: argparse.Namespace, choice: Choice) -> None:
+    n, beams = arguments.n, arguments.beams
+    for name in ("n", "beams", "batch"):
+        if getattr(arguments, name) < 1:
+            raise Mistake(f"--{name} {getattr(arguments, name)} does not work → use 1 or more")
+    if beams == 1 and n > 1 and choice.greedy:
+        raise Mistake(f"--n {n} greedy texts are all the same → add --temperature 1, or --beams {n}")
+    if beams == 1:
+        return
+    others = {"--temperature": not choice.greedy, "--stop": arguments.stop, "--logprobs": arguments.logprobs is not None}
+    for name in (name for name, given in others.items() if given):
+        raise Mistake(f"{name} does not go with --beams {beams}, a search for the likeliest whole text → leave one of them out")
+    if n > beams:
+        raise Mistake(f"--n {n} is more than --beams {beams} find → use --beams {n}, or --n {beams}")
+
+
+def _refuse_tensor(tensor: int, model: GPT) -> None:
+    if tensor not in (works := tensor_degrees(model)):
+        shape = f"model.num_heads = {model.num_heads}, num_kv_heads = {model.num_kv_heads} and ffn_size = {model.ffn_size}"
+        raise Mistake(f"--tensor {tensor} does not fit {shape} → use {listed(works[:8])}")
+
+
+def _checkpoint(folder: RunFolder, step: int | None) -> Path:
+    if step is None:
+        return checkpoint_folder.latest(folder.checkpoints)
+    found = {int(path.name.removeprefix("step_")): path for path in checkpoint_folder.steps(folder.checkpoints)}
+    if step not in found:
+        raise Mistake(f"{folder.title} has no checkpoint of step {step} → it has {listed(found, 'and') or 'none'}")
+    return found[step]

@@ -1,0 +1,69 @@
+"""A run's model, read from one of its checkpoints, ready to write: on this rank's device, in the precision asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models import gpt
+from models.config import GPT, VARIANT
+from models.decoder import Decoder
+from models.init import Undrawn
+from models.led import Leader
+from parallel.checkpoint_reader import Reader, load_weights
+from parallel.distributed import device
+from parallel.errors import Mistake
+from parallel.grid import Grid
+from parallel.layers import PlainModule
+from research import config
+from research.experiment import load_variants
+from research.run_folder import RunFolder
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNDRAWN = "Undrawn"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is restored, and for how much at once. The same on every rank; it travels to other processes."""
+
+    run: Path
+    """The run's folder."""
+    checkpoint: Path
+    precision: str | None = None
+    """fp32, bf16 or fp16; None: what the run was trained in, but fp32 for fp16 on a CPU, which has few kernels for it."""
+    slots: int = 1
+    """Texts at once."""
+    context: int = 1
+    """Tokens of each, prompt included."""
+
+
+def restored(plan: Plan, grid: Grid, place: torch.device | None = None) -> PlainModule:
+    """The module with the checkpoint's weights, each rank its own slices, whatever layout wrote them.
+
+    It lies on `place` (None: this rank's device). Variants come from the run's own copy, and are executed.
+    """
+    folder, place = RunFolder(plan.run), place or device()
+    experiment = config.load(folder.config)
+    model, variants = GPT(**experiment.model.model_dump()), dict(load_variants(folder.source, experiment.model))
+    if not model.init.startswith(VARIANT):  # one of the experiment's own may serve other classes of its own
+        model, variants = model.model_copy(update={"init": f"{VARIANT}{UNDRAWN}"}), variants | {UNDRAWN: Undrawn}
+    module = PlainModule(gpt.layers(model, grid, experiment.seed, variants)).to(dtype_of(plan.precision, experiment.precision, place))
+    with Reader(plan.checkpoint) as reader:
+        load_weights(module, reader, grid)
+    return module.to(place).eval()
+
+
+def dtype_of(asked: str | None, trained: str, place: torch.device) -> torch.dtype:
+    """The precision to write in. A Mistake where it was asked for and this device has no kernels for it."""
+    if asked == "fp16" and place.type == "cpu":
+        raise Mistake("precision = 'fp16' needs a GPU, a CPU has few kernels for it → use 'fp32' or 'bf16'")
+    unfit = asked is None and trained == "fp16" and place.type == "cpu"
+    return PRECISIONS["fp32" if unfit else asked or trained]
+
+
+def decoder_of(plan: Plan, grid: Grid, place: torch.device | None = None) -> Decoder:
+    """The restored model over a cache as large as planned; the leader of its tensor ranks where there are several and this is the first."""
+    model = GPT(**config.load(RunFolder(plan.run).config).model.model_dump())
+    kind = Leader if grid.tensor > 1 and grid.rank == 0 else Decoder
+    return kind(restored(plan, grid, place), model, grid, plan.slots, plan.context)

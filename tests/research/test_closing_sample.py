@@ -1,0 +1,38 @@
+"""The text at the end of a run is what `generate` writes after the same prompt."""
+
+import pytest
+
+from parallel.errors import Mistake
+from research import __main__ as research_main
+from research import closing_sample, config
+from research.data.prepare import load_tokenizer
+from research.text import one_line, printable
+from tests.research import untrained
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_is_what_generate_writes(precision, tmp_path, capfd):
+    folder = untrained.make(tmp_path, precision=precision)
+    experiment = config.load(folder.config)
+    text = closing_sample.write(folder, experiment, load_tokenizer(experiment.data, tmp_path), "the people")
+    assert research_main.main(["generate", str(folder.path), "--prompt", "the people"]) == 0
+    written = capfd.readouterr().out
+    assert one_line(printable(written.removeprefix("the people"))) == text and len(text) > 10
+
+
+def test_it_fits_into_a_short_context(tmp_path):
+    """Forty tokens are asked for, and as many are written as there is room for."""
+    folder = untrained.make(tmp_path, seq_length=8)
+    experiment = config.load(folder.config)
+    tokenizer = load_tokenizer(experiment.data, tmp_path)
+    assert len(tokenizer.encode(closing_sample.write(folder, experiment, tokenizer, ""))) <= 3 * 7
+    with pytest.raises(Mistake, match="shorten the prompt"):
+        closing_sample.write(folder, experiment, tokenizer, "the people of the union, " * 9)
+
+
+def test_a_large_model_is_left_alone(tmp_path, monkeypatch):
+    folder = untrained.make(tmp_path)
+    experiment = config.load(folder.config)
+    monkeypatch.setattr(closing_sample, "ROOM", 10**9)
+    with pytest.raises(Mistake, match="large for this machine's free memory → `python -m research generate` on another"):
+        closing_sample.write(folder, experiment, load_tokenizer(experiment.data, tmp_path), "the people")

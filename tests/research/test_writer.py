@@ -1,0 +1,168 @@
+"""Prompts become texts: streamed, stopped, ended, cancelled, searched; the same whatever is written beside them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.choice import Choice
+from models.decoder import Decoder
+from parallel.errors import Mistake
+from parallel.grid import Grid
+from research import config
+from research.ask import Ask
+from research.data.prepare import load_tokenizer
+from research.data.tokenizer import Tokenizer
+from research.restore import Plan, decoder_of
+from research.run_folder import RunFolder
+from research.writer import Writer, row
+from tests.models.build import ROTARY
+from tests.research import untrained
+
+CPU = torch.device("cpu")
+DRAWN = Ask(20, Choice(temperature=1.0), seed=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> RunFolder:
+    return untrained.make(tmp_path_factory.mktemp("writer"), **ROTARY)
+
+
+def writer(folder: RunFolder, slots: int = 4) -> Writer:
+    experiment = config.load(folder.config)
+    plan = Plan(folder.path, folder.checkpoints / "step_000003", slots=slots, context=32)
+    return Writer(decoder_of(plan, Grid(), CPU), load_tokenizer(experiment.data, Path("/")), experiment.model, 32)
+
+
+def whole(writer: Writer, prompt: str, ask: Ask) -> str:
+    text = writer.submit(prompt, ask)
+    while writer:
+        writer.step()
+    return text.text
+
+
+def said(tokenizer: Tokenizer, ids) -> str:
+    """The text of the ids, less a character that they leave unfinished: random weights write random bytes."""
+    return tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def test_pieces_add_up_to_the_text(folder):
+    mine = writer(folder)
+    texts, pieces = [mine.submit(prompt, DRAWN) for prompt in ("the people", "war", "")], {}
+    while mine:
+        for text in mine.step():
+            pieces[text] = pieces.get(text, "") + text.fresh
+    for text in texts:
+        ids = text.written.ids
+        assert pieces[text] == text.text
+        assert text.text == said(mine.tokenizer, ids[:-1] if text.finish == "end_of_text" else ids)
+        assert text.finish == "end_of_text" or len(ids) == 20
+
+
+def test_a_text_does_not_depend_on_its_company(folder):
+    alone, crowded = writer(folder, 1), writer(folder, 3)
+    prompts = ["the people", "war", "peace", "", "jobs — ½", "the budget of the union"]
+    asks = [dataclasses.replace(DRAWN, seed=seed) for seed in range(6)]
+    texts = [crowded.submit(prompt, ask) for prompt, ask in zip(prompts, asks, strict=True)]
+    while crowded:
+        crowded.step()
+    assert [text.text for text in texts] == [whole(alone, prompt, ask) for prompt, ask in zip(prompts, asks, strict=True)]
+
+
+def test_an_empty_prompt_begins_a_document(folder):
+    mine = writer(folder)
+    assert mine.ids("") == (mine.tokenizer.end_of_text,)
+
+
+def test_a_stop_string_ends_the_text_before_it_and_frees_the_row(folder):
+    mine = writer(folder)
+    free = whole(mine, "the people", DRAWN)
+    stop = free[7:10]
+    text = mine.submit("the people", dataclasses.replace(DRAWN, stops=("never", stop)))
+    while mine:
+        mine.step()
+    assert (text.text, text.finish) == (free[: free.index(stop)], "stop")
+    assert mine.decoder.free == 4 and len(text.written.ids) < 20
+
+
+def test_a_stop_string_in_the_very_last_token(folder):
+    """It counts as stop, not as length: every prefix of a text whose last token says something new."""
+    mine, tried = writer(folder), 0
+    free = mine.submit("the people", DRAWN)
+    while mine:
+        mine.step()
+    for count in range(2, 20):
+        before, after = (mine.tokenizer.decode(free.written.ids[:n]) for n in (count - 1, count))
+        last = after[len(before) :]
+        if "\N{REPLACEMENT CHARACTER}" in after[-1:] + before[-1:] or last in before:
+            continue
+        text = mine.submit("the people", dataclasses.replace(DRAWN, max_new_tokens=count, stops=(last,)))
+        while mine:
+            mine.step()
+        assert (text.text, text.finish, len(text.written.ids)) == (before, "stop", count)
+        tried += 1
+    assert tried > 3
+
+
+def test_a_cancelled_text_leaves_the_others_alone(folder):
+    mine = writer(folder, 2)
+    texts = [mine.submit(prompt, DRAWN) for prompt in ("war", "the people", "jobs")]
+    mine.step()
+    mine.step()
+    mine.cancel(texts[0])
+    mine.cancel(texts[2])
+    mine.cancel(texts[2])  # once more is no matter
+    while mine:
+        mine.step()
+    assert [text.finish for text in texts[::2]] == ["cancelled"] * 2
+    assert texts[1].text == whole(writer(folder, 1), "the people", DRAWN)
+
+
+def test_the_end_of_text_ends_a_text_and_is_not_in_it(folder):
+    """A tokenizer that calls the fourth greedy token the end."""
+    mine = writer(folder, 1)
+    ids = mine.submit("the people", Ask(12)).written
+    while mine:
+        mine.step()
+    end = ids.ids[3]
+    tokenizer = dataclasses.replace(mine.tokenizer, end_of_text=end)
+    ended = Writer(mine.decoder, tokenizer, mine.model, 32)
+    text = ended.submit("the people", Ask(12))
+    while ended:
+        ended.step()
+    assert text.finish == "end_of_text" and text.written.ids == ids.ids[: ids.ids.index(end) + 1]
+    assert text.text == said(tokenizer, text.written.ids[:-1])
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_nothing_waits(folder):
+    mine = writer(folder)
+    with pytest.raises(Mistake, match="needs 33 places, the context has 32"):
+        mine.submit("", Ask(32))
+    assert not mine
+
+
+def test_beams_are_texts_with_scores(folder):
+    mine = writer(folder)
+    found = mine.search("the people", Ask(6), beams=4, count=2)
+    assert len(found) == 2 and found[0].score >= found[1].score
+    assert [text.finish for text in found] == ["length"] * 2
+    assert all(text.text == said(mine.tokenizer, text.written.ids) for text in found)
+    assert mine.decoder.free == 4
+
+
+def test_a_row_of_json_says_everything(folder):
+    mine = writer(folder)
+    text = mine.submit("the people", dataclasses.replace(DRAWN, max_new_tokens=3, logprobs=2))
+    while mine:
+        mine.step()
+    found = row(text, mine.tokenizer)
+    assert list(found) == ["prompt", "text", "finish", "prompt_tokens", "ids", "logprobs"]
+    assert (found["prompt"], found["text"], found["ids"]) == ("the people", text.text, text.written.ids)
+    assert found["prompt_tokens"] == len(mine.tokenizer.encode("the people"))
+    assert [each["id"] for each in found["logprobs"]] == found["ids"] and all(len(each["top"]) == 2 for each in found["logprobs"])
+    assert all(each["token"] == mine.tokenizer.decode([each["id"]]) for each in found["logprobs"])
+    (beam,) = mine.search("the people", Ask(3), beams=2, count=1)
+    assert row(beam, mine.tokenizer)["score"] == beam.score
+
+
