@@ -105,7 +105,7 @@ class GPT(BaseModel):
 def _divisors(n: int, near: int) -> str:
     """The (at most six) divisors of n closest to `near`, as a sentence's end: '1, 2, 4 or 8'."""
     small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]  # n may be a stranger's, and huge
-    found = sorted(sorted({*small, *(n // i for i in small)}, key=lambda i: abs(i - near))[:6])
+    found = sorted(sorted(sorted({*small, *(n // i for i in small)}), key=lambda i: abs(i - near))[:6])
     return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
 
 

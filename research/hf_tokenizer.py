@@ -37,13 +37,14 @@ def take(file: Path, target: Path, length: int, ids: Mapping[str, Any]) -> None:
         )
     source = file.parent
     told = read_table(source / CONFIG) if (source / CONFIG).is_file() else {}
-    tokenizer_file.parsed(file)
+    backend = tokenizer_file.parsed(file)
     shutil.copyfile(file, target / FILE)
-    tokens = {name: tokenizer_file.token(told.get(name)) for name in SPECIAL}
+    known = {**ids, **(read_table(source / GENERATION) if (source / GENERATION).is_file() else {})}
+    tokens = {name: tokenizer_file.token(told.get(name)) or _by_id(backend, known.get(f"{name}_id")) for name in SPECIAL}
     tokens["eos_token"] = tokens["eos_token"] or tokenizer_file.end_of_text(file, read_table(file, tokenizer_file.LARGEST))
     describe(target, tokens, length)
     keep_template(target, _template(source, told))
-    keep_ids(target, {**ids, **(read_table(source / GENERATION) if (source / GENERATION).is_file() else {})})
+    keep_ids(target, known)
 
 
 def put(target: Path, backend: Any, tokens: Mapping[str, str | None], template: Any, length: int) -> None:
@@ -89,6 +90,12 @@ def _template(source: Path, told: Mapping[str, Any]) -> Any:
     found = told.get("chat_template")
     named = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
     return next((entry.get("template") for entry in named if entry.get("name") == "default"), None if isinstance(found, list) else found)
+
+
+def _by_id(backend: Any, ids: Any) -> str | None:
+    """The token that an id, or the first of several, is of."""
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return backend.id_to_token(first) if _are_ids(first) else None
 
 
 def _are_ids(value: Any) -> bool:

@@ -13,6 +13,7 @@ from models.config import GPT as Shape
 from parallel.errors import Mistake
 from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule, Track
 from research.settings import is_group
+from research.text import one_line
 
 LAUNCHER = "launch.py"
 HEAD = '''"""{doc}"""
@@ -26,7 +27,7 @@ TEXT = ("builtin:state_of_the_union/train", "builtin:state_of_the_union/val")
 def experiment(model: Shape, source: str, checkpoint: str, tokenizer: str, runs: str) -> Experiment:
     """What an import asks: as the weights are, and how they would be trained further: carefully, for a little while."""
     return Experiment(
-        question=f"What does {source[:80]} know, and what does it learn when it is trained further?",
+        question=f"What does {one_line(source)[:80]} know, and what does it learn when it is trained further?",
         parent=None,
         model=GPT(**model.model_dump()),
         init_from=checkpoint,
