@@ -1,5 +1,6 @@
 """The shape of a GPT, every choice spelled out. Pure data: no torch, so that a mistake is refused in milliseconds."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -103,7 +104,8 @@ class GPT(BaseModel):
 
 def _divisors(n: int, near: int) -> str:
     """The (at most six) divisors of n closest to `near`, as a sentence's end: '1, 2, 4 or 8'."""
-    found = sorted(sorted((i for i in range(1, n + 1) if n % i == 0), key=lambda i: abs(i - near))[:6])
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]  # n may be a stranger's, and huge
+    found = sorted(sorted(sorted({*small, *(n // i for i in small)}), key=lambda i: abs(i - near))[:6])
     return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
 
 

@@ -18,6 +18,7 @@ from parallel.errors import Mistake
 
 __all__ = ["FAMILIES", "Link", "Plan", "family_of", "from_hf", "links", "plan", "settings", "shapes", "to_hf"]
 
+OTHER = " → is the configuration this model's?"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 """Ends of names that older files hold beside the weights: masks and rotary tables."""
 
@@ -39,9 +40,9 @@ class Link:
             raise
         except Exception as error:  # einops and torch each have their own way to say that sizes do not fit
             told = ", ".join(str(list(tensor.shape)) for tensor in tensors)
-            raise Mistake(f"{self.keys[0]} {told:.100} does not make {self.name}, which is {list(self.shape)} in this model") from error
+            raise Mistake(f"{self.keys[0]} {told:.100} does not make {self.name} {list(self.shape)}{OTHER}") from error
         if tuple(found.shape) != self.shape:
-            raise Mistake(f"{self.keys[0]} makes {self.name} {list(found.shape)}, this model's is {list(self.shape)}")
+            raise Mistake(f"{self.keys[0]} makes {self.name} {list(found.shape)}, this model's is {list(self.shape)}{OTHER}")
         return found
 
     def theirs(self, tensor: Tensor, model: GPT) -> dict[str, Tensor]:
@@ -68,7 +69,7 @@ def plan(model: GPT, family: Family, found: Mapping[str, tuple[int, ...]]) -> Pl
     A missing, misshapen, doubled or left over one is a Mistake; no tensor need be read to know.
     """
     if model.num_layers > len(found):
-        raise Mistake(f"the weights hold {len(found)} tensors, too few for a {family.name} of {model.num_layers} layers")
+        raise Mistake(f"the weights hold {len(found)} tensors, too few for a {family.name} of {model.num_layers} layers{OTHER}")
     keys = _without_prefix(family, found)
     head = _take_head(family, keys)
     planned = []
@@ -83,7 +84,7 @@ def plan(model: GPT, family: Family, found: Mapping[str, tuple[int, ...]]) -> Pl
         planned.append(Link(link.name, link.shape, tuple(keys.pop(key) for key in bare), link.form))
         planned[-1].ours([torch.empty(found[key], device="meta") for key in planned[-1].keys], model)
     if keys:
-        raise Mistake(f"the weights hold {len(keys)} tensors that this model lacks, the first is {next(iter(keys))}")
+        raise Mistake(f"the weights hold {len(keys)} tensors that this model lacks, the first is {next(iter(keys))}{OTHER}")
     return Plan(planned, head if model.tied else None)
 
 

@@ -67,7 +67,9 @@ class Fused:
         """q, k, v or gate, up -> one tensor."""
         heights = [len(tensor) for tensor in tensors]
         if heights != self.rows(model):  # a right sum of wrong heights would go unnoticed
-            raise Mistake(f"{', '.join(self.names)} have {heights} rows where this model has {self.rows(model)}")
+            raise Mistake(
+                f"{', '.join(self.names)} have {heights} rows where this model has {self.rows(model)} → is the configuration this model's?"
+            )
         return torch.cat(tensors)
 
     def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:

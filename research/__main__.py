@@ -1,6 +1,7 @@
 """`python -m research VERB …`: finds the verb's file and calls its `main`. Nothing is imported before it is known what for."""
 
 import importlib
+import keyword
 import os
 import sys
 
@@ -37,7 +38,12 @@ def main(argv: list[str]) -> int:
 def _verb(name: str):
     if name not in VERBS:
         raise Mistake(f"python -m research does not know {name}{nearest(name, VERBS)}")
-    return importlib.import_module(f"research.{name}")
+    return importlib.import_module(f"research.{file_of(name)}")
+
+
+def file_of(verb: str) -> str:
+    """The verb's file without its .py: a word that Python keeps for itself gets an underscore."""
+    return f"{verb}_" if keyword.iskeyword(verb) else verb
 
 
 if __name__ == "__main__":

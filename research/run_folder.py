@@ -83,11 +83,11 @@ def create(runs: Path, name: str) -> RunFolder:
         raise Mistake(f"track.runs: cannot make {folder.path} ({error.strerror}) → set track.runs to a folder you may write") from None
     for sub in (folder.checkpoints, folder.logs):
         sub.mkdir()
-    _point_latest(folder)
+    point_latest(folder)
     return folder
 
 
-def _point_latest(folder: RunFolder) -> None:
+def point_latest(folder: RunFolder) -> None:
     """`latest` → ID by one rename: it always exists and always points at a whole run folder."""
     temporary = folder.path.parent / f".latest-{folder.id}"
     temporary.symlink_to(folder.id, target_is_directory=True)

@@ -1,6 +1,6 @@
 """What `python -m research VERB` knows, and the argument parser of a verb, whose mistakes are sentences.
 
-A verb is one file research/VERB.py with `main(argv: list[str]) -> None` and its line below.
+A verb is one file research/VERB.py (import_.py for import) with `main(argv: list[str]) -> None` and its line below.
 """
 
 import argparse
@@ -18,6 +18,8 @@ VERBS = {
     "inspect": "what is in a run or a checkpoint, and is it whole? inspect RUN --check",
     "replay": "run one step again and see where it is not finite: replay RUN --step N",
     "torture": "does a run survive kills? torture experiments/gpt_sotu --trials 50",
+    "import": "another program's weights as an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
+    "export": "a run for transformers to load: export RUN FOLDER",
     "generate": "let a trained model write: generate RUN --prompt 'My fellow citizens'",
 }
 

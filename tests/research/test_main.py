@@ -27,7 +27,7 @@ def test_help_names_every_verb_and_the_way_to_train():
 
 def test_every_verb_is_a_file():
     for verb in VERBS:
-        assert (ROOT / "research" / f"{verb}.py").is_file(), verb
+        assert (ROOT / "research" / f"{dispatcher.file_of(verb)}.py").is_file(), verb
 
 
 @pytest.mark.parametrize(

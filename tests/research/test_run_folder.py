@@ -43,7 +43,7 @@ def test_an_id_that_is_taken_is_drawn_again(tmp_path, monkeypatch):
 def point(folders, times):
     for _ in range(times):
         for folder in folders:
-            run_folder._point_latest(folder)
+            run_folder.point_latest(folder)
 
 
 def test_latest_is_never_missing_while_it_moves(tmp_path):

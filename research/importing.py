@@ -1,0 +1,130 @@
+"""What an import puts into a run's folder: the tokenizer, the settings, a checkpoint, the certificate, and where all of it is from."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from models import hf
+from models.config import GPT
+from models.count import parameters
+from models.hf import Plan
+from parallel.checkpoint_folder import latest
+from parallel.checkpoint_writer import write
+from parallel.errors import Mistake
+from research import config, counterparts, exchange, hf_tokenizer, imported, parity, run_folder
+from research.config import Experiment
+from research.data import tokenizer, tokenizer_file
+from research.data.tokenizer import Tokenizer
+from research.describe import compact, plural
+from research.exchange import Source
+from research.gguf_reader import File
+from research.gguf_tokenizer import convert
+from research.hf_reader import Folder
+from research.hf_writer import write_table
+from research.machine import git_state
+from research.parity import Certificate
+from research.report import Report
+from research.run_folder import IMPORTED, RunFolder
+
+CERTIFICATE = "certificate.json"
+TOKENIZER = "tokenizer"
+FIRST = "step_000000"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Source]:
+    """A Hugging Face folder or a GGUF file."""
+    if path.is_dir():
+        with Folder(path) as folder:
+            yield folder
+    elif path.suffix == ".gguf":
+        with File(path) as file:
+            yield file
+    elif path.exists():
+        raise Mistake(f"{path} is neither a folder nor a .gguf file → name the folder that holds the model's config.json")
+    else:
+        raise Mistake(f"there is no {path} → name a Hugging Face folder or a .gguf file on this machine: nothing is downloaded")
+
+
+class Import:
+    """One import: a Source, and the folder in which its run is made before it gets the name `final` below `tree`."""
+
+    def __init__(self, source: Source, staging: RunFolder, final: RunFolder, tree: Path) -> None:
+        self.source, self.staging, self.final, self.tree = source, staging, final, tree
+        self.model: GPT = hf.settings(source.config)
+        self.plan: Plan = hf.plan(self.model, source.family, source.shapes)
+        source.check([key for link in self.plan.links for key in link.keys])
+
+    def line(self) -> str:
+        """What is imported, as a person reads it."""
+        said = f"{self.model.num_layers} layers, hidden {self.model.hidden_size}, {plural(self.model.num_heads, 'head')}"
+        size = compact(parameters(self.model) or 0)
+        return f"import {self.source.path.name} · {self.source.family.name} · {said} · {size} parameters"
+
+    def fill(self, words: str | None, report: Report) -> Certificate:
+        """Makes everything in the staged folder. Small things first: what cannot work is known before gigabytes are read."""
+        for folder in (self.staging.checkpoints, self.staging.logs, self.staging.path / TOKENIZER):
+            folder.mkdir()
+        name, ours = self._tokenizer(words)
+        config.save(self._experiment(name), self.staging.config)
+        with report.progress("reading the weights"):
+            self._weights()
+        with report.progress("comparing with transformers"):
+            certificate = parity.certify(parity.sample_ids(ours, self.model.seq_length), self._theirs, self._ours)
+        self._facts(certificate)
+        return certificate
+
+    def named(self, path: Path) -> str:
+        """A staged path as settings name it when the run has its place: relative to the tree where it lies in it."""
+        place = self.final.path / path.relative_to(self.staging.path)
+        return str(place.relative_to(self.tree)) if place.is_relative_to(self.tree) else str(place)
+
+    def _tokenizer(self, words: str | None) -> tuple[str, Tokenizer]:
+        """(what data.tokenizer says, the tokenizer): one of ours, another file, or the model's own, which are copied."""
+        target, length = self.staging.path / TOKENIZER, self.model.seq_length
+        if words is not None and not tokenizer_file.is_file(words) and words != tokenizer.GPT2:
+            raise Mistake(f"--tokenizer {words} is not one → name {tokenizer.GPT2} or a tokenizer.json")
+        if words == tokenizer.GPT2:
+            target.rmdir()
+            name, found = words, tokenizer.gpt2()
+        else:
+            if words is None and isinstance(self.source, File):
+                backend, told = convert(self.source)
+                hf_tokenizer.put(target, backend, told, told["chat_template"], length)
+            else:
+                file = Path(words).expanduser() if words else self.source.path / hf_tokenizer.FILE
+                hf_tokenizer.take(file, target, length, self.source.config)
+            name, found = self.named(target / hf_tokenizer.FILE), tokenizer_file.load(str(target / hf_tokenizer.FILE), Path())
+        if found.vocab_size > self.model.vocab_size:
+            sizes = f"the tokenizer has {found.vocab_size} tokens, the model {self.model.vocab_size}"
+            raise Mistake(f"{sizes} → name the one it was trained with: --tokenizer PATH")
+        return name, found
+
+    def _experiment(self, tokenizer: str) -> Experiment:
+        runs = self.final.path.parent.parent
+        below = runs.relative_to(self.tree) if runs.is_relative_to(self.tree) else runs
+        saved = self.named(self.staging.checkpoints / FIRST)
+        return imported.experiment(self.model, self.source.path.name, saved, tokenizer, str(below))
+
+    def _weights(self) -> None:
+        """The checkpoint: a parameter at a time from their files into ours."""
+        shapes = {link.name: link.shape for link in self.plan.links}
+        facts = {"step": 0, "samples": 0, "tokens": 0, "commit": git_state(self.tree)[0], "imported": exchange.digests(self.source)}
+        write(self.staging.checkpoints / FIRST, shapes, exchange.weights(self.source, self.plan, self.model), facts)
+
+    def _theirs(self) -> parity.Logits:
+        """transformers' own reading of the same files."""
+        if isinstance(self.source, File):
+            return counterparts.their_gguf_logits(self.source.path, self.source.config)
+        with exchange.view(self.source.files()) as only_these:
+            return counterparts.their_logits(only_these, self.source.family.name)
+
+    def _ours(self) -> parity.Logits:
+        return counterparts.our_logits(self.model, latest(self.staging.checkpoints))
+
+    def _facts(self, certificate: Certificate) -> None:
+        """certificate.json, and run.json, which makes the folder a run."""
+        write_table(self.staging.path / CERTIFICATE, certificate.table())
+        told = {"name": self.final.name, "id": self.final.id, "status": IMPORTED, "started": run_folder.now(), "ended": run_folder.now()}
+        source = {"source": str(self.source.path.name), "family": self.source.family.name}
+        write_table(self.staging.run, {"schema": 1, **told, "layout": "", "precision": "fp32", "steps": 0, **run_folder.owner(), **source})

@@ -1,0 +1,121 @@
+"""The parity certificate: the same text through transformers' model and through ours, logit by logit."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from parallel.errors import Mistake
+from research.data import corpus
+from research.data.tokenizer import Tokenizer
+
+TEXT = "builtin:state_of_the_union/val"
+TOKENS, WINDOW = 512, 256
+"""How much of the text, and how much at a time: two lists of logits of 512 × 128 k take 0.5 GB."""
+BOUND = 1e-4
+"""Of the largest difference of a logit over the largest logit, both models in fp32 on the CPU.
+
+Rounding alone leaves 1e-6 to 1e-5 (docs/exchange.md has what was measured); a wrong activation, epsilon or rotation leaves 1e-3 and more.
+"""
+
+Logits = Callable[[Tensor], Tensor]
+"""ids 'b s' -> logits 'b s v'."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the comparison found."""
+
+    tokens: int
+    largest_difference: float
+    """Of a logit, over all tokens and the whole vocabulary."""
+    largest_logit: float
+    kl: float
+    """Mean Kullback–Leibler divergence of our next token's distribution from theirs, nats, computed in fp64."""
+    perplexity_theirs: float
+    perplexity_ours: float
+    bound: float = BOUND
+
+    @property
+    def relative(self) -> float:
+        """The largest difference over the largest logit; infinite where either is not finite."""
+        found = self.largest_difference / max(self.largest_logit, 1e-30)
+        return found if math.isfinite(found) else math.inf
+
+    @property
+    def passed(self) -> bool:
+        """Whether the two are the same but for rounding."""
+        return self.relative <= self.bound
+
+    def line(self) -> str:
+        """As a person reads it."""
+        difference = f"largest difference of a logit {self.largest_difference:.1e} of {self.largest_logit:.3g} = {self.relative:.1e}"
+        verdict = "passed" if self.passed else "FAILED"
+        perplexities = f"perplexity {self.perplexity_theirs:.5g} theirs, {self.perplexity_ours:.5g} ours"
+        return f"{verdict} · {difference} (bound {self.bound:.0e}) · KL {self.kl:.1e} · {perplexities} · {self.tokens} tokens"
+
+    def table(self) -> dict[str, Any]:
+        """For certificate.json."""
+        numbers = {name: _json(value) for name, value in asdict(self).items()}
+        return numbers | {"relative": _json(self.relative), "passed": self.passed, "text": TEXT}
+
+
+def sample_ids(tokenizer: Tokenizer, length: int) -> Tensor:
+    """The fixed text's first TOKENS tokens as windows 'b s' of at most WINDOW and of what the model reads."""
+    window = min(length, WINDOW)
+    wanted, ids = max(window, TOKENS // window * window), []
+    for document in corpus.documents(TEXT, Path()):
+        ids += tokenizer.encode(document[: 20 * TOKENS])
+        if len(ids) >= wanted:
+            break
+    return torch.tensor(ids[: len(ids[:wanted]) // window * window]).view(-1, window)
+
+
+def certify(ids: Tensor, theirs: Callable[[], Logits], ours: Callable[[], Logits]) -> Certificate:
+    """The certificate for ids 'b s'. The models are made one after the other: only one is in memory at a time."""
+    expected = list(_all_logits(theirs, ids))
+    sums = [compared(their, our, row) for their, our, row in zip(expected, _all_logits(ours, ids), ids, strict=True)]
+    difference, logit, kl, their_nats, our_nats = (torch.tensor(column, dtype=torch.float64) for column in zip(*sums, strict=True))
+    predicted = ids.shape[0] * (ids.shape[1] - 1)
+    return Certificate(
+        tokens=ids.numel(),
+        largest_difference=float(difference.max()),
+        largest_logit=float(logit.max()),
+        kl=float(kl.sum() / ids.numel()),
+        perplexity_theirs=_exp(float(their_nats.sum() / max(predicted, 1))),
+        perplexity_ours=_exp(float(our_nats.sum() / max(predicted, 1))),
+    )
+
+
+def _json(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else repr(value)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+@torch.no_grad()
+def _all_logits(make: Callable[[], Logits], ids: Tensor) -> Iterator[Tensor]:
+    model = make()
+    for row in ids:
+        yield model(row[None])[0].float()
+
+
+def compared(theirs: Tensor, ours: Tensor, ids: Tensor) -> tuple[float, float, float, float, float]:
+    """Of one window, logits 's v': largest difference, largest logit, Σ KL, Σ nats of theirs and of ours on the tokens that follow.
+
+    A NaN anywhere is a difference without bound.
+    """
+    if theirs.shape != ours.shape:
+        raise Mistake(f"transformers' model has {theirs.shape[-1]} logits, ours {ours.shape[-1]} → is vocab_size the table's height?")
+    p, q = F.log_softmax(theirs.double(), -1), F.log_softmax(ours.double(), -1)
+    difference = torch.nan_to_num((theirs - ours).abs(), nan=math.inf).max()
+    nats = (-logs[:-1].gather(1, ids[1:, None]).sum() for logs in (p, q))
+    return (float(difference), float(theirs.abs().max()), float((p.exp() * (p - q)).sum()), *map(float, nats))  # type: ignore[return-value]

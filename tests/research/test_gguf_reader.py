@@ -1,0 +1,141 @@
+"""A GGUF file of llama.cpp's own writer, as imported; and a stranger's, of which one sentence is left."""
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from research.gguf_reader import File
+
+from models import hf
+from parallel.checkpoint_folder import latest
+from parallel.checkpoint_reader import Reader
+from parallel.errors import Mistake
+from research import config, exchange, export
+from research.data.prepare import load_tokenizer
+from tests.research.gguf_files import Q8_0, unpacked, write
+from tests.research.hf_models import imported, their_model
+from tests.research.runs import ROOT
+
+CASE = "llama, grouped"
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    with File(path) as source:
+        model = hf.settings(source.config)
+        plan = hf.plan(model, source.family, source.shapes)
+        source.check([key for link in plan.links for key in link.keys])
+        return {link.name: tensor for link, tensor in zip(plan.links, exchange.weights(source, plan, model), strict=True)}
+
+
+def expected(case: str) -> dict[str, torch.Tensor]:
+    theirs = their_model(case)
+    return hf.from_hf(hf.settings(theirs.config), "llama", theirs.state_dict())
+
+
+@pytest.mark.parametrize("case", [CASE, "llama 3, tied"])
+def test_weights_and_settings_are_those_of_the_model_that_was_converted(case, tmp_path):
+    """Llama 3's scaling is in no field but in a tensor, which only a model of its original length has: left out here."""
+    found, true = weights(write(tmp_path / "m.gguf", case)), expected(case)
+    assert found.keys() == true.keys() and all(torch.equal(found[name], tensor) for name, tensor in true.items())
+    with File(tmp_path / "m.gguf") as source:
+        ours, theirs = hf.settings(source.config), hf.settings(their_model(case).config)
+        changes = {name: getattr(theirs, name) for name in type(theirs).model_fields if getattr(ours, name) != getattr(theirs, name)}
+        assert set(changes) <= {"rotary_scaling", "rotary_factor", "rotary_low_factor", "rotary_high_factor", "rotary_original_length"}
+
+
+@pytest.mark.parametrize("packing", [Q8_0], ids=["Q8_0"])
+def test_a_packed_file_is_imported_with_a_certificate_and_exported(packing, tmp_path, capsys):
+    """Its numbers are the unpacked ones; transformers' own reading of the file agrees, and so does what is exported."""
+    run = imported(write(tmp_path / "m.gguf", CASE, packing), tmp_path, "mine")
+    assert "import m.gguf · GGUF llama · " in (said := capsys.readouterr().out) and "parity   passed" in said
+    true = expected(CASE)
+    with Reader(latest(run.checkpoints)) as reader:
+        assert torch.equal(reader.read("blocks.1.mlp.down.weight"), unpacked(true["blocks.1.mlp.down.weight"], packing))
+        assert torch.equal(reader.read("final_norm.weight"), true["final_norm.weight"])
+        assert not torch.equal(reader.read("embedding.weight"), true["embedding.weight"])
+    export.main([str(run.path), str(tmp_path / "out")])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    words = load_tokenizer(config.load(run.config).data, ROOT)
+    text = "We, the people of 1787 — \n\n and more."
+    assert tokenizer(text).input_ids == words.encode(text) and words.decode(words.encode(text)) == text
+    assert (tokenizer.eos_token, tokenizer.bos_token, words.end_of_text) == ("<|end|>", "<|begin|>", 0)
+    assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_llama_3_s_factors_are_read_from_their_tensor(tmp_path):
+    from models.gguf import llama3_factors
+
+    factors = {"rope_freqs.weight": llama3_factors(10_000.0, 8, 8.0).float()}
+    run = imported(write(tmp_path / "m.gguf", CASE, more=factors), tmp_path, "mine")
+    assert config.load(run.config).model.rotary_scaling == "llama3"
+
+
+def cut(path: Path, keep: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[offset : offset + len(data)] = data
+    path.write_bytes(whole)
+
+
+DAMAGE = {
+    "empty": (lambda p: p.write_bytes(b""), "is not a whole GGUF file"),
+    "another format": (lambda p: p.write_bytes(b"x" * 1000), "is not a whole GGUF file"),
+    "half": (lambda p: cut(p, 0.5), "is not a whole GGUF file"),
+    "the end is missing": (lambda p: cut(p, 0.999), "is not a whole GGUF file"),
+    "endless fields": (lambda p: overwrite(p, 16, struct.pack("<Q", 2**62)), "is not a whole GGUF file"),
+    "endless tensors": (lambda p: overwrite(p, 8, struct.pack("<Q", 2**62)), "is not a whole GGUF file"),
+    "a name without end": (lambda p: overwrite(p, 24, struct.pack("<Q", 2**62)), "is not a whole GGUF file"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "is not there, or is not a file"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_one_sentence(what, tmp_path):
+    act, words = DAMAGE[what]
+    act(write(tmp_path / "m.gguf"))
+    with pytest.raises(Mistake, match=words) as caught:
+        weights(tmp_path / "m.gguf")
+    assert "→" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_every_byte_of_the_header_may_be_wrong(tmp_path):
+    """Whatever a flipped byte makes of it: a Mistake or a model, never another error."""
+    path = write(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    refused = 0
+    for offset in [*range(4, 1200, 23), *range(9000, 11_500, 97)]:
+        path.write_bytes(data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :])
+        try:
+            weights(path)
+        except Mistake as mistake:
+            refused += 1
+            assert "→" in str(mistake) and "\n" not in str(mistake)
+    assert refused > 20
+
+
+OTHERS = {
+    "architecture": ({"general.architecture": "qwen2"}, {}, "general.architecture = 'qwen2' has no counterpart"),
+    "split": ({"split.count": 3}, {}, "is one of 3 files → join them first"),
+    "experts": ({"llama.expert_count": 8}, {}, "mixture of experts"),
+    "left over": ({}, {"blk.0.attn_q_norm.weight": torch.ones(8)}, "hold 1 tensors that this model lacks, the first is blk.0.attn_q_norm"),
+    "not finite": ({}, {"blk.0.attn_norm.weight": torch.full((64,), torch.nan)}, "blk.0.attn_norm.weight holds values that are not finite"),
+    "factors": ({}, {"rope_freqs.weight": torch.ones(3)}, "rope_freqs.weight are not Llama 3.1's"),
+    "whole numbers": (
+        {},
+        {"output_norm.weight": torch.ones(64, dtype=torch.int8)},
+        "output_norm.weight is packed as I8, which cannot be unp",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_another_model_is_refused_by_name(what, tmp_path):
+    fields, more, words = OTHERS[what]
+    with pytest.raises(Mistake, match=words):
+        weights(write(tmp_path / "m.gguf", fields=fields, more=more))
