@@ -10,7 +10,7 @@ from parallel import checkpoint
 from parallel.engine import Engine
 from parallel.grid import Grid
 from parallel.suspects import Suspects
-from research import evaluate, finish, initial, look, run_folder, saving, state
+from research import finish, initial, look, run_folder, saving, state, validation
 from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
 from research.job import Job
@@ -229,7 +229,7 @@ def validate(run: Run) -> None:
     """All of the held-out text; its time is not counted as training time. A signal cuts it short: the resumed run begins with it."""
     with run.meter.paused():
         model = run.job.experiment.model
-        found = evaluate.evaluate(run.engine, run.corpus.validation, model.seq_length, model.drops, lambda: goes_on(run))
+        found = validation.validate(run.engine, run.corpus.validation, model.seq_length, model.drops, lambda: goes_on(run))
     run.cut_short = found is None
     if found is None:
         return

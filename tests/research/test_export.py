@@ -10,10 +10,11 @@ import transformers
 
 from parallel import checkpoint_folder
 from parallel.errors import Mistake
+from parallel.grid import Grid
 from research import config, counterparts, export, run_folder
 from research.data.prepare import load_tokenizer
+from research.restore import Plan, restored
 from research.run_folder import RunFolder
-from research.sample import restored
 from tests.parallel.checkpoints import save
 from tests.research.example import example
 from tests.research.runs import ROOT, Ended
@@ -27,7 +28,8 @@ def test_a_run_of_two_ranks_is_what_transformers_loads(tensor_2: Ended, tmp_path
     assert f"export {run.title} · step_000006 · GPT2LMHeadModel · float32" in said and "passed" in said
     assert "left behind: model.init = 'gpt2'" in said
     experiment = config.load(run.config)
-    ours, words = restored(run, experiment), load_tokenizer(experiment.data, ROOT)
+    ours = restored(Plan(run.path, checkpoint_folder.latest(run.checkpoints)), Grid())
+    words = load_tokenizer(experiment.data, ROOT)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "The state of the union — is\n\n strong in 2016."

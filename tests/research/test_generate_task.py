@@ -70,7 +70,7 @@ def test_a_context_of_one_s_own(rotary):
         (["--prompt", "a", "--beams", "2", "--n", "3"], "--n 3 is more than --beams 2 find → use --beams 3, or --n 2"),
         (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0 does not work"),
         (["--prompt", "a", "--top_p", "0.5"], "top_p = 0.5 has no effect at temperature = 0"),
-        (["--prompt", "a", "--tensor", "3"], "--tensor 3 does not fit model.num_heads = 4, num_kv_heads = 4 and ffn_size = 48 → use 1, 2 or 4"),
+        (["--prompt", "a", "--tensor", "3"], "--tensor 3 does not fit model.num_heads = 4, num_kv_heads = 4 and ffn_size = 48 → use 1, 2"),
         (["--prompt", "a", "--tensor", "0"], "--tensor 0 does not fit"),
         (["--prompt", "a", "--checkpoint", "4"], "has no checkpoint of step 4 → it has 3 and 6"),
         (["--prompt", "a", "--context", "33"], "context = 33 is longer than the positions learned, model.seq_length = 32"),

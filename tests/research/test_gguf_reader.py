@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from research.gguf_reader import File
 
 from models import hf
 from parallel.checkpoint_folder import latest
@@ -14,6 +13,7 @@ from parallel.checkpoint_reader import Reader
 from parallel.errors import Mistake
 from research import config, exchange, export
 from research.data.prepare import load_tokenizer
+from research.gguf_reader import File
 from tests.research.gguf_files import Q8_0, unpacked, write
 from tests.research.hf_models import imported, their_model
 from tests.research.runs import ROOT

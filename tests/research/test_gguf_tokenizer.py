@@ -1,11 +1,11 @@
 """The tokenizer in a GGUF file: against the vocabulary it was made of, and the ways to cut text that llama.cpp names."""
 
 import pytest
-from research.gguf_reader import File
-from research.gguf_tokenizer import convert
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from parallel.errors import Mistake
+from research.gguf_reader import File
+from research.gguf_tokenizer import convert
 from tests.research.gguf_files import tokens_and_merges, write
 
 TEXT = "We, the people — don't: 1787 12345\n\n\n  of   the United.\n"

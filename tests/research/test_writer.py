@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from models.choice import Choice
-from models.decoder import Decoder
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from research import config

@@ -15,7 +15,9 @@ TEXT = "the people of the union — ½ of them, in peace and in war: jobs, healt
 SMALL: dict[str, Any] = dict(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=48, vocab_size=391, seq_length=32)
 
 
-def make(place: Path, name: str = "small", steps: tuple[int, ...] = (3,), precision: str = "fp32", variant: str = "", **model: Any) -> RunFolder:
+def make(
+    place: Path, name: str = "small", steps: tuple[int, ...] = (3,), precision: str = "fp32", variant: str = "", **model: Any
+) -> RunFolder:
     """`place`/runs/NAME/ID. Weights of step n are drawn with seed n, wide enough that greedy texts do not repeat themselves at once."""
     texts = {key: str(place / f"{key}.txt") for key in ("train", "validation")}
     for path in texts.values():

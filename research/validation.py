@@ -28,7 +28,7 @@ class Validation:
         return {"val/loss": self.loss, "val/ppl": self.perplexity, "val/bits_per_byte": self.bits_per_byte}
 
 
-def evaluate(
+def validate(
     engine: Engine, split: TokenStore, seq_length: int, numbered: bool = False, go_on: Callable[[], bool] = lambda: True
 ) -> Validation | None:
     """Every token of `split` but the first, predicted once from at most seq_length tokens before it. Collective.
