@@ -13,14 +13,14 @@ from parallel.errors import Mistake
 
 VERBS = {
     "runs": "list the runs: layout, steps, last bits per byte, status",
+    "generate": "let a trained model write: generate RUN --prompt 'My fellow citizens'",
+    "export": "a run for transformers to load: export RUN FOLDER",
+    "import": "another program's weights as an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
-    "supervise": "launch an experiment, again after a crash: supervise experiments/gpt_sotu",
     "inspect": "what is in a run or a checkpoint, and is it whole? inspect RUN --check",
     "replay": "run one step again and see where it is not finite: replay RUN --step N",
+    "supervise": "launch an experiment, again after a crash: supervise experiments/gpt_sotu",
     "torture": "does a run survive kills? torture experiments/gpt_sotu --trials 50",
-    "import": "another program's weights as an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
-    "export": "a run for transformers to load: export RUN FOLDER",
-    "generate": "let a trained model write: generate RUN --prompt 'My fellow citizens'",
 }
 
 
