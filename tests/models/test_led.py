@@ -16,7 +16,7 @@ def many() -> list:
     return [longer(position=p, num_kv_heads=k, residual=r, qk_norm=k == 2, tied=k == 4) for p, k, r in rows]
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_tensor_ranks_write_what_one_writes(tensor):
     """Token for token, greedy and drawn, in fp32."""
     decoders = [Decoder(filled(model), model, ALONE, len(PROMPTS), LENGTH) for model in many()]
@@ -26,7 +26,7 @@ def test_tensor_ranks_write_what_one_writes(tensor):
     assert alone[0][0] != alone[0][1]
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_order_reaches_the_other_ranks(tensor):
     """Rows that come, go, change places and are cleared, and a beam search: logits to 1e-5, beams equal."""
     model = longer(position="rotary", num_kv_heads=2)

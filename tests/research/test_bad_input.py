@@ -55,6 +55,7 @@ def test_a_taken_port_through_srun() -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_world_that_does_not_fit_through_deepspeed(place: Place, elsewhere) -> None:
     said = assert_refused(run(place, "deepspeed", 2, "gpt_sotu_3d", elsewhere))
     assert said == (
@@ -62,6 +63,7 @@ def test_a_world_that_does_not_fit_through_deepspeed(place: Place, elsewhere) ->
     )
 
 
+@pytest.mark.slow
 def test_a_corpus_of_nothing_through_deepspeed(place: Place, tmp_path) -> None:
     """It has lines, so that it is found empty only when read: by both ranks, after both have met."""
     nothing = tmp_path / "nothing.jsonl"

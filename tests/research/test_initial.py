@@ -56,6 +56,7 @@ def test_other_weights_to_begin_with_are_another_run(tmp_path: Path) -> None:
     assert "init_from a → b" in sentence(lambda: find(AUTO, example(init_from="b"), Path("mine"), tmp_path / "runs"))
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another_on_another_layout(place: Place, alone: Ended) -> None:
     """At a learning rate of nothing its validations are the last one of the run it begins with; its steps count from 1."""
     start = alone.folder.checkpoints / "step_000006"

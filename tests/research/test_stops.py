@@ -53,6 +53,7 @@ def test_ctrl_c_while_python_trains(launched) -> None:
     assert (ended.code, ended.err) == (130, "")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_deepspeed_trains(launched) -> None:
     """All of its processes get the signal at once, and the ranks SIGTERM right after it from their launcher."""
     launch = launched("deepspeed", 2, parallel__tensor=2, track__mode="offline", **LONG)

@@ -217,7 +217,14 @@ BAD_SERVERS = {
 }
 
 
-@pytest.mark.parametrize(("server", "why"), BAD_SERVERS.values(), ids=BAD_SERVERS)
+QUICK = ("refuses the connection", "accepts and never answers", "knows no key")
+"""The others of BAD_SERVERS are slow tests: each waits for W&B's own patience."""
+
+
+@pytest.mark.parametrize(
+    ("server", "why"),
+    [pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, case in BAD_SERVERS.items()],
+)
 def test_a_server_that_does_not_work_means_offline(tmp_path, server, why):
     told, _ = launch(tmp_path, server=server())
     assert told["line"].startswith(f"W&B offline ({why}") and is_whole_offline_run(told)
@@ -246,6 +253,7 @@ def test_online_mirrors_every_row(tmp_path, working):
     assert first["groupName"] == "gpt_sotu" and first["tags"] == ["tensor 2", "fp32"] and KEY not in errors
 
 
+@pytest.mark.slow
 def test_a_server_that_falls_silent_does_not_hold_up_the_end(tmp_path, working):
     servers.Works.runs = Falling(servers.Works.stalled)
     told, _ = launch(tmp_path, server=working)

@@ -140,7 +140,7 @@ def train(name: str, folder: Path) -> None:
     verify_ledger.on_rank(folder)
 
 
-@pytest.mark.parametrize("mutation", [skipped_by_rank_1, other_size_on_rank_1])
+@pytest.mark.parametrize("mutation", [skipped_by_rank_1, pytest.param(other_size_on_rank_1, marks=pytest.mark.slow)])
 def test_ranks_that_disagree_are_found_and_named_instead_of_hanging(mutation) -> None:
     wrong = row_of(Cut(tensor=2), subject(2), ROOT, functools.partial(train, mutation.__name__), patience=15.0)
     assert wrong.verdict == "FAILED"

@@ -59,7 +59,7 @@ def test_the_broken_one_is_back_where_the_new_one_fails(name: str, broken: Path)
     assert (broken / "rows").read_text() == "offline-run-2-a"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_an_offline_run_whose_process_died_is_written_again(number: int, tmp_path: Path) -> None:
     told, errors = launch(tmp_path, kill=int(number))
     folder = told["folder"]
@@ -76,7 +76,7 @@ def test_an_offline_run_whose_process_died_is_written_again(number: int, tmp_pat
     assert of(inspected(folder), "exit") == [{"exit_code": 0}]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_dead_wandb_process_costs_the_mirror_at_most(number: int, tmp_path: Path) -> None:
     told, errors = launch(tmp_path, kill=int(number), again=False)
     assert len(told["notes"]) == 1 and "metrics.jsonl has every row" in told["notes"][0] and "Traceback" not in errors
