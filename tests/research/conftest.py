@@ -3,6 +3,9 @@
 import pytest
 
 from tests.research.runs import Ended, Place, launch, run
+from tests.research.smollm2 import smollm2
+
+__all__ = ["smollm2"]
 
 NOWHERE = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}
 """A W&B server that nobody can reach and a key that nobody was given."""
