@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from models import hf
+from models.gguf import llama3_factors
 from parallel.checkpoint_folder import latest
 from parallel.checkpoint_reader import Reader
 from parallel.errors import Mistake
@@ -65,11 +66,11 @@ def test_a_packed_file_is_imported_with_a_certificate_and_exported(packing, tmp_
 
 
 def test_llama_3_s_factors_are_read_from_their_tensor(tmp_path):
-    from models.gguf import llama3_factors
-
-    factors = {"rope_freqs.weight": llama3_factors(10_000.0, 8, 8.0).float()}
-    run = imported(write(tmp_path / "m.gguf", CASE, more=factors), tmp_path, "mine")
-    assert config.load(run.config).model.rotary_scaling == "llama3"
+    """Heads of 8 at Llama 3's base: the slowest pair has the whole factor."""
+    factors = {"rope_freqs.weight": llama3_factors(5e5, 8, 8.0).float()}
+    run = imported(write(tmp_path / "m.gguf", CASE, fields={"llama.rope.freq_base": 5e5}, more=factors), tmp_path, "mine")
+    model = config.load(run.config).model
+    assert (model.rotary_scaling, model.rotary_factor, model.rotary_base, model.rotary_original_length) == ("llama3", 8.0, 5e5, 8192)
 
 
 def cut(path: Path, keep: float) -> None:
