@@ -17,6 +17,7 @@ from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
 from research.parity import Logits
+from research.restore import UNDRAWN, undrawn
 
 SAFELY = {
     "dtype": torch.float32,
@@ -29,7 +30,7 @@ SAFELY = {
 
 def our_logits(model: GPT, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Logits:
     """Our model with a checkpoint's weights, rounded to `dtype` first, computing in fp32."""
-    module = PlainModule(gpt.layers(model, Grid(), seed=0))
+    module = PlainModule(gpt.layers(undrawn(model), Grid(), seed=0, variants=UNDRAWN))
     with Reader(checkpoint) as reader:
         load_weights(module, reader, Grid())
     with torch.no_grad():

@@ -19,7 +19,7 @@ from research.data.tokenizer import Tokenizer
 from research.hf_reader import CONFIG
 from research.importing import CERTIFICATE
 from research.parity import Certificate
-from research.report import Report
+from research.report import Advance, Report, counted
 from research.run_folder import RunFolder
 from research.verbs import Parser
 
@@ -45,10 +45,11 @@ def main(argv: list[str]) -> None:
     found = Export(run, checkpoint, asked.dtype, size_of(asked.shard_size))
     report.header([("", found.line()), *(("note", said) for said in found.notes())])
     with exchange.staged(asked.folder) as folder:
-        with report.progress("writing the weights"):
-            found.write(folder)
-        with report.progress("comparing with transformers"):
-            certificate = found.certified(folder)
+        with report.progress("writing the weights", len(found.links)) as advance:
+            found.write(folder, advance)
+        ids = parity.sample_ids(found.tokenizer, found.model.seq_length)
+        with report.progress("comparing with transformers", 2 * len(ids)) as advance:
+            certificate = found.certified(folder, ids, advance)
         report.header([("parity", certificate.line())])
         if not certificate.passed:
             raise SystemExit(1)
@@ -98,8 +99,8 @@ class Export:
         behind = ", ".join(hf_config.left_behind(self.model, self.family))
         return [f"of training only, without a counterpart in {self.family}, left behind: {behind}"]
 
-    def write(self, folder: Path) -> None:
-        """All files but the certificate."""
+    def write(self, folder: Path, advance: Advance) -> None:
+        """All files but the certificate; `advance` by one for each parameter."""
         ids = hf_tokenizer.write(folder, self.tokenizer, ROOT, self.model.seq_length)
         table = hf_config.config(self.model, self.family, self.dtype, ids["bos_token_id"], ids["eos_token_id"])
         hf_writer.write_table(folder / CONFIG, table)
@@ -108,22 +109,25 @@ class Export:
             for link in self.links:
                 check_shape(link.name, link.shape, reader)
             reader.check()
-            hf_writer.write_weights(folder, hf_writer.shards(shapes, self.dtype, self.shard_size), self._tensors(reader))
+            hf_writer.write_weights(folder, hf_writer.shards(shapes, self.dtype, self.shard_size), self._tensors(reader, advance))
 
-    def certified(self, folder: Path) -> Certificate:
-        """Of the folder as a user loads it, against the checkpoint, its weights rounded likewise; written into the folder."""
-        ids = parity.sample_ids(self.tokenizer, self.model.seq_length)
+    def certified(self, folder: Path, ids: Tensor, advance: Advance) -> Certificate:
+        """Of the folder as a user loads it, against the checkpoint, its weights rounded likewise; written into the folder.
+
+        ids 'b s'; `advance` by one for each window and model.
+        """
         dtype = DTYPES[self.dtype]
         certificate = parity.certify(
             ids,
             lambda: counterparts.their_auto_logits(folder),
             lambda: counterparts.our_logits(self.model, self.checkpoint, dtype),
+            advance,
         )
         about = {"run": self.run.title, "checkpoint": self.checkpoint.name, "dtype": self.dtype}
         hf_writer.write_table(folder / CERTIFICATE, about | certificate.table())
         return certificate
 
-    def _tensors(self, reader: Reader) -> Iterator[Tensor]:
+    def _tensors(self, reader: Reader, advance: Advance) -> Iterator[Tensor]:
         """Every tensor of theirs, one of ours in memory at a time."""
-        for link in self.links:
+        for link in counted(self.links, advance):
             yield from link.theirs(reader.read(link.name), self.model).values()

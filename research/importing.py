@@ -23,7 +23,7 @@ from research.hf_reader import Folder
 from research.hf_writer import write_table
 from research.machine import git_state
 from research.parity import Certificate
-from research.report import Report
+from research.report import Advance, Report, counted
 from research.run_folder import IMPORTED, RunFolder
 
 CERTIFICATE = "certificate.json"
@@ -67,10 +67,11 @@ class Import:
             folder.mkdir()
         name, ours = self._tokenizer(words)
         config.save(self._experiment(name), self.staging.config)
-        with report.progress("reading the weights"):
-            self._weights()
-        with report.progress("comparing with transformers"):
-            certificate = parity.certify(parity.sample_ids(ours, self.model.seq_length), self._theirs, self._ours)
+        with report.progress("reading the weights", len(self.plan.links)) as advance:
+            self._weights(advance)
+        ids = parity.sample_ids(ours, self.model.seq_length)
+        with report.progress("comparing with transformers", 2 * len(ids)) as advance:
+            certificate = parity.certify(ids, self._theirs, self._ours, advance)
         self._facts(certificate)
         return certificate
 
@@ -106,11 +107,11 @@ class Import:
         saved = self.named(self.staging.checkpoints / FIRST)
         return imported.experiment(self.model, self.source.path.name, saved, tokenizer, str(below))
 
-    def _weights(self) -> None:
+    def _weights(self, advance: Advance) -> None:
         """The checkpoint: a parameter at a time from their files into ours."""
         shapes = {link.name: link.shape for link in self.plan.links}
         facts = {"step": 0, "samples": 0, "tokens": 0, "commit": git_state(self.tree)[0], "imported": exchange.digests(self.source)}
-        write(self.staging.checkpoints / FIRST, shapes, exchange.weights(self.source, self.plan, self.model), facts)
+        write(self.staging.checkpoints / FIRST, shapes, counted(exchange.weights(self.source, self.plan, self.model), advance), facts)
 
     def _theirs(self) -> parity.Logits:
         """transformers' own reading of the same files."""

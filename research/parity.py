@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from parallel.errors import Mistake
 from research.data import corpus
 from research.data.tokenizer import Tokenizer
+from research.report import Advance, counted, nothing
 
 TEXT = "builtin:state_of_the_union/val"
 TOKENS, WINDOW = 512, 256
@@ -20,7 +21,7 @@ TOKENS, WINDOW = 512, 256
 BOUND = 1e-4
 """Of the largest difference of a logit over the largest logit, both models in fp32 on the CPU.
 
-Rounding alone leaves 1e-6 to 1e-5 (docs/exchange.md has what was measured); a wrong activation, epsilon or rotation leaves 1e-3 and more.
+Rounding alone leaves 1e-7 to 1e-5; an epsilon of 1e-6 for 1e-5 leaves 4e-4, another activation or rotation 1e-1 (docs/exchange.md).
 """
 
 Logits = Callable[[Tensor], Tensor]
@@ -76,10 +77,14 @@ def sample_ids(tokenizer: Tokenizer, length: int) -> Tensor:
     return torch.tensor(ids[: len(ids[:wanted]) // window * window]).view(-1, window)
 
 
-def certify(ids: Tensor, theirs: Callable[[], Logits], ours: Callable[[], Logits]) -> Certificate:
-    """The certificate for ids 'b s'. The models are made one after the other: only one is in memory at a time."""
-    expected = list(_all_logits(theirs, ids))
-    sums = [compared(their, our, row) for their, our, row in zip(expected, _all_logits(ours, ids), ids, strict=True)]
+def certify(ids: Tensor, theirs: Callable[[], Logits], ours: Callable[[], Logits], advance: Advance = nothing) -> Certificate:
+    """The certificate for ids 'b s'. The models are made one after the other: only one is in memory at a time.
+
+    `advance` is called with 1 for each window and model.
+    """
+    expected = list(counted(_all_logits(theirs, ids), advance))
+    found = counted(_all_logits(ours, ids), advance)
+    sums = [compared(their, our, row) for their, our, row in zip(expected, found, ids, strict=True)]
     difference, logit, kl, their_nats, our_nats = (torch.tensor(column, dtype=torch.float64) for column in zip(*sums, strict=True))
     predicted = ids.shape[0] * (ids.shape[1] - 1)
     return Certificate(
@@ -111,11 +116,11 @@ def _all_logits(make: Callable[[], Logits], ids: Tensor) -> Iterator[Tensor]:
 def compared(theirs: Tensor, ours: Tensor, ids: Tensor) -> tuple[float, float, float, float, float]:
     """Of one window, logits 's v': largest difference, largest logit, Σ KL, Σ nats of theirs and of ours on the tokens that follow.
 
-    A NaN anywhere is a difference without bound.
+    A NaN or an infinity anywhere is a difference without bound.
     """
     if theirs.shape != ours.shape:
         raise Mistake(f"transformers' model has {theirs.shape[-1]} logits, ours {ours.shape[-1]} → is vocab_size the table's height?")
     p, q = F.log_softmax(theirs.double(), -1), F.log_softmax(ours.double(), -1)
-    difference = torch.nan_to_num((theirs - ours).abs(), nan=math.inf).max()
+    difference = torch.nan_to_num((theirs - ours).abs(), nan=math.inf, posinf=math.inf).max()
     nats = (-logs[:-1].gather(1, ids[1:, None]).sum() for logs in (p, q))
     return (float(difference), float(theirs.abs().max()), float((p.exp() * (p - q)).sum()), *map(float, nats))  # type: ignore[return-value]

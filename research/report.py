@@ -7,9 +7,9 @@ The same characters either way; in a pipe no colour, no cursor movement and no w
 import functools
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +18,7 @@ from rich.text import Text
 from research import text as fmt
 
 Row = Mapping[str, Any]
+Item = TypeVar("Item")
 WIDTHS = {"step": 5, "tokens": 9, "loss": 7, "ppl": 8, "lr": 9, "|g|": 6, "tokens/s": 10, "memory": 9, "eta": 7}
 HEADER_INDENT, CLOSING_INDENT = 9, 7
 
@@ -28,8 +29,15 @@ class Advance(Protocol):
     def __call__(self, n: int = 1, /) -> None: ...
 
 
-def _nothing(n: int = 1, /) -> None:
+def nothing(n: int = 1, /) -> None:
     """No bar to move."""
+
+
+def counted(items: Iterable[Item], advance: Advance) -> Iterator[Item]:
+    """The items; `advance` moves by one when the next is asked for."""
+    for item in items:
+        yield item
+        advance(1)
 
 
 class _Console(Console):
@@ -100,7 +108,7 @@ class Report:
         """Around slow start-up work: a bar that vanishes, or one plain line. Yields `advance(n)`; total None: unknown."""
         if not self._console.is_terminal:
             self._put(Text(f"{label} …"))
-            yield _nothing
+            yield nothing
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*(columns if total else columns[:2]), console=self._console, transient=True) as bar:
@@ -158,7 +166,7 @@ class Silent:
     @contextmanager
     def progress(self, label: str, total: int | None = None) -> Iterator[Advance]:
         """Yields an `advance` that does nothing."""
-        yield _nothing
+        yield nothing
 
 
 def columns_line() -> str:

@@ -20,7 +20,8 @@ from research.experiment import load_variants
 from research.run_folder import RunFolder
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-UNDRAWN = "Undrawn"
+UNDRAWN = {Undrawn.__name__: Undrawn}
+"""The variant that `undrawn` names."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,16 @@ def restored(plan: Plan, grid: Grid, place: torch.device | None = None) -> Plain
     experiment = config.load(folder.config)
     model, variants = GPT(**experiment.model.model_dump()), dict(load_variants(folder.source, experiment.model))
     if not model.init.startswith(VARIANT):  # one of the experiment's own may serve other classes of its own
-        model, variants = model.model_copy(update={"init": f"{VARIANT}{UNDRAWN}"}), variants | {UNDRAWN: Undrawn}
+        model, variants = undrawn(model), variants | UNDRAWN
     module = PlainModule(gpt.layers(model, grid, experiment.seed, variants)).to(dtype_of(plan.precision, experiment.precision, place))
     with Reader(plan.checkpoint) as reader:
         load_weights(module, reader, grid)
     return module.to(place).eval()
+
+
+def undrawn(model: GPT) -> GPT:
+    """The same model, its weights zeros until they are read: drawing them takes longer. UNDRAWN must be among its variants."""
+    return model.model_copy(update={"init": f"{VARIANT}{Undrawn.__name__}"})
 
 
 def dtype_of(asked: str | None, trained: str, place: torch.device) -> torch.dtype:
