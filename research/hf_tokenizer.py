@@ -39,12 +39,13 @@ def take(file: Path, target: Path, length: int, ids: Mapping[str, Any]) -> None:
     told = read_table(source / CONFIG) if (source / CONFIG).is_file() else {}
     backend = tokenizer_file.parsed(file)
     shutil.copyfile(file, target / FILE)
-    known = {**ids, **(read_table(source / GENERATION) if (source / GENERATION).is_file() else {})}
-    tokens = {name: tokenizer_file.token(told.get(name)) or _by_id(backend, known.get(f"{name}_id")) for name in SPECIAL}
+    said = {**ids, **(read_table(source / GENERATION) if (source / GENERATION).is_file() else {})}
+    known = {name: value for name, value in said.items() if _are_ids(value)}
+    tokens = {name: _known(backend, told.get(name)) or _by_id(backend, known.get(f"{name}_id")) for name in SPECIAL}
     tokens["eos_token"] = tokens["eos_token"] or tokenizer_file.end_of_text(file, read_table(file, tokenizer_file.LARGEST))
     describe(target, tokens, length)
     keep_template(target, _template(source, told))
-    keep_ids(target, known)
+    keep_ids(target, _ids_of(backend, tokens) | known)
 
 
 def put(target: Path, backend: Any, tokens: Mapping[str, str | None], template: Any, length: int) -> None:
@@ -52,7 +53,7 @@ def put(target: Path, backend: Any, tokens: Mapping[str, str | None], template: 
     backend.save(str(target / FILE))
     describe(target, tokens, length)
     keep_template(target, template)
-    keep_ids(target, {f"{name}_id": backend.token_to_id(token) for name, token in tokens.items() if token})
+    keep_ids(target, _ids_of(backend, tokens))
 
 
 def describe(target: Path, tokens: Mapping[str, str | None], length: int) -> None:
@@ -83,6 +84,11 @@ def write(target: Path, words: Tokenizer, root: Path, length: int) -> dict[str, 
     return {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id", words.end_of_text)}
 
 
+def _ids_of(backend: Any, tokens: Mapping[str, str | None]) -> dict[str, int | None]:
+    """{"eos_token_id": …} of {"eos_token": …}."""
+    return {f"{name}_id": backend.token_to_id(token) for name, token in tokens.items() if token}
+
+
 def _template(source: Path, told: Mapping[str, Any]) -> Any:
     """From its own file, or from tokenizer_config.json, where it may be one of several with names."""
     if (source / TEMPLATE).is_file() and (source / TEMPLATE).stat().st_size <= LONGEST_TEMPLATE:
@@ -92,10 +98,16 @@ def _template(source: Path, told: Mapping[str, Any]) -> Any:
     return next((entry.get("template") for entry in named if entry.get("name") == "default"), None if isinstance(found, list) else found)
 
 
+def _known(backend: Any, value: Any) -> str | None:
+    """The token that tokenizer_config.json names, if it is one of the tokenizer's: transformers would add another with a new id."""
+    found = tokenizer_file.token(value)
+    return found if found is not None and backend.token_to_id(found) is not None else None
+
+
 def _by_id(backend: Any, ids: Any) -> str | None:
-    """The token that an id, or the first of several, is of."""
-    first = ids[0] if isinstance(ids, list) and ids else ids
-    return backend.id_to_token(first) if _are_ids(first) else None
+    """The token that an id, or the first of several, is of; None where there is none."""
+    first = ids[0] if isinstance(ids, list) else ids
+    return None if first is None else backend.id_to_token(first)
 
 
 def _are_ids(value: Any) -> bool:
