@@ -32,12 +32,18 @@ def check(experiment: Experiment, ranks: Ranks) -> None:
 
 def _tensor_divides(experiment: Experiment) -> None:
     model, tensor = experiment.model, experiment.parallel.tensor
-    works = tensor_degrees(model)
+    way_out = f"use {listed(tensor_degrees(model)[:8])}{_or_pipe(experiment)}"
     for name in ("num_heads", "ffn_size"):
         if getattr(model, name) % tensor:
-            raise Mistake(f"parallel.tensor = {tensor} does not divide model.{name} = {getattr(model, name)} → use {listed(works[:8])}")
+            raise Mistake(f"parallel.tensor = {tensor} does not divide model.{name} = {getattr(model, name)} → {way_out}")
     if not kv_heads_fit(model, tensor):
-        raise Mistake(f"parallel.tensor = {tensor} does not fit model.num_kv_heads = {model.num_kv_heads} → use {listed(works[:8])}")
+        raise Mistake(f"parallel.tensor = {tensor} does not fit model.num_kv_heads = {model.num_kv_heads} → {way_out}")
+
+
+def _or_pipe(experiment: Experiment) -> str:
+    """The other way to cut a model over as many ranks, where its blocks come out even: 9 heads are not for 2 ranks, 30 blocks are."""
+    parallel, even = experiment.parallel, experiment.model.num_layers % experiment.parallel.tensor == 0
+    return f", or parallel.pipe = {parallel.tensor}" if even and parallel.pipe == 1 and parallel.zero_stage <= 1 else ""
 
 
 def kv_heads_fit(model: GPT, tensor: int) -> bool:

@@ -15,10 +15,22 @@ def ranks(world: int, launcher: str = "deepspeed", nodes: int = 1) -> Ranks:
 
 
 GQA = {"num_heads": 12, "num_kv_heads": 3}
+SMOLLM2 = {"num_layers": 30, "hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "ffn_size": 1536}
 SMALL = {"steps": 10}
 CASES = [
-    ({"parallel": {"tensor": 4}}, 4, "parallel.tensor = 4 does not divide model.num_heads = 6 → use 1, 2, 3 or 6"),
-    ({"model": GQA, "parallel": {"tensor": 4}}, 4, "parallel.tensor = 4 does not fit model.num_kv_heads = 3 → use 1, 3, 6 or 12"),
+    ({"parallel": {"tensor": 4}}, 4, "parallel.tensor = 4 does not divide model.num_heads = 6 → use 1, 2, 3 or 6, or parallel.pipe = 4"),
+    (
+        {"model": GQA, "parallel": {"tensor": 4}},
+        4,
+        "parallel.tensor = 4 does not fit model.num_kv_heads = 3 → use 1, 3, 6 or 12, or parallel.pipe = 4",
+    ),
+    (
+        {"model": SMOLLM2, "parallel": {"tensor": 2}},
+        2,
+        "parallel.tensor = 2 does not divide model.num_heads = 9 → use 1 or 3, or parallel.pipe = 2",
+    ),
+    ({"parallel": {"tensor": 4, "zero_stage": 2}}, 4, "parallel.tensor = 4 does not divide model.num_heads = 6 → use 1, 2, 3 or 6"),
+    ({"parallel": {"tensor": 4, "pipe": 2}}, 8, "parallel.tensor = 4 does not divide model.num_heads = 6 → use 1, 2, 3 or 6"),
     ({"model": {"ffn_size": 500}, "parallel": {"tensor": 3}}, 3, "parallel.tensor = 3 does not divide model.ffn_size = 500 → use 1 or 2"),
     (
         {"model": {"seq_length": 129}, "parallel": {"tensor": 2, "sequence": True}},
