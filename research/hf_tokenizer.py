@@ -50,7 +50,7 @@ def take(file: Path, target: Path, length: int, ids: Mapping[str, Any]) -> None:
 
 def put(target: Path, backend: Any, tokens: Mapping[str, str | None], template: Any, length: int) -> None:
     """Writes into `target` a tokenizer that lies in no folder: the library's object, its special tokens, its chat template."""
-    backend.save(str(target / FILE))
+    (target / FILE).write_text(backend.to_str(pretty=True), encoding="utf-8")  # its own save raises bare Exceptions on a full disk
     describe(target, tokens, length)
     keep_template(target, template)
     keep_ids(target, _ids_of(backend, tokens))

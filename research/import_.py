@@ -85,5 +85,8 @@ def _staged(experiment: Path, runs: Path | None) -> Iterator[Place]:
         raise Mistake(f"--runs: {staging} cannot be made ({error.strerror}) → name a folder you may write") from None
     try:
         yield Place(tree, folder, RunFolder(root / folder.name / ident), RunFolder(staging))
+    except OSError as error:
+        where = error.filename2 or error.filename or staging
+        raise Mistake(f"{where} cannot be written ({error.strerror or error}) → make room, or name another folder: --runs") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

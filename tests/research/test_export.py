@@ -9,6 +9,8 @@ import torch
 import transformers
 
 from parallel import checkpoint_folder
+from parallel.checkpoint_folder import latest
+from parallel.checkpoint_reader import Reader
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from research import config, counterparts, export, run_folder
@@ -17,6 +19,7 @@ from research.restore import Plan, restored
 from research.run_folder import RunFolder
 from tests.parallel.checkpoints import save
 from tests.research.example import example
+from tests.research.hf_models import imported
 from tests.research.runs import ROOT, Ended
 
 
@@ -45,6 +48,21 @@ def test_a_run_of_two_ranks_is_what_transformers_loads(tensor_2: Ended, tmp_path
     assert sorted(os.listdir(tmp_path / "out")) == sorted(
         ["certificate.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     )
+
+
+def test_imported_again_it_is_the_same_to_the_bit(tensor_2: Ended, tmp_path):
+    """What two ranks trained here and saved, out and in again: every weight, every setting of the model, every token."""
+    run = tensor_2.folder
+    export.main([str(run.path), str(tmp_path / "out")])
+    back = imported(tmp_path / "out", tmp_path, "back")
+    with Reader(latest(run.checkpoints)) as before, Reader(latest(back.checkpoints)) as after:
+        assert set(before) == set(after) and before.facts["layout"]["tensor"] == 2
+        assert all(torch.equal(before.read(name), after.read(name)) for name in before)
+    first, second = config.load(run.config), config.load(back.config)
+    assert second.model == first.model
+    ours, theirs = (load_tokenizer(experiment.data, ROOT) for experiment in (first, second))
+    text = "The state of the union — is\n\n strong in 2016."
+    assert theirs.encode(text) == ours.encode(text) and theirs.end_of_text == ours.end_of_text
 
 
 def test_a_checkpoint_may_be_named(tensor_2: Ended, tmp_path):
