@@ -94,7 +94,8 @@ def staged(target: Path) -> Iterator[Path]:
         partial.rename(target)
         sync_folder(target.parent)
     except OSError as error:
-        raise Mistake(f"{error.filename or target} cannot be written ({error.strerror or error}) → name another folder") from error
+        where = error.filename2 or error.filename or target  # of a copy the second
+        raise Mistake(f"{where} cannot be written ({error.strerror or error}) → make room, or name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

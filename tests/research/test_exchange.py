@@ -1,8 +1,10 @@
 """There and back through files: transformers → ours → transformers, bit for bit, and the same logits on 1, 2 and 4 tensor ranks."""
 
+import errno
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,19 @@ def test_a_staged_folder_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(Mistake, match="c is there already"), exchange.staged(tmp_path / "a" / "c"):
         (tmp_path / "a" / "c").mkdir()  # somebody else's, meanwhile
     assert sorted(os.listdir(tmp_path / "a")) == ["b", "c"]
+
+
+def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path, monkeypatch):
+    """Of a copy it is the second file, not the one that was read."""
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    words = "partial/b cannot be written \\(No space left on device\\) → make room, or name another folder"
+    with pytest.raises(Mistake, match=words), exchange.staged(tmp_path / "out") as folder:
+        shutil.copyfile(tmp_path / "a", folder / "b")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_view_holds_nothing_but_what_was_named(tmp_path):

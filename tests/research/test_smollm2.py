@@ -146,12 +146,15 @@ def test_two_tensor_ranks_are_refused_with_what_works(smollm2: RunFolder) -> Non
     assert done.stderr == "error  parallel.tensor = 2 does not divide model.num_heads = 9 → use 1 or 3, or parallel.pipe = 2\n"
 
 
-def test_it_is_trained_further_from_its_weights(smollm2: RunFolder) -> None:
+def test_it_is_trained_further_from_its_weights(smollm2: RunFolder, tmp_path: Path) -> None:
     """Two steps on short windows of the experiment that the import made: the loss begins where a trained model is."""
     folder = smollm2.path.parents[2] / "tree" / "experiments" / "smollm2"
     assert subprocess.run([sys.executable, str(folder / "launch.py"), "--dry-run"], capture_output=True, timeout=60).returncode == 0
+
     short = ["--model.seq_length", "64", "--schedule.batch_size", "2", "--schedule.steps", "2", "--optimizer.warmup_steps", "0"]
-    quick = ["--schedule.validate_every", "0", "--schedule.log_every", "1", "--track.mode", "disabled"]
+    (tmp_path / "text.txt").write_text("The capital of France is Paris, which lies on the river Seine. It is a large city.\n" * 20)
+    text = ["--data.train", str(tmp_path / "text.txt"), "--data.validation", str(tmp_path / "text.txt")]
+    quick = [*text, "--schedule.log_every", "1", "--track.mode", "disabled"]
     command = [sys.executable, str(folder / "launch.py"), *short, *quick]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
