@@ -3,6 +3,7 @@
 import struct
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -44,6 +45,17 @@ def test_weights_and_settings_are_those_of_the_model_that_was_converted(case, tm
         ours, theirs = hf.settings(source.config), hf.settings(their_model(case).config)
         changes = {name: getattr(theirs, name) for name in type(theirs).model_fields if getattr(ours, name) != getattr(theirs, name)}
         assert set(changes) <= {"rotary_scaling", "rotary_factor", "rotary_low_factor", "rotary_high_factor", "rotary_original_length"}
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_every_packing_that_can_be_written_here_is_read(name, tmp_path):
+    """All matrices, and no vector, are what the package's own two functions leave of them; q and k in llama.cpp's order of rows."""
+    packing = gguf.GGMLQuantizationType[name]
+    found, true = weights(write(tmp_path / "m.gguf", CASE, packing)), expected(CASE)
+    for key, tensor in found.items():
+        matrix = tensor.dim() == 2
+        assert torch.equal(tensor, unpacked(true[key], packing) if matrix else true[key]), key
+        assert not matrix or not torch.equal(tensor, true[key])
 
 
 @pytest.mark.parametrize("packing", [Q8_0], ids=["Q8_0"])

@@ -18,7 +18,7 @@ from models.config import GPT
 from parallel import checkpoint
 from parallel.deepspeed_config import EngineSettings
 from parallel.engine import make_engine
-from parallel.grid import make_grid
+from parallel.grid import Grid, make_grid
 from research import config, counterparts, export
 from research.data import store, tokenizer_file
 from research.data.store import TokenStore
@@ -136,6 +136,19 @@ def test_it_knows_the_capital_of_france(tensor: int, smollm2: RunFolder) -> None
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Paris" in json.loads(done.stdout)["text"]
+
+
+def test_with_its_markers_as_tokens_it_answers_and_stops(smollm2: RunFolder) -> None:
+    """As it was trained to: <|im_start|> is one token then, where a prompt of `generate` takes markers for the letters that they are."""
+    words = AutoTokenizer.from_pretrained(smollm2.path / "tokenizer")
+    ids = words(asked(smollm2), return_tensors="pt").input_ids
+    asked_for = ids.shape[1]
+    module = restored(Plan(smollm2.path, checkpoint.latest(smollm2.checkpoints)), Grid())
+    while ids[0, -1] != words.eos_token_id or ids.shape[1] == asked_for:
+        assert ids.shape[1] < asked_for + 20
+        with torch.no_grad():
+            ids = torch.cat([ids, module(ids)[:, -1:].argmax(-1)], dim=1)
+    assert "Paris" in words.decode(ids[0, asked_for:])
 
 
 def test_two_tensor_ranks_are_refused_with_what_works(smollm2: RunFolder) -> None:
