@@ -1,10 +1,8 @@
-"""A model on its way between another program and us: what is read of it, a tensor at a time; folders that appear whole or not at all."""
+"""A model on its way from another program to us: what is read of it, a tensor at a time."""
 
 import contextlib
-import shutil
 import stat
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +13,7 @@ from torch import Tensor
 from models.config import GPT
 from models.hf import Plan, check_copy
 from models.hf_families import Family
-from parallel.checkpoint_file import sha256_of, sync_folder
+from parallel.checkpoint_file import sha256_of
 from parallel.errors import Mistake
 
 
@@ -75,32 +73,3 @@ def view(files: Iterable[Path]) -> Iterator[Path]:
         for path in files:
             (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)
-
-
-@contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Yields a hidden folder beside `target` that gets its name by one rename when the body ends; whatever is raised, it is gone.
-
-    A Mistake where something is there already.
-    """
-    refuse_existing(target)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        sync_folder(partial)
-        refuse_existing(target)
-        partial.rename(target)
-        sync_folder(target.parent)
-    except OSError as error:
-        where = error.filename2 or error.filename or target  # of a copy the second
-        raise Mistake(f"{where} cannot be written ({error.strerror or error}) → make room, or name another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_existing(target: Path) -> None:
-    """A Mistake where something lies at `target`."""
-    if target.exists() or target.is_symlink():
-        raise Mistake(f"{target} is there already → name a folder that is not, or remove it first")

@@ -1,5 +1,6 @@
 """`python -m research import MODEL --as experiments/NAME`: another program's weights as an experiment of ours, proved to be the same."""
 
+import argparse
 import contextlib
 import re
 import secrets
@@ -9,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import Mistake
-from research import config, exchange, imported, run_folder
-from research.importing import CERTIFICATE, Import, opened
+from research import config, imported, run_folder, staging
 from research.report import Report
 from research.run_folder import RunFolder
 from research.verbs import Parser
@@ -18,6 +18,7 @@ from research.verbs import Parser
 WHAT = """Reads GPT-2, GPT-NeoX (Pythia) and Llama from a Hugging Face folder (safetensors), and Llama from a .gguf file. Makes a run
 folder with a checkpoint (readable on every layout), and an experiment's folder whose runs begin with it (init_from). The same text goes
 through transformers' model and through ours: exit code 1, and nothing is left, where they differ by more than rounding."""
+GGUF = ".gguf"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 
 
@@ -39,8 +40,25 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--runs", type=Path, help="the folder that receives NAME/ID/ (default: runs, beside experiments)")
     parser.add_argument("--tokenizer", help="builtin:gpt2 or the path of a tokenizer.json, instead of the model's own")
     asked = parser.parse_args(argv)
+    check_there(asked.model)
     report = Report()
-    with _staged(asked.experiment, asked.runs) as place, opened(asked.model) as source:
+    with _staged(asked.experiment, asked.runs) as place:
+        _fill(asked, place, report)
+
+
+def check_there(model: Path) -> None:
+    """A Mistake where no folder and no .gguf file lies at the path."""
+    if not model.exists():
+        raise Mistake(f"there is no {model} → name a Hugging Face folder or a .gguf file on this machine: nothing is downloaded")
+    if not model.is_dir() and model.suffix != GGUF:
+        raise Mistake(f"{model} is neither a folder nor a {GGUF} file → name the folder that holds the model's config.json")
+
+
+def _fill(asked: argparse.Namespace, place: Place, report: Report) -> None:
+    """Reads, compares and publishes."""
+    from research.importing import CERTIFICATE, Import, opened  # torch begins here
+
+    with opened(asked.model) as source:
         found = Import(source, place.staging, place.run, place.tree)
         report.header([("", found.line())])
         certificate = found.fill(asked.tokenizer, report)
@@ -57,7 +75,7 @@ def main(argv: list[str]) -> None:
 def publish(place: Place) -> None:
     """Gives both folders their names: both have them then, or neither."""
     try:
-        with exchange.staged(place.experiment) as folder:
+        with staging.staged(place.experiment) as folder:
             imported.write(folder, config.load(place.staging.config), place.tree)
             run_folder.keep_source(place.staging, folder)
             place.run.path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,18 +93,18 @@ def _staged(experiment: Path, runs: Path | None) -> Iterator[Place]:
     tree = folder.parent.parent
     if not NAME.fullmatch(folder.name) or folder.parent.name != "experiments" or not (tree / "research" / "launch.py").is_file():
         raise Mistake(f"--as {experiment} is not the place of an experiment → write --as experiments/NAME")
-    exchange.refuse_existing(folder)
+    staging.refuse_existing(folder)
     root = (runs or tree / "runs").resolve()
     ident = secrets.token_hex(3)
-    staging = root / f".import-{folder.name}-{ident}"
+    hidden = root / f".import-{folder.name}-{ident}"
     try:
-        staging.mkdir(parents=True)
+        hidden.mkdir(parents=True)
     except OSError as error:
-        raise Mistake(f"--runs: {staging} cannot be made ({error.strerror}) → name a folder you may write") from None
+        raise Mistake(f"--runs: {hidden} cannot be made ({error.strerror}) → name a folder you may write") from None
     try:
-        yield Place(tree, folder, RunFolder(root / folder.name / ident), RunFolder(staging))
+        yield Place(tree, folder, RunFolder(root / folder.name / ident), RunFolder(hidden))
     except OSError as error:
-        where = error.filename2 or error.filename or staging
+        where = error.filename2 or error.filename or hidden
         raise Mistake(f"{where} cannot be written ({error.strerror or error}) → make room, or name another folder: --runs") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -33,17 +33,9 @@ FIRST = "step_000000"
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Source]:
-    """A Hugging Face folder or a GGUF file."""
-    if path.is_dir():
-        with Folder(path) as folder:
-            yield folder
-    elif path.suffix == ".gguf":
-        with File(path) as file:
-            yield file
-    elif path.exists():
-        raise Mistake(f"{path} is neither a folder nor a .gguf file → name the folder that holds the model's config.json")
-    else:
-        raise Mistake(f"there is no {path} → name a Hugging Face folder or a .gguf file on this machine: nothing is downloaded")
+    """A Hugging Face folder, or else a GGUF file."""
+    with Folder(path) if path.is_dir() else File(path) as source:
+        yield source
 
 
 class Import:

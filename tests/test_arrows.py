@@ -31,7 +31,7 @@ ENVIRONMENT_IS_TOUCHED_IN = {
 }
 FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "trust_remote_code=True", "allow_pickle=True")
 EXPERIMENT_FILES = {"config.py", "launch.py", "variant.py"}
-TORCHLESS = ("models.config", "research.config", "research.launch", "research.data")
+TORCHLESS = ("models.config", "research.config", "research.launch", "research.data", "research.import_", "research.export")
 
 
 class Source(NamedTuple):

@@ -1,10 +1,8 @@
 """There and back through files: transformers → ours → transformers, bit for bit, and the same logits on 1, 2 and 4 tensor ranks."""
 
-import errno
 import functools
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from models import gpt
 from models.config import GPT
 from parallel.checkpoint_folder import latest
 from parallel.checkpoint_reader import Reader, load_weights
-from parallel.errors import Mistake
 from parallel.layers import PlainModule
 from research import config, exchange, export
 from research.run_folder import RunFolder
@@ -113,36 +110,6 @@ def test_half_precision_is_widened_and_rounded_back_to_the_bit(dtype, tmp_path):
     assert all(torch.equal(tensor, after[key]) and after[key].dtype == dtype for key, tensor in tensors(folder).items())
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == dtype
     assert json.loads((tmp_path / "back" / "certificate.json").read_text())["dtype"] == name
-
-
-def test_a_staged_folder_is_there_whole_or_not_at_all(tmp_path):
-    with exchange.staged(tmp_path / "a" / "b") as folder:
-        (folder / "file").write_text("x")
-        assert not (tmp_path / "a" / "b").exists()
-    assert (tmp_path / "a" / "b" / "file").read_text() == "x"
-    for error in (ZeroDivisionError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(error), exchange.staged(tmp_path / "a" / "c") as folder:
-            (folder / "file").write_text("x")
-            raise error
-    assert os.listdir(tmp_path / "a") == ["b"]
-    with pytest.raises(Mistake, match="b is there already → name a folder that is not"), exchange.staged(tmp_path / "a" / "b"):
-        raise AssertionError("the body must not run")
-    with pytest.raises(Mistake, match="c is there already"), exchange.staged(tmp_path / "a" / "c"):
-        (tmp_path / "a" / "c").mkdir()  # somebody else's, meanwhile
-    assert sorted(os.listdir(tmp_path / "a")) == ["b", "c"]
-
-
-def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path, monkeypatch):
-    """Of a copy it is the second file, not the one that was read."""
-
-    def full(source, target):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
-
-    monkeypatch.setattr(shutil, "copyfile", full)
-    words = "partial/b cannot be written \\(No space left on device\\) → make room, or name another folder"
-    with pytest.raises(Mistake, match=words), exchange.staged(tmp_path / "out") as folder:
-        shutil.copyfile(tmp_path / "a", folder / "b")
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_view_holds_nothing_but_what_was_named(tmp_path):
