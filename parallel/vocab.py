@@ -1,4 +1,4 @@
-"""The vocabulary cut over tensor ranks: embedding, head, and a cross entropy that never gathers the logits.
+"""The vocabulary cut over tensor ranks: embedding, head, and a cross entropy and an argmax that never gather the logits.
 
 A vocabulary that the tensor degree does not divide is padded. Padded rows are zero, receive no probability and no gradient,
 and appear in no checkpoint.
@@ -105,13 +105,34 @@ def vocab_parallel_cross_entropy(
     return loss.view(targets.shape)
 
 
+def vocab_parallel_argmax(logits: Tensor, group: ProcessGroup | None, vocab_size: int) -> Tensor:
+    """The id of the largest logit, the lowest where several are: 'b s v', this rank's rows -> 'b s' int64, equal on every tensor rank.
+
+    Two all-reduces of O(b·s): the maximum, then the lowest id that has it. Padding is never chosen. No gradient.
+    """
+    flat, start, real = logits.detach().reshape(-1, logits.shape[-1]), *_own_columns(logits, group, vocab_size)
+    highest = _maximum(flat, real, group)
+    ids = torch.full(highest.shape, vocab_size, dtype=torch.int64, device=logits.device)
+    if real:
+        own = flat[:, :real].max(1)
+        ids = torch.where(own.values == highest, own.indices + start, ids)
+    if group is not None:
+        dist.all_reduce(ids, op=dist.ReduceOp.MIN, group=group)
+    return ids.view(logits.shape[:-1])
+
+
+def _own_columns(logits: Tensor, group: ProcessGroup | None, vocab_size: int) -> tuple[int, int]:
+    """The id of this rank's first column, and how many of its columns are vocabulary, not padding."""
+    start = 0 if group is None else group.rank() * logits.shape[-1]
+    return start, max(0, min(vocab_size - start, logits.shape[-1]))
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Keeps the logits as they are and one number per token; the probabilities are made again in the backward pass."""
 
     @staticmethod
     def forward(ctx, logits, targets, group, vocab_size, smoothing):
-        start = 0 if group is None else group.rank() * logits.shape[1]
-        real = max(0, min(vocab_size - start, logits.shape[1]))  # columns on this rank that are vocabulary, not padding
+        start, real = _own_columns(logits, group, vocab_size)
         local = targets - start
         inside = (local >= 0) & (local < real)
         local = local.clamp(0, max(real - 1, 0))
