@@ -42,7 +42,7 @@ class Scorer(Protocol):
 
     @property
     def length(self) -> int:
-        """The longest `ids` that may be asked for."""
+        """The longest `ids` that may be asked for: one more than the model reads, because the last token is scored only."""
 
     def score(self, asked: Sequence[Asked]) -> list[Scored]:
         """An answer to each, in order, the same whatever else is asked beside it (but for rounding)."""

@@ -74,6 +74,13 @@ def load_tokenizer(data: Settings, root: Path, progress: Progress | None = None)
         return tokenizer.trained(data.tokenizer, texts, digest, cache)
 
 
+def split(data: Settings, spec: str, root: Path, words: Tokenizer, progress: Progress | None = None) -> TokenStore:
+    """Another text as the run would read it: the store of one corpus, made as in `load` if it is not cached."""
+    digest = corpus.digest(spec, root)
+    with _cache_folder(data.cache, root) as cache:
+        return _prepared(spec, digest, words, root, cache, progress)
+
+
 def check(data: Settings, root: Path, vocab_size: int) -> None:
     """Refuse in milliseconds, before torch is imported, what can be seen without reading: files, names, vocabulary."""
     corpus.check_exists(data.train, root, "data.train")

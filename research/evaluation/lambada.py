@@ -1,0 +1,58 @@
+"""LAMBADA: the last word of a passage that is easy with the whole of it and hard with its last sentence (arXiv:1606.06031)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from research.evaluation import errors, files
+from research.evaluation.continuation import continuation
+from research.evaluation.task import Exam, Given, Metric, Settings
+from research.metrics import perplexity
+from research.scorer import Asked, Scored
+
+EXAMPLE = '{"text": "a passage of several words"}'
+
+
+@dataclass(frozen=True)
+class Lambada:
+    """lm-evaluation-harness' `lambada_openai`: what follows the last space, the space included, after all before it.
+
+    accuracy: all its tokens are the likeliest ones; perplexity: e to the mean of −log p(word), a word counted once.
+    """
+
+    name: str
+    chosen: Settings
+    path: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How many passages."""
+        return {"limit": self.chosen.limit}
+
+    def digest(self, given: Given) -> str:
+        """Of the file."""
+        return files.digest(self.path)
+
+    def exam(self, given: Given) -> Exam:
+        """A request a passage."""
+        rows = islice(files.rows(self.path, {"text": str}, EXAMPLE), self.chosen.limit)
+        asked = [_asked(row, given) for row in rows]
+        return Exam(asked, len(asked), figures)
+
+
+def _asked(row: files.Row, given: Given) -> Asked:
+    context, space, word = row.fields["text"].rpartition(" ")
+    if not space or not word:
+        raise row.refuse("has no last word after a space", EXAMPLE)
+    return continuation(given.tokenizer, context, space + word, given.length, row.where)
+
+
+def figures(scored: Sequence[Scored]) -> list[Metric]:
+    """Accuracy and perplexity of the last words."""
+    right, nats = [float(all(one.greedy)) for one in scored], [-one.logprob for one in scored]
+    ppl, stderr = perplexity(errors.mean(nats)), errors.of_mean(nats)
+    accuracy = Metric("accuracy", errors.mean(right), errors.of_mean(right), higher_is_better=True)
+    return [accuracy, Metric("perplexity", ppl, stderr and math.isfinite(ppl) and stderr * ppl or None)]

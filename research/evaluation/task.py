@@ -1,0 +1,95 @@
+"""What a task is: requests made from a file, and metrics made from their answers. No torch, no model, no ranks.
+
+given = Given(tokenizer, scorer.length, experiment.data, root)
+for task in tasks.named(["validation", "pairs:FILE.jsonl"], Settings()):
+    metrics = answered(task.exam(given), scorer, progress)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from research.data.prepare import Settings as Data
+from research.data.prepare import split
+from research.data.store import TokenStore
+from research.data.tokenizer import Tokenizer
+from research.scorer import Asked, Scored
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person may set of every task; None: what the task's definition says."""
+
+    limit: int | None = None
+    """Examples at most, from the first on: passages, pairs, questions, pages, windows."""
+    window: int | None = None
+    """Tokens of a window of running text, the first of which is read only; None: as many as the scorer takes."""
+    stride: int | None = None
+    """Tokens of each window that are scored, but for the first window; None: window − 1, no token is read twice."""
+    data: Path | None = None
+    """The folder with wikitext2/ and lambada/."""
+    root: Path = Path()
+    """Where relative paths begin."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a task may use of the model and its run."""
+
+    tokenizer: Tokenizer
+    length: int
+    """The scorer's."""
+    data: Data
+    root: Path
+    progress: Callable[[str], None] | None = None
+    """Hears of slow work: a text that is tokenized."""
+
+    @cached_property
+    def validation(self) -> TokenStore:
+        """The run's own validation split, prepared where it is not in data.cache."""
+        return self.split(self.data.validation)
+
+    def split(self, spec: str) -> TokenStore:
+        """A text as a corpus of the run: tokens, documents, bytes."""
+        return split(self.data, spec, self.root, self.tokenizer, self.progress)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure."""
+
+    name: str
+    value: float
+    stderr: float | None
+    """The standard error over examples; None where there is one example, or the figure is no mean."""
+    higher_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A task on a tokenizer: what is asked, and what the answers are worth."""
+
+    asked: list[Asked]
+    examples: int
+    metrics: Callable[[Sequence[Scored]], list[Metric]]
+    """From an answer to each of `asked`, in order. Pure."""
+
+
+class Task(Protocol):
+    """Immutable; making one reads no file but sees that it is there."""
+
+    @property
+    def name(self) -> str:
+        """As the user has written it; the key of its results."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that it heeds, as JSON data: with the data's digest and the model they decide the figures."""
+
+    def digest(self, given: Given) -> str:
+        """SHA-256 of the data, hex."""
+
+    def exam(self, given: Given) -> Exam:
+        """Reads and tokenizes. A Mistake where the file is not what it should be, naming its line."""
