@@ -9,7 +9,8 @@ from models import gpt
 from models.config import GPT, VARIANT
 from models.decoder import Decoder
 from models.init import Undrawn
-from models.led import Leader
+from models.led import Leader, follow
+from models.scores import Scores, ScoresLeader, follow_scores
 from parallel.checkpoint_reader import Reader, load_weights
 from parallel.distributed import device
 from parallel.errors import Mistake
@@ -37,6 +38,34 @@ class Plan:
     """Texts at once."""
     context: int = 1
     """Tokens of each, prompt included."""
+
+    def on(self, grid: Grid) -> Decoder:
+        """This rank's decoder; where there are other tensor ranks, the first one's leads them."""
+        return decoder_of(self, grid)
+
+    def follow(self, grid: Grid) -> None:
+        """A tensor rank > 0, until the first lets go."""
+        follow(self.on(grid))
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """What is restored to score texts. The same on every rank; it travels to other processes."""
+
+    run: Path
+    checkpoint: Path
+    precision: str | None = None
+    """As Plan's."""
+
+    def on(self, grid: Grid) -> Scores:
+        """This rank's; where there are other tensor ranks, the first one's leads them."""
+        model = GPT(**config.load(RunFolder(self.run).config).model.model_dump())
+        kind = ScoresLeader if grid.tensor > 1 and grid.rank == 0 else Scores
+        return kind(restored(Plan(self.run, self.checkpoint, self.precision), grid), model, grid)
+
+    def follow(self, grid: Grid) -> None:
+        """A tensor rank > 0, until the first lets go."""
+        follow_scores(self.on(grid))
 
 
 def restored(plan: Plan, grid: Grid, place: torch.device | None = None) -> PlainModule:

@@ -33,9 +33,9 @@ class Kind(NamedTuple):
     """how to come by it."""
 
 
-WIKITEXT_2 = "get WikiText-2 from huggingface.co/datasets/Salesforce/wikitext (raw: wikitext-2-raw-v1) as one text file"
+WIKITEXT_2 = "get WikiText-2 (Hugging Face data set Salesforce/wikitext, wikitext-2-raw-v1) as one text file"
 LAMBADA = (
-    'get LAMBADA\'s test split as OpenAI has used it (huggingface.co/datasets/EleutherAI/lambada_openai), a line {"text": "…"} a passage'
+    'get LAMBADA\'s test split as OpenAI has used it (Hugging Face data set EleutherAI/lambada_openai), a line {"text": "…"} a passage'
 )
 KINDS: dict[str, Kind] = {
     "agreement": Kind(

@@ -1,0 +1,88 @@
+"""A model that scores tokens it is given: whole texts at once, without a cache, on one rank or on tensor ranks that the first one leads."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from models.config import GPT
+from models.scoring import token_scores
+from parallel.grid import Grid
+from parallel.layers import Passed, PlainModule, through
+from parallel.orders import hear, tell
+
+SCORE, LEAVE = range(2)
+
+
+class Scores:
+    """`module` in use for scoring. Collective over the grid's tensor ranks."""
+
+    def __init__(self, module: PlainModule, model: GPT, grid: Grid) -> None:
+        self.module, self.model, self.grid = module.eval(), model, grid
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """log p, fp32 at least, of the last counts[i] tokens of each row, row after row, and whether each is the likeliest: 'n', on the CPU.
+
+        Rows have two tokens or more, of which the last is not read. Shorter ones are filled up at their ends, where no earlier token
+        looks; logits are made of the places before the scored tokens only, and stay sliced.
+        """
+        ids, places = padded(rows, counts)
+        device = next(self.module.parameters()).device
+        x = self._hidden(ids[:, :-1].to(device)).flatten(0, 1)[places.to(device)]
+        layer, head = self.module.steps[-1]
+        logits = through(layer, head, x[None])
+        assert isinstance(logits, Tensor)
+        targets = torch.tensor([row[at] for row, count in zip(rows, counts, strict=True) for at in range(len(row) - count, len(row))])
+        logp, greedy = token_scores(logits, targets[None].to(device), self.grid.tensor_group, self.model.vocab_size)
+        return logp[0].cpu(), greedy[0].cpu()
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """'b s' -> 'b s d': every layer but the head."""
+        x: Passed = ids
+        for layer, call in self.module.steps[:-1]:
+            x = through(layer, call, x)
+        assert isinstance(x, Tensor)
+        return x
+
+
+def padded(rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Ids 'b s', 0 behind each row's end, and for each scored token the place before it in what is read, 'b (s − 1)' flattened: 'n'."""
+    longest = max(map(len, rows))
+    ids = torch.zeros((len(rows), longest), dtype=torch.int64)
+    places = []
+    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        places.append(i * (longest - 1) + torch.arange(len(row) - 1 - count, len(row) - 1))
+    return ids, torch.cat(places)
+
+
+class ScoresLeader(Scores):
+    """Those of tensor rank 0. The other ranks are in `follow_scores` until `release`."""
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The tensor ranks."""
+        assert self.grid.tensor_group is not None
+        return self.grid.tensor_group
+
+    def score(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As Scores', on all ranks."""
+        tell([[SCORE], counts, *rows], self.group)
+        return super().score(rows, counts)
+
+    def release(self) -> None:
+        """Lets the other ranks go. The last call."""
+        tell([[LEAVE]], self.group)
+
+
+def follow_scores(scores: Scores) -> None:
+    """Carries out on a tensor rank > 0 what the first one's leader is asked, until it lets go."""
+    assert scores.grid.tensor_group is not None
+    while True:
+        (order, *_), *lists = hear(scores.grid.tensor_group)
+        if order == LEAVE:
+            return
+        counts, *rows = lists
+        scores.score(rows, counts)
