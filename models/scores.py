@@ -23,7 +23,7 @@ class Scores:
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """log p, fp32 at least, of the last counts[i] tokens of each row, row after row, and whether each is the likeliest: 'n', on the CPU.
+        """log p, fp32 at least, of the last counts[i] tokens of each row, row after row; whether each is the likeliest: 'n', on the CPU.
 
         Rows have two tokens or more, of which the last is not read. Shorter ones are filled up at their ends, where no earlier token
         looks; logits are made of the places before the scored tokens only, and stay sliced.

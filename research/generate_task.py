@@ -119,10 +119,10 @@ def prepared(arguments: argparse.Namespace) -> Task:
     folder = run_folder.find(arguments.run)
     experiment = config.load(folder.config)
     check_variants(folder.source, experiment.model)
-    _refuse_tensor(arguments.tensor, experiment.model)
-    checkpoint = _checkpoint(folder, arguments.checkpoint)
+    refuse_tensor(arguments.tensor, experiment.model)
+    checkpoint = checkpoint_of(folder, arguments.checkpoint)
     given = prompts.read(arguments.file) if arguments.file else map(prompts.check, arguments.prompt or ())
-    tokenizer = load_tokenizer(experiment.data, ROOT, _say)
+    tokenizer = load_tokenizer(experiment.data, ROOT, say)
     task = Task(arguments, folder, checkpoint, experiment, tokenizer, choice, tuple(given))
     refuse_context(task.context, experiment.model)
     for prompt in task.prompts or ("",):
@@ -130,7 +130,7 @@ def prepared(arguments: argparse.Namespace) -> Task:
     return task
 
 
-def _say(what: str) -> None:
+def say(what: str) -> None:
     """Slow work: the tokenizer is being made again, because nothing has kept it."""
     sys.stderr.write(f"{what} …\n")
 
@@ -161,13 +161,15 @@ def _refuse_counts(arguments: argparse.Namespace, choice: Choice) -> None:
         raise Mistake(f"--n {n} is more than --beams {beams} find → use --beams {n}, or --n {beams}")
 
 
-def _refuse_tensor(tensor: int, model: GPT) -> None:
+def refuse_tensor(tensor: int, model: GPT) -> None:
+    """A Mistake where so many ranks cannot share the model."""
     if tensor not in (works := tensor_degrees(model)):
         shape = f"model.num_heads = {model.num_heads}, num_kv_heads = {model.num_kv_heads} and ffn_size = {model.ffn_size}"
         raise Mistake(f"--tensor {tensor} does not fit {shape} → use {listed(works[:8])}")
 
 
-def _checkpoint(folder: RunFolder, step: int | None) -> Path:
+def checkpoint_of(folder: RunFolder, step: int | None) -> Path:
+    """The checkpoint of a step, None: the newest."""
     if step is None:
         return checkpoint_folder.latest(folder.checkpoints)
     found = {int(path.name.removeprefix("step_")): path for path in checkpoint_folder.steps(folder.checkpoints)}

@@ -81,13 +81,14 @@ def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
 def facts_of(job: Job) -> dict[str, Any]:
     """What run.json says of how the run is trained."""
     overrides = [[name, str(old), str(new)] for name, old, new in job.overrides]
-    experiment = job.experiment
+    experiment, (commit, dirty) = job.experiment, git_state(job.root)
     return {
         "layout": layout_tag(job),
         "precision": experiment.precision,
         "steps": experiment.schedule.steps,
         "overrides": overrides,
-        "commit": git_state(job.root)[0],
+        "commit": commit,
+        "dirty": dirty,
     }
 
 

@@ -99,7 +99,7 @@ class Mirror:
         """The note on why W&B was left alone before its end."""
         self.mode, why = "disabled", "as asked"
         if track.mode != "disabled":
-            opened = bounded(lambda: self._guard(lambda: _open(folder, track, about), "start"), START_SECONDS)
+            opened = bounded(lambda: self._guard(lambda: open_run(folder, track, about), "start"), START_SECONDS)
             self.mode, why, self._run = opened or ("disabled", "it did not start", None)
         self.line = _line(self.mode, why, folder, self._run)
 
@@ -113,21 +113,21 @@ class Mirror:
         """Let W&B write what it has; what it could not send stays in the folder for `wandb sync`. FINISH_SECONDS + 2 at most."""
         ends = time.monotonic() + FINISH_SECONDS + 1
         run, self._run = self._run, None
-        done = run is None or bounded(lambda: self._guard(lambda: _finish(run, exit_code), "finish"), FINISH_SECONDS + 1)
+        done = run is None or bounded(lambda: self._guard(lambda: finish_run(run, exit_code), "finish"), FINISH_SECONDS + 1)
         if self._broken and self.mode == "offline":
             if bounded(lambda: self._write_again(exit_code, ends), ends - time.monotonic()):
                 self._notes[:] = [note for note in self._notes if note != self._broken]
         elif not done and not self._broken:
-            self._notes.append(f"W&B did not take everything → wandb sync --include-online {_short(self._folder.wandb)} sends the rest")
+            self._notes.append(f"W&B did not take everything → wandb sync --include-online {short(self._folder.wandb)} sends the rest")
         if self.mode != "disabled":
-            bounded(_end_process, 1.0)
+            bounded(end_process, 1.0)
 
     def _write_again(self, exit_code: int, ends: float) -> bool:
         """The offline run anew, in W&B processes of its own, from the run folder's files; the broken one goes once that is done."""
         with wandb_rows.replacing(
             max(self._folder.wandb.glob(wandb_rows.OFFLINE))
         ):  # named by the time they were opened at: ours is the last
-            bounded(_end_process, 1.0)
+            bounded(end_process, 1.0)
             run = _start("offline", *self._as_started)
             for row in wandb_rows.rows(self._folder, self._after):
                 if time.monotonic() > ends:
@@ -148,7 +148,7 @@ class Mirror:
             return None
 
 
-def _open(folder: RunFolder, track: Tracked, about: About) -> tuple[str, str, Any]:
+def open_run(folder: RunFolder, track: Tracked, about: About) -> tuple[str, str, Any]:
     """(mode, why, the W&B run): online if that works, else offline."""
     _own_folders(folder)
     mode, why = _choose_mode(track.mode)
@@ -156,7 +156,7 @@ def _open(folder: RunFolder, track: Tracked, about: About) -> tuple[str, str, An
         if run := bounded(lambda: _start("online", folder, track, about), INIT_SECONDS + 0.5):
             return mode, why, run
         mode, why = "offline", "the server did not accept the run"
-        bounded(_end_process, 1.0)
+        bounded(end_process, 1.0)
     return mode, why, _start("offline", folder, track, about) if mode == "offline" else None
 
 
@@ -164,11 +164,11 @@ def _line(mode: str, why: str, folder: RunFolder, run: Any) -> str:
     if mode == "online" and run is not None:
         return f"W&B online · {run.url}"
     if mode == "offline":
-        return f"W&B offline ({why}) · later: wandb sync {_short(folder.wandb)}"
-    return f"W&B {mode} ({why}) · {_short(folder.metrics)}"
+        return f"W&B offline ({why}) · later: wandb sync {short(folder.wandb)}"
+    return f"W&B {mode} ({why}) · {short(folder.metrics)}"
 
 
-def _short(path: Path) -> Path:
+def short(path: Path) -> Path:
     """The path as one would type it here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -261,7 +261,7 @@ def _start(mode: Literal["online", "offline"], folder: RunFolder, track: Tracked
     return run
 
 
-def _finish(run: Any, exit_code: int) -> bool:
+def finish_run(run: Any, exit_code: int) -> bool:
     """True if all was written in time."""
     try:
         run.finish(exit_code=exit_code)
@@ -281,7 +281,7 @@ def _define_axes(run: Any) -> None:
         run.define_metric(name, step_metric="progress/tokens", summary="min,last")
 
 
-def _end_process() -> bool:
+def end_process() -> bool:
     """End W&B's own process. Needed after a failed start (an offline run is refused before), and at the end: what W&B
     would otherwise do when Python exits has no bound and shows its tracebacks."""
     import wandb

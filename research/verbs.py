@@ -14,6 +14,7 @@ from parallel.errors import Mistake
 VERBS = {
     "runs": "list the runs: layout, steps, last bits per byte, status",
     "generate": "let a trained model write: generate RUN --prompt 'My fellow citizens'",
+    "evaluate": "put tasks to a trained model: evaluate RUN --tasks validation agreement",
     "export": "a run for transformers to load: export RUN FOLDER",
     "import": "another program's weights as an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",

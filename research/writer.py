@@ -4,6 +4,7 @@ What `generate` and a server drive: `submit` at any time, then `step` until noth
 and on what is asked, not on what else is being written.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +63,12 @@ class Writer:
 
     def submit(self, prompt: str, ask: Ask) -> Text:
         """Queues a prompt; what is returned fills with every step. A Mistake where it does not fit into the context."""
-        ids = self.ids(prompt)
+        return self.submit_ids(self.ids(prompt), ask, (self.tokenizer.end_of_text,), prompt)
+
+    def submit_ids(self, ids: tuple[int, ...], ask: Ask, ends: Collection[int], prompt: str = "") -> Text:
+        """As `submit`, for a prompt that is tokens already (at least one), and a text that ends at any of `ends`."""
         refuse_long(len(ids), ask.max_new_tokens, self.context, self.model)
-        request = Request(ids, ask.max_new_tokens, ask.choice, ask.seed, (self.tokenizer.end_of_text,), ask.logprobs)
-        written = self.batch.submit(request)
+        written = self.batch.submit(Request(ids, ask.max_new_tokens, ask.choice, ask.seed, ends, ask.logprobs))
         self._texts[written] = Text(prompt, ask, written, Stream(self.tokenizer, ids, ask.stops))
         return self._texts[written]
 

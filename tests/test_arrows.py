@@ -27,6 +27,7 @@ VARIANT_MAY_IMPORT = {"parallel", "models"}
 ENVIRONMENT_IS_TOUCHED_IN = {
     "research/machine.py",  # reads what a launcher tells a rank, sets the threads
     "parallel/distributed.py",  # LOCAL_RANK, for DeepSpeed
+    "research/evaluation/offline.py",  # "no network" for lm-evaluation-harness' libraries
     "research/tracking.py",  # W&B takes its cache folders from there only
 }
 FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "trust_remote_code=True", "allow_pickle=True")

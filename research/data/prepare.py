@@ -52,7 +52,7 @@ def load(data: Settings, root: Path, vocab_size: int, progress: Progress | None 
     check(data, root, vocab_size)
     words = load_tokenizer(data, root, progress)
     digests = [corpus.digest(spec, root) for spec in (data.train, data.validation)]
-    with _cache_folder(data.cache, root) as cache:
+    with cache_folder(data.cache, root) as cache:
         train, validation = (
             _prepared(spec, digest, words, root, cache, progress)
             for spec, digest in zip((data.train, data.validation), digests, strict=True)
@@ -70,14 +70,14 @@ def load_tokenizer(data: Settings, root: Path, progress: Progress | None = None)
         return tokenizer.gpt2()
     digest = corpus.digest(data.train, root)
     texts = _announced(corpus.documents(data.train, root), f"training {data.tokenizer} on {data.train}", progress)
-    with _cache_folder(data.cache, root) as cache:
+    with cache_folder(data.cache, root) as cache:
         return tokenizer.trained(data.tokenizer, texts, digest, cache)
 
 
 def split(data: Settings, spec: str, root: Path, words: Tokenizer, progress: Progress | None = None) -> TokenStore:
     """Another text as the run would read it: the store of one corpus, made as in `load` if it is not cached."""
     digest = corpus.digest(spec, root)
-    with _cache_folder(data.cache, root) as cache:
+    with cache_folder(data.cache, root) as cache:
         return _prepared(spec, digest, words, root, cache, progress)
 
 
@@ -95,7 +95,7 @@ def check(data: Settings, root: Path, vocab_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _cache_folder(name: str, root: Path) -> Iterator[Path]:
+def cache_folder(name: str, root: Path) -> Iterator[Path]:
     """The folder, made if need be; a file system that refuses is a Mistake naming data.cache."""
     folder = Path(root) / Path(name).expanduser()
     try:

@@ -1,6 +1,6 @@
-"""An exam put to a scorer: the longest requests first, in portions, so that a bar moves and whoever waits can stop it."""
+"""Requests put to a scorer: the longest first, in portions, so that a bar moves and whoever waits can stop it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from research.evaluation.task import Exam, Metric
 from research.scorer import Asked, Scored, Scorer
@@ -24,16 +24,23 @@ def answered(
 
     Where the scorer is collective, so is this: the same exam on every rank, and the same answer from `go_on`.
     """
-    order = sorted(range(len(exam.asked)), key=lambda i: -len(exam.asked[i].ids))  # stable: equal on every rank
+    return exam.metrics(portions(exam.asked, scorer, progress, go_on, portion))
+
+
+def portions(
+    asked: Sequence[Asked],
+    scorer: Scorer,
+    progress: Callable[[int], object] = lambda n: None,
+    go_on: Callable[[], bool] = lambda: True,
+    portion: int = PORTION,
+) -> list[Scored]:
+    """An answer to each, in order; see `answered`."""
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i].ids))  # stable: equal on every rank
     found: dict[int, Scored] = {}
     for first in range(0, len(order), portion):
         if not go_on():
             raise Stopped
         places = order[first : first + portion]
-        found.update(zip(places, scorer.score(_asked(exam, places)), strict=True))
+        found.update(zip(places, scorer.score([asked[place] for place in places]), strict=True))
         progress(len(places))
-    return exam.metrics([found[i] for i in range(len(exam.asked))])
-
-
-def _asked(exam: Exam, places: list[int]) -> list[Asked]:
-    return [exam.asked[place] for place in places]
+    return [found[i] for i in range(len(asked))]
