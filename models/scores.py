@@ -13,6 +13,8 @@ from parallel.layers import Passed, PlainModule, through
 from parallel.orders import hear, tell
 
 SCORE, LEAVE = range(2)
+ROWS = 1024
+"""Places whose logits are held at once: of long texts and large vocabularies all of them would not fit."""
 
 
 class Scores:
@@ -31,12 +33,18 @@ class Scores:
         ids, places = padded(rows, counts)
         device = next(self.module.parameters()).device
         x = self._hidden(ids[:, :-1].to(device)).flatten(0, 1)[places.to(device)]
+        targets = torch.tensor([token for row, count in zip(rows, counts, strict=True) for token in row[-count:]], device=device)
+        parts = [self._of(*part) for part in zip(x.split(ROWS), targets.split(ROWS), strict=True)]
+        logp, greedy = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        return logp, greedy
+
+    def _of(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """x 'n d', the targets behind them 'n' -> log p and whether it is the likeliest, 'n' each."""
         layer, head = self.module.steps[-1]
         logits = through(layer, head, x[None])
         assert isinstance(logits, Tensor)
-        targets = torch.tensor([row[at] for row, count in zip(rows, counts, strict=True) for at in range(len(row) - count, len(row))])
-        logp, greedy = token_scores(logits, targets[None].to(device), self.grid.tensor_group, self.model.vocab_size)
-        return logp[0].cpu(), greedy[0].cpu()
+        logp, greedy = token_scores(logits, targets[None], self.grid.tensor_group, self.model.vocab_size)
+        return logp[0], greedy[0]
 
     def _hidden(self, ids: Tensor) -> Tensor:
         """'b s' -> 'b s d': every layer but the head."""

@@ -61,13 +61,13 @@ def _evaluate(command: Command, keys: Mapping[Asked, Key], results: Results, don
     from research.evaluation.session import Session
 
     arguments, model = command.arguments, command.experiment.model
-    how = (arguments.precision, arguments.tensor, arguments.batch)
+    how = (arguments.precision, arguments.tensor, command.batch)
     with Session(command.folder.path, command.checkpoint, model, command.tokenizer, *how) as session:
         for task, key in keys.items():
             began = time.monotonic()
             metrics, examples = _figures(task, command, session)
             seconds = round(time.monotonic() - began, 1)
-            results.add(Result(key, tuple(metrics), examples, seconds, arguments.tensor, arguments.batch, run_folder.now()))
+            results.add(Result(key, tuple(metrics), examples, seconds, arguments.tensor, command.batch, run_folder.now()))
             done.append(task)
 
 

@@ -23,6 +23,8 @@ WHAT = """Puts tasks to a trained model and keeps the figures in RUN/evaluations
 same checkpoint, data and settings, is not run again. Any checkpoint on any number of tensor ranks gives the same figures up to rounding.
 docs/evaluating.md says what each is."""
 LISTS = ("list", "help")
+AT_ONCE = 8192
+"""Tokens that are scored at once where --batch does not say it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Command:
     def tokenizer(self) -> Tokenizer:
         """The run's."""
         return load_tokenizer(self.experiment.data, ROOT, say)
+
+    @property
+    def batch(self) -> int:
+        """Full windows at once."""
+        asked = self.arguments.batch
+        return max(1, AT_ONCE // self.experiment.model.seq_length) if asked is None else asked
 
     @property
     def given(self) -> Given:
@@ -66,8 +74,9 @@ def parser() -> Parser:
     machine = found.add_argument_group("how it is computed")
     machine.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: as trained (fp16 on a CPU: fp32)")
     machine.add_argument("--tensor", type=int, default=1, metavar="T", help="slice the model over T processes of this machine")
+    usual = f"what makes {AT_ONCE:,} tokens"
     machine.add_argument(
-        "--batch", type=int, default=8, metavar="N", help="full windows at once, or as many tokens of shorter texts (default: 8)"
+        "--batch", type=int, metavar="N", help=f"full windows at once, or as many tokens of shorter texts (default: {usual})"
     )
     machine.add_argument("--json", action="store_true", help="the results as JSON lines instead of a table")
     return found

@@ -9,6 +9,8 @@ from typing import Any
 
 from parallel.errors import Mistake
 
+KINDS = {str: "a text", int: "a whole number", list: "a list"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -59,7 +61,7 @@ def _row(line: str, where: str, needs: Mapping[str, type], example: str) -> Row:
         raise row.refuse("is not an object", example)
     for name, kind in needs.items():
         if not isinstance(row.fields.get(name), kind) or isinstance(row.fields[name], bool):
-            raise row.refuse(f'has no "{name}" that is a {kind.__name__}', example)
+            raise row.refuse(f'has no "{name}" that is {KINDS[kind]}', example)
     return row
 
 

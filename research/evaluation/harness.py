@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.errors import Mistake
 from research.evaluation import offline
-from research.evaluation.session import Session
 from research.evaluation.task import Given, Metric, Settings
+
+if TYPE_CHECKING:
+    from research.evaluation.session import Session
 
 PREFIX = "lm_eval:"
 PACKAGE = "lm_eval"
@@ -42,7 +44,7 @@ class HarnessTask:
             found.update(f"{path.relative_to(self.folder or path)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
         return found.hexdigest()
 
-    def evaluated(self, session: Session, cache: Path, progress: Callable[[int], object]) -> tuple[list[Metric], int]:
+    def evaluated(self, session: "Session", cache: Path, progress: Callable[[int], object]) -> tuple[list[Metric], int]:
         """(its metrics, its examples)."""
         offline.keep_offline(cache)
         logging.getLogger(PACKAGE).setLevel(logging.ERROR)

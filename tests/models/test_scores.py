@@ -60,7 +60,9 @@ def with_greedy(module: PlainModule, model: GPT) -> tuple[list, list]:
 
 
 @pytest.mark.parametrize("model", models(), ids=lambda model: model.position)
-def test_a_batch_is_each_text_by_itself(model):
+@pytest.mark.parametrize("at_once", [5, 1024])
+def test_a_batch_is_each_text_by_itself(model, at_once, monkeypatch):
+    monkeypatch.setattr("models.scores.ROWS", at_once)
     module = filled(model)
     expected = dense(module, model)
     rows, counts = with_greedy(module, model)

@@ -39,4 +39,3 @@ def test_equals_torch_on_the_whole_vocabulary(ranks, dtype):
     for logp, greedy in run_ranks(scores, ranks, dtype):
         assert (logp - expected).abs().max() < 1e-5
         assert torch.equal(greedy, whole.argmax(-1) == targets) and greedy[0].all() and not greedy.all()
-

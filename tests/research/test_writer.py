@@ -163,5 +163,3 @@ def test_a_row_of_json_says_everything(folder):
     assert all(each["token"] == mine.tokenizer.decode([each["id"]]) for each in found["logprobs"])
     (beam,) = mine.search("the people", Ask(3), beams=2, count=1)
     assert row(beam, mine.tokenizer)["score"] == beam.score
-
-

@@ -42,5 +42,3 @@ def save(folder: RunFolder, experiment: config.Experiment, step: int) -> None:
     weights = {name: tensor.float() for name, tensor in random_weights(experiment.model, step, variants).items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     write(folder.checkpoints / f"step_{step:06d}", shapes, weights.values(), {"step": step, "samples": 0, "tokens": 0})
-
-

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -30,14 +32,17 @@ def given(given: Given) -> Given:
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory, given: Given):
     """name, definition, rows -> the harness' own figures of that task, and their standard errors, by metric."""
-    offline.keep_offline(tmp_path_factory.mktemp("cache"))
     pytest.importorskip("lm_eval")
+    with mock.patch.dict(os.environ):
+        offline.keep_offline(tmp_path_factory.mktemp("cache"))
+        yield asking(tmp_path_factory.mktemp("harness"), given)
+
+
+def asking(place, given: Given):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from research.evaluation.harness_model import OurModel
-
-    place = tmp_path_factory.mktemp("harness")
 
     def figures(name, definition, rows, limit=None):
         harness_tasks.write(place, name, definition, rows)
