@@ -11,11 +11,12 @@ from typing import Any
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from models.choice import Choice
 from parallel.errors import Mistake
 from research.ask import Ask
+from research.batch import END
 from research.evaluation.answers import portions
 from research.evaluation.session import Session
 from research.scorer import Asked, Scored
@@ -76,7 +77,12 @@ class OurModel(TemplateLM):
         while self.session.writer:
             done = sum(text.finish is not None for text in self.session.writer.step())
             self.progress(done)
-        return [text.text for text in texts]
+        return [self._as_theirs(text) for text in texts]
+
+    def _as_theirs(self, text: Text) -> str:
+        """The text decoded whole, as HFLM does: where it ends within a character, U+FFFD stands for it; our own streams leave it out."""
+        ids = text.written.ids
+        return postprocess_generated_text(self.words.decode(ids[:-1] if text.finish == END else ids), list(text.ask.stops), None)
 
     def _submitted(self, context: str, settings: dict[str, Any]) -> Text:
         writer = self.session.writer
