@@ -18,7 +18,7 @@ import pytest
 
 from research import metrics, run_folder, tracking
 from research.about import About
-from research.tracking import NoTracker, Tracker, _short
+from research.tracking import NoTracker, Tracker, short
 from tests.research import wandb_servers as servers
 
 ROOT = Path(__file__).parents[2]
@@ -302,4 +302,4 @@ def test_wandb_is_imported_only_when_a_run_starts():
 
 def test_paths_are_as_one_would_type_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert (str(_short(tmp_path / "runs")), str(_short(Path("runs"))), str(_short(Path("/x")))) == ("runs", "runs", "/x")
+    assert (str(short(tmp_path / "runs")), str(short(Path("runs"))), str(short(Path("/x")))) == ("runs", "runs", "/x")

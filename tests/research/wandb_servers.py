@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 
 class Works(http.server.BaseHTTPRequestHandler):
-    """Answers what a run asks while it starts, logs and ends; `rows` collects the logged rows."""
+    """Answers what a run asks while it starts, logs and ends; `rows` and `summaries` collect what is logged."""
 
     protocol_version = "HTTP/1.1"
     rows: ClassVar[list[dict[str, Any]]] = []
     runs: ClassVar[list[dict[str, Any]]] = []
+    summaries: ClassVar[list[dict[str, Any]]] = []
     stalled = threading.Event()
 
     def do_GET(self):
@@ -42,6 +43,8 @@ class Works(http.server.BaseHTTPRequestHandler):
     def file_stream(self, body):
         lines = (body.get("files") or {}).get("wandb-history.jsonl", {}).get("content", [])
         self.rows.extend(json.loads(line) for line in lines)
+        summaries = (body.get("files") or {}).get("wandb-summary.json", {}).get("content", [])
+        self.summaries.extend(json.loads(text) for text in summaries)
         return {"exitcode": None, "limits": {}}
 
     def body(self):
