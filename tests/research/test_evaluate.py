@@ -106,7 +106,7 @@ def test_what_was_finished_is_kept(folder, pairs, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_ranks_and_leaves_whole_files(folder, tmp_path):
+def test_ctrl_c_ends_all_ranks_and_leaves_whole_files(folder, pairs, tmp_path):
     (tmp_path / "long.txt").write_text(untrained.TEXT * 400, encoding="utf-8")
     command = [
         sys.executable,
@@ -117,7 +117,7 @@ def test_ctrl_c_ends_all_ranks_and_leaves_whole_files(folder, tmp_path):
         "--tensor",
         "2",
         "--tasks",
-        "agreement",
+        f"pairs:{pairs}",
         f"perplexity:{tmp_path}/long.txt",
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True)
@@ -127,7 +127,7 @@ def test_ctrl_c_ends_all_ranks_and_leaves_whole_files(folder, tmp_path):
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130 and "Traceback" not in err and "agreement\taccuracy" in out and "long.txt" not in out
+    assert process.returncode == 130 and "Traceback" not in err and "pairs.jsonl\taccuracy" in out and "long.txt" not in out
     kept = json.loads((folder.path / "evaluations" / "step_000006.json").read_text())["results"]
     assert not any("long.txt" in row["task"] for row in kept)
 
