@@ -5,6 +5,7 @@ runs/NAME/ID/  run.json        what `python -m research runs` lists: name, id, s
                config.json     the experiment, resolved          deepspeed.json  what DeepSpeed was given
                metrics.jsonl   one row a line (research/metrics.py)     samples.jsonl   what the model wrote
                loss.png        the loss curve                    source/         config.py, variant.py and SHA256SUMS
+               evaluations/    step_000300.json, what `evaluate` found
                checkpoints/    step_000300/ …                    logs/           rank_0.txt …        wandb/   W&B's own files
 ```
 JSON files are replaced whole or not at all: a reader never sees half of one, whenever the writer was killed.
