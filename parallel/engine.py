@@ -19,6 +19,7 @@ from parallel.engine_grid import Mpu, Pipeline, reduce_tied_accumulated
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import Layer, PlainModule, Watcher, unique_parameters
+from parallel.observe import Kept, Look, everywhere, instead_of_loss
 from parallel.quiet import quiet
 from parallel.slices import gathered, slice_of
 
@@ -53,6 +54,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Engine:
     """What training needs of an engine. Every method is called by all ranks together (collective)."""
 
+    fixed_shape = False
+    """Whether every micro-batch must have the shape of the training ones."""
+
     def __init__(self, layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings) -> None:
         refuse_precision(settings.precision)
         self.grid, self.settings, self.loss, self.device = grid, settings, loss, device()
@@ -78,6 +82,15 @@ class Engine:
     def evaluate_batch(self, batch: MicroBatch) -> float:
         """The loss of one micro-batch per data rank, averaged over data ranks; equal on every rank. No gradients, no update."""
         raise NotImplementedError
+
+    def observe(self, batch: MicroBatch, look: Look, shape: Sequence[int]) -> Tensor:
+        """What `look` sees in the logits of one micro-batch per data rank: 'data …' fp32, `shape` each, equal on every rank.
+
+        No dropout, no gradients, and no trace: what is trained afterwards is the same, bit for bit. `look` is called on the last stage.
+        Ids need not fill the training micro-batch's shape unless `fixed_shape`; every data rank's have one shape.
+        """
+        with torch.no_grad():
+            return everywhere(self._looked(batch, look), shape, self.grid, self.device)
 
     def gradient_norm(self) -> float:
         """2-norm of the last step's whole gradient before clipping: unique parameters, all ranks; equal on every rank."""
@@ -152,6 +165,10 @@ class Engine:
     def _train(self, batches: Iterator[MicroBatch]) -> float:
         raise NotImplementedError
 
+    def _looked(self, batch: MicroBatch, look: Look) -> Tensor | None:
+        """`look(logits)`; None on a rank that has no logits."""
+        raise NotImplementedError
+
 
 class PlainEngine(Engine):
     """pipe = 1: the plain module on DeepSpeedEngine, ZeRO 1, 2 or 3, with or without offload."""
@@ -185,6 +202,10 @@ class PlainEngine(Engine):
             loss = self._forward(batch)
         return self._mean_over_data(loss)
 
+    def _looked(self, batch: MicroBatch, look: Look) -> Tensor:
+        self.deepspeed.eval()
+        return look(self.deepspeed(batch.on(self.device).inputs()))
+
     def _forward(self, batch: MicroBatch) -> Tensor:
         here = batch.on(self.device)
         return self.loss(self.deepspeed(here.inputs()), (here.targets, here.weights))
@@ -198,6 +219,8 @@ class PlainEngine(Engine):
 
 class PipeEngine(Engine):
     """pipe > 1: the layers on PipelineEngine, ZeRO-1, 1F1B."""
+
+    fixed_shape = True  # DeepSpeed's buffers are made once
 
     def __init__(self, layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings) -> None:
         super().__init__(layers, loss, grid, settings)
@@ -221,6 +244,12 @@ class PipeEngine(Engine):
         """See Engine. Shapes equal the training micro-batch's, which DeepSpeed's buffers are made for."""
         loss = self.deepspeed.eval_batch(_pairs(iter([batch])), num_micro_batches=1)
         return float(loss)
+
+    def _looked(self, batch: MicroBatch, look: Look) -> Tensor | None:
+        kept = Kept(look)
+        with instead_of_loss(self.module, kept):
+            self.deepspeed.eval_batch(_pairs(iter([batch])), reduce_output=None, bcast_loss=False, num_micro_batches=1)
+        return kept.seen
 
 
 def make_engine(layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings) -> Engine:

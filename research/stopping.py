@@ -22,6 +22,10 @@ def leave_when_asked() -> None:
     catch(leave)
 
 
+class CutShort(Exception):
+    """A signal ended something that is not done; on every rank at the same place."""
+
+
 class Stop:
     """Notes a signal and lets the current step end. Ctrl-C reaches ranks at different moments; `agreed` makes it one."""
 

@@ -12,7 +12,7 @@ from models.beams import Search, search
 from models.config import GPT
 from models.decoder import Decoder
 from research.ask import Ask, refuse_long
-from research.batch import CANCELLED, END, LENGTH, STOP, Batch, Request, Written
+from research.batch import CANCELLED, END, LENGTH, STOP, Batch, Request, Writes, Written
 from research.data.tokenizer import Tokenizer
 from research.stream import Stream
 
@@ -40,9 +40,9 @@ class Text:
 
 @dataclass
 class Writer:
-    """A decoder and its tokenizer. Not for several threads at once."""
+    """A decoder (a live engine in training is one, too) and its tokenizer. Not for several threads at once."""
 
-    decoder: Decoder
+    decoder: Writes
     tokenizer: Tokenizer
     model: GPT
     context: int
@@ -98,7 +98,8 @@ class Writer:
             del self._texts[written]
 
     def search(self, prompt: str, ask: Ask, beams: int, count: int) -> list[Text]:
-        """The best `count` of a beam search, best first. The decoder must be idle; `ask` may set a repetition penalty, and no stops."""
+        """The best `count` of a beam search, best first. The Decoder must be idle; `ask` may set a repetition penalty, and no stops."""
+        assert isinstance(self.decoder, Decoder)
         ids = self.ids(prompt)
         refuse_long(len(ids), ask.max_new_tokens, self.context, self.model)
         ends = (self.tokenizer.end_of_text,)

@@ -1,0 +1,100 @@
+"""Sequences of tokens through a live engine, whatever its layout: dealt to data ranks, filled up, the answers on every rank.
+
+Every rank calls with the same sequences. Training is not disturbed (Engine.observe). A pass costs what a validation's batch costs:
+with a pipeline always a whole micro-batch of seq_length tokens, for its buffers have one shape; else as many tokens as there are.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.config import GPT
+from models.scoring import token_scores
+from parallel.collectives import gather_from_tensor_ranks
+from parallel.engine import Engine, MicroBatch
+from research.stopping import CutShort
+
+Ids = Sequence[int]
+
+
+def always() -> bool:
+    """Nobody asks to stop."""
+    return True
+
+
+@dataclass(frozen=True)
+class Live:
+    """An engine in the middle of training. Every method is collective."""
+
+    engine: Engine
+    model: GPT
+    go_on: Callable[[], bool] = always
+    """Asked before each pass; the same answer on every rank. False raises CutShort."""
+
+    def room(self, length: int) -> int:
+        """Sequences of so many tokens that pass at once, over all data ranks: no more tokens than in a training micro-batch."""
+        settings, grid = self.engine.settings, self.engine.grid
+        more = 1 if self.engine.fixed_shape else max(1, self.model.seq_length // length)
+        return settings.micro_batch_size * more * grid.data
+
+    def scores(self, sequences: Sequence[Ids]) -> list[tuple[list[float], list[bool]]]:
+        """Of each sequence's tokens but the first: log p given all before it, and whether it is the likeliest. `room` of them at most.
+
+        A sequence has 2 to seq_length + 1 tokens: the last one is not read.
+        """
+        shape = self._shape([ids[:-1] for ids in sequences])
+        targets = self._own([ids[1:] for ids in sequences], shape).to(self.engine.device)
+        group, vocab_size = self.engine.grid.tensor_group, self.model.vocab_size
+
+        def look(logits: Tensor) -> Tensor:
+            return torch.stack([found.to(torch.float32) for found in token_scores(logits, targets, group, vocab_size)])
+
+        seen = self._observed([ids[:-1] for ids in sequences], shape, look, (2, *shape)).transpose(1, 2).flatten(0, 1)
+        return [(seen[i, 0, : len(ids) - 1].tolist(), seen[i, 1, : len(ids) - 1].bool().tolist()) for i, ids in enumerate(sequences)]
+
+    def next_logits(self, sequences: Sequence[Ids]) -> Tensor:
+        """'n v', fp32, on the CPU: after each of some sequences of 1 to seq_length tokens; `room` of them at most. Bits equal on every rank."""
+        shape = self._shape(sequences)
+        rows = -(-len(sequences) // self.engine.grid.data)
+        lengths = [len(ids) for ids in self._dealt(sequences, rows)]
+        places = torch.tensor(lengths + [1] * (rows - len(lengths)), device=self.engine.device) - 1
+        group, size = self.engine.grid.tensor_group, self.model.vocab_size
+
+        def look(logits: Tensor) -> Tensor:
+            at = logits[torch.arange(rows, device=logits.device), places]
+            return gather_from_tensor_ranks(at, group)[:, :size].to(torch.float32)
+
+        return self._observed(sequences, shape, look, (rows, size)).flatten(0, 1)[: len(sequences)]
+
+    def _observed(self, sequences: Sequence[Ids], shape: tuple[int, int], look: Callable[[Tensor], Tensor], seen: Sequence[int]) -> Tensor:
+        """'data …' on the CPU."""
+        if not self.go_on():
+            raise CutShort
+        ids = self._own(sequences, shape)
+        context = (torch.zeros(shape[0], dtype=torch.int64),) if self.model.drops else ()  # nothing is dropped, but it travels
+        return self.engine.observe(MicroBatch(ids, ids, torch.zeros(shape), context), look, seen).cpu()
+
+    def _shape(self, sequences: Sequence[Ids]) -> tuple[int, int]:
+        """'b s' of a data rank's share: as little as the engine takes."""
+        settings, grid = self.engine.settings, self.engine.grid
+        longest = max(map(len, sequences))
+        if len(sequences) > self.room(longest) or longest > self.model.seq_length:
+            raise ValueError(f"{len(sequences)} sequences of up to {longest} tokens do not fit into one pass")
+        if self.engine.fixed_shape:
+            return settings.micro_batch_size, self.model.seq_length
+        whole = -(-longest // grid.tensor) * grid.tensor if grid.sequence else longest
+        return -(-len(sequences) // grid.data), whole
+
+    def _dealt(self, sequences: Sequence[Ids], rows: int) -> Sequence[Ids]:
+        """This data rank's share: an equal one to each, the last ranks' shorter or empty."""
+        first = self.engine.grid.data_rank * rows
+        return sequences[first : first + rows]
+
+    def _own(self, sequences: Sequence[Ids], shape: tuple[int, int]) -> Tensor:
+        """This rank's share as a tensor, zeros after each one's end, where no earlier token looks."""
+        found = torch.zeros(shape, dtype=torch.int64)
+        for row, ids in zip(found, self._dealt(sequences, shape[0]), strict=False):
+            row[: len(ids)] = torch.tensor(ids)
+        return found
