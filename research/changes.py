@@ -18,6 +18,8 @@ MAY_CHANGE = (
     "precision",
     "checkpoints",
     "watch",
+    "evaluate",
+    "sample",
     "track",
     "deepspeed",
 )

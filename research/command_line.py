@@ -5,7 +5,7 @@ import io
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import tyro
 from pydantic.fields import FieldInfo
@@ -140,6 +140,8 @@ def _read(field: FieldInfo, name: str, words: list[str], current: Any) -> Any:
     """The words after a setting, as the field's type: text as it is, the rest by tyro."""
     if not words and field.annotation is bool:
         return True
+    if _is_texts(field.annotation):
+        return tuple(words)
     if not words:
         raise Mistake(f"--{name} has no value → give it {needs(field)}, now: {_written(current)}")
     if _is_text(field.annotation):
@@ -169,6 +171,15 @@ def _by_type(annotation: Any, words: list[str]) -> Any:
 def _is_text(annotation: Any) -> bool:
     optional = get_origin(annotation) in (Union, types.UnionType)
     return str in (get_args(annotation) if optional else (annotation,))
+
+
+def _is_texts(annotation: Any) -> bool:
+    """Whether a setting is any number of texts: each word is one, whatever is in it."""
+    return get_origin(annotation) is tuple and get_args(annotation)[-1] is ... and _is_text(_bare(get_args(annotation)[0]))
+
+
+def _bare(annotation: Any) -> Any:
+    return annotation.__origin__ if get_origin(annotation) is Annotated else annotation
 
 
 def _separated(annotation: Any, words: list[str]) -> list[str]:

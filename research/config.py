@@ -15,7 +15,7 @@ from parallel.errors import Mistake
 from research.run_folder import write_json
 from research.settings import Settings
 
-SCHEMA = 4
+SCHEMA = 5
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 
 
@@ -39,7 +39,12 @@ def _unscaled(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "model": {"rotary_scaling": "none"} | model}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout, 2: _unwatched, 3: _unscaled}
+def _unasked(settings: dict[str, Any]) -> dict[str, Any]:
+    """4 → 5: in the middle of training nothing was evaluated but the validation text, and nothing written."""
+    return {"evaluate": {"every": 0}, "sample": {"every": 0}} | settings
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_dropout, 2: _unwatched, 3: _unscaled, 4: _unasked}
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""
 
 Count = Annotated[int, Field(gt=0)]
@@ -142,6 +147,35 @@ class Watch(Settings):
     on_spike: Literal["warn", "stop"] = Field(default="warn", description="at a spike: only say it, or stop after the step")
 
 
+class Evaluate(Settings):
+    """Tasks that are put to the model while it trains: eval/TASK/METRIC in metrics.jsonl. Training is the same with and without."""
+
+    SECTION: ClassVar[str] = "evaluate"
+
+    every: int = Field(default=0, ge=0, description="steps between evaluations on the tasks, and one at the end; 0: never")
+    tasks: tuple[Text, ...] = Field(
+        default=(), strict=False, description="what is asked, named as by `python -m research evaluate --tasks list`"
+    )
+    limit: int = Field(default=0, ge=0, description="examples of each task at most, the first ones; 0: all")
+    data: Text | None = Field(default=None, description="folder with wikitext2/ and lambada/, for the tasks that need them")
+
+
+class Sample(Settings):
+    """Texts that the model writes while it trains, into samples.jsonl. Each token costs a pass of the whole model."""
+
+    SECTION: ClassVar[str] = "sample"
+
+    every: int = Field(default=0, ge=0, description="steps between samples; 0: only the one at the end")
+    prompts: tuple[str, ...] = Field(default=(), strict=False, description="what is continued; none: how the held-out text begins")
+    tokens: Count = Field(default=40, description="tokens written after each prompt at most; both fit into model.seq_length")
+    temperature: float = Field(default=0.0, ge=0, description="0: the likeliest token, always; 1: drawn by the model's probabilities")
+    top_k: int = Field(default=0, ge=0, description="drawn from the k likeliest; 0: from all")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="drawn from the likeliest that have this probability together")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="drawn from those at least so many times as likely as the likeliest")
+    repetition_penalty: float = Field(default=1.0, gt=0, description="above 1, tokens that were there before become less likely")
+    seed: int = Field(default=0, ge=0, description="decides the draws, as generate's --seed; the training's draws are left alone")
+
+
 class Track(Settings):
     """Where the run is recorded. metrics.jsonl in the run folder is always written; Weights & Biases mirrors it."""
 
@@ -169,6 +203,8 @@ class Experiment(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="what the model computes in; never switched silently")
     checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="when the state is saved, what stays")
     watch: Watch = Field(default_factory=Watch, description="what the run looks out for")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="tasks while it trains")
+    sample: Sample = Field(default_factory=Sample, description="texts while it trains")
     track: Track = Field(default_factory=Track, description="where the run is recorded")
     seed: int = Field(ge=0, description="draws weights and data order; the same on every layout")
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="merged last into the derived DeepSpeed JSON; file only")

@@ -1,5 +1,6 @@
 """What --dry-run prints: the job in words, then every setting as it would be saved. Pure."""
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,4 +40,4 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _written(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return shlex.join(map(str, value)) if isinstance(value, list) else str(value)

@@ -111,6 +111,8 @@ def _needs(annotation: Any, bounds: Iterable[Any] = ()) -> str:
         return " or ".join(_needs(part, () if part is type(None) else bounds) for part in get_args(annotation))
     if get_origin(annotation) is Literal:
         return listed(get_args(annotation))
+    if get_origin(annotation) is tuple and get_args(annotation)[-1] is ...:
+        return f"any number of values, each {_needs(get_args(annotation)[0])}"
     if get_origin(annotation) is tuple:
         return f"{len(get_args(annotation))} values, each {_needs(get_args(annotation)[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

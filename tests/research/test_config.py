@@ -13,7 +13,7 @@ from research.config import GPT, Data, Experiment, Optimizer, Schedule, build, l
 from research.settings import is_group, needs
 from tests.research.example import MODEL, OPTIMIZER, SCHEDULE, example, sentence
 
-SECTIONS = ("Data", "Schedule", "Optimizer", "Parallel", "Track", "Experiment")
+SECTIONS = ("Data", "Schedule", "Optimizer", "Parallel", "Evaluate", "Sample", "Track", "Experiment")
 
 
 def test_the_schema_imports_nothing_heavy() -> None:
@@ -46,6 +46,11 @@ REFUSED = [
     ("parallel", "recompute", "all", "parallel.recompute = 'all' does not work → use none, selective or full"),
     ("parallel", "zero_stage", 4, "parallel.zero_stage = 4 does not work → use 0, 1, 2 or 3"),
     ("parallel", "tensors", 2, "parallel.tensors is not a setting → did you mean parallel.tensor?"),
+    ("evaluate", "every", -1, "evaluate.every = -1 does not work → use a whole number at least 0"),
+    ("evaluate", "tasks", "validation", "evaluate.tasks = 'validation' does not work → use any number of values, each text that is not empty"),
+    ("evaluate", "tasks", ("",), "evaluate.tasks[0] = '' does not work → use any number of values, each text that is not empty"),
+    ("sample", "prompts", (3,), "sample.prompts[0] = 3 does not work → use any number of values, each text"),
+    ("sample", "top_p", 0.0, "sample.top_p = 0.0 does not work → use a finite number greater than 0 and at most 1"),
     ("track", "mode", "of", "track.mode = 'of' does not work → use auto, online, offline or disabled"),
 ]
 
@@ -184,8 +189,50 @@ def test_schema_3_had_rotary_positions_of_their_own_wavelengths(tmp_path) -> Non
     assert load(tmp_path / "config.json") == example(model=rotary)
 
 
+SCHEMA_4 = """{
+  "schema": 4, "question": "does an ablation of a rotary model learn?", "parent": "gpt_sotu",
+  "model": {
+    "num_layers": 4, "hidden_size": 192, "num_heads": 6, "num_kv_heads": 2, "ffn_size": 512, "vocab_size": 8192, "seq_length": 128,
+    "norm": "rmsnorm", "norm_eps": 1e-05, "position": "rotary", "mlp": "swiglu", "residual": "pre_norm", "init": "small_wang",
+    "bias": false, "qkv_bias": false, "qk_norm": true, "embedding_dropout": 0.0, "residual_dropout": 0.1, "mlp_dropout": 0.0,
+    "attention_dropout": 0.0, "tied": false, "rotary_fraction": 1.0, "rotary_base": 10000.0, "rotary_scaling": "none",
+    "rotary_factor": null, "rotary_low_factor": null, "rotary_high_factor": null, "rotary_original_length": null
+  },
+  "init_from": null,
+  "data": {
+    "train": "builtin:state_of_the_union/train", "validation": "builtin:state_of_the_union/val", "tokenizer": "builtin:bpe-8192",
+    "cache": ".cache"
+  },
+  "schedule": {"steps": 300, "batch_size": 16, "micro_batch_size": 8, "validate_every": 100, "log_every": 10},
+  "optimizer": {
+    "lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-08, "weight_decay": 0.1, "clip": 1.0, "decay": "cosine", "warmup_steps": 30,
+    "min_lr": 0.0003, "decay_steps": null, "label_smoothing": 0.0
+  },
+  "parallel": {
+    "pipe": 1, "tensor": 2, "zero_stage": 1, "offload_optimizer": false, "offload_parameters": false, "sequence": true,
+    "recompute": "selective"
+  },
+  "precision": "bf16", "checkpoints": {"every": 50, "keep_last": 3, "keep_every": 100, "background": true},
+  "watch": {"hang_seconds": 60.0, "non_finite": "skip", "most_skips": 5, "spike": 6.0, "on_spike": "stop"},
+  "track": {"project": "tessera", "mode": "auto", "group": null, "runs": "runs"}, "seed": 1, "deepspeed": {}
+}"""
+"""What a run wrote before it could be evaluated on the way."""
+
+
+def test_schema_4_asked_nothing_on_the_way(tmp_path) -> None:
+    path, then = tmp_path / "config.json", json.loads(SCHEMA_4)
+    path.write_text(SCHEMA_4)
+    found = load(path)
+    assert (found.evaluate.every, found.sample.every) == (0, 0)
+    now = resolved(found)
+    assert {name: now[name] for name in then if name != "schema"} == {name: then[name] for name in then if name != "schema"}
+    assert now.keys() - then.keys() == {"evaluate", "sample"} and now["schema"] == config.SCHEMA
+    save(found, path)
+    assert load(path) == found
+
+
 HOSTILE = ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}']
-HOSTILE += ['{"schema": 2, "watch": 3}', '{"schema": 3, "watch": []}']
+HOSTILE += ['{"schema": 2, "watch": 3}', '{"schema": 3, "watch": []}', '{"schema": 4, "sample": 3}', '{"schema": 4, "evaluate": {"tasks": "x"}}']
 HOSTILE += ['{"schema": 1, "model": 3}', '{"schema": 1, "model": null}', '{"schema": 2}', '{"schema": 2, "model": [1]}']
 
 

@@ -34,7 +34,7 @@ LAYOUTS = {  # name: ranks, settings
 FURTHER = {
     "TP2·SP": (2, dict(tensor=2, sequence=True)),
     "TP2·SP, full": (2, dict(tensor=2, sequence=True, recompute="full", micro=2)),
-    "TP2·PP2·SP, selective": (4, dict(tensor=2, pipe=2, sequence=True, recompute="selective", micro=2)),
+    "TP2·PP2·SP, selective": (4, dict(tensor=2, pipe=2, sequence=True, recompute="selective")),
     "PP2·DP2": (4, dict(pipe=2, micro=2)),
     "TP2·DP2": (4, dict(tensor=2, micro=1)),
     "TP2·ZeRO-3": (4, dict(tensor=2, zero_stage=3, micro=2)),
