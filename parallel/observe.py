@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.grid import Grid
 
 Look = Callable[[Tensor], Tensor]
-"""logits 'b s v', this rank's rows of the vocabulary -> what is wanted of them, equal on every tensor rank; collective over these at most."""
+"""logits 'b s v', this rank's rows of the vocabulary -> what is wanted of them, equal on every tensor rank. Collective over these."""
 
 
 class Kept:

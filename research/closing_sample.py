@@ -15,16 +15,15 @@ from research.config import Experiment
 from research.data.tokenizer import Tokenizer
 from research.restore import Plan, decoder_of
 from research.run_folder import RunFolder
-from research.text import one_line
-from research.writer import Writer
+from research.writer import Text, Writer
 
 TOKENS = 40
 ROOM = 4
 """The model is restored where so many times its fp32 weights are free."""
 
 
-def write(folder: RunFolder, experiment: Experiment, tokenizer: Tokenizer, prompt: str, tokens: int = TOKENS) -> str:
-    """At most `tokens` tokens after the prompt, as many as the context has room for, on one line. A Mistake where it cannot be.
+def write(folder: RunFolder, experiment: Experiment, tokenizer: Tokenizer, prompt: str, tokens: int = TOKENS) -> Text:
+    """At most `tokens` tokens after the prompt, as many as the context has room for. A Mistake where it cannot be.
 
     Read from the newest checkpoint, whatever layout wrote it, so that no other rank is needed. `generate` writes the same on a CPU.
     """
@@ -37,7 +36,7 @@ def write(folder: RunFolder, experiment: Experiment, tokenizer: Tokenizer, promp
     text = writer.submit(prompt, Ask(max(1, min(tokens, room))))
     while writer:
         writer.step()
-    return one_line(text.text)
+    return text
 
 
 def _refuse_little_memory(checkpoint: Path) -> None:

@@ -4,14 +4,12 @@ import shlex
 from typing import TYPE_CHECKING
 
 from parallel.errors import Mistake
-from research import closing_sample, describe, plot, saving, text
+from research import closing_sample, describe, plot, samples, saving
+from research.samples import first_words
 from research.start import short
 
 if TYPE_CHECKING:
     from research.train import Run
-
-PROMPT_TOKENS = 8
-"""The sample at the end continues so many tokens of the held-out text."""
 
 
 def finish(run: "Run") -> None:
@@ -29,24 +27,18 @@ def finish(run: "Run") -> None:
 
 def show_sample(run: "Run") -> None:
     """What the model writes after the held-out text's first words. Rank 0 reads its own checkpoint, so that no other is needed."""
-    words, axes = run.corpus.tokenizer, run.progress()
-    prompt = first_words(run)
+    prompt = first_words(run.corpus)
     try:
-        written = closing_sample.write(run.folder, run.job.experiment, words, prompt)
+        written = closing_sample.write(run.folder, run.job.experiment, run.corpus.tokenizer, prompt)
     except Mistake as mistake:
         run.voice.warn(f"no sample: {mistake}")
         return
-    run.voice.sample(prompt, written)
-    run.tracker.sample(int(axes["progress/step"]), int(axes["progress/tokens"]), prompt, written)
-
-
-def first_words(run: "Run") -> str:
-    """The prompt: how the held-out text begins, on one line, so that it can be typed."""
-    return text.one_line(run.corpus.tokenizer.decode(run.corpus.validation.tokens[:PROMPT_TOKENS].tolist()))
+    run.voice.sample(prompt, written.text)
+    run.tracker.samples([samples.row(run.progress(), prompt, written.text, written.finish)])
 
 
 def last_words(run: "Run") -> None:
     """What to type next."""
-    here, prompt = short(run.folder), shlex.quote(first_words(run))
+    here, prompt = short(run.folder), shlex.quote(first_words(run.corpus))
     dashboard = [f"wandb leet {here}/wandb"] if run.folder.wandb.is_dir() else []
     run.voice.next([f"python -m research generate {here} --prompt {prompt}", *dashboard, "python -m research runs"])

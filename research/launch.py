@@ -15,6 +15,7 @@ from research.command_line import Options, parse, show_help
 from research.config import Experiment
 from research.data.prepare import check as check_data
 from research.dry_run import dry_run
+from research.exams import check as check_exams
 from research.experiment import Loaded, check_variants, load
 from research.initial import check as check_initial
 from research.job import Job, Override
@@ -23,6 +24,7 @@ from research.machine import ALONE, Ranks, choose_accelerator, find_ranks, git_s
 from research.parents import follow
 from research.peers import Lost
 from research.resume import find
+from research.samples import check as check_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0
@@ -80,6 +82,8 @@ def resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: O
     check_variants(loaded.folder, experiment.model)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
     check_initial(experiment, ROOT)
+    check_exams(experiment, ROOT)
+    check_samples(experiment, ROOT)
     found = layout(experiment, ranks.world)
     _check_table(engine_settings(experiment, found))
     return Job(

@@ -51,14 +51,14 @@ class Live:
         def look(logits: Tensor) -> Tensor:
             return torch.stack([found.to(torch.float32) for found in token_scores(logits, targets, group, vocab_size)])
 
-        seen = self._observed([ids[:-1] for ids in sequences], shape, look, (2, *shape)).transpose(1, 2).flatten(0, 1)
+        seen = self._observed([ids[:-1] for ids in sequences], shape, look, (2, *shape))  # data 2 b s
+        seen = seen[:, :, : self._share(sequences)].transpose(1, 2).flatten(0, 1)
         return [(seen[i, 0, : len(ids) - 1].tolist(), seen[i, 1, : len(ids) - 1].bool().tolist()) for i, ids in enumerate(sequences)]
 
     def next_logits(self, sequences: Sequence[Ids]) -> Tensor:
-        """'n v', fp32, on the CPU: after each of some sequences of 1 to seq_length tokens; `room` of them at most. Bits equal on every rank."""
+        """'n v', fp32, on the CPU: after each of some sequences of 1 to seq_length tokens, `room` of them at most. Bits equal everywhere."""
         shape = self._shape(sequences)
-        rows = -(-len(sequences) // self.engine.grid.data)
-        lengths = [len(ids) for ids in self._dealt(sequences, rows)]
+        rows, lengths = self._share(sequences), [len(ids) for ids in self._dealt(sequences)]
         places = torch.tensor(lengths + [1] * (rows - len(lengths)), device=self.engine.device) - 1
         group, size = self.engine.grid.tensor_group, self.model.vocab_size
 
@@ -85,16 +85,20 @@ class Live:
         if self.engine.fixed_shape:
             return settings.micro_batch_size, self.model.seq_length
         whole = -(-longest // grid.tensor) * grid.tensor if grid.sequence else longest
-        return -(-len(sequences) // grid.data), whole
+        return self._share(sequences), whole
 
-    def _dealt(self, sequences: Sequence[Ids], rows: int) -> Sequence[Ids]:
-        """This data rank's share: an equal one to each, the last ranks' shorter or empty."""
-        first = self.engine.grid.data_rank * rows
-        return sequences[first : first + rows]
+    def _share(self, sequences: Sequence[Ids]) -> int:
+        """Sequences of each data rank, but for the last ones, which may have fewer or none."""
+        return -(-len(sequences) // self.engine.grid.data)
+
+    def _dealt(self, sequences: Sequence[Ids]) -> Sequence[Ids]:
+        """This data rank's share."""
+        share = self._share(sequences)
+        return sequences[self.engine.grid.data_rank * share :][:share]
 
     def _own(self, sequences: Sequence[Ids], shape: tuple[int, int]) -> Tensor:
-        """This rank's share as a tensor, zeros after each one's end, where no earlier token looks."""
+        """This rank's share as a tensor of `shape`; zeros after each one's end, where no earlier token looks, and in rows without one."""
         found = torch.zeros(shape, dtype=torch.int64)
-        for row, ids in zip(found, self._dealt(sequences, shape[0]), strict=False):
+        for row, ids in zip(found, self._dealt(sequences), strict=False):
             row[: len(ids)] = torch.tensor(ids)
         return found

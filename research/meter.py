@@ -3,10 +3,9 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from research.config import Schedule
 from research.memory import peak_memory_mb
 from research.metrics import perplexity
 
@@ -28,8 +27,8 @@ class Meter:
     began: float = 0.0
     interval_began: float = 0.0
     interval_pause: float = 0.0
-    all_pauses: float = 0.0
-    pauses: int = 0
+    pauses: dict[str, list[float]] = field(default_factory=dict)
+    """For each kind of pause what each one took, in seconds."""
 
     def start(self) -> None:
         """The run begins now."""
@@ -45,14 +44,13 @@ class Meter:
         self.lr, self.steps, self.interval_steps = lr, self.steps + 1, self.interval_steps + 1
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in here is not training: it counts in `seconds`, not in tokens per second."""
+    def paused(self, what: str) -> Iterator[None]:
+        """Time in here is not training: it counts in `seconds`, not in tokens per second. `what`: the kind of pause."""
         before = self.clock()
         yield
         spent = self.clock() - before
         self.interval_pause += spent
-        self.all_pauses += spent
-        self.pauses += 1
+        self.pauses.setdefault(what, []).append(spent)
 
     def interval(self, grad_norm: float) -> dict[str, float]:
         """The row of the steps since the last call: their mean loss, their speed; the last one's learning rate and norm."""
@@ -73,13 +71,18 @@ class Meter:
         """Of the whole run, evaluations included."""
         return self.earlier + self._here()
 
-    def seconds_left(self, step: int, schedule: Schedule) -> float:
-        """Steps and evaluations still to come, at their mean duration so far; `step` is taken but not yet evaluated."""
-        a_step = (self._here() - self.all_pauses) / max(self.steps, 1)
-        a_pause = self.all_pauses / max(self.pauses, 1)
-        every = schedule.validate_every or schedule.steps
-        evaluations = math.ceil(schedule.steps / every) - (step - 1) // every
-        return a_step * (schedule.steps - step) + a_pause * evaluations
+    def seconds_left(self, step: int, steps: int, intervals: Mapping[str, int]) -> float:
+        """Steps and pauses still to come, at their mean duration so far; `step` is taken, what is due after it not yet done.
+
+        `intervals`: steps between two pauses of a kind, of which one more comes at the end; 0: that one alone.
+        """
+        paused = sum(map(sum, self.pauses.values()))
+        left = (self._here() - paused) / max(self.steps, 1) * (steps - step)
+        for what, every in intervals.items():
+            taken = self.pauses.get(what, [])
+            still = math.ceil(steps / (every or steps)) - (step - 1) // (every or steps)
+            left += still * sum(taken) / max(len(taken), 1)
+        return left
 
     def _here(self) -> float:
         """Seconds since `start`."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import uuid
+from collections.abc import Sequence
 
 from parallel.checkpoint_folder import free_bytes, megabytes
 from parallel.engine import Engine
@@ -13,6 +14,7 @@ from parallel.together import everyone
 from research import config, initial
 from research.config import Experiment
 from research.data.prepare import Corpus
+from research.exams import Sat
 from research.job import Job
 from research.machine import git_state
 from research.run_folder import RunFolder
@@ -21,9 +23,9 @@ STATE_BYTES = 12
 """Of a parameter in a checkpoint: its fp32 weight and Adam's two moments."""
 
 
-def preflight(job: Job, folder: RunFolder, corpus: Corpus, engine: Engine) -> None:
+def preflight(job: Job, folder: RunFolder, corpus: Corpus, engine: Engine, exams: Sequence[Sat] = ()) -> None:
     """Refuses a run that could not keep what it learns. Collective; every rank raises the same Mistake."""
-    same_on_every_rank(claims(job, corpus), engine)
+    same_on_every_rank(claims(job, corpus) | {sat.task.name: sat.digest for sat in exams}, engine)
     room = whole_model(engine) * STATE_BYTES
     told = everyone(trouble(folder, room) if engine.grid.rank == 0 else None, engine.grid)
     if told[0]:

@@ -19,6 +19,8 @@ from research import text as fmt
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
+Figure = tuple[str, str, float]
+"""(task, metric, value)."""
 WIDTHS = {"step": 5, "tokens": 9, "loss": 7, "ppl": 8, "lr": 9, "|g|": 6, "tokens/s": 10, "memory": 9, "eta": 7}
 HEADER_INDENT, CLOSING_INDENT = 9, 7
 
@@ -78,6 +80,10 @@ class Report:
     def validation(self, row: Row, best: bool, saved: str | None = None) -> None:
         """One validation; `best`: the lowest so far; `saved`: what was written, e.g. 'step_000050 (0.2 s)'."""
         self._put(Text(validation_line(row, best, saved), "bold green" if best else "bold"))
+
+    def evaluation(self, row: Row, figures: Sequence[Figure]) -> None:
+        """The tasks, with one figure of each."""
+        self._put(Text(evaluation_line(row, figures), "bold"))
 
     def saved(self, name: str, seconds: float) -> None:
         """A checkpoint on the way."""
@@ -146,6 +152,9 @@ class Silent:
     def validation(self, row: Row, best: bool, saved: str | None = None) -> None:
         """Nothing."""
 
+    def evaluation(self, row: Row, figures: Sequence[Figure]) -> None:
+        """Nothing."""
+
     def saved(self, name: str, seconds: float) -> None:
         """Nothing."""
 
@@ -195,6 +204,12 @@ def validation_line(row: Row, best: bool, saved: str | None) -> str:
     cells = ("val", fmt.count(row["progress/tokens"]), fmt.loss(row["val/loss"]), fmt.perplexity(row["val/ppl"]))
     mark, kept = "↓ best" if best else "", f"saved {saved}" if saved else ""
     return f"{_aligned(cells)}  {fmt.loss(row['val/bits_per_byte'])} bits/byte {mark:6}  {kept}".rstrip()
+
+
+def evaluation_line(row: Row, figures: Sequence[Figure]) -> str:
+    """'eval     102 k  agreement accuracy 0.612 · wikitext word_perplexity 81.2', the name and the tokens under the columns' heads."""
+    said = " · ".join(f"{fmt.one_line(task)} {metric} {fmt.figure(value)}" for task, metric, value in figures)
+    return f"{_aligned(('eval', fmt.count(row['progress/tokens'])))}  {said}"
 
 
 def done_text(steps: int, planned: int, seconds: float, best: tuple[float, int] | None, skipped: int, picture: str | None) -> str:

@@ -23,7 +23,7 @@ def name_of(step: int) -> str:
 
 def save(run: "Run") -> None:
     """Begins, or makes, the checkpoint of this step. Its time is not counted as training time. Collective."""
-    with run.meter.paused():
+    with run.meter.paused("saving"):
         run.saver.save(run.folder.checkpoints / name_of(run.step), run.engine, state.facts(run))
     run.saved_step = run.step
 

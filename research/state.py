@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import Mistake
+from research.between import DO, VALIDATION
 from research.machine import git_state
 from research.metrics import finite
 from research.preflight import config_hash
@@ -30,7 +31,7 @@ def facts(run: "Run") -> dict[str, Any]:
             "interval_losses": finite(run.meter.losses),
             "recent_losses": list(run.spikes.recent),
             "skips_in_a_row": run.skips_in_a_row,
-            "validation_due": run.cut_short,
+            "due": list(run.due),
         },
     }
 
@@ -53,9 +54,16 @@ def restore(run: "Run", told: dict[str, Any]) -> None:
         run.best = _best(mine["best"])  # type: ignore[index]
         run.spikes = Spikes(run.spikes.threshold, [float(loss) for loss in mine["recent_losses"]])  # type: ignore[index]
         run.skips_in_a_row = int(mine["skips_in_a_row"])  # type: ignore[index]
-        run.cut_short = bool(mine["validation_due"])  # type: ignore[index]
+        run.due = _due(mine)
     except (KeyError, TypeError, ValueError) as error:
         raise Mistake(f"the checkpoint does not say how its run stood ({error!r:.100}) → use another checkpoint of the run") from None
+
+
+def _due(mine: Any) -> list[str]:
+    """What a signal had cut short. Older checkpoints knew of nothing but validations."""
+    if "due" not in mine:
+        return [VALIDATION] if mine["validation_due"] else []
+    return [what for what in DO if what in mine["due"]]
 
 
 def _best(told: Any) -> tuple[float, int] | None:

@@ -60,6 +60,12 @@ def perplexity(x: float) -> str:
 
 
 @_finite
+def figure(x: float) -> str:
+    """An accuracy, nats, a perplexity: three decimals below 10, then as a perplexity."""
+    return f"{x:.3f}" if abs(x) < 9.9995 else perplexity(x)
+
+
+@_finite
 def rate(x: float) -> str:
     """A learning rate: 3.0e-03."""
     return f"{x:.1e}"

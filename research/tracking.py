@@ -12,19 +12,21 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from research import wandb_rows
+from research import metrics, wandb_rows
 from research.about import About, Tracked
 from research.bounded import bounded
 from research.metrics import JsonLines, plain
 from research.run_folder import FINISHED, RunFolder
 
 AXES = ("progress/step", "progress/tokens")
-OVER_TOKENS, OVER_STEPS = ("train/*", "val/*"), ("perf/*", "progress/*")
+OVER_TOKENS, OVER_STEPS = ("train/*", "val/*", "eval/*"), ("perf/*", "progress/*")
 LOWEST = ("val/loss", "val/bits_per_byte")
+TABLE_ROWS = 1000
+"""Of W&B's table of samples, which is sent whole each time."""
 START_SECONDS, PROBE_SECONDS, INIT_SECONDS, FINISH_SECONDS = 9.5, 2.5, 3.0, 7.0
 """The bounds of the whole start, in it of the server's first answer and of wandb.init, and of the last upload."""
 
@@ -58,11 +60,15 @@ class Tracker:
         self._metrics.write(row)
         self._wandb.log(plain(row))
 
-    def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
-        """What the model wrote after `step` steps."""
-        row = {"progress/step": step, "progress/tokens": tokens, "prompt": prompt, "text": text}
-        self._samples.write(row)
-        self._wandb.log(wandb_rows.sample_row(row))
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """What the model wrote after one step: rows of both axes, prompt, text, finish (why it ended), one for each prompt.
+
+        In W&B each is a row, too, and all of the run so far are one table, `samples`.
+        """
+        for row in rows:
+            self._samples.write(row)
+        for row, is_last in zip(rows, [False] * (len(rows) - 1) + [True], strict=True):
+            self._wandb.log_sample(row, is_last)
 
     def finish(self, status: str = FINISHED) -> None:
         """Close everything; `status` is finished, interrupted or failed. At most ten seconds; a second call does nothing."""
@@ -82,7 +88,7 @@ class NoTracker:
     def log(self, row: Mapping[str, Any]) -> None:
         """Nothing."""
 
-    def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Nothing."""
 
     def finish(self, status: str = FINISHED) -> None:
@@ -109,6 +115,12 @@ class Mirror:
         if run is not None:
             self._guard(lambda: run.log(dict(row)), "take a row")
 
+    def log_sample(self, row: Mapping[str, Any], with_table: bool) -> None:
+        """Queue a row of samples.jsonl; `with_table`: and the table of all of them."""
+        run = self._run
+        if run is not None:
+            self._guard(lambda: run.log(wandb_rows.sample_row(row) | (_table(self._folder) if with_table else {})), "take a row")
+
     def finish(self, exit_code: int) -> None:
         """Let W&B write what it has; what it could not send stays in the folder for `wandb sync`. FINISH_SECONDS + 2 at most."""
         ends = time.monotonic() + FINISH_SECONDS + 1
@@ -129,10 +141,12 @@ class Mirror:
         ):  # named by the time they were opened at: ours is the last
             bounded(end_process, 1.0)
             run = _start("offline", *self._as_started)
-            for row in wandb_rows.rows(self._folder, self._after):
+            rows = wandb_rows.rows(self._folder, self._after)
+            last_sample = max((i for i, row in enumerate(rows) if wandb_rows.PROMPT in row), default=-1)
+            for i, row in enumerate(rows):
                 if time.monotonic() > ends:
                     raise TimeoutError
-                run.log(row)
+                run.log(row | (_table(self._folder) if i == last_sample else {}))
             run.finish(exit_code=exit_code)
         return True
 
@@ -268,6 +282,15 @@ def finish_run(run: Any, exit_code: int) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def _table(folder: RunFolder) -> dict[str, Any]:
+    """All samples of the run, those before a resume too, as one table of W&B's; of very many the newest."""
+    import wandb
+
+    names = ("step", "tokens", *wandb_rows.TEXTS)
+    found = list(metrics.read(folder.samples))[-TABLE_ROWS:]
+    return {"samples": wandb.Table(columns=list(names), data=[wandb_rows.table_row(row) for row in found])}
 
 
 def _define_axes(run: Any) -> None:

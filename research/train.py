@@ -1,7 +1,7 @@
 """The one training loop."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -10,9 +10,10 @@ from parallel import checkpoint
 from parallel.engine import Engine
 from parallel.grid import Grid
 from parallel.suspects import Suspects
-from research import finish, initial, look, run_folder, saving, state, validation
+from research import between, exams, finish, initial, look, run_folder, samples, saving, state
 from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
+from research.exams import Sat
 from research.job import Job
 from research.meter import Meter
 from research.parents import Parents
@@ -49,6 +50,10 @@ class Run:
     saver: checkpoint.Saver
     spikes: Spikes
     suspects: Suspects
+    exams: list[Sat]
+    """What is asked every evaluate.every steps."""
+    prompts: tuple[str, ...]
+    """What is continued every sample.every steps."""
     step: int = 0
     """Optimizer steps attempted so far."""
     saved_step: int = -1
@@ -58,8 +63,13 @@ class Run:
     skips_in_a_row: int = 0
     failure: str | None = None
     """Why the run stops itself after this step, as a sentence."""
-    cut_short: bool = False
-    """Whether a signal ended a validation."""
+    due: list[str] = field(default_factory=list)
+    """What is to be done before the next step (research/between.py); not empty after a step: a signal has cut it short."""
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether a signal came between two steps, before all that was due there was done."""
+        return bool(self.due)
 
     def progress(self) -> dict[str, float]:
         """The axes of a row."""
@@ -111,9 +121,11 @@ def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, resumed: Res
     """The run before its first step. A signal leaves at once until all is there, then waits for the step's end."""
     with watch.progress.work("preparing the text"):
         corpus = corpus_of(job, voice)
+        prompts = samples.prompts_of(job.experiment, corpus)
+        sittings = exams.read(job.experiment, job.root, corpus.tokenizer)
     watch.progress.advance("building the engine")
     engine = engine_of(job, grid)
-    preflight(job, folder, corpus, engine)
+    preflight(job, folder, corpus, engine, sittings)
     seeded(job.experiment.seed, grid)
     with watch.progress.work("reading the checkpoint"):
         told = state_of(resumed, engine, corpus, voice) if resumed else None
@@ -133,6 +145,8 @@ def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, resumed: Res
         saver=saving.saver_of(job.experiment),
         spikes=Spikes(job.experiment.watch.spike),
         suspects=Suspects(engine.parameters, engine.device),
+        exams=sittings,
+        prompts=prompts,
     )
     if told:
         state.restore(run, told)
@@ -173,12 +187,11 @@ def carried_out(run: Run) -> str:
 
 
 def steps_of(run: Run) -> None:
-    """Steps, and between them rows, validations, checkpoints and a look at whether to stop."""
+    """Steps, and between them rows, validations, tasks, samples, checkpoints and a look at whether to stop."""
     schedule, checkpoints = run.job.experiment.schedule, run.job.experiment.checkpoints
     run.voice.columns()
     run.meter.start()
-    if run.cut_short:  # by the signal that ended the segment before this one
-        validate(run)
+    between.carry_out(run, run.due)  # what the signal that ended the segment before this one has left
     while run.step < schedule.steps and not run.failure and not run.cut_short and not run.stop.agreed():
         run.doing.stepping(run.step + 1)
         one_step(run)
@@ -187,8 +200,7 @@ def steps_of(run: Run) -> None:
             report_interval(run)
         if run.failure:
             return
-        if last or (schedule.validate_every and run.step % schedule.validate_every == 0):
-            validate(run)
+        between.carry_out(run, between.due(run))
         if not last and checkpoints.every and run.step % checkpoints.every == 0:
             with run.doing.work("saving", Stage.SAVING):
                 saving.save(run)
@@ -220,28 +232,8 @@ def one_step(run: Run) -> None:
 
 def report_interval(run: Run) -> None:
     """The row of the steps since the last one: metrics.jsonl, W&B and the terminal."""
+    experiment = run.job.experiment
     row = run.meter.interval(run.engine.gradient_norm()) | run.progress()
     run.tracker.log(row)
-    run.voice.train(row, run.meter.seconds_left(run.step, run.job.experiment.schedule))
-
-
-def validate(run: Run) -> None:
-    """All of the held-out text; its time is not counted as training time. A signal cuts it short: the resumed run begins with it."""
-    with run.meter.paused():
-        model = run.job.experiment.model
-        found = validation.validate(run.engine, run.corpus.validation, model.seq_length, model.drops, lambda: goes_on(run))
-    run.cut_short = found is None
-    if found is None:
-        return
-    is_best = run.best is None or found.bits_per_byte < run.best[0]
-    if is_best:
-        run.best = (found.bits_per_byte, run.step)
-    row = found.row() | run.progress()
-    run.tracker.log(row)
-    run.voice.validation(row, is_best)
-
-
-def goes_on(run: Run) -> bool:
-    """Between two batches of a validation: whether no rank was asked to stop. Collective."""
-    run.doing.advance("validation")
-    return not run.stop.agreed()
+    pauses = between.intervals(experiment) | {"saving": experiment.checkpoints.every}
+    run.voice.train(row, run.meter.seconds_left(run.step, experiment.schedule.steps, pauses))

@@ -9,12 +9,19 @@ from typing import Any
 from research import metrics
 from research.run_folder import RunFolder
 
-STEP, OFFLINE = "progress/step", "offline-run-*"
+STEP, TOKENS, OFFLINE = "progress/step", "progress/tokens", "offline-run-*"
+TEXTS = ("prompt", "text", "finish")
+PROMPT = "sample/prompt"
 
 
 def sample_row(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of samples.jsonl as W&B gets it: 'prompt' and 'text' are 'sample/prompt' and 'sample/text'."""
-    return {f"sample/{key}" if key in ("prompt", "text") else key: value for key, value in sample.items()}
+    """A row of samples.jsonl as W&B gets it: 'prompt', 'text' and 'finish' are 'sample/prompt', 'sample/text' and 'sample/finish'."""
+    return {f"sample/{key}" if key in TEXTS else key: value for key, value in sample.items()}
+
+
+def table_row(sample: Mapping[str, Any]) -> list[Any]:
+    """The same as a row of the table: step, tokens, prompt, text, finish (none in a row of an older run)."""
+    return [sample.get(key) for key in (STEP, TOKENS, *TEXTS)]
 
 
 def rows(folder: RunFolder, after: int = 0) -> list[dict[str, Any]]:

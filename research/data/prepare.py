@@ -81,6 +81,15 @@ def split(data: Settings, spec: str, root: Path, words: Tokenizer, progress: Pro
         return _prepared(spec, digest, words, root, cache, progress)
 
 
+def tokenizer_at_hand(data: Settings, root: Path) -> Tokenizer | None:
+    """The tokenizer where it can be had in a moment: its own file, or one that is kept for a built-in text. None where not."""
+    if tokenizer_file.is_file(data.tokenizer) or data.tokenizer == tokenizer.GPT2:
+        return load_tokenizer(data, root)
+    if not data.train.startswith(corpus.BUILTIN):  # it may be long, and it must be read to know its digest
+        return None
+    return tokenizer.kept(data.tokenizer, corpus.digest(data.train, root), Path(root) / Path(data.cache).expanduser())
+
+
 def check(data: Settings, root: Path, vocab_size: int) -> None:
     """Refuse in milliseconds, before torch is imported, what can be seen without reading: files, names, vocabulary."""
     corpus.check_exists(data.train, root, "data.train")

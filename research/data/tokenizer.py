@@ -82,13 +82,21 @@ def trained(name: str, texts: Iterable[str], source: str, cache: Path) -> Tokeni
 
     Any number of processes may ask at once: one reads the texts and trains, the others wait for its file.
     """
-    size = declared_vocab_size(name)
-    path = cache / f"bpe-{size}-{source[:16]}-v{RECIPE}.json"
+    size, path = declared_vocab_size(name), _place(name, source, cache)
     found = _read(name, path)
     if found is None:
         with locked(path.with_suffix(".lock")):
             found = _read(name, path) or _make(name, path, train_bpe(texts, size))
     return found
+
+
+def kept(name: str, source: str, cache: Path) -> Tokenizer | None:
+    """What `trained` has kept; None where it would have to train."""
+    return _read(name, _place(name, source, cache))
+
+
+def _place(name: str, source: str, cache: Path) -> Path:
+    return cache / f"bpe-{declared_vocab_size(name)}-{source[:16]}-v{RECIPE}.json"
 
 
 def gpt2() -> Tokenizer:

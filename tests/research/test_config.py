@@ -23,6 +23,7 @@ def test_the_schema_imports_nothing_heavy() -> None:
 
 
 BETAS = "use 2 values, each a finite number at least 0 and below 1"
+TEXTS = "use any number of values, each text"
 REFUSED = [
     ("model", "num_headz", 3, "model.num_headz is not a setting → did you mean model.num_heads?"),
     ("model", "num_heads", -1, "model.num_heads = -1 does not work → use a whole number greater than 0"),
@@ -47,9 +48,9 @@ REFUSED = [
     ("parallel", "zero_stage", 4, "parallel.zero_stage = 4 does not work → use 0, 1, 2 or 3"),
     ("parallel", "tensors", 2, "parallel.tensors is not a setting → did you mean parallel.tensor?"),
     ("evaluate", "every", -1, "evaluate.every = -1 does not work → use a whole number at least 0"),
-    ("evaluate", "tasks", "validation", "evaluate.tasks = 'validation' does not work → use any number of values, each text that is not empty"),
-    ("evaluate", "tasks", ("",), "evaluate.tasks[0] = '' does not work → use any number of values, each text that is not empty"),
-    ("sample", "prompts", (3,), "sample.prompts[0] = 3 does not work → use any number of values, each text"),
+    ("evaluate", "tasks", "validation", f"evaluate.tasks = 'validation' does not work → {TEXTS} that is not empty"),
+    ("evaluate", "tasks", ("",), f"evaluate.tasks[0] = '' does not work → {TEXTS} that is not empty"),
+    ("sample", "prompts", (3,), f"sample.prompts[0] = 3 does not work → {TEXTS}"),
     ("sample", "top_p", 0.0, "sample.top_p = 0.0 does not work → use a finite number greater than 0 and at most 1"),
     ("track", "mode", "of", "track.mode = 'of' does not work → use auto, online, offline or disabled"),
 ]
@@ -232,7 +233,8 @@ def test_schema_4_asked_nothing_on_the_way(tmp_path) -> None:
 
 
 HOSTILE = ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}']
-HOSTILE += ['{"schema": 2, "watch": 3}', '{"schema": 3, "watch": []}', '{"schema": 4, "sample": 3}', '{"schema": 4, "evaluate": {"tasks": "x"}}']
+HOSTILE += ['{"schema": 2, "watch": 3}', '{"schema": 3, "watch": []}']
+HOSTILE += ['{"schema": 4, "sample": 3}', '{"schema": 4, "evaluate": {"tasks": "x"}}']
 HOSTILE += ['{"schema": 1, "model": 3}', '{"schema": 1, "model": null}', '{"schema": 2}', '{"schema": 2, "model": [1]}']
 
 

@@ -30,12 +30,12 @@ LAYOUTS = {  # name: ranks, settings
     "ZeRO-2, offload": (2, dict(zero_stage=2, offload_optimizer=True, micro=2)),
     "ZeRO-3": (2, dict(zero_stage=3, micro=2)),
     "TP2·PP2": (4, dict(tensor=2, pipe=2, micro=4)),
+    "PP2·DP2": (4, dict(pipe=2, micro=2)),
 }
 FURTHER = {
     "TP2·SP": (2, dict(tensor=2, sequence=True)),
     "TP2·SP, full": (2, dict(tensor=2, sequence=True, recompute="full", micro=2)),
     "TP2·PP2·SP, selective": (4, dict(tensor=2, pipe=2, sequence=True, recompute="selective")),
-    "PP2·DP2": (4, dict(pipe=2, micro=2)),
     "TP2·DP2": (4, dict(tensor=2, micro=1)),
     "TP2·ZeRO-3": (4, dict(tensor=2, zero_stage=3, micro=2)),
     "ZeRO-3, all offloaded, full": (2, dict(zero_stage=3, offload_optimizer=True, offload_parameters=True, recompute="full", micro=2)),

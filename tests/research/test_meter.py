@@ -5,9 +5,8 @@ import math
 import pytest
 
 from research.meter import Meter
-from tests.research.example import example
 
-SCHEDULE = example(schedule={"steps": 100, "validate_every": 25}).schedule
+EVERY = {"validation": 25}
 
 
 class Clock:
@@ -61,7 +60,7 @@ def test_the_next_interval_starts_anew(meter: Meter, clock: Clock) -> None:
 
 def test_evaluation_is_no_training_time_but_passes(meter: Meter, clock: Clock) -> None:
     take(meter, clock, 1.0, 1.0)
-    with meter.paused():
+    with meter.paused("validation"):
         clock.now += 100.0
     take(meter, clock, 1.0)
     assert meter.interval(1.0)["perf/tokens_per_second"] == pytest.approx(3 * 512 / 6.0)
@@ -73,35 +72,46 @@ def test_evaluation_is_no_training_time_but_passes(meter: Meter, clock: Clock) -
 def test_what_is_left_are_steps_and_evaluations(meter: Meter, clock: Clock) -> None:
     """100 steps, an evaluation every 25: after 30 steps, 70 steps and 3 evaluations."""
     take(meter, clock, *[1.0] * 25)
-    assert meter.seconds_left(25, SCHEDULE) == pytest.approx(75 * 2.0), "no evaluation has been timed yet"
-    with meter.paused():
+    assert meter.seconds_left(25, 100, EVERY) == pytest.approx(75 * 2.0), "no evaluation has been timed yet"
+    with meter.paused("validation"):
         clock.now += 10.0
     take(meter, clock, *[1.0] * 5)
-    assert meter.seconds_left(30, SCHEDULE) == pytest.approx(70 * 2.0 + 3 * 10.0)
+    assert meter.seconds_left(30, 100, EVERY) == pytest.approx(70 * 2.0 + 3 * 10.0)
 
 
 def test_before_the_evaluation_of_this_very_step_it_is_still_left(meter: Meter, clock: Clock) -> None:
     """The row of step 50 is written before that step's evaluation."""
     take(meter, clock, *[1.0] * 25)
-    with meter.paused():
+    with meter.paused("validation"):
         clock.now += 10.0
     take(meter, clock, *[1.0] * 25)
-    assert meter.seconds_left(50, SCHEDULE) == pytest.approx(50 * 2.0 + 3 * 10.0)
+    assert meter.seconds_left(50, 100, EVERY) == pytest.approx(50 * 2.0 + 3 * 10.0)
 
 
 def test_at_the_end_nothing_is_left_but_the_last_evaluation(meter: Meter, clock: Clock) -> None:
     take(meter, clock, *[1.0] * 50)
-    with meter.paused():
+    with meter.paused("validation"):
         clock.now += 10.0
     take(meter, clock, *[1.0] * 50)
-    assert meter.seconds_left(100, SCHEDULE) == pytest.approx(10.0)
+    assert meter.seconds_left(100, 100, EVERY) == pytest.approx(10.0)
 
 
 def test_only_at_the_end_means_one_evaluation(meter: Meter, clock: Clock) -> None:
     """Its duration is unknown before it has happened once."""
     take(meter, clock, *[1.0] * 10)
-    schedule = example(schedule={"steps": 100, "validate_every": 0}).schedule
-    assert meter.seconds_left(10, schedule) == pytest.approx(90 * 2.0)
+    assert meter.seconds_left(10, 100, {"validation": 0}) == pytest.approx(90 * 2.0)
+
+
+def test_each_kind_of_pause_has_its_own_interval_and_duration(meter: Meter, clock: Clock) -> None:
+    """Validations of 10 seconds every 25 steps, samples of 1 second every 10: after 50 steps 2 of the first and 5 of the second are left."""
+    for step in range(1, 51):
+        take(meter, clock, 1.0)
+        for what, every, seconds in (("validation", 25, 10.0), ("samples", 10, 1.0)):
+            if step % every == 0:
+                with meter.paused(what):
+                    clock.now += seconds
+    take(meter, clock, 1.0)
+    assert meter.seconds_left(51, 100, {"validation": 25, "samples": 10, "never timed": 1}) == pytest.approx(49 * 2.0 + 2 * 10.0 + 5 * 1.0)
 
 
 @pytest.mark.parametrize(("loss", "perplexity"), [(1000.0, math.inf), (math.nan, math.nan), (math.inf, math.inf)])

@@ -52,13 +52,18 @@ def run(mode="auto", rows=1, kill=0, again=True):
     if kill == signal.SIGKILL:  # found at the next row
         _end_children(kill, again)
         tracker.log(LATER)
-    tracker.sample(20, 40960, "My fellow citizens", "of the United States")
+    tracker.samples([sample(10, "peace", "and war", "end_of_text"), sample(10, "war", "and peace", "length")])
+    tracker.samples([sample(20, "My fellow citizens", "of the United States", "length")])
     if kill == signal.SIGTERM:  # found only when it is asked to finish
         _end_children(kill, again)
     ended = time.monotonic()
     tracker.finish()
     told = {"line": tracker.line, "notes": tracker.notes, "start": started - began, "finish": time.monotonic() - ended}
     print(json.dumps(told | {"folder": str(folder.path), "log": ended - started}))
+
+
+def sample(step, prompt, text, finish):
+    return {"progress/step": step, "progress/tokens": step * 2048, "prompt": prompt, "text": text, "finish": finish}
 
 
 def _end_children(number, again):
@@ -290,7 +295,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert methods <= {name for name in dir(NoTracker) if not name.startswith("_")}
     quiet = NoTracker()
     quiet.log({})
-    quiet.sample(1, 1, "", "")
+    quiet.samples([{}])
     quiet.finish("failed")
     assert (quiet.line, list(quiet.notes), list(tmp_path.iterdir())) == ("", [], [])
 
