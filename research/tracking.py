@@ -25,8 +25,8 @@ from research.run_folder import FINISHED, RunFolder
 AXES = ("progress/step", "progress/tokens")
 OVER_TOKENS, OVER_STEPS = ("train/*", "val/*", "eval/*"), ("perf/*", "progress/*")
 LOWEST = ("val/loss", "val/bits_per_byte")
-TABLE_ROWS = 1000
-"""Of W&B's table of samples, which is sent whole each time."""
+TABLE_ROWS, TABLE_SECONDS = 1000, 3.0
+"""Of W&B's table of samples, which is sent whole each time: the newest rows, and how long training waits for W&B to take it."""
 START_SECONDS, PROBE_SECONDS, INIT_SECONDS, FINISH_SECONDS = 9.5, 2.5, 3.0, 7.0
 """The bounds of the whole start, in it of the server's first answer and of wandb.init, and of the last upload."""
 
@@ -67,8 +67,9 @@ class Tracker:
         """
         for row in rows:
             self._samples.write(row)
-        for row, is_last in zip(rows, [False] * (len(rows) - 1) + [True], strict=True):
-            self._wandb.log_sample(row, is_last)
+        for row in rows:
+            self._wandb.log(wandb_rows.sample_row(row))
+        self._wandb.log_table()
 
     def finish(self, status: str = FINISHED) -> None:
         """Close everything; `status` is finished, interrupted or failed. At most ten seconds; a second call does nothing."""
@@ -101,6 +102,7 @@ class Mirror:
     def __init__(self, folder: RunFolder, track: Tracked, about: About, notes: list[str], after: int = 0):
         self._notes, self._folder, self._as_started, self._after = notes, folder, (folder, track, about), after
         self._run: Any = None
+        self._takes_tables = True
         self._broken: str | None = None
         """The note on why W&B was left alone before its end."""
         self.mode, why = "disabled", "as asked"
@@ -115,11 +117,14 @@ class Mirror:
         if run is not None:
             self._guard(lambda: run.log(dict(row)), "take a row")
 
-    def log_sample(self, row: Mapping[str, Any], with_table: bool) -> None:
-        """Queue a row of samples.jsonl; `with_table`: and the table of all of them."""
+    def log_table(self) -> None:
+        """Queue the table of all samples. Online that asks the server something first: once it has not answered in time, never again."""
         run = self._run
-        if run is not None:
-            self._guard(lambda: run.log(wandb_rows.sample_row(row) | (_table(self._folder) if with_table else {})), "take a row")
+        if run is None or not self._takes_tables:
+            return
+        self._takes_tables = bool(bounded(lambda: run.log(_table(self._folder)) or True, TABLE_SECONDS))
+        if not self._takes_tables:
+            self._notes.append("W&B did not take the table of samples → each sample is a row there, and samples.jsonl has all")
 
     def finish(self, exit_code: int) -> None:
         """Let W&B write what it has; what it could not send stays in the folder for `wandb sync`. FINISH_SECONDS + 2 at most."""
@@ -141,12 +146,12 @@ class Mirror:
         ):  # named by the time they were opened at: ours is the last
             bounded(end_process, 1.0)
             run = _start("offline", *self._as_started)
-            rows = wandb_rows.rows(self._folder, self._after)
-            last_sample = max((i for i, row in enumerate(rows) if wandb_rows.PROMPT in row), default=-1)
-            for i, row in enumerate(rows):
+            for row in wandb_rows.rows(self._folder, self._after):
                 if time.monotonic() > ends:
                     raise TimeoutError
-                run.log(row | (_table(self._folder) if i == last_sample else {}))
+                run.log(row)
+            if self._folder.samples.stat().st_size:
+                run.log(_table(self._folder))
             run.finish(exit_code=exit_code)
         return True
 
@@ -290,7 +295,8 @@ def _table(folder: RunFolder) -> dict[str, Any]:
 
     names = ("step", "tokens", *wandb_rows.TEXTS)
     found = list(metrics.read(folder.samples))[-TABLE_ROWS:]
-    return {"samples": wandb.Table(columns=list(names), data=[wandb_rows.table_row(row) for row in found])}
+    axes = {axis: found[-1][axis] for axis in AXES}
+    return {**axes, "samples": wandb.Table(columns=list(names), data=[wandb_rows.table_row(row) for row in found])}
 
 
 def _define_axes(run: Any) -> None:

@@ -11,7 +11,6 @@ from research.run_folder import RunFolder
 
 STEP, TOKENS, OFFLINE = "progress/step", "progress/tokens", "offline-run-*"
 TEXTS = ("prompt", "text", "finish")
-PROMPT = "sample/prompt"
 
 
 def sample_row(sample: Mapping[str, Any]) -> dict[str, Any]:

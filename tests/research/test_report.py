@@ -108,6 +108,7 @@ def everything(r):
     r.sample("My fellow\ncitizens", "of the United States " * 9)
     r.next(["python -m research generate runs/gpt_sotu/latest --prompt 'My fellow citizens' --and more", "second"])
     r.warn("careful\nnow")
+    r.evaluation(VALIDATION, [("agreement", "accuracy", 0.61234), ("perplexity:a\nb.txt", "loss", math.nan), ("w", "word_perplexity", 812.3)])
 
 
 def test_a_pipe_gets_one_line_a_thing_and_no_escape():
@@ -121,7 +122,9 @@ def test_a_pipe_gets_one_line_a_thing_and_no_escape():
         "next   python -m research generate runs/gpt_sotu/latest --prompt 'My fellow citizens' --and more",
         "       second",
     ]
-    assert lines[13:] == ["warn   careful now", ""]
+    assert lines[13] == "warn   careful now"
+    tokens = lines[8][:14].removeprefix("  val")
+    assert lines[14:] == [f" eval{tokens}  agreement accuracy 0.612 · perplexity:a b.txt loss nan · w word_perplexity 812", ""]
 
 
 PROGRAM = "import sys; from tests.research.test_report import everything; from research.report import Report; everything(Report())"

@@ -19,6 +19,7 @@ import pytest
 from research import metrics, run_folder, tracking
 from research.about import About
 from research.tracking import NoTracker, Tracker, short
+from research.wandb_rows import TEXTS
 from tests.research import wandb_servers as servers
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,15 @@ ROWS = [
     {"train/loss": math.nan, "train/grad_norm": math.inf, "progress/step": 20, "progress/tokens": 40960},
     {"val/loss": 6.5, "val/bits_per_byte": 2.17, "progress/step": 20, "progress/tokens": 40960},
 ]
+SAMPLES = [
+    {"progress/step": 20, "progress/tokens": 40960, "prompt": prompt, "text": text, "finish": finish}
+    for prompt, text, finish in (
+        ("peace", "and\nwar", "end_of_text"),
+        ("war", "and peace", "length"),
+        ("My fellow citizens", "of the United States", "length"),
+    )
+]
+"""Of two prompts, and then one more."""
 LATER = {"train/loss": 5.5, "progress/step": 20, "progress/tokens": 40960}
 
 
@@ -52,18 +62,14 @@ def run(mode="auto", rows=1, kill=0, again=True):
     if kill == signal.SIGKILL:  # found at the next row
         _end_children(kill, again)
         tracker.log(LATER)
-    tracker.samples([sample(10, "peace", "and war", "end_of_text"), sample(10, "war", "and peace", "length")])
-    tracker.samples([sample(20, "My fellow citizens", "of the United States", "length")])
+    tracker.samples(SAMPLES[:2])
+    tracker.samples(SAMPLES[2:])
     if kill == signal.SIGTERM:  # found only when it is asked to finish
         _end_children(kill, again)
     ended = time.monotonic()
     tracker.finish()
     told = {"line": tracker.line, "notes": tracker.notes, "start": started - began, "finish": time.monotonic() - ended}
     print(json.dumps(told | {"folder": str(folder.path), "log": ended - started}))
-
-
-def sample(step, prompt, text, finish):
-    return {"progress/step": step, "progress/tokens": step * 2048, "prompt": prompt, "text": text, "finish": finish}
 
 
 def _end_children(number, again):
@@ -116,7 +122,7 @@ def is_whole_offline_run(told):
     """One offline run, every row of metrics.jsonl in it."""
     assert len(list(told["folder"].wandb.glob("offline-run-*"))) == 1
     assert len(list(metrics.read(told["folder"].metrics))) == len(ROWS)
-    assert len(logged(told["folder"])) == len(ROWS) + 1  # and the sample
+    assert len(untabled(told["folder"])) == len(ROWS) + len(SAMPLES)
     return True
 
 
@@ -129,14 +135,31 @@ def offline(tmp_path_factory):
 def test_metrics_jsonl_is_the_source_of_truth(offline):
     folder = offline[0]["folder"]
     assert repr(list(metrics.read(folder.metrics))) == repr(ROWS)
-    (sample,) = metrics.read(folder.samples)
-    assert sample == {"progress/step": 20, "progress/tokens": 40960, "prompt": "My fellow citizens", "text": "of the United States"}
+    assert list(metrics.read(folder.samples)) == SAMPLES
 
 
 def test_the_offline_run_has_every_row(offline):
     spoken = [{key: {"nan": "NaN", "inf": "Infinity"}.get(str(value), value) for key, value in row.items()} for row in ROWS]
-    sample = {"progress/step": 20, "progress/tokens": 40960, "sample/prompt": "My fellow citizens", "sample/text": "of the United States"}
-    assert logged(offline[0]["folder"]) == [*spoken, sample]
+    samples = [{f"sample/{key}" if key in TEXTS else key: value for key, value in row.items()} for row in SAMPLES]
+    assert untabled(offline[0]["folder"]) == [*spoken, *samples]
+
+
+def untabled(folder):
+    """The rows that are not the table of samples."""
+    return [row for row in logged(folder) if "samples.path" not in row]
+
+
+def tables(folder):
+    """W&B's tables of samples, oldest first, as its files hold them."""
+    (offline,) = folder.wandb.glob("offline-run-*")
+    shown = [row["samples.path"] for row in logged(folder) if "samples.path" in row]
+    return [json.loads((offline / "files" / path).read_text()) for path in shown]
+
+
+def test_all_samples_so_far_are_one_table(offline):
+    first, second = tables(offline[0]["folder"])
+    assert first["columns"] == second["columns"] == ["step", "tokens", "prompt", "text", "finish"]
+    assert first["data"] == [[*row.values()] for row in SAMPLES[:2]] and second["data"] == [[*row.values()] for row in SAMPLES]
 
 
 def test_the_offline_run_has_config_group_tags_and_name(offline):
@@ -155,6 +178,7 @@ def test_the_offline_run_has_our_axes(offline):
         "progress/tokens": None,
         "train/*": "progress/tokens",
         "val/*": "progress/tokens",
+        "eval/*": "progress/tokens",
         "val/loss": "progress/tokens",
         "val/bits_per_byte": "progress/tokens",
         "perf/*": "progress/step",
@@ -250,10 +274,12 @@ def working():
 
 
 def test_online_mirrors_every_row(tmp_path, working):
+    """The server knows no artifacts, so no tables: that is said once, and costs nothing else."""
     told, errors = launch(tmp_path, server=working)
-    assert told["line"] == f"W&B online · {working}/somebody/tessera/runs/{told['folder'].title}" and told["notes"] == []
+    assert told["line"] == f"W&B online · {working}/somebody/tessera/runs/{told['folder'].title}"
+    assert ["did not take the table of samples" in note for note in told["notes"]] == [True]
     seen = [{key: value for key, value in row.items() if not key.startswith("_")} for row in servers.Works.rows]
-    assert [row.get("progress/step") for row in seen] == [10, 20, 20, 20] and seen[0] == ROWS[0] and seen[2] == ROWS[2]
+    assert [row.get("progress/step") for row in seen] == [10, 20, 20, 20, 20, 20] and seen[0] == ROWS[0] and seen[2] == ROWS[2]
     first = servers.Works.runs[0]
     assert first["groupName"] == "gpt_sotu" and first["tags"] == ["tensor 2", "fp32"] and KEY not in errors
 
@@ -263,7 +289,7 @@ def test_a_server_that_falls_silent_does_not_hold_up_the_end(tmp_path, working):
     servers.Works.runs = Falling(servers.Works.stalled)
     told, _ = launch(tmp_path, server=working)
     servers.Works.runs = []
-    assert told["line"].startswith("W&B online") and "wandb sync --include-online runs/gpt_sotu/" in told["notes"][0]
+    assert told["line"].startswith("W&B online") and "wandb sync --include-online runs/gpt_sotu/" in told["notes"][-1]
     assert len(list(metrics.read(told["folder"].metrics))) == 3
 
 

@@ -195,11 +195,11 @@ def test_generate_writes_what_the_run_wrote(ended: Ended, capsys) -> None:
     (row,) = [json.loads(line) for line in ended.folder.samples.read_text().splitlines()]
     assert (row["progress/step"], row["progress/tokens"]) == (6, 1536)
     assert len(row["text"].split()) > 5, "a sample of nothing compares nothing"
-    assert f"sample {row['prompt']} ▸ {row['text']}\n" in ended.out
+    assert f"sample {row['prompt']} ▸ {one_line(row['text'])}\n" in ended.out
     assert research_main.main(["generate", str(ended.folder.path), "--prompt", row["prompt"]]) == 0
     written = capsys.readouterr().out
     assert written.startswith(row["prompt"])
-    assert one_line(written.removeprefix(row["prompt"])) == row["text"]
+    assert one_line(written.removeprefix(row["prompt"])) == one_line(row["text"])
 
 
 def test_runs_lists_it(tensor_2: Ended, place: Place) -> None:
@@ -224,8 +224,9 @@ def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> Non
     records = inspected(alone.folder)
     rows = [{key: value for key, value in row["item"].items() if not key.startswith("_")} for row in of(records, "history")]
     written = [json.loads(line) for line in alone.folder.metrics.read_text().splitlines()]
-    assert rows[:-1] == written and len(written) == STEPS + 2
-    assert rows[-1]["sample/text"] in alone.out
+    *rows, sample, table = rows
+    assert rows == written and len(written) == STEPS + 2 and table["samples.path"].endswith(".table.json")
+    assert one_line(sample["sample/text"]) in alone.out
     (about,) = of(records, "run")
     saved, told = json.loads(alone.folder.config.read_text()), about["config"]["update"]
     assert {key: told[key] for key in saved} == saved

@@ -8,7 +8,7 @@ import pytest
 from research import metrics, run_folder
 from research.metrics import JsonLines
 from research.wandb_rows import replacing, rows, sample_row
-from tests.research.test_tracking import LATER, ROWS, inspected, launch, logged, of
+from tests.research.test_tracking import LATER, ROWS, SAMPLES, inspected, launch, of, tables, untabled
 
 
 def row(step: int, **more: object) -> dict[str, object]:
@@ -67,8 +67,9 @@ def test_an_offline_run_whose_process_died_is_written_again(number: int, tmp_pat
     assert [path.name for path in folder.wandb.iterdir() if "offline-run" in path.name] == [(folder.wandb / "latest-run").resolve().name]
     later = [LATER] if number == signal.SIGKILL else []
     assert repr(list(metrics.read(folder.metrics))) == repr([*ROWS, *later])
-    first, wild, *others, sample = logged(folder)
+    first, wild, *others, _, _, sample = untabled(folder)
     assert [first, *others] == [ROWS[0], ROWS[2], *later]
+    assert tables(folder)[-1]["data"] == [[*row.values()] for row in SAMPLES]
     assert (wild["train/loss"], wild["train/grad_norm"]) == ("NaN", "Infinity") and sample["sample/text"] == "of the United States"
     (record,) = of(inspected(folder), "run")
     assert record["run_id"] == folder.title and record["run_group"] == "gpt_sotu" and "model" in record["config"]["update"]
@@ -81,5 +82,5 @@ def test_a_dead_wandb_process_costs_the_mirror_at_most(number: int, tmp_path: Pa
     told, errors = launch(tmp_path, kill=int(number), again=False)
     assert len(told["notes"]) == 1 and "metrics.jsonl has every row" in told["notes"][0] and "Traceback" not in errors
     assert len(list(metrics.read(told["folder"].metrics))) == len(ROWS) + (number == signal.SIGKILL)
-    assert len(list(metrics.read(told["folder"].samples))) == 1
+    assert len(list(metrics.read(told["folder"].samples))) == len(SAMPLES)
     assert len([path for path in told["folder"].wandb.iterdir() if "offline-run" in path.name]) == 1
