@@ -56,7 +56,7 @@ class Live:
         return [(seen[i, 0, : len(ids) - 1].tolist(), seen[i, 1, : len(ids) - 1].bool().tolist()) for i, ids in enumerate(sequences)]
 
     def next_logits(self, sequences: Sequence[Ids]) -> Tensor:
-        """'n v', fp32, on the CPU: after each of some sequences of 1 to seq_length tokens, `room` of them at most. Bits equal everywhere."""
+        """'n v', fp32, on the CPU: after each of the sequences (1 to seq_length tokens), `room` of them at most; bits equal everywhere."""
         shape = self._shape(sequences)
         rows, lengths = self._share(sequences), [len(ids) for ids in self._dealt(sequences)]
         places = torch.tensor(lengths + [1] * (rows - len(lengths)), device=self.engine.device) - 1

@@ -103,7 +103,7 @@ def test_only_at_the_end_means_one_evaluation(meter: Meter, clock: Clock) -> Non
 
 
 def test_each_kind_of_pause_has_its_own_interval_and_duration(meter: Meter, clock: Clock) -> None:
-    """Validations of 10 seconds every 25 steps, samples of 1 second every 10: after 50 steps 2 of the first and 5 of the second are left."""
+    """Validations of 10 seconds every 25 steps, samples of 1 second every 10: after 50 steps 2 and 5 are left."""
     for step in range(1, 51):
         take(meter, clock, 1.0)
         for what, every, seconds in (("validation", 25, 10.0), ("samples", 10, 1.0)):

@@ -108,7 +108,8 @@ def everything(r):
     r.sample("My fellow\ncitizens", "of the United States " * 9)
     r.next(["python -m research generate runs/gpt_sotu/latest --prompt 'My fellow citizens' --and more", "second"])
     r.warn("careful\nnow")
-    r.evaluation(VALIDATION, [("agreement", "accuracy", 0.61234), ("perplexity:a\nb.txt", "loss", math.nan), ("w", "word_perplexity", 812.3)])
+    figures = [("agreement", "accuracy", 0.61234), ("perplexity:a\nb.txt", "loss", math.nan), ("w", "word_perplexity", 812.3)]
+    r.evaluation(VALIDATION, figures)
 
 
 def test_a_pipe_gets_one_line_a_thing_and_no_escape():
