@@ -167,7 +167,7 @@ class Sample(Settings):
 
     every: int = Field(default=0, ge=0, description="steps between samples; 0: only the one at the end")
     prompts: tuple[str, ...] = Field(default=(), strict=False, description="what is continued; none: how the held-out text begins")
-    tokens: Count = Field(default=40, description="tokens written after each prompt at most; both fit into model.seq_length")
+    tokens: Count = Field(default=40, description="tokens after each prompt at most; together they fit into model.seq_length")
     temperature: float = Field(default=0.0, ge=0, description="0: the likeliest token, always; 1: drawn by the model's probabilities")
     top_k: int = Field(default=0, ge=0, description="drawn from the k likeliest; 0: from all")
     top_p: float = Field(default=1.0, gt=0, le=1, description="drawn from the likeliest that have this probability together")

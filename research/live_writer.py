@@ -49,13 +49,16 @@ class LiveDecoder:
 
 
 def write(live: Live, tokenizer: Tokenizer, prompts: Sequence[str], tokens: int, choice: Choice, seed: int) -> list[Text]:
-    """A finished text of at most `tokens` tokens after each prompt, the same on every rank. Collective.
+    """A finished text of at most `tokens` tokens after each prompt, as many as seq_length has room for, the same on every rank. Collective.
 
     Draws are those of `generate` with the same prompts in the same order and the same seed; torch's own generator is left alone.
     CutShort where somebody asked to stop; a Mistake where a prompt is too long, or the logits are not finite.
     """
     writer = Writer(LiveDecoder(live), tokenizer, live.model, live.model.seq_length)
-    texts = [writer.submit(prompt, Ask(tokens, choice, text_seed(seed, i, 0))) for i, prompt in enumerate(prompts)]
+    texts = []
+    for i, prompt in enumerate(prompts):
+        room = writer.context - len(writer.ids(prompt))
+        texts.append(writer.submit(prompt, Ask(max(1, min(tokens, room)), choice, text_seed(seed, i, 0))))
     while writer:
         writer.step()
     return texts

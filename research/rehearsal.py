@@ -29,9 +29,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 64, "vocab_size": 391, "seq_length": 16},
     "schedule": {"steps": 12, "batch_size": 8, "micro_batch_size": 2, "validate_every": 0, "log_every": 1},
     "checkpoints": {"every": 3},
+    "evaluate": {"every": 0},
+    "sample": {"every": 0},
     "track": {"mode": "disabled"},
 }
-"""What is small. Grouped queries, where the experiment has them, stay grouped; a vocabulary that no tensor degree divides."""
+"""What is small, or left out: tasks and prompts are not made for so short a context.
+
+Grouped queries, where the experiment has them, stay grouped; a vocabulary that no tensor degree divides."""
 
 
 def small(loaded: Loaded, place: Path, changes: dict[str, dict[str, Any]] | None = None) -> Loaded:

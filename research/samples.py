@@ -22,13 +22,12 @@ def check(experiment: Experiment, root: Path) -> None:
     choice_of(experiment)
     for prompt in asked.prompts:
         prompts.check(prompt)
-    if not asked.every:
-        return
     length = experiment.model.seq_length
+    if not (asked.every and asked.prompts):
+        return
     if asked.tokens >= length:
-        ways = f"use sample.tokens {length - 1} or less" if length > 1 else "use sample.every 0"
-        raise Mistake(f"sample.tokens = {asked.tokens} leave no room for a prompt in model.seq_length = {length} → {ways}")
-    if asked.prompts and (tokenizer := tokenizer_at_hand(experiment.data, root)):
+        raise Mistake(f"sample.tokens = {asked.tokens} leaves no room for a prompt in model.seq_length = {length} → use fewer")
+    if (tokenizer := tokenizer_at_hand(experiment.data, root)):
         refuse_long(experiment, asked.prompts, tokenizer)
 
 
@@ -62,9 +61,8 @@ def prompts_of(experiment: Experiment, words: Corpus) -> tuple[str, ...]:
     """What is continued at every interval; nothing where there are no intervals. A Mistake where it is too long."""
     if not experiment.sample.every:
         return ()
-    found = experiment.sample.prompts or (first_words(words),)
-    refuse_long(experiment, found, words.tokenizer)
-    return found
+    refuse_long(experiment, experiment.sample.prompts, words.tokenizer)
+    return experiment.sample.prompts or (first_words(words),)
 
 
 def row(axes: dict[str, Any], prompt: str, written: str, finish: str | None) -> dict[str, Any]:
