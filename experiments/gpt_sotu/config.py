@@ -1,6 +1,6 @@
 """A 3.4 M-parameter GPT on the State of the Union addresses. Two CPU cores, about three minutes."""
 
-from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule, Track
+from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, Schedule, Track
 
 config = Experiment(
     question="Does a small GPT learn the language of the State of the Union in a few minutes on two CPU cores?",
@@ -47,6 +47,7 @@ config = Experiment(
     ),
     parallel=Parallel(tensor=1, pipe=1, zero_stage=1),
     precision="fp32",
+    sample=Sample(every=90, tokens=16),
     track=Track(project="tessera"),
     seed=1,
 )

@@ -1,6 +1,6 @@
 """gpt_sotu cut in two directions at once: tensor 2 × pipe 2, so four ranks. The losses are gpt_sotu's, row for row."""
 
-from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule, Track
+from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, Schedule, Track
 
 config = Experiment(
     question="Does gpt_sotu learn the same when its matrices are sliced over two ranks and its layers over two stages?",
@@ -47,6 +47,7 @@ config = Experiment(
     ),
     parallel=Parallel(tensor=2, pipe=2, zero_stage=1),
     precision="fp32",
+    sample=Sample(every=90, tokens=16),
     track=Track(project="tessera"),
     seed=1,
 )

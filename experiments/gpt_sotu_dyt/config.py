@@ -1,6 +1,6 @@
 """gpt_sotu with its norms replaced by a class of its own (variant.py): how an ablation in code is written."""
 
-from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule, Track
+from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, Schedule, Track
 
 config = Experiment(
     question="Can a bounded curve, tanh, stand in for layer normalisation in a GPT this small?",
@@ -47,6 +47,7 @@ config = Experiment(
     ),
     parallel=Parallel(tensor=1, pipe=1, zero_stage=1),
     precision="fp32",
+    sample=Sample(every=90, tokens=16),
     track=Track(project="tessera"),
     seed=1,
 )

@@ -1,6 +1,6 @@
 """A 3.2 M-parameter Llama on the State of the Union addresses: the other family, at gpt_sotu's size and budget."""
 
-from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule, Track
+from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, Schedule, Track
 
 config = Experiment(
     question="Are Llama's choices (RMSNorm, rotary, SwiGLU, grouped queries, no biases) better than GPT-2's at this size?",
@@ -50,6 +50,7 @@ config = Experiment(
     ),
     parallel=Parallel(tensor=1, pipe=1, zero_stage=1),
     precision="fp32",
+    sample=Sample(every=90, tokens=16),
     track=Track(project="tessera"),
     seed=1,
 )
