@@ -40,4 +40,4 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _written(value: Any) -> str:
-    return shlex.join(map(str, value)) if isinstance(value, list) else str(value)
+    return (shlex.join(map(str, value)) or "none") if isinstance(value, list) else str(value)

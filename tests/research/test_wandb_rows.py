@@ -74,7 +74,7 @@ def test_an_offline_run_whose_process_died_is_written_again(number: int, tmp_pat
     (record,) = of(inspected(folder), "run")
     assert record["run_id"] == folder.title and record["run_group"] == "gpt_sotu" and "model" in record["config"]["update"]
     assert {"train/*", "val/*"} <= {metric.get("glob_name") for metric in of(inspected(folder), "metric")}
-    assert of(inspected(folder), "exit") == [{"exit_code": 0}]
+    assert [ended["exit_code"] for ended in of(inspected(folder), "exit")] == [0]
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
