@@ -25,7 +25,7 @@ STATE_BYTES = 12
 
 def preflight(job: Job, folder: RunFolder, corpus: Corpus, engine: Engine, exams: Sequence[Sat] = ()) -> None:
     """Refuses a run that could not keep what it learns. Collective; every rank raises the same Mistake."""
-    same_on_every_rank(claims(job, corpus) | {sat.task.name: sat.digest for sat in exams}, engine)
+    same_on_every_rank(claims(job, corpus) | {f"the data of task {sat.task.name!r}": sat.digest for sat in exams}, engine)
     room = whole_model(engine) * STATE_BYTES
     told = everyone(trouble(folder, room) if engine.grid.rank == 0 else None, engine.grid)
     if told[0]:

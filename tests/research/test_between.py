@@ -1,5 +1,6 @@
 """A run that is evaluated and sampled on the way trains as one that is not, bit for bit, on every layout and over a resume."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from research import __main__ as research_main
-from research import metrics
+from research import metrics, state
 from research.run_folder import read_json
 from tests.research import rehearsals as r
 from tests.research.rehearsals import DROPS, Ended, Stage, bits
@@ -167,6 +168,34 @@ def test_what_is_asked_may_change_on_resume_and_what_is_due_with_it(stage: Stage
     assert resumed.codes == [0] and "evaluate.every 6 → 0" in resumed.said
     assert [row["prompt"] for row in samples(resumed)][:2] == ["of the", "of the"]
     assert resumed.rows("eval/validation/loss") == {}
+
+
+@pytest.mark.parametrize(
+    ("told", "due"),
+    [
+        ({"validation_due": True}, ["validation"]),
+        ({"validation_due": False}, []),
+        ({"due": ["samples", "validation"]}, ["validation", "samples"]),
+        ({"due": ["what a later version does"]}, []),
+    ],
+)
+def test_what_a_checkpoint_says_is_due(told: dict, due: list[str]) -> None:
+    """The first two were written before there was anything but validations."""
+    assert state._due(told) == due
+
+
+def other_task_data_on_rank_1(rank: int) -> None:
+    from research import exams
+
+    read = exams.read
+    if rank == 1:
+        exams.read = lambda *given: [dataclasses.replace(sat, digest="0" * 64) for sat in read(*given)]
+
+
+@pytest.mark.slow
+def test_ranks_that_were_given_other_task_files_do_not_begin(stage: Stage) -> None:
+    ended = go(stage, "disagree", "DP2", prelude=other_task_data_on_rank_1, evaluate=ASKED["evaluate"])
+    assert set(ended.codes) == {2} and "rank 1 disagrees about the data of task 'validation': 0000" in ended.said
 
 
 # What an evaluation finds.
