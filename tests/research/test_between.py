@@ -201,6 +201,7 @@ def test_ranks_that_were_given_other_task_files_do_not_begin(stage: Stage) -> No
 # What an evaluation finds.
 
 
+@pytest.mark.slow
 def test_the_validation_task_is_the_runs_own_validation(stage: Stage) -> None:
     """Another path to the same number: windows asked of a scorer, and the loss of the engine."""
     ended = go(stage, "both", "DP2", evaluate={"every": 3, "tasks": ("validation",)})
