@@ -1,0 +1,101 @@
+"""What a sample on the way costs, in optimizer steps of the same experiment: CPU time of both, taken in turns in one process.
+
+    python benchmarks/sample.py [experiments/gpt_sotu] [--pipe 1] [--tensor 1] [--tokens 16] [--prompt 8] [--repetitions 5]
+
+CPU time does not depend on what else the machine does, but for its caches; ranks that wait for each other spend some of it, too.
+A sample is one text: a few texts cost as much in a pipeline, whose passes have one shape, and more elsewhere.
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from models import gpt
+from parallel.engine import Engine, MicroBatch, make_engine
+from parallel.grid import make_grid
+from research import ranks
+from research.config import Experiment
+from research.experiment import load, load_variants
+from research.layout import engine_settings, layout
+from research.live import Live
+from research.live_writer import LiveDecoder
+
+
+def engine_of(experiment: Experiment, folder: Path) -> Engine:
+    """As a run builds it."""
+    cut, model = experiment.parallel, experiment.model
+    grid = make_grid(cut.pipe, cut.tensor, cut.sequence)
+    layers = gpt.layers(model, grid, experiment.seed, load_variants(folder, model), cut.recompute)
+    loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
+    return make_engine(layers, loss, grid, engine_settings(experiment, layout(experiment, dist.get_world_size())))
+
+
+def batches(experiment: Experiment, count: int) -> Iterator[MicroBatch]:
+    """A step's micro-batches of random tokens."""
+    shape = (experiment.schedule.micro_batch_size, experiment.model.seq_length)
+    tokens = torch.randint(0, experiment.model.vocab_size, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(0))
+    context = (torch.arange(shape[0]),) if experiment.model.drops else ()
+    for _ in range(count):
+        yield MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.full(shape, 1 / (shape[0] * shape[1])), context)
+
+
+def written(live: Live, prompt: int, tokens: int) -> None:
+    """One greedy text."""
+    decoder = LiveDecoder(live)
+    logits = decoder.admit([range(prompt)])
+    for _ in range(tokens - 1):
+        logits = decoder.step([int(logits[0].argmax())])
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """CPU time of this rank."""
+    before = time.process_time()
+    act()
+    return time.process_time() - before
+
+
+def measure(experiment: Experiment, source: Path, prompt: int, tokens: int, repetitions: int, folder: Path) -> None:
+    """On a rank: pairs of (step, sample) in seconds, into a file of its own."""
+    engine = engine_of(experiment, source)
+    live, count = Live(engine, experiment.model), engine.settings.micro_batches
+    pairs = []
+    for _ in range(repetitions + 1):
+        step = seconds(lambda: engine.train_batch(batches(experiment, count), 1e-4))
+        pairs.append((step, seconds(lambda: written(live, prompt, tokens))))
+    np.savetxt(folder / f"{dist.get_rank()}.txt", pairs[1:])  # memory is allocated and kernels are chosen in the first
+
+
+def main() -> None:
+    """Parses the arguments, prints a line a rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", default=str(Path(__file__).resolve().parents[1] / "experiments" / "gpt_sotu"))
+    for name, value in (("pipe", 1), ("tensor", 1), ("tokens", 16), ("prompt", 8), ("repetitions", 5)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    arguments = parser.parse_args()
+    loaded = load(Path(arguments.experiment))
+    experiment = loaded.experiment
+    experiment.parallel.pipe, experiment.parallel.tensor = arguments.pipe, arguments.tensor
+    asked = (experiment, loaded.folder, arguments.prompt, arguments.tokens, arguments.repetitions)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks.run(functools.partial(measure, *asked), arguments.pipe * arguments.tensor, Path(folder))
+        for path in sorted(Path(folder).glob("[0-9]*.txt")):
+            steps, samples = np.loadtxt(path, ndmin=2).T
+            print(
+                f"rank {path.stem}: a step {statistics.median(steps):.3f} s, a sample of {arguments.tokens} tokens "
+                f"{statistics.median(samples):.3f} s = {statistics.median(samples / steps):.2f} steps"
+            )
+
+
+if __name__ == "__main__":
+    main()
