@@ -47,10 +47,12 @@ class Meter:
     def paused(self, what: str) -> Iterator[None]:
         """Time in here is not training: it counts in `seconds`, not in tokens per second. `what`: the kind of pause."""
         before = self.clock()
-        yield
-        spent = self.clock() - before
-        self.interval_pause += spent
-        self.pauses.setdefault(what, []).append(spent)
+        try:
+            yield
+        finally:
+            spent = self.clock() - before
+            self.interval_pause += spent
+            self.pauses.setdefault(what, []).append(spent)
 
     def interval(self, grad_norm: float) -> dict[str, float]:
         """The row of the steps since the last call: their mean loss, their speed; the last one's learning rate and norm."""

@@ -126,7 +126,7 @@ def header(job: Job, folder: RunFolder, voice: Voice) -> None:
 def corpus_of(job: Job, voice: Voice) -> Corpus:
     """The tokenizer and both token stores, prepared by whichever rank of a node comes first."""
     experiment = job.experiment
-    corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, lambda what: _say(voice, what))
+    corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, lambda what: say(voice, what))
     schedule, length = experiment.schedule, experiment.model.seq_length
     seen = epochs(corpus.train, length, schedule.steps * schedule.batch_size)
     sizes = f"{text.count(corpus.train.num_tokens)} train, {text.count(corpus.validation.num_tokens)} validation tokens"
@@ -134,7 +134,8 @@ def corpus_of(job: Job, voice: Voice) -> Corpus:
     return corpus
 
 
-def _say(voice: Voice, what: str) -> None:
+def say(voice: Voice, what: str) -> None:
+    """That something slow begins."""
     with voice.progress(what):
         pass
 

@@ -23,7 +23,7 @@ from research.report import Report, Silent
 from research.run_folder import FAILED, FINISHED, INTERRUPTED, RunFolder
 from research.schedule import learning_rate
 from research.spikes import Spikes
-from research.start import Resumed, Voice, agreed_resume, corpus_of, engine_of, header, open_folder, seeded, tell, tracker_of
+from research.start import Resumed, Voice, agreed_resume, corpus_of, engine_of, header, open_folder, say, seeded, tell, tracker_of
 from research.stopping import SIGNALLED, Stop, leave_when_asked
 from research.tensors import micro_batch
 from research.tracking import NoTracker, Tracker
@@ -122,7 +122,7 @@ def prepared(job: Job, folder: RunFolder, grid: Grid, voice: Voice, resumed: Res
     with watch.progress.work("preparing the text"):
         corpus = corpus_of(job, voice)
         prompts = samples.prompts_of(job.experiment, corpus)
-        sittings = exams.read(job.experiment, job.root, corpus.tokenizer)
+        sittings = exams.read(job.experiment, job.root, corpus.tokenizer, lambda what: say(voice, what))
     watch.progress.advance("building the engine")
     engine = engine_of(job, grid)
     preflight(job, folder, corpus, engine, sittings)

@@ -76,20 +76,23 @@ def test_asked_stopped_and_resumed_is_never_asked_nor_stopped(stage: Stage, layo
 
 
 DRAWN = {"temperature": 0.9, "top_k": 50, "seed": 4}
-WRITERS = [("DP2", DRAWN), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("TP2·PP2", {}), ("1", {}), ("PP2", DRAWN)])]
+MANY = (*PROMPTS, "of", "war", "jobs")
+"""More than pass a pipeline's micro-batch of two at once."""
+SLOW_WRITERS = [("TP2·PP2", {}, PROMPTS), ("1", {}, PROMPTS), ("PP2", DRAWN, MANY)]
+WRITERS = [("DP2", DRAWN, PROMPTS), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_WRITERS)]
 
 
-@pytest.mark.parametrize(("layout", "choice"), WRITERS)
-def test_samples_are_what_generate_writes_from_the_same_step(stage: Stage, layout: str, choice: dict, capfd) -> None:
-    asked = {"sample": {"every": 6, "prompts": PROMPTS, "tokens": 9, **choice}, "checkpoints": {"every": 6}}
+@pytest.mark.parametrize(("layout", "choice", "prompts"), WRITERS)
+def test_samples_are_what_generate_writes_from_the_same_step(stage: Stage, layout: str, choice: dict, prompts: tuple, capfd) -> None:
+    asked = {"sample": {"every": 6, "prompts": prompts, "tokens": 9, **choice}, "checkpoints": {"every": 6}}
     ended = go(stage, f"writes_{layout}", layout, drops=True, **asked)
     folder, found = ended.folder, samples(ended)
-    assert len(found) == 2 * 2 + 1 and ended.said.count("\nsample ") == len(found)
+    assert len(found) == 2 * len(prompts) + 1 and ended.said.count("\nsample ") == len(found)
     options = [word for name, value in choice.items() for word in (f"--{name}", str(value))]
     for step in (6, 12):
-        rows = [row for row in found if row["progress/step"] == step][:2]
+        rows = [row for row in found if row["progress/step"] == step][: len(prompts)]
         arguments = ["--checkpoint", str(step), "--max_new_tokens", "9", "--json", *options]
-        assert research_main.main(["generate", str(folder.path), *(f"--prompt={prompt}" for prompt in PROMPTS), *arguments]) == 0
+        assert research_main.main(["generate", str(folder.path), *(f"--prompt={prompt}" for prompt in prompts), *arguments]) == 0
         written = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
         assert [(row["prompt"], row["text"], row["finish"]) for row in rows] == [(w["prompt"], w["text"], w["finish"]) for w in written]
 
