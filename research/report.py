@@ -19,10 +19,10 @@ from research import text as fmt
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
-Figure = tuple[str, str, float]
-"""(task, metric, value)."""
 WIDTHS = {"step": 5, "tokens": 9, "loss": 7, "ppl": 8, "lr": 9, "|g|": 6, "tokens/s": 10, "memory": 9, "eta": 7}
 HEADER_INDENT, CLOSING_INDENT = 9, 7
+Figure = tuple[str, str, float]
+"""(task, metric, value)."""
 
 
 class Advance(Protocol):
