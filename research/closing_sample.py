@@ -1,4 +1,4 @@
-"""What a model writes when its training ends: a greedy text, by rank 0 alone, on the CPU beside the training state."""
+"""What a model writes when its training ends: a text chosen as `sample` says, by rank 0 alone, on the CPU beside the training state."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,8 @@ from parallel.checkpoint_folder import latest
 from parallel.checkpoint_reader import Reader
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from research.ask import Ask
+from research import samples
+from research.ask import Ask, text_seed
 from research.config import Experiment
 from research.data.tokenizer import Tokenizer
 from research.restore import Plan, decoder_of
@@ -33,7 +34,8 @@ def write(folder: RunFolder, experiment: Experiment, tokenizer: Tokenizer, promp
     room = model.seq_length - (len(tokenizer.encode(prompt)) or 1)
     plan = Plan(folder.path, checkpoint, context=model.seq_length)
     writer = Writer(decoder_of(plan, Grid(), torch.device("cpu")), tokenizer, model, model.seq_length)
-    text = writer.submit(prompt, Ask(max(1, min(tokens, room))))
+    seed = text_seed(experiment.sample.seed, 0, 0)
+    text = writer.submit(prompt, Ask(max(1, min(tokens, room)), samples.choice_of(experiment), seed))
     while writer:
         writer.step()
     return text

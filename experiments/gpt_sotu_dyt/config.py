@@ -47,7 +47,7 @@ config = Experiment(
     ),
     parallel=Parallel(tensor=1, pipe=1, zero_stage=1),
     precision="fp32",
-    sample=Sample(every=90, tokens=16),
+    sample=Sample(every=90, tokens=16, temperature=0.8, top_p=0.9),
     track=Track(project="tessera"),
     seed=1,
 )

@@ -10,12 +10,13 @@ from research.text import printable
 from tests.research import untrained
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_is_what_generate_writes(precision, tmp_path, capfd):
+@pytest.mark.parametrize(("precision", "temperature"), [("fp32", 0.0), ("bf16", 0.0), ("fp32", 0.8)])
+def test_it_is_what_generate_writes(precision, temperature, tmp_path, capfd):
     folder = untrained.make(tmp_path, precision=precision)
     experiment = config.load(folder.config)
+    experiment.sample = config.Sample(temperature=temperature, seed=7)
     text = closing_sample.write(folder, experiment, load_tokenizer(experiment.data, tmp_path), "the people")
-    assert research_main.main(["generate", str(folder.path), "--prompt", "the people"]) == 0
+    assert research_main.main(["generate", str(folder.path), "--prompt", "the people", "--temperature", str(temperature), "--seed", "7"]) == 0
     written = capfd.readouterr().out
     assert printable(written.removeprefix("the people")).rstrip("\n") == printable(text.text).rstrip("\n") and len(text.text) > 10
 
