@@ -16,7 +16,8 @@ def test_it_is_what_generate_writes(precision, temperature, tmp_path, capfd):
     experiment = config.load(folder.config)
     experiment.sample = config.Sample(temperature=temperature, seed=7)
     text = closing_sample.write(folder, experiment, load_tokenizer(experiment.data, tmp_path), "the people")
-    assert research_main.main(["generate", str(folder.path), "--prompt", "the people", "--temperature", str(temperature), "--seed", "7"]) == 0
+    asked = ["--prompt", "the people", "--temperature", str(temperature), "--seed", "7"]
+    assert research_main.main(["generate", str(folder.path), *asked]) == 0
     written = capfd.readouterr().out
     assert printable(written.removeprefix("the people")).rstrip("\n") == printable(text.text).rstrip("\n") and len(text.text) > 10
 
