@@ -73,6 +73,7 @@ async def answered(service: Service, request: Request, understood: Understood) -
     note: Note = request.scope["note"]
     note.prompt = shape.prompt_tokens
     answer = Answer(shape, service.desk.open(shape.jobs), note)
+    service.metrics.prompt(shape.prompt_tokens)
     if shape.asked.stream:
         return Events(answer)
     try:

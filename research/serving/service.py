@@ -91,7 +91,6 @@ class Service:
             said = str(mistake).replace("max_new_tokens", "max_tokens").replace("use context", "start the server with --context")
             param = length if len(ids) < self.context else source
             raise Refusal(400, f"{param}: {said}", param, "context_length_exceeded") from None
-        self.metrics.prompt(len(ids))
         return [Job(ids, ask, ends) for ask in asks]
 
     def left(self, ids: tuple[int, ...]) -> int:

@@ -66,6 +66,7 @@ def test_a_conversation_by_keyboard_alone(server, look, size):
         page = Page(driver)
         assert server.running.service.name in page.one("#model").text and page.focus == "message"
         browser.picture(driver, PICTURES / f"page_{look}_empty.png")
+        driver.execute_script("document.getElementById('temperature').value = 0")  # greedy, this model repeats itself and does not end
         page.press("<img src=x onerror=alert(1)>", page.keys.SHIFT, page.keys.ENTER, page.keys.NULL, "<b>the people</b>")
         assert not page.texts(".turn")
         page.press(page.keys.ENTER)
@@ -79,7 +80,7 @@ def test_a_conversation_by_keyboard_alone(server, look, size):
         page.press(page.keys.ESCAPE)
         until(lambda: not page.writing)
         until(lambda: server.number("tessera_slots_used") == 0)
-        assert page.texts(".how")[-1] in ("stopped", "cut off: no more tokens") and page.focus == "message"
+        assert page.texts(".how") == ["stopped"] and page.focus == "message"
         width = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
         assert width[0] <= width[1], "the page scrolls sideways"
         browser.picture(driver, PICTURES / f"page_{look}_stopped.png")
