@@ -113,8 +113,10 @@ def _refuse_memory(task: Task) -> None:
 
 def _announce(task: Task, running: "Running") -> None:
     from models.count import parameters
+    from models.decoder import Decoder
 
     service, decoder = running.service, running.engine.writer.decoder
+    assert isinstance(decoder, Decoder)
     kept = sum(core.keys.nbytes + core.values.nbytes for core in decoder.cores)
     each = f" on each of {task.arguments.tensor} tensor ranks" if task.arguments.tensor > 1 else ""
     size = compact(parameters(task.experiment.model) or 0)

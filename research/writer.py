@@ -79,6 +79,7 @@ class Writer:
 
     def clear(self) -> None:
         """Forgets every text; the decoder is empty then. What a step that failed leaves behind is gone, too."""
+        assert isinstance(self.decoder, Decoder)
         self.decoder.clear()
         self.batch, self._texts = Batch(self.decoder, self.tokenizer.vocab_size), {}
 
