@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from research.generate_task import Task, parser, prepared
+from research.generate_task import ROOT, Task, parser, prepared
 
 if TYPE_CHECKING:
     from research.writer import Writer
@@ -22,10 +22,11 @@ def main(argv: list[str]) -> None:
 @contextlib.contextmanager
 def ready(task: Task) -> Iterator["Writer"]:
     """The model, restored, on as many tensor ranks as asked for."""
+    from research.hf_tokenizer import ends_of
     from research.restore import Plan
     from research.tensor_ranks import opened
     from research.writer import Writer
 
     plan = Plan(task.folder.path, task.checkpoint, task.arguments.precision, task.at_once, task.places)
     with opened(plan, task.arguments.tensor) as decoder:
-        yield Writer(decoder, task.tokenizer, task.experiment.model, task.context)
+        yield Writer(decoder, task.tokenizer, task.experiment.model, task.context, ends_of(task.tokenizer, ROOT))

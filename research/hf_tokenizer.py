@@ -16,13 +16,12 @@ from typing import Any
 from parallel.errors import Mistake
 from research.data import tokenizer, tokenizer_file
 from research.data.tokenizer import Tokenizer
-from research.data.tokenizer_file import CONFIG, read_table
+from research.data.tokenizer_file import CONFIG, LONGEST_TEMPLATE, read_table
 from research.hf_writer import write_table
 
 FILE, TEMPLATE, GENERATION = "tokenizer.json", "chat_template.jinja", "generation_config.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-LONGEST_TEMPLATE = 2**20
 
 
 def take(file: Path, target: Path, length: int, ids: Mapping[str, Any]) -> None:
@@ -87,6 +86,35 @@ def write(target: Path, words: Tokenizer, root: Path, length: int) -> dict[str, 
 def _ids_of(backend: Any, tokens: Mapping[str, str | None]) -> dict[str, int | None]:
     """{"eos_token_id": …} of {"eos_token": …}."""
     return {f"{name}_id": backend.token_to_id(token) for name, token in tokens.items() if token}
+
+
+def ends_of(words: Tokenizer, root: Path) -> tuple[int, ...]:
+    """The ids at which a text ends: those that the generation_config.json beside a tokenizer.json names, and end-of-text."""
+    told = _beside(words, root, GENERATION).get("eos_token_id")
+    named = told if isinstance(told, list) else [told]
+    return tuple(dict.fromkeys([words.end_of_text, *(named if _are_ids(told) else ())]))
+
+
+def template_of(words: Tokenizer, root: Path) -> str | None:
+    """The chat template beside a tokenizer.json, where there is one."""
+    if not tokenizer_file.is_file(words.name):
+        return None
+    found = _template(tokenizer_file.path_of(words.name, root).parent, _beside(words, root, CONFIG))
+    return found if isinstance(found, str) and 0 < len(found) <= LONGEST_TEMPLATE else None
+
+
+def special_tokens_of(words: Tokenizer, root: Path) -> dict[str, str]:
+    """{"bos_token": "<s>", …}: those that the tokenizer_config.json beside a tokenizer.json names."""
+    told = _beside(words, root, CONFIG)
+    return {name: token for name in SPECIAL if (token := tokenizer_file.token(told.get(name)))}
+
+
+def _beside(words: Tokenizer, root: Path, name: str) -> dict[str, Any]:
+    """A table in the folder of a run's tokenizer.json; empty where there is none."""
+    if not tokenizer_file.is_file(words.name):
+        return {}
+    path = tokenizer_file.path_of(words.name, root).with_name(name)
+    return read_table(path) if path.is_file() else {}
 
 
 def _template(source: Path, told: Mapping[str, Any]) -> Any:

@@ -32,6 +32,11 @@ class Stream:
         self._base = tokenizer.decode(self._ids)
         self._held = ""
 
+    @property
+    def held(self) -> int:
+        """Characters that are held back because a stop string may begin with them."""
+        return len(self._held)
+
     def push(self, token: int) -> str:
         """One more id; what is certain now."""
         self._ids.append(token)

@@ -15,6 +15,7 @@ VERBS = {
     "runs": "list the runs: layout, steps, last bits per byte, status",
     "generate": "let a trained model write: generate RUN --prompt 'My fellow citizens'",
     "evaluate": "put tasks to a trained model: evaluate RUN --tasks validation agreement",
+    "serve": "let it answer over HTTP, as OpenAI's servers do: serve RUN",
     "export": "a run for transformers to load: export RUN FOLDER",
     "import": "another program's weights as an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",

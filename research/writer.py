@@ -29,6 +29,8 @@ class Text:
     """What is certain so far. A stop string is not in it, nor is end-of-text."""
     fresh: str = ""
     """What the last step added to it."""
+    starts: list[int] = field(default_factory=list)
+    """Of each of its ids: the character of the text at which it begins."""
     score: float | None = None
     """A beam's."""
 
@@ -47,11 +49,14 @@ class Writer:
     model: GPT
     context: int
     """Tokens of a prompt and its text together, at most."""
+    ends: Collection[int] = ()
+    """Ids that end a text; none named: end-of-text."""
     batch: Batch = field(init=False)
     _texts: dict[Written, Text] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.batch = Batch(self.decoder, self.tokenizer.vocab_size)
+        self.ends = self.ends or (self.tokenizer.end_of_text,)
 
     def __bool__(self) -> bool:
         """Whether anything is left to write."""
@@ -63,7 +68,7 @@ class Writer:
 
     def submit(self, prompt: str, ask: Ask) -> Text:
         """Queues a prompt; what is returned fills with every step. A Mistake where it does not fit into the context."""
-        return self.submit_ids(self.ids(prompt), ask, (self.tokenizer.end_of_text,), prompt)
+        return self.submit_ids(self.ids(prompt), ask, self.ends, prompt)
 
     def submit_ids(self, ids: tuple[int, ...], ask: Ask, ends: Collection[int], prompt: str = "") -> Text:
         """As `submit`, for a prompt that is tokens already (at least one), and a text that ends at any of `ends`."""
@@ -71,6 +76,12 @@ class Writer:
         written = self.batch.submit(Request(ids, ask.max_new_tokens, ask.choice, ask.seed, ends, ask.logprobs))
         self._texts[written] = Text(prompt, ask, written, Stream(self.tokenizer, ids, ask.stops))
         return self._texts[written]
+
+    def clear(self) -> None:
+        """Forgets every text; the decoder is empty then. What a step that failed leaves behind is gone, too."""
+        assert isinstance(self.decoder, Decoder)
+        self.decoder.clear()
+        self.batch, self._texts = Batch(self.decoder, self.tokenizer.vocab_size), {}
 
     def cancel(self, text: Text) -> None:
         """Ends a text before its time."""
@@ -87,6 +98,7 @@ class Writer:
     def _take(self, text: Text) -> None:
         """The newest token of a text, as text."""
         before, written, stream = len(text.text), text.written, text.stream
+        text.starts.append(before + stream.held)
         if written.finish != END:
             text.text += stream.push(written.ids[-1])
         if written.finish:
@@ -102,8 +114,7 @@ class Writer:
         assert isinstance(self.decoder, Decoder)
         ids = self.ids(prompt)
         refuse_long(len(ids), ask.max_new_tokens, self.context, self.model)
-        ends = (self.tokenizer.end_of_text,)
-        wanted = Search(beams, ask.max_new_tokens, ends, self.tokenizer.vocab_size, ask.choice.repetition_penalty)
+        wanted = Search(beams, ask.max_new_tokens, tuple(self.ends), self.tokenizer.vocab_size, ask.choice.repetition_penalty)
         found = []
         for beam in search(self.decoder, ids, wanted)[:count]:
             written = Written(Request(ids, ask.max_new_tokens), list(beam.ids), finish=END if beam.ended else LENGTH)

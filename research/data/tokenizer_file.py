@@ -16,6 +16,8 @@ from research.data.tokenizer import END_OF_TEXT, Tokenizer
 CONFIG = "tokenizer_config.json"
 LARGEST = 256 * 2**20
 """Bytes of a tokenizer.json; one of 256 thousand tokens has 33 MB."""
+LONGEST_TEMPLATE = 2**20
+"""Characters of a chat template."""
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 """What the token that ends a text is called where no tokenizer_config.json says it."""
 WAY_OUT = "give it a tokenizer.json as Hugging Face's tokenizers saves it"

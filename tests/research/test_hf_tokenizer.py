@@ -10,7 +10,7 @@ import transformers
 from parallel.errors import Mistake
 from research import hf_tokenizer
 from research.data import tokenizer, tokenizer_file
-from research.hf_tokenizer import FILE, GENERATION, LONGEST_TEMPLATE, TEMPLATE, put, take, write
+from research.hf_tokenizer import FILE, GENERATION, LONGEST_TEMPLATE, TEMPLATE, ends_of, put, special_tokens_of, take, template_of, write
 from tests.research.hf_models import their_tokenizer
 
 CONFIG = "tokenizer_config.json"
@@ -199,3 +199,36 @@ def test_what_is_looked_for_is_what_transformers_writes(source):
     spoken.save_pretrained(source)
     assert (source / TEMPLATE).read_text() == CHAT
     assert set(hf_tokenizer.SPECIAL) < set(transformers.PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES)
+
+
+def words(folder: Path):
+    return tokenizer_file.load(str(folder / FILE), folder)
+
+
+@pytest.mark.parametrize(
+    ("told", "ends"), [(None, (0,)), (5, (0, 5)), ([5, 0, 7], (0, 5, 7)), ("5", (0,)), ([-1], (0,)), ([[1]], (0,)), (True, (0,))]
+)
+def test_a_text_ends_where_generation_config_says_and_at_end_of_text(source, told, ends):
+    if told is not None:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": told}))
+    assert ends_of(words(source), source) == ends
+
+
+def test_the_template_and_its_tokens(source):
+    assert template_of(words(source), source) is None
+    assert special_tokens_of(words(source), source) == {"bos_token": "<|end|>", "eos_token": "<|end|>"}
+    theirs = their_tokenizer()
+    theirs.chat_template = "{{ messages }}"
+    theirs.save_pretrained(source)
+    assert template_of(words(source), source) == "{{ messages }}"
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    assert template_of(words(source), source) == "yes"
+
+
+def test_a_tokenizer_of_ours_has_nothing_beside_it(tmp_path):
+    ours = tokenizer.gpt2()
+    assert ends_of(ours, tmp_path) == (ours.end_of_text,)
+    assert template_of(ours, tmp_path) is None and special_tokens_of(ours, tmp_path) == {}

@@ -6,12 +6,12 @@ import torch.distributed as dist
 
 spmd = pytest.importorskip("spmd_types")
 
-from spmd_types import I, P, R, V  # noqa: E402
-from spmd_types.checker import typecheck  # noqa: E402
+from spmd_types import I, P, R, V
+from spmd_types.checker import typecheck
 
-from research.misfit import Misfit  # noqa: E402
-from research.typed_collectives import WITHOUT_RULE, typed_collectives  # noqa: E402
-from research.typed_pass import fake_world  # noqa: E402
+from research.misfit import Misfit
+from research.typed_collectives import WITHOUT_RULE, typed_collectives
+from research.typed_pass import fake_world
 
 TENSOR = spmd.MeshAxis.of(4, 1)
 RULES = {"all_reduce", "all_gather", "reduce_scatter"}

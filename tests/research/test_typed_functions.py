@@ -11,13 +11,13 @@ from parallel.vocab import vocab_parallel_cross_entropy
 
 spmd = pytest.importorskip("spmd_types")
 
-from spmd_types import I, P, R, V  # noqa: E402
-from spmd_types.checker import typecheck  # noqa: E402
+from spmd_types import I, P, R, V
+from spmd_types.checker import typecheck
 
-from research.misfit import Misfit  # noqa: E402
-from research.typed_collectives import typed_collectives  # noqa: E402
-from research.typed_functions import Witness  # noqa: E402
-from research.typed_pass import fake_world  # noqa: E402
+from research.misfit import Misfit
+from research.typed_collectives import typed_collectives
+from research.typed_functions import Witness
+from research.typed_pass import fake_world
 
 MESH = {"outer": spmd.MeshAxis.of(2, 2), "inner": spmd.MeshAxis.of(2, 1)}
 

@@ -134,6 +134,48 @@ def test_the_end_of_text_ends_a_text_and_is_not_in_it(folder):
     assert text.text == said(tokenizer, text.written.ids[:-1])
 
 
+def test_a_text_ends_at_any_of_the_ids_that_end_it(folder):
+    """Those of the writer, or of a request that was given as ids."""
+    mine = writer(folder)
+    ids = mine.ids("the people")
+    whole_text = mine.submit("the people", Ask(12))
+    while mine:
+        mine.step()
+    end = whole_text.written.ids[3]
+    cut = whole_text.written.ids.index(end) + 1
+    by_request = mine.submit_ids(ids, Ask(12), (-1, end))
+    while mine:
+        mine.step()
+    ended = Writer(mine.decoder, mine.tokenizer, mine.model, 32, (-1, end))
+    by_writer = ended.submit("the people", Ask(12))
+    while ended:
+        ended.step()
+    for text in (by_request, by_writer):
+        assert text.finish == "end_of_text" and text.written.ids == whole_text.written.ids[:cut]
+
+
+def test_starts_say_where_in_the_text_each_token_begins(folder):
+    """Beside the text of the tokens before it, decoded at once; a token inside of a character begins where the character does."""
+    mine = writer(folder)
+    text = mine.submit("the people", Ask(20, stops=("never there",)))
+    while mine:
+        mine.step()
+    assert len(text.starts) == 20 and text.starts[0] == 0 and text.starts == sorted(text.starts)
+    for i, start in enumerate(text.starts):
+        before = mine.tokenizer.decode(text.written.ids[:i])
+        assert before.rstrip("\N{REPLACEMENT CHARACTER}") == before[:start].rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def test_a_writer_that_was_cleared_is_as_new(folder):
+    mine = writer(folder)
+    for prompt in ("war", "the people", "", "war", "war"):
+        mine.submit(prompt, DRAWN)
+    mine.step()
+    mine.clear()
+    assert not mine and mine.decoder.free == 4
+    assert whole(mine, "the people", DRAWN) == whole(writer(folder), "the people", DRAWN)
+
+
 def test_a_prompt_that_is_too_long_is_refused_and_nothing_waits(folder):
     mine = writer(folder)
     with pytest.raises(Mistake, match="needs 33 places, the context has 32"):
