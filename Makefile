@@ -35,10 +35,10 @@ help:  ## list these commands
 train: $(VENV)/ready  ## set up if needed, then train the default experiment on two ranks, about three minutes on two CPU cores
 	deepspeed --num_gpus 2 experiments/gpt_sotu/launch.py --parallel.tensor 2
 
-test: $(VENV)/ready  ## set up if needed, then every test but the slow ones
+test: $(VENV)/ready-dev  ## set up if needed, then every test but the slow ones
 	pytest
 
-test-slow: $(VENV)/ready  ## the slow tests
+test-slow: $(VENV)/ready-dev  ## the slow tests
 	pytest -m slow
 
 check: $(VENV)/ready-dev  ## lint, types, and the direction of imports
