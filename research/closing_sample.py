@@ -31,7 +31,7 @@ def write(folder: RunFolder, experiment: Experiment, tokenizer: Tokenizer, promp
     checkpoint = latest(folder.checkpoints)
     _refuse_little_memory(checkpoint)
     model = GPT(**experiment.model.model_dump())
-    room = model.seq_length - (len(tokenizer.encode(prompt)) or 1)
+    room = model.seq_length - len(tokenizer.prompt(prompt))
     plan = Plan(folder.path, checkpoint, context=model.seq_length)
     writer = Writer(decoder_of(plan, Grid(), torch.device("cpu")), tokenizer, model, model.seq_length)
     seed = text_seed(experiment.sample.seed, 0, 0)

@@ -58,8 +58,8 @@ class Task:
         return ask
 
     def length(self, prompt: str) -> int:
-        """Its tokens; an empty prompt is read as end-of-text."""
-        return len(self.tokenizer.encode(prompt)) or 1
+        """Its tokens, those in front of every prompt included."""
+        return len(self.tokenizer.prompt(prompt))
 
     @property
     def at_once(self) -> int:

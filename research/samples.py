@@ -43,7 +43,7 @@ def refuse_long(experiment: Experiment, given: Sequence[str], tokenizer: Tokeniz
     """A Mistake where a prompt and what is to follow are longer than what the model is trained on."""
     tokens, length = experiment.sample.tokens, experiment.model.seq_length
     for prompt in given:
-        size = len(tokenizer.encode(prompt)) or 1
+        size = len(tokenizer.prompt(prompt))
         if size + tokens > length:
             ways = f"use sample.tokens {length - size} or less, or shorten it" if size < length else "shorten it"
             raise Mistake(

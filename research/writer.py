@@ -64,7 +64,7 @@ class Writer:
 
     def ids(self, prompt: str) -> tuple[int, ...]:
         """The prompt's tokens; an empty one is a new document's beginning."""
-        return tuple(self.tokenizer.encode(prompt)) or (self.tokenizer.end_of_text,)
+        return self.tokenizer.prompt(prompt)
 
     def submit(self, prompt: str, ask: Ask) -> Text:
         """Queues a prompt; what is returned fills with every step. A Mistake where it does not fit into the context."""

@@ -43,6 +43,8 @@ class Tokenizer:
     backend: "tokenizers.Tokenizer"
     cuts: bool = True
     """Whether a long text may be cut before it is tokenized: so it is with the pattern of all of ours (`pieces`)."""
+    begin: tuple[int, ...] = ()
+    """What stands in front of every prompt (`<s>`, `<|begin_of_text|>`) where a model of another program was trained so; ours have none."""
 
     def pieces(self, text: str) -> Iterator[str]:
         """`text` in parts whose ids one after the other are its own."""
@@ -51,6 +53,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without end-of-text."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """The ids that a model continues: `begin`, then the text's; end-of-text, a new document's beginning, where that is nothing."""
+        return (*self.begin, *self.encode(text)) or (self.end_of_text,)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""

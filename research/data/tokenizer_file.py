@@ -48,7 +48,7 @@ def load(name: str, root: Path) -> Tokenizer:
     if identifier is None:
         raise Mistake(f"{path} has no token {marker!r:.80}, with which {path.with_name(CONFIG).name} ends a text → {WAY_OUT}")
     fingerprint = hashlib.sha256(path.read_bytes() + b"\0" + marker.encode()).hexdigest()
-    return Tokenizer(name, _size(path, table), identifier, fingerprint, backend, cuts=False)
+    return Tokenizer(name, _size(path, table), identifier, fingerprint, backend, cuts=False, begin=_begin(backend))
 
 
 def parsed(path: Path) -> Any:
@@ -65,6 +65,13 @@ def parsed(path: Path) -> Any:
     backend.no_padding()
     backend.encode_special_tokens = True
     return backend
+
+
+def _begin(backend: Any) -> tuple[int, ...]:
+    """The ids that the tokenizer's own post-processor puts in front of a text. What it puts behind one is left out: it ends texts."""
+    text, marked = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    places = (at for at in range(len(marked) - len(text) + 1) if marked[at : at + len(text)] == text)
+    return tuple(marked[: next(places, 0)])
 
 
 def end_of_text(path: Path, table: dict[str, Any]) -> str:

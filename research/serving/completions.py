@@ -68,7 +68,7 @@ class Completions:
     def _ids(self, prompt: Any, place: str) -> tuple[int, ...]:
         words = self.service.tokenizer
         if isinstance(prompt, str):
-            return tuple(words.encode(whole_text(prompt, place))) or (words.end_of_text,)
+            return words.prompt(whole_text(prompt, place))
         if len(prompt) > self.service.context:
             raise wrong(place, f"has {len(prompt)} tokens, the context has {self.service.context} → send fewer", "context_length_exceeded")
         for token in prompt:

@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from parallel.errors import Mistake
@@ -60,6 +61,21 @@ def test_ids_are_the_librarys_without_anything_added(make, tmp_path):
     assert found.vocab_size == backend.get_vocab_size() == tokenizer_file.declared_vocab_size("tokenizer.json", tmp_path)
     assert found.end_of_text == backend.token_to_id("</s>")
     assert found.decode(found.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("single", "front"), [("<s> $A", ["<s>"]), ("<s> </s> $A", ["<s>", "</s>"]), ("<s> $A </s>", ["<s>"]), ("$A </s>", []), ("$A", [])]
+)
+def test_a_prompt_begins_as_transformers_begins_it(single, front, tmp_path):
+    """What the file's post-processor puts in front; what it puts behind would end the text before it was written."""
+    backend = byte_level()
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+    saved(tmp_path, backend)
+    found = tokenizer_file.load("tokenizer.json", tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))(TEXT).input_ids
+    assert list(found.prompt(TEXT)) == theirs[: len(front) + len(found.encode(TEXT))]
+    assert found.begin == tuple(map(backend.token_to_id, front))
+    assert found.prompt("") == (found.begin or (found.end_of_text,))
 
 
 def test_the_letters_of_a_marker_are_text_and_padding_in_the_file_is_not_done(tmp_path):
