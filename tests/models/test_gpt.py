@@ -99,7 +99,7 @@ LLAMA_LIKE = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
 def test_every_combination_is_the_same_on_sliced_ranks(degree, sequence):
     """Logits to 1e-12 and every gradient to 1e-10 in fp64, engine-free; every other model drops something everywhere.

@@ -65,6 +65,15 @@ LAYOUTS |= CUT_LONG
 EACH += [("dropping", layout) for layout in CUT_LONG if layout != "TP4·SP, full"]
 EACH += [("tied", "TP2·SP, selective"), ("dropping llama", "TP2·SP")]
 BEYOND += [("tied", "TP2·SP·ZeRO-3, full"), ("dropping", "TP4·SP, full"), ("dropping llama", "TP2·PP2·SP, selective")]
+COSTLY = {  # seconds each, and others show the same in the quick tests: these run with the slow ones
+    ("dropping", "TP2·PP2·SP, selective"),
+    ("dropping", "TP2·SP·ZeRO-3, full"),
+    ("dropping", "TP2·DP2·SP·ZeRO-2"),
+    ("dropping", "TP2·SP"),
+    ("dropping", "TP4·SP, full"),
+    ("tied", "TP2·SP, selective"),
+    ("tied", "TP2·ZeRO-3"),
+}
 GRIDS_OF_FOUR = {
     "TP4": dict(tensor=4, micro=8),
     "PP4": dict(pipe=4),
@@ -91,6 +100,12 @@ FOUR = on_four_ranks()
 LAYOUTS |= {name: (4, {"micro": 2, **settings}) for name, settings in FOUR.items()}
 LOW = [("tied", layout) for layout in ("TP2", "PP2", "DP2", "TP2·PP2", "ZeRO-2", "ZeRO-3")] + [("untied", "TP2·PP2")]
 LOW += [("dropping", "TP2·SP, selective")]
+COSTLY_IN_BF16 = {("dropping", "TP2·SP, selective"), ("untied", "TP2·PP2")}
+
+
+def cases(pairs: list[tuple[str, str]], costly: set[tuple[str, str]]) -> list:
+    """For parametrize."""
+    return [pytest.param(*pair, marks=pytest.mark.slow if pair in costly else ()) for pair in pairs]
 
 
 @functools.cache
@@ -122,7 +137,7 @@ def assert_same(errors: dict[str, float]) -> None:
     assert all(errors[key] <= allowed[key] for key in errors), errors
 
 
-@pytest.mark.parametrize(("subject", "layout"), EACH, ids=lambda name: name)
+@pytest.mark.parametrize(("subject", "layout"), cases(EACH, COSTLY), ids=lambda name: name)
 def test_a_layout_trains_as_one_rank_does(subject: str, layout: str) -> None:
     assert_same(differences(run(subject, layout), run(subject, "one rank")[0]))
 
@@ -142,13 +157,13 @@ def test_the_clip_binds_and_the_model_learns(subject: str) -> None:
     assert min(alone["norm"]) > 2 * CLIP and alone["loss"][-1] < alone["loss"][0] - 0.2
 
 
-@pytest.mark.parametrize(("subject", "layout"), BEYOND, ids=lambda name: name)
+@pytest.mark.parametrize(("subject", "layout"), cases(BEYOND, COSTLY), ids=lambda name: name)
 def test_a_layout_begins_as_one_rank_does(subject: str, layout: str) -> None:
     """Five steps: enough for what is not asked for but allowed."""
     assert_same(differences(run(subject, layout, steps=5), run(subject, "one rank", steps=5)[0]))
 
 
-@pytest.mark.parametrize(("subject", "layout"), LOW, ids=lambda name: name)
+@pytest.mark.parametrize(("subject", "layout"), cases(LOW, COSTLY_IN_BF16), ids=lambda name: name)
 def test_bf16_losses_agree(subject: str, layout: str) -> None:
     (alone,) = run(subject, "one rank", "bf16")
     for found in run(subject, layout, "bf16"):

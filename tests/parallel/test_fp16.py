@@ -45,7 +45,7 @@ LAYOUTS = {
     "ZeRO-2, optimizer offloaded": (2, dict(zero_stage=2, offload_optimizer=True)),
     "ZeRO-3, all offloaded": (2, dict(zero_stage=3, offload_optimizer=True, offload_parameters=True)),
 }
-EACH = [(layout, OVERFLOWS) for layout in ("TP2", "TP2·SP", "PP2", "DP2", "ZeRO-2", "ZeRO-3", "TP2·PP2")]
+EACH = [(layout, OVERFLOWS) for layout in ("TP2", "PP2", "DP2", "ZeRO-2", "ZeRO-3", "TP2·PP2")]
 EACH += [(layout, NEVER) for layout in ("PP2", "DP2", "ZeRO-3")]
 BEYOND = [(layout, power) for layout in LAYOUTS for power in (OVERFLOWS, NEVER) if layout != "one rank" and (layout, power) not in EACH]
 

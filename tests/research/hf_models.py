@@ -1,5 +1,6 @@
 """Small models of all three families as transformers writes them to a folder, with a tokenizer, and what an import makes of them."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -44,7 +45,8 @@ CASES = {
 
 def their_model(case: str) -> transformers.PreTrainedModel:
     """Random weights, norms about one and biases far from zero: an initialised model would hide a lost bias."""
-    model = transformers.AutoModelForCausalLM.from_config(CASES[case], attn_implementation="eager")
+    config = copy.deepcopy(CASES[case])  # a model writes its dtype into it
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -38,6 +38,7 @@ def occupied():
         yield listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_taken_port_through_deepspeed(place: Place) -> None:
     with occupied() as port:
         ended = run(place, "deepspeed", 2, port=port, parallel__tensor=2)

@@ -75,10 +75,11 @@ def test_asked_stopped_and_resumed_is_never_asked_nor_stopped(stage: Stage, layo
     assert samples(resumed) == samples(asked)
 
 
-DRAWN = {"temperature": 0.9, "top_k": 50, "seed": 4}
+GREEDY = {"temperature": 0.0, "top_p": 1.0}
+DRAWN = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 4}
 MANY = (*PROMPTS, "of", "war", "jobs")
 """More than pass a pipeline's micro-batch of two at once."""
-SLOW_WRITERS = [("TP2·PP2", {}, PROMPTS), ("1", {}, PROMPTS), ("PP2", DRAWN, MANY)]
+SLOW_WRITERS = [("TP2·PP2", GREEDY, PROMPTS), ("1", GREEDY, PROMPTS), ("PP2", DRAWN, MANY)]
 WRITERS = [("DP2", DRAWN, PROMPTS), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_WRITERS)]
 
 

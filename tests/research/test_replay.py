@@ -30,7 +30,7 @@ def replayed(folder: RunFolder, step: int, capsys) -> tuple[examine.Examined, st
     return found, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_loss_that_explodes_is_found_again_by_module_and_sample(stage: Stage, capsys, precision: str) -> None:
     ended = stage.run(f"explodes_{precision}", 2, parallel={"tensor": 2}, precision=precision, **EXPLODES)
     assert set(ended.codes) == {3} and "step 2" in ended.said, ended.said

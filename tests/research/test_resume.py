@@ -81,7 +81,7 @@ def test_after_a_kill_the_record_is_one_and_nothing_of_it_is_lost(stage: Stage, 
     assert sorted(path.name for path in resumed.folder.checkpoints.glob("step_*")) == ["step_000009", "step_000012"]  # keep_last = 2
 
 
-ACROSS = [("TP2", "PP2"), ("ZeRO-3", "TP2·SP")]
+ACROSS = [("TP2", "PP2"), pytest.param("ZeRO-3", "TP2·SP", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("first", "second"), ACROSS)
@@ -100,6 +100,7 @@ def test_a_background_save_is_the_same_checkpoint(stage: Stage, whole: Ended) ->
     assert behind.codes == [0] and behind.hexes() == whole.hexes() and bits(behind.folder) == bits(whole.folder)
 
 
+@pytest.mark.slow
 def test_wandb_gets_a_second_offline_segment_with_the_same_id(stage: Stage) -> None:
     """Read back by W&B's own reader: each segment has its own rows, the second says where it began."""
     go(stage, "tracked", "1", prelude=r.stopped_in_step_6, track={"mode": "offline"})

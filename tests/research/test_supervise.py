@@ -131,6 +131,7 @@ def test_a_crash_is_launched_again_from_its_checkpoint(stub: Stub) -> None:
     assert "exit code 1 after a checkpoint at step 3, stub-a (it was planned) → launched again in 1 s" in said[0]
 
 
+@pytest.mark.slow
 def test_it_gives_up_where_no_checkpoint_is_newer(stub: Stub) -> None:
     done = stub.run({"run": "a", "step": 3, "code": 7}, options=("--restarts", "2"))
     assert done.returncode == 7
@@ -139,6 +140,7 @@ def test_it_gives_up_where_no_checkpoint_is_newer(stub: Stub) -> None:
     assert "2 restarts have brought no newer checkpoint" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_there_is_nothing_to_resume(stub: Stub) -> None:
     """An older run of the same experiment must not be taken for this one."""
     old = stub.runs / "stub/old/checkpoints"

@@ -165,6 +165,7 @@ def test_too_few_or_too_many_are_found_and_named(mutation, cut: Cut, layer: str,
     assert (layer, direction) in differing
 
 
+@pytest.mark.slow
 def test_the_command_prints_counts_beside_formulas(tmp_path) -> None:
     """In a process of its own, on an experiment with a class of its own, whose tensor axis has no closed form."""
     command = [sys.executable, "-m", "research", "verify", "experiments/gpt_sotu_dyt", "--ranks", "2", "--ledger"]

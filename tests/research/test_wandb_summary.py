@@ -71,6 +71,7 @@ def working():
     yield servers.serve(servers.Works)
 
 
+@pytest.mark.slow
 def test_online_they_go_into_the_run(tmp_path, working):
     folder = training.launch(tmp_path, server=working)[0]["folder"]
     rows = len(servers.Works.rows)
