@@ -17,7 +17,7 @@ from parallel.checkpoint_folder import latest
 from parallel.checkpoint_reader import Reader
 from research import __main__ as research_main
 from research import config
-from research.text import one_line
+from research.text import one_line, printable
 from tests.models import reference
 from tests.parallel.checkpoints import by_another_reader
 from tests.research.runs import ROOT, Ended, Place, run
@@ -201,7 +201,7 @@ def test_generate_writes_what_the_run_wrote(ended: Ended, capsys) -> None:
     assert research_main.main(["generate", str(ended.folder.path), "--prompt", row["prompt"], *asked]) == 0
     written = capsys.readouterr().out
     assert written.startswith(row["prompt"])
-    assert one_line(written.removeprefix(row["prompt"])) == one_line(row["text"])
+    assert one_line(written.removeprefix(row["prompt"])) == one_line(printable(row["text"]))
 
 
 def test_runs_lists_it(tensor_2: Ended, place: Place) -> None:
