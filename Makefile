@@ -34,6 +34,7 @@ help:  ## list these commands
 
 train: $(VENV)/ready  ## set up if needed, then train the default experiment on two ranks, about three minutes on two CPU cores
 	deepspeed --num_gpus 2 experiments/gpt_sotu/launch.py --parallel.tensor 2
+	@[ "$${VIRTUAL_ENV:-}" = "$(CURDIR)/$(VENV)" ] || echo "first  source $(VENV)/bin/activate   (once in a terminal)"
 
 test: $(VENV)/ready-dev  ## set up if needed, then every test but the slow ones
 	pytest
