@@ -274,7 +274,7 @@ def working():
 
 
 def test_online_mirrors_every_row(tmp_path, working):
-    """The server knows no artifacts, so no tables: that is said once, and costs nothing else."""
+    """The server answers too little for the tables of a run under way: that is said once, and costs nothing else."""
     told, errors = launch(tmp_path, server=working)
     assert told["line"] == f"W&B online · {working}/somebody/tessera/runs/{told['folder'].title}"
     assert ["did not take the table of samples" in note for note in told["notes"]] == [True]
