@@ -16,7 +16,7 @@ from models.position import Position
 from parallel.collectives import gather_from_tensor_ranks
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from parallel.layers import Passed, PlainModule, through
+from parallel.layers import PlainModule
 from parallel.packed import lay_out
 
 TRIED = 8
@@ -68,7 +68,7 @@ class Decoder:
     def step(self, ids: Sequence[int]) -> Tensor:
         """One more token for every row in use, in order; the logits after it."""
         self.rows.advance()
-        return self._logits(self._hidden(torch.tensor(ids, device=self.rows.device)[:, None]))
+        return self._logits(self.module.hidden(torch.tensor(ids, device=self.rows.device)[:, None]))
 
     def drop(self, row: int) -> None:
         """Frees a row. The last one takes its place."""
@@ -109,24 +109,13 @@ class Decoder:
         ids = torch.zeros((len(prompts), max(lengths)), dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        x = self._hidden(ids.to(device))
+        x = self.module.hidden(ids.to(device))
         last = torch.tensor(lengths, device=device) - 1
         return self._logits(x[torch.arange(len(x), device=device), last][:, None])
 
-    def _hidden(self, ids: Tensor) -> Tensor:
-        """'b s' -> 'b s d': every layer but the head."""
-        x: Passed = ids
-        for layer, call in self.module.steps[:-1]:
-            x = through(layer, call, x)
-        assert isinstance(x, Tensor)
-        return x
-
     def _logits(self, x: Tensor) -> Tensor:
         """'n 1 d' -> 'n v'."""
-        layer, head = self.module.steps[-1]
-        sliced = through(layer, head, x)
-        assert isinstance(sliced, Tensor)
-        logits = gather_from_tensor_ranks(sliced[:, 0], self.grid.tensor_group)[:, : self.model.vocab_size]
+        logits = gather_from_tensor_ranks(self.module.logits(x)[:, 0], self.grid.tensor_group)[:, : self.model.vocab_size]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.inference_mode()

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from models.config import GPT
-from models.scoring import token_scores
 from parallel.grid import Grid
-from parallel.layers import Passed, PlainModule, through
+from parallel.layers import PlainModule
 from parallel.orders import hear, tell
+from parallel.vocab import vocab_parallel_argmax, vocab_parallel_cross_entropy
 
 SCORE, LEAVE = range(2)
 ROWS = 1024
@@ -32,7 +32,7 @@ class Scores:
         """
         ids, places = padded(rows, counts)
         device = next(self.module.parameters()).device
-        x = self._hidden(ids[:, :-1].to(device)).flatten(0, 1)[places.to(device)]
+        x = self.module.hidden(ids[:, :-1].to(device)).flatten(0, 1)[places.to(device)]
         targets = torch.tensor([token for row, count in zip(rows, counts, strict=True) for token in row[-count:]], device=device)
         parts = [self._of(*part) for part in zip(x.split(ROWS), targets.split(ROWS), strict=True)]
         logp, greedy = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
@@ -40,19 +40,18 @@ class Scores:
 
     def _of(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """x 'n d', the targets behind them 'n' -> log p and whether it is the likeliest, 'n' each."""
-        layer, head = self.module.steps[-1]
-        logits = through(layer, head, x[None])
-        assert isinstance(logits, Tensor)
-        logp, greedy = token_scores(logits, targets[None], self.grid.tensor_group, self.model.vocab_size)
+        logp, greedy = token_scores(self.module.logits(x[None]), targets[None], self.grid.tensor_group, self.model.vocab_size)
         return logp[0], greedy[0]
 
-    def _hidden(self, ids: Tensor) -> Tensor:
-        """'b s' -> 'b s d': every layer but the head."""
-        x: Passed = ids
-        for layer, call in self.module.steps[:-1]:
-            x = through(layer, call, x)
-        assert isinstance(x, Tensor)
-        return x
+
+def token_scores(logits: Tensor, targets: Tensor, group: ProcessGroup | None, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """log p(target), fp32 at least, and whether target is the likeliest token: 'b s' each, equal on every tensor rank.
+
+    logits: 'b s v', this rank's rows of the padded vocabulary; targets: 'b s' in [0, vocab_size). Collective over `group`: four
+    all-reduces of O(b·s). Of several likeliest tokens the one with the lowest id counts, as in torch.argmax.
+    """
+    logp = -vocab_parallel_cross_entropy(logits, targets, group, vocab_size)
+    return logp, vocab_parallel_argmax(logits, group, vocab_size) == targets
 
 
 def padded(rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:

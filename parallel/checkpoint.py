@@ -13,8 +13,9 @@ with checkpoint.Reader(folder) as reader:               # one process, any layou
     checkpoint.load_weights(module, reader, Grid())
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,24 +54,30 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     one rank finds, all raise, as a Mistake naming the file. Then each rank reads its own part. On the layout and the machine
     that wrote it training goes on bit for bit; the ranks' random generators are set only where the layout is the same.
     """
+    with _checked(folder, engine) as (reader, named):
+        with together(engine.grid):
+            _check_moments(reader)
+            _check_model(reader, engine, named)
+            counters = check_counters(reader.facts.get("counters"))
+            _restore_generators(reader, engine)
+        ensure_moments(engine)
+        with together(engine.grid):
+            _read_state(reader, engine, KINDS)
+        set_counters(engine, counters)
+        publish_weights(engine)
+        return reader.facts
+
+
+@contextlib.contextmanager
+def _checked(folder: Path, engine: Engine) -> Iterator[tuple[Reader, set[str]]]:
+    """The checkpoint, open, every file of it whole; and the names of all ranks' parameters. Collective."""
     grid = engine.grid
     with together(grid):
         reader = Reader(folder)
     with reader:
         with together(grid):
             reader.check(grid.rank, grid.world)
-        named = {name for names in everyone(list(engine.parameters), grid) for name in names}
-        with together(grid):
-            _check_moments(reader)
-            _check_model(reader, engine, named)
-            counters = check_counters(reader.facts.get("counters"))
-            _restore_generators(reader, engine)
-        ensure_moments(engine)
-        with together(grid):
-            _read_state(reader, engine, KINDS)
-        set_counters(engine, counters)
-        publish_weights(engine)
-        return reader.facts
+        yield reader, {name for names in everyone(list(engine.parameters), grid) for name in names}
 
 
 def load_initial(folder: Path, engine: Engine) -> dict[str, Any]:
@@ -79,14 +86,8 @@ def load_initial(folder: Path, engine: Engine) -> dict[str, Any]:
     For a run of its own that begins where another ended, or with imported weights: moments and counters stay as they begin.
     Checked as in `load`.
     """
-    grid = engine.grid
-    with together(grid):
-        reader = Reader(folder)
-    with reader:
-        with together(grid):
-            reader.check(grid.rank, grid.world)
-        named = {name for names in everyone(list(engine.parameters), grid) for name in names}
-        with together(grid):
+    with _checked(folder, engine) as (reader, named):
+        with together(engine.grid):
             _check_model(reader, engine, named)
             _read_state(reader, engine, ("weights",))
         publish_weights(engine)

@@ -71,6 +71,19 @@ class PlainModule(nn.Module):
         """From now on each layer is called through `watcher(name, call)`."""
         self.steps = [(layer, watcher(layer.name, call)) for layer, call in self.steps]
 
+    def hidden(self, passed: Passed) -> Tensor:
+        """ids 'b s' -> x 'b s d': every layer but the head. For inference, which needs logits of few places."""
+        for layer, call in self.steps[:-1]:
+            passed = through(layer, call, passed)
+        assert isinstance(passed, Tensor)
+        return passed
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x 'b s d' as `hidden` returns it -> logits 'b s v', this rank's vocabulary rows: the head."""
+        logits = through(*self.steps[-1], x)
+        assert isinstance(logits, Tensor)
+        return logits
+
     def forward(self, passed: Passed) -> Passed:
         """ids 'b s' (and context) -> logits 'b s v', this rank's vocabulary rows."""
         for layer, call in self.steps:

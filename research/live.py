@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.config import GPT
-from models.scoring import token_scores
+from models.scores import token_scores
 from parallel.collectives import gather_from_tensor_ranks
 from parallel.engine import Engine, MicroBatch
 from research.stopping import CutShort

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 from research.evaluation import files
 from research.evaluation.continuation import continuation
+from research.evaluation.file_task import FileTask
 from research.evaluation.pairs import accuracy
-from research.evaluation.task import Exam, Given, Metric, Settings
+from research.evaluation.task import Exam, Given, Metric
 from research.scorer import Scored
 
 EXAMPLE = '{"query": "Question: Is snow warm?\\nAnswer:", "choices": ["no", "yes"], "gold": 0}'
@@ -24,24 +23,11 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(FileTask):
     """lm-evaluation-harness' `output_type: multiple_choice`: each choice after the query and a space.
 
     `acc`: the likeliest is right; `acc_norm`: by log-probability per character; `acc_bytes`: per UTF-8 byte.
     """
-
-    name: str
-    chosen: Settings
-    path: Path
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """How many questions."""
-        return {"limit": self.chosen.limit}
-
-    def digest(self, given: Given) -> str:
-        """Of the file."""
-        return files.digest(self.path)
 
     def exam(self, given: Given) -> Exam:
         """A request a choice."""

@@ -4,12 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 from research.evaluation import errors, files
 from research.evaluation.continuation import continuation
-from research.evaluation.task import Exam, Given, Metric, Settings
+from research.evaluation.file_task import FileTask
+from research.evaluation.task import Exam, Given, Metric
 from research.metrics import perplexity
 from research.scorer import Asked, Scored
 
@@ -17,24 +16,11 @@ EXAMPLE = '{"text": "a passage of several words"}'
 
 
 @dataclass(frozen=True)
-class Lambada:
+class Lambada(FileTask):
     """lm-evaluation-harness' `lambada_openai`: what follows the last space, the space included, after all before it.
 
     accuracy: all its tokens are the likeliest ones; perplexity: e to the mean of −log p(word), a word counted once.
     """
-
-    name: str
-    chosen: Settings
-    path: Path
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """How many passages."""
-        return {"limit": self.chosen.limit}
-
-    def digest(self, given: Given) -> str:
-        """Of the file."""
-        return files.digest(self.path)
 
     def exam(self, given: Given) -> Exam:
         """A request a passage."""

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 from research.evaluation import errors, files
 from research.evaluation.continuation import continuation
-from research.evaluation.task import Exam, Given, Metric, Settings
+from research.evaluation.file_task import FileTask
+from research.evaluation.task import Exam, Given, Metric
 from research.scorer import Asked, Scored
 
 EXAMPLE = '{"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."}'
@@ -16,25 +15,12 @@ PARADIGM = "UID"
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(FileTask):
     """BLiMP's files as they are (arXiv:1912.00582), or any with its two fields; a field "UID" names a line's paradigm.
 
     A sentence is scored whole, with a space before it, after end-of-text: so does lm-evaluation-harness' `blimp_…`, whose `acc` is
     `accuracy`; where several paradigms are in one file, `accuracy/UID` is each one's.
     """
-
-    name: str
-    chosen: Settings
-    path: Path
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """How many pairs."""
-        return {"limit": self.chosen.limit}
-
-    def digest(self, given: Given) -> str:
-        """Of the file."""
-        return files.digest(self.path)
 
     def exam(self, given: Given) -> Exam:
         """Two requests a pair."""

@@ -5,34 +5,26 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from research.evaluation import errors, files, windows
 from research.evaluation.detokenized import detokenized, pages
-from research.evaluation.task import Exam, Given, Metric, Settings
+from research.evaluation.file_task import FileTask
+from research.evaluation.task import Exam, Given, Metric
 from research.metrics import perplexity
 from research.scorer import Asked, Scored
 
 
 @dataclass(frozen=True)
-class _File:
-    name: str
-    chosen: Settings
-    path: Path
-
+class _Windowed(FileTask):
     @property
     def settings(self) -> dict[str, Any]:
-        """Windows."""
-        return {"limit": self.chosen.limit, "window": self.chosen.window, "stride": self.chosen.stride}
-
-    def digest(self, given: Given) -> str:
-        """Of the file."""
-        return files.digest(self.path)
+        """Windows, too."""
+        return super().settings | {"window": self.chosen.window, "stride": self.chosen.stride}
 
 
 @dataclass(frozen=True)
-class Wikitext(_File):
+class Wikitext(_Windowed):
     """lm-evaluation-harness' `wikitext`: each article by itself, after end-of-text, in windows of which the last is full too.
 
     Words are what white space separates in the article as it is in the file, empty ones at its ends counted; bytes are the file's too.
@@ -71,7 +63,7 @@ def exponential(name: str, mean: float, stderr: float | None) -> Metric:
 
 
 @dataclass(frozen=True)
-class WholeWikitext(_File):
+class WholeWikitext(_Windowed):
     """Megatron-LM's WIKITEXT103 evaluation: the whole file as one text, detokenized, no end-of-text; its --overlapping-eval is the stride.
 
     Words are what single spaces separate in the file as it is, so each end of a line is one; the first is not predicted and not counted.
