@@ -6,17 +6,12 @@ from functools import cached_property
 from pathlib import Path
 
 from parallel.errors import Mistake
-from research import config, run_folder
-from research.config import Experiment
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.evaluation import harness, offline, tasks, windows
 from research.evaluation.harness import HarnessTask
 from research.evaluation.task import Given, Settings, Task
-from research.experiment import check_variants
-from research.generate_task import ROOT, checkpoint_of, refuse_tensor, say
-from research.machine import find_ranks
-from research.run_folder import RunFolder
+from research.trained import ROOT, Trained, find, refuse_launcher, say
 from research.verbs import Parser
 
 WHAT = """Puts tasks to a trained model and keeps the figures in RUN/evaluations/step_N.json. A task that was evaluated before, for the
@@ -28,13 +23,9 @@ AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Trained):
     """A command that can be carried out."""
 
-    arguments: argparse.Namespace
-    folder: RunFolder
-    checkpoint: Path
-    experiment: Experiment
     tasks: tuple[Task | HarnessTask, ...]
 
     @cached_property
@@ -96,22 +87,18 @@ def names_of(arguments: argparse.Namespace) -> list[str]:
 
 def prepared(arguments: argparse.Namespace) -> Command:
     """The command, checked."""
-    if find_ranks().world > 1:
-        raise Mistake("evaluate starts its ranks itself → run it without a launcher: python -m research evaluate RUN --tensor 2")
+    refuse_launcher("evaluate")
     if arguments.run is None:
         raise Mistake("evaluate needs a run → name one: python -m research evaluate runs/gpt_sotu/latest")
     _refuse_counts(arguments)
-    folder = run_folder.find(arguments.run)
-    experiment = config.load(folder.config)
-    check_variants(folder.source, experiment.model)
-    refuse_tensor(arguments.tensor, experiment.model)
-    checkpoint = checkpoint_of(folder, arguments.checkpoint)
+    found = find(arguments)
+    experiment = found.experiment
     settings = Settings(arguments.limit, arguments.window, arguments.stride, arguments.data)
     windows.sizes(settings, experiment.model.seq_length + 1)
-    found = tuple(_task(name, settings, arguments) for name in dict.fromkeys(names_of(arguments)))
-    if any(isinstance(task, HarnessTask) for task in found):
+    wanted = tuple(_task(name, settings, arguments) for name in dict.fromkeys(names_of(arguments)))
+    if any(isinstance(task, HarnessTask) for task in wanted):
         offline.keep_offline((ROOT / experiment.data.cache).expanduser() / "lm_eval")
-    return Command(arguments, folder, checkpoint, experiment, found)
+    return Command(**vars(found), tasks=wanted)
 
 
 def _task(name: str, settings: Settings, arguments: argparse.Namespace) -> Task | HarnessTask:

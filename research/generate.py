@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from research.generate_task import ROOT, Task, parser, prepared
+from research.generate_task import Task, parser, prepared
+from research.trained import ROOT
 
 if TYPE_CHECKING:
     from research.writer import Writer

@@ -2,40 +2,27 @@
 
 import argparse
 import dataclasses
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from models.choice import Choice
-from models.config import GPT
-from parallel import checkpoint_folder
 from parallel.errors import Mistake
-from research import config, prompts, run_folder
+from research import prompts
 from research.ask import USUAL_TOKENS, Ask, refuse_context, refuse_long, text_seed
-from research.checks import tensor_degrees
-from research.config import Experiment
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
-from research.experiment import check_variants
-from research.machine import find_ranks
-from research.run_folder import RunFolder
 from research.settings import listed
+from research.trained import ROOT, Trained, find, refuse_launcher, say
 from research.verbs import Parser
 
-ROOT = Path(__file__).resolve().parent.parent
 WHAT = """Lets a trained model continue prompts. By default it takes the likeliest token, again and again (greedy); with --temperature
 it draws one. The same command gives the same text, whatever is written beside it and on any number of tensor ranks, up to rounding:
 in fp32 that is to say always, in bf16 two tokens may be so close that it decides. Stops at end-of-text."""
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Trained):
     """A command that can be carried out."""
 
-    arguments: argparse.Namespace
-    folder: RunFolder
-    checkpoint: Path
-    experiment: Experiment
     tokenizer: Tokenizer
     choice: Choice
     prompts: tuple[str, ...]
@@ -111,28 +98,18 @@ def parser() -> Parser:
 
 def prepared(arguments: argparse.Namespace) -> Task:
     """The command, checked."""
-    if find_ranks().world > 1:
-        raise Mistake("generate starts its ranks itself → run it without a launcher: python -m research generate RUN --tensor 2")
+    refuse_launcher("generate")
     _refuse_sources(arguments)
     choice = Choice(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Choice)})
     _refuse_counts(arguments, choice)
-    folder = run_folder.find(arguments.run)
-    experiment = config.load(folder.config)
-    check_variants(folder.source, experiment.model)
-    refuse_tensor(arguments.tensor, experiment.model)
-    checkpoint = checkpoint_of(folder, arguments.checkpoint)
+    found = find(arguments)
     given = prompts.read(arguments.file) if arguments.file else map(prompts.check, arguments.prompt or ())
-    tokenizer = load_tokenizer(experiment.data, ROOT, say)
-    task = Task(arguments, folder, checkpoint, experiment, tokenizer, choice, tuple(given))
-    refuse_context(task.context, experiment.model)
+    tokenizer = load_tokenizer(found.experiment.data, ROOT, say)
+    task = Task(**vars(found), tokenizer=tokenizer, choice=choice, prompts=tuple(given))
+    refuse_context(task.context, found.experiment.model)
     for prompt in task.prompts or ("",):
         task.ask(prompt)
     return task
-
-
-def say(what: str) -> None:
-    """Slow work: the tokenizer is being made again, because nothing has kept it."""
-    sys.stderr.write(f"{what} …\n")
 
 
 def _refuse_sources(arguments: argparse.Namespace) -> None:
@@ -159,20 +136,3 @@ def _refuse_counts(arguments: argparse.Namespace, choice: Choice) -> None:
         raise Mistake(f"{name} does not go with --beams {beams}, a search for the likeliest whole text → leave one of them out")
     if n > beams:
         raise Mistake(f"--n {n} is more than --beams {beams} find → use --beams {n}, or --n {beams}")
-
-
-def refuse_tensor(tensor: int, model: GPT) -> None:
-    """A Mistake where so many ranks cannot share the model."""
-    if tensor not in (works := tensor_degrees(model)):
-        shape = f"model.num_heads = {model.num_heads}, num_kv_heads = {model.num_kv_heads} and ffn_size = {model.ffn_size}"
-        raise Mistake(f"--tensor {tensor} does not fit {shape} → use {listed(works[:8])}")
-
-
-def checkpoint_of(folder: RunFolder, step: int | None) -> Path:
-    """The checkpoint of a step, None: the newest."""
-    if step is None:
-        return checkpoint_folder.latest(folder.checkpoints)
-    found = {int(path.name.removeprefix("step_")): path for path in checkpoint_folder.steps(folder.checkpoints)}
-    if step not in found:
-        raise Mistake(f"{folder.title} has no checkpoint of step {step} → it has {listed(found, 'and') or 'none'}")
-    return found[step]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.errors import Mistake
 from research.describe import compact
-from research.generate_task import ROOT
 from research.serving.task import Task, cache_bytes, parser, prepared
 from research.text import memory
+from research.trained import ROOT
 
 if TYPE_CHECKING:
     from models.decoder import Decoder

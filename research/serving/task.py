@@ -8,17 +8,12 @@ from pathlib import Path
 
 from models.config import GPT
 from parallel.errors import Mistake
-from research import config, run_folder
 from research.ask import refuse_context
-from research.config import Experiment
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import LONGEST_TEMPLATE
-from research.experiment import check_variants
-from research.generate_task import ROOT, checkpoint_of, refuse_tensor, say
-from research.machine import find_ranks
-from research.run_folder import RunFolder
 from research.serving.limits import Limits
+from research.trained import ROOT, Trained, find, refuse_launcher, say
 from research.verbs import Parser
 
 USUAL_PORT, USUAL_SLOTS, USUAL_CONTEXT = 8000, 8, 4096
@@ -30,13 +25,9 @@ who finds no slot waits in a queue. Listens on this machine only, unless a token
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Trained):
     """A command that can be carried out."""
 
-    arguments: argparse.Namespace
-    folder: RunFolder
-    checkpoint: Path
-    experiment: Experiment
     tokenizer: Tokenizer
     limits: Limits
     token: str | None
@@ -86,22 +77,17 @@ def parser() -> Parser:
 def prepared(arguments: argparse.Namespace) -> Task:
     """The command, checked; its port is taken."""
     refuse_missing()
-    if find_ranks().world > 1:
-        raise Mistake("serve starts its ranks itself → run it without a launcher: python -m research serve RUN --tensor 2")
+    refuse_launcher("serve")
     if arguments.slots < 1:
         raise Mistake(f"--slots {arguments.slots} does not work → use 1 or more")
     limits = Limits(**{each.name: getattr(arguments, each.name) for each in fields(Limits)})
     token = _token(arguments)
-    folder = run_folder.find(arguments.run)
-    experiment = config.load(folder.config)
-    check_variants(folder.source, experiment.model)
-    refuse_tensor(arguments.tensor, experiment.model)
+    found = find(arguments)
     template = _template(arguments.chat_template)
-    checkpoint = checkpoint_of(folder, arguments.checkpoint)
     if arguments.context is not None:
-        refuse_context(arguments.context, experiment.model)
-    tokenizer = load_tokenizer(experiment.data, ROOT, say)
-    return Task(arguments, folder, checkpoint, experiment, tokenizer, limits, token, template, _bound(arguments))
+        refuse_context(arguments.context, found.experiment.model)
+    tokenizer = load_tokenizer(found.experiment.data, ROOT, say)
+    return Task(**vars(found), tokenizer=tokenizer, limits=limits, token=token, template=template, listener=_bound(arguments))
 
 
 def refuse_missing() -> None:
