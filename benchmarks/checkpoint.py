@@ -29,12 +29,15 @@ from safetensors.torch import save_file
 
 from models import gpt
 from models.config import GPT
-from parallel import checkpoint, distributed
-from parallel.checkpoint_shares import collected, deal, parts_of
-from parallel.checkpoint_writer import files_of
-from parallel.deepspeed_config import EngineSettings
-from parallel.engine import Engine, make_engine
-from parallel.engine_state import KINDS, ensure_moments, fragment
+from parallel import distributed
+from parallel.checkpoint.manifest import KINDS
+from parallel.checkpoint.reader import Reader
+from parallel.checkpoint.saver import BackgroundSaver, Saver
+from parallel.checkpoint.sharding import assign_writers, gather_shards, parts_of
+from parallel.checkpoint.writer import files_of
+from parallel.engines.deepspeed_config import EngineSettings
+from parallel.engines.engine import Engine, make_engine
+from parallel.engines.optimizer_state import ensure_moments, fragment
 from parallel.grid import make_grid
 
 
@@ -75,9 +78,9 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
 
 def plain(engine: Engine, wait: bool) -> Callable[[Path], None]:
     """The same bytes in the same files, each by safetensors, then hashed. What it is to write lies in memory before it begins."""
-    shares = deal(engine)
+    shares = assign_writers(engine)
     parts = parts_of(engine, shares)
-    tensors = iter([tensor.clone() for tensor in collected(engine, shares)])
+    tensors = iter([tensor.clone() for tensor in gather_shards(engine, shares)])
     files = {name: {part.entry.key: next(tensors) for part in held} for name, held in files_of(parts, engine.grid.rank).items()}
 
     def save(folder: Path) -> None:
@@ -128,11 +131,11 @@ def measure(rank: int, arguments: argparse.Namespace, place: Path) -> None:
     distributed.start(rank, arguments.ranks, rank, f"file://{place / 'rendezvous'}")
     engine = engine_of(arguments)
     target = place / "run" / "step_000001"
-    memory = extra_memory(lambda: checkpoint.Saver().save(target, engine, {"step": 1}))
-    with checkpoint.Reader(target) as reader:
+    memory = extra_memory(lambda: Saver().save(target, engine, {"step": 1}))
+    with Reader(target) as reader:
         size = sum(file.size for file in reader.manifest.files.values())
         largest = 4 * max(tensor.numel for tensor in reader.tensors.values())
-    background = checkpoint.BackgroundSaver()
+    background = BackgroundSaver()
     held_up: list[tuple[float, float]] = []
 
     def in_background(folder: Path) -> None:
@@ -144,7 +147,7 @@ def measure(rank: int, arguments: argparse.Namespace, place: Path) -> None:
     ways: dict[str, Callable[[Path], None]] = {
         "plain": plain(engine, wait=False),
         "plain + fsync": plain(engine, wait=True),
-        "ours": lambda folder: checkpoint.Saver().save(folder, engine, {"step": 1}),
+        "ours": lambda folder: Saver().save(folder, engine, {"step": 1}),
         "background, all": in_background,
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}

@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from models import gpt, hf
-from models.decoder import Decoder
+from models import gpt
+from models.conversion import mapping, read_config
+from models.inference.decoder import Decoder
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
-from research.batch import Batch, Request
+from research.generation.batching import BatchScheduler, Request
 
 LAYERS, HIDDEN, HEADS, LENGTH = 6, 384, 6, 512
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,16 +51,16 @@ def their_model(vocab_size: int, dtype: torch.dtype) -> GPT2LMHeadModel:
 
 def ours(model: GPT2LMHeadModel, prompts: list[list[int]], tokens: int) -> Write:
     """Their weights in our GPT, written by the batch loop that the command and a server use."""
-    shape = hf.settings(model.config)
+    shape = read_config.settings(model.config)
     module = PlainModule(gpt.layers(shape, Grid(), seed=0))
-    weights = hf.from_hf(shape, "gpt2", model.state_dict())
+    weights = mapping.from_hf(shape, "gpt2", model.state_dict())
     with torch.no_grad():
         for name, parameter in unique_parameters(module):
             parameter.copy_(weights[name])
     decoder = Decoder(module.to(model.dtype), shape, Grid(), len(prompts), LENGTH)
 
     def write() -> list[list[int]]:
-        batch = Batch(decoder, shape.vocab_size)
+        batch = BatchScheduler(decoder, shape.vocab_size)
         written = [batch.submit(Request(tuple(prompt), tokens)) for prompt in prompts]
         while batch:
             batch.step()

@@ -22,14 +22,13 @@ import torch
 import torch.distributed as dist
 
 from models import gpt
-from parallel.engine import Engine, MicroBatch, make_engine
+from parallel.engines.engine import Engine, MicroBatch, make_engine
 from parallel.grid import make_grid
-from research import ranks
+from research.cluster import forked_ranks
 from research.config import Experiment
-from research.experiment import load, load_variants
-from research.layout import engine_settings, layout
-from research.live import Live
-from research.live_writer import LiveDecoder
+from research.config.experiment_folder import load, load_variants
+from research.config.layout import engine_settings, layout
+from research.training.live_model import Live, LiveDecoder
 
 
 def engine_of(experiment: Experiment, folder: Path) -> Engine:
@@ -88,7 +87,7 @@ def main() -> None:
     experiment.parallel.pipe, experiment.parallel.tensor = arguments.pipe, arguments.tensor
     asked = (experiment, loaded.folder, arguments.prompt, arguments.tokens, arguments.repetitions)
     with tempfile.TemporaryDirectory() as folder:
-        ranks.run(functools.partial(measure, *asked), arguments.pipe * arguments.tensor, Path(folder))
+        forked_ranks.run(functools.partial(measure, *asked), arguments.pipe * arguments.tensor, Path(folder))
         for path in sorted(Path(folder).glob("[0-9]*.txt")):
             steps, samples = np.loadtxt(path, ndmin=2).T
             print(

@@ -25,8 +25,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from models import gpt
 from models.config import GPT
 from parallel import distributed
-from parallel.deepspeed_config import EngineSettings
-from parallel.engine import Engine, MicroBatch, make_engine
+from parallel.engines.deepspeed_config import EngineSettings
+from parallel.engines.engine import Engine, MicroBatch, make_engine
 from parallel.grid import Grid, make_grid
 from parallel.layers import Layer
 from parallel.slices import Slice

@@ -1,7 +1,6 @@
 """Causal self-attention with its heads shared out over tensor ranks."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -9,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dropout import dropped, mixed
+from models.position import Position
+from models.recompute import recomputed
+from models.registry import BuildContext
 from models.seed import seed_of
 from parallel.collectives import gather_shared
 from parallel.grid import Grid
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, refuse_uneven
-
-if TYPE_CHECKING:
-    from models.parts import Parts
 
 
 class Core(nn.Module):
@@ -67,18 +66,23 @@ class Attention(nn.Module):
     features, and the head is gathered among them: no weight is replicated, so each gradient exists, and counts, once.
     """
 
-    def __init__(self, name: str, parts: "Parts") -> None:
+    def __init__(self, name: str, context: BuildContext) -> None:
         super().__init__()
-        model, init, grid = parts.model, parts.init, parts.grid
+        model, init, grid = context.model, context.init, context.grid
         e, q_size, kv_size = model.head_size, model.hidden_size, model.num_kv_heads * model.head_size
         refuse_uneven((model.num_heads,), grid, f"{name}'s heads")  # half a head divides too, and is none
-        self.head_size, self.kv_group = e, parts.kv_group
+        self.head_size, self.kv_group = e, context.kv_group
         self.qkv = ColumnParallelLinear(f"{name}.qkv", model.hidden_size, (q_size, kv_size, kv_size), model.qkv_bias, init.inner, grid)
         self.output = RowParallelLinear(f"{name}.output", q_size, model.hidden_size, model.bias, init.residual, grid)
-        self.position = parts.position(f"{name}.position")
-        self.q_norm = parts.head_norm(f"{name}.q_norm") if model.qk_norm else nn.Identity()
-        self.k_norm = parts.head_norm(f"{name}.k_norm") if model.qk_norm else nn.Identity()
-        self.core = parts.attention_core(name)
+        scheme = context.chosen("position")
+        self.position = (Position if scheme.at_input else scheme)(f"{name}.position", model, init, grid)
+        # Inside a sliced region every tensor rank sees other heads, so the gradients of these weights are partial there.
+        norm = context.chosen("norm") if model.qk_norm else nn.Identity
+        self.q_norm = norm(f"{name}.q_norm", e, model, grid.tensor_group)
+        self.k_norm = norm(f"{name}.k_norm", e, model, grid.tensor_group)
+        core = DroppingCore if model.attention_dropout else Core
+        make_core = recomputed(core) if context.recompute == "selective" else core
+        self.core = make_core(name, model.attention_dropout, context.seed, grid)
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'; samples: 'b', global sample indices for dropout."""

@@ -1,11 +1,10 @@
 """One transformer block: how attention and MLP join the residual stream. 'b s d' -> 'b s d'."""
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from models.parts import Parts
+from models.attention import Attention
+from models.dropout import Dropout
+from models.registry import BuildContext
 
 
 class Block(nn.Module):
@@ -14,22 +13,26 @@ class Block(nn.Module):
     final_norm = True
     """Whether the residual stream leaves the last block unnormalised, so that the model ends with a norm of its own."""
 
-    def __init__(self, name: str, parts: "Parts") -> None:
+    def __init__(self, name: str, context: BuildContext) -> None:
         super().__init__()
-        self.attention_norm = parts.norm(f"{name}.attention_norm", parts.model.hidden_size)
-        self.attention = parts.attention(f"{name}.attention")
-        self.mlp_norm = parts.norm(f"{name}.mlp_norm", parts.model.hidden_size)
-        self.mlp = parts.mlp(f"{name}.mlp")
-        self.attention_dropout = parts.residual_dropout(f"{name}.attention")
-        self.mlp_dropout = parts.residual_dropout(f"{name}.mlp")
+        model, seed, grid = context.model, context.seed, context.grid
+        self.attention_norm = context.norm(f"{name}.attention_norm", model.hidden_size)
+        self.attention = Attention(f"{name}.attention", context)
+        self.mlp_norm = context.norm(f"{name}.mlp_norm", model.hidden_size)
+        self.mlp = context.chosen("mlp")(f"{name}.mlp", model, context.init, grid)
+        self.attention_dropout = Dropout(f"{name}.attention.residual", model.residual_dropout, seed, grid)
+        self.mlp_dropout = Dropout(f"{name}.mlp.residual", model.residual_dropout, seed, grid)
 
     def attend(self, x: Tensor, samples: Tensor | None) -> Tensor:
         """What attention adds to the residual stream, residual dropout included. 'b s d' -> 'b s d'."""
         return self.attention_dropout(self.attention(x, samples), samples)
 
-    def think(self, x: Tensor, samples: Tensor | None) -> Tensor:
+    def feed_forward(self, x: Tensor, samples: Tensor | None) -> Tensor:
         """What the MLP adds, likewise."""
         return self.mlp_dropout(self.mlp(x, samples), samples)
+
+    think = feed_forward
+    """The older name, for an experiment's own blocks."""
 
 
 class PreNormBlock(Block):
@@ -38,7 +41,7 @@ class PreNormBlock(Block):
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'."""
         x = x + self.attend(self.attention_norm(x), samples)
-        return x + self.think(self.mlp_norm(x), samples)
+        return x + self.feed_forward(self.mlp_norm(x), samples)
 
 
 class PostNormBlock(Block):
@@ -49,7 +52,7 @@ class PostNormBlock(Block):
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'."""
         x = self.attention_norm(x + self.attend(x, samples))
-        return self.mlp_norm(x + self.think(x, samples))
+        return self.mlp_norm(x + self.feed_forward(x, samples))
 
 
 class ParallelBlock(Block):
@@ -57,7 +60,7 @@ class ParallelBlock(Block):
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'."""
-        return x + self.attend(self.attention_norm(x), samples) + self.think(self.mlp_norm(x), samples)
+        return x + self.attend(self.attention_norm(x), samples) + self.feed_forward(self.mlp_norm(x), samples)
 
 
 RESIDUALS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "parallel": ParallelBlock}

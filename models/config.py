@@ -33,7 +33,7 @@ Chance = Annotated[float, Field(ge=0, lt=1)]
 class GPT(BaseModel):
     """A decoder-only transformer. GPT-2, GPT-NeoX/Pythia and Llama are settings of it.
 
-    models/hf_settings.py has them from a transformers configuration.
+    models/conversion/read_config.py has them from a transformers configuration.
 
     Everything here is science, so nothing has a default, except the rotary settings, which must be given exactly where they
     have an effect.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.seed import seed_of
 from parallel.grid import Grid
+from parallel.region import region_of
 
 MIX_64 = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's multipliers as signed numbers
 MIX_32 = (0x7FEB352D, -0x7B935975)  # Wellons' low-bias 32-bit hash, likewise
@@ -27,7 +28,7 @@ class Dropout(nn.Module):
     def __init__(self, name: str, p: float, seed: int, grid: Grid, sliced: bool = False) -> None:
         super().__init__()
         self.p, self.key = p, seed_of(seed, f"{name}.dropout")
-        self.region, self.feature_rank = grid.region, grid.tensor_rank if sliced else 0
+        self.region, self.feature_rank = region_of(grid), grid.tensor_rank if sliced else 0
         self.sliced = sliced
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:

@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from models.block import RESIDUALS
 from models.config import GPT
 from models.dropout import Dropout
-from models.parts import Parts
 from models.recompute import recomputed
+from models.registry import BuildContext
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.grid import Grid
 from parallel.layers import Layer
-from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead, vocab_parallel_cross_entropy
+from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead
 
 
 def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | None = None, recompute: str = "none") -> list[Layer]:
@@ -21,26 +23,26 @@ def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | Non
     ids 'b s' go in, logits 'b s v' of this rank's vocabulary rows come out; 'b s d' between any two layers. Where the model drops
     anything, the samples' numbers 'b' travel beside x.
     """
-    parts = Parts(model, grid, seed, variants or {}, recompute)
-    block, position = parts.chosen("residual"), parts.chosen("position")
-    found = [_vocabulary("embedding", VocabParallelEmbedding, parts)]
+    context = BuildContext(model, grid, seed, variants or {}, recompute)
+    block, position = context.chosen("residual", RESIDUALS), context.chosen("position")
+    found = [_vocabulary("embedding", VocabParallelEmbedding, context)]
     if position.at_input:
-        found.append(Layer("position", position, {"name": "position", "model": model, "init": parts.init, "grid": grid}))
+        found.append(Layer("position", position, {"name": "position", "model": model, "init": context.init, "grid": grid}))
     if model.embedding_dropout:
         dropout = {"name": "embedding", "p": model.embedding_dropout, "seed": seed, "grid": grid}
         found.append(Layer("embedding_dropout", Dropout, dropout, reads_context=True))
     make = recomputed(block) if recompute == "full" else block
     for i in range(model.num_layers):
-        found.append(Layer(f"blocks.{i}", make, {"name": f"blocks.{i}", "parts": parts}, is_block=True, reads_context=True))
+        found.append(Layer(f"blocks.{i}", make, {"name": f"blocks.{i}", "context": context}, is_block=True, reads_context=True))
     if block.final_norm:
-        found.append(Layer("final_norm", parts.norm, {"name": "final_norm", "size": model.hidden_size}))
-    head = Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, parts)
+        found.append(Layer("final_norm", context.norm, {"name": "final_norm", "size": model.hidden_size}))
+    head = Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, context)
     return [*found, replace(head, drops_context=True)]
 
 
-def _vocabulary(name: str, kind: Callable, parts: Parts) -> Layer:
-    sizes = {"vocab_size": parts.model.vocab_size, "hidden_size": parts.model.hidden_size}
-    return Layer(name, kind, {"name": name, **sizes, "draw": parts.init.embedding, "grid": parts.grid})
+def _vocabulary(name: str, kind: Callable, context: BuildContext) -> Layer:
+    sizes = {"vocab_size": context.model.vocab_size, "hidden_size": context.model.hidden_size}
+    return Layer(name, kind, {"name": name, **sizes, "draw": context.init.embedding, "grid": context.grid})
 
 
 @dataclass(frozen=True)

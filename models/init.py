@@ -77,7 +77,7 @@ class SmallWangInit(GPT2Init):
         return 2 / (self.model.num_layers * math.sqrt(self.model.hidden_size))
 
 
-class Undrawn(GPT2Init):
+class UninitializedWeights(GPT2Init):
     """Zeros, at no cost: for a model whose every weight is about to be read from a file."""
 
     def embedding(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 Tables are computed where they are used, in fp32: a buffer would be rounded to bf16 together with the weights.
 """
+# MERGED-DOC """Rotary frequencies made lower, so that a model reads texts longer than those it was first trained on."""
 
 import math
 from collections.abc import Callable, Hashable
@@ -13,16 +14,50 @@ from torch import Tensor, nn
 
 from models.config import GPT
 from models.init import GPT2Init
-from models.rotary_scaling import scaled
 from parallel.collectives import copy_to_tensor_ranks
 from parallel.grid import Grid
+from parallel.region import region_of
 from parallel.slices import Slice, make_parameter
+
+
+def scaled(frequencies: Tensor, model: GPT) -> Tensor:
+    """The frequencies of the pairs, radians a token, 'i' fp32, as `model.rotary_scaling` has them; a variant may leave it out."""
+    return ROTARY_SCALINGS[model.rotary_scaling or "none"](frequencies, model)
+
+
+def unscaled(frequencies: Tensor, model: GPT) -> Tensor:
+    """As they are."""
+    return frequencies
+
+
+def linear(frequencies: Tensor, model: GPT) -> Tensor:
+    """All of them divided by the factor: positions t / factor (arXiv:2306.15595)."""
+    assert model.rotary_factor is not None  # config validates
+    return frequencies / model.rotary_factor
+
+
+def llama3(frequencies: Tensor, model: GPT) -> Tensor:
+    """Short wavelengths as they are, long ones divided by the factor, in between a mean of both (Llama 3.1, arXiv:2407.21783, §3.4).
+
+    Operation for operation as transformers has it, so that equal settings give equal bits.
+    """
+    factor, low, high, length = model.rotary_factor, model.rotary_low_factor, model.rotary_high_factor, model.rotary_original_length
+    assert factor is not None and low is not None and high is not None and length is not None  # config validates
+    wavelengths = 2 * math.pi / frequencies
+    found = torch.where(wavelengths > length / low, frequencies / factor, frequencies)
+    smooth = (length / wavelengths - low) / (high - low)
+    between = (wavelengths >= length / high) & (wavelengths <= length / low)
+    return torch.where(between, (1 - smooth) * found / factor + smooth * found, found)
+
+
+ROTARY_SCALINGS: dict[str, Callable[[Tensor, GPT], Tensor]] = {"none": unscaled, "linear": linear, "llama3": llama3}
+
 
 Made = TypeVar("Made")
 
 
-class Places:
-    """Where in their sequences the tokens at hand are: 0, 1, 2, … of a whole one. models/cache.py has the other kind."""
+class TokenPositions:
+    """Where in their sequences the tokens at hand are: 0, 1, 2, … of a whole one. models/inference/cache.py has the other kind."""
 
     def of(self, x: Tensor, first: int = 0) -> Tensor:
         """Of x '… s d', whose first is at `first`: int64 's', or something that goes with '… s'."""
@@ -55,8 +90,8 @@ class Position(nn.Module):
 
     def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
         super().__init__()
-        self.model, self.grid, self.region = model, grid, grid.region
-        self.places = Places()
+        self.model, self.grid, self.region = model, grid, region_of(grid)
+        self.places = TokenPositions()
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' -> 'b s d'."""
@@ -102,7 +137,7 @@ class Sinusoidal(Position):
 class Rotary(Position):
     """Pairs (i, i + r/2) of the first r = fraction·head_size features turn by t·base^{−2i/r} (arXiv:2104.09864).
 
-    models/rotary_scaling.py makes those frequencies lower for long texts.
+    models/position.py makes those frequencies lower for long texts.
     """
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,36 @@
 """Brings torch.distributed up and down for a rank. One of the few places that touch os.environ."""
+# MERGED-DOC """Keeps DeepSpeed from talking while it builds, unless it has something to warn of."""
 
+import contextlib
 import datetime
+import io
+import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
-from parallel.quiet import quiet
+LOGGER = "tessera"
+"""The logger whose level says how much is told: DEBUG lets everything through."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed's INFO lines and bare prints do not reach the terminal inside; warnings and errors do."""
+    if logging.getLogger(LOGGER).isEnabledFor(logging.DEBUG):
+        yield
+        return
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a collective may wait for a rank before it fails."""

@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.errors import Mistake
 
-if TYPE_CHECKING:  # a Grid without groups needs no torch
+if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from parallel.region import Whole
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,6 @@ class Grid:
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pipe_rank == self.pipe - 1
-
-    @property
-    def region(self) -> "Whole":
-        """How activations enter and leave what is sliced over this grid's tensor ranks."""
-        from parallel.region import Sequence, Whole
-
-        return (Sequence if self.sequence else Whole)(self.tensor_group)
 
     def ranks_along(self, *axes: str) -> list[list[int]]:
         """All groups of global ranks that differ in the named axes only: `ranks_along("tensor")` → [[0, 1], [2, 3]]."""

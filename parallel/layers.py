@@ -1,7 +1,7 @@
 """A model as a list of named, unbuilt layers, and the plain module made from it.
 
 The list is pure: it can be counted, cut into stages and printed without a process group. DeepSpeed's PipelineModule is made
-from the same list (parallel/engine.py).
+from the same list (parallel/engines/engine.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,17 +35,17 @@ class Layer:
         return self.make(**self.arguments)
 
 
-Passed: TypeAlias = "Tensor | tuple[Tensor, ...]"
+Activations: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """What goes from layer to layer: x, or x followed by integer context tensors that no layer changes."""
 
 
 Call: TypeAlias = Callable[..., Any]
 """A layer's module, or what stands for it: x (and context) -> x."""
-Watcher: TypeAlias = Callable[[str, Call], Call]
+CallHook: TypeAlias = Callable[[str, Call], Call]
 """(layer's name, its call) -> a call that does the same and is observed."""
 
 
-def through(layer: Layer, call: Call, passed: Passed) -> Passed:
+def apply_layer(layer: Layer, call: Call, passed: Activations) -> Activations:
     """One layer's step: `call` on x (and the context, where the layer reads it), the context handed on beside the result."""
     if isinstance(passed, Tensor):
         return call(passed)
@@ -67,27 +67,27 @@ class PlainModule(nn.Module):
         # A plain list beside the tree: registered once, under the logical name.
         object.__setattr__(self, "steps", list(zip(layers, built.values(), strict=True)))
 
-    def watch(self, watcher: Watcher) -> None:
+    def watch(self, watcher: CallHook) -> None:
         """From now on each layer is called through `watcher(name, call)`."""
         self.steps = [(layer, watcher(layer.name, call)) for layer, call in self.steps]
 
-    def hidden(self, passed: Passed) -> Tensor:
+    def hidden(self, passed: Activations) -> Tensor:
         """ids 'b s' -> x 'b s d': every layer but the head. For inference, which needs logits of few places."""
         for layer, call in self.steps[:-1]:
-            passed = through(layer, call, passed)
+            passed = apply_layer(layer, call, passed)
         assert isinstance(passed, Tensor)
         return passed
 
     def logits(self, x: Tensor) -> Tensor:
         """x 'b s d' as `hidden` returns it -> logits 'b s v', this rank's vocabulary rows: the head."""
-        logits = through(*self.steps[-1], x)
+        logits = apply_layer(*self.steps[-1], x)
         assert isinstance(logits, Tensor)
         return logits
 
-    def forward(self, passed: Passed) -> Passed:
+    def forward(self, passed: Activations) -> Activations:
         """ids 'b s' (and context) -> logits 'b s v', this rank's vocabulary rows."""
         for layer, call in self.steps:
-            passed = through(layer, call, passed)
+            passed = apply_layer(layer, call, passed)
         return passed
 
 

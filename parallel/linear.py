@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from parallel.collectives import copy_to_tensor_ranks
 from parallel.errors import Mistake
 from parallel.grid import Grid
+from parallel.region import region_of
 from parallel.slices import Slice, make_parameter, slice_of
 
 Draw = Callable[[str, tuple[int, ...]], Tensor]
@@ -37,12 +38,12 @@ class ColumnParallelLinear(nn.Module):
     """
 
     product = staticmethod(F.linear)
-    """(x, weight, bias) -> x weightᵀ + bias. parallel/packed.py puts others here, for inference."""
+    """(x, weight, bias) -> x weightᵀ + bias. models/inference/packed_weights.py puts others here, for inference."""
 
     def __init__(self, name: str, in_features: int, parts: tuple[int, ...], bias: bool, draw: Draw, grid: Grid) -> None:
         super().__init__()
         refuse_uneven(parts, grid, name)
-        self.region = grid.region
+        self.region = region_of(grid)
         self.parts = tuple(part // grid.tensor for part in parts)
         rows = sum(parts)
         self.weight = _parameter(f"{name}.weight", Slice((rows, in_features), 0, parts), draw, grid)
@@ -70,7 +71,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, draw: Draw, grid: Grid) -> None:
         super().__init__()
         refuse_uneven((in_features,), grid, name)
-        self.region = grid.region
+        self.region = region_of(grid)
         self.weight = _parameter(f"{name}.weight", Slice((out_features, in_features), 1, (in_features,)), draw, grid)
         self.bias = _parameter(f"{name}.bias", Slice((out_features,)), zeros, grid) if bias else None
 

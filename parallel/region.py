@@ -1,21 +1,17 @@
 """What lies between sliced regions, and how activations go in and out of one.
 
 Inside a sliced region each tensor rank holds its own features of all positions. Outside, every rank holds the same whole
-activations (`Whole`), or its own positions of them (`Sequence`, arXiv:2205.05198), which divides their memory by the degree.
+activations (`TensorParallelRegion`), or its own positions of them (`SequenceParallelRegion`, arXiv:2205.05198), which divides their memory by the degree.
 """
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel.collectives import (
-    copy_to_tensor_ranks,
-    gather_sequence,
-    reduce_from_tensor_ranks,
-    reduce_scatter_sequence,
-)
+from parallel.collectives import copy_to_tensor_ranks, gather_sequence, reduce_from_tensor_ranks, reduce_scatter_sequence
+from parallel.grid import Grid
 
 
-class Whole:
+class TensorParallelRegion:
     """Outside a sliced region x is 'b s d', equal on every tensor rank. f and g of arXiv:1909.08053."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
@@ -39,7 +35,7 @@ class Whole:
         return 0
 
 
-class Sequence(Whole):
+class SequenceParallelRegion(TensorParallelRegion):
     """Outside a sliced region x is 'b s/tp d', this rank's positions. g and ḡ of arXiv:2205.05198.
 
     A block gathers twice and reduce-scatters twice, forward and again backward: on a ring each rank sends 8·b·s·h·(t−1)/t
@@ -64,3 +60,8 @@ class Sequence(Whole):
     def first_position(self, x: Tensor) -> int:
         """The place in the sequence of x[:, 0]."""
         return 0 if self.group is None else self.group.rank() * x.shape[1]
+
+
+def region_of(grid: Grid) -> TensorParallelRegion:
+    """How activations enter and leave what is sliced over this grid's tensor ranks."""
+    return (SequenceParallelRegion if grid.sequence else TensorParallelRegion)(grid.tensor_group)

@@ -6,7 +6,8 @@ import os
 import sys
 
 from parallel.errors import Mistake
-from research.verbs import VERBS, nearest, show_mistake
+from research.cli.verbs import VERBS, nearest
+from research.cluster.exit_codes import show_mistake
 
 HELP = """usage: python -m research VERB …
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
 def _verb(name: str):
     if name not in VERBS:
         raise Mistake(f"python -m research does not know {name}{nearest(name, VERBS)}")
-    return importlib.import_module(f"research.{file_of(name)}")
+    return importlib.import_module(f"research.cli.{file_of(name)}")
 
 
 def file_of(verb: str) -> str:

@@ -3,34 +3,19 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from parallel.deepspeed_config import EngineSettings, derive
 from parallel.errors import Mistake
-from research.checks import check
-from research.command_line import Options, parse, show_help
+from research.cluster.environment import ALONE, Ranks, choose_accelerator, find_ranks, git_state, rank_hint, refuse_taken_port
+from research.cluster.exit_codes import refuse
 from research.config import Experiment
-from research.data.prepare import check as check_data
-from research.dry_run import dry_run
-from research.exams import check as check_exams
-from research.experiment import Loaded, check_variants, load
-from research.initial import check as check_initial
-from research.job import Job, Override
-from research.layout import engine_settings, layout
-from research.machine import ALONE, Ranks, choose_accelerator, find_ranks, git_state, rank_hint, refuse_taken_port
-from research.parents import follow
-from research.peers import Lost
-from research.resume import find
-from research.samples import check as check_samples
-
-ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 20.0
-"""Seconds that ranks > 0 leave to rank 0 to say what is wrong, before its exit makes the launcher end them."""
-WRONG = 2
-"""Exit code of a Mistake."""
+from research.config.experiment_folder import load
+from research.config.overrides import parse, show_help
+from research.reliability.parents import follow
+from research.reliability.peers import Lost
+from research.training.job import dry_run, resolve
 
 
 def run(file: str) -> None:
@@ -58,67 +43,21 @@ def _run(file: Path, argv: list[str]) -> None:
         return
     if options.dry_run and ranks == ALONE:
         ranks = _enough(experiment)
-    job = resolved(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
+    job = resolve(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
     if options.dry_run:
         _on_rank_0(ranks, lambda: sys.stdout.write(dry_run(job, *git_state(job.root))))
         return
     refuse_taken_port(ranks)
     choose_accelerator()  # torch begins here
-    from research import train
+    from research.training import loop
 
-    train.train(job, parents)
+    loop.train(job, parents)
 
 
 def _enough(experiment: Experiment) -> Ranks:
     """A dry run without a launcher imagines the smallest world that holds the layout."""
     world = experiment.parallel.pipe * experiment.parallel.tensor
     return replace(ALONE, world=world, local_world=world)
-
-
-def resolved(loaded: Loaded, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:
-    """Everything that can be checked without torch, checked; then the job."""
-    experiment = loaded.experiment
-    check(experiment, ranks)
-    check_variants(loaded.folder, experiment.model)
-    check_data(experiment.data, ROOT, experiment.model.vocab_size)
-    check_initial(experiment, ROOT)
-    check_exams(experiment, ROOT)
-    check_samples(experiment, ROOT)
-    found = layout(experiment, ranks.world)
-    _check_table(engine_settings(experiment, found))
-    return Job(
-        experiment=experiment,
-        folder=loaded.folder,
-        name=loaded.name,
-        overrides=overrides,
-        ranks=ranks,
-        layout=found,
-        root=ROOT,
-        verbose=options.verbose,
-        argv=argv,
-        resume=find(options.resume, experiment, loaded.folder, ROOT / experiment.track.runs) if ranks.rank == 0 else None,
-    )
-
-
-def _check_table(settings: EngineSettings) -> None:
-    """Refuse a deepspeed={…} that contradicts the experiment on a CPU and on a GPU: which one this is, only torch knows."""
-    try:
-        derive(settings, cuda=False)
-    except Mistake:
-        derive(settings, cuda=True)
-
-
-def refuse(mistake: Mistake, rank: int, patience: float = PATIENCE) -> None:
-    """Say it on rank 0 and leave. Others wait: a launcher that sees them leave first would end rank 0 unheard.
-
-    One that is still there after `patience` seconds was not ended by a rank 0 that knew, so it speaks for itself.
-    """
-    if rank > 0:
-        time.sleep(patience)
-    who = f"(rank {rank}) " if rank > 0 else ""
-    sys.stderr.write(f"error  {who}{mistake}\n")
-    sys.stderr.flush()
-    raise SystemExit(WRONG)
 
 
 def _on_rank_0(ranks: Ranks, show: Callable[[], object]) -> None:

@@ -32,8 +32,8 @@ PRELOAD = [
     "einops._torch_specific",
     "torch._subclasses.schema_check_mode",
     "pytest",
-    "parallel.engine",
-    "parallel.checkpoint",
+    "parallel.engines.engine",
+    "parallel.checkpoint.load",
     "models.gpt",
     "tests.harness",
 ]

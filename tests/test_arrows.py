@@ -25,14 +25,14 @@ MAY_IMPORT = {
 }
 VARIANT_MAY_IMPORT = {"parallel", "models"}
 ENVIRONMENT_IS_TOUCHED_IN = {
-    "research/machine.py",  # reads what a launcher tells a rank, sets the threads
+    "research/cluster/environment.py",  # reads what a launcher tells a rank, sets the threads
     "parallel/distributed.py",  # LOCAL_RANK, for DeepSpeed
-    "research/evaluation/offline.py",  # "no network" for lm-evaluation-harness' libraries
-    "research/tracking.py",  # W&B takes its cache folders from there only
+    "research/evaluation/lm_eval_task.py",  # "no network" for lm-evaluation-harness' libraries
+    "research/tracking/tracker.py",  # W&B takes its cache folders from there only
 }
 FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "trust_remote_code=True", "allow_pickle=True")
 EXPERIMENT_FILES = {"config.py", "launch.py", "variant.py"}
-TORCHLESS = ("models.config", "research.config", "research.launch", "research.data", "research.import_", "research.export")
+TORCHLESS = ("models.config", "research.config.schema", "research.launch", "research.data", "research.cli.import_", "research.cli.export")
 
 
 class Source(NamedTuple):
@@ -101,15 +101,15 @@ def experiments_stand_alone(source: Source) -> Iterator[Finding]:
 
 
 def deepspeed_only_in_parallel(source: Source) -> Iterator[Finding]:
-    """Whoever else needs DeepSpeed asks parallel/engine.py."""
+    """Whoever else needs DeepSpeed asks parallel/engines/engine.py."""
     if source.folder not in ("parallel", "tests"):
         yield from _imports_of("deepspeed", source, "only parallel/ may")
 
 
 def wandb_only_in_tracking(source: Source) -> Iterator[Finding]:
     """One file knows W&B, so that a run without it is the same run."""
-    if source.folder != "tests" and source.path != "research/tracking.py":
-        yield from _imports_of("wandb", source, "only research/tracking.py may")
+    if source.folder != "tests" and source.path != "research/tracking/tracker.py":
+        yield from _imports_of("wandb", source, "only research/tracking/tracker.py may")
 
 
 def spmd_types_only_where_types_are_checked(source: Source) -> Iterator[Finding]:
@@ -202,7 +202,7 @@ OFFENDERS: list[tuple[Rule, str, str]] = [  # the finding must name the line tha
     (arrows, "parallel/x.py", DOC + "from ..research import config  # here"),
     (arrows, "parallel/x.py", DOC + "def f():\n    import research  # here"),
     (arrows, "models/x.py", DOC + "import parallel.grid, research.config  # here"),
-    (arrows, "models/x.py", DOC + "import importlib\nimportlib.import_module('research.train')  # here"),
+    (arrows, "models/x.py", DOC + "import importlib\nimportlib.import_module('research.training.loop')  # here"),
     (arrows, "research/data/x.py", DOC + "from experiments.gpt_sotu import config  # here"),
     (arrows, "research/x.py", DOC + "import tests.harness  # here"),
     (arrows, "experiments/a/config.py", DOC + "from models.gpt import layers  # here"),
@@ -215,7 +215,7 @@ OFFENDERS: list[tuple[Rule, str, str]] = [  # the finding must name the line tha
     (wandb_only_in_tracking, "research/x.py", DOC + "import wandb  # here"),
     (wandb_only_in_tracking, "parallel/x.py", DOC + "import wandb.sdk as w  # here"),
     (spmd_types_only_where_types_are_checked, "parallel/x.py", DOC + "from spmd_types import R  # here"),
-    (spmd_types_only_where_types_are_checked, "research/verify.py", DOC + "import spmd_types.checker  # here"),
+    (spmd_types_only_where_types_are_checked, "research/cli/verify.py", DOC + "import spmd_types.checker  # here"),
     (environment_in_named_places, "research/x.py", DOC + "import os\nos.environ['A']  # here"),
     (environment_in_named_places, "research/x.py", DOC + "import os as o\no.getenv('A')  # here"),
     (environment_in_named_places, "models/x.py", DOC + "from os import environ  # here"),
@@ -247,7 +247,7 @@ INNOCENTS = [
     ("parallel/distributed.py", DOC + "import os\nos.environ['LOCAL_RANK'] = '0'"),
     ("models/x.py", DOC + "from parallel.grid import Grid\ndef _helper():\n    return sys.environment"),
     ("models/y.py", DOC + '@overload\ndef f(x): ...\ndef f(x):\n    """Says."""'),
-    ("research/tracking.py", DOC + "import wandb\nprint('hello')"),
+    ("research/tracking/tracker.py", DOC + "import wandb\nprint('hello')"),
     ("research/typed_x.py", DOC + "from spmd_types import R"),
     ("research/data/x.py", DOC + 'def f():\n    """Loads."""\n    np.load(path, allow_pickle=False)'),
     ("experiments/a/config.py", DOC + "from research.config import Experiment"),

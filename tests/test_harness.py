@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import ROOT, SERVER_ENVIRONMENT, RankFailed, run_ranks
-from tests.parallel import training
+from tests.parallel.helpers import training
 
 HOUR = 3600
 

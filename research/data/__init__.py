@@ -1,8 +1,17 @@
 """Text → tokens → batches. numpy only; `tokenizers` is imported when a tokenizer is made, torch never."""
 
-from research.data.batches import Batch, train_micro_batches, validation_batches
-from research.data.prepare import Corpus, check, load, load_tokenizer
-from research.data.store import TokenStore
+from research.data.batches import (
+    Batch,
+    train_micro_batches,
+    validation_batches,
+)
+from research.data.prepare import (
+    Corpus,
+    check,
+    load,
+    load_tokenizer,
+)
+from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Corpus", "TokenStore", "Tokenizer", "check", "load", "load_tokenizer", "train_micro_batches", "validation_batches"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from parallel.errors import Mistake
 from research.data import order
-from research.data.store import TokenStore
+from research.data.token_store import TokenStore
 
 
 class Batch(NamedTuple):

@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 
 from parallel.errors import Mistake
-from research.data import corpus, store, tokenizer, tokenizer_file
-from research.data.store import TokenStore
+from parallel.files import locked
+from research.data import documents, token_store, tokenizer, tokenizer_file
+from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
-from research.files import locked
 
 RECIPE = 1
 """Part of every store's name: raise it whenever the same text would give other tokens."""
@@ -51,14 +51,14 @@ def load(data: Settings, root: Path, vocab_size: int, progress: Progress | None 
     """
     check(data, root, vocab_size)
     words = load_tokenizer(data, root, progress)
-    digests = [corpus.digest(spec, root) for spec in (data.train, data.validation)]
+    digests = [documents.digest(spec, root) for spec in (data.train, data.validation)]
     with cache_folder(data.cache, root) as cache:
         train, validation = (
             _prepared(spec, digest, words, root, cache, progress)
             for spec, digest in zip((data.train, data.validation), digests, strict=True)
         )
     for split in (train, validation):
-        store.check_ids(split, vocab_size)
+        token_store.check_ids(split, vocab_size)
     return Corpus(words, train, validation, _join(*digests, words.fingerprint))
 
 
@@ -68,15 +68,15 @@ def load_tokenizer(data: Settings, root: Path, progress: Progress | None = None)
         return tokenizer_file.load(data.tokenizer, root)
     if data.tokenizer == tokenizer.GPT2:
         return tokenizer.gpt2()
-    digest = corpus.digest(data.train, root)
-    texts = _announced(corpus.documents(data.train, root), f"training {data.tokenizer} on {data.train}", progress)
+    digest = documents.digest(data.train, root)
+    texts = _announced(documents.documents(data.train, root), f"training {data.tokenizer} on {data.train}", progress)
     with cache_folder(data.cache, root) as cache:
         return tokenizer.trained(data.tokenizer, texts, digest, cache)
 
 
 def split(data: Settings, spec: str, root: Path, words: Tokenizer, progress: Progress | None = None) -> TokenStore:
     """Another text as the run would read it: the store of one corpus, made as in `load` if it is not cached."""
-    digest = corpus.digest(spec, root)
+    digest = documents.digest(spec, root)
     with cache_folder(data.cache, root) as cache:
         return _prepared(spec, digest, words, root, cache, progress)
 
@@ -85,15 +85,15 @@ def tokenizer_at_hand(data: Settings, root: Path) -> Tokenizer | None:
     """The tokenizer where it can be had in a moment: its own file, or one that is kept for a built-in text. None where not."""
     if tokenizer_file.is_file(data.tokenizer) or data.tokenizer == tokenizer.GPT2:
         return load_tokenizer(data, root)
-    if not data.train.startswith(corpus.BUILTIN):  # it may be long, and it must be read to know its digest
+    if not data.train.startswith(documents.BUILTIN):  # it may be long, and it must be read to know its digest
         return None
-    return tokenizer.kept(data.tokenizer, corpus.digest(data.train, root), Path(root) / Path(data.cache).expanduser())
+    return tokenizer.kept(data.tokenizer, documents.digest(data.train, root), Path(root) / Path(data.cache).expanduser())
 
 
 def check(data: Settings, root: Path, vocab_size: int) -> None:
     """Refuse in milliseconds, before torch is imported, what can be seen without reading: files, names, vocabulary."""
-    corpus.check_exists(data.train, root, "data.train")
-    corpus.check_exists(data.validation, root, "data.validation")
+    documents.check_exists(data.train, root, "data.train")
+    documents.check_exists(data.validation, root, "data.validation")
     is_file = tokenizer_file.is_file(data.tokenizer)
     declared = tokenizer_file.declared_vocab_size(data.tokenizer, root) if is_file else tokenizer.declared_vocab_size(data.tokenizer)
     if declared > vocab_size:
@@ -123,9 +123,9 @@ def _prepared(spec: str, digest: str, words: Tokenizer, root: Path, cache: Path,
         return found
     with locked(Path(f"{prefix}.lock")):
         if _open(prefix) is None:
-            texts = _announced(corpus.documents(spec, root), f"tokenizing {spec}", progress)
+            texts = _announced(documents.documents(spec, root), f"tokenizing {spec}", progress)
             facts = {"source": spec, "source_sha256": digest, "tokenizer": words.name, "tokenizer_sha256": words.fingerprint}
-            store.write(prefix, _encoded(texts, words), words.vocab_size, facts)
+            token_store.write(prefix, _encoded(texts, words), words.vocab_size, facts)
     return TokenStore(prefix)
 
 
@@ -178,7 +178,7 @@ def _groups(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]
 
 def _label(spec: str) -> str:
     """A file name's part that tells a person which corpus it is; the hash beside it is what counts."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", spec.removeprefix(corpus.BUILTIN)).strip("-.")[-60:]
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", spec.removeprefix(documents.BUILTIN)).strip("-.")[-60:]
 
 
 def _join(*digests: str) -> str:

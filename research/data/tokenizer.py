@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parallel.errors import Mistake
-from research.data import corpus
-from research.files import locked, published
+from parallel.files import locked, published
+from research.data import documents
 
 if TYPE_CHECKING:
     import tokenizers
@@ -109,7 +109,7 @@ def gpt2() -> Tokenizer:
     """GPT-2's 50,257 tokens, from the tables beside this file."""
     from tokenizers import models
 
-    vocabulary, merges = corpus.FOLDER / "gpt2" / "vocab.json", corpus.FOLDER / "gpt2" / "merges.txt"
+    vocabulary, merges = documents.FOLDER / "gpt2" / "vocab.json", documents.FOLDER / "gpt2" / "merges.txt"
     backend = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
     return _wrap(GPT2, backend, hashlib.sha256(vocabulary.read_bytes() + merges.read_bytes()).hexdigest())
 

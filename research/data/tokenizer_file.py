@@ -5,12 +5,12 @@ Beside it may lie tokenizer_config.json, which names the token that ends a text.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
-from research.data import corpus
+from research.data import documents
 from research.data.tokenizer import END_OF_TEXT, Tokenizer
 
 CONFIG = "tokenizer_config.json"
@@ -25,7 +25,7 @@ WAY_OUT = "give it a tokenizer.json as Hugging Face's tokenizers saves it"
 
 def is_file(name: str) -> bool:
     """Whether data.tokenizer names a file rather than a tokenizer of ours."""
-    return name.endswith(".json") and not name.startswith(corpus.BUILTIN)
+    return name.endswith(".json") and not name.startswith(documents.BUILTIN)
 
 
 def declared_vocab_size(name: str, root: Path) -> int:
@@ -76,7 +76,7 @@ def _begin(backend: Any) -> tuple[int, ...]:
 
 def end_of_text(path: Path, table: dict[str, Any]) -> str:
     """The token that ends a text: tokenizer_config.json's eos_token, or one that is usually called so."""
-    said = token(read_table(path.with_name(CONFIG)).get("eos_token")) if path.with_name(CONFIG).is_file() else None
+    said = token_text(read_table(path.with_name(CONFIG)).get("eos_token")) if path.with_name(CONFIG).is_file() else None
     if said:
         return said
     known = _names(table)
@@ -86,7 +86,7 @@ def end_of_text(path: Path, table: dict[str, Any]) -> str:
     raise Mistake(f"{path} does not say which token ends a text → name it in {CONFIG} beside it: {{'eos_token': '</s>'}}")
 
 
-def token(value: Any) -> str | None:
+def token_text(value: Any) -> str | None:
     """A token as tokenizer_config.json names it: text, or a table with its `content`; None for anything else."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) and 0 < len(content) <= 200 else None
@@ -142,3 +142,52 @@ def _size(path: Path, table: dict[str, Any]) -> int:
 
 def _names(table: dict[str, Any]) -> set[str]:
     return {name for name, _ in _tokens(table) if isinstance(name, str)}
+
+
+FILE, TEMPLATE, GENERATION = "tokenizer.json", "chat_template.jinja", "generation_config.json"
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def ends_of(words: Tokenizer, root: Path) -> tuple[int, ...]:
+    """The ids at which a text ends: those that the generation_config.json beside a tokenizer.json names, and end-of-text."""
+    told = _beside(words, root, GENERATION).get("eos_token_id")
+    named = told if isinstance(told, list) else [told]
+    return tuple(dict.fromkeys([words.end_of_text, *(named if _are_ids(told) else ())]))
+
+
+def template_of(words: Tokenizer, root: Path) -> str | None:
+    """The chat template beside a tokenizer.json, where there is one."""
+    if not is_file(words.name):
+        return None
+    found = _template(path_of(words.name, root).parent, _beside(words, root, CONFIG))
+    return found if isinstance(found, str) and 0 < len(found) <= LONGEST_TEMPLATE else None
+
+
+def special_tokens_of(words: Tokenizer, root: Path) -> dict[str, str]:
+    """{"bos_token": "<s>", …}: those that the tokenizer_config.json beside a tokenizer.json names."""
+    told = _beside(words, root, CONFIG)
+    return {name: token for name in SPECIAL if (token := token_text(told.get(name)))}
+
+
+def _beside(words: Tokenizer, root: Path, name: str) -> dict[str, Any]:
+    """A table in the folder of a run's tokenizer.json; empty where there is none."""
+    if not is_file(words.name):
+        return {}
+    path = path_of(words.name, root).with_name(name)
+    return read_table(path) if path.is_file() else {}
+
+
+def _template(source: Path, told: Mapping[str, Any]) -> Any:
+    """From its own file, or from tokenizer_config.json, where it may be one of several with names."""
+    if (source / TEMPLATE).is_file() and (source / TEMPLATE).stat().st_size <= LONGEST_TEMPLATE:
+        return (source / TEMPLATE).read_text(encoding="utf-8", errors="replace")
+    found = told.get("chat_template")
+    named = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    return next((entry.get("template") for entry in named if entry.get("name") == "default"), None if isinstance(found, list) else found)
+
+
+def _are_ids(value: Any) -> bool:
+    """One, or a list of some."""
+    if isinstance(value, list):
+        return 0 < len(value) <= 100 and not any(isinstance(entry, list) for entry in value) and all(map(_are_ids, value))
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from research.evaluation import errors, files
-from research.evaluation.continuation import continuation
-from research.evaluation.file_task import FileTask
-from research.evaluation.task import Exam, Given, Metric
-from research.metrics import perplexity
-from research.scorer import Asked, Scored
+from research.evaluation import examples, statistics
+from research.evaluation.examples import FileTask, continuation
+from research.evaluation.scorer import Score, ScoreRequest
+from research.evaluation.task import Metric, TaskContext, TaskRequests
+from research.tracking.metrics import perplexity
 
 EXAMPLE = '{"text": "a passage of several words"}'
 
@@ -22,23 +21,23 @@ class Lambada(FileTask):
     accuracy: all its tokens are the likeliest ones; perplexity: e to the mean of −log p(word), a word counted once.
     """
 
-    def exam(self, given: Given) -> Exam:
+    def exam(self, given: TaskContext) -> TaskRequests:
         """A request a passage."""
-        rows = islice(files.rows(self.path, {"text": str}, EXAMPLE), self.chosen.limit)
+        rows = islice(examples.rows(self.path, {"text": str}, EXAMPLE), self.chosen.limit)
         asked = [_asked(row, given) for row in rows]
-        return Exam(asked, len(asked), figures)
+        return TaskRequests(asked, len(asked), figures)
 
 
-def _asked(row: files.Row, given: Given) -> Asked:
+def _asked(row: examples.Row, given: TaskContext) -> ScoreRequest:
     context, space, word = row.fields["text"].rpartition(" ")
     if not space or not word:
         raise row.refuse("has no last word after a space", EXAMPLE)
     return continuation(given.tokenizer, context, space + word, given.length, row.where)
 
 
-def figures(scored: Sequence[Scored]) -> list[Metric]:
+def figures(scored: Sequence[Score]) -> list[Metric]:
     """Accuracy and perplexity of the last words."""
     right, nats = [float(all(one.greedy)) for one in scored], [-one.logprob for one in scored]
-    ppl, stderr = perplexity(errors.mean(nats)), errors.of_mean(nats)
-    accuracy = Metric("accuracy", errors.mean(right), errors.of_mean(right), higher_is_better=True)
+    ppl, stderr = perplexity(statistics.mean(nats)), statistics.of_mean(nats)
+    accuracy = Metric("accuracy", statistics.mean(right), statistics.of_mean(right), higher_is_better=True)
     return [accuracy, Metric("perplexity", ppl, stderr and math.isfinite(ppl) and stderr * ppl or None)]

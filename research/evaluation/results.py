@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint_folder import MANIFEST
+from parallel.checkpoint.folder import MANIFEST
 from parallel.errors import Mistake
-from research import run_folder
+from parallel.files import read_json, write_json
 from research.evaluation.task import Metric
-from research.metrics import finite
-from research.run_folder import RunFolder
+from research.tracking.metrics import finite
+from research.tracking.run_folder import RunFolder
 
 SCHEMA = 1
 FOLDER = "evaluations"
@@ -79,7 +79,7 @@ class Results:
 
     def _read(self) -> list[Result]:
         try:
-            told = run_folder.read_json(self.path)
+            told = read_json(self.path)
             same = told["manifest_sha256"] == self._head["manifest_sha256"] and told["schema"] == SCHEMA
             return [_result(row) for row in told["results"]] if same else []
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -98,4 +98,4 @@ class Results:
         places = [i for i, one in enumerate(self._found) if one.key == result.key]
         self._found[slice(places[0], places[0] + 1) if places else slice(len(self._found), None)] = [result]
         self.path.parent.mkdir(exist_ok=True)
-        run_folder.write_json(self.path, {**self._head, "results": [one.row() for one in self._found]})
+        write_json(self.path, {**self._head, "results": [one.row() for one in self._found]})

@@ -4,6 +4,7 @@ given = Given(tokenizer, scorer.length, experiment.data, root)
 for task in tasks.named(["validation", "pairs:FILE.jsonl"], Settings()):
     metrics = answered(task.exam(given), scorer, progress)
 """
+# MERGED-DOC """Requests put to a scorer: the longest first, in portions, so that a bar moves and whoever waits can stop it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from typing import Any, Protocol
 
 from research.data.prepare import Settings as Data
 from research.data.prepare import split
-from research.data.store import TokenStore
+from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
-from research.scorer import Asked, Scored
+from research.evaluation.scorer import Score, Scorer, ScoreRequest
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Given:
+class TaskContext:
     """What a task may use of the model and its run."""
 
     tokenizer: Tokenizer
@@ -68,12 +69,12 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Exam:
+class TaskRequests:
     """A task on a tokenizer: what is asked, and what the answers are worth."""
 
-    asked: list[Asked]
+    asked: list[ScoreRequest]
     examples: int
-    metrics: Callable[[Sequence[Scored]], list[Metric]]
+    metrics: Callable[[Sequence[Score]], list[Metric]]
     """From an answer to each of `asked`, in order. Pure."""
 
 
@@ -88,8 +89,49 @@ class Task(Protocol):
     def settings(self) -> dict[str, Any]:
         """Those that it heeds, as JSON data: with the data's digest and the model they decide the figures."""
 
-    def digest(self, given: Given) -> str:
+    def digest(self, given: TaskContext) -> str:
         """SHA-256 of the data, hex."""
 
-    def exam(self, given: Given) -> Exam:
+    def exam(self, given: TaskContext) -> TaskRequests:
         """Reads and tokenizes. A Mistake where the file is not what it should be, naming its line."""
+
+
+PORTION = 64
+"""Requests between two looks at the bar; several batches of the scorer's."""
+
+
+class Stopped(Exception):
+    """Nobody wants the answers any more."""
+
+
+def evaluate(
+    exam: TaskRequests,
+    scorer: Scorer,
+    progress: Callable[[int], object] = lambda n: None,
+    go_on: Callable[[], bool] = lambda: True,
+    portion: int = PORTION,
+) -> list[Metric]:
+    """The exam's metrics. `progress(n)` after n more requests; `go_on` is asked before each portion, and False raises Stopped.
+
+    Where the scorer is collective, so is this: the same exam on every rank, and the same answer from `go_on`.
+    """
+    return exam.metrics(score_in_batches(exam.asked, scorer, progress, go_on, portion))
+
+
+def score_in_batches(
+    asked: Sequence[ScoreRequest],
+    scorer: Scorer,
+    progress: Callable[[int], object] = lambda n: None,
+    go_on: Callable[[], bool] = lambda: True,
+    portion: int = PORTION,
+) -> list[Score]:
+    """An answer to each, in order; see `answered`."""
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i].ids))  # stable: equal on every rank
+    found: dict[int, Score] = {}
+    for first in range(0, len(order), portion):
+        if not go_on():
+            raise Stopped
+        places = order[first : first + portion]
+        found.update(zip(places, scorer.score([asked[place] for place in places]), strict=True))
+        progress(len(places))
+    return [found[i] for i in range(len(asked))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import Mistake
-from research.serving.refusal import Refusal
+from research.serving.errors import ApiError
 
 SHORTEST, LONGEST = 16, 512
 LOCAL_NAMES = ("localhost",)
@@ -54,7 +54,7 @@ class Access:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
             said = "is not the server's" if given else "is missing"
-            raise Refusal(
+            raise ApiError(
                 401,
                 f"the token {said} → send the header Authorization: Bearer TOKEN (api_key in OpenAI's clients)",
                 code="invalid_api_key",
@@ -65,4 +65,4 @@ class Access:
         name = host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
         if not is_loopback(name):
             said = f"the Host header names {name[:100]!r}, not this machine"
-            raise Refusal(403, f"{said} → ask http://127.0.0.1, or start the server with --token_file", code="wrong_host")
+            raise ApiError(403, f"{said} → ask http://127.0.0.1, or start the server with --token_file", code="wrong_host")

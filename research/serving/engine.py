@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from parallel.errors import Mistake
-from research.ask import Ask
-from research.batch import CANCELLED, END, STOP
-from research.serving.metrics import Metrics
-from research.writer import Text, Writer
+from research.generation.batching import CANCELLED, END, STOP
+from research.generation.generator import GeneratedText, TextGenerator
+from research.generation.settings import GenerationSettings
+from research.serving.prometheus import Metrics
 
 FAILED = "failed"
 """Why a text ended: the model could not go on."""
@@ -48,9 +48,9 @@ class Job:
     """A text to be written. The engine's thread fills the last two."""
 
     ids: tuple[int, ...]
-    ask: Ask
+    ask: GenerationSettings
     ends: Collection[int]
-    text: Text | None = None
+    text: GeneratedText | None = None
     told: int = field(default=0)
     """How many tokens have been handed out."""
 
@@ -75,10 +75,10 @@ HandOut = Callable[[list[tuple[Job, Piece]]], None]
 class Engine:
     """`run` until halted. Everything else may be called from other threads."""
 
-    def __init__(self, writer: Writer, hand_out: HandOut, metrics: Metrics) -> None:
+    def __init__(self, writer: TextGenerator, hand_out: HandOut, metrics: Metrics) -> None:
         self.writer, self.hand_out, self.metrics = writer, hand_out, metrics
         self.orders: SimpleQueue[Order] = SimpleQueue()
-        self._jobs: dict[Text, Job] = {}
+        self._jobs: dict[GeneratedText, Job] = {}
 
     def run(self) -> None:
         """Carries out orders and writes, until Halt. An error that is no Mistake ends it, after all texts were told."""
@@ -133,7 +133,7 @@ class Engine:
                 self.metrics.ended(text.finish)
                 del self._jobs[text]
 
-    def _piece(self, text: Text, job: Job) -> Piece:
+    def _piece(self, text: GeneratedText, job: Job) -> Piece:
         ids, starts = text.written.ids, text.starts
         tokens: tuple[Token, ...] = ()
         if job.ask.logprobs is not None:

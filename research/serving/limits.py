@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from parallel.errors import Mistake
-from research.ask import MOST_LOGPROBS
+from research.generation.settings import MOST_LOGPROBS
 
 
 def _bound(default: int | float, what: str) -> Any:

@@ -4,19 +4,19 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from models.choice import Choice
 from models.config import GPT
+from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake
-from research.ask import Ask, refuse_long, text_seed
 from research.data.tokenizer import Tokenizer
+from research.generation.settings import GenerationSettings, refuse_long, text_seed
 from research.serving.access import Access
-from research.serving.call import Desk
-from research.serving.conversation import Conversation
+from research.serving.chat_template import Conversation
 from research.serving.engine import Job
+from research.serving.errors import ApiError, wrong
 from research.serving.limits import Limits
-from research.serving.metrics import Metrics
-from research.serving.refusal import Refusal, wrong
-from research.serving.schema import Common
+from research.serving.prometheus import Metrics
+from research.serving.request_queue import RequestQueue
+from research.serving.requests import Common
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Service:
     limits: Limits
     access: Access
     metrics: Metrics
-    desk: Desk
+    desk: RequestQueue
 
     @property
     def fingerprint(self) -> str:
@@ -63,9 +63,9 @@ class Service:
     def refuse_other(self, name: str | None) -> None:
         """A Refusal for a model that is not here. A request that names none means this one."""
         if name not in (None, self.name):
-            raise Refusal(404, f"model {str(name)[:100]!r} is not here → use {self.name}", "model", "model_not_found")
+            raise ApiError(404, f"model {str(name)[:100]!r} is not here → use {self.name}", "model", "model_not_found")
 
-    def asks(self, asked: Common, stops: tuple[str, ...], tokens: int, logprobs: int | None, number: int = 0) -> list[Ask]:
+    def asks(self, asked: Common, stops: tuple[str, ...], tokens: int, logprobs: int | None, number: int = 0) -> list[GenerationSettings]:
         """What is asked for each of the `n` texts of prompt `number`."""
         if asked.n > self.limits.n:
             raise wrong("n", f"= {asked.n} is more than {self.limits.n} → ask for fewer")
@@ -78,9 +78,9 @@ class Service:
             raise wrong("stop", f"holds a string of more than {self.limits.stop_length} characters → send shorter ones")
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         stops = tuple(dict.fromkeys((*asked.stop, *stops)))
-        return [Ask(tokens, choice(asked), text_seed(seed, number, i), stops, logprobs) for i in range(asked.n)]
+        return [GenerationSettings(tokens, choice(asked), text_seed(seed, number, i), stops, logprobs) for i in range(asked.n)]
 
-    def jobs(self, ids: tuple[int, ...], asks: list[Ask], ends: tuple[int, ...], source: str, length: str) -> list[Job]:
+    def jobs(self, ids: tuple[int, ...], asks: list[GenerationSettings], ends: tuple[int, ...], source: str, length: str) -> list[Job]:
         """A job for each text; a Refusal where they do not fit into the context.
 
         `source` is the field that the prompt came from, `length` the one that said how long a text may be.
@@ -90,7 +90,7 @@ class Service:
         except Mistake as mistake:
             said = str(mistake).replace("max_new_tokens", "max_tokens").replace("use context", "start the server with --context")
             param = length if len(ids) < self.context else source
-            raise Refusal(400, f"{param}: {said}", param, "context_length_exceeded") from None
+            raise ApiError(400, f"{param}: {said}", param, "context_length_exceeded") from None
         return [Job(ids, ask, ends) for ask in asks]
 
     def left(self, ids: tuple[int, ...]) -> int:
@@ -98,8 +98,8 @@ class Service:
         return max(1, self.context - len(ids))
 
 
-def choice(asked: Common) -> Choice:
+def choice(asked: Common) -> SamplingParams:
     """How tokens are chosen. At temperature 0 the others leave the likeliest token where it is: they ask for nothing."""
     if asked.temperature == 0:
-        return Choice(repetition_penalty=float(asked.repetition_penalty))
-    return Choice(float(asked.temperature), asked.top_k, float(asked.top_p), float(asked.min_p), float(asked.repetition_penalty))
+        return SamplingParams(repetition_penalty=float(asked.repetition_penalty))
+    return SamplingParams(float(asked.temperature), asked.top_k, float(asked.top_p), float(asked.min_p), float(asked.repetition_penalty))

@@ -8,8 +8,8 @@ from models.position import POSITIONS
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from tests.harness import run_ranks
-from tests.models import on_rank, reference
-from tests.models.build import ALONE, fill, joined_part, made, random_part, relative, scatter, shape, values, whole_model, worst
+from tests.models.helpers import on_rank, reference
+from tests.models.helpers.build import ALONE, fill, joined_part, made, random_part, relative, scatter, shape, values, whole_model, worst
 
 MODELS = {
     "multi-head": shape(),

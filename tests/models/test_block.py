@@ -6,8 +6,8 @@ import torch
 from models.block import RESIDUALS
 from models.norm import NORMS
 from tests.harness import run_ranks
-from tests.models import on_rank, reference
-from tests.models.build import joined_part, random_part, shape, whole_model, worst
+from tests.models.helpers import on_rank, reference
+from tests.models.helpers.build import joined_part, random_part, shape, whole_model, worst
 
 
 def equations(residual: str, model, x, w):

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.config import CHOICES, GPT
-from tests.models.build import LLAMA_3, ROTARY, SHAPE, shape
+from tests.models.helpers.build import LLAMA_3, ROTARY, SHAPE, shape
 
 SENTENCES = [
     (dict(num_heads=5), "model.num_heads = 5 does not divide model.hidden_size = 32 → use 1, 2, 4, 8, 16 or 32"),

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from models.attention import Core, DroppingCore
 from models.dropout import Dropout, dropped, mixed
-from models.init import seed_of
 from models.position import alibi_slopes
+from models.seed import seed_of
 from parallel.grid import Grid
-from tests.models.build import ALONE, gradients, relative, shape, whole_model
-from tests.models.integers import M64, is_dropped, true_place
+from tests.models.helpers.build import ALONE, gradients, relative, shape, whole_model
+from tests.models.helpers.integers import M64, is_dropped, true_place
 
 SEED = 7
 EVERYWHERE = dict(embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)

@@ -9,19 +9,19 @@ import torch
 from torch.nn import functional as F
 
 from models import gpt
-from models.block import PreNormBlock
+from models.block import RESIDUALS, PreNormBlock
 from models.config import CHOICES, VARIANT
 from models.init import GPT2Init
 from models.mlp import GELU
 from models.norm import RMSNorm
-from models.parts import REGISTRIES
 from models.position import Learned, Position
+from models.registry import REGISTRIES
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from tests.harness import run_ranks
-from tests.models import on_rank
-from tests.models.build import ALONE, SEED, gradients, joined, random_weights, relative, shape, values, whole_model, worst
-from tests.models.dense import Dense
+from tests.models.helpers import on_rank
+from tests.models.helpers.build import ALONE, SEED, gradients, joined, random_weights, relative, shape, values, whole_model, worst
+from tests.models.helpers.dense import Dense
 
 VOCAB = 83
 SETTINGS = {
@@ -134,7 +134,7 @@ def test_a_model_that_drops_everywhere_is_the_dense_one(degree, sequence):
 
 
 def test_the_registries_are_what_the_schema_allows():
-    assert {setting: tuple(classes) for setting, classes in REGISTRIES.items()} == CHOICES
+    assert {setting: tuple(classes) for setting, classes in {**REGISTRIES, "residual": RESIDUALS}.items()} == CHOICES
 
 
 def names(model, grid: Grid = ALONE) -> list[str]:

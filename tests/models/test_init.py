@@ -11,8 +11,8 @@ from parallel.grid import Grid
 from parallel.layers import unique_parameters
 from parallel.slices import slice_of
 from tests.harness import run_ranks
-from tests.models import on_rank
-from tests.models.build import shape, values, whole_model
+from tests.models.helpers import on_rank
+from tests.models.helpers.build import shape, values, whole_model
 
 STANDARD_DEVIATIONS = {
     "gpt2": {"embedding": 0.02, "position": 0.02, "head": 0.02, "qkv": 0.02, "up": 0.02, "output": 0.01, "down": 0.01},

@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from models.mlp import MLPS
 from tests.harness import run_ranks
-from tests.models import on_rank, reference
-from tests.models.build import ALONE, fill, joined_part, made, random_part, relative, shape, worst
+from tests.models.helpers import on_rank, reference
+from tests.models.helpers.build import ALONE, fill, joined_part, made, random_part, relative, shape, worst
 
 
 def gelu(x: Tensor) -> Tensor:

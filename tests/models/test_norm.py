@@ -6,8 +6,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.norm import NORMS
 from tests.harness import run_ranks
-from tests.models import on_rank, reference
-from tests.models.build import fill, gradients, relative, shape, values, worst
+from tests.models.helpers import on_rank, reference
+from tests.models.helpers.build import fill, gradients, relative, shape, values, worst
 
 SIZE = 24
 

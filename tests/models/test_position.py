@@ -9,12 +9,11 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from models.position import POSITIONS, alibi_slopes
-from models.rotary_scaling import scaled
+from models.position import POSITIONS, alibi_slopes, scaled
 from parallel.grid import Grid
 from tests.harness import run_ranks
-from tests.models import on_rank, reference
-from tests.models.build import ALONE, LLAMA_3, fill, joined_part, parts, random_part, relative, shape, values, whole_model, worst
+from tests.models.helpers import on_rank, reference
+from tests.models.helpers.build import ALONE, LLAMA_3, fill, joined_part, parts, random_part, relative, shape, values, whole_model, worst
 
 
 def scheme(position: str, grid: Grid = ALONE, **changes):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from models import gpt
 from models.block import RESIDUALS
 from models.config import GPT
-from models.parts import Parts
 from models.recompute import recomputed, rerun
+from models.registry import BuildContext
 from parallel.layers import PlainModule
-from tests.models.build import ALONE, gradients, scatter, shape
+from tests.models.helpers.build import ALONE, gradients, scatter, shape
 
 MODES = ("none", "selective", "full")
 EVERYWHERE = dict(embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)
@@ -54,7 +54,7 @@ def test_torch_s_own_random_numbers_are_left_alone():
 def block_of(recompute: str, **changes) -> nn.Module:
     model = shape(seq_length=S, **changes)
     kind = RESIDUALS[model.residual]
-    return (recomputed(kind) if recompute == "full" else kind)("block", Parts(model, ALONE, 5, {}, recompute))
+    return (recomputed(kind) if recompute == "full" else kind)("block", BuildContext(model, ALONE, 5, {}, recompute))
 
 
 def kept_for_backward(recompute: str, **changes) -> list[Tensor]:

@@ -9,7 +9,7 @@ from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import Layer, PlainModule, stage_bounds, unique_parameters
 from parallel.slices import logical_name
-from tests.parallel.training import LLAMA, MODEL
+from tests.parallel.helpers.training import LLAMA, MODEL
 
 
 def listed(blocks: int, before: int, after: int) -> list[Layer]:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from models.block import RESIDUALS
 from models.config import GPT
-from models.parts import Parts
 from models.recompute import recomputed
+from models.registry import BuildContext
 from parallel.grid import Grid, make_grid
-from parallel.region import Sequence, Whole
+from parallel.region import SequenceParallelRegion, TensorParallelRegion, region_of
 from parallel.slices import gathered, slice_of
 from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead
 from tests.harness import run_ranks
@@ -185,7 +185,7 @@ def communicated(sequence: bool, recompute: str, drops: bool = True) -> tuple[Co
     """(forward, backward) of one block in training."""
     grid = make_grid(1, dist.get_world_size(), sequence)
     kind = recomputed(RESIDUALS["pre_norm"]) if recompute == "full" else RESIDUALS["pre_norm"]
-    block = kind("block", Parts(COUNTED.model_copy(update={} if drops else NO_DROPOUT), grid, 0, {}, recompute))
+    block = kind("block", BuildContext(COUNTED.model_copy(update={} if drops else NO_DROPOUT), grid, 0, {}, recompute))
     x = torch.randn(B, S // grid.tensor if sequence else S, COUNTED.hidden_size, requires_grad=True)
     with Counting() as forward:
         y = block(x, torch.arange(B))
@@ -243,7 +243,7 @@ def test_recomputing_a_block_communicates_its_forward_pass_again(degree: int) ->
 def kept_gathered(sequence: bool) -> int:
     """Elements of 'b s h' activations, whole or cut, that a block without dropout keeps for its backward pass."""
     grid = make_grid(1, dist.get_world_size(), sequence)
-    block = RESIDUALS["pre_norm"]("block", Parts(COUNTED.model_copy(update=NO_DROPOUT), grid, 0, {}))
+    block = RESIDUALS["pre_norm"]("block", BuildContext(COUNTED.model_copy(update=NO_DROPOUT), grid, 0, {}))
     parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     kept: dict[int, int] = {}
 
@@ -270,20 +270,24 @@ def test_what_is_gathered_is_kept_and_the_rest_is_cut(degree: int) -> None:
 # On one rank, and on a grid that only describes.
 
 
-@pytest.mark.parametrize("region", [Whole(None), Sequence(None)], ids=["whole", "sequence"])
-def test_over_one_rank_nothing_happens(region: Whole) -> None:
+@pytest.mark.parametrize("region", [TensorParallelRegion(None), SequenceParallelRegion(None)], ids=["whole", "sequence"])
+def test_over_one_rank_nothing_happens(region: TensorParallelRegion) -> None:
     x = torch.randn(2, 6, 4)
     assert region.enter(x) is x and region.leave(x) is x and region.first_position(x) == 0 and region.partial_group is None
 
 
 def test_a_grid_chooses_its_region() -> None:
-    assert type(Grid().region) is Whole and type(Grid(tensor=2, sequence=True).region) is Sequence
+    assert type(region_of(Grid())) is TensorParallelRegion and type(region_of(Grid(tensor=2, sequence=True))) is SequenceParallelRegion
 
 
 def places() -> tuple[int, bool, bool]:
     grid = make_grid(1, dist.get_world_size(), sequence=True)
     x = torch.zeros(2, 3, 4)
-    return grid.region.first_position(x), grid.region.partial_group is grid.tensor_group, Whole(grid.tensor_group).partial_group is None
+    return (
+        region_of(grid).first_position(x),
+        region_of(grid).partial_group is grid.tensor_group,
+        TensorParallelRegion(grid.tensor_group).partial_group is None,
+    )
 
 
 def test_each_rank_knows_the_place_of_its_positions() -> None:
@@ -292,7 +296,7 @@ def test_each_rank_knows_the_place_of_its_positions() -> None:
 
 def uneven() -> None:
     grid = make_grid(1, 2, sequence=True)
-    grid.region.leave(torch.zeros(2, 7, 4))
+    region_of(grid).leave(torch.zeros(2, 7, 4))
 
 
 def test_positions_that_ranks_do_not_divide_are_refused_before_they_wait() -> None:

@@ -1,4 +1,4 @@
-"""What DeepSpeed sends, in closed form, by hand on small sizes; tests/research/test_verify_ledger.py counts it for real."""
+"""What DeepSpeed sends, in closed form, by hand on small sizes; tests/research/verification/test_ledger.py counts it for real."""
 
 import pytest
 

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.grid import Grid, make_grid
 from parallel.slices import Slice, gathered, slice_of
-from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead, vocab_parallel_cross_entropy
+from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead
 from tests.harness import run_ranks
 
 B, S, D = 3, 4, 6

@@ -2,13 +2,18 @@
 
 import pytest
 
-from tests.research.runs import Ended, Place, launch, run
-from tests.research.smollm2 import smollm2
+from research.tracking.run_folder import RunFolder
+from tests.models.helpers.build import ROTARY
+from tests.research.helpers import untrained
+from tests.research.helpers.launches import Ended, Place, launch, run
+from tests.research.helpers.smollm2 import smollm2
 
 __all__ = ["smollm2"]
 
 NOWHERE = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}
 """A W&B server that nobody can reach and a key that nobody was given."""
+
+LONG_CONTEXT = ROTARY | dict(seq_length=128, num_kv_heads=2)
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +63,9 @@ def launched(place: Place):
     yield begin
     for each in begun:
         each.kill()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Rotary positions: its context may be as long as a test likes."""
+    return untrained.make(tmp_path_factory.mktemp("serving"), **LONG_CONTEXT)

@@ -2,14 +2,11 @@
 
 import json
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from research.data import store
-
-ROOT = Path(__file__).parents[3]
+from research.data.token_store import TokenStore, write
 
 
 @pytest.fixture
@@ -35,9 +32,9 @@ def settings(lines):
 def token_store(tmp_path):
     """make(num_tokens): a store whose token k is k, so that a token tells its position; documents of 7 tokens."""
 
-    def make(num_tokens: int, name: str = "stream") -> store.TokenStore:
+    def make(num_tokens: int, name: str = "stream") -> TokenStore:
         ids = np.split(np.arange(num_tokens), range(7, num_tokens, 7))
-        store.write(tmp_path / name, ((part, 3) for part in ids), 70000, {})
-        return store.TokenStore(tmp_path / name)
+        write(tmp_path / name, ((part, 3) for part in ids), 70000, {})
+        return TokenStore(tmp_path / name)
 
     return make

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from parallel.errors import Mistake
-from research.data import corpus, prepare, tokenizer
-from research.data.store import TokenStore
-from tests.research.data.conftest import ROOT
+from research import ROOT
+from research.data import documents, prepare, tokenizer
+from research.data.token_store import TokenStore
 
 PATIENCE = 60
 
@@ -26,7 +26,7 @@ def files(folder):
 def test_stores_hold_the_documents_each_followed_by_end_of_text(settings, tmp_path):
     found = prepare.load(settings, tmp_path, 300)
     for spec, split in ((settings.train, found.train), (settings.validation, found.validation)):
-        texts = list(corpus.documents(spec, tmp_path))
+        texts = list(documents.documents(spec, tmp_path))
         expected = [i for text in texts for i in [*found.tokenizer.encode(text), found.tokenizer.end_of_text]]
         assert split.tokens.tolist() == expected
         assert split.num_bytes == sum(len(text.encode()) for text in texts)
@@ -36,7 +36,7 @@ def test_stores_hold_the_documents_each_followed_by_end_of_text(settings, tmp_pa
 
 def test_the_tokenizer_has_seen_the_training_text_only(settings, tmp_path):
     found = prepare.load(settings, tmp_path, 300).tokenizer
-    texts = list(corpus.documents(settings.train, tmp_path))
+    texts = list(documents.documents(settings.train, tmp_path))
     assert found.backend.to_str() == tokenizer._wrap("", type(found.backend).from_str(tokenizer.train_bpe(texts, 300)), "").backend.to_str()
 
 
@@ -144,7 +144,7 @@ print(found.fingerprint, int(found.train.tokens.astype("int64").sum()), found.va
 
 
 def test_all_ranks_at_once_one_does_the_work(tmp_path, lines):
-    lines("train.jsonl", list(corpus.documents("builtin:state_of_the_union/val", ROOT)))
+    lines("train.jsonl", list(documents.documents("builtin:state_of_the_union/val", ROOT)))
     lines("val.jsonl", ["the end"])
     ranks = [start(LOAD, tmp_path, rank) for rank in range(5)]
     deadline = time.monotonic() + PATIENCE
@@ -160,7 +160,7 @@ def test_all_ranks_at_once_one_does_the_work(tmp_path, lines):
 
 HOLD = """
 import pathlib, sys, time
-from research.files import locked
+from parallel.files import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

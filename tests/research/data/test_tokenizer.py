@@ -10,15 +10,15 @@ import sys
 import pytest
 
 from parallel.errors import Mistake
-from research.data import corpus, tokenizer
-from tests.research.data.conftest import ROOT
+from research import ROOT
+from research.data import documents, tokenizer
 
 VAL = "builtin:state_of_the_union/val"
 
 
 @pytest.fixture(scope="module")
 def speeches():
-    return list(corpus.documents(VAL, ROOT))
+    return list(documents.documents(VAL, ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_pieces_change_nothing(either, speeches):
 
 def test_gpt2_equals_transformers(speeches):
     transformers = pytest.importorskip("transformers")
-    folder = corpus.FOLDER / "gpt2"
+    folder = documents.FOLDER / "gpt2"
     theirs = transformers.GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
     ours = tokenizer.gpt2()
     assert (ours.vocab_size, ours.end_of_text) == (len(theirs), theirs.eos_token_id) == (50257, 50256)
@@ -97,8 +97,8 @@ def test_little_text_gives_fewer_tokens_than_asked(tmp_path):
 
 TRAIN = """
 import hashlib, pathlib
-from research.data import corpus, tokenizer
-text = tokenizer.train_bpe(corpus.documents("builtin:state_of_the_union/val", pathlib.Path()), 2000)
+from research.data import documents, tokenizer
+text = tokenizer.train_bpe(documents.documents("builtin:state_of_the_union/val", pathlib.Path()), 2000)
 print(hashlib.sha256(text.encode()).hexdigest())
 """
 

@@ -10,9 +10,9 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from parallel.errors import Mistake
+from research import ROOT
 from research.data import prepare, tokenizer_file
-from research.data.store import TokenStore
-from tests.research.data.conftest import ROOT
+from research.data.token_store import TokenStore
 
 TEXT = "We the people of the United States, in order to form a more perfect union, …\n\n establish justice in 1787.\n"
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from research import config
+from research import ROOT
+from research.config import serialization
 from research.data.prepare import load_tokenizer
-from research.evaluation.task import Given
-from research.run_folder import RunFolder
-from tests.research import untrained
+from research.evaluation.task import TaskContext
+from research.tracking.run_folder import RunFolder
+from tests.research.helpers import untrained
 
-SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
 """WikiText-2 and LAMBADA, where they are at hand: they may not go into the repository."""
 
 
@@ -21,9 +22,9 @@ def folder(tmp_path_factory) -> RunFolder:
 
 
 @pytest.fixture(scope="session")
-def given(folder: RunFolder) -> Given:
-    data = config.load(folder.config).data
-    return Given(load_tokenizer(data, Path("/")), 33, data, Path("/"))
+def given(folder: RunFolder) -> TaskContext:
+    data = serialization.load(folder.config).data
+    return TaskContext(load_tokenizer(data, Path("/")), 33, data, Path("/"))
 
 
 def shared(name: str) -> Path:

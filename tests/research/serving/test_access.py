@@ -10,8 +10,8 @@ pytest.importorskip("fastapi")
 from parallel.errors import Mistake
 from research.serving import access
 from research.serving.access import Access, is_loopback, read_token
-from research.serving.refusal import Refusal
-from tests.research.serving.servers import served
+from research.serving.errors import ApiError
+from tests.research.serving.helpers.servers import served
 
 TOKEN = "0123456789abcdefTOKEN"
 
@@ -29,7 +29,7 @@ def test_the_token(given, passes):
     if passes:
         Access(TOKEN).check({"authorization": given})
         return
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(ApiError) as refused:
         Access(TOKEN).check({"authorization": given})
     assert refused.value.status == 401 and TOKEN not in refused.value.message and refused.value.headers["www-authenticate"] == "Bearer"
 
@@ -48,7 +48,7 @@ def test_a_host_of_this_machine(host):
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "", "[::2]:8000", "127.0.0.1.evil.example", "169.254.1.1"])
 def test_a_name_that_was_pointed_here_is_refused(host):
-    with pytest.raises(Refusal, match="not this machine") as refused:
+    with pytest.raises(ApiError, match="not this machine") as refused:
         Access(None).check({"host": host})
     assert refused.value.status == 403
 

@@ -10,14 +10,14 @@ openai = pytest.importorskip("openai")
 
 import httpx
 
-from models.choice import Choice
+from models.inference.sampling_params import SamplingParams
 from parallel.grid import Grid
-from research import config
-from research.ask import Ask, text_seed
+from research.config import serialization
 from research.data.prepare import load_tokenizer
-from research.restore import Plan, decoder_of
-from research.writer import Writer
-from tests.research.serving.servers import served, until
+from research.generation.generator import TextGenerator
+from research.generation.restore import DecoderSpec, decoder_of
+from research.generation.settings import GenerationSettings, text_seed
+from tests.research.serving.helpers.servers import served, until
 
 WORDS = ("the people of the union", "war", "peace and jobs", "health", "½ of them", "the", "", "budget. in war: the people")
 
@@ -39,9 +39,9 @@ def client(server):
 @pytest.fixture(scope="module")
 def alone(small):
     """A writer without a server: (prompt, ask) -> its Text."""
-    experiment = config.load(small.config)
-    plan = Plan(small.path, small.checkpoints / "step_000003", slots=1, context=128)
-    writer = Writer(decoder_of(plan, Grid()), load_tokenizer(experiment.data, Path("/")), experiment.model, 128)
+    experiment = serialization.load(small.config)
+    plan = DecoderSpec(small.path, small.checkpoints / "step_000003", slots=1, context=128)
+    writer = TextGenerator(decoder_of(plan, Grid()), load_tokenizer(experiment.data, Path("/")), experiment.model, 128)
 
     def write(prompt, ask):
         text = writer.submit(prompt, ask)
@@ -54,7 +54,7 @@ def alone(small):
 
 def test_a_completion_is_what_is_written_without_a_server(client, alone):
     found = client.completions.create(model=client.models.list().data[0].id, prompt="the people", max_tokens=12, temperature=0, logprobs=2)
-    text = alone("the people", Ask(12, logprobs=2))
+    text = alone("the people", GenerationSettings(12, logprobs=2))
     assert found.choices[0].text == text.text and found.choices[0].finish_reason == "length"
     assert found.choices[0].logprobs.token_logprobs == pytest.approx([own for own, _ in text.written.logprobs], abs=1e-5)
     assert len(found.choices[0].logprobs.top_logprobs[0]) == 2 and found.choices[0].logprobs.text_offset[0] == 0
@@ -66,7 +66,7 @@ def test_a_seed_decides_every_text(client, alone):
     choices = client.completions.create(**asked).choices
     assert [choice.index for choice in choices] == [0, 1, 2, 3] and len({choice.text for choice in choices}) == 4
     for i, choice in enumerate(choices):
-        ask = Ask(10, Choice(0.8, 50, 0.9), text_seed(7, i // 2, i % 2))
+        ask = GenerationSettings(10, SamplingParams(0.8, 50, 0.9), text_seed(7, i // 2, i % 2))
         assert choice.text == alone(asked["prompt"][i // 2], ask).text
     assert client.completions.create(**asked | {"seed": 8}).choices[0].text != choices[0].text
 
@@ -121,7 +121,7 @@ def test_a_chat_without_a_template_is_plain_text(client, alone):
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "war?"}, {"role": "assistant", "content": "no"}]
     turns.append({"role": "user", "content": [{"type": "text", "text": "pea"}, {"type": "text", "text": "ce?"}]})
     asked = dict(model=None, messages=turns, temperature=0, max_tokens=9)
-    text = alone("Be kind.\nUser: war?\nAssistant: no\nUser: peace?\nAssistant:", Ask(9)).text
+    text = alone("Be kind.\nUser: war?\nAssistant: no\nUser: peace?\nAssistant:", GenerationSettings(9)).text
     found = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
     assert found.choices[0].message.content == text
     content = found.choices[0].logprobs.content

@@ -9,14 +9,14 @@ pytest.importorskip("prometheus_client")
 
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from research import config
-from research.ask import Ask
+from research.config import serialization
 from research.data.prepare import load_tokenizer
-from research.restore import Plan, decoder_of
+from research.generation.generator import TextGenerator
+from research.generation.restore import DecoderSpec, decoder_of
+from research.generation.settings import GenerationSettings
 from research.serving.engine import FAILED, Cancel, Engine, Halt, Job, Submit
-from research.serving.metrics import Metrics
-from research.writer import Writer
-from tests.research.serving.servers import PATIENCE
+from research.serving.prometheus import Metrics
+from tests.research.serving.helpers.servers import PATIENCE
 
 
 class Written(list):
@@ -28,13 +28,13 @@ class Written(list):
 
 @pytest.fixture
 def writer(small):
-    plan = Plan(small.path, small.checkpoints / "step_000003", slots=2, context=64)
-    experiment = config.load(small.config)
-    return Writer(decoder_of(plan, Grid()), load_tokenizer(experiment.data, Path("/")), experiment.model, 64)
+    plan = DecoderSpec(small.path, small.checkpoints / "step_000003", slots=2, context=64)
+    experiment = serialization.load(small.config)
+    return TextGenerator(decoder_of(plan, Grid()), load_tokenizer(experiment.data, Path("/")), experiment.model, 64)
 
 
 def job(writer, prompt="war", tokens=6, **ask) -> Job:
-    return Job(writer.ids(prompt), Ask(tokens, **ask), ())
+    return Job(writer.ids(prompt), GenerationSettings(tokens, **ask), ())
 
 
 def run(writer, orders, watch=lambda engine, step: None, last=()) -> Written:

@@ -1,0 +1,157 @@
+"""How transformers holds GPT-2, GPT-NeoX (Pythia) and Llama: a table each, our module -> theirs in the form in which they have it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from models.config import GPT
+from models.conversion.read_config import GATED_MLPS, PLAIN_MLPS
+from parallel.errors import Mistake
+
+
+@dataclass(frozen=True)
+class Same:
+    """Their module `name` holds what ours does: a weight '[out, in]' or a table."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their modules that make up one of ours."""
+        return (self.name,)
+
+    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+        """Their tensors, in the order of `names`, as our one."""
+        return tensors[0]
+
+    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
+        """Our tensor as theirs, in the order of `names`."""
+        return [tensor]
+
+
+class Transposed(Same):
+    """GPT-2's Conv1D: a weight '[in, out]'."""
+
+    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+        """'[in, out]' -> '[out, in]'; a bias as it is."""
+        return tensors[0].t().contiguous()
+
+    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
+        """'[out, in]' -> '[in, out]'; a bias as it is."""
+        return [tensor.t().contiguous()]
+
+
+class HeadByHead(Same):
+    """GPT-NeoX's qkv, whose rows are each head's q, k and v, then the next head's."""
+
+    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+        """Rows '(h 3 e)' -> '(3 h e)', of weight and bias."""
+        return rearrange(tensors[0], "(h three e) ... -> (three h e) ...", three=3, h=model.num_heads)
+
+    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
+        """Rows '(3 h e)' -> '(h 3 e)', of weight and bias."""
+        return [rearrange(tensor, "(three h e) ... -> (h three e) ...", three=3, h=model.num_heads)]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Several modules of theirs are one of ours, row under row; `rows` gives the height of each."""
+
+    names: tuple[str, ...]
+    rows: Callable[[GPT], list[int]]
+
+    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+        """q, k, v or gate, up -> one tensor."""
+        heights = [len(tensor) for tensor in tensors]
+        if heights != self.rows(model):  # a right sum of wrong heights would go unnoticed
+            raise Mistake(
+                f"{', '.join(self.names)} have {heights} rows where this model has {self.rows(model)} → is the configuration this model's?"
+            )
+        return torch.cat(tensors)
+
+    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
+        """One tensor -> q, k, v or gate, up."""
+        return [part.contiguous() for part in tensor.split(self.rows(model))]
+
+
+def qkv_rows(model: GPT) -> list[int]:
+    """Heights of q, k and v."""
+    return [model.num_heads * model.head_size] + [model.num_kv_heads * model.head_size] * 2
+
+
+@dataclass(frozen=True)
+class Family:
+    """How transformers holds one kind of model. Names as in its files; `*` is the block's number."""
+
+    name: str
+    prefix: str
+    """Begins all names but the head's; some files leave it out."""
+    heads: tuple[str, ...]
+    """The untied head's names, the one in files first. Never prefixed."""
+    modules: dict[str, Same | Fused]
+    holds: dict[str, tuple]
+    """Our setting -> the values that the family can express."""
+    grouped: bool
+
+
+FAMILIES = {
+    "gpt2": Family(
+        name="gpt2",
+        prefix="transformer.",
+        heads=("lm_head",),
+        modules={
+            "embedding": Same("wte"),
+            "position": Same("wpe"),
+            "blocks.*.attention_norm": Same("h.*.ln_1"),
+            "blocks.*.attention.qkv": Transposed("h.*.attn.c_attn"),
+            "blocks.*.attention.output": Transposed("h.*.attn.c_proj"),
+            "blocks.*.mlp_norm": Same("h.*.ln_2"),
+            "blocks.*.mlp.up": Transposed("h.*.mlp.c_fc"),
+            "blocks.*.mlp.down": Transposed("h.*.mlp.c_proj"),
+            "final_norm": Same("ln_f"),
+        },
+        holds={"norm": ("layernorm",), "position": ("learned",), "residual": ("pre_norm",), "bias": (True,), "qkv_bias": (True,),
+               "mlp": tuple(PLAIN_MLPS.values()), "qk_norm": (False,)},
+        grouped=False,
+    ),
+    "gpt_neox": Family(
+        name="gpt_neox",
+        prefix="gpt_neox.",
+        heads=("embed_out", "lm_head"),
+        modules={
+            "embedding": Same("embed_in"),
+            "blocks.*.attention_norm": Same("layers.*.input_layernorm"),
+            "blocks.*.attention.qkv": HeadByHead("layers.*.attention.query_key_value"),
+            "blocks.*.attention.output": Same("layers.*.attention.dense"),
+            "blocks.*.mlp_norm": Same("layers.*.post_attention_layernorm"),
+            "blocks.*.mlp.up": Same("layers.*.mlp.dense_h_to_4h"),
+            "blocks.*.mlp.down": Same("layers.*.mlp.dense_4h_to_h"),
+            "final_norm": Same("final_layer_norm"),
+        },
+        holds={"norm": ("layernorm",), "position": ("rotary",), "residual": ("parallel", "pre_norm"), "bias": (True,), "qkv_bias": (True,),
+               "mlp": tuple(PLAIN_MLPS.values()), "qk_norm": (False,)},
+        grouped=False,
+    ),
+    "llama": Family(
+        name="llama",
+        prefix="model.",
+        heads=("lm_head",),
+        modules={
+            "embedding": Same("embed_tokens"),
+            "blocks.*.attention_norm": Same("layers.*.input_layernorm"),
+            "blocks.*.attention.qkv": Fused(tuple(f"layers.*.self_attn.{part}_proj" for part in "qkv"), qkv_rows),
+            "blocks.*.attention.output": Same("layers.*.self_attn.o_proj"),
+            "blocks.*.mlp_norm": Same("layers.*.post_attention_layernorm"),
+            "blocks.*.mlp.up": Fused(("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"), lambda model: [model.ffn_size] * 2),
+            "blocks.*.mlp.down": Same("layers.*.mlp.down_proj"),
+            "final_norm": Same("norm"),
+        },
+        holds={"norm": ("rmsnorm",), "position": ("rotary",), "rotary_fraction": (1.0,), "residual": ("pre_norm",),
+               "mlp": tuple(GATED_MLPS.values()), "qk_norm": (False,)},
+        grouped=True,
+    ),
+}  # fmt: skip
+"""transformers' `model_type` -> the family."""

@@ -1,0 +1,110 @@
+"""Our settings as the config.json that transformers reads: the inverse of hf_settings. Pure.
+
+Rotary settings are written as transformers 4 has them (`rope_theta`, `rope_scaling`, `rotary_pct`), which 5 reads too.
+"""
+
+from typing import Any
+
+from models.config import GPT
+from models.conversion.read_config import GATED_MLPS, NO_DROPOUT, PLAIN_MLPS
+
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM"}
+"""Family -> transformers' class of a model with a head."""
+DROPOUTS = {
+    "gpt2": {"embedding_dropout": "embd_pdrop", "residual_dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
+    "gpt_neox": {"residual_dropout": "hidden_dropout", "attention_dropout": "attention_dropout"},
+    "llama": {"attention_dropout": "attention_dropout"},
+}
+"""Family -> our dropout -> theirs."""
+
+
+def config(model: GPT, family: str, dtype: str, bos: int | None, eos: int | list[int] | None) -> dict[str, Any]:
+    """The config.json of a model that `family` holds (models.hf.family_of), its weights written as `dtype` ("float32", …)."""
+    common = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # the same, for transformers 4
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.tied,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "use_cache": True,
+        "initializer_range": 0.02,
+    }
+    dropouts = {theirs: getattr(model, ours) for ours, theirs in DROPOUTS[family].items()}
+    return common | {"gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama}[family](model) | dropouts
+
+
+def left_behind(model: GPT, family: str) -> list[str]:
+    """The settings of a training that `family` has no word for; they change nothing about the trained weights."""
+    silent = [name for name in NO_DROPOUT if name not in DROPOUTS[family] and getattr(model, name)]
+    return [f"model.{name} = {getattr(model, name)!r}" for name in (*silent, "init")]
+
+
+def _gpt2(model: GPT) -> dict[str, Any]:
+    return {
+        "n_layer": model.num_layers,
+        "n_embd": model.hidden_size,
+        "n_head": model.num_heads,
+        "n_inner": model.ffn_size,
+        "n_positions": model.seq_length,
+        "n_ctx": model.seq_length,
+        "layer_norm_epsilon": model.norm_eps,
+        "activation_function": _activation(model.mlp, PLAIN_MLPS),
+        "scale_attn_weights": True,
+    }
+
+
+def _neox(model: GPT) -> dict[str, Any]:
+    return _sizes(model) | {
+        "layer_norm_eps": model.norm_eps,
+        "hidden_act": _activation(model.mlp, PLAIN_MLPS),
+        "use_parallel_residual": model.residual == "parallel",
+        "attention_bias": True,
+        "rotary_pct": model.rotary_fraction,
+        "rotary_emb_base": model.rotary_base,
+        "rope_scaling": _scaling(model),
+    }
+
+
+def _llama(model: GPT) -> dict[str, Any]:
+    return _sizes(model) | {
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_size,
+        "rms_norm_eps": model.norm_eps,
+        "hidden_act": _activation(model.mlp, GATED_MLPS),
+        "attention_bias": model.qkv_bias,
+        "mlp_bias": model.bias,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": _scaling(model),
+    }
+
+
+def _sizes(model: GPT) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.ffn_size,
+        "max_position_embeddings": model.seq_length,
+    }
+
+
+def _activation(mlp: str, names: dict[str, str]) -> str:
+    """The first of their names for ours."""
+    return next(theirs for theirs, ours in names.items() if ours == mlp)
+
+
+def _scaling(model: GPT) -> dict[str, Any] | None:
+    if model.rotary_scaling == "linear":
+        return {"rope_type": "linear", "factor": model.rotary_factor}
+    if model.rotary_scaling == "llama3":
+        return {
+            "rope_type": "llama3",
+            "factor": model.rotary_factor,
+            "low_freq_factor": model.rotary_low_factor,
+            "high_freq_factor": model.rotary_high_factor,
+            "original_max_position_embeddings": model.rotary_original_length,
+        }
+    return None

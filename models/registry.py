@@ -1,0 +1,65 @@
+"""From a model's settings to the classes that carry them out: the registries, and an experiment's own classes beside them."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from models.config import GPT, VARIANT
+from models.init import INITS
+from models.mlp import MLPS
+from models.norm import NORMS
+from models.position import POSITIONS
+from parallel.errors import Mistake
+from parallel.grid import Grid
+from parallel.region import region_of
+
+REGISTRIES: dict[str, dict[str, Any]] = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "init": INITS}
+"""A setting's name -> its registered classes by value."""
+
+
+class BuildContext:
+    """What the layers of one model are built with on one rank: its settings, the grid, the seed, and the classes that settings name.
+
+    `variants` are the classes of the experiment's variant.py by name. A variant has the constructor of what it replaces.
+    """
+
+    def __init__(self, model: GPT, grid: Grid, seed: int, variants: Mapping[str, type], recompute: str = "none") -> None:
+        self.model, self.grid, self.seed, self.variants, self.recompute = model, grid, seed, variants, recompute
+        self.init = self.chosen("init")(model, seed)
+
+    @cached_property
+    def kv_group(self) -> ProcessGroup | None:
+        """The neighbouring tensor ranks that use the same kv head; None where each rank has kv heads of its own.
+
+        Made by its members alone, when a rank builds its first attention; every stage has one.
+        """
+        kv_heads, tensor = self.model.num_kv_heads, self.grid.tensor
+        if kv_heads % tensor == 0:
+            return None
+        sharers = tensor // kv_heads
+        if tensor % kv_heads or self.model.head_size % sharers:
+            raise Mistake(
+                f"parallel.tensor = {tensor} does not fit model.num_kv_heads = {kv_heads}: it must divide them, or be a multiple of "
+                f"them by which a head's {self.model.head_size} features can be shared"
+            )
+        first = self.grid.rank - self.grid.tensor_rank % sharers
+        return dist.new_group(list(range(first, first + sharers)), use_local_synchronization=True)
+
+    def chosen(self, setting: str, registered: Mapping[str, Any] | None = None) -> Any:
+        """The class that `model.<setting>` names, in `registered` or else in the setting's registry above."""
+        value = getattr(self.model, setting)
+        if not value.startswith(VARIANT):
+            return (registered or REGISTRIES[setting])[value]
+        name = value.removeprefix(VARIANT)
+        if name not in self.variants:
+            known = ", ".join(sorted(self.variants)) or "none"
+            raise Mistake(f"model.{setting} = {value!r}, but variant.py defines no class {name} → it defines {known}")
+        return self.variants[name]
+
+    def norm(self, name: str, size: int) -> nn.Module:
+        """A norm of the residual stream, whose parameters are partial sums where activations are cut along the sequence."""
+        return self.chosen("norm")(name, size, self.model, region_of(self.grid).partial_group)

@@ -1,0 +1,112 @@
+"""`python -m research import MODEL --as experiments/NAME`: another program's weights as an experiment of ours, proved to be the same."""
+
+import argparse
+import contextlib
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel.errors import Mistake
+from parallel.files import refuse_existing, staged
+from research.cli.verbs import Parser
+from research.config import experiment_folder, serialization
+from research.tracking import run_folder
+from research.tracking.console import Console
+from research.tracking.run_folder import RunFolder
+
+WHAT = """Reads GPT-2, GPT-NeoX (Pythia) and Llama from a Hugging Face folder (safetensors), and Llama from a .gguf file. Makes a run
+folder with a checkpoint (readable on every layout), and an experiment's folder whose runs begin with it (init_from). The same text goes
+through transformers' model and through ours: exit code 1, and nothing is left, where they differ by more than rounding."""
+GGUF = ".gguf"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where what is imported will lie: the experiment's folder in its tree, and the run's, which is made in `staging` first."""
+
+    tree: Path
+    experiment: Path
+    run: RunFolder
+    staging: RunFolder
+
+
+def main(argv: list[str]) -> None:
+    """Imports, and says what was found."""
+    parser = Parser("import", WHAT)
+    parser.add_argument("model", type=Path, help="a Hugging Face folder, or a .gguf file")
+    parser.add_argument("--as", dest="experiment", type=Path, required=True, help="the experiment's folder to be made: experiments/NAME")
+    parser.add_argument("--runs", type=Path, help="the folder that receives NAME/ID/ (default: runs, beside experiments)")
+    parser.add_argument("--tokenizer", help="builtin:gpt2 or the path of a tokenizer.json, instead of the model's own")
+    asked = parser.parse_args(argv)
+    check_there(asked.model)
+    report = Console()
+    with _staged(asked.experiment, asked.runs) as place:
+        _fill(asked, place, report)
+
+
+def check_there(model: Path) -> None:
+    """A Mistake where no folder and no .gguf file lies at the path."""
+    if not model.exists():
+        raise Mistake(f"there is no {model} → name a Hugging Face folder or a .gguf file on this machine: nothing is downloaded")
+    if not model.is_dir() and model.suffix != GGUF:
+        raise Mistake(f"{model} is neither a folder nor a {GGUF} file → name the folder that holds the model's config.json")
+
+
+def _fill(asked: argparse.Namespace, place: Place, report: Console) -> None:
+    """Reads, compares and publishes."""
+    from research.exchange.importer import CERTIFICATE, Import, opened
+
+    with opened(asked.model) as source:
+        found = Import(source, place.staging, place.run, place.tree)
+        report.header([("", found.line())])
+        certificate = found.fill(asked.tokenizer, report)
+        report.header([("parity", certificate.line())])
+        if not certificate.passed:
+            raise SystemExit(1)
+        publish(place)
+        run = found.named(place.staging.path)
+    report.header([("run", f"{run} · {CERTIFICATE}"), ("folder", str(asked.experiment))])
+    generate = f"python -m research generate {run} --prompt 'The meaning of life is'"
+    report.next([generate, f"python {asked.experiment / experiment_folder.LAUNCHER} --dry-run"])
+
+
+def publish(place: Place) -> None:
+    """Gives both folders their names: both have them then, or neither."""
+    try:
+        with staged(place.experiment) as folder:
+            experiment_folder.write(folder, serialization.load(place.staging.config), place.tree)
+            run_folder.keep_source(place.staging, folder)
+            place.run.path.parent.mkdir(parents=True, exist_ok=True)
+            place.staging.path.rename(place.run.path)
+    except BaseException:
+        shutil.rmtree(place.run.path, ignore_errors=True)
+        raise
+    run_folder.point_latest(place.run)
+
+
+@contextlib.contextmanager
+def _staged(experiment: Path, runs: Path | None) -> Iterator[Place]:
+    """The place, its run's folder empty under a hidden name; what is not published is removed."""
+    folder = experiment.resolve()
+    tree = folder.parent.parent
+    if not NAME.fullmatch(folder.name) or folder.parent.name != "experiments" or not (tree / "research" / "launch.py").is_file():
+        raise Mistake(f"--as {experiment} is not the place of an experiment → write --as experiments/NAME")
+    refuse_existing(folder)
+    root = (runs or tree / "runs").resolve()
+    ident = secrets.token_hex(3)
+    hidden = root / f".import-{folder.name}-{ident}"
+    try:
+        hidden.mkdir(parents=True)
+    except OSError as error:
+        raise Mistake(f"--runs: {hidden} cannot be made ({error.strerror}) → name a folder you may write") from None
+    try:
+        yield Place(tree, folder, RunFolder(root / folder.name / ident), RunFolder(hidden))
+    except OSError as error:
+        where = error.filename2 or error.filename or hidden
+        raise Mistake(f"{where} cannot be written ({error.strerror or error}) → make room, or name another folder: --runs") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""`python -m research supervise experiments/NAME`: launches an experiment, again after each crash, for as long as it gets on."""
+
+import argparse
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from parallel.errors import Mistake
+from research import ROOT
+from research.cli.verbs import Parser, nearest
+from research.config.experiment_folder import load
+from research.config.overrides import parse
+from research.reliability.supervisor import LaunchRecord, supervise
+
+WHAT = """Launches an experiment and launches it again after a crash, with --resume auto where it has saved a checkpoint. Between two
+launches it waits 1, 2, 4 … at most 60 seconds, and it gives up after N restarts in a row that have brought no newer checkpoint.
+A signal (SIGINT, SIGTERM, SIGUSR1, SIGHUP) goes on to all ranks, and then nothing is launched again; nor is what refuses
+its settings (exit code 2) or has stopped itself (3). The exit code is that of the last launch, 128 + n after signal n."""
+EXAMPLE = 'example: python -m research supervise experiments/gpt_sotu --launcher "deepspeed --num_gpus 2" -- --parallel.tensor 2'
+
+
+def main(argv: list[str]) -> None:
+    """Ends with the exit code of the last launch."""
+    place = argv.index("--") if "--" in argv else len(argv)
+    asked, settings = _arguments(argv[:place]), argv[place + 1 :]
+    loaded = load(asked.experiment)
+    experiment, _, options = parse(loaded.experiment, settings)
+    if options.help or options.dry_run:
+        raise Mistake("--help and --dry-run start nothing that could crash → launch with them directly, without supervise")
+    command = [*_launcher(asked.launcher), str(Path(asked.experiment) / "launch.py")]
+    raise SystemExit(supervise(command, settings, LaunchRecord(ROOT / experiment.track.runs / loaded.name), asked.restarts))
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("supervise", WHAT)
+    parser.epilog = EXAMPLE
+    parser.add_argument("experiment", help="an experiment's folder; settings for its launch follow after --")
+    parser.add_argument("--restarts", type=int, default=5, metavar="N", help="restarts in a row without a newer checkpoint (default: 5)")
+    parser.add_argument("--launcher", default="deepspeed", metavar="COMMAND", help="what starts launch.py (default: deepspeed)")
+    asked = parser.parse_args(argv)
+    if asked.restarts < 0:
+        raise Mistake(f"--restarts {asked.restarts} is not a number of restarts → use 0 or more")
+    return asked
+
+
+def _launcher(text: str) -> list[str]:
+    """The launcher's words; its program is looked for beside this Python first: nobody need have activated the environment."""
+    program, *words = shlex.split(text) or [""]
+    found = shutil.which(program, path=str(Path(sys.executable).parent)) or shutil.which(program)
+    if not found:
+        known = nearest(program, ["deepspeed", "torchrun", "srun", "python"])
+        raise Mistake(f"--launcher {text!r}: there is no program {program!r}{known}")
+    return [found, *words]

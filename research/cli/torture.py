@@ -1,0 +1,29 @@
+"""`python -m research torture EXPERIMENT`: kills ranks at random moments, resumes, and checks that nothing is lost."""
+
+import tempfile
+from pathlib import Path
+
+from parallel.errors import Mistake
+from research.cli.verbs import Parser
+from research.cluster.environment import choose_accelerator
+from research.config import experiment_folder as folders
+from research.verification.torture import torture
+
+WHAT = """Trains a small version of the experiment (its structure and code, a little text, twelve steps, a checkpoint every three) again and
+again on two ranks, kills a random rank with SIGKILL at a random moment, goes on with --resume auto, until the run is done, and compares
+every loss with those of a run that nobody disturbed: as hexadecimal floats, bit for bit. Layouts take turns: DP2, TP2, PP2."""
+
+
+def main(argv: list[str]) -> None:
+    """Prints one line a trial and what was lost; exit code 1 where anything was."""
+    parser = Parser("torture", WHAT)
+    parser.add_argument("experiment", help="an experiment's folder")
+    parser.add_argument("--trials", type=int, default=20, help="runs that are disturbed (default: 20)")
+    parser.add_argument("--kills", type=int, default=2, help="most kills of one run (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of whom to kill when (default: 0)")
+    arguments = parser.parse_args(argv)
+    if arguments.trials < 1 or arguments.kills < 1:
+        raise Mistake("--trials and --kills are numbers from 1 → python -m research torture experiments/gpt_sotu --trials 20")
+    choose_accelerator()
+    with tempfile.TemporaryDirectory() as place:
+        raise SystemExit(torture(folders.load(arguments.experiment), Path(place), arguments.trials, arguments.kills, arguments.seed))

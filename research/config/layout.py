@@ -1,0 +1,59 @@
+"""What follows from an experiment and the size of its world: the rank grid, the batch arithmetic, what an engine is told. No torch."""
+
+from dataclasses import dataclass
+
+from parallel.engines.deepspeed_config import EngineSettings
+from research.config.schema import Experiment, Parallel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Axes of the rank grid, ZeRO stage as run, and the batch arithmetic of one step."""
+
+    pipe: int
+    data: int
+    tensor: int
+    world: int
+    zero_stage: int
+    micro_batches: int
+    """Micro-batches a data rank accumulates before each optimizer step."""
+    tokens_per_step: int
+
+
+def layout(experiment: Experiment, world: int) -> Layout:
+    """The layout on `world` ranks; research.checks.check has refused what does not divide."""
+    parallel, schedule = experiment.parallel, experiment.schedule
+    data = world // (parallel.pipe * parallel.tensor)
+    return Layout(
+        pipe=parallel.pipe,
+        data=data,
+        tensor=parallel.tensor,
+        world=world,
+        zero_stage=effective_zero_stage(parallel),
+        micro_batches=schedule.batch_size // (schedule.micro_batch_size * data),
+        tokens_per_step=schedule.batch_size * experiment.model.seq_length,
+    )
+
+
+def effective_zero_stage(parallel: Parallel) -> int:
+    """The stage that runs: 0 runs as 1, because DeepSpeed's stage 0 has a wrong norm or none (DESIGN.md)."""
+    return max(parallel.zero_stage, 1)
+
+
+def engine_settings(experiment: Experiment, layout: Layout) -> EngineSettings:
+    """What the DeepSpeed JSON is derived from."""
+    optimizer, parallel = experiment.optimizer, experiment.parallel
+    return EngineSettings(
+        precision=experiment.precision,
+        zero_stage=layout.zero_stage,
+        micro_batch_size=experiment.schedule.micro_batch_size,
+        micro_batches=layout.micro_batches,
+        clip=optimizer.clip,
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        offload_optimizer=parallel.offload_optimizer,
+        offload_parameters=parallel.offload_parameters,
+        explicit=experiment.deepspeed,
+    )

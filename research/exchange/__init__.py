@@ -1,0 +1,1 @@
+"""Import and export: transformers' folders and GGUF files, with a parity certificate."""

@@ -1,0 +1,1 @@
+"""Text generation: settings, prompts, batching, and restoring a decoder from a checkpoint."""

@@ -1,0 +1,62 @@
+"""What is asked of a model that writes, beside the prompt, checked. Imports no torch: a mistake is refused in milliseconds."""
+
+from dataclasses import dataclass
+
+from models.config import GPT
+from models.inference.sampling_params import GREEDY, SamplingParams
+from models.seed import seed_of
+from parallel.errors import Mistake
+
+MOST_LOGPROBS = 100
+USUAL_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How long, how chosen, where to stop, what to record."""
+
+    max_new_tokens: int = USUAL_TOKENS
+    choice: SamplingParams = GREEDY
+    seed: int = 0
+    """Decides every draw: with the same one, the same is written."""
+    stops: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+    logprobs: int | None = None
+    """Likeliest tokens to record beside each one written; 0: that one alone; None: nothing."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise Mistake(f"max_new_tokens = {self.max_new_tokens} does not work → use 1 or more")
+        if "" in self.stops:
+            raise Mistake("a stop string is empty, and would stop every text at its beginning → leave it out")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise Mistake(f"logprobs = {self.logprobs} does not work → use 0 (the written token alone) to {MOST_LOGPROBS}")
+
+
+def text_seed(seed: int, prompt: int, text: int) -> int:
+    """The seed of text number `text` of prompt number `prompt` of a command with `seed`: of these three numbers alone."""
+    return seed_of(seed, f"prompt {prompt}, text {text}")
+
+
+def refuse_long(prompt: int, max_new_tokens: int, context: int, model: GPT) -> None:
+    """A Mistake where a prompt of so many tokens, and what is to follow, need more places than the cache has."""
+    if prompt + max_new_tokens <= context:
+        return
+    need = f"a prompt of {prompt} tokens with max_new_tokens = {max_new_tokens} needs {prompt + max_new_tokens} places"
+    ways = [f"use max_new_tokens {context - prompt} or less"] if prompt < context else ["shorten the prompt"]
+    if can_be_longer(model):
+        ways.append(f"use context {prompt + max_new_tokens}")
+    raise Mistake(f"{need}, the context has {context} and does not slide → {', or '.join(ways)}")
+
+
+def refuse_context(context: int, model: GPT) -> None:
+    """A Mistake where the model has no places for a cache so long."""
+    if context < 2:
+        raise Mistake(f"context = {context} does not work → use 2 tokens or more, the model was trained on {model.seq_length}")
+    if context > model.seq_length and not can_be_longer(model):
+        raise Mistake(f"context = {context} is longer than the positions learned, model.seq_length = {model.seq_length} → use that or less")
+
+
+def can_be_longer(model: GPT) -> bool:
+    """Whether the model can be run on more tokens than it was trained on, well or badly. A class of variant.py may know none."""
+    return model.position in ("sinusoidal", "rotary", "alibi", "none")

@@ -1,0 +1,1 @@
+"""What is recorded of a run: its folder, metrics.jsonl, the terminal, Weights & Biases, plots."""

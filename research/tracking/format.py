@@ -1,0 +1,131 @@
+"""Numbers and text as a person reads them in a terminal. Pure functions of their arguments."""
+
+import functools
+import json
+import math
+import unicodedata
+from collections.abc import Callable
+
+SCALES = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
+
+
+def compact(n: int) -> str:
+    """3,369,792 -> '3.4 M'; 999 -> '999'."""
+    for scale, letter in SCALES:
+        if n >= scale:
+            return f"{n / scale:.1f} {letter}"
+    return str(n)
+
+
+def plural(n: int, noun: str) -> str:
+    """'1 rank', '2 ranks', '1,000 ranks'."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
+STEERING = ("Cc", "Cs")
+"""Unicode's categories of control characters and of halves of characters, which no stream can encode."""
+MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Marks of direction, with which a text can look like another."""
+
+
+def count(n: float) -> str:
+    """A number of tokens or parameters to three figures: 999, 2.05 k, 20 k, 102 k, 2.10 M, 12.3 M, 1.00 B."""
+    if n < 1000:
+        return f"{n:.0f}"
+    if n < 9_995:
+        return f"{n / 1000:.2f} k"
+    if n < 999_500:
+        return f"{n / 1000:.0f} k"
+    for size, prefix in PREFIXES:
+        if n >= size * 0.9995:
+            return f"{three_figures(n / size)} {prefix}"
+    raise ValueError(n)
+
+
+def three_figures(x: float) -> str:
+    """2.10, 12.3, 123: three figures, never an exponent (x ≥ 1)."""
+    return f"{x:.2f}" if x < 9.995 else f"{x:.1f}" if x < 99.95 else f"{x:,.0f}"
+
+
+def missing(x: float | None) -> str:
+    """What stands for a value that is no number: '–' for None, nan, inf or -inf; '' for a finite one."""
+    return "–" if x is None else "" if math.isfinite(x) else f"{x}"
+
+
+def _finite(say: Callable[[float], str]) -> Callable[[float | None], str]:
+    """`say` for finite numbers; what `missing` says for everything else."""
+
+    @functools.wraps(say)
+    def wrapped(x: float | None) -> str:
+        return say(x) if x is not None and math.isfinite(x) else missing(x)
+
+    return wrapped
+
+
+@_finite
+def loss(x: float) -> str:
+    """Nats to three decimals: 7.512."""
+    return f"{x:.3f}"
+
+
+@_finite
+def perplexity(x: float) -> str:
+    """Whole above 100, then one more decimal a power of ten: 1830, 62.1, 9.87; 1.2e+07 from a million on."""
+    return f"{x:.1e}" if x >= 999_999.5 else three_figures(x).replace(",", "")
+
+
+@_finite
+def figure(x: float) -> str:
+    """An accuracy, nats, a perplexity: three decimals below 10, then as a perplexity."""
+    return f"{x:.3f}" if abs(x) < 9.9995 else perplexity(x)
+
+
+@_finite
+def rate(x: float) -> str:
+    """A learning rate: 3.0e-03."""
+    return f"{x:.1e}"
+
+
+@_finite
+def norm(x: float) -> str:
+    """A gradient norm: 1.21, 43.2, 512; with an exponent below 0.01 and from 10,000 on."""
+    return f"{x:.0e}" if 0 < x < 0.00995 or x >= 9_999.5 else three_figures(x).replace(",", "")
+
+
+@_finite
+def speed(x: float) -> str:
+    """Tokens a second: 3,410, then 1.23 M."""
+    return f"{x:,.0f}" if x < 999_999.5 else count(x)
+
+
+@_finite
+def memory(megabytes: float) -> str:
+    """410 MB, 9,800 MB, 12.3 GB (1 GB = 1000 MB)."""
+    return f"{megabytes:,.0f} MB" if megabytes < 9_999.5 else f"{three_figures(megabytes / 1000)} GB"
+
+
+@_finite
+def duration(seconds: float) -> str:
+    """0:07, 2:51, 1:02:51, 3d 04:05: minutes and seconds, hours in front, days and hours and minutes from a day on."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours < 1:
+        return f"{minute}:{second:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours < 24 else f"{hours // 24}d {hours % 24:02}:{minute:02}"
+
+
+def one_line(text: str) -> str:
+    """The text on one line, white space single, control characters (a model may write escape sequences) gone."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
+def printable(text: str) -> str:
+    """The text without what could steer a terminal or hide what it says: control characters but newline and tab, and marks of direction."""
+    return "".join(letter for letter in text if letter in "\n\t" or (unicodedata.category(letter) not in STEERING and letter not in MARKS))
+
+
+def json_line(value: object) -> str:
+    """A value as JSON on one line, readable in any language; what `printable` would drop is escaped."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return "".join(letter if printable(letter) == letter else json.dumps(letter)[1:-1] for letter in line)

@@ -1,0 +1,196 @@
+"""Anomalies: steps whose loss or gradient is not finite, that are skipped, or whose loss is a spike. They may end the run.
+
+Each is described in `incidents/step_000123.json` in the run's folder, so that `replay` can run the step again.
+"""
+
+import math
+import shlex
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel.checkpoint import folder as checkpoint_folder
+from parallel.engines.engine import Engine
+from parallel.engines.nonfinite import NonFiniteGradients
+from parallel.errors import Mistake
+from parallel.files import read_json, write_json
+from parallel.object_collectives import all_gather_objects
+from research.config import Experiment
+from research.data import order
+from research.data.batches import num_samples
+from research.data.prepare import Corpus
+from research.tracking.console import Console
+from research.tracking.metrics import finite
+from research.tracking.run_folder import RunFolder
+
+NON_FINITE, SPIKE = "non_finite", "spike"
+WINDOW, LEAST = 100, 20
+"""Steps that are remembered, and how many must be before one of them can be unusual."""
+
+
+class Spikes:
+    """Fed with every step's loss; `threshold` in standard deviations, 0: nothing is a spike."""
+
+    def __init__(self, threshold: float, recent: Iterable[float] = ()) -> None:
+        self.threshold = threshold
+        self.recent: deque[float] = deque(recent, WINDOW)
+
+    def is_one(self, loss: float) -> bool:
+        """Whether this loss is a spike; it is remembered either way, so that a new level is soon the usual one."""
+        unusual = self.threshold > 0 and len(self.recent) >= LEAST and loss > self.limit()
+        if math.isfinite(loss):
+            self.recent.append(loss)
+        return unusual
+
+    def limit(self) -> float:
+        """What a loss must exceed to be one."""
+        mean = sum(self.recent) / len(self.recent)
+        deviation = math.sqrt(sum((loss - mean) ** 2 for loss in self.recent) / len(self.recent))
+        return mean + self.threshold * deviation
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A rank whose own gradients were not finite, and of which parameters."""
+
+    rank: int
+    place: str
+    parameters: list[str]
+
+
+@dataclass(frozen=True)
+class Incident:
+    """One step, counted from 1 as in the rows: what happened, on which samples, from which checkpoint it can be reached again."""
+
+    step: int
+    kind: str
+    loss: float | str
+    grad_norm: float | str
+    samples: tuple[int, int]
+    """The run's sample numbers, first and last + 1."""
+    windows: list[int]
+    """Where they lie in the training text: window i begins at token i · seq_length."""
+    checkpoint: str | None
+    """The newest one at or before the step's beginning."""
+    suspects: list[Suspect] = field(default_factory=list)
+
+    @property
+    def said(self) -> str:
+        """'step 12: the loss is nan; rank 1 (data 1): blocks.0.attention.qkv.weight and 3 more'."""
+        what = f"the loss is {self.loss}" if self.kind == SPIKE or isinstance(self.loss, str) else f"the gradient norm is {self.grad_norm}"
+        others = [f" and {len(suspect.parameters) - 1} more" if len(suspect.parameters) > 1 else "" for suspect in self.suspects]
+        who = [f"rank {s.rank} ({s.place}): {s.parameters[0]}{more}" for s, more in zip(self.suspects, others, strict=True)]
+        return "; ".join([f"step {self.step}: {what}", *who])
+
+
+def path_of(folder: RunFolder, step: int) -> Path:
+    """Where a step's description lies."""
+    return folder.incidents / f"step_{step:06d}.json"
+
+
+def keep(folder: RunFolder, incident: Incident) -> None:
+    """Writes it down. Rank 0 only."""
+    folder.incidents.mkdir(exist_ok=True)
+    write_json(path_of(folder, incident.step), finite(asdict(incident)))
+
+
+def load(folder: RunFolder, step: int) -> Incident:
+    """The description of a step. It is data and may be hostile."""
+    path = path_of(folder, step)
+    if not path.is_file():
+        known = sorted(int(other.stem.removeprefix("step_")) for other in folder.incidents.glob("step_*.json"))
+        there = f"there are incidents at {', '.join(map(str, known[:8]))}" if known else "the run had no incident"
+        raise Mistake(f"{folder.title} has no incident at step {step} → {there}")
+    try:
+        told: dict[str, Any] = read_json(path)
+        suspects = [Suspect(**suspect) for suspect in told.pop("suspects")]
+        first, last = told.pop("samples")
+        return Incident(**told, samples=(int(first), int(last)), suspects=suspects)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Mistake(f"{path} does not describe a step ({error}) → use what a run has written") from None
+
+
+class AnomalyMonitor:
+    """Looks at every step, with what all ranks know alike. `begin_step` and `check` are collective."""
+
+    def __init__(self, experiment: Experiment, engine: Engine, corpus: Corpus, folder: RunFolder, console: Console) -> None:
+        self.experiment, self.engine, self.folder, self.console = experiment, engine, folder, console
+        self.num_windows = num_samples(corpus.train, experiment.model.seq_length)
+        self.spikes = Spikes(experiment.watch.spike)
+        self.non_finite = NonFiniteGradients(engine.parameters, engine.device)
+        self.skips_in_a_row = 0
+        self._skipped_before = 0
+
+    def begin_step(self, step: int) -> None:
+        """Before `step`, counted from 1."""
+        self.non_finite.clear()
+        self._skipped_before = self.engine.skipped_steps
+
+    def check(self, step: int, loss: float) -> str | None:
+        """Writes down and reports what was wrong with `step`; returns why the run must stop, or None.
+
+        DeepSpeed applies no update whose gradient norm is not finite, so the weights are those from before such a step. In fp16 a
+        skipped step with a finite loss is the search for a loss scale, and no incident.
+        """
+        watch, folder = self.experiment.watch, self.folder.shown
+        skipped = self.engine.skipped_steps > self._skipped_before
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        searching_scale = skipped and math.isfinite(loss) and self.experiment.precision == "fp16"
+        replay = f"`python -m research replay {shlex.quote(folder)} --step {step}`"
+        failure = None
+        if not math.isfinite(loss) or (skipped and not searching_scale):
+            said = self._report(step, NON_FINITE, loss, self._suspects())
+            if watch.non_finite == "stop":
+                failure = f"{said}: stopped before the update → {replay}, or go on past it with --resume {folder}"
+        elif not skipped and self.spikes.is_one(loss):
+            limit = self.spikes.limit()
+            said = self._report(step, SPIKE, loss, [])
+            if watch.on_spike == "stop":
+                failure = f"{said}, above {limit:.3f}: stopped → {replay}, or go on with --resume {folder}"
+        if not failure and watch.most_skips and self.skips_in_a_row >= watch.most_skips:
+            failure = (
+                f"step {step}: {self.skips_in_a_row} steps in a row were skipped, watch.most_skips = {watch.most_skips} → "
+                "lower optimizer.lr, or set watch.most_skips 0 to go on for ever"
+            )
+        return failure
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"recent_losses": list(self.spikes.recent), "skips_in_a_row": self.skips_in_a_row}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Sets what `state` returned."""
+        self.spikes = Spikes(self.spikes.threshold, [float(loss) for loss in saved["recent_losses"]])
+        self.skips_in_a_row = int(saved["skips_in_a_row"])
+
+    def _suspects(self) -> list[Suspect]:
+        """The ranks whose own gradients were not finite."""
+        grid = self.engine.grid
+        place = f"pipe {grid.pipe_rank}, data {grid.data_rank}, tensor {grid.tensor_rank}"
+        own = Suspect(grid.rank, place, self.non_finite.found())
+        return [suspect for suspect in all_gather_objects(own, grid) if suspect.parameters]
+
+    def _report(self, step: int, kind: str, loss: float, suspects: list[Suspect]) -> str:
+        """Writes the incident down and warns of it; returns the sentence that describes it."""
+        batch = self.experiment.schedule.batch_size
+        samples = range((step - 1) * batch, step * batch)
+        windows = order.sample(np.arange(samples.start, samples.stop), self.num_windows, self.experiment.seed)
+        before = [path for path in checkpoint_folder.steps(self.folder.checkpoints) if checkpoint_folder.step_of(path) <= step]
+        incident = Incident(
+            step=step,
+            kind=kind,
+            loss=finite(loss),
+            grad_norm=finite(self.engine.gradient_norm()),
+            samples=(samples.start, samples.stop),
+            windows=[int(window) for window in windows],
+            checkpoint=before[-1].name if before else None,
+            suspects=suspects,
+        )
+        if self.engine.grid.rank == 0:
+            keep(self.folder, incident)
+        self.console.warn(f"{incident.said} · samples {samples.start}–{samples.stop - 1} · {self.folder.shown}/incidents")
+        return incident.said

@@ -1,0 +1,143 @@
+"""The training loop."""
+
+import sys
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from parallel.engines.engine import MicroBatch, micro_batch
+from research.cluster.exit_codes import SIGNALLED, WATCHED
+from research.cluster.world import joined
+from research.data.batches import train_micro_batches
+from research.reliability.heartbeat import Stage
+from research.reliability.parents import Parents
+from research.reliability.signals import leave_when_asked
+from research.reliability.watchdog import watchdog
+from research.tracking import run_folder
+from research.tracking.console import Console
+from research.tracking.metrics import perplexity
+from research.tracking.run_folder import FAILED, FINISHED, INTERRUPTED
+from research.training import setup
+from research.training.anomalies import AnomalyMonitor
+from research.training.checkpointer import Checkpointer
+from research.training.finish import finish, show_next_commands
+from research.training.job import Job
+from research.training.meter import peak_memory_mb
+from research.training.periodic import Periodic
+from research.training.schedule import learning_rate
+from research.training.state import Run
+
+
+def train(job: Job, parents: Parents) -> None:
+    """Trains the experiment of `job`, from its first step or a checkpoint, to its last step or a signal. Collective.
+
+    Returns when the run is finished; raises SystemExit(WATCHED) where it has stopped itself, 128 + n after signal n.
+    """
+    ranks, experiment, layout = job.ranks, job.experiment, job.experiment.parallel
+    console = Console(quiet=ranks.rank > 0)
+    with (
+        watchdog(ranks, job.root, experiment.watch.hang_seconds, parents) as watch,
+        joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose) as grid,
+    ):
+        resumed = setup.agree_on_resume(job)
+        folder = setup.open_folder(job, resumed)
+        status, failure = FAILED, ""
+        try:
+            leave_when_asked()
+            with watch.together(folder):
+                setup.header(job, folder, console)
+                run, anomalies, periodic, checkpointer = setup.prepare_run(job, folder, grid, console, resumed, watch)
+                status = train_and_finish(run, anomalies, periodic, checkpointer)
+                failure = run.failure or ""
+        except SystemExit:  # a signal came before the first step
+            status = INTERRUPTED
+            raise
+        finally:
+            if grid.rank == 0:
+                run_folder.end(folder, status, failure or watch.reason)
+        show_next_commands(run)
+        dist.barrier()  # the first rank to leave with an exit code makes a launcher end the others
+    if run.failure:
+        if ranks.rank == 0:
+            sys.stderr.write(f"error  {run.failure}\n")
+        raise SystemExit(WATCHED)
+    if status == INTERRUPTED:
+        raise SystemExit(SIGNALLED + run.stop.signal)
+
+
+def train_and_finish(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpointer: Checkpointer) -> str:
+    """All steps, or those before a signal, and the last checkpoint; returns the run's status. The tracker is closed whatever happens."""
+    status = FAILED
+    try:
+        train_steps(run, anomalies, periodic, checkpointer)
+        with run.progress.work("saving", Stage.SAVING):
+            finish(run, checkpointer)
+        if not run.failure:
+            complete = run.step >= run.job.experiment.schedule.steps and not periodic.due
+            status = FINISHED if complete else INTERRUPTED
+    finally:
+        run.progress.advance("closing the tracker", Stage.LEAVING)
+        run.tracker.finish(status)
+        setup.show_notes(run.tracker, run.console)
+    return status
+
+
+def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpointer: Checkpointer) -> None:
+    """Optimizer steps until the last one, a signal, or an anomaly that ends the run."""
+    schedule, optimizer, checkpoints = run.job.experiment.schedule, run.job.experiment.optimizer, run.job.experiment.checkpoints
+    pauses = periodic.intervals | {"saving": checkpoints.every}
+    run.console.columns()
+    run.meter.start()
+    periodic.carry_out(periodic.due)  # what the signal that ended the segment before this one has left undone
+    while run.step < schedule.steps and not run.failure and not periodic.due and not run.stop.agreed():
+        run.progress.stepping(run.step + 1)
+        anomalies.begin_step(run.step + 1)
+        lr = learning_rate(run.step, optimizer, schedule.steps)
+        loss = run.engine.train_batch(step_batches(run), lr)
+        run.step += 1
+        run.meter.step(loss)
+        run.failure = anomalies.check(run.step, loss)
+
+        # once in a while: a row for the terminal, metrics.jsonl and W&B
+        if run.failure or run.step in (1, schedule.steps) or run.step % schedule.log_every == 0:
+            log_interval(run, lr, pauses)
+        if run.failure:
+            break
+        # once in a while: validation, tasks, samples
+        periodic.after(run.step)
+        # once in a while: a checkpoint
+        if run.step < schedule.steps and checkpoints.every and run.step % checkpoints.every == 0:
+            checkpointer.save()
+        checkpointer.poll()
+
+
+def step_batches(run: Run) -> Iterator[MicroBatch]:
+    """This data rank's micro-batches of the next step."""
+    experiment, grid = run.job.experiment, run.engine.grid
+    batches = train_micro_batches(
+        run.corpus.train,
+        experiment.model.seq_length,
+        experiment.schedule.batch_size,
+        experiment.schedule.micro_batch_size,
+        grid.data_rank,
+        grid.data,
+        experiment.seed,
+        run.step,
+    )
+    return (micro_batch(batch, experiment.model.drops) for batch in batches)
+
+
+def log_interval(run: Run, lr: float, pauses: dict[str, int]) -> None:
+    """The row of the steps since the last one: their mean loss and speed, the last one's learning rate and gradient norm."""
+    loss, tokens_per_second = run.meter.interval()
+    row = {
+        "train/loss": loss,
+        "train/ppl": perplexity(loss),
+        "train/lr": lr,
+        "train/grad_norm": run.engine.gradient_norm(),
+        "perf/tokens_per_second": tokens_per_second,
+        "perf/memory_mb": peak_memory_mb(),
+        **run.axes(),
+    }
+    run.tracker.log(row)
+    run.console.train(row, run.meter.seconds_left(run.step, run.job.experiment.schedule.steps, pauses))

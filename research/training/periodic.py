@@ -1,0 +1,155 @@
+"""Periodic work between two steps: validation, evaluation tasks, samples. Training is bit for bit the same with and without it.
+
+What is due is carried out in a fixed order. What a signal has left undone stays due: the checkpoint says so, and the resumed run
+begins with it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parallel.engines.engine import Engine, micro_batch
+from parallel.errors import Mistake
+from research.config import Experiment
+from research.data.batches import validation_batches
+from research.data.token_store import TokenStore
+from research.evaluation import in_training
+from research.evaluation.in_training import PreparedTask
+from research.reliability.signals import CutShort
+from research.tracking.metrics import perplexity
+from research.training import samples
+from research.training.live_model import Live, LiveScorer, write
+from research.training.state import Run
+
+VALIDATION, EVALUATION, SAMPLES = KINDS = ("validation", "evaluation", "samples")
+"""In the order in which they are carried out."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean nats a token, and the same per UTF-8 byte in bits."""
+
+    loss: float
+    bits_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        """e^loss."""
+        return perplexity(self.loss)
+
+    def row(self) -> dict[str, float]:
+        """The keys of metrics.jsonl."""
+        return {"val/loss": self.loss, "val/ppl": self.perplexity, "val/bits_per_byte": self.bits_per_byte}
+
+
+def validate(
+    engine: Engine, split: TokenStore, seq_length: int, numbered: bool = False, go_on: Callable[[], bool] = lambda: True
+) -> Validation | None:
+    """Every token of `split` but the first, predicted once from at most seq_length tokens before it. Collective.
+
+    `numbered`: batches carry context, as the training ones do (nothing is dropped, but a pipeline's shapes are fixed).
+    `go_on` is asked before each batch, the same answer on every rank; None where it was no.
+    Bits per byte = Σ nats / (ln 2 · bytes): end-of-text's loss counts, its bytes do not.
+    """
+    grid, settings = engine.grid, engine.settings
+    nats = tokens = 0.0
+    for batch, count in validation_batches(split, seq_length, settings.micro_batch_size, grid.data_rank, grid.data):
+        if not go_on():
+            return None
+        nats += engine.evaluate_batch(micro_batch(batch, numbered)) * count
+        tokens += count
+    return Validation(loss=nats / tokens, bits_per_byte=nats / math.log(2) / split.num_bytes)
+
+
+def intervals(experiment: Experiment) -> dict[str, int]:
+    """Steps between two of each kind; 0: at the end only. A kind that is never done has no entry."""
+    found = {VALIDATION: experiment.schedule.validate_every}
+    found |= {EVALUATION: experiment.evaluate.every} if experiment.evaluate.every else {}
+    return found | ({SAMPLES: experiment.sample.every} if experiment.sample.every else {})
+
+
+class Periodic:
+    """Carries out what is due between two steps. All methods but `state` and `restore` are collective."""
+
+    def __init__(self, run: Run, tasks: Sequence[PreparedTask], prompts: Sequence[str]) -> None:
+        """`tasks` are evaluated every evaluate.every steps, `prompts` are continued every sample.every steps."""
+        self.run, self.tasks, self.prompts = run, tasks, prompts
+        self.intervals = intervals(run.job.experiment)
+        self.best: tuple[float, int] | None = None
+        """The lowest bits per byte so far and its step."""
+        self.due: list[str] = []
+        """What is to be done before the next step; not empty after a step only where a signal has cut it short."""
+
+    def after(self, step: int) -> None:
+        """What is due after `step`; after the last one everything, except the sample that the end of a run writes anyway."""
+        experiment = self.run.job.experiment
+        last = step == experiment.schedule.steps
+        due = [kind for kind, every in self.intervals.items() if last or (every and step % every == 0)]
+        self.carry_out(kind for kind in due if not (last and kind == SAMPLES and not experiment.sample.prompts))
+
+    def carry_out(self, due: Iterable[str]) -> None:
+        """Each kind in turn; `self.due` is what a signal has left. The time it takes is not counted as training time."""
+        work = {VALIDATION: self._validate, EVALUATION: self._evaluate, SAMPLES: self._sample}
+        self.due = [kind for kind in due if kind in self.intervals]
+        while self.due:
+            try:
+                with self.run.meter.paused(self.due[0]):
+                    work[self.due[0]]()
+            except CutShort:
+                return
+            del self.due[0]
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Sets `best` and `due` as a checkpoint has them. Older checkpoints knew of no other work than validations."""
+        best, step = saved["best"] or (math.nan, 0)
+        self.best = (float(best), int(step)) if math.isfinite(best) else None
+        if "due" in saved:
+            self.due = [kind for kind in KINDS if kind in saved["due"]]
+        else:
+            self.due = [VALIDATION] if saved["validation_due"] else []
+
+    def _validate(self) -> None:
+        run, model = self.run, self.run.job.experiment.model
+        found = validate(run.engine, run.corpus.validation, model.seq_length, model.drops, lambda: goes_on(run, VALIDATION))
+        if found is None:
+            raise CutShort
+        is_best = self.best is None or found.bits_per_byte < self.best[0]
+        if is_best:
+            self.best = (found.bits_per_byte, run.step)
+        row = found.row() | run.axes()
+        run.tracker.log(row)
+        run.console.validation(row, is_best)
+
+    def _evaluate(self) -> None:
+        """Logs one row with the metrics of all tasks."""
+        run, scorer = self.run, LiveScorer(self._live_model(EVALUATION))
+        found = [(task, in_training.evaluate_task(task, scorer)) for task in self.tasks]
+        row = run.axes()
+        for task, figures in found:
+            row |= in_training.metrics_row(task, figures)
+        run.tracker.log(row)
+        run.console.evaluation(row, [(task.task.name, figures[0].name, figures[0].value) for task, figures in found])
+
+    def _sample(self) -> None:
+        """Logs a row for each prompt, all or none. Logits that are not finite are reported, and end nothing but the sample."""
+        run, settings = self.run, self.run.job.experiment.sample
+        choice = samples.sampling_params_of(run.job.experiment)
+        try:
+            texts = write(self._live_model(SAMPLES), run.corpus.tokenizer, self.prompts, settings.tokens, choice, settings.seed)
+        except Mistake as mistake:  # the same on every rank: all see the same logits
+            run.console.warn(f"no sample after step {run.step}: {mistake}")
+            return
+        rows = [samples.row(run.axes(), text.prompt, text.text, text.finish) for text in texts]
+        run.tracker.samples(rows)
+        for row in rows:
+            run.console.sample(row["prompt"], row["text"])
+
+    def _live_model(self, kind: str) -> Live:
+        return Live(self.run.engine, self.run.job.experiment.model, lambda: goes_on(self.run, kind))
+
+
+def goes_on(run: Run, kind: str) -> bool:
+    """Whether no rank was asked to stop; asked between two batches. Collective."""
+    run.progress.advance(kind)
+    return not run.stop.agreed()

@@ -1,0 +1,43 @@
+"""A training run under way on one rank: what its loop, its periodic work, its checkpoints and its end all need."""
+
+from dataclasses import dataclass
+
+from parallel.engines.engine import Engine
+from research.data.prepare import Corpus
+from research.reliability.heartbeat import Progress
+from research.reliability.signals import Stop
+from research.tracking.console import Console
+from research.tracking.run_folder import RunFolder
+from research.tracking.tracker import NoTracker, Tracker
+from research.training.job import Job
+from research.training.meter import Meter
+
+
+@dataclass
+class Run:
+    """One run on one rank. `step` and `failure` are equal on every rank."""
+
+    job: Job
+    folder: RunFolder
+    corpus: Corpus
+    engine: Engine
+    tracker: Tracker | NoTracker
+    console: Console
+    meter: Meter
+    stop: Stop
+    progress: Progress
+    """What this rank is doing, for the watchdog's threads to read."""
+    step: int = 0
+    """Optimizer steps attempted so far."""
+    failure: str | None = None
+    """Why the run stops itself after this step, as a sentence."""
+
+    def axes(self) -> dict[str, float]:
+        """The axes of a row of metrics.jsonl."""
+        return {
+            "progress/step": self.step,
+            "progress/tokens": self.step * self.job.layout.tokens_per_step,
+            "progress/samples": self.step * self.job.experiment.schedule.batch_size,
+            "progress/applied_steps": self.step - self.engine.skipped_steps,
+            "progress/seconds": self.meter.seconds(),
+        }

@@ -1,0 +1,19 @@
+"""How a check of an experiment ends: its results as JSON beside the experiment's runs, a last line, an exit code."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from parallel.files import published
+from research.tracking.console import Console
+from research.tracking.metrics import finite
+
+
+def conclude(console: Console, target: Path, results: dict[str, Any], sentence: str, failed: bool) -> int:
+    """Writes `results` to the file `target`, prints `sentence` and the path; returns 1 if the check has failed, else 0."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with published(target) as temporary:
+        temporary.write_text(json.dumps(finite(results), indent=1, allow_nan=False))
+    console.header([("", ""), ("done", f"{sentence} · {os.path.relpath(target)}")])
+    return 1 if failed else 0

@@ -1,0 +1,128 @@
+"""`python -m research generate`, as it is typed: streams, blocks, JSON lines, conversations, tensor ranks."""
+
+import io
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from research import __main__ as research_main
+from research.cli import generate as generate_file
+from research.tracking.format import printable
+from research.tracking.run_folder import RunFolder
+from tests.research.helpers import untrained
+
+DRAWN = ["--temperature", "1", "--seed", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> RunFolder:
+    return untrained.make(tmp_path_factory.mktemp("generate"), num_kv_heads=2)
+
+
+@pytest.fixture
+def generate(folder, capfd):
+    """Runs the verb in this process; what it wrote to standard output."""
+
+    def run(*words: str, code: int = 0) -> str:
+        assert research_main.main(["generate", str(folder.path), *words]) == code
+        captured = capfd.readouterr()
+        assert captured.err == "" or code
+        return captured.out if code == 0 else captured.err
+
+    return run
+
+
+def rows(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_a_text_is_streamed_after_its_prompt(generate):
+    (row,) = rows(generate("--prompt", "the people", "--max_new_tokens", "12", "--json"))
+    assert generate("--prompt", "the people", "--max_new_tokens", "12") == printable("the people" + row["text"]) + "\n"
+    assert row["finish"] == "length" and len(row["ids"]) == 12
+
+
+def test_pieces_are_written_as_they_come(generate, monkeypatch):
+    written = []
+    monkeypatch.setattr(generate_file, "_put", written.append)
+    generate("--prompt", "the people", "--max_new_tokens", "12")
+    assert written[0] == "the people" and written[-1] == "\n" and len(written) == 14
+
+
+def test_the_same_text_in_any_batch_order_and_company(generate):
+    """--n, --batch, a file: the text of (prompt number, text number) with a seed is one text."""
+    prompts = ["--prompt", "war", "--prompt", "the people of", "--prompt", "jobs"]
+    crowded = rows(generate(*prompts, *DRAWN, "--n", "3", "--batch", "9", "--max_new_tokens", "10", "--json"))
+    narrow = rows(generate(*prompts, *DRAWN, "--n", "3", "--batch", "1", "--max_new_tokens", "10", "--json"))
+    assert crowded == narrow and len({tuple(row["ids"]) for row in crowded}) == 9
+    assert [row["prompt"] for row in crowded[::3]] == prompts[1::2]
+    (first,) = rows(generate("--prompt", "war", *DRAWN, "--max_new_tokens", "10", "--json"))
+    assert first == crowded[0]
+    (other,) = rows(generate("--prompt", "war", *DRAWN[:-1], "5", "--max_new_tokens", "10", "--json"))
+    assert other["ids"] != first["ids"]
+
+
+def test_several_texts_are_blocks(generate):
+    out = generate("--prompt", "war", "--prompt", "peace", "--max_new_tokens", "5", "--logprobs", "1")
+    found = rows(generate("--prompt", "war", "--prompt", "peace", "--max_new_tokens", "5", "--logprobs", "1", "--json"))
+    for row in found:
+        assert printable(row["prompt"] + row["text"]) + "\n" in out
+        for token in row["logprobs"]:
+            assert f"{token['logprob']:9.3f}  " in out
+    assert out.startswith("war") and "\n\npeace" in out
+
+
+def test_a_file_becomes_json_lines_in_its_order(generate, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "war"}\n{"prompt": "the people of the union"}\n{"prompt": ""}\n')
+    found = rows(generate("--file", str(path), "--max_new_tokens", "7"))
+    assert [row["prompt"] for row in found] == ["war", "the people of the union", ""]
+    assert all(len(row["ids"]) == 7 or row["finish"] == "end_of_text" for row in found)
+    (alone,) = rows(generate("--prompt", "the people of the union", "--max_new_tokens", "7", "--json"))
+    assert alone == found[1]
+
+
+def test_beams(generate):
+    found = rows(generate("--prompt", "war", "--beams", "4", "--n", "3", "--max_new_tokens", "6", "--json"))
+    assert len(found) == 3 and [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
+    assert printable("war" + found[0]["text"]) in generate("--prompt", "war", "--beams", "4", "--max_new_tokens", "6")
+
+
+def test_a_conversation_goes_on_after_a_mistake(generate, folder, monkeypatch, capfd):
+    lines = f"war\n{'long ' * 60}\npeace\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert research_main.main(["generate", str(folder.path), "--interactive", "--max_new_tokens", "5"]) == 0
+    said = capfd.readouterr()
+    assert said.err.startswith("error  a prompt of ") and said.err.count("\n") == 1
+    first, last = (generate("--prompt", prompt, "--max_new_tokens", "5") for prompt in ("war", "peace"))
+    assert said.out == first + last
+
+
+def test_ctrl_c_ends_a_text_and_not_the_conversation(generate, folder, monkeypatch, capfd):
+    """The signal arrives while the third token is written."""
+    seen = []
+
+    def put(text: str) -> None:
+        seen.append(text)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"war\npeace\n")))
+    monkeypatch.setattr(generate_file, "_put", put)
+    assert research_main.main(["generate", str(folder.path), "--interactive", "--max_new_tokens", "9"]) == 0
+    assert (seen[0], seen[4], seen[5]) == ("war", "\n", "peace") and len(seen) == 5 + 11
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_mistake_is_exit_code_2(generate):
+    assert generate("--prompt", "a", "--top_k", "5", code=2).startswith("error  top_k = 5 has no effect")
+
+
+@pytest.mark.parametrize("choice", [[], DRAWN], ids=["greedy", "drawn"])
+def test_two_tensor_ranks_write_what_one_writes(generate, choice):
+    """Token for token; the other process is started for it and is gone afterwards."""
+    words = ["--prompt", "war", "--prompt", "the people of", *choice, "--max_new_tokens", "12", "--json"]
+    assert rows(generate(*words, "--tensor", "2")) == rows(generate(*words))

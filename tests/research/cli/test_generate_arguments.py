@@ -1,0 +1,123 @@
+"""The command line of `generate`: what it means, and every mistake in one sentence, before torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from research.cli.generate import Task, parser, prepared
+from research.config import checks
+from research.tracking.run_folder import RunFolder
+from tests.models.helpers.build import ROTARY
+from tests.research.helpers import untrained
+from tests.research.helpers.example import example, sentence
+from tests.research.helpers.launches import ROOT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> RunFolder:
+    return untrained.make(tmp_path_factory.mktemp("task"), steps=(3, 6))
+
+
+@pytest.fixture(scope="module")
+def rotary(tmp_path_factory) -> RunFolder:
+    return untrained.make(tmp_path_factory.mktemp("rotary"), **ROTARY)
+
+
+def task(folder: RunFolder, *words: str) -> Task:
+    return prepared(parser().parse_args([str(folder.path), *words]))
+
+
+def test_what_is_usual(folder):
+    found = task(folder, "--prompt", "the people")
+    ask = found.ask("the people")
+    length = found.length("the people")
+    assert found.checkpoint.name == "step_000006" and found.context == 32
+    assert (ask.max_new_tokens, ask.choice.greedy, ask.stops, ask.logprobs) == (32 - length, True, (), None)
+    assert (found.at_once, found.places) == (1, 32)
+
+
+def test_what_is_asked_for(folder):
+    words = ["--prompt", "war", "--prompt", "peace", "--n", "3", "--temperature", "0.7", "--top-k", "5", "--top_p=0.9", "--min-p=0.1"]
+    more = ["--repetition-penalty", "1.2", "--stop", "a", "--stop", "b c", "--seed", "9", "--logprobs", "2", "--max-new-tokens", "4"]
+    found = task(folder, *words, *more, "--checkpoint", "3", "--batch", "4")
+    ask = found.ask("war", 1, 2)
+    assert found.checkpoint.name == "step_000003" and found.prompts == ("war", "peace") and found.at_once == 4
+    assert (ask.choice.temperature, ask.choice.top_k, ask.choice.top_p, ask.choice.min_p) == (0.7, 5, 0.9, 0.1)
+    assert (ask.choice.repetition_penalty, ask.stops, ask.logprobs, ask.max_new_tokens) == (1.2, ("a", "b c"), 2, 4)
+    assert len({found.ask("war", k, i).seed for k in range(3) for i in range(3)}) == 9
+    assert found.places == max(found.length("war"), found.length("peace")) + 4
+
+
+def test_a_context_of_one_s_own(rotary):
+    assert task(rotary, "--prompt", "war", "--context", "100", "--max_new_tokens", "90").context == 100
+    assert task(rotary, "--interactive", "--context", "100").places == 100
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "there is nothing to continue → give one of --prompt TEXT, --file FILE and --interactive"),
+        (["--prompt", "a", "--interactive"], "--prompt and --interactive are given → give one of"),
+        (["--interactive", "--json"], "--interactive does not go with --json"),
+        (["--prompt", "a", "--n", "0"], "--n 0 does not work → use 1 or more"),
+        (["--prompt", "a", "--beams", "0"], "--beams 0 does not work"),
+        (["--prompt", "a", "--batch", "0"], "--batch 0 does not work"),
+        (["--prompt", "a", "--n", "2"], "--n 2 greedy texts are all the same → add --temperature 1, or --beams 2"),
+        (["--prompt", "a", "--beams", "2", "--temperature", "1"], "--temperature does not go with --beams 2"),
+        (["--prompt", "a", "--beams", "2", "--stop", "x"], "--stop does not go with --beams 2"),
+        (["--prompt", "a", "--beams", "2", "--logprobs", "1"], "--logprobs does not go with --beams 2"),
+        (["--prompt", "a", "--beams", "2", "--n", "3"], "--n 3 is more than --beams 2 find → use --beams 3, or --n 2"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0 does not work"),
+        (["--prompt", "a", "--top_p", "0.5"], "top_p = 0.5 has no effect at temperature = 0"),
+        (["--prompt", "a", "--tensor", "3"], "--tensor 3 does not fit model.num_heads = 4, num_kv_heads = 4 and ffn_size = 48 → use 1, 2"),
+        (["--prompt", "a", "--tensor", "0"], "--tensor 0 does not fit"),
+        (["--prompt", "a", "--checkpoint", "4"], "has no checkpoint of step 4 → it has 3 and 6"),
+        (["--prompt", "a", "--context", "33"], "context = 33 is longer than the positions learned, model.seq_length = 32"),
+        (["--prompt", "a", "--context", "1"], "context = 1 does not work"),
+        (["--prompt", "a", "--max_new_tokens", "32"], "needs 33 places, the context has 32 and does not slide → use max_new_tokens 31"),
+        (["--prompt", "a " * 100], "does not slide → shorten the prompt"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens = 0 does not work"),
+        (["--prompt", "a", "--stop", ""], "a stop string is empty"),
+        (["--prompt", "a", "--logprobs", "-1"], "logprobs = -1 does not work"),
+        (["--prompt", "\udcff"], "is not UTF-8"),
+        (["--file", "/nowhere.txt"], "--file /nowhere.txt cannot be read"),
+        (["--prompt", "a", "--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["--prompt", "a", "--top_k", "x"], "argument --top_k: invalid int value: 'x'"),
+        (["--prompt", "a", "--tokens", "5"], "does not know --tokens"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(words, said, folder):
+    assert said in sentence(lambda: task(folder, *words))
+
+
+def test_an_unknown_run_is_said(tmp_path):
+    assert "there is no run folder nothing" in sentence(lambda: prepared(parser().parse_args(["nothing", "--prompt", "a"])))
+
+
+def test_a_launcher_is_not_needed(folder, monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert "generate starts its ranks itself" in sentence(lambda: task(folder, "--prompt", "a"))
+
+
+def test_all_this_is_before_torch(folder):
+    code = f"""
+import sys
+from research.cli.generate import parser, prepared
+prepared(parser().parse_args([{str(folder.path)!r}, '--prompt', 'a']))
+sys.exit('torch' in sys.modules and 'torch was imported')"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_help_teaches_and_names_every_option():
+    said = " ".join(parser().format_help().split())
+    assert all(words in said for words in ("the likeliest", "Ctrl-D", "JSON lines", "up to rounding", "--max_new_tokens", "--min_p"))
+
+
+def test_degrees_are_those_that_training_accepts():
+    assert checks.tensor_degrees(example(model=dict(num_heads=6, num_kv_heads=6)).model) == [1, 2, 3, 6]
+    assert checks.tensor_degrees(example(model=dict(num_heads=6, num_kv_heads=2)).model) == [1, 2]  # 32 features, 3 sharers

@@ -1,0 +1,43 @@
+"""The run that generate, evaluate and serve begin with: its checkpoint, and what cannot be."""
+
+import argparse
+
+import pytest
+
+from parallel.errors import Mistake
+from research.cli import trained_run
+from research.config import serialization
+from tests.research.helpers import untrained
+from tests.research.helpers.example import sentence
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return untrained.make(tmp_path_factory.mktemp("trained"), steps=(3, 6))
+
+
+def words(run, checkpoint=None, tensor=1) -> argparse.Namespace:
+    return argparse.Namespace(run=str(run.path), checkpoint=checkpoint, tensor=tensor)
+
+
+@pytest.mark.parametrize(("step", "name"), [(None, "step_000006"), (3, "step_000003"), (6, "step_000006")])
+def test_the_newest_checkpoint_or_the_one_that_was_named(folder, step, name):
+    asked = words(folder, step)
+    found = trained_run.find(asked)
+    assert (found.arguments, found.folder, found.checkpoint) == (asked, folder, folder.checkpoints / name)
+    assert found.experiment == serialization.load(folder.config)
+
+
+def test_what_cannot_be_is_one_sentence(folder):
+    assert "has no checkpoint of step 4 → it has 3 and 6" in sentence(lambda: trained_run.find(words(folder, 4)))
+    assert "--tensor 3 does not fit model.num_heads = 4" in sentence(lambda: trained_run.find(words(folder, tensor=3)))
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "serve"])
+def test_a_launcher_is_refused(verb, monkeypatch):
+    trained_run.refuse_launcher(verb)
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Mistake, match=f"{verb} starts its ranks itself → run it without a launcher: python -m research {verb} RUN"):
+        trained_run.refuse_launcher(verb)

@@ -1,0 +1,172 @@
+"""Ranks from what each launcher really sets; a shell inside a Slurm job is not a step of it."""
+
+import os
+import subprocess
+
+import pytest
+
+from research.cluster.environment import ALONE, Ranks, find_ranks, first_host, git_state, rank_hint, tasks_per_node, threads_per_rank
+from tests.research.helpers.example import sentence
+
+DEEPSPEED = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_SIZE": "4",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+TORCHRUN = {name: value for name, value in DEEPSPEED.items() if name not in ("LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")} | {
+    "LOCAL_WORLD_SIZE": "4",
+    "GROUP_RANK": "1",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+JOB = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_NTASKS": "6",
+    "SLURM_JOB_NODELIST": "gpu[007-009]",
+    "SLURM_NNODES": "3",
+    "SLURM_TASKS_PER_NODE": "2(x3)",
+}
+STEP = JOB | {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_NODELIST": "gpu[008-009],login",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+}
+
+
+def test_nothing_set_is_a_world_of_one() -> None:
+    assert find_ranks({}) == ALONE == Ranks(0, 0, 1, 1, "python", "127.0.0.1", 0)
+
+
+def test_deepspeed_and_torchrun() -> None:
+    assert find_ranks(DEEPSPEED) == Ranks(5, 1, 8, 4, "deepspeed", "10.0.0.1", 29500)
+    assert find_ranks(TORCHRUN) == Ranks(5, 1, 8, 4, "torchrun", "10.0.0.1", 29500)
+
+
+def test_torchrun_inside_a_slurm_step_is_torchrun() -> None:
+    assert find_ranks(STEP | TORCHRUN).launcher == "torchrun"
+
+
+def test_srun() -> None:
+    ranks = find_ranks(STEP)
+    assert (ranks.rank, ranks.local_rank, ranks.world, ranks.local_world) == (4, 0, 5, 1)
+    assert (ranks.launcher, ranks.master_addr) == ("srun", "gpu008")
+    assert 1024 < ranks.master_port < 32768
+
+
+def test_srun_ranks_agree_on_where_to_meet() -> None:
+    places = set()
+    for rank, (local, node) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]):
+        ranks = find_ranks(STEP | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)})
+        assert (ranks.rank, ranks.local_rank, ranks.local_world) == (rank, local, 1 if node == 2 else 2)
+        places.add((ranks.master_addr, ranks.master_port))
+    assert len(places) == 1
+
+
+def test_srun_with_the_fewest_variables() -> None:
+    few = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "node3"}
+    assert find_ranks(few | {"SLURM_JOB_ID": "7"}).world == 2
+    first, second = find_ranks(few | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}), find_ranks(few)
+    assert (first.rank, second.rank, first.local_world, first.master_addr) == (0, 1, 2, "node3")
+    assert first.master_port == second.master_port
+
+
+def test_two_jobs_and_two_steps_meet_in_different_places() -> None:
+    ports = {find_ranks(STEP | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).master_port for job in (1, 2, 3) for step in (0, 1)}
+    assert len(ports) == 6
+
+
+def test_an_address_that_was_set_is_respected() -> None:
+    ranks = find_ranks(STEP | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})
+    assert (ranks.master_addr, ranks.master_port) == ("head", 1234)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        JOB,  # the shell of salloc
+        JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},  # a batch script
+        JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": str(0xFFFFFFFB)},  # a batch script, numbered
+        JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": str(0xFFFFFFFA), "SLURM_STEP_NUM_TASKS": "1"},  # salloc's
+    ],
+)
+def test_a_shell_inside_a_slurm_job_is_a_world_of_one(environ: dict[str, str]) -> None:
+    assert find_ranks(environ) == ALONE
+
+
+def test_a_shell_from_srun_pty_is_a_world_of_one() -> None:
+    environ = JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}
+    assert find_ranks(environ).world == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"RANK": "0"}, "the launcher set RANK but not LOCAL_RANK"),
+        (DEEPSPEED | {"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' in the environment is not a whole number"),
+        (DEEPSPEED | {"RANK": "8"}, "deepspeed set rank 8 of 8"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "torchrun set rank 5 of 8, local rank 4 of 4"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "mpirun has set no RANK"),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "many"}, "Slurm's tasks per node = 'many'"),
+    ],
+)
+def test_a_broken_environment_is_a_sentence(environ: dict[str, str], said: str) -> None:
+    assert sentence(lambda: find_ranks(environ)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("a", "a"), ("a,b", "a"), ("n[003-006,9],x", "n003"), ("n[9,12]", "n9"), ("r[1-2]n[3-4].hpc", "r1n3.hpc"), ("a-b-1,c", "a-b-1")],
+)
+def test_first_host(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first
+
+
+def test_tasks_per_node() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_per_node("4") == [4]
+
+
+def test_threads_share_the_cores_we_may_use() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert threads_per_rank(ALONE) == cores
+    assert threads_per_rank(Ranks(0, 0, cores, cores, "deepspeed", "a", 1)) == 1
+    assert threads_per_rank(Ranks(0, 0, 999, 999, "deepspeed", "a", 1)) == 1
+
+
+def test_cores_that_slurm_bound_to_this_task_are_not_shared_again() -> None:
+    ranks = find_ranks(STEP | {"SLURM_CPUS_PER_TASK": "1"})
+    assert threads_per_rank(ranks) == 1
+    assert find_ranks(STEP | {"SLURM_CPUS_PER_TASK": "3"}).cores == 3
+
+
+def test_rank_hint_never_raises() -> None:
+    assert [rank_hint(e) for e in ({}, {"RANK": "3"}, {"SLURM_PROCID": "2"}, {"RANK": "x"})] == [0, 3, 2, 0]
+
+
+def test_git_state(tmp_path, monkeypatch) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false", "-c", "core.hooksPath=/dev/null"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    assert git_state(tmp_path) == ("unknown", False)
+    git("init")
+    assert git_state(tmp_path) == ("unknown", False)
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "first")
+    commit, dirty = git_state(tmp_path)
+    assert len(commit) >= 7 and not dirty
+    (tmp_path / "a").write_text("2")
+    assert git_state(tmp_path) == (commit, True)
+    (tmp_path / "inner").mkdir()
+    assert git_state(tmp_path / "inner") == ("unknown", False)
+    monkeypatch.setenv("PATH", "")
+    assert git_state(tmp_path) == ("unknown", False)

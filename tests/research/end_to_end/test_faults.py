@@ -1,0 +1,115 @@
+"""What can go wrong with a disk or a rank while a run trains: nothing is lost, and the run goes on bit for bit."""
+
+import functools
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from parallel.checkpoint.folder import latest
+from research.tracking.run_folder import RunFolder
+from research.verification import torture
+from tests.research.helpers import small_runs as r
+from tests.research.helpers.small_runs import PHASES, Ended, Stage
+
+BY_RANK_0 = ("begun", "before the manifest", "before the rename", "before latest", "before an old one goes")
+FAST = [("a file is complete", 1, 8), ("before latest", 0, 2)]
+FILES = {"a file is begun": 3, "a file is complete": 3, "before the rename": 2}
+"""How often a rank enters such a moment in one save: a file each of weights and both moments; the folder and the one above it."""
+KILLS = [
+    (phase, victim, save * FILES.get(phase, 1) + 1)
+    for phase in PHASES
+    for victim in (0, 1)
+    for save in (0, 1)
+    if victim == 0 or phase not in BY_RANK_0
+]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("stage"))
+
+
+@pytest.fixture(scope="module")
+def whole(stage: Stage) -> Ended:
+    return stage.run("whole", 2, model=r.DROPS, parallel={"tensor": 2})
+
+
+@pytest.mark.parametrize(
+    ("phase", "victim", "times"),
+    [
+        *FAST,
+        *(pytest.param(phase, victim, (times - 1) * FILES.get(phase, 1) + 1, marks=pytest.mark.slow) for phase, victim, times in KILLS),
+    ],
+)
+def test_kill_9_in_a_save(stage: Stage, whole: Ended, phase: str, victim: int, times: int) -> None:
+    """Whatever the moment, what is left is a whole checkpoint (or, in the first save, perhaps none), and the run goes on from it."""
+    name = f"killed_{phase}_{victim}_{times}".replace(" ", "_")
+    killed = stage.run(name, 2, prelude=functools.partial(r.killed_in_a_save, phase, victim, times), model=r.DROPS, parallel={"tensor": 2})
+    assert killed.codes[victim] == -9 and all(killed.codes)
+    complete = sorted(path.name for path in killed.folder.checkpoints.glob("step_*"))
+    for path in complete:
+        assert json.loads((killed.folder.checkpoints / path / "manifest.json").read_text())["step"] == int(path[5:])
+    resumed = stage.run(name, 2, resume="auto", model=r.DROPS, parallel={"tensor": 2})
+    assert set(resumed.codes) == {0}, resumed.said
+    assert resumed.hexes() == whole.hexes()
+    if complete:
+        assert resumed.folder == killed.folder and complete[-1] in resumed.said
+    assert not list(resumed.folder.checkpoints.glob(".step*"))  # what the killed save left behind is gone
+
+
+def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_from_before(stage: Stage, whole: Ended) -> None:
+    full = stage.run("full", 2, prelude=r.disk_full_in_save_2, model=r.DROPS, parallel={"tensor": 2})
+    assert set(full.codes) == {2}, full.said
+    assert "File too large" in full.said and "the checkpoint needs" in full.said and "free → make room" in full.said
+    assert latest(full.folder.checkpoints).name == "step_000003"
+    resumed = stage.run("full", 2, resume="auto", model=r.DROPS, parallel={"tensor": 2})
+    assert set(resumed.codes) == {0} and resumed.hexes() == whole.hexes()
+
+
+@pytest.mark.parametrize(
+    ("prelude", "said"),
+    [
+        (r.other_seed_on_rank_1, "rank 1 disagrees about the seed: 99, rank 0 has 1 → "),
+        (r.no_room, "the disk of "),
+        (r.folder_is_read_only, "cannot be written (Read-only file system) → set track.runs"),
+    ],
+)
+def test_preflight_refuses_before_the_first_step(stage: Stage, prelude, said: str) -> None:
+    ended = stage.run(f"preflight_{prelude.__name__}", 2, prelude=prelude)
+    assert set(ended.codes) == {2} and said in ended.said
+    assert ended.rows() == {}
+    assert "needs 0.4 MB" in ended.said or prelude is not r.no_room
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", range(4))
+def test_flipped_bits_are_found_before_a_step(stage: Stage, whole: Ended, offset: int) -> None:
+    """Through the loop; all 100 random offsets are in tests/parallel."""
+    import shutil
+
+    place = stage.place / f"flipped_{offset}"
+    shutil.copytree(stage.place / "whole", place, symlinks=True)
+    folder = RunFolder(place / "gpt_sotu" / whole.folder.id)
+    dice = random.Random(offset)
+    file = dice.choice(sorted((folder.checkpoints / "step_000012").glob("*.safetensors")))
+    content = bytearray(file.read_bytes())
+    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    file.write_bytes(content)
+    ended = stage.run(f"flipped_{offset}", 2, resume=str(folder.path), model=r.DROPS, parallel={"tensor": 2}, schedule={"steps": 20})
+    assert set(ended.codes) == {2} and file.name in ended.said and max(ended.rows()) == 12
+
+
+def test_torture_finds_a_run_that_lost_something() -> None:
+    assert torture.difference({1: "a", 2: "b"}, {1: "a", 2: "b"}) == ""
+    assert "step 2 and 0 more are missing" in torture.difference({1: "a", 2: "b"}, {1: "a"})
+    assert "step 2: loss c instead of b" in torture.difference({1: "a", 2: "b"}, {1: "a", 2: "c"})
+
+
+@pytest.mark.slow
+def test_twenty_tortured_runs_lose_nothing(tmp_path: Path, capsys) -> None:
+    from research.config.experiment_folder import load
+
+    assert torture.torture(load(r.ROOT / "experiments/gpt_sotu"), tmp_path, 20, 2, seed=1) == 0
+    assert "0 lost runs of 20" in capsys.readouterr().out

@@ -1,0 +1,138 @@
+"""Ctrl-C at every moment of a run: it ends with a checkpoint or at once, leaves no process, and shows no traceback of ours."""
+
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from parallel.checkpoint import folder as checkpoint_folder
+from parallel.checkpoint.folder import latest
+from parallel.checkpoint.reader import Reader
+from research.tracking import metrics
+from tests.research.helpers.launches import LIMIT, Ended, Launch, free_port, slurm
+from tests.research.tracking.test_tracker import logged
+
+LONG = {"schedule__steps": 100_000, "schedule__validate_every": 0, "schedule__log_every": 1}
+TRAINING = "\n    2 "
+"""The terminal's line of the second step has begun."""
+
+
+def stopped(launch: Launch, gone_within: float = 40.0) -> Ended:
+    """Ctrl-C, the end, and the proof that no process is left. The command itself may be back before its ranks are done."""
+    family = launch.family()
+    launch.interrupt()
+    for process in launch.processes:
+        process.wait(gone_within)
+    deadline = time.monotonic() + gone_within
+    while alive := [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+    return launch.wait()
+
+
+def assert_kept(ended: Ended) -> None:
+    """A whole checkpoint of the step it stopped after, and a closed record."""
+    assert ended.status == "interrupted"
+    steps = ended.column("progress/step")
+    with Reader(latest(ended.folder.checkpoints)) as reader:
+        reader.check()
+    assert reader.facts["step"] == checkpoint_folder.step_of(reader.folder) >= steps[-1] >= 2
+    assert ended.folder.loss_png.is_file()
+    assert f"\nended  after {reader.facts['step']} of 100000 steps" in ended.out
+    assert "\nsaved " in ended.out and "\nnext " in ended.out
+
+
+def test_ctrl_c_while_python_trains(launched) -> None:
+    launch = launched("python", **LONG)
+    launch.wait_for(TRAINING)
+    ended = stopped(launch)
+    assert_kept(ended)
+    assert (ended.code, ended.err) == (130, "")
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_deepspeed_trains(launched) -> None:
+    """All of its processes get the signal at once, and the ranks SIGTERM right after it from their launcher."""
+    launch = launched("deepspeed", 2, parallel__tensor=2, track__mode="offline", **LONG)
+    launch.wait_for(TRAINING)
+    ended = stopped(launch)
+    assert_kept(ended)
+    assert ended.code != 0
+    assert_no_traceback_of_ours(ended)
+    assert_mirrored(ended)
+
+
+def assert_mirrored(ended: Ended) -> None:
+    """One offline W&B run with every row of the run's files, though the launcher ended W&B's own process together with the ranks."""
+    (offline,) = ended.folder.wandb.glob("offline-run-*")
+    rows, samples = list(metrics.read(ended.folder.metrics)), list(metrics.read(ended.folder.samples))
+    assert [row["progress/step"] for row in logged(ended.folder)] == [row["progress/step"] for row in [*rows, *samples]]
+    assert "\nwarn " not in ended.out
+
+
+def assert_no_traceback_of_ours(ended: Ended) -> None:
+    """DeepSpeed's runner shows where its own wait was interrupted; nothing else may."""
+    for text in ended.err.split("Traceback (most recent call last):")[1:]:
+        assert "deepspeed/launcher/runner.py" in text and text.rstrip().endswith("KeyboardInterrupt"), ended.err
+    assert "Traceback" not in ended.out
+    assert "/research/" not in ended.err
+
+
+def test_ctrl_c_while_python_imports_torch(launched) -> None:
+    """Before there is anything to save it ends at once, by the signal itself (a shell calls that 130)."""
+    launch = launched("python", **LONG)
+    until(lambda: "libtorch" in Path(f"/proc/{launch.processes[0].pid}/maps").read_text())
+    ended = stopped(launch, gone_within=10.0)
+    assert (ended.code, ended.out, ended.err) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_while_a_rank_waits_for_the_others(launched) -> None:
+    """One task of two that never sees the other: it waits inside torch, where no Python runs."""
+    port = free_port()
+    launch = launched("python", environ=slurm(0, 2, port), **LONG)
+    until(lambda: listening(port))
+    ended = stopped(launch, gone_within=10.0)
+    assert (ended.code, ended.out, ended.err) == (-signal.SIGINT, "", "")
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def until(happened: Callable[[], bool], limit: float = LIMIT) -> None:
+    deadline = time.monotonic() + limit
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["gpt_sotu · run", "tokenizing", "tracking"])
+def test_ctrl_c_between_the_header_and_the_first_step(moment: str, launched, tmp_path) -> None:
+    launch = launched("python", data__cache=tmp_path, **LONG)
+    launch.wait_for(moment)
+    ended = stopped(launch)
+    assert (ended.code, ended.err) == (130, "")
+    assert ended.status == "interrupted"
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_deepspeed_prepares(launched, tmp_path) -> None:
+    launch = launched("deepspeed", 2, data__cache=tmp_path, parallel__tensor=2, **LONG)
+    launch.wait_for("\nmodel ")
+    ended = stopped(launch)
+    assert ended.status == "interrupted"
+    assert_no_traceback_of_ours(ended)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_torchrun_trains(launched) -> None:
+    launch = launched("torchrun", 2, parallel__pipe=2, **LONG)
+    launch.wait_for(TRAINING)
+    ended = stopped(launch)
+    assert_kept(ended)

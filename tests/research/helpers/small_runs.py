@@ -1,0 +1,238 @@
+"""Small real runs on forked ranks for tests of resuming, and what can be done to them on the way."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from research import ROOT
+from research.cluster import forked_ranks
+from research.config.experiment_folder import LoadedExperiment, load
+from research.tracking import metrics
+from research.tracking.run_folder import RunFolder
+from research.verification import small_run
+from tests.harness import start_server
+
+DROPS = {f"{place}_dropout": 0.1 for place in ("embedding", "residual", "mlp", "attention")}
+LIMIT, GRACE = 240.0, 10.0
+"""Seconds until a rehearsal is killed (on two idle cores one takes two to five), and of ranks that outlive another."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One start that is over: the ranks' exit codes, what they said, the run's folder."""
+
+    codes: list[int]
+    said: str
+    folder: RunFolder
+
+    def rows(self, key: str = "train/loss") -> dict[int, float]:
+        """step -> value, a step's last where it has several."""
+        return {row["progress/step"]: row[key] for row in metrics.read(self.folder.metrics) if key in row}
+
+    def hexes(self, key: str = "train/loss") -> dict[int, str]:
+        """The same, as hexadecimal floats."""
+        return {step: float(value).hex() for step, value in self.rows(key).items()}
+
+
+class Stage:
+    """A place with small texts, where runs of one experiment are rehearsed; `name` keeps their folders apart."""
+
+    def __init__(self, place: Path, experiment: str = "gpt_sotu") -> None:
+        start_server()  # the tests' own, which has more imported; research.ranks forks from whichever runs
+        self.place, self.loaded = place, load(ROOT / "experiments" / experiment)
+        small_run.write_texts(self.loaded, place)
+
+    def small(self, name: str, changes: dict[str, Any]) -> LoadedExperiment:
+        return small_run.small(self.loaded, self.place, {**changes, "track": {"runs": str(self.place / name), **changes.get("track", {})}})
+
+    def run(self, name: str, world: int = 1, resume: str = "never", prelude: Callable[[int], None] | None = None, **changes: Any) -> Ended:
+        """One start to its end. `changes`: settings by group, e.g. parallel={"tensor": 2}."""
+        loaded, output = self.small(name, changes), self.place / f"{name}.txt"
+        before = output.stat().st_size if output.exists() else 0
+        under_way = small_run.begin(small_run.Start(loaded, world, output, resume, prelude))
+        try:
+            _wait_for(under_way)
+            codes = [-1 if process.exitcode is None else process.exitcode for process in under_way]
+        finally:
+            forked_ranks.end(under_way)
+        said = output.read_bytes()[before:].decode(errors="replace")
+        return Ended(codes, said, small_run.newest(loaded.experiment))
+
+
+def _wait_for(under_way: list) -> None:
+    """Their ends; once one has failed, the others have the ten seconds that a launcher would leave them."""
+    deadline = time.monotonic() + LIMIT
+    while (waiting := [process for process in under_way if process.exitcode is None]) and time.monotonic() < deadline:
+        wait([process.sentinel for process in waiting], timeout=max(0.0, deadline - time.monotonic()))
+        if any(process.exitcode for process in under_way):
+            deadline = min(deadline, time.monotonic() + GRACE)
+
+
+def bits(folder: RunFolder) -> dict[str, bytes]:
+    """Every tensor of the newest checkpoint as bytes, by file key, read with safetensors alone; files of one layout only."""
+    newest = folder.checkpoints / (folder.checkpoints / "latest").read_text()
+    found = {}
+    for file in sorted(newest.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {f"{file.name.partition('-')[0]} {key}": opened.get_tensor(key).numpy().tobytes() for key in opened.keys()}  # noqa: SIM118
+    return found
+
+
+# What can happen to a rank. Preludes: called on every rank before it trains.
+
+
+def _before_step(rank: int, number: int, act: Callable[[Any], None]) -> None:
+    """`act(monitor)` on this rank before step `number`, with its AnomalyMonitor, which knows the engine."""
+    from research.training.anomalies import AnomalyMonitor
+
+    begin_step = AnomalyMonitor.begin_step
+
+    def acting(monitor: AnomalyMonitor, step: int) -> None:
+        if step == number:
+            act(monitor)
+        begin_step(monitor, step)
+
+    AnomalyMonitor.begin_step = acting  # type: ignore[method-assign]
+
+
+def stopped_in_step_6(rank: int) -> None:
+    """SIGUSR1 while step 6 is taken, to one rank: all stop after it."""
+    if rank == 0:
+        _before_step(rank, 6, lambda monitor: os.kill(os.getpid(), signal.SIGUSR1))
+
+
+def killed_in_step_8(rank: int) -> None:
+    """SIGKILL of the last rank to begin step 8; on two ranks the other is ended by the harness."""
+    _before_step(rank, 8, lambda monitor: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def nan_gradient_in_step_5(rank: int) -> None:
+    """On rank 1 alone, one parameter's gradient is NaN in step 5."""
+
+    def poison(monitor: Any) -> None:
+        parameter = monitor.engine.parameters["blocks.1.mlp.up.weight"]
+        seen: list[bool] = []
+
+        def spoiled(gradient):
+            seen.append(True)
+            return gradient * math.nan if len(seen) == 1 else gradient
+
+        monitor.poisoned = parameter.register_hook(spoiled)
+        monitor.non_finite = type(monitor.non_finite)(
+            monitor.engine.parameters, monitor.engine.device
+        )  # hooks run in the order they were made
+
+    if rank == 1:
+        _before_step(rank, 5, poison)
+        _before_step(rank, 6, lambda monitor: monitor.poisoned.remove())
+
+
+def nan_from_step_5_on(rank: int) -> None:
+    """Every step's loss is NaN from the fifth on, on every rank."""
+    from research.training import loop
+
+    batches = loop.step_batches
+
+    def weights_of_nan(run):
+        for batch in batches(run):
+            yield batch._replace(weights=batch.weights * math.nan) if run.step + 1 >= 5 else batch
+
+    loop.step_batches = weights_of_nan
+
+
+PHASES = {  # a moment of a save -> the function that a rank dies on entering
+    "begun": ("parallel.checkpoint.writer", "begin"),
+    "a file is begun": ("parallel.checkpoint.writer", "TensorFile"),
+    "a file is complete": ("parallel.checkpoint.tensor_file", "TensorFile.close"),
+    "all files are complete": ("parallel.checkpoint.writer", "Writing.published"),
+    "before the manifest": ("parallel.checkpoint.writer", "publish"),
+    "before the rename": ("parallel.checkpoint.folder", "sync_folder"),
+    "before latest": ("parallel.checkpoint.folder", "point_latest"),
+    "before an old one goes": ("parallel.checkpoint.folder", "_delete"),
+}
+
+
+def killed_in_a_save(phase: str, victim: int, times: int, rank: int) -> None:
+    """SIGKILL on the victim as it enters that moment for the n-th time in the run."""
+    import importlib
+
+    if rank != victim:
+        return
+    module, _, path = PHASES[phase][0], None, PHASES[phase][1]
+    owner: Any = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    inner, entered = getattr(owner, name), [0]
+
+    def enter(*arguments: Any, **settings: Any) -> Any:
+        entered[0] += 1
+        if entered[0] == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*arguments, **settings)
+
+    setattr(owner, name, enter)
+
+
+def disk_full_in_save_2(rank: int) -> None:
+    """From the second save on, this rank may write no file longer than 20 kB: a real limit of the kernel's, EFBIG."""
+    import resource
+
+    from research.training.checkpointer import Checkpointer
+
+    save, saves = Checkpointer.save, [0]
+
+    def limited(checkpointer: Any) -> None:
+        saves[0] += 1
+        if saves[0] == 2 and rank == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        save(checkpointer)
+
+    Checkpointer.save = limited  # type: ignore[method-assign]
+
+
+def other_seed_on_rank_1(rank: int) -> None:
+    """Rank 1 was given another seed than the rest."""
+    from research.training import setup
+
+    claims = setup.claims
+    if rank == 1:
+        setup.claims = lambda job, corpus: claims(job, corpus) | {"the seed": "99"}
+
+
+def no_room(rank: int) -> None:
+    """The disk has a kilobyte left."""
+    from research.training import setup
+
+    setup.free_bytes = lambda folder: 1000
+
+
+def folder_is_read_only(rank: int) -> None:
+    """The file system of the run folder turns read-only before the preflight: writes fail with EROFS."""
+    import errno
+    from pathlib import Path
+
+    from research.training import setup
+
+    trouble, write = setup.trouble, Path.write_bytes
+
+    def read_only(folder: Any, need: int) -> Any:
+        def refuse(path: Path, data: bytes) -> int:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+        Path.write_bytes = refuse  # type: ignore[method-assign]
+        try:
+            return trouble(folder, need)
+        finally:
+            Path.write_bytes = write  # type: ignore[method-assign]
+
+    setup.trouble = read_only

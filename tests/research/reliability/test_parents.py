@@ -1,0 +1,128 @@
+"""A rank ends with its launcher, whichever of the launcher's processes was killed and when; what a shell started lives on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from research import ROOT
+
+LIMIT = 60.0
+STARTS = """
+import os, pathlib, subprocess, sys, time
+pathlib.Path({pid!r}).write_text(str(os.getpid()))
+{wait}
+subprocess.Popen({command!r}).wait()
+"""
+RANK = """
+import os, pathlib, sys, time
+sys.path.insert(0, {root!r})
+from research.reliability.parents import follow
+here = pathlib.Path({here!r})
+(here / "rank.pid").write_text(str(os.getpid()))
+parents = follow({launcher!r})
+(here / "followed").write_text(str(len(parents.above)))
+time.sleep(1000)
+"""
+
+
+class Chain:
+    """command → launch.py → rank, as files with a launcher's names, in a session of their own."""
+
+    def __init__(self, here: Path, launcher: str, names: list[str], wait: str = "") -> None:
+        self.here = here
+        (here / "rank.py").write_text(RANK.format(root=str(ROOT), here=str(here), launcher=launcher))
+        command, self.names = [sys.executable, str(here / "rank.py")], [*names, "rank"]
+        for level, name in reversed([*enumerate(names)]):
+            held = wait if level == len(names) - 1 else ""
+            (here / name).write_text(STARTS.format(pid=str(here / f"{name}.pid"), wait=held, command=command))
+            command = [sys.executable, str(here / name)]
+        self.process = subprocess.Popen(command, start_new_session=True)
+
+    def pid(self, name: str) -> int:
+        path = self.here / f"{name}.pid"
+        until(lambda: path.exists() and path.read_text() != "")
+        return int(path.read_text())
+
+    def followed(self) -> int:
+        path = self.here / "followed"
+        until(lambda: path.exists() and path.read_text() != "")
+        return int(path.read_text())
+
+    def kill(self) -> None:
+        for name in self.names:
+            if (self.here / f"{name}.pid").exists():
+                end(self.pid(name))
+        self.process.kill()
+        self.process.wait()
+
+
+def end(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Iterator[Callable[..., Chain]]:
+    begun = []
+
+    def begin(*arguments: str, **more: str) -> Chain:
+        begun.append(Chain(tmp_path, *arguments, **more))
+        return begun[-1]
+
+    yield begin
+    for each in begun:
+        each.kill()
+
+
+DEEPSPEED = ["deepspeed", "deepspeed.launcher.launch"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "names", "victim"),
+    [("deepspeed", DEEPSPEED, "deepspeed"), ("deepspeed", DEEPSPEED, "deepspeed.launcher.launch"), ("torchrun", ["torchrun"], "torchrun")],
+)
+def test_a_rank_ends_when_a_process_of_its_launcher_is_killed(launcher, names, victim, chain) -> None:
+    begun = chain(launcher, names)
+    assert begun.followed() == len(names)
+    end(begun.pid(victim))
+    until(lambda: gone(begun.pid("rank")))
+
+
+def test_a_command_that_was_killed_before_its_ranks_began_is_missed_all_the_same(chain, tmp_path) -> None:
+    begun = chain("deepspeed", DEEPSPEED, wait=f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.05)\n")
+    begun.pid("deepspeed.launcher.launch")
+    end(begun.pid("deepspeed"))
+    begun.process.wait()
+    (tmp_path / "go").touch()
+    until(lambda: gone(begun.pid("rank")))
+
+
+@pytest.mark.parametrize(("launcher", "names"), [("python", ["deepspeed"]), ("srun", ["slurmstepd"]), ("deepspeed", ["my_shell"])])
+def test_what_no_such_launcher_has_started_outlives_its_parent(launcher, names, chain) -> None:
+    begun = chain(launcher, names)
+    assert begun.followed() == 0
+    end(begun.pid(names[0]))
+    begun.process.wait()
+    until(lambda: psutil.Process(begun.pid("rank")).ppid() != begun.process.pid)
+    time.sleep(2.0)  # the thread looks once a second, if there is one
+    assert not gone(begun.pid("rank"))

@@ -1,0 +1,127 @@
+"""Which run a launch has made or gone on with, and what the next launch is given, read off files alone."""
+# MERGED-DOC """Of a launch that is over nothing is left, wherever it has hidden, and nothing else is touched."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from research import ROOT
+from research.reliability.supervisor import LaunchRecord, saved_step
+from research.tracking import run_folder
+from research.tracking.run_folder import RunFolder
+
+
+def script(launch: str, then: str) -> subprocess.CompletedProcess[str]:
+    """A process that launches `launch` and then does `then`."""
+    head = "import sys\nfrom research.reliability import supervisor\nsupervisor.GRACE_SECONDS = 2.0\nlaunches = supervisor.Launcher()\n"
+    code = f"{head}code = launches.run({launch})\n{then}"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+IGNORES = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(1000)"
+SCATTERED = f"""
+import subprocess, sys
+ignores = {IGNORES!r}
+starts = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])"
+subprocess.Popen([sys.executable, "-c", ignores])
+subprocess.Popen([sys.executable, "-c", ignores], start_new_session=True)
+subprocess.run([sys.executable, "-c", starts, ignores], start_new_session=True)  # an orphan in a session of its own
+import time; time.sleep(2.0)
+sys.exit(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
+def test_what_a_launch_leaves_behind_is_killed() -> None:
+    done = script(f"[sys.executable, '-c', {SCATTERED!r}]", "import psutil; print(code, len(psutil.Process().children(recursive=True)))")
+    *pids, said = done.stdout.splitlines()
+    assert said == "7 0" and len(pids) == 3, done
+    assert not any(psutil.pid_exists(int(pid)) for pid in pids)
+
+
+def test_what_ends_by_itself_in_time_is_let_end(tmp_path: Path) -> None:
+    """Ranks whose launcher is gone are saving."""
+    saves = f"import time; time.sleep(0.5); open({str(tmp_path / 'saved')!r}, 'w').close()"
+    launch = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {saves!r}])"
+    done = script(f"[sys.executable, '-c', {launch!r}]", "print(code)").stdout
+    assert done == "0\n" and (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(9, -9), (15, -15)])
+def test_the_exit_code_tells_of_a_signal(number: int, code: int) -> None:
+    assert script(f"[sys.executable, '-c', 'import os; os.kill(os.getpid(), {number})']", "print(code)").stdout == f"{code}\n"
+
+
+def run(runs: Path, name: str = "gpt") -> RunFolder:
+    folder = run_folder.create(runs, name)
+    run_folder.start(folder, layout="", precision="", steps=9)
+    return folder
+
+
+def save(folder: RunFolder, step: int) -> None:
+    checkpoint = folder.checkpoints / f"step_{step:06d}"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": step}))
+    (folder.checkpoints / "latest").write_text(checkpoint.name)
+
+
+def test_a_launch_that_made_nothing_has_no_run(tmp_path: Path) -> None:
+    save(run(tmp_path), 5)
+    record = LaunchRecord(tmp_path / "gpt")
+    record.begin()
+    assert not record.end() and record.run is None and record.state() == ("", "")
+    assert record.settings(["--seed", "3"]) == ["--seed", "3"]
+    nowhere = LaunchRecord(tmp_path / "none")
+    nowhere.begin()
+    assert not nowhere.end()
+
+
+def test_only_a_newer_checkpoint_than_before_is_progress(tmp_path: Path) -> None:
+    record, folder = LaunchRecord(tmp_path / "gpt"), run(tmp_path)
+    save(folder, 5)
+    found = []
+    for step in (None, 7, None, 9):
+        record.begin()
+        run_folder.end(folder, run_folder.FAILED, f"crash before {step}")
+        if step:
+            save(folder, step)
+        found.append((record.end(), record.last))
+        assert record.run == folder and record.state() == ("failed", f"crash before {step}")
+    assert found == [(False, 5), (True, 7), (False, 7), (True, 9)]
+
+
+def test_runs_that_begin_anew_and_get_no_further_are_no_progress(tmp_path: Path) -> None:
+    record, found = LaunchRecord(tmp_path / "gpt"), []
+    for step in (3, 3, 4):
+        record.begin()
+        save(run(tmp_path), step)
+        found.append(record.end())
+    assert found == [True, False, True]
+
+
+@pytest.mark.parametrize("given", [["--resume", "never", "--seed", "3"], ["--resume=runs/x", "--seed", "3"], ["--seed", "3"]])
+def test_the_next_launch_goes_on_from_the_checkpoint(given: list[str], tmp_path: Path) -> None:
+    record = LaunchRecord(tmp_path / "gpt")
+    record.begin()
+    mine = run(tmp_path)
+    record.end()
+    assert record.settings(given) == given
+    save(mine, 2)
+    record.end()
+    assert record.settings(given) == ["--seed", "3", "--resume", "auto"]
+    run(tmp_path)  # somebody else's
+    assert record.settings(given) == ["--seed", "3", "--resume", str(mine.path)]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"step": null}', "nonsense"])
+def test_a_damaged_checkpoint_is_none(text: str, tmp_path: Path) -> None:
+    folder = run(tmp_path)
+    assert saved_step(folder) == -1
+    save(folder, 2)
+    assert saved_step(folder) == 2
+    (folder.checkpoints / "step_000002/manifest.json").write_text(text)
+    assert saved_step(folder) == -1

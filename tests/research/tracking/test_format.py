@@ -1,0 +1,32 @@
+"""Text of a model on its way to a terminal or a file."""
+
+import json
+
+import pytest
+
+from research.tracking.format import json_line, printable
+
+
+def test_what_could_steer_a_terminal_is_dropped():
+    """Escape sequences (7 and 8 bit), carriage return, backspace, bell, NUL, DEL; and marks that turn the direction of writing."""
+    steering = "\x1b[31m", "\x9b2J", "\r", "\b", "\a", "\0", "\x7f", "\u202e", "\u2066", "\u200f"
+    assert printable("a" + "".join(steering) + "b") == "a[31m2Jb"
+
+
+def test_everything_else_stays():
+    """Newlines, tabs, other scripts, emoji joined by zero-width joiners, no-break spaces."""
+    text = "a\n\tb € ½ 漢 שלום \u00a0 👩\u200d🚀 \N{REPLACEMENT CHARACTER}"
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize("text", ["€ ½ 漢", 'a"b\\c\nd\te', "\x1b[31m\x9b\x7f\u202e", "\ud800 half", "👩\u200d🚀"])
+def test_json_lines_say_the_same_and_steer_nothing(text):
+    line = json_line({"text": text})
+    assert json.loads(line) == {"text": text}
+    assert "\n" not in line and printable(line) == line
+
+
+def test_json_lines_are_readable():
+    assert json_line({"a": "€ 漢"}) == '{"a": "€ 漢"}'
+    with pytest.raises(ValueError):
+        json_line(float("nan"))

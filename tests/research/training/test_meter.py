@@ -1,0 +1,119 @@
+"""The clock of a run, by a clock that the test moves."""
+
+import math
+
+import pytest
+
+from research.tracking import metrics
+from research.training.meter import Meter
+
+EVERY = {"validation": 25}
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def meter(clock: Clock) -> Meter:
+    found = Meter(512, clock)
+    clock.now += 50.0  # building the engine is not training
+    found.start()
+    return found
+
+
+def take(meter: Meter, clock: Clock, *losses: float, seconds: float = 2.0) -> None:
+    for loss in losses:
+        clock.now += seconds
+        meter.step(loss)
+
+
+def test_an_interval_is_the_mean_of_its_steps(meter: Meter, clock: Clock) -> None:
+    take(meter, clock, 5.0, 4.0, 3.0)
+    loss, speed = meter.interval()
+    assert loss == 4.0
+    assert speed == pytest.approx(3 * 512 / 6.0)
+
+
+def test_the_next_interval_starts_anew(meter: Meter, clock: Clock) -> None:
+    take(meter, clock, 9.0, 9.0)
+    meter.interval()
+    take(meter, clock, 2.0, seconds=0.5)
+    loss, speed = meter.interval()
+    assert loss == 2.0
+    assert speed == pytest.approx(512 / 0.5)
+
+
+def test_evaluation_is_no_training_time_but_passes(meter: Meter, clock: Clock) -> None:
+    take(meter, clock, 1.0, 1.0)
+    with meter.paused("validation"):
+        clock.now += 100.0
+    take(meter, clock, 1.0)
+    assert meter.interval()[1] == pytest.approx(3 * 512 / 6.0)
+    assert meter.seconds() == 106.0
+    take(meter, clock, 1.0)
+    assert meter.interval()[1] == pytest.approx(512 / 2.0), "a pause counts in its own interval only"
+
+
+def test_what_is_left_are_steps_and_evaluations(meter: Meter, clock: Clock) -> None:
+    """100 steps, an evaluation every 25: after 30 steps, 70 steps and 3 evaluations."""
+    take(meter, clock, *[1.0] * 25)
+    assert meter.seconds_left(25, 100, EVERY) == pytest.approx(75 * 2.0), "no evaluation has been timed yet"
+    with meter.paused("validation"):
+        clock.now += 10.0
+    take(meter, clock, *[1.0] * 5)
+    assert meter.seconds_left(30, 100, EVERY) == pytest.approx(70 * 2.0 + 3 * 10.0)
+
+
+def test_before_the_evaluation_of_this_very_step_it_is_still_left(meter: Meter, clock: Clock) -> None:
+    """The row of step 50 is written before that step's evaluation."""
+    take(meter, clock, *[1.0] * 25)
+    with meter.paused("validation"):
+        clock.now += 10.0
+    take(meter, clock, *[1.0] * 25)
+    assert meter.seconds_left(50, 100, EVERY) == pytest.approx(50 * 2.0 + 3 * 10.0)
+
+
+def test_at_the_end_nothing_is_left_but_the_last_evaluation(meter: Meter, clock: Clock) -> None:
+    take(meter, clock, *[1.0] * 50)
+    with meter.paused("validation"):
+        clock.now += 10.0
+    take(meter, clock, *[1.0] * 50)
+    assert meter.seconds_left(100, 100, EVERY) == pytest.approx(10.0)
+
+
+def test_only_at_the_end_means_one_evaluation(meter: Meter, clock: Clock) -> None:
+    """Its duration is unknown before it has happened once."""
+    take(meter, clock, *[1.0] * 10)
+    assert meter.seconds_left(10, 100, {"validation": 0}) == pytest.approx(90 * 2.0)
+
+
+def test_each_kind_of_pause_has_its_own_interval_and_duration(meter: Meter, clock: Clock) -> None:
+    """Validations of 10 seconds every 25 steps, samples of 1 second every 10: after 50 steps 2 and 5 are left."""
+    for step in range(1, 51):
+        take(meter, clock, 1.0)
+        for what, every, seconds in (("validation", 25, 10.0), ("samples", 10, 1.0)):
+            if step % every == 0:
+                with meter.paused(what):
+                    clock.now += seconds
+    take(meter, clock, 1.0)
+    assert meter.seconds_left(51, 100, {"validation": 25, "samples": 10, "never timed": 1}) == pytest.approx(49 * 2.0 + 2 * 10.0 + 5 * 1.0)
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(1000.0, math.inf), (math.nan, math.nan), (math.inf, math.inf)])
+def test_a_loss_that_overflows_is_written_not_raised(loss: float, perplexity: float, meter: Meter, clock: Clock) -> None:
+    take(meter, clock, loss)
+    mean, speed = meter.interval()
+    assert metrics.perplexity(mean) == pytest.approx(perplexity, nan_ok=True)
+    assert speed > 0

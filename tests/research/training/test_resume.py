@@ -1,0 +1,313 @@
+"""A run that goes on is the run that was never stopped: bit for bit on its layout, within rounding on another, or refused in words."""
+# MERGED-DOC """`init_from`: what is refused before torch, what ranks compare, and a run that begins with another's weights."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from parallel.errors import Mistake
+from parallel.files import read_json, write_json
+from research.config import serialization
+from research.tracking import metrics, run_folder
+from research.tracking.run_folder import IMPORTED, RunFolder
+from research.training import resume
+from research.training.anomalies import load as incident_of
+from research.training.resume import AUTO, find
+from tests.parallel.helpers.checkpoints import save
+from tests.research.helpers import small_runs as r
+from tests.research.helpers.example import example, sentence
+from tests.research.helpers.launches import Ended, Place, run
+from tests.research.helpers.small_runs import DROPS, Stage, bits
+from tests.research.tracking.test_tracker import logged
+
+
+def imported(runs: Path, experiment) -> RunFolder:
+    folder = run_folder.create(runs, "mine")
+    serialization.save(experiment, folder.config)
+    save(folder.checkpoints / "step_000000")
+    run_folder.start(folder, layout="", precision="fp32", steps=0)
+    run_folder.end(folder, IMPORTED)
+    return folder
+
+
+def test_a_checkpoint_is_taken_whatever_else_is_refused_with_the_one_meant(tmp_path: Path) -> None:
+    folder = imported(tmp_path / "runs", example())
+    name = f"runs/mine/{folder.id}"
+    resume.check_init_from(example(), tmp_path)
+    resume.check_init_from(example(init_from=f"{name}/checkpoints/step_000000"), tmp_path)
+    resume.check_init_from(example(init_from=str(folder.checkpoints / "step_000000")), Path("/elsewhere"))
+    said = sentence(lambda: resume.check_init_from(example(init_from=name), tmp_path))
+    assert said.endswith(f"→ name {name}/checkpoints/step_000000") and f"init_from = '{name}'" in said
+    assert sentence(lambda: resume.check_init_from(example(init_from="nothing"), tmp_path)).endswith(
+        "→ name runs/NAME/ID/checkpoints/step_N"
+    )
+
+
+def test_ranks_compare_the_weights_they_begin_with(tmp_path: Path) -> None:
+    save(tmp_path / "a")
+    save(tmp_path / "b", offset=1.0)
+    digests = [resume.init_from_digest(example(init_from=where), tmp_path) for where in ("a", "b", "c")]
+    assert len(set(digests)) == 3 and digests[2] == "missing" and resume.init_from_digest(example(), tmp_path) == "drawn"
+
+
+def test_what_was_imported_is_begun_with_not_resumed(tmp_path: Path) -> None:
+    folder = imported(tmp_path / "runs", example())
+    assert find(AUTO, example(), Path("mine"), tmp_path / "runs") is None
+    said = sentence(lambda: find(str(folder.path), example(), Path("mine"), tmp_path / "runs"))
+    assert said.startswith(f"{folder.title} was imported, not trained: it holds weights alone → leave --resume out")
+
+
+def test_other_weights_to_begin_with_are_another_run(tmp_path: Path) -> None:
+    folder = run_folder.create(tmp_path / "runs", "mine")
+    serialization.save(example(init_from="a"), folder.config)
+    save(folder.checkpoints / "step_000001")
+    run_folder.start(folder, layout="", precision="fp32", steps=2)
+    run_folder.end(folder, run_folder.INTERRUPTED)
+    assert "init_from a → b" in sentence(lambda: find(AUTO, example(init_from="b"), Path("mine"), tmp_path / "runs"))
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_weights_of_another_on_another_layout(place: Place, alone: Ended) -> None:
+    """At a learning rate of nothing its validations are the last one of the run it begins with; its steps count from 1."""
+    start = alone.folder.checkpoints / "step_000006"
+    still = dict(optimizer__lr=1e-12, optimizer__min_lr=1e-13, optimizer__weight_decay=0.0)
+    ended = run(place, "deepspeed", 2, parallel__tensor=2, init_from=start, **still)
+    assert ended.code == 0, ended.err
+    assert f"weights  {start} · step 6" in ended.out
+    losses, last = ended.column("val/loss"), alone.column("val/loss")[-1]
+    assert losses == pytest.approx([last] * 2, rel=1e-5)
+    assert [row["progress/step"] for row in ended.rows("val/loss")] == [3, 6]
+    assert abs(last - alone.column("val/loss")[0]) > 0.01  # else the drawn weights might do
+    assert json.loads(ended.folder.config.read_text())["init_from"] == str(start)
+
+
+SCIENCE = {"model": DROPS, "optimizer": {"clip": 0.5, "warmup_steps": 4}}
+"""Dropout everywhere, a clip that binds, a warm-up; batches of 8 in micro-batches of 2 are accumulated."""
+LAYOUTS = {  # name: ranks, settings of parallel
+    "1": (1, {}),
+    "TP2": (2, {"tensor": 2}),
+    "PP2": (2, {"pipe": 2}),
+    "DP2": (2, {}),
+    "ZeRO-2": (2, {"zero_stage": 2}),
+    "ZeRO-3": (2, {"zero_stage": 3}),
+    "TP2·PP2": (4, {"tensor": 2, "pipe": 2}),
+    "TP2·SP": (2, {"tensor": 2, "sequence": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("stage"))
+
+
+def go(stage: Stage, name: str, layout: str, precision: str = "fp32", **more) -> Ended:
+    world, parallel = LAYOUTS[layout]
+    return stage.run(name, world, **{**SCIENCE, "parallel": parallel, "precision": precision, **more})
+
+
+EXACT = [("PP2", "fp32"), ("DP2", "bf16")]
+EXACT_SLOW = [(layout, precision) for layout in LAYOUTS for precision in ("fp32", "bf16") if (layout, precision) not in EXACT]
+
+
+@pytest.mark.parametrize(("layout", "precision"), [*EXACT, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in EXACT_SLOW)])
+def test_stopped_and_resumed_is_never_stopped(stage: Stage, layout: str, precision: str) -> None:
+    """Losses, norms and validations as hexadecimal floats, and every bit of the last checkpoint's weights and moments."""
+    name = f"exact_{layout}_{precision}"
+    whole = go(stage, f"{name}_whole", layout, precision)
+    assert set(whole.codes) == {0}, whole.said
+    stopped = go(stage, name, layout, precision, prelude=r.stopped_in_step_6)
+    assert set(stopped.codes) == {138} and max(stopped.rows()) == 6
+    resumed = go(stage, name, layout, precision, resume="auto")
+    assert set(resumed.codes) == {0}, resumed.said
+    assert resumed.folder == stopped.folder
+    assert "step 6 of" in resumed.said and "bit for bit as if it had never stopped" in resumed.said
+    for key in ("train/loss", "train/grad_norm", "train/lr", "val/loss"):
+        assert resumed.hexes(key) == whole.hexes(key)
+    assert bits(resumed.folder) == bits(whole.folder)
+
+
+@pytest.fixture(scope="module")
+def whole(stage: Stage) -> Ended:
+    """One rank, never disturbed."""
+    return go(stage, "whole", "1")
+
+
+def test_after_a_kill_the_record_is_one_and_nothing_of_it_is_lost(stage: Stage, whole: Ended) -> None:
+    killed = go(stage, "killed", "1", prelude=r.killed_in_step_8)
+    assert killed.codes == [-9] and max(killed.rows()) == 7
+    resumed = go(stage, "killed", "1", resume="auto")
+    rows = [row["progress/step"] for row in metrics.read(resumed.folder.metrics) if "train/loss" in row]
+    assert rows == list(range(1, 13)) and resumed.hexes() == whole.hexes()
+    dropped = list(metrics.read(resumed.folder.path / "dropped.jsonl"))
+    assert [(row["segment"], row["file"], row["progress/step"]) for row in dropped] == [(2, "metrics.jsonl", 7)]
+    run = read_json(resumed.folder.run)
+    assert run["status"] == "finished" and [segment["from_step"] for segment in run["segments"]] == [0, 6]
+    assert resumed.rows("progress/seconds")[12] > resumed.rows("progress/seconds")[6]
+    assert sorted(path.name for path in resumed.folder.checkpoints.glob("step_*")) == ["step_000009", "step_000012"]  # keep_last = 2
+
+
+ACROSS = [("TP2", "PP2"), pytest.param("ZeRO-3", "TP2·SP", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("first", "second"), ACROSS)
+def test_another_layout_goes_on_within_rounding(stage: Stage, whole: Ended, first: str, second: str) -> None:
+    name = f"{first}_to_{second}"
+    go(stage, name, first, prelude=r.stopped_in_step_6)
+    resumed = go(stage, name, second, resume="auto")
+    assert set(resumed.codes) == {0}, resumed.said
+    assert "within rounding" in resumed.said and "parallel." in resumed.said
+    for step, loss in whole.rows().items():
+        assert abs(resumed.rows()[step] - loss) <= 2e-5 * loss
+
+
+def test_a_background_save_is_the_same_checkpoint(stage: Stage, whole: Ended) -> None:
+    behind = go(stage, "behind", "1", checkpoints={"background": True})
+    assert behind.codes == [0] and behind.hexes() == whole.hexes() and bits(behind.folder) == bits(whole.folder)
+
+
+@pytest.mark.slow
+def test_wandb_gets_a_second_offline_segment_with_the_same_id(stage: Stage) -> None:
+    """Read back by W&B's own reader: each segment has its own rows, the second says where it began."""
+    go(stage, "tracked", "1", prelude=r.stopped_in_step_6, track={"mode": "offline"})
+    resumed = go(stage, "tracked", "1", resume="auto", track={"mode": "offline"})
+    first, second = sorted(resumed.folder.wandb.glob("offline-run-*"))
+    assert {path.name.rpartition("-")[2] for path in (first, second)} == {resumed.folder.id}
+    rows = {path: logged(SimpleNamespace(wandb=path)) for path in (first, second)}
+    steps = [{row["progress/step"] for row in rows[path] if "train/loss" in row} for path in (first, second)]
+    assert steps == [set(range(1, 7)), set(range(7, 13))]
+    assert any(row.get("progress/resumed_at") == 6 for row in rows[second])
+
+
+# What is refused.
+
+
+@pytest.fixture(scope="module")
+def kept(stage: Stage) -> RunFolder:
+    """A run that was stopped after six steps."""
+    return go(stage, "kept", "1", prelude=r.stopped_in_step_6).folder
+
+
+def refused(stage: Stage, name: str = "kept", asked: str = "auto", source: str = "gpt_sotu", **changes) -> str:
+    loaded = stage.small(name, {**SCIENCE, **changes})
+    with pytest.raises(Mistake) as caught:
+        resume.find(asked, loaded.experiment, loaded.folder.with_name(source), Path(loaded.experiment.track.runs))
+    assert "→" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": DROPS | {"num_layers": 3}}, "model.num_layers 2 → 3"),
+        ({"model": DROPS | {"mlp_dropout": 0.2}}, "model.mlp_dropout 0.1 → 0.2"),
+        ({"optimizer": {"lr": 1.0, "clip": 0.5}}, "optimizer.lr 0.003 → 1.0"),
+        ({"schedule": {"batch_size": 16}}, "schedule.batch_size 8 → 16"),
+        ({"seed": 2}, "seed 1 → 2"),
+    ],
+)
+def test_other_science_is_refused_with_the_difference(stage: Stage, kept: RunFolder, changes: dict, named: str) -> None:
+    assert named in refused(stage, **changes)
+
+
+def test_other_plumbing_is_allowed_and_listed(stage: Stage, kept: RunFolder) -> None:
+    loaded = stage.small("kept", {**SCIENCE, "schedule": {"steps": 20, "log_every": 5}, "parallel": {"tensor": 2}, "precision": "bf16"})
+    found = resume.find("auto", loaded.experiment, loaded.folder, Path(loaded.experiment.track.runs))
+    assert found is not None and found.step == 6
+    assert {name: now for name, _, now in found.changed} == {
+        "schedule.steps": 20, "schedule.log_every": 5, "parallel.tensor": 2, "precision": "bf16",
+    }  # fmt: skip
+
+
+def test_a_checkpoint_a_run_or_never(stage: Stage, kept: RunFolder) -> None:
+    loaded = stage.small("kept", SCIENCE)
+    runs = Path(loaded.experiment.track.runs)
+    assert resume.find("never", loaded.experiment, loaded.folder, runs) is None
+    by_run = resume.find(str(kept.path), loaded.experiment, loaded.folder, runs)
+    by_checkpoint = resume.find(str(kept.checkpoints / "step_000003"), loaded.experiment, loaded.folder, runs)
+    assert by_run is not None and by_checkpoint is not None and (by_run.step, by_checkpoint.step) == (6, 3)
+    assert "there is no run folder" in refused(stage, asked="nothing_here")
+    assert "is a run of gpt_sotu, this is llama_sotu" in refused(stage, asked=str(kept.path), source="llama_sotu")
+
+
+def copied(kept: RunFolder, tmp_path: Path, **run) -> RunFolder:
+    folder = RunFolder(tmp_path / "gpt_sotu" / "aaaaaa")
+    shutil.copytree(kept.path, folder.path)
+    write_json(folder.run, {**read_json(folder.run), **run})
+    return folder
+
+
+@pytest.mark.parametrize("pointer", ["", "step_999999", "../../elsewhere", "\0garbage\xff"])
+def test_a_latest_that_leads_nowhere_is_named_with_the_way_out(stage: Stage, kept: RunFolder, tmp_path: Path, pointer: str) -> None:
+    folder = copied(kept, tmp_path)
+    (folder.checkpoints / "latest").write_text(pointer)
+    said = refused(stage, asked=str(folder.path))
+    assert "latest names" in said and "step_000006" in said
+
+
+def test_a_run_that_runs_or_is_finished_is_refused(stage: Stage, kept: RunFolder, tmp_path: Path) -> None:
+    import os
+
+    folder = copied(kept, tmp_path, status="running", pid=os.getpid())
+    assert f"is running (process {os.getpid()})" in refused(stage, asked=str(folder.path))
+    write_json(folder.run, {**read_json(folder.run), "status": "finished"})
+    assert "has taken all of its 6 steps → add --schedule.steps 12" in refused(stage, asked=str(folder.path), schedule={"steps": 6})
+
+
+def test_other_data_under_the_same_name_is_refused_before_a_step(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.run("runs", prelude=r.stopped_in_step_6)
+    text = tmp_path / "validation.txt"
+    text.write_text(text.read_text()[:-100])
+    ended = stage.run("runs", resume="auto")
+    assert ended.codes == [2] and "the data is not what" in ended.said and max(ended.rows()) == 6
+
+
+def test_a_damaged_file_is_named_before_a_step(stage: Stage, kept: RunFolder, tmp_path: Path) -> None:
+    place = stage.place / "damaged"
+    shutil.copytree(stage.place / "kept", place)
+    folder = RunFolder(place / "gpt_sotu" / kept.id)
+    file = sorted((folder.checkpoints / "step_000006").glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    ended = go(stage, "damaged", "1", resume="auto")
+    assert ended.codes == [2] and file.name in ended.said and max(ended.rows()) == 6
+
+
+# What is not finite.
+
+SKIPPING = [("1", "fp32"), ("DP2", "bf16"), ("ZeRO-3", "fp32"), ("ZeRO-2", "bf16"), ("ZeRO-3", "bf16"), ("PP2", "fp32")]
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("DP2", "fp32"), pytest.param("TP2", "bf16", marks=pytest.mark.slow)])
+def test_nan_in_one_ranks_gradient_stops_before_the_update_and_names_the_rank(stage: Stage, layout: str, precision: str) -> None:
+    name = f"nan_{layout}_{precision}"
+    ended = go(stage, name, layout, precision, prelude=r.nan_gradient_in_step_5)
+    assert set(ended.codes) == {3}, ended.said
+    assert "error  step 5" in ended.said and "stopped before the update" in ended.said
+    found = incident_of(ended.folder, 5)
+    assert [(s.rank, s.parameters) for s in found.suspects] == [(1, ["blocks.1.mlp.up.weight"])]
+    assert (found.samples, found.checkpoint, len(found.windows)) == ((32, 40), "step_000003", 8)
+    assert all(value != b"" for value in bits(ended.folder).values())
+    resumed = go(stage, name, layout, precision, resume="auto")
+    assert set(resumed.codes) == {0}, resumed.said
+    assert all(math.isfinite(loss) for step, loss in resumed.rows().items() if step != 5)
+    assert resumed.rows("progress/applied_steps")[12] == 11
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [("PP2", "bf16"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SKIPPING)],
+)
+def test_skips_in_a_row_have_a_cap_in_every_precision(stage: Stage, layout: str, precision: str) -> None:
+    name = f"cap_{layout}_{precision}"
+    ended = go(stage, name, layout, precision, prelude=r.nan_from_step_5_on, watch={"non_finite": "skip", "most_skips": 3})
+    assert set(ended.codes) == {3}, ended.said
+    assert "step 7: 3 steps in a row were skipped, watch.most_skips = 3" in ended.said
+    assert ended.rows("progress/applied_steps")[7] == 4
+    manifest = json.loads((ended.folder.checkpoints / "step_000007" / "manifest.json").read_text())
+    assert manifest["step"] == 7 and manifest["counters"]["skipped_steps"] == 3
