@@ -15,7 +15,7 @@ from parallel.grid import Grid
 from research.config import Experiment
 from research.data.tokenizer import Tokenizer
 from research.generation.generator import GeneratedText, TextGenerator
-from research.generation.restore import DecoderSpec, decoder_of
+from research.generation.restore import DecoderSpec
 from research.generation.settings import GenerationSettings, text_seed
 from research.tracking import plot
 from research.tracking.run_folder import RunFolder
@@ -40,7 +40,7 @@ def write(folder: RunFolder, experiment: Experiment, tokenizer: Tokenizer, promp
     model = GPT(**experiment.model.model_dump())
     room = model.seq_length - len(tokenizer.prompt(prompt))
     plan = DecoderSpec(folder.path, checkpoint, context=model.seq_length)
-    writer = TextGenerator(decoder_of(plan, Grid(), torch.device("cpu")), tokenizer, model, model.seq_length)
+    writer = TextGenerator(plan.on(Grid(), torch.device("cpu")), tokenizer, model, model.seq_length)
     seed = text_seed(experiment.sample.seed, 0, 0)
     text = writer.submit(prompt, GenerationSettings(max(1, min(tokens, room)), samples.sampling_params_of(experiment), seed))
     while writer:

@@ -21,7 +21,7 @@ from research.config.layout import Layout, engine_settings, layout
 from research.config.overrides import Options, Override
 from research.config.serialization import resolved
 from research.data.prepare import check as check_data
-from research.evaluation.in_training import check_tasks as check_exams
+from research.evaluation.in_training import check_tasks
 from research.tracking.format import compact, plural
 from research.training.resume import check_init_from as check_initial
 from research.training.resume import find
@@ -157,7 +157,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
     check_variants(loaded.folder, experiment.model)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
     check_initial(experiment, ROOT)
-    check_exams(experiment, ROOT)
+    check_tasks(experiment, ROOT)
     check_samples(experiment, ROOT)
     found = layout(experiment, ranks.world)
     _check_table(engine_settings(experiment, found))

@@ -140,7 +140,7 @@ class LiveScorer:
 
 @dataclass
 class LiveDecoder:
-    """What research/generation/batching.py drives (its Writes): rows of ids, each step the logits after all of them. Collective over all ranks.
+    """What research/generation/batching.py drives (its DecoderLike): rows of ids, each step the logits after all of them. Collective over all ranks.
 
     Logits 'n v' are fp32, on the CPU, their bits equal on every rank, so that every rank chooses the same tokens.
     """
@@ -180,7 +180,7 @@ def write(live: Live, tokenizer: Tokenizer, prompts: Sequence[str], tokens: int,
     writer = TextGenerator(LiveDecoder(live), tokenizer, live.model, live.model.seq_length)
     texts = []
     for i, prompt in enumerate(prompts):
-        room = writer.context - len(writer.ids(prompt))
+        room = writer.context - len(tokenizer.prompt(prompt))
         texts.append(writer.submit(prompt, GenerationSettings(max(1, min(tokens, room)), choice, text_seed(seed, i, 0))))
     while writer:
         writer.step()
