@@ -99,9 +99,7 @@ def test_a_request_can_be_ended_while_it_waits_or_runs():
 
 def test_logprobs_are_those_of_the_model_whatever_is_drawn():
     """Equal to the plain model's without a cache to 1e-4, and as many as each request asks for."""
-    some, alone, none = finished(
-        scheduler(3), [Request((5, 6), 4, DRAWN, 3, logprobs=2), Request((7,), 4, logprobs=0), Request((8,), 4)]
-    )
+    some, alone, none = finished(scheduler(3), [Request((5, 6), 4, DRAWN, 3, logprobs=2), Request((7,), 4, logprobs=0), Request((8,), 4)])
     assert none.logprobs == [] and all(top == [] for _, top in alone.logprobs)
     ids, module = [5, 6], filled(MODEL)
     for token, (logprob, top) in zip(some.ids, some.logprobs, strict=True):
