@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import math
-import os
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy
 import pytest
 
 from research.data.tokenizer import Tokenizer
-from research.evaluation import lm_eval_task, registry
+from research.evaluation import registry
 from research.evaluation.task import Metric, Settings, TaskContext, evaluate
 from tests.research.evaluation.conftest import shared
 from tests.research.evaluation.helpers import harness_tasks
@@ -31,26 +29,23 @@ def context(context: TaskContext) -> TaskContext:
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory, context: TaskContext):
+def harness(tmp_path_factory, context: TaskContext, lm_eval_offline):
     """name, definition, rows -> the harness' own metrics of that task and their standard errors, by name."""
-    pytest.importorskip("lm_eval")
-    with mock.patch.dict(os.environ):
-        lm_eval_task.keep_offline(tmp_path_factory.mktemp("cache"))
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
-        from research.evaluation.lm_eval_model import LMEvalModel
+    from research.evaluation.lm_eval_model import LMEvalModel
 
-        folder = tmp_path_factory.mktemp("harness")
+    folder = tmp_path_factory.mktemp("harness")
 
-        def metrics_of(name, definition, rows):
-            harness_tasks.write(folder, name, definition, rows)
-            session = SimpleNamespace(length=context.length, tokenizer=context.tokenizer, scorer=Bigram(context.length))
-            manager = TaskManager(include_path=str(folder), include_defaults=False)
-            results = simple_evaluate(LMEvalModel(session), tasks=[name], task_manager=manager, bootstrap_iters=100, log_samples=False)
-            return {key.removesuffix(",none"): value for key, value in results["results"][name].items()}
+    def metrics_of(name, definition, rows):
+        harness_tasks.write(folder, name, definition, rows)
+        session = SimpleNamespace(length=context.length, tokenizer=context.tokenizer, scorer=Bigram(context.length))
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        results = simple_evaluate(LMEvalModel(session), tasks=[name], task_manager=manager, bootstrap_iters=100, log_samples=False)
+        return {key.removesuffix(",none"): value for key, value in results["results"][name].items()}
 
-        yield metrics_of
+    return metrics_of
 
 
 def ours(name: str, context: TaskContext, settings: Settings | None = None) -> dict[str, Metric]:

@@ -1,9 +1,7 @@
 """lm-evaluation-harness on our model at tensor 2, against its own model of transformers on the exported weights."""
 
 import json
-import os
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from parallel.grid import Grid
 from research.cli import evaluate, export
 from research.config import serialization
 from research.data.prepare import load_tokenizer
-from research.evaluation import lm_eval_task
 from research.evaluation.session import Session
 from research.generation.restore import DecoderSpec, restored
 from research.tracking.run_folder import RunFolder
@@ -42,13 +39,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def no_network(tmp_path_factory):
-    with mock.patch.dict(os.environ):
-        lm_eval_task.keep_offline(tmp_path_factory.mktemp("cache"))
-        yield
-
-
 def session(folder: RunFolder, tensor: int) -> Session:
     experiment = serialization.load(folder.config)
     tokenizer = load_tokenizer(experiment.data, Path("/"))
@@ -70,7 +60,7 @@ def answers(model) -> dict[str, list]:
 
 
 @torch.no_grad()
-def test_log_likelihoods_are_the_dense_module_s(folder, no_network):
+def test_log_likelihoods_are_the_dense_module_s(folder, lm_eval_offline):
     """On one rank, by torch's softmax; the flag says whether greedy decoding gives the continuation."""
     from research.evaluation.lm_eval_model import LMEvalModel
 
@@ -87,7 +77,7 @@ def test_log_likelihoods_are_the_dense_module_s(folder, no_network):
     assert loglikelihood == pytest.approx(sum(float(likelihoods[at - 1, ids[at]]) for at in range(split, len(ids))), abs=1e-5) and not flag
 
 
-def test_the_verb_runs_a_local_task(folder, tmp_path, capsys, no_network):
+def test_the_verb_runs_a_local_task(folder, tmp_path, capsys, lm_eval_offline):
     """All three kinds of requests; the results are printed."""
     for name, definition in (("choice_y", harness_tasks.HELLASWAG), ("continue_y", harness_tasks.CONTINUE)):
         harness_tasks.write(tmp_path / "tasks", name, definition, QUESTIONS)
@@ -103,7 +93,7 @@ def test_the_verb_runs_a_local_task(folder, tmp_path, capsys, no_network):
     assert texts["exact_match"]["value"] == 0 and pages["word_perplexity"]["value"] > 1
 
 
-def test_generation_kwargs_of_a_task(no_network):
+def test_generation_kwargs_of_a_task(lm_eval_offline):
     from research.evaluation.lm_eval_model import generation_settings
 
     options = {"until": "\n", "max_new_tokens": 5, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
@@ -115,7 +105,7 @@ def test_generation_kwargs_of_a_task(no_network):
     assert "generation_kwargs num_beams cannot be heeded → leave them out" in sentence(lambda: generation_settings({"num_beams": 4}, ""))
 
 
-def test_a_text_that_does_not_fit(folder, no_network):
+def test_a_text_that_does_not_fit(folder, lm_eval_offline):
     from research.evaluation.lm_eval_model import LMEvalModel
 
     with session(folder, 1) as opened:
@@ -127,7 +117,7 @@ def test_a_text_that_does_not_fit(folder, no_network):
 
 
 @pytest.mark.slow
-def test_a_task_that_the_harness_does_not_know(folder, tmp_path, no_network):
+def test_a_task_that_the_harness_does_not_know(folder, tmp_path, lm_eval_offline):
     """The harness reads thousands of its own files to find out."""
     message = sentence(lambda: evaluate.main([str(folder.path), "--tasks", "lm_eval:zzz", "--lm_eval_tasks", str(tmp_path)]))
     assert "lm-evaluation-harness has no task 'zzz'" in message
@@ -135,7 +125,7 @@ def test_a_task_that_the_harness_does_not_know(folder, tmp_path, no_network):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_it_is_the_harness_on_transformers(positions, tmp_path, no_network, capsys):
+def test_it_is_the_harness_on_transformers(positions, tmp_path, lm_eval_offline, capsys):
     """The same log-likelihoods to 1e-4, greedy flags and texts: two tensor ranks of ours, HFLM on the exported folder."""
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
