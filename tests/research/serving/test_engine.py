@@ -90,7 +90,7 @@ def test_one_that_does_not_fit_fails_alone(writer):
 
 
 def test_a_model_without_numbers_fails_all_of_its_texts_and_serves_the_next(writer, monkeypatch):
-    step, broken = writer.batch.__class__.step, [True]
+    step, broken = writer.scheduler.__class__.step, [True]
 
     def failing(batch):
         moved = step(batch)
@@ -98,7 +98,7 @@ def test_a_model_without_numbers_fails_all_of_its_texts_and_serves_the_next(writ
             raise Mistake("the model's logits are not finite")
         return moved
 
-    monkeypatch.setattr(writer.batch.__class__, "step", failing)
+    monkeypatch.setattr(writer.scheduler.__class__, "step", failing)
     first, second = job(writer), job(writer)
 
     def watch(engine, pieces):
