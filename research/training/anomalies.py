@@ -136,21 +136,20 @@ class AnomalyMonitor:
         DeepSpeed applies no update whose gradient norm is not finite, so the weights are those from before such a step. In fp16 a
         skipped step with a finite loss is the search for a loss scale, and no incident.
         """
-        watch, folder = self.experiment.watch, self.folder.shown
+        watch = self.experiment.watch
         skipped = self.engine.skipped_steps > self._skipped_before
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         searching_scale = skipped and math.isfinite(loss) and self.experiment.precision == "fp16"
-        replay = f"`python -m research replay {shlex.quote(folder)} --step {step}`"
         failure = None
         if not math.isfinite(loss) or (skipped and not searching_scale):
             said = self._report(step, NON_FINITE, loss, self._suspects())
             if watch.non_finite == "stop":
-                failure = f"{said}: stopped before the update → {replay}, or go on past it with --resume {folder}"
+                failure = f"{said}: stopped before the update → {self._replay(step)}, or go on past it with --resume {self.folder.shown}"
         elif not skipped and self.spikes.is_one(loss):
             limit = self.spikes.limit()
             said = self._report(step, SPIKE, loss, [])
             if watch.on_spike == "stop":
-                failure = f"{said}, above {limit:.3f}: stopped → {replay}, or go on with --resume {folder}"
+                failure = f"{said}, above {limit:.3f}: stopped → {self._replay(step)}, or go on with --resume {self.folder.shown}"
         if not failure and watch.most_skips and self.skips_in_a_row >= watch.most_skips:
             failure = (
                 f"step {step}: {self.skips_in_a_row} steps in a row were skipped, watch.most_skips = {watch.most_skips} → "
@@ -166,6 +165,9 @@ class AnomalyMonitor:
         """Sets what `state` returned."""
         self.spikes = Spikes(self.spikes.threshold, [float(loss) for loss in saved["recent_losses"]])
         self.skips_in_a_row = int(saved["skips_in_a_row"])
+
+    def _replay(self, step: int) -> str:
+        return f"`python -m research replay {shlex.quote(self.folder.shown)} --step {step}`"
 
     def _suspects(self) -> list[Suspect]:
         """The ranks whose own gradients were not finite."""
