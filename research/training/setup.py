@@ -87,7 +87,7 @@ def agree_on_resume(job: Job) -> Resumed | None:
 
 
 def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
-    """The run's folder, with config.json, source/ and run.json: created or reopened by rank 0, known to all ranks. Opens this rank's log."""
+    """The run's folder, with config.json, source/ and run.json: created or reopened by rank 0 and known to all. Opens this rank's log."""
     experiment, rank = job.experiment, job.ranks.rank
     commit, dirty = git_state(job.root)
     facts: dict[str, Any] = {
