@@ -76,7 +76,9 @@ def restored(spec: DecoderSpec, grid: Grid, place: torch.device | None = None) -
     """
     folder, place = RunFolder(spec.run), place or device()
     experiment = serialization.load(folder.config)
-    model, variants = without_init(GPT(**experiment.model.model_dump()), load_variants(folder.source, experiment.model))
+    model, variants = GPT(**experiment.model.model_dump()), dict(load_variants(folder.source, experiment.model))
+    if not model.init.startswith(VARIANT):  # an init class of the experiment may serve other classes of its variant.py
+        model, variants = without_init(model, variants)
     module = PlainModule(gpt.layers(model, grid, experiment.seed, variants)).to(dtype_of(spec.precision, experiment.precision, place))
     with Reader(spec.checkpoint) as reader:
         load_weights(module, reader, grid)
@@ -84,12 +86,7 @@ def restored(spec: DecoderSpec, grid: Grid, place: torch.device | None = None) -
 
 
 def without_init(model: GPT, variants: Mapping[str, type]) -> tuple[GPT, dict[str, type]]:
-    """The model and its variants, changed to leave weights zero until they are read: initialising them takes longer than reading.
-
-    An init class of the experiment's own stays, because its layers may depend on it.
-    """
-    if model.init.startswith(VARIANT):
-        return model, dict(variants)
+    """The model and its variants, changed to leave weights zero until they are read: initialising them takes longer than reading."""
     name = UninitializedWeights.__name__
     return model.model_copy(update={"init": f"{VARIANT}{name}"}), {**variants, name: UninitializedWeights}
 
