@@ -4,6 +4,7 @@ A rank that cannot write goes on walking with the others, says so where they mee
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 import time
@@ -136,7 +137,8 @@ class Writing:
         if self.generators is not None:
             with disk_trouble(self.partial, self.need):
                 ranks = json.dumps([generators for _, _, generators in told]).encode()
-                files[GENERATORS] = write_synced(self.partial / GENERATORS, ranks)
+                write_synced(self.partial / GENERATORS, ranks)
+                files[GENERATORS] = File(len(ranks), hashlib.sha256(ranks).hexdigest())
         manifest = Manifest(self.facts, files, logical_tensors(told)).text()
         parse(manifest.encode())  # what is published can be read
         publish(self.partial, self.folder, manifest)

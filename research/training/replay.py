@@ -13,7 +13,7 @@ from models import gpt
 from parallel import distributed
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.load import load_checkpoint, load_initial
-from parallel.engines.engine import PRECISIONS, Engine, MicroBatch, make_engine, micro_batch
+from parallel.engines.engine import Engine, MicroBatch, make_engine
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
@@ -186,7 +186,7 @@ def _plain(folder: RunFolder, experiment: Experiment, engine: Engine) -> PlainMo
     with torch.no_grad():
         for name, parameter in unique_parameters(module):
             parameter.copy_(weights[name])
-    return module.to(PRECISIONS[experiment.precision])
+    return module.to(distributed.PRECISIONS[experiment.precision])
 
 
 def batches(experiment: Experiment, corpus: Corpus, step: int) -> list[MicroBatch]:
@@ -195,4 +195,4 @@ def batches(experiment: Experiment, corpus: Corpus, step: int) -> list[MicroBatc
     found = train_micro_batches(
         corpus.train, model.seq_length, schedule.batch_size, schedule.micro_batch_size, 0, 1, experiment.seed, step - 1
     )
-    return [micro_batch(batch, model.drops) for batch in found]
+    return [MicroBatch.of(b.ids, b.targets, b.weights, b.samples if model.drops else None) for b in found]

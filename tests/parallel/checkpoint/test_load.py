@@ -20,7 +20,8 @@ from parallel.checkpoint.manifest import KINDS
 from parallel.checkpoint.reader import Reader
 from parallel.checkpoint.saver import Saver
 from parallel.engines import process_state
-from parallel.engines.engine import PRECISIONS, Engine
+from parallel.distributed import PRECISIONS
+from parallel.engines.engine import Engine
 from parallel.engines.optimizer_state import ensure_moments, fragment
 from parallel.errors import Mistake
 from parallel.files import write_synced

@@ -8,7 +8,8 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from parallel.checkpoint.manifest import KINDS
-from parallel.engines.engine import PRECISIONS, Engine
+from parallel.distributed import PRECISIONS
+from parallel.engines.engine import Engine
 from parallel.engines.optimizer_state import check_counters, counters, ensure_moments, fragment, publish_weights, set_counters
 from parallel.errors import Mistake
 from parallel.slices import slice_of
