@@ -66,7 +66,7 @@ def stop() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides DeepSpeed's INFO lines and bare prints inside the `with` block, unless our logger is at DEBUG. Warnings and errors are shown."""
+    """Hides DeepSpeed's INFO lines and prints inside the `with` block, unless our logger is at DEBUG. Warnings and errors are shown."""
     if logging.getLogger(LOGGER).isEnabledFor(logging.DEBUG):
         yield
         return

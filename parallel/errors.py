@@ -1,4 +1,4 @@
-"""`Mistake`, the error that a user is meant to read, and helpers for its sentence: the nearest name, a list of choices. No imports of ours."""
+"""`Mistake`, the error that a user is meant to read, and helpers for its sentence: the nearest name, a list of choices."""
 
 import difflib
 from collections.abc import Iterable

@@ -123,7 +123,10 @@ class Ledger(TorchDispatchMode):
 
     def _note(self, name: str, arguments: tuple) -> None:
         operation = OPERATIONS.get(name, name)
-        ranks = _ranks(arguments)
+        groups = [a for a in arguments if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a)]
+        if not groups:
+            raise ValueError("a collective without a process group")
+        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(groups[0])))
         if len(ranks) == 1:
             return
         if operation in ("send", "recv"):
@@ -136,15 +139,8 @@ class Ledger(TorchDispatchMode):
         self.see(Entry(operation, axis_of(self.grid, ranks), ranks, elements, dtype, self.layer, self.direction, _site()))
 
 
-def _ranks(arguments: tuple) -> tuple[int, ...]:
-    """The global ranks of the process group among a collective's arguments."""
-    for argument in arguments:
-        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument):
-            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(argument)))
-    raise ValueError("a collective without a process group")
-
-
 def _flat(value: Any) -> list[Tensor]:
+    """The tensors in nested lists."""
     if isinstance(value, Tensor):
         return [value]
     return [tensor for inner in value for tensor in _flat(inner)] if isinstance(value, (list, tuple)) else []

@@ -34,7 +34,8 @@ class ColumnParallelLinear(nn.Module):
     x: '... d_in', equal on every tensor rank  ->  y: '... d_out/tp', this rank's features of each part.
     Backward: x's gradient, Σ_i g_i A_i, is all-reduced, so it is equal on every rank again.
 
-    `parts` are the sizes of fused outputs (q, k, v or gate, up), each of which is cut separately; y holds this rank's piece of each in that order.
+    `parts` are the sizes of fused outputs (q, k, v or gate, up), each of which is cut separately; y holds this rank's piece of each, in
+    that order.
     """
 
     product = staticmethod(F.linear)

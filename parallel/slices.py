@@ -6,7 +6,6 @@ file at another layout. It is pure arithmetic; no process group is needed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +56,6 @@ class Slice:
             return self.shape
         rows = sum(-(-part // degree) for part in self.parts)
         return (*self.shape[: self.dim], rows, *self.shape[self.dim + 1 :])
-
-    def local_numel(self, degree: int) -> int:
-        """Elements of one rank's piece, padding included."""
-        return prod(self.local_shape(degree))
 
     def cut(self, full: Tensor, rank: int, degree: int) -> Tensor:
         """This rank's piece of the whole parameter, padding zero. A copy."""

@@ -1,7 +1,7 @@
 """The communication volume of DeepSpeed's engines along the data and pipe axes in one step, in closed form. No torch.
 
-Measured with DeepSpeed 0.19.8 in fp32 at our configuration. It differs from the ideal 2(d−1)/d·P of arXiv:1910.02054 (§7): stages 1 and 2 all-reduce
-gradients instead of reduce-scattering them, stage 2 in every micro-batch; and flat groups are padded.
+Measured with DeepSpeed 0.19.8 in fp32 at our configuration. It differs from the ideal 2(d−1)/d·P of arXiv:1910.02054 (§7): stages 1
+and 2 all-reduce gradients instead of reduce-scattering them, stage 2 in every micro-batch; and flat groups are padded.
 """
 
 from collections.abc import Iterator, Sequence

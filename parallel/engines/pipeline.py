@@ -17,7 +17,6 @@ from torch.distributed import ProcessGroup
 from parallel.grid import Grid
 from parallel.layers import CallHook, Layer, apply_layer, stage_bounds
 
-
 LogitsFunction = Callable[[Tensor], Tensor]
 """logits 'b s v', this rank's rows of the vocabulary -> a tensor that is equal on every tensor rank. Collective over tensor ranks."""
 
