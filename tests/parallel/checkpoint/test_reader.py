@@ -1,4 +1,4 @@
-"""Any region of any tensor, however it is cut, and every kind of damage to what lies on disk."""
+"""The reader returns any region of any tensor for any slicing, and detects every kind of damage to the files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A streamed file is what safetensors itself writes and reads, its size and hash those of the bytes on disk."""
+"""A streamed file equals the one that safetensors writes; its size and hash are those of the bytes on disk."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""Complete or absent: whatever is killed, and when, and whatever the disk refuses, all ranks hear of it and nothing is lost."""
+"""A checkpoint is complete or absent, whichever rank is killed and whenever the disk refuses; every rank raises, and older ones remain."""
 
 import os
 import resource
@@ -121,7 +121,7 @@ PHASES: dict[str, tuple[tuple, tuple[int, ...]]] = {  # what is called there, an
     "before its own file": ((writer, "TensorFile"), (0, 1)),
     "within a tensor": ((tensor_file.TensorFile, "_write", 3, half_a_tensor), (0, 1)),
     "before its file is on disk": ((tensor_file.TensorFile, "close"), (0, 1)),
-    "before the ranks meet": ((CheckpointWriter, "_check_complete"), (0, 1)),
+    "before the ranks meet": ((CheckpointWriter, "finish"), (0, 1)),
     "before the manifest": ((checkpoint_folder, "write_synced"), (0,)),
     "before the rename": ((Path, "rename"), (0,)),
     "between rename and latest": ((checkpoint_folder, "point_latest"), (0,)),

@@ -1,4 +1,4 @@
-"""fp16 on the CPU, DeepSpeed's capability check lifted: overflow, back-off and growth are the same sequence on every layout."""
+"""fp16 on the CPU, with DeepSpeed's capability check disabled: overflow, back-off and growth are the same sequence on every layout."""
 
 import functools
 import math

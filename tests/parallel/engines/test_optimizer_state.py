@@ -1,4 +1,4 @@
-"""An engine's state is what Adam's definition says it is, and goes in as it came out, on every ZeRO stage."""
+"""An engine's state equals Adam's definition, and is the same after reading and setting it, on every ZeRO stage."""
 
 import functools
 import math
