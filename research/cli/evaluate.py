@@ -162,8 +162,8 @@ def prepared(arguments: argparse.Namespace) -> Command:
 
 def _precision(command: Command) -> str:
     """The precision that the model will compute in. Imports torch."""
-    from parallel.distributed import device
-    from research.generation.restore import PRECISIONS, dtype_of
+    from parallel.distributed import PRECISIONS, device
+    from research.generation.restore import dtype_of
 
     dtype = dtype_of(command.arguments.precision, command.experiment.precision, device())
     return next(name for name, known in PRECISIONS.items() if known == dtype)

@@ -13,15 +13,13 @@ from models.inference.driver import DriverDecoder, DriverScorer, run_scoring_wor
 from models.inference.scoring import TokenScorer
 from models.init import UninitializedWeights
 from parallel.checkpoint.reader import Reader, load_weights
-from parallel.distributed import device
+from parallel.distributed import PRECISIONS, device
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule
 from research.config import serialization
 from research.config.experiment_folder import load_variants
 from research.tracking.run_folder import RunFolder
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import psutil
 
+from parallel.grid import Grid
 from research.reliability.heartbeat import Heartbeat, Heartbeats, Progress
 from research.tracking.run_folder import RunFolder
 
@@ -49,12 +50,9 @@ def this_process(rank: int) -> Peer:
 
 def all_peers(rank: int, world: int) -> list[Peer]:
     """All ranks in order. Collective."""
-    import torch.distributed as dist
+    from parallel.object_collectives import all_gather_objects
 
-    found: list = [this_process(rank)] * world
-    if world > 1:
-        dist.all_gather_object(found, found[0])
-    return found
+    return all_gather_objects(this_process(rank), Grid(data=world, rank=rank))
 
 
 class Neighbours:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parallel.engines.engine import Engine, micro_batch
+from parallel.engines.engine import Engine, MicroBatch
 from parallel.errors import Mistake
 from research.config import Experiment
 from research.data.batches import validation_batches
@@ -57,7 +57,8 @@ def validate(
     for batch, count in validation_batches(split, seq_length, settings.micro_batch_size, grid.data_rank, grid.data):
         if not should_continue():
             return None
-        nats += engine.evaluate_batch(micro_batch(batch, numbered)) * count
+        micro_batch = MicroBatch.of(batch.ids, batch.targets, batch.weights, batch.samples if numbered else None)
+        nats += engine.evaluate_batch(micro_batch) * count
         tokens += count
     return Validation(loss=nats / tokens, bits_per_byte=nats / math.log(2) / split.num_bytes)
 

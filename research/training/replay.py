@@ -16,7 +16,7 @@ from models import gpt
 from parallel import distributed
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.load import load_checkpoint, load_initial
-from parallel.engines.engine import PRECISIONS, MicroBatch, make_engine, micro_batch
+from parallel.engines.engine import MicroBatch, make_engine
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
@@ -116,7 +116,7 @@ def module_before(
         with torch.no_grad():
             for name, parameter in unique_parameters(module):
                 parameter.copy_(weights[name])
-        return module.to(PRECISIONS[experiment.precision]), float(getattr(engine.optimizer, "loss_scale", None) or 1.0)
+        return module.to(distributed.PRECISIONS[experiment.precision]), float(getattr(engine.optimizer, "loss_scale", None) or 1.0)
     finally:
         distributed.stop()
 
@@ -127,7 +127,7 @@ def batches(experiment: Experiment, corpus: Corpus, step: int) -> list[MicroBatc
     micro_batches = train_micro_batches(
         corpus.train, model.seq_length, schedule.batch_size, schedule.micro_batch_size, 0, 1, experiment.seed, step - 1
     )
-    return [micro_batch(batch, model.drops) for batch in micro_batches]
+    return [MicroBatch.of(batch.ids, batch.targets, batch.weights, batch.samples if model.drops else None) for batch in micro_batches]
 
 
 def find_non_finite(module: PlainModule, loss: Loss, batches: Iterable[MicroBatch], scale: float = 1.0) -> Examined:
