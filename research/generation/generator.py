@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from models.config import GPT
-from models.inference.beam_search import Search, search
+from models.inference.beam_search import BeamSearchParams, beam_search
 from models.inference.decoder import Decoder
 from research.data.tokenizer import Tokenizer
 from research.generation.batching import CANCELLED, END, LENGTH, STOP, BatchScheduler, DecoderLike, Generation, Request
@@ -184,9 +184,9 @@ class TextGenerator:
         assert isinstance(self.decoder, Decoder)
         ids = self.ids(prompt)
         refuse_long(len(ids), ask.max_new_tokens, self.context, self.model)
-        wanted = Search(beams, ask.max_new_tokens, tuple(self.ends), self.tokenizer.vocab_size, ask.choice.repetition_penalty)
+        wanted = BeamSearchParams(beams, ask.max_new_tokens, tuple(self.ends), self.tokenizer.vocab_size, ask.choice.repetition_penalty)
         found = []
-        for beam in search(self.decoder, ids, wanted)[:count]:
+        for beam in beam_search(self.decoder, ids, wanted)[:count]:
             written = Generation(Request(ids, ask.max_new_tokens), list(beam.ids), finish=END if beam.ended else LENGTH)
             text = GeneratedText(prompt, ask, written, IncrementalDetokenizer(self.tokenizer, ids), score=beam.score)
             text.text = "".join(map(text.stream.push, beam.ids[: -1 if beam.ended else None])) + text.stream.finish()

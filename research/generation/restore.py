@@ -8,7 +8,7 @@ import torch
 from models import gpt
 from models.config import GPT, VARIANT
 from models.inference.decoder import Decoder
-from models.inference.driver import DriverDecoder, DriverScorer, run_scoring_worker, run_worker
+from models.inference.driver import DriverDecoder, DriverScorer, run_worker
 from models.inference.scoring import TokenScorer
 from models.init import UninitializedWeights
 from parallel.checkpoint.reader import Reader, load_weights
@@ -65,7 +65,7 @@ class ScorerSpec:
 
     def follow(self, grid: Grid) -> None:
         """A tensor rank > 0, until the first lets go."""
-        run_scoring_worker(self.on(grid))
+        run_worker(self.on(grid))
 
 
 def restored(plan: DecoderSpec, grid: Grid, place: torch.device | None = None) -> PlainModule:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.config import GPT
-from models.inference.beam_search import Search, search
+from models.inference.beam_search import BeamSearchParams, beam_search
 from models.inference.decoder import Decoder
 from models.inference.driver import DriverDecoder, run_worker
 from models.inference.sampling import Row, next_tokens
@@ -80,7 +80,7 @@ def carried_out(decoder: Decoder) -> dict[str, Any]:
     decoder.clear()
     found.append(decoder.admit([list(range(20))]))
     decoder.clear()
-    beams = search(decoder, PROMPTS[1], Search(3, 8, (3,)))
+    beams = beam_search(decoder, PROMPTS[1], BeamSearchParams(3, 8, (3,)))
     return {"logits": [logits.numpy() for logits in found], "beams": [(beam.ids, beam.score) for beam in beams]}
 
 

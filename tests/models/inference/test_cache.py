@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.block import RESIDUALS
-from models.inference.cache import CachedCore, Rows
+from models.inference.cache import CachedCore, CacheRows
 from models.inference.decoder import Decoder
 from models.position import POSITIONS
 from tests.models.helpers.build import ALONE
@@ -66,11 +66,11 @@ def test_partial_rotary_and_dropout_settings_change_nothing():
 
 
 def test_rows_know_their_places():
-    rows = Rows(3, 8, torch.device("cpu"))
+    rows = CacheRows(3, 8, torch.device("cpu"))
     x, q = torch.zeros(2, 4, 5), torch.zeros(2, 6, 4, 5)
-    rows.begin([4, 2])
-    assert rows.begins and rows.of(x).tolist() == rows.of(q).tolist() == [0, 1, 2, 3] and rows.first == 0
-    rows.begin([1])
+    rows.prefill([4, 2])
+    assert rows.prefilling and rows.of(x).tolist() == rows.of(q).tolist() == [0, 1, 2, 3] and rows.first == 0
+    rows.prefill([1])
     assert rows.first == 2 and rows.lengths == [4, 2, 1]
     rows.advance()
     x, q = torch.zeros(3, 1, 5), torch.zeros(3, 6, 1, 5)
@@ -83,20 +83,20 @@ def test_rows_know_their_places():
 
 
 def test_equal_lengths_need_no_mask():
-    rows = Rows(2, 8, torch.device("cpu"))
-    rows.begin([3, 3])
+    rows = CacheRows(2, 8, torch.device("cpu"))
+    rows.prefill([3, 3])
     rows.advance()
     assert rows.mask(torch.zeros(2, 6, 1, 5)) is None
 
 
 def test_what_does_not_fit_is_refused():
-    rows = Rows(2, 4, torch.device("cpu"))
+    rows = CacheRows(2, 4, torch.device("cpu"))
     for lengths in ([5], [1, 1, 1], [0], []):
         with pytest.raises(ValueError, match="do not fit|empty"):
-            rows.begin(lengths)
+            rows.prefill(lengths)
     with pytest.raises(ValueError, match="cannot take another"):
         rows.advance()
-    rows.begin([4])
+    rows.prefill([4])
     with pytest.raises(ValueError, match="have room for 4"):
         rows.advance()
 

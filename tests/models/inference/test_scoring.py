@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from models.config import GPT
-from models.inference.driver import DriverScorer, run_scoring_worker
+from models.inference.driver import DriverScorer, run_worker
 from models.inference.scoring import TokenScorer, token_scores
 from parallel.grid import make_grid
 from parallel.layers import PlainModule
@@ -42,7 +42,7 @@ def led(jobs: list[tuple[GPT, list, list]]) -> list[tuple[np.ndarray, np.ndarray
     grid, found = tensor_grid(), []
     for model, rows, counts in jobs:
         if grid.rank > 0:
-            run_scoring_worker(TokenScorer(filled(model, grid), model, grid))
+            run_worker(TokenScorer(filled(model, grid), model, grid))
             continue
         leader = DriverScorer(filled(model, grid), model, grid)
         found.append(arrays(leader.score(rows, counts)))
