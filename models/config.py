@@ -1,4 +1,4 @@
-"""The model config: sizes, norm, MLP, position encoding, … of a GPT, validated by pydantic. Imports no torch: errors come in milliseconds."""
+"""The model config: sizes, norm, MLP, position encoding, … of a GPT. Imports no torch, so that errors come in milliseconds."""
 
 import math
 from typing import Annotated, Literal
@@ -41,9 +41,9 @@ class GPT(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    num_layers: Size = Field(description="transformer blocks; a pipeline deals them out to its stages")
+    num_layers: Size = Field(description="transformer blocks; distributed over pipeline stages")
     hidden_size: Size = Field(description="width of the residual stream")
-    num_heads: Size = Field(description="query heads, each hidden_size / num_heads wide; tensor ranks share them")
+    num_heads: Size = Field(description="query heads, each hidden_size / num_heads wide; distributed over tensor ranks")
     num_kv_heads: Size = Field(description="= num_heads: multi-head; fewer: grouped-query attention; 1: multi-query")
     ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu)")
     vocab_size: Size = Field(description="as the tokenizer counts it; padding for tensor ranks is added and inert")

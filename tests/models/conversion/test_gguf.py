@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from models.conversion import gguf, mapping, read_config
 from parallel.errors import Mistake
 from tests.models.helpers.build import shape, worst
+from tests.models.helpers.conversion import to_hf
 
 LLAMA = dict(position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, qkv_bias=False, num_kv_heads=2)
 METADATA = {
@@ -46,11 +47,11 @@ def test_weights_of_llama_cpp_s_conversion_are_those_it_was_made_from(changes):
     model = shape(**LLAMA | changes)
     g = torch.Generator().manual_seed(0)
     ours = {name: torch.randn(size, generator=g) for name, size in mapping.shapes(model).items()}
-    file = converted(mapping.to_hf(model, "llama", ours), model)
+    file = converted(to_hf(model, "llama", ours), model)
     plan = mapping.plan(model, gguf.FAMILY, {name: tuple(tensor.shape) for name, tensor in file.items()})
-    found = {link.name: link.ours([file[key] for key in link.keys], model) for link in plan.links}
+    found = {one.name: one.ours([file[key] for key in one.keys], model) for one in plan.parameters}
     assert worst(found, ours)[0] == 0
-    back = {key: tensor for link in plan.links for key, tensor in link.theirs(found[link.name], model).items()}
+    back = {key: tensor for one in plan.parameters for key, tensor in one.theirs(found[one.name], model).items()}
     assert back.keys() == file.keys() and all(torch.equal(back[key], tensor) for key, tensor in file.items())
 
 

@@ -1,4 +1,4 @@
-"""What a layer communicates, against the papers' formulas written out here; tests/research/verification/test_ledger.py counts it for real."""
+"""What a layer communicates, against the papers' formulas written out here. tests/research/verification/test_ledger.py counts calls."""
 
 import pytest
 
