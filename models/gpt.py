@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -33,7 +34,9 @@ def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | Non
         result.append(Layer("embedding_dropout", Dropout, dropout, reads_context=True))
     make_block = recomputed(block) if recompute == "full" else block
     for i in range(model.num_layers):
-        result.append(Layer(f"blocks.{i}", make_block, {"name": f"blocks.{i}", "context": context}, is_block=True, reads_context=True))
+        # By position: a block of a variant.py may call this parameter as it likes.
+        build = partial(make_block, f"blocks.{i}", context)
+        result.append(Layer(f"blocks.{i}", build, is_block=True, reads_context=True))
     if block.final_norm:
         result.append(Layer("final_norm", context.norm, {"name": "final_norm", "size": model.hidden_size}))
     head = Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, context)

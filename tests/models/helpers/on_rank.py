@@ -3,6 +3,7 @@
 Ranks return numpy arrays, which travel between processes by value.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,9 @@ def random_models(jobs: list[tuple[GPT, int]], sequence: bool) -> list[tuple]:
     return [run_model(model, random_weights(model, seed), grid) for model, seed in jobs]
 
 
-def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid) -> tuple:
-    """One of them."""
-    module = whole_model(model, grid).to(next(iter(weights.values())).dtype)
+def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid, variants: Mapping[str, type] | None = None) -> tuple:
+    """(This rank's logits, its gradients by logical name) of a token loss, of the model with these whole weights."""
+    module = whole_model(model, grid, variants=variants).to(next(iter(weights.values())).dtype)
     fill(module, weights, grid)
     ids, targets, token_weights = tokens()
     logits = module((ids, SAMPLES) if model.drops else ids)
