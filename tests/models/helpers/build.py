@@ -53,7 +53,8 @@ def whole_model(model: GPT, grid: Grid = ALONE, seed: int = SEED, variants: Mapp
 
 
 def tensor_grid(sequence: bool = False) -> Grid:
-    """Every rank of the world on the tensor axis."""
+    """Every rank of the world on the tensor axis. One torch thread per rank: the tensors are small, and there may be few cores."""
+    torch.set_num_threads(1)
     return make_grid(1, torch.distributed.get_world_size(), sequence)
 
 
