@@ -34,7 +34,7 @@ def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | Non
         result.append(Layer("embedding_dropout", Dropout, dropout, reads_context=True))
     make_block = recomputed(block) if recompute == "full" else block
     for i in range(model.num_layers):
-        # By position: a block of a variant.py may call this parameter as it likes.
+        # By position, because a block of a variant.py may give these parameters other names.
         build = partial(make_block, f"blocks.{i}", context)
         result.append(Layer(f"blocks.{i}", build, is_block=True, reads_context=True))
     if block.final_norm:

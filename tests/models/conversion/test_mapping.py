@@ -1,6 +1,6 @@
-"""Our GPT against transformers' own models: the same random weights, logits and gradients, on 1, 2 and 4 real tensor ranks.
+"""Our GPT against transformers' models with the same random weights: logits and gradients, on 1, 2 and 4 real tensor ranks.
 
-On 2 and 4 with activations whole between sliced regions, and cut along the sequence.
+On 2 and 4 ranks with and without sequence parallelism.
 """
 
 import functools
@@ -54,12 +54,12 @@ CONFIGS = {
 LAYOUTS = [(1, False), (2, False), (4, False), (2, True), (4, True)]
 """(tensor ranks, sequence parallelism)"""
 IN_DOUBLE = ("gpt2", "gpt2, untied, n_inner", "pythia", "pythia, sequential residual")
-"""transformers computes Llama's norms, and eager softmaxes, in fp32 whatever the weights are."""
+"""The others are left out: transformers computes Llama's norms, and eager softmaxes, in fp32 for weights of any precision."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What transformers makes of a family's random weights."""
+    """Random weights of a family, and the logits and gradients that transformers computes with them."""
 
     theirs: dict[str, Tensor]
     logits: Tensor
@@ -67,7 +67,7 @@ class Truth:
 
 
 def their_model(case: str, dtype: torch.dtype):
-    """Random weights, norms about one and biases far from zero: an initialised model would hide a lost bias."""
+    """Random weights, with norms around one and biases far from zero: a freshly initialised model would hide a lost bias."""
     model = AutoModelForCausalLM.from_config(CONFIGS[case], attn_implementation="eager" if dtype == torch.float32 else "sdpa")
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -56,11 +56,11 @@ def written(decoder: Decoder, prompts: Sequence[Sequence[int]], tokens: int, cho
 
 
 def on_tensor_ranks(models: list[GPT], choices: list[SamplingParams], tokens: int) -> list[list[list[list[int]]]]:
-    """[model][choice] -> `written`, decided on tensor rank 0; nothing on the others, which follow."""
+    """[model][choice] -> `written`, by the driver on tensor rank 0; an empty list on the other ranks, which are workers."""
     grid, found = tensor_grid(), []
     for model in models:
-        kind = DriverDecoder if grid.rank == 0 and grid.tensor > 1 else Decoder
-        decoder = kind(filled(model, grid), model, grid, len(PROMPTS), LENGTH)
+        decoder_class = DriverDecoder if grid.rank == 0 and grid.tensor > 1 else Decoder
+        decoder = decoder_class(filled(model, grid), model, grid, len(PROMPTS), LENGTH)
         if grid.rank > 0:
             run_worker(decoder)
             continue
@@ -71,7 +71,7 @@ def on_tensor_ranks(models: list[GPT], choices: list[SamplingParams], tokens: in
 
 
 def carried_out(decoder: Decoder) -> dict[str, Any]:
-    """Logits after orders of every kind, as arrays, and the beams of a search."""
+    """Logits after calls of every method, as arrays, and the beams of a search."""
     found = [decoder.admit(PROMPTS[:3]), decoder.step([1, 2, 3])]
     decoder.drop(0)
     found.append(decoder.step([4, 5]))
@@ -84,13 +84,13 @@ def carried_out(decoder: Decoder) -> dict[str, Any]:
     return {"logits": [logits.numpy() for logits in found], "beams": [(beam.ids, beam.score) for beam in beams]}
 
 
-def ordered(model: GPT) -> dict[str, Any] | None:
-    """`carried_out` on tensor rank 0; nothing on the others, which follow."""
+def carried_out_by_driver(model: GPT) -> dict[str, Any] | None:
+    """`carried_out` by the driver on tensor rank 0; None on the other ranks, which are workers."""
     grid = tensor_grid()
     if grid.rank > 0:
         run_worker(Decoder(filled(model, grid), model, grid, 4, LENGTH))
         return None
-    leader = DriverDecoder(filled(model, grid), model, grid, 4, LENGTH)
-    found = carried_out(leader)
-    leader.release()
+    driver = DriverDecoder(filled(model, grid), model, grid, 4, LENGTH)
+    found = carried_out(driver)
+    driver.release()
     return found

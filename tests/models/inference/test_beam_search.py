@@ -1,4 +1,4 @@
-"""Beams are transformers' own: tokens, order and scores."""
+"""Beams are equal to those of transformers: tokens, order and scores."""
 
 import functools
 
@@ -29,7 +29,7 @@ SETTINGS = [{}, {"length_penalty": 0.0}, {"length_penalty": 2.0}, {"early_stoppi
 
 @functools.cache
 def theirs(case: str, seed: int):
-    """The end of a text is likely enough that beams end, and unlikely enough that some do not."""
+    """A model with random weights, in which some beams end and some do not."""
     kind, config = CONFIGS[case]
     torch.manual_seed(seed)
     model = kind(config)
@@ -61,7 +61,7 @@ def their_beams(case: str, seed: int, prompt: list[int], beams: int, **settings)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_beams_are_those_of_transformers(case, settings):
-    """Every beam, best first; scores to 1e-4. Three models, two prompts, two and four beams."""
+    """Every beam, best first, with scores to 1e-4. Three models, two prompts, two and four beams."""
     ended = set()
     for seed in range(3):
         for beams in (2, 4):
