@@ -1,4 +1,4 @@
-"""A user's variant.py keeps working: a model of five classes of its own, against a dense reference, cut over ranks, and decoded."""
+"""A user's variant.py keeps working: a model made of its classes, against a dense reference, on sliced ranks, recomputed and decoded."""
 
 import math
 
@@ -31,7 +31,7 @@ from tests.models.helpers.reference import Weights, linear
 from tests.models.helpers.variants import NAMED, VARIANTS, GainAttention, SandwichBlock
 
 MODEL = shape(**NAMED, qk_norm=True, num_kv_heads=2, tied=False, seq_length=LENGTH)
-"""The head norms are the user's too."""
+"""With qk_norm, so that the variant's norm is used for head norms too."""
 DROPOUT = dict(embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)
 
 
@@ -74,7 +74,7 @@ def sliced(model: GPT, sequence: bool) -> tuple:
 
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True), (4, True)])
 def test_a_model_of_own_classes_is_the_dense_one(tensor, sequence):
-    """Logits to 1e-12 and the gradient of every parameter to 1e-10, fp64; on four ranks two share a kv head."""
+    """Logits to 1e-12 and the gradient of every parameter to 1e-10 in fp64. On four ranks, two share a kv head."""
     ids, targets, token_weights = on_rank.tokens()
     weights = {name: tensor.requires_grad_() for name, tensor in random_weights(MODEL, 0, VARIANTS).items()}
     logits = dense(ids, weights, MODEL)
@@ -99,7 +99,7 @@ def test_every_class_is_built_where_its_setting_puts_it():
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_own_classes_with_dropout_are_recomputed_to_the_bit(recompute):
-    """The block and the attention hand the samples on; without recomputation the same logits and gradients."""
+    """The loss and all gradients are equal to those without recomputation. The block and the attention pass `samples` on."""
     model, (ids, targets, token_weights) = shape(**NAMED, qk_norm=True, **DROPOUT), on_rank.tokens()
     results = []
     for mode in ("none", recompute):
@@ -113,7 +113,7 @@ def test_own_classes_with_dropout_are_recomputed_to_the_bit(recompute):
 
 
 def test_own_classes_are_decoded():
-    """A token at a time with a KV cache, in rows of different lengths: the logits of the full forward pass, to 1e-5 in fp32."""
+    """One token at a time with a KV cache, in rows of different lengths, gives the logits of the full forward pass to 1e-5 in fp32."""
     plain, decoder = filled(MODEL, variants=VARIANTS), Decoder(filled(MODEL, variants=VARIANTS), MODEL, ALONE, 2, LENGTH)
     decoder.admit([[1, 2, 3], [4]])
     found = decoder.step([5, 6])

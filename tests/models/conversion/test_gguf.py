@@ -1,4 +1,4 @@
-"""GGUF's names, forms and metadata against llama.cpp's own conversion, written out once more."""
+"""GGUF's names, forms and metadata against a reimplementation of llama.cpp's conversion."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ METADATA = {
     "llama.rope.freq_base": 100_000.0, "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06, "llama.vocab_size": 49_152,
     "llama.rope.dimension_count": 64,
 }  # fmt: skip
-"""SmolLM2-135M's."""
+"""The metadata of SmolLM2-135M."""
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -74,7 +74,7 @@ def test_metadata_are_settings():
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_factors_of_the_frequencies_are_llama_3_s_scaling(factor):
-    """By how much transformers' frequencies are lower than unscaled ones: what llama.cpp keeps in the file."""
+    """The factor by which transformers' frequencies are lower than unscaled ones, which llama.cpp stores in the file."""
     table = {
         "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,

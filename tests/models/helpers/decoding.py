@@ -1,4 +1,4 @@
-"""Small decoders for tests, alone and on ranks. Imports no transformers: a rank would spend seconds on it."""
+"""Small decoders for tests, on one rank and on several. Imports no transformers, which would take each rank seconds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def longer(**changes) -> GPT:
 def filled(
     model: GPT, grid: Grid = ALONE, seed: int = 1, dtype: torch.dtype = torch.float32, variants: Mapping[str, type] | None = None
 ) -> PlainModule:
-    """A model with weights far from what they begin as, this rank's slices of them."""
+    """A model with this rank's slices of weights that are far from initial values."""
     module = whole_model(model, grid, variants=variants).to(dtype)
     fill(module, {name: tensor.to(dtype) for name, tensor in random_weights(model, seed, variants).items()}, grid)
     return module.eval()
@@ -42,7 +42,7 @@ def logits_of(module: PlainModule, model: GPT, ids: Sequence[int]) -> Tensor:
 
 
 def written(decoder: Decoder, prompts: Sequence[Sequence[int]], tokens: int, choice: SamplingParams = GREEDY) -> list[list[int]]:
-    """Each prompt's continuation, all at once, seed 10 for the first, 11 for the second, …"""
+    """The continuations of all prompts, decoded together, with seed 10 for the first, 11 for the second, …"""
     found: list[list[int]] = [[] for _ in prompts]
     logits = decoder.admit(prompts)
     for i in range(tokens):

@@ -1,4 +1,4 @@
-"""What ranks run for the tests of models/. Imports no transformers: a rank would spend seconds on it.
+"""Functions that ranks run for the tests of models/. Imports no transformers, which would take each rank seconds.
 
 Ranks return numpy arrays, which travel between processes by value.
 """
@@ -40,7 +40,7 @@ def whole_models(jobs: list[tuple[GPT, dict[str, np.ndarray]]], sequence: bool =
 
 
 def random_models(jobs: list[tuple[GPT, int]], sequence: bool) -> list[tuple]:
-    """The same of weights that every rank draws whole from a seed: many models' would be too many to hand over."""
+    """The same with weights that every rank draws from a seed, because those of many models are too large to pass to processes."""
     grid = tensor_grid(sequence)
     return [run_model(model, random_weights(model, seed), grid) for model, seed in jobs]
 
@@ -56,7 +56,7 @@ def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid, variants: Mapp
 
 
 def dropping_model(model: GPT, seed: int, sequence: bool) -> list[tuple[float, dict]]:
-    """(loss, this rank's gradients) in fp64 of a model that drops, without recomputation and with either kind."""
+    """(loss, this rank's gradients) in fp64 of a model with dropout, without recomputation and with either kind."""
     grid, weights, (ids, targets, token_weights) = tensor_grid(sequence), random_weights(model, seed), tokens()
     found = []
     for recompute in ("none", "selective", "full"):
@@ -85,7 +85,7 @@ def run_parts(jobs: list[tuple]) -> list[dict]:
 
 
 def own_halves_normalised(norm: str, x: Tensor, weights: dict[str, Tensor], dy: Tensor) -> dict[str, Any]:
-    """Rank i normalises its half of dim 0; the gradients it then holds."""
+    """Rank i normalises its half of dim 0. Returns its gradients."""
     grid = tensor_grid()
     module = NORMS[norm]("norm", x.shape[-1], shape(norm=norm), partial_group=grid.tensor_group).double()
     fill(module, weights, grid)

@@ -44,7 +44,7 @@ class LogLength(Position):
 
 
 class GainAttention(Attention):
-    """Every head's output times a trained number, cut over tensor ranks like the heads. `parts` is what BuildContext was called."""
+    """Every head's output times a trained number, cut over tensor ranks like the heads. `parts` is an older name of the context."""
 
     def __init__(self, name, parts):
         super().__init__(name, parts)
@@ -61,7 +61,7 @@ class GainAttention(Attention):
 
 
 class SandwichBlock(Block):
-    """x += norm(attention(norm(x))); x += mlp(norm(x)), with an attention and a third norm of its own."""
+    """x += norm(attention(norm(x))); x += mlp(norm(x)), with its own attention class and a third norm."""
 
     def __init__(self, name, parts):
         super().__init__(name, parts)
@@ -81,7 +81,7 @@ class WideInit(GPT2Init):
 
 
 SETTINGS = {"norm": SoftSign, "mlp": SigmoidGLU, "position": LogLength, "residual": SandwichBlock, "init": WideInit}
-"""Model setting -> the class that it names."""
+"""Model setting -> the class it names."""
 VARIANTS = {variant.__name__: variant for variant in SETTINGS.values()}
 NAMED = {setting: f"variant:{variant.__name__}" for setting, variant in SETTINGS.items()}
-"""The model settings, as config.py has them."""
+"""The model settings as they are in config.py."""

@@ -1,4 +1,4 @@
-"""Scores of whole texts in padded batches, on one rank and with a driver and workers, against the plain module run on one text at a time."""
+"""Scores of whole texts in padded batches, on one rank and with a driver and workers, against the plain module on one text at a time."""
 
 from typing import Any
 
