@@ -68,7 +68,7 @@ class Import:
         self.source, self.staging, self.final, self.tree = source, staging, final, tree
         self.model: Shape = read_config.settings(source.config)
         self.plan: Plan = mapping.plan(self.model, source.family, source.shapes)
-        source.check([key for link in self.plan.links for key in link.keys])
+        source.check([key for link in self.plan.parameters for key in link.keys])
 
     def line(self) -> str:
         """What is imported, as a person reads it."""
@@ -82,7 +82,7 @@ class Import:
             folder.mkdir()
         name, ours = self._tokenizer(words)
         serialization.save(self._experiment(name), self.staging.config)
-        with report.progress("reading the weights", len(self.plan.links)) as advance:
+        with report.progress("reading the weights", len(self.plan.parameters)) as advance:
             self._weights(advance)
         ids = parity.sample_ids(ours, self.model.seq_length)
         with report.progress("comparing with transformers", 2 * len(ids)) as advance:
@@ -124,7 +124,7 @@ class Import:
 
     def _weights(self, advance: Advance) -> None:
         """The checkpoint: a parameter at a time from their files into ours."""
-        shapes = {link.name: link.shape for link in self.plan.links}
+        shapes = {link.name: link.shape for link in self.plan.parameters}
         facts = {"step": 0, "samples": 0, "tokens": 0, "commit": git_state(self.tree)[0], "imported": source.digests(self.source)}
         write(self.staging.checkpoints / FIRST, shapes, counted(source.weights(self.source, self.plan, self.model), advance), facts)
 

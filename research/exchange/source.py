@@ -39,7 +39,7 @@ class Source(Protocol):
 
 def weights(source: Source, plan: Plan, model: GPT) -> Iterator[Tensor]:
     """Every parameter of `model`, whole, fp32, in the order of the plan: one at a time in memory."""
-    for link in plan.links:
+    for link in plan.parameters:
         tensor = link.ours([source.read(key) for key in link.keys], model)
         if link.name == "embedding.weight" and plan.copy:
             check_copy(source.read(plan.copy), tensor)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from models.config import GPT
-from models.inference.beam_search import Search, search
+from models.inference.beam_search import BeamSearchParams, beam_search
 from models.inference.decoder import Decoder
 from research.data.tokenizer import Tokenizer
 from research.generation.batching import CANCELLED, END, LENGTH, STOP, BatchScheduler, DecoderLike, Generation, Request
@@ -178,10 +178,10 @@ class TextGenerator:
         ids = self.tokenizer.prompt(prompt)
         refuse_long(len(ids), settings.max_new_tokens, self.context, self.model)
         penalty = settings.sampling.repetition_penalty
-        options = Search(beams, settings.max_new_tokens, tuple(self.ends), self.tokenizer.vocab_size, penalty)
+        options = BeamSearchParams(beams, settings.max_new_tokens, tuple(self.ends), self.tokenizer.vocab_size, penalty)
 
         texts = []
-        for beam in search(self.decoder, ids, options)[:count]:
+        for beam in beam_search(self.decoder, ids, options)[:count]:
             finish = END if beam.ended else LENGTH
             generation = Generation(Request(ids, settings.max_new_tokens), list(beam.ids), finish=finish)
             detokenizer = IncrementalDetokenizer(self.tokenizer, ids)

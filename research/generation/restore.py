@@ -9,7 +9,7 @@ import torch
 from models import gpt
 from models.config import GPT, VARIANT
 from models.inference.decoder import Decoder
-from models.inference.driver import DriverDecoder, DriverScorer, run_scoring_worker, run_worker
+from models.inference.driver import DriverDecoder, DriverScorer, run_worker
 from models.inference.scoring import TokenScorer
 from models.init import UninitializedWeights
 from parallel.checkpoint.reader import Reader, load_weights
@@ -64,7 +64,7 @@ class ScorerSpec:
 
     def follow(self, grid: Grid) -> None:
         """The work of a tensor rank > 0: carries out what rank 0 broadcasts until rank 0 releases it."""
-        run_scoring_worker(self.on(grid))
+        run_worker(self.on(grid))
 
 
 def restored(spec: DecoderSpec, grid: Grid, place: torch.device | None = None) -> PlainModule:
