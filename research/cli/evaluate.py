@@ -178,7 +178,7 @@ def say_summary(command: Command, results: Sequence[Result]) -> None:
     """Puts the figures into the W&B summary of a run that has one, and says so."""
     from research.tracking import wandb_summary
 
-    if line := wandb_summary.add(command.folder, command.experiment, summary_rows(results)):
+    if line := wandb_summary.add(command.folder, summary_rows(results)):
         Console(sys.stderr).header([("tracking", line)])
 
 

@@ -2,6 +2,7 @@
 # MERGED-DOC """`init_from`: the checkpoint whose weights a run begins with, looked at before torch is imported."""
 
 import hashlib
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def find(asked: str, experiment: Experiment, source: Path, runs: Path) -> Resume
     """
     if asked == NEVER:
         return None
-    folder, checkpoint = _newest(runs, source.name) if asked == AUTO else _named(asked, runs)
+    folder, checkpoint = _newest(runs, source.name) if asked == AUTO else run_folder.find_checkpoint(asked, runs)
     if folder is None or checkpoint is None:
         return None
     run = read_json(folder.run)
@@ -133,19 +134,6 @@ def _newest(runs: Path, name: str) -> tuple[RunFolder | None, Path | None]:
     return None, None
 
 
-def _named(handle: str, runs: Path) -> tuple[RunFolder, Path]:
-    """A checkpoint's folder, or whatever names a run."""
-    path = Path(handle)
-    if (path / MANIFEST).is_file():
-        path = path.resolve()
-        folder = RunFolder(path.parent.parent)
-        if not folder.run.is_file():
-            raise Mistake(f"{handle} is a checkpoint outside of a run's folder → name one in runs/NAME/ID/checkpoints")
-        return folder, path
-    folder = run_folder.find(handle, runs)
-    return folder, checkpoint_folder.latest(folder.checkpoints)
-
-
 def _facts(checkpoint: Path) -> dict[str, Any]:
     """What the manifest says, its tables left out. It may come from a stranger."""
     path = checkpoint / MANIFEST
@@ -164,7 +152,7 @@ def _refuse_other_experiment(folder: RunFolder, source: Path) -> None:
 
 
 def _refuse_running(folder: RunFolder, run: dict[str, Any]) -> None:
-    if run_folder.status(run) == RUNNING and run.get("host") == run_folder.hostname():
+    if run_folder.status(run) == RUNNING and run.get("host") == socket.gethostname():
         raise Mistake(f"{folder.title} is running (process {run['pid']}) → wait for its end, or end it: kill -USR1 {run['pid']}")
 
 

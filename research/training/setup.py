@@ -42,7 +42,7 @@ from research.tracking import format as fmt
 from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
-from research.tracking.tracker import NoTracker, Tracker
+from research.tracking.tracker import Tracker
 from research.tracking.wandb_mirror import RunDescription
 from research.training import resume, samples
 from research.training.anomalies import AnomalyMonitor
@@ -227,21 +227,29 @@ def build_engine(job: Job, grid: Grid) -> Engine:
     return make_engine(layers, loss, grid, engine_settings(experiment, job.layout))
 
 
-def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, resumed: Resumed | None) -> Tracker | NoTracker:
-    """Rank 0's tracker, with all that W&B is told of the run; deepspeed.json beside it."""
-    if job.ranks.rank > 0:
-        return NoTracker()
-    write_json(folder.deepspeed, engine.config)
+def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, resumed: Resumed | None) -> Tracker:
+    """The run's tracker, quiet on ranks > 0, with all that W&B is told of the run; deepspeed.json beside it."""
+    quiet = job.ranks.rank > 0
+    if not quiet:
+        write_json(folder.deepspeed, engine.config)
     commit, dirty = git_state(job.root)
-    tags = [layout_tag(job), job.experiment.precision]
-    about = RunDescription(serialization.resolved(job.experiment), engine.config, commit, dirty, family=job.name, tags=tags)
-    tracker = Tracker(folder, job.experiment.track, about, after=resumed.step if resumed else 0)
+    track = job.experiment.track
+    description = RunDescription(
+        serialization.resolved(job.experiment),
+        engine.config,
+        commit,
+        dirty,
+        project=track.project,
+        group=track.group or job.name,
+        tags=[layout_tag(job), job.experiment.precision],
+    )
+    tracker = Tracker(folder, description, track.mode, after=resumed.step if resumed else 0, quiet=quiet)
     console.header([("tracking", tracker.line)])
     show_notes(tracker, console)
     return tracker
 
 
-def show_notes(tracker: Tracker | NoTracker, console: Console) -> None:
+def show_notes(tracker: Tracker, console: Console) -> None:
     """What went wrong with W&B since the last time, each sentence once."""
     while tracker.notes:
         console.warn(tracker.notes.pop(0))
