@@ -91,9 +91,7 @@ class WandbMirror:
             if call_with_timeout(lambda: self._write_again(exit_code, ends), ends - time.monotonic()):
                 self._notes[:] = [note for note in self._notes if note != self._failure]
         elif not done and not self._failure:
-            self._notes.append(
-                f"W&B did not take everything → wandb sync --include-online {short_path(self._folder.wandb)} sends the rest"
-            )
+            self._notes.append(f"W&B did not take everything → wandb sync --include-online {short_path(self._folder.wandb)} sends the rest")
         if self.mode != "disabled":
             call_with_timeout(end_process, 1.0)
 
