@@ -1,5 +1,6 @@
 """`python -m research runs`: lists the runs on this disk, one per line. In a pipe the columns are tab-separated; `--json` for programs."""
 
+import contextlib
 import datetime
 import json
 import sys
@@ -67,10 +68,8 @@ def summarise(folder: RunFolder) -> dict[str, Any] | None:
 def cells(run: dict[str, Any]) -> tuple[str, ...]:
     """The run as one row of COLUMNS."""
     started = run["started"]
-    try:  # UTC as this machine's date and minute: 2026-01-31 12:00
+    with contextlib.suppress(ValueError):  # UTC as this machine's date and minute: 2026-01-31 12:00
         started = datetime.datetime.fromisoformat(started).astimezone().strftime("%Y-%m-%d %H:%M")
-    except ValueError:
-        pass  # shown as it is
     steps = f"{run['steps_done']}/{run['steps_planned'] or '?'}"
     return run["name"], run["id"], started, run["layout"], run["precision"], steps, fmt.loss(run["bits_per_byte"]), run["status"]
 

@@ -12,10 +12,10 @@ from research.config.experiment_folder import load
 from research.config.overrides import parse
 from research.reliability.supervisor import LaunchRecord, supervise
 
-WHAT = """Launches an experiment and launches it again after a crash, with --resume auto where it has saved a checkpoint. Between two
-launches it waits 1, 2, 4 … at most 60 seconds, and it gives up after N restarts in a row that have brought no newer checkpoint.
-A signal (SIGINT, SIGTERM, SIGUSR1, SIGHUP) goes on to all ranks, and then nothing is launched again; nor is what refuses
-its settings (exit code 2) or has stopped itself (3). The exit code is that of the last launch, 128 + n after signal n."""
+WHAT = """Launches an experiment, and launches it again after a crash, with --resume auto if it has saved a checkpoint. Between two
+launches it waits 1, 2, 4 … at most 60 seconds. It gives up after N restarts in a row without a newer checkpoint. A signal (SIGINT,
+SIGTERM, SIGUSR1, SIGHUP) is passed on to all ranks, and nothing is launched after it. Nor is a launch repeated that refused its
+settings (exit code 2) or stopped itself (3). The exit code is that of the last launch, 128 + n after signal n."""
 EXAMPLE = 'example: python -m research supervise experiments/gpt_sotu --launcher "deepspeed --num_gpus 2" -- --parallel.tensor 2'
 
 

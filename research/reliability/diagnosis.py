@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from research.cluster.exit_codes import HUNG, SIGNALLED
 from research.reliability.heartbeat import FAULT, HANG, OTHERS, SIGNAL, Heartbeat, Progress, Stage
 from research.reliability.parents import LAUNCHER_GONE, Parents
-from research.reliability.peers import NoPeers, Peer, PeerMonitor, Peers
+from research.reliability.peers import Peer, PeerMonitor
 
 PATIENCE = {Stage.START: 5.0, Stage.TRAINING: 20.0, Stage.LEAVING: 15.0}
 """Seconds from a signal until the main thread must have done what is asked; a checkpoint may take as long as it takes."""
@@ -46,11 +46,12 @@ class Diagnosis:
 
 
 class Diagnoser:
-    """Checks, once per second, whether this rank must leave. Used by the watchdog's thread; `peers` is replaced once the ranks have met."""
+    """Checks, once per second, whether this rank must leave. Used by the watchdog's thread."""
 
     def __init__(self, progress: Progress, parents: Parents, hang_seconds: float) -> None:
         """`hang_seconds` without progress are a hang; 0: hangs are not looked for."""
-        self.peers: Peers = NoPeers()
+        self.peers: PeerMonitor | None = None
+        """The other ranks; None until all have met."""
         self.signal = 0
         """The first signal received; 0: none."""
         self.idle = 0.0
@@ -64,16 +65,17 @@ class Diagnoser:
         stage, moves = self._progress.stage, self._progress.moves
         self.idle = self.idle + seconds if moves == self._moves else 0.0
         self._moves = moves
+        lost = self.peers.lost() if self.peers else {}
         self._since_signal = self._since_signal + seconds if self.signal and stage is not Stage.SAVING else 0.0
-        self._since_lost = self._since_lost + seconds if self.peers.lost() else 0.0
+        self._since_lost = self._since_lost + seconds if lost else 0.0
 
-        if self._since_lost >= (CLOSING_SECONDS if stage is Stage.LEAVING else LOST_PEER_SECONDS):
-            return diagnose_lost(self.peers.lost(), self.peers.peers)
+        if self.peers and self._since_lost >= (CLOSING_SECONDS if stage is Stage.LEAVING else LOST_PEER_SECONDS):
+            return diagnose_lost(lost, self.peers.peers)
         if self.signal and self._since_signal >= self._patience():
             return Diagnosis(SIGNALLED + self.signal, SIGNAL, f"{self.reason_of(self.signal)}, but {self._describe_hang()}")
         # a hang: nothing moves here, or another rank is silent, even while this one waits for work of unknown length
         idle = self.idle >= self._hang_seconds and not self._progress.busy
-        if self._hang_seconds and (idle or self.peers.silent(self._hang_seconds)):
+        if self._hang_seconds and (idle or self._silent(self._hang_seconds)):
             return Diagnosis(HUNG, HANG, self._describe_hang())
         return None
 
@@ -83,7 +85,10 @@ class Diagnoser:
 
     def stopped(self) -> set[int]:
         """Other ranks that are taken for stopped, now that this one has to leave."""
-        return self.peers.silent(min(SILENT_SECONDS, self._hang_seconds / 2 or SILENT_SECONDS))
+        return self._silent(min(SILENT_SECONDS, self._hang_seconds / 2 or SILENT_SECONDS))
+
+    def _silent(self, seconds: float) -> set[int]:
+        return self.peers.silent(seconds) if self.peers else set()
 
     def reason_of(self, number: int) -> str:
         """Why the run was asked to stop with this signal; '' for no signal (0)."""
@@ -98,7 +103,7 @@ class Diagnoser:
         return max(PATIENCE.get(stage, float("inf")), steps)
 
     def _describe_hang(self) -> str:
-        if not isinstance(self.peers, PeerMonitor):
+        if self.peers is None:
             return f"no progress for {self.idle:.0f} s while the ranks meet: one of them is missing"
         heartbeats = self.peers.heartbeats
         seconds = max([self.idle, *heartbeats.silence.values()])

@@ -123,23 +123,18 @@ class Heartbeats:
     def __init__(self, folder: RunFolder, rank: int, world: int, root: Path) -> None:
         self._folder, self._rank, self._root, self._beat = folder, rank, root, 0
         self._write_lock = threading.Lock()
-        self._departure: dict[str, Any] = {}
         self.latest: dict[int, Heartbeat] = {}
         """The last heartbeat read of each other rank that has one."""
         self.silence = dict.fromkeys((other for other in range(world) if other != rank), 0.0)
         """For each other rank, the seconds of watching since its heartbeat last changed."""
 
-    def next(self, progress: Progress, main: int) -> Heartbeat:
-        """A new heartbeat of this rank; `main` is the main thread's identifier."""
+    def next(self, progress: Progress, main: int, **departure: Any) -> Heartbeat:
+        """A new heartbeat of this rank. `main`: the main thread's identifier; `departure`: left, why and code, if the rank leaves."""
         self._beat += 1
         stack = stack_of(main, self._root) if main != threading.get_ident() else []  # the main thread itself is only busy with this
         now = time.strftime("%H:%M:%S", time.gmtime())
         place = (progress.stage.value, progress.doing, progress.step)
-        return Heartbeat(self._rank, os.getpid(), self._beat, now, *place, stack, **self._departure)
-
-    def mark_leaving(self, left: str, why: str, code: int) -> None:
-        """From now on this rank's heartbeats say that it leaves."""
-        self._departure = {"left": left, "why": why, "code": code}
+        return Heartbeat(self._rank, os.getpid(), self._beat, now, *place, stack, **departure)
 
     def write(self, heartbeat: Heartbeat) -> bool:
         """Replaces this rank's heartbeat file atomically; returns False if the file system refuses."""

@@ -16,6 +16,7 @@ import threading
 import psutil
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+"""Options of `prctl`: the signal that this process gets when its parent dies; whether orphaned descendants become its children."""
 NAMES = {"deepspeed": r"deepspeed\.launcher|(^|/)(deepspeed|deepspeed\.pt|ds)$", "torchrun": r"torch\.distributed|(^|/)torchrun$"}
 """Matches each launcher's processes: the program, or the script or module that Python or a shell runs."""
 LEVELS = {"deepspeed": 2, "torchrun": 1}
@@ -25,17 +26,8 @@ LAUNCHER_GONE = "SIGTERM, for the launcher is gone"
 """The reason in run.json of a run that ended because its launcher died."""
 
 
-def signal_on_parent_death(number: int) -> None:
-    """Linux: the kernel sends this process the signal when its parent dies. Elsewhere nothing happens."""
-    _prctl(PR_SET_PDEATHSIG, number)
-
-
-def adopt_orphans() -> None:
-    """Linux: a descendant that loses its parent becomes this process's child, so that it can be found. Elsewhere nothing happens."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
-def _prctl(option: int, value: int) -> None:
+def prctl(option: int, value: int) -> None:
+    """Sets an option of this process, on Linux; elsewhere nothing happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
@@ -72,7 +64,7 @@ def follow(launcher: str) -> Parents:
         os.kill(os.getpid(), signal.SIGTERM)
 
     if parents.above:
-        signal_on_parent_death(signal.SIGTERM)
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if parents.above or parents.gone:
         threading.Thread(target=watch, name="parents", daemon=True).start()
     return parents

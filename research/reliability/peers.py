@@ -9,7 +9,7 @@ import socket
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import psutil
 
@@ -96,40 +96,13 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-class Peers(Protocol):
-    """The other ranks, as far as they are known."""
-
-    peers: list[Peer]
-    """All ranks in order."""
-
-    def lost(self) -> dict[int, Heartbeat]:
-        """Ranks that have left before the end, and their last heartbeats."""
-        ...
-
-    def silent(self, seconds: float) -> set[int]:
-        """Ranks without a heartbeat for so long."""
-        ...
-
-
-class NoPeers:
-    """The other ranks before they have met: none is known, so none is lost or silent."""
-
-    def __init__(self) -> None:
-        self.peers: list[Peer] = []
-
-    def lost(self) -> dict[int, Heartbeat]:
-        return {}
-
-    def silent(self, seconds: float) -> set[int]:
-        return set()
-
-
 class PeerMonitor:
     """The other ranks once all have met. Its methods are called by several threads."""
 
     def __init__(self, folder: RunFolder, rank: int, world: int, root: Path, progress: Progress) -> None:
         """Collective. `progress` is this rank's; files in stacks are named relative to `root`."""
         self.folder, self.rank, self._progress = folder, rank, progress
+        self._departure: dict[str, Any] = {}
         self._main = threading.main_thread().ident or 0
         self.heartbeats = Heartbeats(folder, rank, world, root)
         self.heartbeats.write(self.heartbeat())  # before any other rank may look for it
@@ -141,7 +114,12 @@ class PeerMonitor:
 
     def heartbeat(self) -> Heartbeat:
         """A new heartbeat of this rank."""
-        return self.heartbeats.next(self._progress, self._main)
+        return self.heartbeats.next(self._progress, self._main, **self._departure)
+
+    def announce(self, left: str, why: str, code: int) -> None:
+        """Tells the other ranks that this one leaves: writes a heartbeat that says so, as all later ones do."""
+        self._departure = {"left": left, "why": why, "code": code}
+        self.heartbeats.write(self.heartbeat())
 
     def beat(self, seconds: float, read_others: bool) -> None:
         """Writes this rank's heartbeat and, if asked to, reads the others'. `seconds` have passed since the last call."""

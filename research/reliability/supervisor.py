@@ -21,8 +21,7 @@ import psutil
 
 from parallel.files import read_json
 from research.cluster.exit_codes import SIGNALLED
-from research.reliability import parents
-from research.reliability.parents import LAUNCHER_GONE
+from research.reliability.parents import LAUNCHER_GONE, PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 from research.reliability.signals import SIGNALS, catch
 from research.tracking import run_folder
 from research.tracking.run_folder import FINISHED, INTERRUPTED, RunFolder
@@ -54,7 +53,7 @@ class Launcher:
         self.signal = 0
         """The first signal received; 0: none."""
         self._child: subprocess.Popen[bytes] | None = None
-        parents.adopt_orphans()
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # so that processes that a launch leaves behind can be found
         catch(self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -68,7 +67,7 @@ class Launcher:
 
         Its output is this process's. It gets SIGTERM if this process is killed.
         """
-        sigterm_with_parent = functools.partial(parents.signal_on_parent_death, signal.SIGTERM)
+        sigterm_with_parent = functools.partial(prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
         self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=sigterm_with_parent)
         if self.signal:  # received while the process was being made
             self._pass_on(self.signal, None)

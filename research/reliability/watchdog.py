@@ -73,7 +73,7 @@ class Watchdog:
             reason = self._diagnoser.reason_of(max(0, code - SIGNALLED))
             diagnosis = diagnose_error(error, reason, peers.lost, peers.peers)
             self._why = diagnosis.why
-            self._announce(diagnosis, peers)
+            peers.announce(diagnosis.left, diagnosis.why, diagnosis.code)
             self._raise(diagnosis, error, peers)
 
     def _raise(self, diagnosis: Diagnosis, error: BaseException, peers: PeerMonitor) -> NoReturn:
@@ -138,17 +138,12 @@ class Watchdog:
                 os.write(STDERR, f"error  {diagnosis.why}{_advice(peers)}\n".encode())
         if peers:
             with contextlib.suppress(Exception):
-                self._announce(diagnosis, peers)
+                peers.announce(diagnosis.left, diagnosis.why, diagnosis.code)
                 run_folder.end_unless_ended(peers.folder, INTERRUPTED if diagnosis.left == SIGNAL else FAILED, diagnosis.why)
                 self._log_stacks(diagnosis, stopped, peers)
             for rank in stopped:
                 peers.neighbours.kill(rank)
         self._exit(diagnosis.code)
-
-    def _announce(self, diagnosis: Diagnosis, peers: PeerMonitor) -> None:
-        """Writes a last heartbeat, which tells the other ranks why this one leaves."""
-        peers.heartbeats.mark_leaving(diagnosis.left, diagnosis.why, diagnosis.code)
-        peers.heartbeats.write(peers.heartbeat())
 
     def _log_stacks(self, diagnosis: Diagnosis, stopped: set[int], peers: PeerMonitor) -> None:
         """Appends to this rank's log: why it leaves, the last known stacks of stopped ranks, the stacks of its own threads."""

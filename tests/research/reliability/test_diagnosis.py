@@ -96,9 +96,9 @@ def test_the_reason_tells_a_lost_launcher_from_a_wish(number: int, gone: bool, r
 
 
 class Missed:
-    """Peers of which rank 1 is silent, or gone."""
+    """A PeerMonitor of rank 0, for which rank 1 is silent or gone."""
 
-    peers = PEERS
+    rank, peers, heartbeats = 0, PEERS, SimpleNamespace(silence={}, latest={})
 
     def __init__(self, silence: float = 0.0, gone: bool = False) -> None:
         self.silence, self.gone = silence, gone
@@ -109,6 +109,9 @@ class Missed:
     def silent(self, seconds: float) -> set[int]:
         return {1} if self.silence >= seconds else set()
 
+    def heartbeat(self) -> Heartbeat:
+        return heartbeat(0)
+
 
 def test_a_silent_rank_is_a_hang_even_in_work_of_any_length() -> None:
     rank, progress = diagnoser()
@@ -117,6 +120,7 @@ def test_a_silent_rank_is_a_hang_even_in_work_of_any_length() -> None:
         assert checks(rank) == 1000
         rank.peers = Missed(silence=HANG_SECONDS)
         assert checks(rank) == 1
+        assert rank.check(1.0).why.endswith("rank 1 (process 4001 on node7) has given no sign of life")
 
 
 @pytest.mark.parametrize(("stage", "seconds"), [(Stage.TRAINING, LOST_PEER_SECONDS), (Stage.LEAVING, CLOSING_SECONDS)])

@@ -59,8 +59,7 @@ def test_what_one_rank_writes_the_other_reads(tmp_path: Path) -> None:
     written = ours.next(progress, threading.get_ident())
     assert ours.write(written) and theirs.read(0) == written
     assert (written.rank, written.step, written.stage, written.left) == (0, 7, Stage.TRAINING.value, "")
-    ours.mark_leaving("fault", "ValueError: no", 1)
-    assert ours.write(ours.next(progress, 0))
+    assert ours.write(ours.next(progress, 0, left="fault", why="ValueError: no", code=1))
     last = theirs.read(0)
     assert (last.left, last.why, last.code) == ("fault", "ValueError: no", 1)
     ours.remove()

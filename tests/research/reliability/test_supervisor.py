@@ -29,7 +29,7 @@ starts = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.ar
 subprocess.Popen([sys.executable, "-c", ignores])
 subprocess.Popen([sys.executable, "-c", ignores], start_new_session=True)
 subprocess.run([sys.executable, "-c", starts, ignores], start_new_session=True)  # an orphan in a session of its own
-import time; time.sleep(2.0)
+import time; time.sleep(0.5)
 sys.exit(7)
 """
 

@@ -107,7 +107,7 @@ def test_a_rank_that_raised_is_the_cause_and_says_why(tmp_path: Path) -> None:
 
 def test_a_stopped_rank_is_named_with_its_stack_and_taken_along(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    with ranks(steps, 2, path, 6.0) as begun:
+    with ranks(steps, 2, path, 4.0) as begun:
         training(path)
         wait_for(path / "logs/rank_1.alive.json")
         time.sleep(1.5)  # a heartbeat from within the steps

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from research.tracking import metrics, run_folder
@@ -172,6 +173,23 @@ def test_a_run_that_is_not_there_lists_those_that_are(tmp_path, monkeypatch):
     assert sum(folder.id in str(refused.value) for folder in made) == 5
     with pytest.raises(Mistake):
         run_folder.find("runs/unstarted/latest")
+
+
+def test_a_handle_names_a_checkpoint_or_a_run_with_its_newest_one(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (5, 10):
+        checkpoint = folder.checkpoints / f"step_{step:06d}"
+        checkpoint.mkdir()
+        (checkpoint / "manifest.json").write_text("{}")
+        checkpoint_folder.point_latest(checkpoint)
+    for handle in ("gpt_sotu", folder.title, "runs/gpt_sotu/latest/checkpoints/step_000010"):
+        assert run_folder.find_checkpoint(handle) == (folder, folder.checkpoints / "step_000010"), handle
+    named = f"runs/gpt_sotu/{folder.id}/checkpoints/step_000005"
+    assert run_folder.find_checkpoint(named) == (folder, folder.checkpoints / "step_000005")
+    with pytest.raises(Mistake, match="is a checkpoint outside of a run's folder → name one in runs/NAME/ID/checkpoints"):
+        run_folder.find_checkpoint(named, needs="config.json")
+    with pytest.raises(Mistake, match="there is no run folder nope"):
+        run_folder.find_checkpoint("nope", tmp_path / "runs")
 
 
 def test_making_the_object_touches_no_disk(tmp_path):
