@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         if evaluated:
             from research.tracking import wandb_summary
 
-            if line := wandb_summary.add(command.folder, command.experiment, summary_rows(results.results)):
+            if line := wandb_summary.add(command.folder, summary_rows(results.results)):
                 console.header([("tracking", line)])
 
 

@@ -4,7 +4,6 @@ import argparse
 import re
 from pathlib import Path
 
-from parallel.checkpoint.folder import MANIFEST, latest
 from parallel.errors import Mistake
 from parallel.files import megabytes, refuse_existing, staged
 from research.cli.verbs import Parser
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="what weights are rounded to (default: float32)")
     parser.add_argument("--shard-size", default="4GB", help="largest file of weights: 500MB, 4GB (the default)")
     asked = parser.parse_args(argv)
-    run, checkpoint = named(asked.run)
+    run, checkpoint = run_folder.find_checkpoint(asked.run, needs="config.json")
     size = size_of(asked.shard_size)
     refuse_existing(asked.folder)
     _export(asked, run, checkpoint, size)
@@ -51,18 +50,6 @@ def _export(asked: argparse.Namespace, run: RunFolder, checkpoint: Path, size: i
         if not certificate.passed:
             raise SystemExit(1)
     report.header([("saved", f"{asked.folder} ({megabytes(sum(path.stat().st_size for path in asked.folder.iterdir()))})")])
-
-
-def named(handle: str) -> tuple[RunFolder, Path]:
-    """(run, checkpoint): of a run its newest one."""
-    path = Path(handle)
-    if not (path / MANIFEST).is_file():
-        run = run_folder.find(handle)
-        return run, latest(run.checkpoints)
-    run = RunFolder(path.resolve().parent.parent)
-    if not run.config.is_file():
-        raise Mistake(f"{handle} is a checkpoint outside of a run's folder → name one in runs/NAME/ID/checkpoints")
-    return run, path.resolve()
 
 
 def size_of(text: str) -> int:

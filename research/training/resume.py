@@ -4,6 +4,7 @@ Everything here is decided before torch is imported.
 """
 
 import hashlib
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def find(handle: str, experiment: Experiment, source: Path, runs: Path) -> Resum
     """
     if handle == NEVER:
         return None
-    folder, checkpoint = _newest(runs, source.name) if handle == AUTO else _named(handle, runs)
+    folder, checkpoint = _newest(runs, source.name) if handle == AUTO else run_folder.find_checkpoint(handle, runs)
     if folder is None or checkpoint is None:
         return None
     if folder.name != source.name:
@@ -110,7 +111,7 @@ def find(handle: str, experiment: Experiment, source: Path, runs: Path) -> Resum
         )
     run = read_json(folder.run)
     status = run_folder.status(run)
-    if status == RUNNING and run.get("host") == run_folder.hostname():
+    if status == RUNNING and run.get("host") == socket.gethostname():
         raise Mistake(f"{folder.title} is running (process {run['pid']}) → wait for its end, or end it: kill -USR1 {run['pid']}")
     if status == IMPORTED:
         raise Mistake(f"{folder.title} was imported, not trained: it holds weights alone → leave --resume out: init_from begins with them")
@@ -133,19 +134,6 @@ def _newest(runs: Path, name: str) -> tuple[RunFolder | None, Path | None]:
             return None, None
         return folder, checkpoint_folder.latest(folder.checkpoints)
     return None, None
-
-
-def _named(handle: str, runs: Path) -> tuple[RunFolder, Path]:
-    """The run and the checkpoint that `handle` names: a checkpoint's folder, or whatever names a run."""
-    path = Path(handle)
-    if (path / MANIFEST).is_file():
-        path = path.resolve()
-        folder = RunFolder(path.parent.parent)
-        if not folder.run.is_file():
-            raise Mistake(f"{handle} is a checkpoint outside of a run's folder → name one in runs/NAME/ID/checkpoints")
-        return folder, path
-    folder = run_folder.find(handle, runs)
-    return folder, checkpoint_folder.latest(folder.checkpoints)
 
 
 def _facts(checkpoint: Path) -> dict[str, Any]:
