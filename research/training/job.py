@@ -4,7 +4,7 @@
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from research import ROOT
 from research.cluster.environment import Ranks, threads_per_rank
 from research.config import Experiment
 from research.config.checks import check
+from research.config.diff import flatten
 from research.config.experiment_folder import LoadedExperiment, check_variants
 from research.config.layout import Layout, engine_settings, layout
 from research.config.overrides import Options, Override
@@ -121,8 +122,9 @@ def dry_run(job: Job, commit: str, dirty: bool) -> str:
     tree = f"{commit} ({'changed' if dirty else 'clean'})" if commit != "unknown" else "no commit"
     lines = [f"{job.name} · dry run · {tree}"]
     lines += [f"{label:<9}{text}" for label, text in [*describe(job), *_more(job)]]
-    width = max(len(name) for name, _ in _flat(resolved(job.experiment)))
-    lines += ["", *(f"{name:<{width}}  {_written(value)}" for name, value in _flat(resolved(job.experiment)))]
+    settings = flatten(resolved(job.experiment))
+    width = max(map(len, settings))
+    lines += ["", *(f"{name:<{width}}  {_written(value)}" for name, value in settings.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -136,14 +138,6 @@ def _more(job: Job) -> list[tuple[str, str]]:
         ("data", f"{experiment.data.train} · held out {experiment.data.validation} · {experiment.data.tokenizer}"),
         ("schedule", f"{plural(schedule.steps, 'step')} = {tokens} tokens · {rate}{warmup}"),
     ]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _written(value: Any) -> str:
