@@ -29,7 +29,7 @@ class Data(Settings):
     train: Text = Field(description="text to train on: builtin:state_of_the_union/train, or a .txt, .jsonl or .jsonl.xz file")
     validation: Text = Field(description="held-out text, named the same way; never trained on")
     tokenizer: Text = Field(
-        description="builtin:bpe-8192 (trained on the train text), builtin:gpt2 or the path of a tokenizer.json; model.vocab_size is no smaller"
+        description="builtin:bpe-8192 (trained on the train text), builtin:gpt2 or the path of a tokenizer.json; not above model.vocab_size"
     )
     cache: Text = Field(default=".cache", description="folder for token stores and tokenizers, relative to the repository; safe to delete")
 
@@ -74,13 +74,11 @@ class Parallel(Settings):
     tensor: Count = Field(default=1, description="tensor ranks: every matrix is sliced over this many; divides heads and ffn_size")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
-        description="what is partitioned over data ranks: 1 optimizer state, 2 + gradients, 3 + weights; 0 runs as 1; pipe > 1: only 1",
+        description="partitioned over data ranks: 1 optimizer state, 2 + gradients, 3 + weights; 0 runs as 1; pipe > 1: only 1",
     )
     offload_optimizer: bool = Field(default=False, description="optimizer state in host memory (zero_stage 2 or 3)")
     offload_parameters: bool = Field(default=False, description="weights in host memory (zero_stage 3)")
-    sequence: bool = Field(
-        default=False, description="activations between sliced regions are split along the sequence, over the tensor ranks"
-    )
+    sequence: bool = Field(default=False, description="activations between sliced regions split along the sequence over tensor ranks")
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="what is recomputed in the backward pass instead of kept: nothing, the attention core, whole blocks"
     )
@@ -109,11 +107,9 @@ class Watch(Settings):
     most_skips: int = Field(
         default=20,
         ge=0,
-        description="skipped steps in a row after which the run stops (fp16 skips some to find its loss scale); 0: it never stops",
+        description="skipped steps in a row that stop the run (fp16 skips some to find its loss scale); 0: no limit",
     )
-    spike: float = Field(
-        default=0.0, ge=0, description="warn of a loss this many standard deviations above the mean of 100 steps; 0: never"
-    )
+    spike: float = Field(default=0.0, ge=0, description="warn of a loss so many standard deviations above the mean of 100 steps; 0: never")
     on_spike: Literal["warn", "stop"] = Field(default="warn", description="at a spike: only warn, or stop after the step")
 
 
@@ -176,7 +172,7 @@ class Experiment(Settings):
     evaluate: Evaluate = Field(default_factory=Evaluate, description="evaluation during training")
     sample: Sample = Field(default_factory=Sample, description="text generation during training")
     track: Track = Field(default_factory=Track, description="where the run is recorded")
-    seed: int = Field(ge=0, description="seed of initial weights, data order and dropout; equal results on every layout")
+    seed: int = Field(ge=0, description="seed of initial weights and data order, which are the same on every layout")
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="merged last into the derived DeepSpeed JSON; file only")
 
     @field_validator("model", mode="before")
