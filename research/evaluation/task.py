@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from research.data.prepare import Settings as Data
+from research.data.prepare import DataSettings as Data
 from research.data.prepare import split
 from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
