@@ -15,6 +15,7 @@ BUILTIN = "builtin:"
 FOLDER = Path(__file__).parent / "builtin"
 OPENERS: dict[str, Callable] = {".jsonl": open, ".jsonl.xz": lzma.open, ".jsonl.gz": gzip.open, ".txt": open}
 EXAMPLE = '{"text": "one document"}'
+CONTENT = {suffix: "some text" if suffix == ".txt" else f"one object such as {EXAMPLE} a line" for suffix in OPENERS}
 BOM = b"\xef\xbb\xbf"
 
 
@@ -36,7 +37,7 @@ def documents(spec: str, root: Path) -> Iterator[str]:
             characters += len(text)
             yield text
     if not characters:
-        raise Mistake(f"{path} holds no text → give it {_content(path)}, or use {listed(builtin_names())}")
+        raise Mistake(f"{path} holds no text → give it {CONTENT[suffix]}, or use {listed(builtin_names())}")
 
 
 def check_exists(spec: str, root: Path, setting: str = "the corpus") -> Path:
@@ -55,7 +56,7 @@ def check_exists(spec: str, root: Path, setting: str = "the corpus") -> Path:
     if not _suffix(path):
         raise Mistake(f"{setting} = {spec!r} is not a kind of file that is known → use {listed(OPENERS)}")
     if path.stat().st_size == 0:
-        raise Mistake(f"{setting} = {spec!r}: {path} is empty → give it {_content(path)}, or use {listed(names)}")
+        raise Mistake(f"{setting} = {spec!r}: {path} is empty → give it {CONTENT[_suffix(path)]}, or use {listed(names)}")
     return path
 
 
@@ -78,10 +79,6 @@ def builtin_names() -> list[str]:
 def _suffix(path: Path) -> str:
     """The key of OPENERS with which the file's name ends; empty if there is none."""
     return next((suffix for suffix in OPENERS if path.name.endswith(suffix)), "")
-
-
-def _content(path: Path) -> str:
-    return "some text" if _suffix(path) == ".txt" else f"one object such as {EXAMPLE} a line"
 
 
 @contextlib.contextmanager

@@ -33,20 +33,14 @@ class TokenStore:
     def __init__(self, prefix: Path):
         self.prefix = Path(prefix)
         dtype, lengths, self.document_offsets = _read_index(_file(prefix, ".idx"))
+        self.num_documents = len(self.document_offsets) - 1
+        """Number of documents. Document k is tokens[document_offsets[k] : document_offsets[k + 1]]."""
         self.tokens = _map_tokens(_file(prefix, ".bin"), dtype, int(lengths.sum()))
+        self.num_tokens = len(self.tokens)
+        """Tokens of the stream, each document's end-of-text included."""
 
     def __repr__(self) -> str:
         return f"TokenStore({self.prefix.name}: {self.num_documents:,} documents, {self.num_tokens:,} tokens)"
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the stream, each document's end-of-text included."""
-        return len(self.tokens)
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents. Document k is tokens[document_offsets[k] : document_offsets[k + 1]]."""
-        return len(self.document_offsets) - 1
 
     @property
     def facts(self) -> dict:
