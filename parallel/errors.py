@@ -13,16 +13,19 @@ class Mistake(ValueError):
     """
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that the writer of `name` most likely meant: the same last word, else the closest spelling, else None."""
+def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The candidate that `name` most likely stands for: the same last word, else the closest spelling, else None.
+
+    `cutoff`: how similar two spellings have to be, from 0 to 1 (difflib.get_close_matches).
+    """
     candidates = list(candidates)
     leaves = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
     leaf = name.rpartition(".")[2]
     if leaf in leaves:
         return leaves[leaf]
-    if close := difflib.get_close_matches(name, candidates, n=1):
+    if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
         return close[0]
-    close = difflib.get_close_matches(leaf, leaves, n=1)
+    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=cutoff)
     return leaves[close[0]] if close else None
 
 

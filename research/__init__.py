@@ -1,6 +1,6 @@
-"""How is a question put to a model and answered? Data, training, evaluation, generation, serving, tracking."""
+"""Research with models: data, training, evaluation, generation, serving, tracking, verification."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The tree this package lies in: experiments/ and runs/ are beside it."""
+"""The folder that holds this package, with experiments/ and runs/ beside it."""

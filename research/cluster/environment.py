@@ -1,4 +1,7 @@
-"""Who am I among the ranks, what may I use, which commit is this: the one place of research/ that reads the environment."""
+"""Environment of a process: rank and world from deepspeed, torchrun or srun, cores, master port, git commit.
+
+The environment variables are read here and in few other places (tests/test_arrows.py names them).
+"""
 
 import contextlib
 import os
@@ -16,17 +19,16 @@ Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
 LOCALHOST = "127.0.0.1"
 STEP_SIGNS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
 FIRST_SPECIAL_STEP = 0xFFFF_FFF0
-"""Slurm's numbers for steps that are no srun of ours: the batch script, an interactive shell, external processes."""
+"""From this number on, Slurm's steps were not started by srun: the batch script, an interactive shell, external processes."""
 FIRST_PORT, PORTS = 15_000, 15_000
-"""Ports below Linux's ephemeral range, so that no outgoing connection happens to hold ours."""
-
+"""Master ports lie below Linux's ephemeral range, so that no outgoing connection happens to use one."""
 PORT_OPTION = {"deepspeed": "--master_port N", "srun": "MASTER_PORT=N"}
-"""How a launcher is told another port."""
+"""The option by which a launcher takes another master port."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: global and local rank, and where the ranks meet. A world of one needs no meeting: port 0."""
+    """This process's global and local rank, and the address at which the ranks meet. A world of one needs none: port 0."""
 
     rank: int
     local_rank: int
@@ -36,14 +38,14 @@ class Ranks:
     master_addr: str
     master_port: int
     cores: int = 0
-    """Cores the launcher bound to this rank alone; 0: local ranks share what the process may use."""
+    """Cores that the launcher bound to this rank alone; 0: the local ranks share the cores that the process may use."""
 
 
 ALONE = Ranks(0, 0, 1, 1, "python", LOCALHOST, 0)
 
 
 def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
-    """Read what deepspeed, torchrun or srun has set; nothing set: a world of one. Contradictions are Mistakes."""
+    """The ranks that deepspeed, torchrun or srun has set; a world of one if nothing is set. Contradictions are Mistakes."""
     environ = os.environ if environ is None else environ
     if "RANK" in environ:
         ranks = _from_torch(environ)
@@ -62,21 +64,21 @@ def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
 
 
 def rank_hint(environ: Mapping[str, str] | None = None) -> int:
-    """This process's rank as far as it can be told without raising: for saying who makes a mistake."""
+    """This process's rank as far as it is known, without raising: for an error message that names the rank."""
     environ = os.environ if environ is None else environ
     text = environ.get("RANK", environ.get("SLURM_PROCID", "0"))
     return int(text) if text.isdecimal() else 0
 
 
 def threads_per_rank(ranks: Ranks) -> int:
-    """Cores this process may use / local ranks, at least 1."""
+    """The cores that this process may use, divided by the local ranks; at least 1."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(ranks.cores, usable) if ranks.cores else usable // ranks.local_world)
 
 
 @contextlib.contextmanager
 def environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for processes started inside; put back afterwards."""
+    """Sets environment variables for processes that are started inside, and restores them afterwards."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -87,9 +89,9 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 
 def choose_accelerator() -> None:
-    """Tell DeepSpeed that this is a CPU where torch sees no accelerator: it would guess the same, and warn of it on every rank.
+    """Tell DeepSpeed to use the CPU where torch sees no accelerator. It would do the same, but with a warning on every rank.
 
-    Before DeepSpeed is imported. Imports torch.
+    Must be called before DeepSpeed is imported. Imports torch.
     """
     import torch
 
@@ -98,7 +100,7 @@ def choose_accelerator() -> None:
 
 
 def refuse_taken_port(ranks: Ranks) -> None:
-    """The rank that will serve the meeting looks, before 10 s of imports, whether it can. torchrun's agent serves it itself."""
+    """Check on rank 0, before 10 s of imports, that it can listen on the master port. Under torchrun the agent listens instead."""
     if ranks.rank > 0 or ranks.world == 1 or ranks.launcher == "torchrun":
         return
     with socket.socket(socket.AF_INET6 if ":" in ranks.master_addr else socket.AF_INET) as probe:
@@ -112,7 +114,7 @@ def refuse_taken_port(ranks: Ranks) -> None:
 
 
 def _from_torch(environ: Mapping[str, str]) -> Ranks:
-    """deepspeed's launcher and torchrun set the same names, except for the number of local ranks."""
+    """From the variables of deepspeed's launcher or torchrun, which differ in the name of the number of local ranks."""
     launcher: Launcher = "torchrun" if "LOCAL_WORLD_SIZE" in environ else "deepspeed"
     local_world = "LOCAL_WORLD_SIZE" if launcher == "torchrun" else "LOCAL_SIZE"
     return Ranks(
@@ -129,8 +131,8 @@ def _from_torch(environ: Mapping[str, str]) -> Ranks:
 def _is_slurm_step(environ: Mapping[str, str]) -> bool:
     """Whether srun started this very process.
 
-    A batch script and a shell from salloc have SLURM_NTASKS > 1 and perhaps SLURM_PROCID = 0 too, yet are one process: they
-    have no step, or one with a number Slurm keeps for itself. A process with SLURM_PROCID > 0 can only come from srun.
+    A batch script or a shell from salloc may have SLURM_NTASKS > 1 and SLURM_PROCID = 0 too, but is a single process: it has
+    no step, or one with a number that Slurm reserves. A process with SLURM_PROCID > 0 can only come from srun.
     """
     if "SLURM_PROCID" not in environ:
         return False
@@ -143,6 +145,11 @@ def _is_slurm_step(environ: Mapping[str, str]) -> bool:
 
 def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     world = _number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
+    if "MASTER_PORT" in environ:
+        port = _number(environ, "MASTER_PORT")
+    else:  # equal on every rank of a step; most likely different for two jobs, or two steps of a job, on one node
+        job, step = (int(environ.get(f"SLURM_{name}_ID", environ.get(f"SLURM_{name}ID", "0"))) for name in ("JOB", "STEP"))
+        port = FIRST_PORT + (job * 17 + step) % PORTS
     hosts = next((environ[name] for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST") if name in environ), LOCALHOST)
     return Ranks(
         rank=_number(environ, "SLURM_PROCID"),
@@ -151,13 +158,13 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
         local_world=_slurm_local_world(environ, world),
         launcher="srun",
         master_addr=environ.get("MASTER_ADDR") or first_host(hosts),
-        master_port=_number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _slurm_port(environ),
+        master_port=port,
         cores=_number(environ, "SLURM_CPUS_PER_TASK") if "SLURM_CPUS_PER_TASK" in environ else 0,
     )
 
 
 def _slurm_local_world(environ: Mapping[str, str], world: int) -> int:
-    """Ranks on this node: from the step's own list, '2(x3),1', else from what was asked for."""
+    """Ranks on this node: from the step's own list, '2(x3),1', or else from the options of the job."""
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         if name in environ:
             counts = tasks_per_node(environ[name])
@@ -185,13 +192,6 @@ def first_host(hosts: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else hosts)
 
 
-def _slurm_port(environ: Mapping[str, str]) -> int:
-    """Equal on every rank of a step, most likely different for two jobs, or two steps of one job, on the same node."""
-    job = int(environ.get("SLURM_JOB_ID", environ.get("SLURM_JOBID", "0")))
-    step = int(environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", "0")))
-    return FIRST_PORT + (job * 17 + step) % PORTS
-
-
 def _text(environ: Mapping[str, str], name: str) -> str:
     if not environ.get(name):
         raise Mistake(f"the launcher set RANK but not {name} → launch with deepspeed, torchrun, srun or plain python")
@@ -206,7 +206,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def git_state(root: Path) -> tuple[str, bool]:
-    """(short commit, whether the tree differs from it); ("unknown", False) without git or where `root` is no repository of its own."""
+    """(short commit, whether the tree differs from it); ("unknown", False) without git, or if `root` is not the top of a repository."""
     try:
         if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != Path(root).resolve():
             return "unknown", False
@@ -216,6 +216,7 @@ def git_state(root: Path) -> tuple[str, bool]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # inside a hook they name another tree
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True, env=environ)
-    return done.stdout.strip()
+    """The output of a git command in `root`. Variables such as GIT_DIR are removed: inside a git hook they name another tree."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    process = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True, env=environ)
+    return process.stdout.strip()

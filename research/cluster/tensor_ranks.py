@@ -1,6 +1,7 @@
-"""Starts the other tensor ranks of a model that writes or scores, as processes of this machine, and lets them go at the end.
+"""Starts the other tensor ranks of a model that generates or scores, as processes of this machine, and ends them afterwards.
 
-Rank 0 is this process: it has the terminal, the prompts, the requests. Fresh interpreters, not forks: CUDA does not survive one.
+Rank 0 is this process: it has the terminal, the prompts, the requests. The others are new interpreters, not forks, because CUDA
+cannot be used after a fork.
 """
 
 import contextlib
@@ -23,33 +24,34 @@ from parallel.errors import Mistake
 from parallel.grid import Grid, make_grid
 from research.cluster.environment import ALONE, threads_per_rank
 from research.cluster.exit_codes import refuse
+from research.cluster.forked_ranks import exit_with_parent
 
-Led = TypeVar("Led", covariant=True)
+Driver = TypeVar("Driver", covariant=True)
 GRACE = 5.0
-"""Seconds that a rank has to leave, or this process to hear the error of one that has left."""
+"""Seconds that a rank has to exit at the end, or, after a rank has died, to report its error before this process exits too."""
 
 
-class Planned(Protocol[Led]):
-    """What every rank makes of the same plan (research/generation/restore.py). It travels to other processes."""
+class Spec(Protocol[Driver]):
+    """How every rank builds its part of a model (DecoderSpec and ScorerSpec in research/generation/restore.py). It must pickle."""
 
-    def on(self, grid: Grid) -> Led:
-        """This rank's part; that of rank 0 leads the others, and has `release`."""
+    def on(self, grid: Grid) -> Driver:
+        """Builds the model on rank 0. With several tensor ranks it drives the others and has `release`."""
 
     def follow(self, grid: Grid) -> None:
-        """Another rank's whole work."""
+        """Builds the model on another rank and works until rank 0 releases it."""
 
 
 @runtime_checkable
-class Leads(Protocol):
-    """A leader."""
+class Releasing(Protocol):
+    """A driver of other ranks."""
 
     def release(self) -> None:
-        """Lets the other ranks go."""
+        """Ends the work of the other ranks."""
 
 
 @contextlib.contextmanager
-def opened(plan: Planned[Led], tensor: int) -> Iterator[Led]:
-    """What is planned, on `tensor` ranks: GPU i where there are GPUs (not run), else processes that share the cores."""
+def opened(plan: Spec[Driver], tensor: int) -> Iterator[Driver]:
+    """The model on `tensor` ranks: on GPU i where there are GPUs (never run so far), else on processes that share the cores."""
     if tensor == 1:
         yield plan.on(Grid())
         return
@@ -57,17 +59,17 @@ def opened(plan: Planned[Led], tensor: int) -> Iterator[Led]:
         raise Mistake(f"--tensor {tensor} needs as many GPUs, this machine has {torch.cuda.device_count()} → use that or fewer")
     with tempfile.TemporaryDirectory() as folder, _others(plan, tensor, folder):
         try:
-            led = plan.on(_joined(0, tensor, folder))
-            assert isinstance(led, Leads)
-            yield led
-            led.release()  # not after an error: the other ranks may be in another collective, and are ended
+            driver = plan.on(_joined(0, tensor, folder))
+            assert isinstance(driver, Releasing)
+            yield driver
+            driver.release()  # not after an error: the other ranks may be in another collective, and are killed
         finally:
             distributed.stop()
 
 
 @contextlib.contextmanager
-def _others(plan: Planned, tensor: int, folder: str) -> Iterator[None]:
-    """Ranks 1 … tensor − 1. None outlives this; where one dies before its time, this process does not wait for it for ever."""
+def _others(plan: Spec, tensor: int, folder: str) -> Iterator[None]:
+    """Runs ranks 1 … tensor − 1. None outlives this, and if one dies early, this process exits instead of waiting for it."""
     spawn = multiprocessing.get_context("spawn")
     ranks: list[BaseProcess] = [spawn.Process(target=_follower, args=(plan, i, tensor, folder), daemon=True) for i in range(1, tensor)]
     for process in ranks:
@@ -86,7 +88,7 @@ def _others(plan: Planned, tensor: int, folder: str) -> Iterator[None]:
 
 
 def _watch(ranks: list[BaseProcess], over: threading.Event) -> None:
-    """Ends this process once another rank has died, which has said why itself: NCCL would wait for it for half an hour."""
+    """Ends this process after another rank has died, which reports its error itself. NCCL would wait for it for half an hour."""
     wait([process.sentinel for process in ranks])
     if not over.wait(GRACE):
         os._exit(1)
@@ -98,20 +100,12 @@ def _joined(rank: int, tensor: int, folder: str) -> Grid:
     return make_grid(1, tensor)
 
 
-def _follower(plan: Planned, rank: int, tensor: int, folder: str) -> None:
-    """Another rank's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: rank 0 decides what it means
-    threading.Thread(target=_die_with_rank_0, daemon=True).start()
+def _follower(plan: Spec, rank: int, tensor: int, folder: str) -> None:
+    """The main function of another rank."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: rank 0 handles it
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
         plan.follow(_joined(rank, tensor, folder))
     except Mistake as mistake:
-        refuse(mistake, rank)  # after a while: rank 0 has met the same, says it, and ends this process
+        refuse(mistake, rank)  # this waits: rank 0 raises the same Mistake, reports it, and ends this process
     distributed.stop()
-
-
-def _die_with_rank_0() -> None:
-    """A rank that waits in a collective would wait on after rank 0 was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)

@@ -1,4 +1,4 @@
-"""Brings this rank into the world: threads, torch.distributed, warnings into a log. The first thing after torch is imported."""
+"""Brings up torch.distributed on this rank of a launch, with its threads and log level. The first step after torch is imported."""
 
 import contextlib
 import logging
@@ -18,10 +18,18 @@ from research.cluster.environment import Ranks, threads_per_rank
 
 @contextlib.contextmanager
 def joined(ranks: Ranks, pipe: int, tensor: int, sequence: bool, precision: str, verbose: bool) -> Iterator[Grid]:
-    """The grid of this launch, with torch.distributed up inside and down afterwards. Collective."""
+    """The rank grid of this launch; torch.distributed is up inside and down afterwards. Collective."""
     logging.getLogger(LOGGER).setLevel(logging.DEBUG if verbose else logging.WARNING)
     torch.set_num_threads(threads_per_rank(ranks))
-    _meet(ranks)
+    address = f"{ranks.master_addr}:{ranks.master_port}"
+    rendezvous = f"tcp://{address}" if ranks.world > 1 else None
+    if ranks.launcher == "torchrun":  # its agent listens on the port and serves the store itself
+        rendezvous = "env://"
+    try:
+        distributed.start(ranks.rank, ranks.world, ranks.local_rank, rendezvous)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        why = "is taken by another process" if "EADDRINUSE" in str(error) else f"cannot be reached ({str(error).splitlines()[0][:160]})"
+        raise Mistake(f"the ranks cannot meet: {address} {why} → add `--master_port N` with a free port to the launch command") from error
     try:
         refuse_precision(precision)
         yield make_grid(pipe, tensor, sequence)
@@ -29,18 +37,6 @@ def joined(ranks: Ranks, pipe: int, tensor: int, sequence: bool, precision: str,
         distributed.stop()
 
 
-def _meet(ranks: Ranks) -> None:
-    rendezvous = f"tcp://{ranks.master_addr}:{ranks.master_port}" if ranks.world > 1 else None
-    if ranks.launcher == "torchrun":  # its agent holds the port and serves the store itself
-        rendezvous = "env://"
-    try:
-        distributed.start(ranks.rank, ranks.world, ranks.local_rank, rendezvous)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        place = f"{ranks.master_addr}:{ranks.master_port}"
-        why = "is taken by another process" if "EADDRINUSE" in str(error) else f"cannot be reached ({str(error).splitlines()[0][:160]})"
-        raise Mistake(f"the ranks cannot meet: {place} {why} → add `--master_port N` with a free port to the launch command") from error
-
-
 def software() -> list[str]:
-    """What the machine line of the header names: backend, torch, DeepSpeed."""
+    """Backend and the versions of torch and DeepSpeed, for the header of a run."""
     return [dist.get_backend(), f"torch {torch.__version__.split('+')[0]}", f"deepspeed {version('deepspeed')}"]

@@ -1,4 +1,4 @@
-"""The settings of an experiment, as its config.py names them."""
+"""The settings of an experiment: the classes that a config.py imports."""
 
 from research.config.schema import (
     GPT,

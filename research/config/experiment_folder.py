@@ -1,8 +1,8 @@
-"""An experiment's folder: its config.py and variant.py, loaded by file path. They are programs; run only those you would run."""
-# MERGED-DOC """An experiment's folder for weights that another program has trained: its config.py, written as code, every value a literal.
-# MERGED-DOC
-# MERGED-DOC Names and numbers come from a stranger's file: whatever they hold, what is written evaluates to them and does nothing else.
-# MERGED-DOC """
+"""An experiment's folder: loads its config.py and variant.py by file path, and writes a config.py for imported weights.
+
+Loading runs both files as programs, so run only those you trust. Writing goes the other way: names and numbers come from a file
+of unknown origin, every value is written as a literal, and the written program evaluates to these values and does nothing else.
+"""
 
 import importlib.util
 import math
@@ -23,7 +23,13 @@ from parallel.errors import Mistake, nearest
 from research.config.schema import Experiment
 from research.config.settings import is_group, refusal
 
-CONFIG, VARIANTS = "config.py", "variant.py"
+CONFIG, VARIANTS, LAUNCHER = "config.py", "variant.py", "launch.py"
+HEAD = '''"""{doc}"""
+
+from research.config import {names}
+
+config = '''
+"""What a written config.py begins with."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +47,26 @@ class LoadedExperiment:
 
 
 def load(folder: Path | str) -> LoadedExperiment:
-    """Run the folder's config.py and take its `config`. What is wrong in it is one sentence with file and line."""
+    """Run the folder's config.py and take its `config`. An error in the file is a Mistake that names file and line."""
     folder = Path(folder).resolve()
     path = folder / CONFIG
     if not path.is_file():
         raise Mistake(f"{_short(folder)} has no {CONFIG} → copy a folder that has one, such as experiments/gpt_sotu")
     config = getattr(_run(path), "config", None)
     if not isinstance(config, Experiment):
-        found = "defines no `config`" if config is None else f"defines config = {type(config).__name__}(…)"
-        raise Mistake(f"{_short(path)} {found} → write config = Experiment(…) in it")
+        problem = "defines no `config`" if config is None else f"defines config = {type(config).__name__}(…)"
+        raise Mistake(f"{_short(path)} {problem} → write config = Experiment(…) in it")
     return LoadedExperiment(config, folder, folder.name)
 
 
 def variant_names(model: GPT) -> dict[str, str]:
     """setting -> class name, for each setting of the model that says 'variant:Name'."""
-    named = {setting: getattr(model, setting) for setting in CHOICES}
-    return {setting: value.removeprefix(VARIANT) for setting, value in named.items() if value.startswith(VARIANT)}
+    choices = {setting: getattr(model, setting) for setting in CHOICES}
+    return {setting: choice.removeprefix(VARIANT) for setting, choice in choices.items() if choice.startswith(VARIANT)}
 
 
 def check_variants(folder: Path, model: GPT) -> None:
-    """Refuse a model that names a class while there is no variant.py. Reads no file, so it may come before torch."""
+    """Refuse a model that names a class where the folder has no variant.py. Reads no file, so that it can run before torch is imported."""
     for setting, name in variant_names(model).items():
         if not (folder / VARIANTS).is_file():
             raise Mistake(
@@ -69,14 +75,14 @@ def check_variants(folder: Path, model: GPT) -> None:
 
 
 def load_variants(folder: Path, model: GPT) -> dict[str, type]:
-    """The classes of variant.py that the model names, by name; {} and nothing run if it names none."""
-    wanted = variant_names(model)
-    if not wanted:
+    """The classes of variant.py that the model names, by name. If it names none, the file is not run."""
+    names = variant_names(model)
+    if not names:
         return {}
     check_variants(folder, model)
     module = _run(folder / VARIANTS)
     classes = {name: value for name, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__}
-    for setting, name in wanted.items():
+    for setting, name in names.items():
         if name not in classes:
             near = nearest(name, classes)
             way_out = f"did you mean {near}?" if near else f"write class {name} there"
@@ -84,20 +90,20 @@ def load_variants(folder: Path, model: GPT) -> dict[str, type]:
                 f"model.{setting} = '{VARIANT}{name}' but {_short(folder / VARIANTS)} has no class {name}, "
                 f"it has {', '.join(sorted(classes)) or 'none'} → {way_out}"
             )
-    return {name: classes[name] for name in wanted.values()}
+    return {name: classes[name] for name in names.values()}
 
 
-class _Unwritten(SourceFileLoader):
-    """Loads a source file and leaves no __pycache__ in the experiment's folder."""
+class _NoBytecodeLoader(SourceFileLoader):
+    """Loads a source file without writing a __pycache__ into the experiment's folder."""
 
     def set_data(self, path: str, data: object, *, _mode: int = 0o666) -> None:
-        """Keep nothing."""
+        """Write nothing."""
 
 
 def _run(path: Path) -> ModuleType:
-    """Execute a file as a module of its own name; registered, so that dataclasses and pickle find their classes in it."""
+    """Execute a file as a module, registered under a name of its own so that dataclasses and pickle find its classes."""
     name = f"experiment_{path.parent.name}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path, loader=_Unwritten(name, str(path)))
+    spec = importlib.util.spec_from_file_location(name, path, loader=_NoBytecodeLoader(name, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -105,89 +111,70 @@ def _run(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise _said(error, path) from error
+        raise _mistake_in(path, error) from error
     return module
 
 
-def _said(error: Exception, path: Path) -> Mistake:
-    """What went wrong in the user's file, headed by file:line."""
+def _mistake_in(path: Path, error: Exception) -> Mistake:
+    """The error that running the user's file raised, headed by file:line."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return Mistake(f"{_short(path)}:{error.lineno}: {error.msg} → correct the Python there")
     line = next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == str(path)), None)
     place = f"{_short(path)}:{line}" if line else _short(path)
     if isinstance(error, Mistake):
         return Mistake(f"{place}: {error}")
-    if isinstance(error, ValidationError):  # from a pydantic class that is not ours
+    if isinstance(error, ValidationError):  # raised by a pydantic class that is not a group of settings
         return Mistake(f"{place}: {refusal(error, GPT)}")
     return Mistake(f"{place}: {type(error).__name__}: {' '.join(str(error).split())} → correct the Python there")
 
 
 def _short(path: Path) -> str:
-    """Relative to the working directory where that is shorter."""
+    """The path relative to the working directory, where that is shorter."""
     relative = os.path.relpath(path)
     return relative if len(relative) < len(str(path)) else str(path)
 
 
-LAUNCHER = "launch.py"
-HEAD = '''"""{doc}"""
-
-from research.config import {names}
-
-config = '''
-
-
-def source_of(config: Experiment) -> str:
-    """config.py: a program that makes `config`. Settings that have their default are left out."""
-    model = config.model
-    doc = f"Imported weights: {model.num_layers} layers of width {model.hidden_size}, made by `python -m research import`."
-    names = sorted({"Experiment", *_groups(config)}, key=lambda name: (name != "GPT", name))
-    return HEAD.format(doc=doc, names=", ".join(names)) + _call(config, 0) + "\n"
-
-
 def write(folder: Path, config: Experiment, tree: Path) -> None:
-    """Fills the experiment's folder; launch.py is that of the other experiments of `tree`."""
-    (folder / "config.py").write_text(source_of(config), encoding="ascii")
+    """Write config.py and launch.py into the experiment's folder; launch.py is that of the other experiments of `tree`."""
+    (folder / CONFIG).write_text(source_of(config), encoding="ascii")
     (folder / LAUNCHER).write_bytes(launcher(tree))
 
 
 def launcher(tree: Path) -> bytes:
-    """The launch.py that all experiments of `tree` have."""
+    """The launch.py that all experiments of `tree` share."""
     for path in sorted((tree / "experiments").glob(f"*/{LAUNCHER}")):
         return path.read_bytes()
     raise Mistake(f"{tree / 'experiments'} has no experiment with a {LAUNCHER} → put experiments/gpt_sotu back")
 
 
-def _call(group: BaseModel, depth: int) -> str:
-    """`Name(` a setting a line `)`."""
-    inside = "    " * (depth + 1)
-    lines = [f"{inside}{name}={_code(value, depth + 1)},\n" for name, value in _given(group)]
-    return f"{type(group).__name__}(\n{''.join(lines)}{'    ' * depth})" if lines else f"{type(group).__name__}()"
+def source_of(config: Experiment) -> str:
+    """The text of a config.py that evaluates to `config`. Settings that have their default value are left out."""
+    model = config.model
+    doc = f"Imported weights: {model.num_layers} layers of width {model.hidden_size}, made by `python -m research import`."
+    groups = {type(value).__name__ for name, value in _written_settings(config) if is_group(Experiment.model_fields[name])}
+    names = sorted({"Experiment", *groups}, key=lambda name: (name != "GPT", name))
+    return HEAD.format(doc=doc, names=", ".join(names)) + _code(config, 0) + "\n"
 
 
-def _given(group: BaseModel) -> list[tuple[str, Any]]:
-    """Settings that have no default, or another value."""
+def _written_settings(group: BaseModel) -> list[tuple[str, Any]]:
+    """(name, value) of the settings that have no default, or a value other than the default."""
     fields = type(group).model_fields
     default = {name: field.get_default(call_default_factory=True) for name, field in fields.items() if not field.is_required()}
     return [(name, value) for name, value in group if name not in default or value != default[name]]
 
 
-def _groups(group: BaseModel) -> set[str]:
-    return {type(value).__name__ for name, value in _given(group) if is_group(type(group).model_fields[name])}
-
-
 def _code(value: Any, depth: int) -> str:
-    """A literal that evaluates to `value`, in ASCII."""
-    if isinstance(value, BaseModel):
-        return _call(value, depth)
+    """An ASCII expression that evaluates to `value`, made of calls of settings groups and of literals."""
+    if isinstance(value, BaseModel):  # Name( one setting per line )
+        indent = "    " * (depth + 1)
+        lines = [f"{indent}{name}={_code(setting, depth + 1)},\n" for name, setting in _written_settings(value)]
+        return f"{type(value).__name__}(\n{''.join(lines)}{'    ' * depth})" if lines else f"{type(value).__name__}()"
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} has no literal")
     if value is None or isinstance(value, (bool, int, float, str)):
-        return _quoted(ascii(value))
+        literal = ascii(value)
+        plain = literal[0] == "'" and not {'"', "\\"} & set(literal)  # then double quotes, as elsewhere in this code, need no care
+        return f'"{literal[1:-1]}"' if plain else literal
     if isinstance(value, tuple):
         return f"({' '.join(f'{_code(entry, depth)},' for entry in value)[: -1 if len(value) > 1 else None]})"
     raise TypeError(f"a {type(value).__name__} has no literal here")
-
-
-def _quoted(literal: str) -> str:
-    """With the quotes of this house where nothing in it needs care."""
-    return f'"{literal[1:-1]}"' if literal[0] == "'" and not {'"', "\\"} & set(literal) else literal

@@ -1,4 +1,7 @@
-"""What follows from an experiment and the size of its world: the rank grid, the batch arithmetic, what an engine is told. No torch."""
+"""The layout of a run: rank grid, batch arithmetic and engine settings that follow from an experiment and the number of ranks.
+
+Imports no torch.
+"""
 
 from dataclasses import dataclass
 
@@ -16,12 +19,12 @@ class Layout:
     world: int
     zero_stage: int
     micro_batches: int
-    """Micro-batches a data rank accumulates before each optimizer step."""
+    """Micro-batches that a data rank accumulates before each optimizer step."""
     tokens_per_step: int
 
 
 def layout(experiment: Experiment, world: int) -> Layout:
-    """The layout on `world` ranks; research.checks.check has refused what does not divide."""
+    """The layout on `world` ranks. research.config.checks.check has refused what does not divide."""
     parallel, schedule = experiment.parallel, experiment.schedule
     data = world // (parallel.pipe * parallel.tensor)
     return Layout(
@@ -36,12 +39,12 @@ def layout(experiment: Experiment, world: int) -> Layout:
 
 
 def effective_zero_stage(parallel: Parallel) -> int:
-    """The stage that runs: 0 runs as 1, because DeepSpeed's stage 0 has a wrong norm or none (DESIGN.md)."""
+    """The stage that runs: 0 runs as 1, because DeepSpeed's stage 0 computes a wrong gradient norm or none (DESIGN.md)."""
     return max(parallel.zero_stage, 1)
 
 
 def engine_settings(experiment: Experiment, layout: Layout) -> EngineSettings:
-    """What the DeepSpeed JSON is derived from."""
+    """The settings from which the DeepSpeed JSON is derived."""
     optimizer, parallel = experiment.optimizer, experiment.parallel
     return EngineSettings(
         precision=experiment.precision,

@@ -1,6 +1,6 @@
-"""An experiment's settings: the schema, strict. Science has no defaults, plumbing may. Imports no torch.
+"""The schema of an experiment's settings. What affects results has no default; everything else may have one. Imports no torch.
 
-Every refusal is a Mistake: one sentence with the dotted name, the value and what would work (research/config/settings.py).
+Every error is a Mistake: one sentence with the dotted name, the value and what would work (research/config/settings.py).
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,32 +16,32 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class GPT(Settings, shapes.GPT):
-    """The network: how many layers of what. GPT-2, GPT-NeoX/Pythia and Llama are settings of it."""
+    """The network: its layers and their sizes. GPT-2, GPT-NeoX/Pythia and Llama are settings of it."""
 
     SECTION: ClassVar[str] = "model"
 
 
 class Data(Settings):
-    """The text that is learned and the text that is held out."""
+    """The training text and the held-out text."""
 
     SECTION: ClassVar[str] = "data"
 
-    train: Text = Field(description="text to learn: builtin:state_of_the_union/train, or a .txt, .jsonl or .jsonl.xz file")
+    train: Text = Field(description="text to train on: builtin:state_of_the_union/train, or a .txt, .jsonl or .jsonl.xz file")
     validation: Text = Field(description="held-out text, named the same way; never trained on")
     tokenizer: Text = Field(
-        description="builtin:bpe-8192 (trained on the train text), builtin:gpt2 or the path of a tokenizer.json; model.vocab_size holds it"
+        description="builtin:bpe-8192 (trained on the train text), builtin:gpt2 or the path of a tokenizer.json; not above model.vocab_size"
     )
     cache: Text = Field(default=".cache", description="folder for token stores and tokenizers, relative to the repository; safe to delete")
 
 
 class Schedule(Settings):
-    """How long, and how many sequences at a time."""
+    """How many steps the run trains, and how many sequences at a time."""
 
     SECTION: ClassVar[str] = "schedule"
 
     steps: Count = Field(description="optimizer steps")
-    batch_size: Count = Field(description="sequences a step, over all ranks")
-    micro_batch_size: Count = Field(description="sequences a rank passes through the model at once; changes speed and memory only")
+    batch_size: Count = Field(description="sequences per step, over all ranks")
+    micro_batch_size: Count = Field(description="sequences that a rank passes through the model at once; changes speed and memory only")
     validate_every: int = Field(ge=0, description="steps between validations; 0: only at the end")
     log_every: Count = Field(default=10, description="steps between lines in the terminal and rows in metrics.jsonl")
 
@@ -51,11 +51,11 @@ class Optimizer(Settings):
 
     SECTION: ClassVar[str] = "optimizer"
 
-    lr: float = Field(gt=0, description="learning rate at its highest, after the warm-up")
+    lr: float = Field(gt=0, description="peak learning rate, reached after the warm-up")
     betas: tuple[Beta, Beta] = Field(strict=False, description="decay of the running means of gradient and squared gradient")
     eps: float = Field(gt=0, description="added to the square root of the squared gradient's mean")
     weight_decay: float = Field(ge=0, description="decoupled weight decay, per step times the learning rate")
-    clip: float = Field(ge=0, description="largest global gradient norm; longer gradients are scaled down to it; 0: never")
+    clip: float = Field(ge=0, description="largest global gradient norm; longer gradients are scaled down to it; 0: no clipping")
     decay: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
         description="learning rate after the warm-up; wsd (warm up, stay, decay): constant, then down in the last decay_steps"
     )
@@ -66,81 +66,84 @@ class Optimizer(Settings):
 
 
 class Parallel(Settings):
-    """How the work is cut. Data-parallel size = ranks / (tensor · pipe). It never changes the result, only speed and memory."""
+    """The layout: data-parallel size = ranks / (tensor · pipe). It changes speed and memory, never the result."""
 
     SECTION: ClassVar[str] = "parallel"
 
-    pipe: Count = Field(default=1, description="pipeline stages: the layers are dealt to this many ranks in turn")
+    pipe: Count = Field(default=1, description="pipeline stages: the layers are split over this many ranks in order")
     tensor: Count = Field(default=1, description="tensor ranks: every matrix is sliced over this many; divides heads and ffn_size")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        default=1, description="what data ranks share out: 1 optimizer state, 2 + gradients, 3 + weights; 0 runs as 1; pipe > 1: only 1"
+        default=1,
+        description="partitioned over data ranks: 1 optimizer state, 2 + gradients, 3 + weights; 0 runs as 1; pipe > 1: only 1",
     )
     offload_optimizer: bool = Field(default=False, description="optimizer state in host memory (zero_stage 2 or 3)")
     offload_parameters: bool = Field(default=False, description="weights in host memory (zero_stage 3)")
-    sequence: bool = Field(default=False, description="activations between sliced regions cut along the sequence, over the tensor ranks")
+    sequence: bool = Field(default=False, description="activations between sliced regions split along the sequence over tensor ranks")
     recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="run again in the backward pass instead of kept: nothing, attention's core, whole blocks"
+        default="none", description="what is recomputed in the backward pass instead of kept: nothing, the attention core, whole blocks"
     )
 
 
 class Checkpoints(Settings):
-    """When weights and optimizer state are saved, and which of them stay. A run always saves when it ends or is stopped."""
+    """When weights and optimizer state are saved, and which checkpoints are kept. A run always saves when it ends or is stopped."""
 
     SECTION: ClassVar[str] = "checkpoints"
 
     every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_last: Count = Field(default=2, description="newest checkpoints that stay")
-    keep_every: int = Field(default=0, ge=0, description="checkpoints at multiples of so many steps stay for good; 0: none")
-    background: bool = Field(default=False, description="write while training goes on, from a copy in host memory")
+    keep_last: Count = Field(default=2, description="number of newest checkpoints that are kept")
+    keep_every: int = Field(default=0, ge=0, description="checkpoints at multiples of this many steps are kept for good; 0: none")
+    background: bool = Field(default=False, description="write while training continues, from a copy in host memory")
 
 
 class Watch(Settings):
-    """What the run looks out for, and what it does then."""
+    """Hangs, non-finite steps and loss spikes: when they are detected, and what the run then does."""
 
     SECTION: ClassVar[str] = "watch"
 
-    hang_seconds: float = Field(default=600.0, ge=0, description="longest time without progress before the job is ended; 0: never")
+    hang_seconds: float = Field(default=600.0, ge=0, description="longest time without progress before the job is ended; 0: no limit")
     non_finite: Literal["stop", "skip"] = Field(
-        default="stop", description="at a loss or gradient that is not finite: stop before the update, or skip the update and go on"
+        default="stop", description="at a loss or gradient that is not finite: stop before the update, or skip the update and continue"
     )
     most_skips: int = Field(
-        default=20, ge=0, description="skipped steps in a row before the run stops (fp16 skips some to find its scale); 0: never"
+        default=20,
+        ge=0,
+        description="skipped steps in a row that stop the run (fp16 skips some to find its loss scale); 0: no limit",
     )
     spike: float = Field(default=0.0, ge=0, description="warn of a loss so many standard deviations above the mean of 100 steps; 0: never")
-    on_spike: Literal["warn", "stop"] = Field(default="warn", description="at a spike: only say it, or stop after the step")
+    on_spike: Literal["warn", "stop"] = Field(default="warn", description="at a spike: only warn, or stop after the step")
 
 
 class Evaluate(Settings):
-    """Tasks that are put to the model while it trains: eval/TASK/METRIC in metrics.jsonl. Training is the same with and without."""
+    """Tasks evaluated during training, logged as eval/TASK/METRIC in metrics.jsonl. They do not change the training."""
 
     SECTION: ClassVar[str] = "evaluate"
 
-    every: int = Field(default=0, ge=0, description="steps between evaluations on the tasks, and one at the end; 0: never")
+    every: int = Field(default=0, ge=0, description="steps between evaluations, with one more at the end; 0: never")
     tasks: tuple[Text, ...] = Field(
-        default=(), strict=False, description="what is asked, named as by `python -m research evaluate --tasks list`"
+        default=(), strict=False, description="the tasks, named as by `python -m research evaluate --tasks list`"
     )
-    limit: int = Field(default=0, ge=0, description="examples of each task at most, the first ones; 0: all")
-    data: Text | None = Field(default=None, description="folder with wikitext2/ and lambada/, for the tasks that need them")
+    limit: int = Field(default=0, ge=0, description="most examples of each task, the first ones; 0: all")
+    data: Text | None = Field(default=None, description="folder with wikitext2/ and lambada/, for the tasks that need these files")
 
 
 class Sample(Settings):
-    """Texts that the model writes while it trains, into samples.jsonl. Each token costs a pass of the whole model."""
+    """Texts generated during training, written to samples.jsonl. Each token costs a forward pass of the whole model."""
 
     SECTION: ClassVar[str] = "sample"
 
     every: int = Field(default=0, ge=0, description="steps between samples; 0: only the one at the end")
-    prompts: tuple[str, ...] = Field(default=(), strict=False, description="what is continued; none: how the held-out text begins")
-    tokens: Count = Field(default=40, description="tokens after each prompt at most; together they fit into model.seq_length")
-    temperature: float = Field(default=0.0, ge=0, description="0: the likeliest token, always; 1: drawn by the model's probabilities")
-    top_k: int = Field(default=0, ge=0, description="drawn from the k likeliest; 0: from all")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="drawn from the likeliest that have this probability together")
-    min_p: float = Field(default=0.0, ge=0, le=1, description="drawn from those at least so many times as likely as the likeliest")
-    repetition_penalty: float = Field(default=1.0, gt=0, description="above 1, tokens that were there before become less likely")
-    seed: int = Field(default=0, ge=0, description="decides the draws, as generate's --seed; the training's draws are left alone")
+    prompts: tuple[str, ...] = Field(default=(), strict=False, description="prompts to continue; none: the beginning of the held-out text")
+    tokens: Count = Field(default=40, description="most tokens generated after a prompt; both together must fit into model.seq_length")
+    temperature: float = Field(default=0.0, ge=0, description="0: always the most likely token; 1: sampled from the model's probabilities")
+    top_k: int = Field(default=0, ge=0, description="sample from the k most likely tokens; 0: from all")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="sample from the most likely tokens that together have this probability")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="sample from tokens at least this many times as likely as the most likely")
+    repetition_penalty: float = Field(default=1.0, gt=0, description="above 1, tokens that occurred before become less likely")
+    seed: int = Field(default=0, ge=0, description="seed of the sampling, as generate's --seed; training is not affected")
 
 
 class Track(Settings):
-    """Where the run is recorded. metrics.jsonl in the run folder is always written; Weights & Biases mirrors it."""
+    """Where the run is recorded. metrics.jsonl in the run folder is always written; Weights & Biases holds a copy."""
 
     SECTION: ClassVar[str] = "track"
 
@@ -153,27 +156,27 @@ class Track(Settings):
 class Experiment(Settings):
     """One question and everything needed to answer it."""
 
-    question: Text = Field(description="what this run is to answer")
-    parent: str | None = Field(description="the experiment folder this one was copied from")
+    question: Text = Field(description="the question that this run answers")
+    parent: str | None = Field(description="the experiment folder that this one was copied from")
     model: GPT = Field(description="the network")
     init_from: Text | None = Field(
-        default=None, description="checkpoint whose weights a run begins with: runs/NAME/ID/checkpoints/step_N; None: drawn from the seed"
+        default=None, description="checkpoint with the initial weights: runs/NAME/ID/checkpoints/step_N; None: initialised from the seed"
     )
-    data: Data = Field(description="the text")
-    schedule: Schedule = Field(description="how long, how much at a time")
+    data: Data = Field(description="the training and validation text")
+    schedule: Schedule = Field(description="number of steps, batch size, intervals")
     optimizer: Optimizer = Field(description="AdamW and the learning rate")
-    parallel: Parallel = Field(description="how the work is cut")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(description="what the model computes in; never switched silently")
-    checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="when the state is saved, what stays")
-    watch: Watch = Field(default_factory=Watch, description="what the run looks out for")
-    evaluate: Evaluate = Field(default_factory=Evaluate, description="tasks while it trains")
-    sample: Sample = Field(default_factory=Sample, description="texts while it trains")
+    parallel: Parallel = Field(description="the layout on ranks")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(description="number format of the computation; never switched silently")
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="when checkpoints are saved, which are kept")
+    watch: Watch = Field(default_factory=Watch, description="detection of hangs, non-finite steps and spikes")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="evaluation during training")
+    sample: Sample = Field(default_factory=Sample, description="text generation during training")
     track: Track = Field(default_factory=Track, description="where the run is recorded")
-    seed: int = Field(ge=0, description="draws weights and data order; the same on every layout")
+    seed: int = Field(ge=0, description="seed of initial weights and data order, which are the same on every layout")
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="merged last into the derived DeepSpeed JSON; file only")
 
     @field_validator("model", mode="before")
     @classmethod
-    def _in_our_words(cls, model: Any) -> Any:
-        """A plain models.config.GPT is welcome; it becomes one that refuses in our words."""
+    def _as_settings(cls, model: Any) -> Any:
+        """Turns a plain models.config.GPT into a settings group, whose errors are Mistakes."""
         return GPT(**dict(model)) if isinstance(model, shapes.GPT) and not isinstance(model, GPT) else model

@@ -1,4 +1,7 @@
-"""Settings that refuse in our words: pydantic validates, one function turns what it found into a Mistake. Imports no torch."""
+"""Base class of the settings groups, whose errors are Mistakes: pydantic validates, `refusal` turns its errors into one sentence.
+
+Imports no torch.
+"""
 
 import types
 from collections.abc import Iterable, Iterator
@@ -11,6 +14,7 @@ from pydantic.fields import FieldInfo
 from parallel.errors import Mistake, listed, nearest
 
 UNKNOWN = ("extra_forbidden", "no_such_attribute")
+"""pydantic's error types for a name that is not a setting."""
 WORDS = {
     int: "a whole number",
     float: "a finite number",
@@ -19,10 +23,11 @@ WORDS = {
     dict: "a table of JSON values",
     type(None): "None",
 }
+"""What an error message calls a type."""
 LONGEST = 60
-"""Characters of a refused value that are shown."""
+"""The most characters of a refused value that are shown."""
 MOST = 20
-"""Names that are listed in one sentence."""
+"""The most names that one sentence lists."""
 
 
 class Settings(BaseModel):
@@ -48,32 +53,43 @@ class Settings(BaseModel):
         super().__setattr__(name, value)
 
 
-def refusal(error: ValidationError, kind: type[BaseModel]) -> Mistake:
-    """One sentence for the most telling problem: an unknown name, then a sentence of a validator's own, a value, a missing one."""
-    section = getattr(kind, "SECTION", "")
-    problems = sorted(error.errors(include_url=False), key=_telling)
+def refusal(error: ValidationError, group: type[BaseModel]) -> Mistake:
+    """One sentence for the most telling problem: an unknown name, then a validator's own sentence, a wrong value, a missing setting."""
+    section = getattr(group, "SECTION", "")
+    problems = sorted(error.errors(include_url=False), key=_rank)
     first = problems[0]
-    if first["type"] in UNKNOWN:
-        owner = _owner(kind, first["loc"])
-        return unknown(_dotted(section, first["loc"]), names(owner, _dotted(section, first["loc"][:-1])))
-    if _own_sentence(first):
+    if _rank(first) == 0:
+        candidates = names(_owner(group, first["loc"]), _dotted(section, first["loc"][:-1]))
+        return unknown(_dotted(section, first["loc"]), candidates)
+    if _rank(first) == 1:
         return Mistake(str(first["ctx"]["error"]))
     if _is_absent(first):
-        return _missing([_dotted(section, problem["loc"]) for problem in problems if _is_absent(problem)])
-    return _wrong_value(first, kind, section)
+        absent = [_dotted(section, problem["loc"]) for problem in problems if _is_absent(problem)]
+        return Mistake(f"{listed(absent, 'and')} {'is' if len(absent) == 1 else 'are'} missing → give every setting that has no default")
+
+    # a wrong value: the innermost field of the schema on the way to it says what is needed
+    loc = first["loc"][:-1] if first["type"] == "missing" else first["loc"]
+    name, owner, field = _dotted(section, loc), _owner(group, loc), None
+    for part in loc:
+        field = owner.model_fields.get(part, field) if isinstance(part, str) else field
+    if field is None:  # raised by a validator of a whole group, without a sentence of its own
+        return Mistake(f"{name or section or group.__name__}: {first['msg']} → see its description in launch.py --help")
+    value = repr(first["input"])
+    shown = value if len(value) <= LONGEST else value[: LONGEST - 1] + "…"
+    return Mistake(f"{name} = {shown} does not work → use {needs(field)}")
 
 
 def unknown(name: str, candidates: Iterable[str]) -> Mistake:
-    """`name` is none of `candidates` (dotted names): names the nearest, or all where none is near and they are few."""
+    """A Mistake for a `name` that is none of the dotted `candidates`. It names the nearest, or else all of them if they are few."""
     candidates = list(candidates)
     near = nearest(name, candidates)
     known = f"use {listed(candidates)}" if len(candidates) <= MOST else "launch.py --help lists them all"
     return Mistake(f"{name or repr(name)} is not a setting → {f'did you mean {near}?' if near else known}")
 
 
-def names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted name of every setting of `kind` and of the groups in it, the groups themselves included."""
-    for name, field in kind.model_fields.items():
+def names(group: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted name of every setting of `group` and of the groups in it, the groups themselves included."""
+    for name, field in group.model_fields.items():
         dotted = f"{prefix}.{name}" if prefix else name
         yield dotted
         if is_group(field):
@@ -108,71 +124,48 @@ def _needs(annotation: Any, bounds: Iterable[Any] = ()) -> str:
 
 
 def _bounds(constraints: Iterable[Any]) -> Iterator[str]:
+    """The words for pydantic's constraints: 'at least 0'."""
     for bound in constraints:
         if isinstance(bound, FieldInfo):
             yield from _bounds(bound.metadata)
-        for kind, attribute, words in (
+        for constraint, attribute, words in (
             (annotated_types.Gt, "gt", "greater than"),
             (annotated_types.Ge, "ge", "at least"),
             (annotated_types.Lt, "lt", "below"),
             (annotated_types.Le, "le", "at most"),
         ):
-            if isinstance(bound, kind):
+            if isinstance(bound, constraint):
                 yield f"{words} {getattr(bound, attribute)}"
-        if isinstance(bound, annotated_types.MinLen):  # only ever 1 here
+        if isinstance(bound, annotated_types.MinLen):  # the schema uses no other length than 1
             yield "that is not empty"
 
 
-def _telling(problem: Any) -> int:
+def _rank(problem: Any) -> int:
+    """How early a problem is reported: 0 unknown name, 1 a validator's own sentence, 2 wrong value, 3 missing setting."""
     if problem["type"] in UNKNOWN:
         return 0
-    if _own_sentence(problem):
+    if "→" in str(problem.get("ctx", {}).get("error", "")):
         return 1
     return 3 if _is_absent(problem) else 2
 
 
 def _is_absent(problem: Any) -> bool:
-    """A setting that was not given; the second of two values is not one, but a part of a wrong value."""
+    """Whether a setting was not given. A missing second value of a tuple is part of a wrong value instead."""
     return problem["type"] == "missing" and isinstance(problem["loc"][-1], str)
 
 
-def _own_sentence(problem: Any) -> bool:
-    return "→" in str(problem.get("ctx", {}).get("error", ""))
-
-
-def _missing(absent: list[str]) -> Mistake:
-    are = "is" if len(absent) == 1 else "are"
-    return Mistake(f"{listed(absent, 'and')} {are} missing → give every setting that has no default")
-
-
-def _wrong_value(problem: Any, kind: type[BaseModel], section: str) -> Mistake:
-    loc = problem["loc"][:-1] if problem["type"] == "missing" else problem["loc"]
-    name, value = _dotted(section, loc), shown(problem["input"])
-    owner, field = _owner(kind, loc), None
-    for part in loc:
-        field = owner.model_fields.get(part, field) if isinstance(part, str) else field
-    if field is None:  # a validator of a whole group that did not say what would work
-        return Mistake(f"{name or section or kind.__name__}: {problem['msg']} → see its description in launch.py --help")
-    return Mistake(f"{name} = {value} does not work → use {needs(field)}")
-
-
-def shown(value: Any) -> str:
-    """repr, cut short."""
-    text = repr(value)
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-
-
-def _owner(kind: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
+def _owner(group: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
     """The group that holds the setting at `loc`."""
     for part in loc[:-1]:
-        field = kind.model_fields.get(str(part))
+        field = group.model_fields.get(str(part))
         if field is None or not is_group(field):
             break
-        kind = field.annotation  # type: ignore[assignment]
-    return kind
+        group = field.annotation  # type: ignore[assignment]
+    return group
 
 
 def _dotted(section: str, loc: tuple[int | str, ...]) -> str:
+    """('betas', 1) in section 'optimizer' -> 'optimizer.betas[1]'."""
     name = section
     for part in loc:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part

@@ -1,7 +1,7 @@
-"""Tokens into micro-batches: which windows of the stream a data rank sees in a step, and what each token weighs.
+"""Micro-batches from a token store: which windows of the stream a data rank sees in a step, and the loss weight of each token.
 
-Sample i is tokens[i*s : i*s + s + 1]: windows follow one another and share the boundary token, so that an epoch predicts
-every token but the very first (and, in training, the rest that fills no window) once.
+Sample i is tokens[i*s : i*s + s + 1]. Windows follow one another and share the boundary token, so that an epoch predicts every
+token but the very first exactly once (in training also without the rest at the end, which fills no window).
 """
 
 import math
@@ -16,7 +16,7 @@ from research.data.token_store import TokenStore
 
 
 class Batch(NamedTuple):
-    """One pass of one data rank: `targets` are `ids` one token later.
+    """One pass of one data rank. `targets` are `ids` one token later.
 
     The loss of a pass is Σ weights · loss; averaged over a step's passes and data ranks it is the mean over the tokens
     of the step's whole batch.
@@ -29,30 +29,29 @@ class Batch(NamedTuple):
 
 
 def num_samples(store: TokenStore, seq_length: int) -> int:
-    """Full windows of the store, samples of one epoch; a Mistake if not even one fits."""
-    found = (store.num_tokens - 1) // seq_length
-    if found < 1:
+    """The number of full windows of the store, which are the samples of one epoch. A Mistake if not even one fits."""
+    if store.num_tokens <= seq_length:
         raise Mistake(
             f"model.seq_length = {seq_length} is longer than the training corpus: {store.prefix.name} has "
             f"{store.num_tokens} tokens → use model.seq_length = {store.num_tokens - 1} or less, or more text"
         )
-    return found
+    return (store.num_tokens - 1) // seq_length
 
 
 def epochs(store: TokenStore, seq_length: int, samples: int) -> float:
-    """How often `samples` samples go through the store."""
+    """The number of passes through the store that `samples` samples make."""
     return samples / num_samples(store, seq_length)
 
 
 def micro_batches_per_step(batch_size: int, micro_batch_size: int, data_size: int) -> int:
-    """Passes of each data rank in a step; a Mistake if they do not come out even."""
-    together = micro_batch_size * data_size
-    if batch_size % together:
+    """The number of passes that each data rank makes per step. A Mistake if the batch cannot be split evenly."""
+    unit = micro_batch_size * data_size
+    if batch_size % unit:
         raise Mistake(
             f"schedule.batch_size = {batch_size} is no multiple of schedule.micro_batch_size = {micro_batch_size} × "
-            f"{data_size} data ranks → use {max(1, batch_size // together) * together} or {(batch_size // together + 1) * together}"
+            f"{data_size} data ranks → use {max(1, batch_size // unit) * unit} or {(batch_size // unit + 1) * unit}"
         )
-    return batch_size // together
+    return batch_size // unit
 
 
 def step_samples(batch_size: int, micro_batch_size: int, data_rank: int, data_size: int, step: int) -> np.ndarray:
@@ -75,39 +74,35 @@ def train_micro_batches(
     seed: int,
     step: int,
 ) -> Iterator[Batch]:
-    """The micro-batches of one step of this data rank, in order. Step and arguments decide everything: there is no state."""
+    """The micro-batches of one step of this data rank, in order. They depend on the arguments alone: there is no state."""
     numbers = step_samples(batch_size, micro_batch_size, data_rank, data_size, step)
     tokens = batch_size * seq_length  # of the global batch: plain windows mask nothing
     weight = len(numbers) * data_size / tokens
-    every = num_samples(store, seq_length)
+    windows = num_samples(store, seq_length)
     for samples in numbers:
-        yield _batch(store, order.sample(samples, every, seed), samples, seq_length, weight)
+        yield _batch(store, order.sample(samples, windows, seed), samples, seq_length, weight)
 
 
 def validation_batches(
     store: TokenStore, seq_length: int, micro_batch_size: int, data_rank: int, data_size: int
 ) -> Iterator[tuple[Batch, int]]:
-    """This data rank's part of every evaluation batch, and the tokens of that batch over all data ranks.
+    """This data rank's part of every validation batch, and the number of tokens of that batch over all data ranks.
 
-    Every token but the first is predicted once; all parts have one shape, filled up with weight 0. The mean over data ranks
-    of Σ weights · loss is the batch's token mean, so Σ mean · tokens over the batches is the split's nats.
+    Every token but the first is predicted once. All parts have the same shape, padded with weight 0. The mean over data ranks
+    of Σ weights · loss is the batch's token mean, so Σ mean · tokens over the batches is the split's total loss in nats.
     """
-    predicted = _predicted(store)
-    together = micro_batch_size * data_size
-    for first in range(0, math.ceil(predicted / seq_length), together):
-        tokens = min(predicted - first * seq_length, together * seq_length)
+    predicted = store.num_tokens - 1
+    if predicted < 1:
+        raise Mistake(f"the validation corpus {store.prefix.name} has {store.num_tokens} token, nothing to predict → use more text")
+    unit = micro_batch_size * data_size
+    for first in range(0, math.ceil(predicted / seq_length), unit):
+        tokens = min(predicted - first * seq_length, unit * seq_length)
         windows = first + data_rank * micro_batch_size + np.arange(micro_batch_size)
         yield _batch(store, windows, windows, seq_length, data_size / tokens), tokens
 
 
-def _predicted(store: TokenStore) -> int:
-    if store.num_tokens < 2:
-        raise Mistake(f"the validation corpus {store.prefix.name} has {store.num_tokens} token, nothing to predict → use more text")
-    return store.num_tokens - 1
-
-
 def _batch(store: TokenStore, windows: np.ndarray, samples: np.ndarray, seq_length: int, weight: float) -> Batch:
-    """The windows' tokens; what lies beyond the end of the store is id 0, target 0, weight 0."""
+    """The tokens of the windows. Beyond the end of the store are id 0, target 0, weight 0."""
     shape = (len(windows), seq_length)
     batch = Batch(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32), samples)
     for row, window in enumerate(windows):

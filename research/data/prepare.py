@@ -1,4 +1,4 @@
-"""Text prepared once: tokenizer and token stores, made by whichever process comes first and kept under data.cache."""
+"""Preparing a corpus: tokenizer and token stores, made once by whichever process comes first and cached under data.cache."""
 
 import contextlib
 import hashlib
@@ -12,20 +12,20 @@ import numpy as np
 
 from parallel.errors import Mistake
 from parallel.files import locked
-from research.data import documents, token_store, tokenizer, tokenizer_file
+from research.data import documents, token_store, tokenizer_file
 from research.data.token_store import TokenStore
-from research.data.tokenizer import Tokenizer
+from research.data.tokenizer import GPT2, Tokenizer, declared_vocab_size, gpt2, kept, trained
 
 RECIPE = 1
-"""Part of every store's name: raise it whenever the same text would give other tokens."""
+"""Part of every store's name. Raise it whenever the same text would give other tokens."""
 GROUP = 1 << 22
 """Characters tokenized at a time: enough for all cores, little enough for any memory."""
 
 Progress = Callable[[str], None]
 
 
-class Settings(Protocol):
-    """What is needed of research.config.Data."""
+class DataSettings(Protocol):
+    """The fields of research.config.Data that are read here; research/data/ imports no other room."""
 
     train: str
     validation: str
@@ -35,7 +35,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run reads. `fingerprint` is equal exactly where both texts and the tokenizer are."""
+    """What a run reads. Two fingerprints are equal if and only if both texts and the tokenizer are."""
 
     tokenizer: Tokenizer
     train: TokenStore
@@ -43,59 +43,59 @@ class Corpus:
     fingerprint: str
 
 
-def load(data: Settings, root: Path, vocab_size: int, progress: Progress | None = None) -> Corpus:
-    """The corpus that `data` describes, for a model with `vocab_size` tokens (more than the tokenizer's is fine).
+def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress | None = None) -> Corpus:
+    """The corpus that `data` describes, for a model with `vocab_size` tokens (it may have more than the tokenizer).
 
-    Call it on every rank at once: the first to come prepares what is not in data.cache (a relative path starts at `root`),
-    the others wait. `progress` hears, in the process that does the work, what is being done.
+    Every rank calls this at the same time: the first one prepares what is not in data.cache (a relative path starts at `root`),
+    the others wait. In the process that does the work, `progress` is called with what is being done.
     """
     check(data, root, vocab_size)
-    words = load_tokenizer(data, root, progress)
+    tokenizer = load_tokenizer(data, root, progress)
     digests = [documents.digest(spec, root) for spec in (data.train, data.validation)]
     with cache_folder(data.cache, root) as cache:
         train, validation = (
-            _prepared(spec, digest, words, root, cache, progress)
+            _prepared(spec, digest, tokenizer, root, cache, progress)
             for spec, digest in zip((data.train, data.validation), digests, strict=True)
         )
-    for split in (train, validation):
-        token_store.check_ids(split, vocab_size)
-    return Corpus(words, train, validation, _join(*digests, words.fingerprint))
+    for store in (train, validation):
+        token_store.check_ids(store, vocab_size)
+    return Corpus(tokenizer, train, validation, _join(*digests, tokenizer.fingerprint))
 
 
-def load_tokenizer(data: Settings, root: Path, progress: Progress | None = None) -> Tokenizer:
-    """The tokenizer alone (to generate, no text need be tokenized), made as in `load` if it is not cached."""
+def load_tokenizer(data: DataSettings, root: Path, progress: Progress | None = None) -> Tokenizer:
+    """The tokenizer alone, made as in `load` if it is not cached. Generation needs no more: no text is tokenized."""
     if tokenizer_file.is_file(data.tokenizer):
         return tokenizer_file.load(data.tokenizer, root)
-    if data.tokenizer == tokenizer.GPT2:
-        return tokenizer.gpt2()
+    if data.tokenizer == GPT2:
+        return gpt2()
     digest = documents.digest(data.train, root)
     texts = _announced(documents.documents(data.train, root), f"training {data.tokenizer} on {data.train}", progress)
     with cache_folder(data.cache, root) as cache:
-        return tokenizer.trained(data.tokenizer, texts, digest, cache)
+        return trained(data.tokenizer, texts, digest, cache)
 
 
-def split(data: Settings, spec: str, root: Path, words: Tokenizer, progress: Progress | None = None) -> TokenStore:
-    """Another text as the run would read it: the store of one corpus, made as in `load` if it is not cached."""
+def split(data: DataSettings, spec: str, root: Path, tokenizer: Tokenizer, progress: Progress | None = None) -> TokenStore:
+    """The token store of another text, tokenized as the run's own corpus and made as in `load` if it is not cached."""
     digest = documents.digest(spec, root)
     with cache_folder(data.cache, root) as cache:
-        return _prepared(spec, digest, words, root, cache, progress)
+        return _prepared(spec, digest, tokenizer, root, cache, progress)
 
 
-def tokenizer_at_hand(data: Settings, root: Path) -> Tokenizer | None:
-    """The tokenizer where it can be had in a moment: its own file, or one that is kept for a built-in text. None where not."""
-    if tokenizer_file.is_file(data.tokenizer) or data.tokenizer == tokenizer.GPT2:
+def tokenizer_at_hand(data: DataSettings, root: Path) -> Tokenizer | None:
+    """The tokenizer if it is available at once: in a file of its own, or cached for a built-in text. None otherwise."""
+    if tokenizer_file.is_file(data.tokenizer) or data.tokenizer == GPT2:
         return load_tokenizer(data, root)
-    if not data.train.startswith(documents.BUILTIN):  # it may be long, and it must be read to know its digest
+    if not data.train.startswith(documents.BUILTIN):  # it may be long, and its digest needs all of it
         return None
-    return tokenizer.kept(data.tokenizer, documents.digest(data.train, root), Path(root) / Path(data.cache).expanduser())
+    return kept(data.tokenizer, documents.digest(data.train, root), Path(root) / Path(data.cache).expanduser())
 
 
-def check(data: Settings, root: Path, vocab_size: int) -> None:
-    """Refuse in milliseconds, before torch is imported, what can be seen without reading: files, names, vocabulary."""
+def check(data: DataSettings, root: Path, vocab_size: int) -> None:
+    """Refuse, in milliseconds and before torch is imported, missing files, unknown names and a vocabulary that is too small."""
     documents.check_exists(data.train, root, "data.train")
     documents.check_exists(data.validation, root, "data.validation")
     is_file = tokenizer_file.is_file(data.tokenizer)
-    declared = tokenizer_file.declared_vocab_size(data.tokenizer, root) if is_file else tokenizer.declared_vocab_size(data.tokenizer)
+    declared = tokenizer_file.declared_vocab_size(data.tokenizer, root) if is_file else declared_vocab_size(data.tokenizer)
     if declared > vocab_size:
         raise Mistake(
             f"model.vocab_size = {vocab_size} has no room for the {declared} tokens of data.tokenizer = "
@@ -105,7 +105,7 @@ def check(data: Settings, root: Path, vocab_size: int) -> None:
 
 @contextlib.contextmanager
 def cache_folder(name: str, root: Path) -> Iterator[Path]:
-    """The folder, made if need be; a file system that refuses is a Mistake naming data.cache."""
+    """The folder data.cache, created if it is missing. An error of the file system inside is a Mistake that names data.cache."""
     folder = Path(root) / Path(name).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,71 +114,63 @@ def cache_folder(name: str, root: Path) -> Iterator[Path]:
         raise Mistake(f"data.cache = {name!r} cannot be used ({error}) → name a folder that you may write to") from error
 
 
-def _prepared(spec: str, digest: str, words: Tokenizer, root: Path, cache: Path, progress: Progress | None) -> TokenStore:
-    """The token store of one split, from the cache or made now. A cached one that is not whole is made again."""
-    key = _join(digest, words.fingerprint)[:16]
-    prefix = cache / f"{_label(spec)}-{_label(words.name)}-{key}-v{RECIPE}"
-    found = _open(prefix)
-    if found is not None:
-        return found
+def _prepared(spec: str, digest: str, tokenizer: Tokenizer, root: Path, cache: Path, progress: Progress | None) -> TokenStore:
+    """The token store of one split, from the cache or made now. A damaged one in the cache is made again."""
+    # the file name tells a person which corpus and tokenizer it is; the hash beside them is what counts
+    labels = (re.sub(r"[^A-Za-z0-9_.]+", "-", name.removeprefix(documents.BUILTIN)).strip("-.")[-60:] for name in (spec, tokenizer.name))
+    prefix = cache / f"{'-'.join(labels)}-{_join(digest, tokenizer.fingerprint)[:16]}-v{RECIPE}"
+    store = _open(prefix)
+    if store is not None:
+        return store
     with locked(Path(f"{prefix}.lock")):
         if _open(prefix) is None:
             texts = _announced(documents.documents(spec, root), f"tokenizing {spec}", progress)
-            facts = {"source": spec, "source_sha256": digest, "tokenizer": words.name, "tokenizer_sha256": words.fingerprint}
-            token_store.write(prefix, _encoded(texts, words), words.vocab_size, facts)
+            facts = {"source": spec, "source_sha256": digest, "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.fingerprint}
+            token_store.write(prefix, _encoded(texts, tokenizer), tokenizer.vocab_size, facts)
     return TokenStore(prefix)
 
 
 def _open(prefix: Path) -> TokenStore | None:
+    """The store in the cache; None if there is none, it is damaged, or its text was empty."""
     try:
-        found = TokenStore(prefix)
-        return found if found.num_bytes else None
+        store = TokenStore(prefix)
+        return store if store.num_bytes else None
     except Mistake:
         return None
 
 
 def _announced(texts: Iterator[str], what: str, progress: Progress | None) -> Iterator[str]:
-    """The texts; `progress` hears of it once the first is asked for, so only where there is something to do."""
+    """The texts. `progress` is called when the first one is taken, so only where there is work to do."""
     if progress:
         progress(what)
     yield from texts
 
 
-def _encoded(texts: Iterable[str], words: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
     """Each text's ids, end-of-text last, and its UTF-8 bytes. Works on GROUP characters at a time, however long a text is."""
     ids, num_bytes = [], 0
-    for group in _groups(_parts(texts, words)):
-        found = words.encode_batch([part for part, _ in group])
-        for (part, ends), part_ids in zip(group, found, strict=True):
-            ids.append(np.array(part_ids, np.int32))
-            num_bytes += len(part.encode("utf-8"))
-            if ends:
-                yield np.concatenate([*ids, [words.end_of_text]]), num_bytes
+    for group in _groups(texts, tokenizer):
+        encoded = tokenizer.encode_batch([piece for piece, _ in group])
+        for (piece, is_last), piece_ids in zip(group, encoded, strict=True):
+            ids.append(np.array(piece_ids, np.int32))
+            num_bytes += len(piece.encode("utf-8"))
+            if is_last:
+                yield np.concatenate([*ids, [tokenizer.end_of_text]]), num_bytes
                 ids, num_bytes = [], 0
 
 
-def _parts(texts: Iterable[str], words: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """Every text's pieces in order, the last of each marked."""
-    for text in texts:
-        *first, last = words.pieces(text)
-        yield from ((part, False) for part in first)
-        yield last, True
-
-
-def _groups(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+def _groups(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[str, bool]]]:
+    """All texts' pieces in order as (piece, whether it is the last of its text), in lists of about GROUP characters."""
     group, size = [], 0
-    for part in parts:
-        group.append(part)
-        size += len(part[0])
-        if size >= GROUP:
-            yield group
-            group, size = [], 0
+    for text in texts:
+        pieces = list(tokenizer.pieces(text))
+        for number, piece in enumerate(pieces, start=1):
+            group.append((piece, number == len(pieces)))
+            size += len(piece)
+            if size >= GROUP:
+                yield group
+                group, size = [], 0
     yield group
-
-
-def _label(spec: str) -> str:
-    """A file name's part that tells a person which corpus it is; the hash beside it is what counts."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", spec.removeprefix(documents.BUILTIN)).strip("-.")[-60:]
 
 
 def _join(*digests: str) -> str:

@@ -1,9 +1,9 @@
-"""The token store: a split's ids as one memory-mapped stream, in Megatron-LM's .bin/.idx format (MMIDIDX, version 1).
+"""Token store: a split's token ids as one memory-mapped stream, in Megatron-LM's .bin/.idx format (MMIDIDX, version 1).
 
 PREFIX.bin   the ids, nothing else
 PREFIX.idx   magic, uint64 version, uint8 type code, uint64 sequences, uint64 document indices (documents + 1);
              int32 lengths, int64 byte offsets, int64 document indices (all little-endian)
-PREFIX.json  ours: where the ids came from, and the UTF-8 bytes of the text (bits per byte needs them)
+PREFIX.json  not part of Megatron-LM's format: where the ids came from, and the UTF-8 bytes of the text (for bits per byte)
 """
 
 import json
@@ -21,14 +21,10 @@ HEADER = struct.Struct("<9sQBQQ")
 CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Megatron-LM's codes for integers (6 and 7 are floats). DeepSpeed's reader numbers them differently from 6 on."""
 SHORT_VOCABULARY = 65500
+"""Below this many tokens an id is stored as uint16, else as int32: Megatron-LM's rule."""
 LONGEST = 2**31 - 1
 CHUNK = 1 << 22
 AGAIN = "→ prepare it again"
-
-
-def token_type(vocab_size: int) -> np.dtype:
-    """uint16 below 65,500 tokens, else int32: Megatron-LM's rule."""
-    return np.dtype("<u2" if vocab_size < SHORT_VOCABULARY else "<i4")
 
 
 class TokenStore:
@@ -36,25 +32,19 @@ class TokenStore:
 
     def __init__(self, prefix: Path):
         self.prefix = Path(prefix)
-        item, lengths, self.document_offsets = _read_index(_file(prefix, ".idx"))
-        self.tokens = _map_tokens(_file(prefix, ".bin"), item, int(lengths.sum()))
+        dtype, lengths, self.document_offsets = _read_index(_file(prefix, ".idx"))
+        self.num_documents = len(self.document_offsets) - 1
+        """Number of documents. Document k is tokens[document_offsets[k] : document_offsets[k + 1]]."""
+        self.tokens = _map_tokens(_file(prefix, ".bin"), dtype, int(lengths.sum()))
+        self.num_tokens = len(self.tokens)
+        """Tokens of the stream, each document's end-of-text included."""
 
     def __repr__(self) -> str:
         return f"TokenStore({self.prefix.name}: {self.num_documents:,} documents, {self.num_tokens:,} tokens)"
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of the stream, each document's end-of-text included."""
-        return len(self.tokens)
-
-    @property
-    def num_documents(self) -> int:
-        """Documents; document k is tokens[document_offsets[k] : document_offsets[k + 1]]."""
-        return len(self.document_offsets) - 1
-
-    @property
     def facts(self) -> dict:
-        """The sidecar: source and tokenizer (hashes), documents, tokens, bytes."""
+        """The content of PREFIX.json: source and tokenizer (with hashes), documents, tokens, bytes."""
         path = _file(self.prefix, ".json")
         try:
             return json.loads(path.read_text(encoding="utf-8"))
@@ -63,61 +53,60 @@ class TokenStore:
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text, end-of-text not counted."""
+        """UTF-8 bytes of the text; end-of-text is not counted."""
         return int(self.facts["bytes"])
 
 
 def write(prefix: Path, documents: Iterable[tuple[np.ndarray, int]], vocab_size: int, facts: dict) -> None:
     """Write a store from (ids with their end-of-text, UTF-8 bytes of the text) of each document.
 
-    Every file appears whole, by a rename, and the .idx last: who sees it sees a store. `facts` go into the sidecar, beside
-    the counts of documents, tokens and bytes.
+    Every file appears whole, by a rename, and the .idx last: where there is an .idx, the store is complete. `facts` go into
+    PREFIX.json, beside the counts of documents, tokens and bytes.
     """
-    item, num_bytes = token_type(vocab_size), 0
+    dtype = np.dtype("<u2" if vocab_size < SHORT_VOCABULARY else "<i4")
     lengths: list[int] = []
+    num_bytes = 0
     with published(_file(prefix, ".bin")) as temporary, open(temporary, "wb") as file:
-        for ids, size in documents:
-            found = np.asarray(ids)
-            if found.max(initial=0) >= vocab_size:
-                raise ValueError(f"token id {found.max()} of document {len(lengths)} is not below {vocab_size}")
-            file.write(found.astype(item).tobytes())
+        for document_ids, document_bytes in documents:
+            ids = np.asarray(document_ids)
+            if ids.max(initial=0) >= vocab_size:
+                raise ValueError(f"token id {ids.max()} of document {len(lengths)} is not below {vocab_size}")
+            file.write(ids.astype(dtype).tobytes())
             lengths.append(len(ids))
-            num_bytes += size
+            num_bytes += document_bytes
     counts = {"documents": len(lengths), "tokens": sum(lengths), "bytes": num_bytes}
     with published(_file(prefix, ".json")) as temporary:
         temporary.write_text(json.dumps(facts | counts, indent=1) + "\n", encoding="utf-8")
     with published(_file(prefix, ".idx")) as temporary:
-        temporary.write_bytes(_index_bytes(np.array(lengths, np.int64), item))
+        temporary.write_bytes(_index_bytes(np.array(lengths, np.int64), dtype))
 
 
 def check_ids(store: TokenStore, vocab_size: int) -> None:
-    """A Mistake naming document and offset if a token is not in [0, vocab_size). Reads the whole store, at memory speed."""
+    """Raise a Mistake naming document and offset if a token is not in [0, vocab_size). Reads the whole store, at memory speed."""
     for start in range(0, store.num_tokens, CHUNK):
         chunk = store.tokens[start : start + CHUNK]
-        if chunk.max() >= vocab_size or chunk.min() < 0:
-            _refuse_id(store, start + int(np.argmax((chunk >= vocab_size) | (chunk < 0))), vocab_size)
-
-
-def _refuse_id(store: TokenStore, place: int, vocab_size: int) -> None:
-    document = int(np.searchsorted(store.document_offsets, place, side="right")) - 1
-    offset, found = place - int(store.document_offsets[document]), int(store.tokens[place])
-    way_out = f"set model.vocab_size to {found + 1} or more" if found >= 0 else "prepare it again"
-    raise Mistake(
-        f"{store.prefix}: token id {found} of document {document} at offset {offset} is not below "
-        f"model.vocab_size = {vocab_size} → {way_out}"
-    )
+        if chunk.max() < vocab_size and chunk.min() >= 0:
+            continue
+        position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
+        document = int(np.searchsorted(store.document_offsets, position, side="right")) - 1
+        offset, token = position - int(store.document_offsets[document]), int(store.tokens[position])
+        way_out = f"set model.vocab_size to {token + 1} or more" if token >= 0 else "prepare it again"
+        raise Mistake(
+            f"{store.prefix}: token id {token} of document {document} at offset {offset} is not below "
+            f"model.vocab_size = {vocab_size} → {way_out}"
+        )
 
 
 def _file(prefix: Path, suffix: str) -> Path:
     return Path(f"{prefix}{suffix}")
 
 
-def _index_bytes(lengths: np.ndarray, item: np.dtype) -> bytes:
-    """One sequence a document, as Megatron-LM's own preparation writes plain text."""
+def _index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
+    """The .idx file, with one sequence per document, as Megatron-LM's own preparation writes plain text."""
     if lengths.size and lengths.max() > LONGEST:
         raise Mistake(f"a document has {lengths.max()} tokens, the format allows {LONGEST} → split the document")
-    code = next(code for code, name in CODES.items() if np.dtype(name) == item)
-    pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * item.itemsize
+    code = next(code for code, name in CODES.items() if np.dtype(name) == dtype)
+    pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * dtype.itemsize
     return b"".join(
         [
             HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1),
@@ -130,42 +119,36 @@ def _index_bytes(lengths: np.ndarray, item: np.dtype) -> bytes:
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     """Token type, sequence lengths (int64), and the documents' offsets in tokens, the end included."""
-    raw = _bytes(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read ({error.strerror}) {AGAIN}") from error
     if len(raw) < HEADER.size or not raw.startswith(MAGIC):
         raise Mistake(f"{path} is not a Megatron-LM index (it does not begin with MMIDIDX) {AGAIN}")
     _, version, code, sequences, indices = HEADER.unpack_from(raw)
     if version != 1 or code not in CODES:
-        raise Mistake(f"{path} has version {version} and type code {code}; known are version 1 and codes {_listed(CODES)} {AGAIN}")
+        known = ", ".join(map(str, CODES))
+        raise Mistake(f"{path} has version {version} and type code {code}; known are version 1 and codes {known} {AGAIN}")
     if len(raw) < HEADER.size + 12 * sequences + 8 * indices or indices == 0:
         raise Mistake(f"{path} is cut short: {len(raw)} bytes for {sequences} sequences and {indices} document indices {AGAIN}")
     lengths = np.frombuffer(raw, "<i4", sequences, HEADER.size).astype(np.int64)
     pointers = np.frombuffer(raw, "<i8", sequences, HEADER.size + 4 * sequences)
     documents = np.frombuffer(raw, "<i8", indices, HEADER.size + 12 * sequences)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    item = np.dtype(CODES[code])
-    if lengths.min(initial=0) < 0 or not np.array_equal(pointers, offsets[:-1] * item.itemsize):
+    dtype = np.dtype(CODES[code])
+    if lengths.min(initial=0) < 0 or not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
         raise Mistake(f"{path}: the sequences do not lie one after the other {AGAIN}")
     if documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
         raise Mistake(f"{path}: the documents do not cover the {sequences} sequences in order {AGAIN}")
-    return item, lengths, offsets[documents]
+    return dtype, lengths, offsets[documents]
 
 
-def _map_tokens(path: Path, item: np.dtype, count: int) -> np.ndarray:
+def _map_tokens(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """The memory-mapped ids, once the file's size is what the index says."""
     try:
         size = path.stat().st_size
     except OSError as error:
         raise Mistake(f"{path} is missing {AGAIN}") from error
-    if size != count * item.itemsize or count == 0:
-        raise Mistake(f"{path} has {size} bytes, its index promises {count} tokens = {count * item.itemsize} bytes {AGAIN}")
-    return np.memmap(path, dtype=item, mode="r").view(np.ndarray)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Mistake(f"{path} cannot be read ({error.strerror}) {AGAIN}") from error
-
-
-def _listed(values: Iterable[int]) -> str:
-    return ", ".join(map(str, values))
+    if size != count * dtype.itemsize or count == 0:
+        raise Mistake(f"{path} has {size} bytes, its index promises {count} tokens = {count * dtype.itemsize} bytes {AGAIN}")
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)

@@ -1,6 +1,5 @@
-"""Byte-level BPE: trained on the corpus at hand in seconds, or GPT-2's own tables. No text is out of vocabulary."""
+"""Byte-level BPE tokenizers: trained on the training text in seconds, or GPT-2's own tables. They can encode every text."""
 
-import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parallel.errors import Mistake
+from parallel.errors import Mistake, nearest
 from parallel.files import locked, published
 from research.data import documents
 
@@ -20,11 +19,11 @@ GPT2_SIZE = 50257
 TRAINED = "builtin:bpe-"
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257
-"""256 bytes and end-of-text: below this some text could not be written."""
+"""256 bytes and end-of-text: with fewer tokens some text could not be encoded."""
 RECIPE = 1
-"""Part of every cached tokenizer's name: raise it whenever training would give another table."""
+"""Part of every cached tokenizer's name. Raise it whenever training would give another table."""
 PIECE = 1 << 16
-"""Characters a piece: small enough to share a long document among threads and to bound memory."""
+"""Characters per piece: small enough to spread a long document over threads and to bound memory."""
 CUT = re.compile(r"(?<=\S)[ \n]")
 
 
@@ -32,8 +31,8 @@ CUT = re.compile(r"(?<=\S)[ \n]")
 class Tokenizer:
     """Text to ids and back: `decode(encode(text)) == text` for every text that UTF-8 can hold.
 
-    Text is never read as end-of-text: the letters of the marker in a document are ordinary tokens, so that only
-    whoever puts `end_of_text` among the ids ends a document. `decode` shows it as the marker and skips ids >= vocab_size.
+    Text is never read as end-of-text: the letters of the marker in a document are encoded as ordinary tokens, so that a document
+    ends only where `end_of_text` is put among the ids. `decode` shows it as the marker and skips ids >= vocab_size.
     """
 
     name: str
@@ -42,12 +41,12 @@ class Tokenizer:
     fingerprint: str
     backend: "tokenizers.Tokenizer"
     cuts: bool = True
-    """Whether a long text may be cut before it is tokenized: so it is with the pattern of all of ours (`pieces`)."""
+    """Whether a long text may be cut before it is tokenized (`pieces`). The pattern of the built-in tokenizers allows it."""
     begin: tuple[int, ...] = ()
-    """What stands in front of every prompt (`<s>`, `<|begin_of_text|>`) where a model of another program was trained so; ours have none."""
+    """The ids in front of every prompt (`<s>`, `<|begin_of_text|>`) if an imported model was trained so. The built-in ones have none."""
 
     def pieces(self, text: str) -> Iterator[str]:
-        """`text` in parts whose ids one after the other are its own."""
+        """`text` in parts whose ids, one after the other, are the ids of `text`."""
         return pieces(text) if self.cuts else iter([text])
 
     def encode(self, text: str) -> list[int]:
@@ -55,7 +54,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def prompt(self, text: str) -> tuple[int, ...]:
-        """The ids that a model continues: `begin`, then the text's; end-of-text, a new document's beginning, where that is nothing."""
+        """The ids that a model continues: `begin` and the text's ids, or end-of-text (a new document begins) if both are empty."""
         return (*self.begin, *self.encode(text)) or (self.end_of_text,)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -63,12 +62,12 @@ class Tokenizer:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; bytes that are no whole character become U+FFFD."""
+        """The text of the ids. Bytes that are not a whole character become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def declared_vocab_size(name: str) -> int:
-    """The size that a tokenizer's name promises (training on little text may stop short of it). Imports nothing heavy.
+    """The size in a tokenizer's name (training on little text may give fewer tokens). Imports nothing heavy.
 
     A name that is not known is a Mistake.
     """
@@ -76,37 +75,44 @@ def declared_vocab_size(name: str) -> int:
         return GPT2_SIZE
     size = name.removeprefix(TRAINED)
     if not name.startswith(TRAINED) or not (size.isascii() and size.isdecimal()):
-        near = "".join(f" ({guess} is meant?)" for guess in difflib.get_close_matches(name, [f"{TRAINED}8192", GPT2], n=1))
-        raise Mistake(f"data.tokenizer = {name!r} is not known{near} → use {TRAINED}8192 (any size), {GPT2} or a tokenizer.json")
+        near = nearest(name, [f"{TRAINED}8192", GPT2])
+        guess = f" ({near} is meant?)" if near else ""
+        raise Mistake(f"data.tokenizer = {name!r} is not known{guess} → use {TRAINED}8192 (any size), {GPT2} or a tokenizer.json")
     if int(size) < SMALLEST:
         raise Mistake(f"data.tokenizer = {name!r} is smaller than {SMALLEST}, 256 bytes and end-of-text → use {TRAINED}8192")
     return int(size)
 
 
 def trained(name: str, texts: Iterable[str], source: str, cache: Path) -> Tokenizer:
-    """The `builtin:bpe-N` learned from `texts`, kept in the folder `cache` under `source`, the texts' digest.
+    """The `builtin:bpe-N` trained on `texts`, cached in the folder `cache` under `source`, the digest of the texts.
 
-    Any number of processes may ask at once: one reads the texts and trains, the others wait for its file.
+    Any number of processes may call this at once: one reads the texts and trains, the others wait for its file.
     """
-    size, path = declared_vocab_size(name), _place(name, source, cache)
-    found = _read(name, path)
-    if found is None:
+    size, path = declared_vocab_size(name), _cached_file(name, source, cache)
+    tokenizer = _read(name, path)
+    if tokenizer is None:
         with locked(path.with_suffix(".lock")):
-            found = _read(name, path) or _make(name, path, train_bpe(texts, size))
-    return found
+            tokenizer = _read(name, path)
+            if tokenizer is None:
+                text = train_bpe(texts, size)
+                with published(path) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+                tokenizer = _read(name, path)
+    assert tokenizer is not None, path
+    return tokenizer
 
 
 def kept(name: str, source: str, cache: Path) -> Tokenizer | None:
-    """What `trained` has kept; None where it would have to train."""
-    return _read(name, _place(name, source, cache))
+    """The tokenizer that `trained` has cached; None if it would have to train."""
+    return _read(name, _cached_file(name, source, cache))
 
 
-def _place(name: str, source: str, cache: Path) -> Path:
+def _cached_file(name: str, source: str, cache: Path) -> Path:
     return cache / f"bpe-{declared_vocab_size(name)}-{source[:16]}-v{RECIPE}.json"
 
 
 def gpt2() -> Tokenizer:
-    """GPT-2's 50,257 tokens, from the tables beside this file."""
+    """GPT-2's 50,257 tokens, from the tables in builtin/gpt2."""
     from tokenizers import models
 
     vocabulary, merges = documents.FOLDER / "gpt2" / "vocab.json", documents.FOLDER / "gpt2" / "merges.txt"
@@ -115,7 +121,7 @@ def gpt2() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """A byte-level BPE learned from `texts`, as JSON: id 0 is end-of-text, 1…256 the bytes, then the merges.
+    """A byte-level BPE trained on `texts`, as JSON: id 0 is end-of-text, 1…256 the bytes, then the merges.
 
     Equal texts give equal JSON, whatever the number of threads. It holds fewer than `vocab_size` tokens if nothing is
     left to merge.
@@ -134,9 +140,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """`text` in parts of `size` characters or a little more, whose ids one after the other are the ids of `text`.
+    """`text` in parts of `size` characters or a little more, whose ids, one after the other, are the ids of `text`.
 
-    Only before a space or a newline that follows something else can a cut not change what GPT-2's pattern matches: every
+    A cut before a space or a newline that follows another character cannot change what GPT-2's pattern matches, because every
     match ends there anyway. Text without such a place stays whole.
     """
     start = 0
@@ -150,6 +156,7 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def _byte_level(model: "tokenizers.models.BPE") -> "tokenizers.Tokenizer":
+    """The library's tokenizer over a BPE model, with GPT-2's pattern and bytes as letters."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, pre_tokenizers
 
@@ -160,15 +167,15 @@ def _byte_level(model: "tokenizers.models.BPE") -> "tokenizers.Tokenizer":
 
 
 def _wrap(name: str, backend: "tokenizers.Tokenizer", fingerprint: str) -> Tokenizer:
-    backend.add_special_tokens([END_OF_TEXT])  # new to neither table: this marks the id that they hold
-    backend.encode_special_tokens = True  # "encode the marker's letters", in the library's words
+    backend.add_special_tokens([END_OF_TEXT])  # both tables hold it already: this marks their id as special
+    backend.encode_special_tokens = True  # the marker's letters in a text are encoded as letters
     end_of_text = backend.token_to_id(END_OF_TEXT)
     assert end_of_text is not None, name
     return Tokenizer(name, backend.get_vocab_size(), end_of_text, fingerprint, backend)
 
 
 def _read(name: str, path: Path) -> Tokenizer | None:
-    """The cached tokenizer; None if there is none, or one that is not whole."""
+    """The cached tokenizer; None if there is none or its file is damaged."""
     from tokenizers import Tokenizer as Backend
 
     try:
@@ -180,11 +187,3 @@ def _read(name: str, path: Path) -> Tokenizer | None:
     except Exception:  # the library raises bare Exception; whatever it is, the file is of no use and is made again
         return None
     return _wrap(name, backend, hashlib.sha256(text.encode()).hexdigest())
-
-
-def _make(name: str, path: Path, text: str) -> Tokenizer:
-    with published(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    made = _read(name, path)
-    assert made is not None, path
-    return made

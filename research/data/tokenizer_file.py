@@ -1,6 +1,11 @@
-"""A tokenizer.json of the tokenizers library as data.tokenizer names it: data of a stranger, of which nothing is executed.
+"""Tokenizers from a tokenizer.json of the tokenizers library, as data.tokenizer names it, and the files that lie beside one.
 
-Beside it may lie tokenizer_config.json, which names the token that ends a text.
+    tokenizer.json          the library's tokenizer
+    tokenizer_config.json   names the token that ends a text, and other special tokens
+    generation_config.json  ids at which generation ends
+    chat_template.jinja     turns a conversation into text
+
+All of these come from unknown sources: they are read as data and nothing in them is executed.
 """
 
 import hashlib
@@ -13,53 +18,61 @@ from parallel.errors import Mistake
 from research.data import documents
 from research.data.tokenizer import END_OF_TEXT, Tokenizer
 
-CONFIG = "tokenizer_config.json"
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 LARGEST = 256 * 2**20
-"""Bytes of a tokenizer.json; one of 256 thousand tokens has 33 MB."""
+"""The most bytes of a tokenizer.json; one of 256 thousand tokens has 33 MB."""
 LONGEST_TEMPLATE = 2**20
-"""Characters of a chat template."""
+"""The most characters of a chat template."""
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
-"""What the token that ends a text is called where no tokenizer_config.json says it."""
+"""The usual names of the token that ends a text, for a tokenizer.json without a tokenizer_config.json."""
 WAY_OUT = "give it a tokenizer.json as Hugging Face's tokenizers saves it"
 
 
 def is_file(name: str) -> bool:
-    """Whether data.tokenizer names a file rather than a tokenizer of ours."""
+    """Whether data.tokenizer names a file rather than a built-in tokenizer."""
     return name.endswith(".json") and not name.startswith(documents.BUILTIN)
+
+
+def path_of(name: str, root: Path) -> Path:
+    """The path of the file; a relative path starts at `root`."""
+    return Path(root) / Path(name).expanduser()
 
 
 def declared_vocab_size(name: str, root: Path) -> int:
     """One more than the highest id in the file. Imports nothing heavy."""
-    return _size(path_of(name, root), _table(path_of(name, root)))
-
-
-def path_of(name: str, root: Path) -> Path:
-    """Where the file lies; a relative path starts at `root`."""
-    return Path(root) / Path(name).expanduser()
+    path = path_of(name, root)
+    return _vocab_size(path, _table(path))
 
 
 def load(name: str, root: Path) -> Tokenizer:
-    """The tokenizer in the file, its own normaliser and all: `decode` of `encode` is then not always the same text."""
+    """The tokenizer in the file, its own normaliser included: `decode` of `encode` is then not always the same text."""
     path = path_of(name, root)
     table = _table(path)
     backend = parsed(path)
     marker = end_of_text(path, table)
-    identifier = backend.token_to_id(marker)
-    if identifier is None:
-        raise Mistake(f"{path} has no token {marker!r:.80}, with which {path.with_name(CONFIG).name} ends a text → {WAY_OUT}")
+    marker_id = backend.token_to_id(marker)
+    if marker_id is None:
+        raise Mistake(f"{path} has no token {marker!r:.80}, with which {CONFIG} ends a text → {WAY_OUT}")
     fingerprint = hashlib.sha256(path.read_bytes() + b"\0" + marker.encode()).hexdigest()
-    return Tokenizer(name, _size(path, table), identifier, fingerprint, backend, cuts=False, begin=_begin(backend))
+
+    # what the file's post-processor puts in front of a text; what it puts behind one is left out, because it ends texts
+    text, marked = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    starts = (start for start in range(len(marked) - len(text) + 1) if marked[start : start + len(text)] == text)
+    begin = tuple(marked[: next(starts, 0)])
+    return Tokenizer(name, _vocab_size(path, table), marker_id, fingerprint, backend, cuts=False, begin=begin)
 
 
 def parsed(path: Path) -> Any:
-    """The library's tokenizer, which takes the letters of special tokens for text, and neither cuts nor pads."""
+    """The library's tokenizer, set to encode the letters of special tokens as text, and neither to truncate nor to pad."""
     from tokenizers import Tokenizer as Backend
 
     try:
         backend = Backend.from_file(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # bare Exceptions, and panics of Rust, which are none
+    except BaseException as error:  # the library raises bare Exceptions, and Rust panics that are not even these
         raise Mistake(f"{path} is not a tokenizer ({' '.join(str(error).split())[:120]}) → {WAY_OUT}") from None
     backend.no_truncation()
     backend.no_padding()
@@ -67,19 +80,13 @@ def parsed(path: Path) -> Any:
     return backend
 
 
-def _begin(backend: Any) -> tuple[int, ...]:
-    """The ids that the tokenizer's own post-processor puts in front of a text. What it puts behind one is left out: it ends texts."""
-    text, marked = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-    places = (at for at in range(len(marked) - len(text) + 1) if marked[at : at + len(text)] == text)
-    return tuple(marked[: next(places, 0)])
-
-
 def end_of_text(path: Path, table: dict[str, Any]) -> str:
-    """The token that ends a text: tokenizer_config.json's eos_token, or one that is usually called so."""
-    said = token_text(read_table(path.with_name(CONFIG)).get("eos_token")) if path.with_name(CONFIG).is_file() else None
-    if said:
-        return said
-    known = _names(table)
+    """The token that ends a text: tokenizer_config.json's eos_token, or else one of the usual names."""
+    config = path.with_name(CONFIG)
+    named = token_text(read_table(config).get("eos_token")) if config.is_file() else None
+    if named:
+        return named
+    known = {name for name, _ in _tokens(table) if isinstance(name, str)}
     for name in ENDS:
         if name in known:
             return name
@@ -93,7 +100,7 @@ def token_text(value: Any) -> str | None:
 
 
 def read_table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:
-    """A JSON table of at most `largest` bytes. Whatever else it is, is a Mistake."""
+    """A JSON table of at most `largest` bytes. Anything else is a Mistake."""
     try:
         if path.stat().st_size > largest:
             raise Mistake(f"{path} has {path.stat().st_size} bytes, more than {largest} → is it the right file?")
@@ -120,7 +127,7 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def _tokens(table: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """(token, id) of each: a vocabulary is a table, or a list whose places are ids; added tokens come beside it."""
+    """(token, id) of each token. The vocabulary is a table, or a list whose indices are the ids; added tokens stand beside it."""
     model = table.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     added = table.get("added_tokens")
@@ -133,61 +140,56 @@ def _tokens(table: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
             yield entry.get("content"), entry.get("id")
 
 
-def _size(path: Path, table: dict[str, Any]) -> int:
+def _vocab_size(path: Path, table: dict[str, Any]) -> int:
+    """One more than the highest id, which is more than the number of tokens where ids have gaps."""
     highest = max((number for _, number in _tokens(table) if isinstance(number, int)), default=-1)
     if highest < 0:
         raise Mistake(f"{path} holds no tokens → {WAY_OUT}")
     return 1 + highest
 
 
-def _names(table: dict[str, Any]) -> set[str]:
-    return {name for name, _ in _tokens(table) if isinstance(name, str)}
+def ends_of(tokenizer: Tokenizer, root: Path) -> tuple[int, ...]:
+    """The ids at which a text ends: end-of-text, and those that generation_config.json beside a tokenizer.json names."""
+    named = _beside(tokenizer, root, GENERATION).get("eos_token_id")
+    ids = (named if isinstance(named, list) else [named]) if are_ids(named) else []
+    return tuple(dict.fromkeys([tokenizer.end_of_text, *ids]))
 
 
-FILE, TEMPLATE, GENERATION = "tokenizer.json", "chat_template.jinja", "generation_config.json"
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-def ends_of(words: Tokenizer, root: Path) -> tuple[int, ...]:
-    """The ids at which a text ends: those that the generation_config.json beside a tokenizer.json names, and end-of-text."""
-    told = _beside(words, root, GENERATION).get("eos_token_id")
-    named = told if isinstance(told, list) else [told]
-    return tuple(dict.fromkeys([words.end_of_text, *(named if _are_ids(told) else ())]))
-
-
-def template_of(words: Tokenizer, root: Path) -> str | None:
-    """The chat template beside a tokenizer.json, where there is one."""
-    if not is_file(words.name):
+def template_of(tokenizer: Tokenizer, root: Path) -> str | None:
+    """The chat template beside a tokenizer.json, if there is one."""
+    if not is_file(tokenizer.name):
         return None
-    found = _template(path_of(words.name, root).parent, _beside(words, root, CONFIG))
-    return found if isinstance(found, str) and 0 < len(found) <= LONGEST_TEMPLATE else None
+    template = find_template(path_of(tokenizer.name, root).parent, _beside(tokenizer, root, CONFIG))
+    return template if isinstance(template, str) and 0 < len(template) <= LONGEST_TEMPLATE else None
 
 
-def special_tokens_of(words: Tokenizer, root: Path) -> dict[str, str]:
-    """{"bos_token": "<s>", …}: those that the tokenizer_config.json beside a tokenizer.json names."""
-    told = _beside(words, root, CONFIG)
-    return {name: token for name in SPECIAL if (token := token_text(told.get(name)))}
+def special_tokens_of(tokenizer: Tokenizer, root: Path) -> dict[str, str]:
+    """{"bos_token": "<s>", …}: the special tokens that tokenizer_config.json beside a tokenizer.json names."""
+    config = _beside(tokenizer, root, CONFIG)
+    return {name: token for name in SPECIAL if (token := token_text(config.get(name)))}
 
 
-def _beside(words: Tokenizer, root: Path, name: str) -> dict[str, Any]:
-    """A table in the folder of a run's tokenizer.json; empty where there is none."""
-    if not is_file(words.name):
+def _beside(tokenizer: Tokenizer, root: Path, name: str) -> dict[str, Any]:
+    """The table `name` in the folder of the tokenizer.json; empty if there is none, or the tokenizer is a built-in one."""
+    if not is_file(tokenizer.name):
         return {}
-    path = path_of(words.name, root).with_name(name)
+    path = path_of(tokenizer.name, root).with_name(name)
     return read_table(path) if path.is_file() else {}
 
 
-def _template(source: Path, told: Mapping[str, Any]) -> Any:
-    """From its own file, or from tokenizer_config.json, where it may be one of several with names."""
-    if (source / TEMPLATE).is_file() and (source / TEMPLATE).stat().st_size <= LONGEST_TEMPLATE:
-        return (source / TEMPLATE).read_text(encoding="utf-8", errors="replace")
-    found = told.get("chat_template")
-    named = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-    return next((entry.get("template") for entry in named if entry.get("name") == "default"), None if isinstance(found, list) else found)
+def find_template(folder: Path, config: Mapping[str, Any]) -> Any:
+    """The chat template of a folder, unchecked: from its own file, or from tokenizer_config.json, which may hold several by name."""
+    path = folder / TEMPLATE
+    if path.is_file() and path.stat().st_size <= LONGEST_TEMPLATE:
+        return path.read_text(encoding="utf-8", errors="replace")
+    template = config.get("chat_template")
+    if not isinstance(template, list):
+        return template
+    return next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
 
 
-def _are_ids(value: Any) -> bool:
-    """One, or a list of some."""
+def are_ids(value: Any) -> bool:
+    """Whether a value from a JSON file is a token id, or a list of some."""
     if isinstance(value, list):
-        return 0 < len(value) <= 100 and not any(isinstance(entry, list) for entry in value) and all(map(_are_ids, value))
+        return 0 < len(value) <= 100 and not any(isinstance(entry, list) for entry in value) and all(map(are_ids, value))
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from research.data.prepare import Settings as Data
+from research.data.prepare import DataSettings as Data
 from research.data.tokenizer import Tokenizer
 from research.evaluation.scorer import Score, Scorer, ScoreRequest
 

@@ -16,7 +16,7 @@ from typing import Any
 from parallel.errors import Mistake
 from research.data import tokenizer, tokenizer_file
 from research.data.tokenizer import Tokenizer
-from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, _are_ids, _template, read_table
+from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, are_ids, find_template, read_table
 from research.exchange.hf_writer import write_table
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -37,11 +37,11 @@ def take(file: Path, target: Path, length: int, ids: Mapping[str, Any]) -> None:
     backend = tokenizer_file.parsed(file)
     shutil.copyfile(file, target / FILE)
     said = {**ids, **(read_table(source / GENERATION) if (source / GENERATION).is_file() else {})}
-    known = {name: value for name, value in said.items() if _are_ids(value)}
+    known = {name: value for name, value in said.items() if are_ids(value)}
     tokens = {name: _known(backend, told.get(name)) or _by_id(backend, known.get(f"{name}_id")) for name in SPECIAL}
     tokens["eos_token"] = tokens["eos_token"] or tokenizer_file.end_of_text(file, read_table(file, tokenizer_file.LARGEST))
     describe(target, tokens, length)
-    keep_template(target, _template(source, told))
+    keep_template(target, find_template(source, told))
     keep_ids(target, _ids_of(backend, tokens) | known)
 
 
@@ -68,7 +68,7 @@ def keep_template(target: Path, template: Any) -> None:
 
 def keep_ids(target: Path, told: Mapping[str, Any]) -> None:
     """generation_config.json: the ids of `told` that are ids."""
-    write_table(target / GENERATION, {name: told[name] for name in IDS if _are_ids(told.get(name))})
+    write_table(target / GENERATION, {name: told[name] for name in IDS if are_ids(told.get(name))})
 
 
 def write(target: Path, words: Tokenizer, root: Path, length: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from research import ROOT
 from research.cluster.environment import Ranks, threads_per_rank
 from research.config import Experiment
 from research.config.checks import check
-from research.config.diff import flattened
+from research.config.diff import flatten
 from research.config.experiment_folder import LoadedExperiment, check_variants
 from research.config.layout import Layout, engine_settings, layout
 from research.config.overrides import Options, Override
@@ -140,7 +140,7 @@ def dry_run(job: Job, commit: str, dirty: bool) -> str:
     ]
     lines = [f"{job.name} · dry run · {tree}", *(f"{label:<9}{text}" for label, text in described), ""]
 
-    settings = flattened(resolved(experiment))
+    settings = flatten(resolved(experiment))
     width = max(map(len, settings))
     for name, value in settings.items():
         lines.append(f"{name:<{width}}  {(shlex.join(map(str, value)) or 'none') if isinstance(value, list) else value}")

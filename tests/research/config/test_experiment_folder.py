@@ -1,5 +1,7 @@
-"""Experiment folders: config.py and variant.py by path, what is wrong in them said with file and line, nothing left behind."""
-# MERGED-DOC """The generated config.py: it evaluates to the settings that were meant, and to nothing else, whatever a stranger called his model."""
+"""Experiment folders: config.py and variant.py are loaded by path, errors in them are reported with file and line, nothing is left behind.
+
+A written config.py evaluates to the settings it was written from, and to nothing else, whatever names they contain.
+"""
 
 import ast
 import subprocess

@@ -131,7 +131,7 @@ def test_help_teaches(capsys) -> None:
     for name in values():
         assert f"--{name} " in said, name
     assert "(default: 0.003)" in said
-    assert "sequences a step, over all ranks" in said
+    assert "sequences per step, over all ranks" in said
 
 
 def test_help_starts_an_experiment_on_its_own_layout() -> None:

@@ -54,7 +54,7 @@ def test_long_documents_and_many_small_ones_are_grouped_without_a_trace(settings
     settings.validation = lines("long.jsonl", ["tiny", "word and \n\nword " * 50, "", "x" * 200, "end "])
     whole = prepare.load(settings, tmp_path, 300).validation.tokens.tolist()
     monkeypatch.setattr(prepare, "GROUP", 37)
-    monkeypatch.setattr(prepare.tokenizer, "pieces", lambda text: pieces(text, 11))
+    monkeypatch.setattr(tokenizer, "pieces", lambda text: pieces(text, 11))
     settings.cache = "other"
     assert prepare.load(settings, tmp_path, 300).validation.tokens.tolist() == whole
 
@@ -190,6 +190,7 @@ def test_where_the_file_system_has_no_locks_work_goes_on(settings, tmp_path, mon
     assert prepare.load(settings, tmp_path, 300).train.num_documents == 20
 
 
+@pytest.mark.slow
 def test_the_builtin_corpus_gives_the_recorded_numbers(tmp_path):
     """Ten megabytes in seconds; the tokenizer's bytes are pinned, so that another library version cannot change them unseen."""
     names = ("builtin:state_of_the_union/train", "builtin:state_of_the_union/val")
@@ -198,6 +199,15 @@ def test_the_builtin_corpus_gives_the_recorded_numbers(tmp_path):
     assert (found.train.num_tokens, found.validation.num_tokens) == (2_095_431, 70_813)
     assert (found.train.num_bytes, found.validation.num_bytes) == (10_275_792, 307_947)
     assert found.tokenizer.fingerprint == "265dd50d3d95fdeede35bbd100b93744fb04eeaa9952093983ef98e1865cb17b"
+    assert isinstance(found.train, TokenStore) and found.train.tokens.dtype == np.uint16
+
+
+def test_the_builtin_validation_split_gives_the_recorded_numbers(tmp_path):
+    """The same on 300 kilobytes: a tokenizer trained on the validation split and the store of that split are pinned."""
+    name = "builtin:state_of_the_union/val"
+    found = prepare.load(types.SimpleNamespace(train=name, validation=name, tokenizer="builtin:bpe-8192", cache="c"), tmp_path, 8192)
+    assert (found.validation.num_tokens, found.validation.num_bytes) == (63_495, 307_947)
+    assert found.tokenizer.fingerprint == "ce1a70e9b2ff8b92f2be3a9a08cc781357eb31d4a76556c9ad45dd3214ae4cf7"
     assert isinstance(found.train, TokenStore) and found.train.tokens.dtype == np.uint16
 
 

@@ -46,7 +46,7 @@ class Stage:
     """A place with small texts, where runs of one experiment are rehearsed; `name` keeps their folders apart."""
 
     def __init__(self, place: Path, experiment: str = "gpt_sotu") -> None:
-        start_server()  # the tests' own, which has more imported; research.ranks forks from whichever runs
+        start_server()  # the tests' own, which has more imported; forked_ranks forks from whichever runs
         self.place, self.loaded = place, load(ROOT / "experiments" / experiment)
         small_run.write_texts(self.loaded, place)
 

@@ -20,7 +20,7 @@ from tests.research.helpers.example import example
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> None:
-    """The tests' own, which research.ranks then forks from, too."""
+    """The tests' own server, from which research.cluster.forked_ranks then forks too."""
     start_server()
 
 
