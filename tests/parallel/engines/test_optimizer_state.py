@@ -34,7 +34,7 @@ LAYOUTS = {
 
 
 def test_a_checkpoint_holds_the_weights_and_the_moments() -> None:
-    assert KINDS == ("weights", *MOMENTS)
+    assert ("weights", *MOMENTS) == KINDS
 
 
 def step_once(engine: Engine, shape, grid) -> None:
