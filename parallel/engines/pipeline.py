@@ -109,8 +109,10 @@ class Pipeline(PipelineModule):
 
 
 def layer_specs(layers: Sequence[Layer]) -> list[LayerSpec]:
-    """DeepSpeed's specs of the layers. Tied layers become TiedLayerSpecs: the last stage builds a copy of the embedding, drawn under
-    the same name."""
+    """DeepSpeed's specs of the layers.
+
+    Tied layers become TiedLayerSpecs: the last stage builds a copy of the embedding, drawn under the same name.
+    """
     by_name = {layer.name: layer for layer in layers}
     owners = {layer.tied_to for layer in layers if layer.tied_to}
     specs: list[LayerSpec] = []

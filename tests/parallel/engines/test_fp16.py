@@ -263,7 +263,14 @@ def test_the_model_is_tied_and_learns() -> None:
     assert MODEL["tied"] and alone["loss"][-1] < alone["loss"][0] - 0.2
 
 
-@pytest.mark.parametrize("layout", [dict(), dict(tensor=2), dict(zero_stage=3)], ids=["DP2", "TP2", "ZeRO-3"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(dict(), id="DP2", marks=pytest.mark.slow),
+        pytest.param(dict(tensor=2), id="TP2"),
+        pytest.param(dict(zero_stage=3), id="ZeRO-3", marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_takes_the_scale_to_another_layout(tmp_path, layout: dict) -> None:
     """The scale that the next step would have had, and its losses, whatever number of data ranks goes on."""
     settings = dict(precision="fp16", micro=2, steps=14, explicit={"fp16": {"initial_scale_power": 24, "loss_scale_window": 3}})

@@ -51,10 +51,10 @@ def save_on(grid: Grid, folder: Path, offset: float = 0.0, step: int = 1) -> Sav
     if grid.rank == grid.world - 1:
         parts.append(Part("weights", last, (4, 5), 0, 0, 4))
         mine.append(whole + offset)
-    writing = CheckpointWriter(folder, parts, {"step": step}, grid)
+    checkpoint = CheckpointWriter(folder, parts, {"step": step}, grid)
     for tensor in mine:
-        writing.write(tensor)
-    return writing.finish()
+        checkpoint.write(tensor)
+    return checkpoint.finish()
 
 
 def all_but_slow(cases: Iterable, fast: Collection) -> list:
@@ -74,8 +74,8 @@ def change_manifest(folder: Path, change) -> None:
 
 def signed(manifest: dict) -> dict:
     """With the SHA-256 of all else, as docs/checkpoints.md defines it."""
-    said = {name: value for name, value in manifest.items() if name != "sha256"}
-    return said | {"sha256": hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()}
+    entries = {name: value for name, value in manifest.items() if name != "sha256"}
+    return entries | {"sha256": hashlib.sha256(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()).hexdigest()}
 
 
 def hidden(folder: Path) -> list[str]:
