@@ -1,9 +1,9 @@
-# Two commands do everything on a fresh machine: make train, make test. Each prepares .venv once, then runs the plain command it prints.
+# On a fresh machine two commands are enough: make train and make test. Each prepares .venv once, then runs the command that it prints.
 #
-#   PYTHON=python3.12    another interpreter (3.11 or newer) for .venv
-#   PIP_ARGS="…"         passed to every pip install, e.g. an index that serves CPU-only torch
+#   PYTHON=python3.12    the interpreter for .venv (3.11 or newer)
+#   PIP_ARGS="…"         arguments for every pip install, e.g. an index with CPU-only torch
 #
-# A torch that already sits in .venv and is the pinned version, CPU-only or not, is kept.
+# If .venv already has the pinned version of torch, CPU-only or not, it is kept.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,11 +15,12 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# DeepSpeed's kernels stay unbuilt: nothing here uses them.
+# DeepSpeed's kernels are not built, because nothing here uses them.
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# $(call install,FILE): pip's whole output goes to a log; a person sees the pinned packages arrive, and the log's end if it fails.
+# $(call install,FILE): pip's whole output goes to a log. The terminal shows the pinned packages as they are installed, and the end of the
+# log if pip fails.
 define install
 	@$(VENV)/bin/python -m pip install --progress-bar off $(PIP_ARGS) -r $(1) 2>&1 | tee $(VENV)/install.log \
 	| while IFS= read -r line; do case "$$line" in \
@@ -32,26 +33,26 @@ endef
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
 
-train: $(VENV)/ready  ## set up if needed, then train the default experiment on two ranks, about three minutes on two CPU cores
+train: $(VENV)/ready  ## set up if needed, then train the default experiment on two ranks: about three minutes on two CPU cores
 	deepspeed --num_gpus 2 experiments/gpt_sotu/launch.py --parallel.tensor 2
 	@[ "$${VIRTUAL_ENV:-}" = "$(CURDIR)/$(VENV)" ] || echo "first  source $(VENV)/bin/activate   (once in a terminal)"
 
-test: $(VENV)/ready-dev  ## set up if needed, then every test but the slow ones
+test: $(VENV)/ready-dev  ## set up if needed, then run all tests except the slow ones
 	pytest
 
-test-slow: $(VENV)/ready-dev  ## the slow tests
+test-slow: $(VENV)/ready-dev  ## run the slow tests
 	pytest -m slow
 
-check: $(VENV)/ready-dev  ## lint, types, and the direction of imports
+check: $(VENV)/ready-dev  ## check style (ruff), types (mypy) and the direction of imports
 	ruff check .
 	mypy
 	pytest tests/test_arrows.py
 
-clean:  ## remove .venv and all caches; runs/ stays
+clean:  ## remove .venv and all caches, but not runs/
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-# The stamps are written last, so an install that was cut short is taken up again by the next make.
+# The stamp files are written last, so the next make repeats an install that was interrupted.
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error  Python {sys.version.split()[0]} is older than 3.11 → make PYTHON=python3.11 …")'
 	@echo "setting up $(VENV) (once, one to three minutes)"

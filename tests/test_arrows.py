@@ -7,7 +7,7 @@ small offender, that the rule can fail, and on a small innocent, that it does no
 import ast
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -16,19 +16,42 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("parallel", "models", "research", "experiments", "benchmarks", "tests")
 LIBRARY = ("parallel", "models", "research")
-MAY_IMPORT = {
-    "parallel": {"parallel"},
-    "models": {"parallel", "models"},
-    "research": {"parallel", "models", "research"},
-    "experiments": {"research"},
-    "benchmarks": {"parallel", "models", "research"},
+MAY_IMPORT: dict[str, set[str]] = {
+    "parallel": set(),
+    "parallel/engines": {"parallel"},
+    "parallel/checkpoint": {"parallel", "parallel/engines"},
+    "models": {"parallel"},
+    "models/estimates": {"models", "parallel"},
+    "models/conversion": {"models", "parallel"},
+    "models/inference": {"models", "models/estimates", "parallel"},
+    "research/tracking": set(),
+    "research/cluster": set(),
+    "research/data": set(),
+    "research/config": {"research/cluster"},
+    "research/generation": {"research/config", "research/data", "research/tracking"},
+    "research/reliability": {"research/cluster", "research/tracking"},
+    "research/evaluation": {"research/generation", "research/config", "research/data", "research/tracking", "research/cluster"},
+    "research/exchange": {"research/generation", "research/config", "research/data", "research/tracking", "research/cluster"},
+    "research/serving": {"research/generation", "research/data", "research/cluster"},
+    "research/training": {
+        *("research/evaluation", "research/generation", "research/reliability"),
+        *("research/config", "research/data", "research/tracking", "research/cluster"),
+    },
+    "research/verification": {
+        *("research/training", "research/reliability", "research/config"),
+        *("research/data", "research/tracking", "research/cluster"),
+    },
 }
+"""A room -> the rooms that it may import besides itself. Every room of research/ may also import all of parallel/ and models/."""
+FRONT = {"research/cli", "research/serving", "research/exchange", "research/verification"}
+"""Rooms that research/launch.py, and with it every launch, does without."""
+ROOMS = {*MAY_IMPORT, "research", "research/cli"}
 VARIANT_MAY_IMPORT = {"parallel", "models"}
 ENVIRONMENT_IS_TOUCHED_IN = {
     "research/cluster/environment.py",  # reads what a launcher tells a rank, sets the threads
     "parallel/distributed.py",  # LOCAL_RANK, for DeepSpeed
     "research/evaluation/lm_eval_task.py",  # "no network" for lm-evaluation-harness' libraries
-    "research/tracking/tracker.py",  # W&B takes its cache folders from there only
+    "research/tracking/wandb_mirror.py",  # W&B takes its cache folders from there only
 }
 FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "trust_remote_code=True", "allow_pickle=True")
 EXPERIMENT_FILES = {"config.py", "launch.py", "variant.py"}
@@ -78,16 +101,81 @@ def _called(node: ast.Call) -> str:
     return ast.unparse(node.func)
 
 
+def room_of(path: str) -> str:
+    """The room that a file of the library stands in: 'research/training' for research/training/loop.py, 'research' for launch.py."""
+    parts = PurePosixPath(path).parent.parts[:2]
+    return "/".join(parts) if "/".join(parts) in ROOMS else parts[0]
+
+
+def module_file(name: str, files: Container[str]) -> str | None:
+    """The file among `files` that the dotted name `name` begins with: 'models.gpt.layers' -> models/gpt.py; None for a library's."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        stem = "/".join(parts[:end])
+        for candidate in (f"{stem}.py", f"{stem}/__init__.py"):
+            if candidate in files:
+                return candidate
+    return None
+
+
 def arrows(source: Source) -> Iterator[Finding]:
-    """experiments → research → models → parallel, and never back; nobody imports a benchmark or a test."""
+    """experiments → research → models → parallel, and between rooms as MAY_IMPORT says; nobody imports a benchmark or a test."""
     if source.folder == "tests":
         return
-    allowed = MAY_IMPORT[source.folder]
-    if source.folder == "experiments" and source.path.endswith("/variant.py"):
-        allowed = allowed | VARIANT_MAY_IMPORT
     for line, name in imports(source):
-        if (top := name.split(".")[0]) in FOLDERS and top not in allowed:
-            yield line, f"imports {name}: {source.folder}/ may import {', '.join(sorted(allowed))}"
+        parts = name.split(".")
+        if parts[0] not in FOLDERS:
+            continue
+        target = "/".join(parts[:2]) if "/".join(parts[:2]) in ROOMS else parts[0]
+        if name == "research.ROOT" or (source.folder in LIBRARY and target == room_of(source.path)):
+            continue
+        if not may_import(source, target):
+            yield line, f"imports {name}: {room_of(source.path) if source.folder in LIBRARY else source.folder}/ may not import {target}/"
+
+
+def may_import(source: Source, target: str) -> bool:
+    """Whether the file may import the room (or folder) `target`, which is not its own."""
+    top = target.partition("/")[0]
+    if source.folder == "experiments":
+        return top == "research" or (source.path.endswith("/variant.py") and top in VARIANT_MAY_IMPORT)
+    if source.folder == "benchmarks":
+        return top in LIBRARY
+    room = room_of(source.path)
+    if source.folder == "research" and top in ("parallel", "models"):
+        return True
+    if room == "research/cli":
+        return top == "research"
+    if source.path == "research/launch.py":
+        return top == "research" and target not in FRONT
+    if source.path == "research/__main__.py":
+        return target in ("research/cli", "research/cluster")
+    return target in MAY_IMPORT.get(room, set())
+
+
+def cycles(files: list[Source]) -> list[list[str]]:
+    """Circles of files that import one another, wherever in them, `if TYPE_CHECKING:` included. A package's file counts for itself."""
+    paths = {source.path for source in files if source.folder in LIBRARY}
+    graph = {
+        source.path: sorted({target for _, name in imports(source) if (target := module_file(name, paths)) and target != source.path})
+        for source in files
+        if source.folder in LIBRARY
+    }
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(path: str, trail: list[str]) -> None:
+        if path in trail:
+            found.append([*trail[trail.index(path) :], path])
+            return
+        if path in done:
+            return
+        for target in graph[path]:
+            visit(target, [*trail, path])
+        done.add(path)
+
+    for path in graph:
+        visit(path, [])
+    return found
 
 
 def experiments_stand_alone(source: Source) -> Iterator[Finding]:
@@ -100,22 +188,22 @@ def experiments_stand_alone(source: Source) -> Iterator[Finding]:
             yield line, f"imports {name}: copy what you need, an ablation is a folder"
 
 
-def deepspeed_only_in_parallel(source: Source) -> Iterator[Finding]:
-    """Whoever else needs DeepSpeed asks parallel/engines/engine.py."""
-    if source.folder not in ("parallel", "tests"):
-        yield from _imports_of("deepspeed", source, "only parallel/ may")
+def deepspeed_only_with_the_engines(source: Source) -> Iterator[Finding]:
+    """Whoever else needs DeepSpeed asks parallel/engines/engine.py. The ledger and a mutation of the tests look into it."""
+    if source.folder != "tests" and source.path != "parallel/distributed.py" and not source.path.startswith("parallel/engines/"):
+        yield from _imports_of("deepspeed", source, "only parallel/distributed.py and parallel/engines/ may")
 
 
 def wandb_only_in_tracking(source: Source) -> Iterator[Finding]:
-    """One file knows W&B, so that a run without it is the same run."""
-    if source.folder != "tests" and source.path != "research/tracking/tracker.py":
-        yield from _imports_of("wandb", source, "only research/tracking/tracker.py may")
+    """Two files know W&B, so that a run without it is the same run."""
+    if source.folder != "tests" and not source.path.startswith("research/tracking/wandb_"):
+        yield from _imports_of("wandb", source, "only research/tracking/wandb_*.py may")
 
 
 def spmd_types_only_where_types_are_checked(source: Source) -> Iterator[Finding]:
     """What runs and trains knows nothing of the checker, which only requirements-dev.txt installs."""
-    if source.folder != "tests" and not source.path.startswith("research/typed_"):
-        yield from _imports_of("spmd_types", source, "only research/typed_*.py may")
+    if source.folder != "tests" and not source.path.startswith("research/verification/spmd_"):
+        yield from _imports_of("spmd_types", source, "only research/verification/spmd_*.py may")
 
 
 def _imports_of(package: str, source: Source, who: str) -> Iterator[Finding]:
@@ -173,7 +261,7 @@ def nothing_forbidden(source: Source) -> Iterator[Finding]:
 
 
 RULES: list[Rule] = [
-    *(arrows, experiments_stand_alone, deepspeed_only_in_parallel, wandb_only_in_tracking, spmd_types_only_where_types_are_checked),
+    *(arrows, experiments_stand_alone, deepspeed_only_with_the_engines, wandb_only_in_tracking, spmd_types_only_where_types_are_checked),
     *(environment_in_named_places, library_is_silent, public_names_say_what_they_are, nothing_forbidden),
 ]
 
@@ -197,21 +285,46 @@ def test_the_house_keeps(rule: Rule, house: list[Source]) -> None:
 
 
 DOC = '"""A module."""\n'
+FORBIDDEN_ARROWS = [  # one for each row of MAY_IMPORT, and for the files that have a rule of their own
+    ("parallel/x.py", "parallel.engines.engine"),
+    ("parallel/engines/x.py", "parallel.checkpoint.load"),
+    ("parallel/checkpoint/x.py", "models.gpt"),
+    ("models/x.py", "models.inference.cache"),
+    ("models/estimates/x.py", "models.conversion.families"),
+    ("models/conversion/x.py", "models.estimates.parameters"),
+    ("models/inference/x.py", "research.generation.settings"),
+    ("research/tracking/x.py", "research.config.Experiment"),
+    ("research/cluster/x.py", "research.tracking.format"),
+    ("research/data/x.py", "research.config.Data"),
+    ("research/config/x.py", "research.data.prepare"),
+    ("research/generation/x.py", "research.evaluation.task"),
+    ("research/reliability/x.py", "research.training.job"),
+    ("research/evaluation/x.py", "research.training.loop"),
+    ("research/exchange/x.py", "research.evaluation.task"),
+    ("research/serving/x.py", "research.cli.serve"),
+    ("research/training/x.py", "research.verification.training"),
+    ("research/verification/x.py", "research.evaluation.task"),
+    ("research/launch.py", "research.verification.small_run"),
+    ("research/__main__.py", "research.training.loop"),
+    ("research/cli/x.py", "tests.harness"),
+]
 OFFENDERS: list[tuple[Rule, str, str]] = [  # the finding must name the line that ends in "here"
+    *((arrows, path, DOC + f"import {module}  # here") for path, module in FORBIDDEN_ARROWS),
     (arrows, "parallel/x.py", DOC + "from models.gpt import layers  # here"),
     (arrows, "parallel/x.py", DOC + "from ..research import config  # here"),
     (arrows, "parallel/x.py", DOC + "def f():\n    import research  # here"),
     (arrows, "models/x.py", DOC + "import parallel.grid, research.config  # here"),
     (arrows, "models/x.py", DOC + "import importlib\nimportlib.import_module('research.training.loop')  # here"),
     (arrows, "research/data/x.py", DOC + "from experiments.gpt_sotu import config  # here"),
-    (arrows, "research/x.py", DOC + "import tests.harness  # here"),
+    (arrows, "research/tracking/x.py", DOC + "if TYPE_CHECKING:\n    from research.training.job import Job  # here"),
     (arrows, "experiments/a/config.py", DOC + "from models.gpt import layers  # here"),
     (arrows, "experiments/a/variant.py", DOC + "from benchmarks import train  # here"),
     (arrows, "benchmarks/x.py", DOC + "import tests.harness  # here"),
     (experiments_stand_alone, "experiments/a/config.py", DOC + "from experiments.b.config import config  # here"),
     (experiments_stand_alone, "experiments/a/config.py", DOC + "from ..b.config import config  # here"),
     (experiments_stand_alone, "experiments/a/config.py", DOC + "from gpt_sotu.config import config  # here"),
-    (deepspeed_only_in_parallel, "research/x.py", DOC + "def f():\n    from deepspeed.runtime import engine  # here"),
+    (deepspeed_only_with_the_engines, "research/x.py", DOC + "def f():\n    from deepspeed.runtime import engine  # here"),
+    (deepspeed_only_with_the_engines, "parallel/checkpoint/x.py", DOC + "import deepspeed  # here"),
     (wandb_only_in_tracking, "research/x.py", DOC + "import wandb  # here"),
     (wandb_only_in_tracking, "parallel/x.py", DOC + "import wandb.sdk as w  # here"),
     (spmd_types_only_where_types_are_checked, "parallel/x.py", DOC + "from spmd_types import R  # here"),
@@ -243,12 +356,12 @@ def test_a_rule_can_fail(rule: Rule, path: str, text: str) -> None:
 
 
 INNOCENTS = [
-    ("parallel/x.py", DOC + "import deepspeed, torch\nfrom parallel.grid import Grid\nfrom .slices import Slice"),
+    ("parallel/engines/x.py", DOC + "import deepspeed, torch\nfrom parallel.grid import Grid\nfrom .fp16 import correct"),
     ("parallel/distributed.py", DOC + "import os\nos.environ['LOCAL_RANK'] = '0'"),
     ("models/x.py", DOC + "from parallel.grid import Grid\ndef _helper():\n    return sys.environment"),
     ("models/y.py", DOC + '@overload\ndef f(x): ...\ndef f(x):\n    """Says."""'),
-    ("research/tracking/tracker.py", DOC + "import wandb\nprint('hello')"),
-    ("research/typed_x.py", DOC + "from spmd_types import R"),
+    ("research/tracking/wandb_x.py", DOC + "import wandb\nprint('hello')"),
+    ("research/verification/spmd_x.py", DOC + "from spmd_types import R"),
     ("research/data/x.py", DOC + 'def f():\n    """Loads."""\n    np.load(path, allow_pickle=False)'),
     ("experiments/a/config.py", DOC + "from research.config import Experiment"),
     ("experiments/a/variant.py", DOC + "from models.norm import LayerNorm\nfrom parallel.grid import Grid\nclass A:\n    pass"),
@@ -259,6 +372,24 @@ INNOCENTS = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_a_rule_leaves_the_innocent_alone(rule: Rule) -> None:
     assert broken(rule, [Source(path, text) for path, text in INNOCENTS]) == []
+
+
+def test_every_room_has_a_row_and_a_forbidden_arrow(house: list[Source]) -> None:
+    rooms = {room_of(source.path) for source in house if source.folder in LIBRARY}
+    assert rooms == ROOMS
+    assert {room_of(path) for path, _ in FORBIDDEN_ARROWS} == ROOMS
+
+
+def test_no_file_imports_itself_through_others(house: list[Source]) -> None:
+    assert cycles(house) == []
+
+
+def test_the_rule_on_circles_can_fail() -> None:
+    a = Source("models/a.py", "if TYPE_CHECKING:\n    from models.b import B")
+    b = Source("models/b.py", "def f():\n    from models import c")
+    c = Source("models/c.py", "import models.a")
+    assert cycles([a, b, c]) == [["models/a.py", "models/b.py", "models/c.py", "models/a.py"]]
+    assert cycles([a, b]) == []
 
 
 def without_torch(module: str, root: Path) -> subprocess.CompletedProcess:

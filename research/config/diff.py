@@ -14,7 +14,7 @@ Change = tuple[str, Any, Any]
 
 def diff(then: Experiment, now: Experiment) -> list[Change]:
     """Every setting that differs, by dotted name, in the order of the schema."""
-    old, new = _flat(resolved(then)), _flat(resolved(now))
+    old, new = flattened(resolved(then)), flattened(resolved(now))
     return [(name, old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
 
 
@@ -23,11 +23,11 @@ def describe_changes(found: list[Change]) -> str:
     return ", ".join(f"{name} {then} → {now}" for name, then, now in found)
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """{"model.num_layers": 4, …}; a list is a value."""
+def flattened(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name: {"model.num_layers": 4, …}; a list is a value."""
     if not isinstance(value, dict) or (not value and name):
         return {name: value}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= _flat(inner, f"{name}.{key}" if name else key)
+        found |= flattened(inner, f"{name}.{key}" if name else key)
     return found

@@ -22,7 +22,7 @@ from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
 from research.data import documents
 from research.data.tokenizer import Tokenizer
-from research.generation.restore import UNDRAWN, without_init
+from research.generation.restore import without_init
 from research.tracking.console import Advance, counted, nothing
 
 TEXT = "builtin:state_of_the_union/val"
@@ -147,7 +147,8 @@ SAFELY = {
 
 def our_logits(model: GPT, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Logits:
     """Our model with a checkpoint's weights, rounded to `dtype` first, computing in fp32."""
-    module = PlainModule(gpt.layers(without_init(model), Grid(), seed=0, variants=UNDRAWN))
+    model, variants = without_init(model, {})
+    module = PlainModule(gpt.layers(model, Grid(), seed=0, variants=variants))
     with Reader(checkpoint) as reader:
         load_weights(module, reader, Grid())
     with torch.no_grad():

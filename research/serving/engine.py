@@ -94,7 +94,7 @@ class Engine:
     def _take_orders(self) -> bool:
         """All that there are; waits for one where nothing is being written. False after Halt."""
         while True:
-            self.metrics.rows(len(self.writer.batch.live), len(self.writer.batch.waiting))
+            self.metrics.rows(len(self.writer.scheduler.live), len(self.writer.scheduler.waiting))
             try:
                 order = self.orders.get(block=not self.writer)
             except Empty:
@@ -117,7 +117,7 @@ class Engine:
             del self._jobs[job.text]
             self.writer.cancel(job.text)
             self.metrics.ended(CANCELLED)
-            self.hand_out([(job, Piece("", count=len(job.text.written.ids), finish=CANCELLED))])
+            self.hand_out([(job, Piece("", count=len(job.text.generation.ids), finish=CANCELLED))])
 
     def _step(self) -> None:
         begun = time.perf_counter()
@@ -134,13 +134,13 @@ class Engine:
                 del self._jobs[text]
 
     def _piece(self, text: GeneratedText, job: Job) -> Piece:
-        ids, starts = text.written.ids, text.starts
+        ids, starts = text.generation.ids, text.starts
         tokens: tuple[Token, ...] = ()
         if job.ask.logprobs is not None:
             known = len(ids) - (text.finish == END)
             if text.finish in (None, STOP):
                 known = next((i for i in range(job.told, known) if starts[i] >= len(text.text)), known)
-            tokens = tuple(Token(ids[i], starts[i], *text.written.logprobs[i]) for i in range(job.told, known))
+            tokens = tuple(Token(ids[i], starts[i], *text.generation.logprobs[i]) for i in range(job.told, known))
             job.told = max(job.told, known)
         return Piece(text.fresh, tokens, len(ids), text.finish)
 

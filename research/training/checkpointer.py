@@ -26,13 +26,16 @@ class Checkpointer:
         self.saver = BackgroundSaver() if run.job.experiment.checkpoints.background else Saver()
         self.saved_step = -1
         """The step of the newest checkpoint that was begun or resumed from; −1 for none."""
+        self.unreported = False
+        """Whether a checkpoint was begun that `poll` has not reported yet; equal on every rank."""
+        self.origin = {"config": config_hash(run.job.experiment), "commit": git_state(run.job.root)[0], "data": run.corpus.fingerprint}
 
     def save(self) -> None:
         """Begins (or writes) the checkpoint of this step. The time it takes is not counted as training time."""
         run = self.run
         with run.progress.work("saving", Stage.SAVING), run.meter.paused("saving"):
             self.saver.save(run.folder.checkpoints / name_of(run.step), run.engine, self.facts())
-        self.saved_step = run.step
+        self.saved_step, self.unreported = run.step, True
 
     def poll(self) -> None:
         """Reports what has been published since the last call, and deletes checkpoints that are not to be kept."""
@@ -55,9 +58,7 @@ class Checkpointer:
             "samples": run.step * run.job.experiment.schedule.batch_size,
             "tokens": run.step * run.job.layout.tokens_per_step,
             "applied_steps": run.step - run.engine.skipped_steps,
-            "config": config_hash(run.job.experiment),
-            "commit": git_state(run.job.root)[0],
-            "data": run.corpus.fingerprint,
+            **self.origin,
             "run": {
                 "seconds": run.meter.seconds(),
                 "best": self.periodic.best,
@@ -80,6 +81,7 @@ class Checkpointer:
 
     def _report(self, published: list[Saved]) -> None:
         for saved in published:
+            self.unreported = self.unreported and saved.folder.name != name_of(self.saved_step)
             self.run.console.saved(saved.folder.name, saved.seconds)
         if published:
             self._retain()

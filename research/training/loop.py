@@ -108,7 +108,8 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
         # once in a while: a checkpoint
         if run.step < schedule.steps and checkpoints.every and run.step % checkpoints.every == 0:
             checkpointer.save()
-        checkpointer.poll()
+        if checkpointer.unreported:
+            checkpointer.poll()
 
 
 def step_batches(run: Run) -> Iterator[MicroBatch]:

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: warm-up, then one of five decays. No state, so a resume needs none.
+"""The learning-rate schedule: a pure function of the step, warm-up and then one of five decays. It has no state to save or resume.
 
 Steps count from 0; `step` is the step about to be taken and `steps` how many the run takes, so the last one is steps - 1.
 
@@ -13,55 +13,36 @@ steps: theirs spend the first step at 0 and never take the one at the end of the
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 from parallel.errors import Mistake
+from research.config import Optimizer
 
 
-class Decaying(Protocol):
-    """The fields of research.config.Optimizer that a schedule reads."""
-
-    lr: float
-    min_lr: float
-    warmup_steps: int
-    decay_steps: int | None
-
-    @property
-    def decay(self) -> str:
-        """A name in DECAYS; read-only here, so that a schema may allow fewer strings."""
-
-
-def learning_rate(step: int, optimizer: Decaying, steps: int) -> float:
+def learning_rate(step: int, optimizer: Optimizer, steps: int) -> float:
     """The learning rate of step `step` (from 0) in a run of `steps` steps. Steps past the last get the last one's rate."""
-    decay = decay_named(optimizer.decay)
+    if optimizer.decay not in DECAYS:
+        raise Mistake(f"optimizer.decay = {optimizer.decay!r} is not known → use {', '.join(DECAYS)}")
     if step < optimizer.warmup_steps:
         return optimizer.lr * ((step + 1) / optimizer.warmup_steps)
-    return decay(min(step, steps - 1), optimizer, steps)
+    return DECAYS[optimizer.decay](min(step, steps - 1), optimizer, steps)
 
 
-def decay_named(name: str) -> Callable[[int, Decaying, int], float]:
-    """The decay called `name`, or a Mistake that lists them."""
-    if name not in DECAYS:
-        raise Mistake(f"optimizer.decay = {name!r} is not known → use {', '.join(DECAYS)}")
-    return DECAYS[name]
-
-
-def constant(step: int, optimizer: Decaying, steps: int) -> float:
+def constant(step: int, optimizer: Optimizer, steps: int) -> float:
     """lr at every step; min_lr plays no part."""
     return optimizer.lr
 
 
-def linear(step: int, optimizer: Decaying, steps: int) -> float:
+def linear(step: int, optimizer: Optimizer, steps: int) -> float:
     """A straight line from lr at the peak to min_lr at the last step."""
     return _between(optimizer, 1 - _progress(step, _peak(optimizer), steps))
 
 
-def cosine(step: int, optimizer: Decaying, steps: int) -> float:
+def cosine(step: int, optimizer: Optimizer, steps: int) -> float:
     """Half a cosine from lr at the peak to min_lr at the last step (arXiv:1608.03983, without restarts)."""
     return _between(optimizer, 0.5 * (1 + math.cos(math.pi * _progress(step, _peak(optimizer), steps))))
 
 
-def wsd(step: int, optimizer: Decaying, steps: int) -> float:
+def wsd(step: int, optimizer: Optimizer, steps: int) -> float:
     """Warmup-stable-decay (arXiv:2404.06395): lr until decay_steps before the last step, then a straight line to min_lr."""
     if optimizer.decay_steps is None:
         raise Mistake("optimizer.decay = 'wsd' needs optimizer.decay_steps → set it, for example to a fifth of schedule.steps")
@@ -69,12 +50,12 @@ def wsd(step: int, optimizer: Decaying, steps: int) -> float:
     return _between(optimizer, 1 - _progress(step, start, steps))
 
 
-def inverse_sqrt(step: int, optimizer: Decaying, steps: int) -> float:
+def inverse_sqrt(step: int, optimizer: Optimizer, steps: int) -> float:
     """lr · √(w / (step + 1)) with w = max(1, warmup_steps), at least min_lr (arXiv:1706.03762; it does not depend on `steps`)."""
     return max(optimizer.min_lr, optimizer.lr * math.sqrt(max(1, optimizer.warmup_steps) / (step + 1)))
 
 
-DECAYS: dict[str, Callable[[int, Decaying, int], float]] = {
+DECAYS: dict[str, Callable[[int, Optimizer, int], float]] = {
     "constant": constant,
     "linear": linear,
     "cosine": cosine,
@@ -83,7 +64,7 @@ DECAYS: dict[str, Callable[[int, Decaying, int], float]] = {
 }
 
 
-def _peak(optimizer: Decaying) -> int:
+def _peak(optimizer: Optimizer) -> int:
     """The step at which warm-up has reached lr."""
     return max(0, optimizer.warmup_steps - 1)
 
@@ -93,6 +74,6 @@ def _progress(step: int, start: int, steps: int) -> float:
     return max(0, step - start) / (steps - 1 - start) if steps - 1 > start else 0.0
 
 
-def _between(optimizer: Decaying, share: float) -> float:
+def _between(optimizer: Optimizer, share: float) -> float:
     """lr at share 1 and min_lr at share 0, both exactly (a sum min_lr + (lr - min_lr) would be an ulp off)."""
     return optimizer.lr * share + optimizer.min_lr * (1 - share)

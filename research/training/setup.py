@@ -1,5 +1,8 @@
-"""What a run needs before its first step: a folder, text, an engine, a tracker. Every function is collective."""
-# MERGED-DOC """What must hold before the first step: ranks that agree on what they train, and a disk that will take the first checkpoint."""
+"""Set-up of a training run before its first step: run folder, text, engine, tracker, and the preflight checks that ranks make together.
+
+Every function is collective. `prepare_run` is the whole of it; the preflight refuses a run whose ranks disagree about what they
+train, or whose disk has no room for the first checkpoint.
+"""
 
 import json
 import logging
@@ -30,7 +33,7 @@ from research.cluster.world import software
 from research.config import serialization
 from research.config.diff import describe_changes
 from research.config.experiment_folder import load_variants
-from research.config.layout import engine_settings
+from research.config.layout import Layout, engine_settings
 from research.config.serialization import config_hash
 from research.data import prepare
 from research.data.batches import epochs
@@ -53,75 +56,21 @@ from research.training.periodic import Periodic
 from research.training.state import Run
 
 STATE_BYTES = 12
-"""Of a parameter in a checkpoint: its fp32 weight and Adam's two moments."""
-
-
-def preflight(job: Job, folder: RunFolder, corpus: Corpus, engine: Engine, tasks: Sequence[PreparedTask] = ()) -> None:
-    """Refuses a run that could not keep what it learns. Collective; every rank raises the same Mistake."""
-    same_on_every_rank(claims(job, corpus) | {f"the data of task {task.task.name!r}": task.digest for task in tasks}, engine)
-    room = whole_model(engine) * STATE_BYTES
-    told = all_gather_objects(trouble(folder, room) if engine.grid.rank == 0 else None, engine.grid)
-    if told[0]:
-        raise Mistake(told[0])
-
-
-def claims(job: Job, corpus: Corpus) -> dict[str, str]:
-    """What every rank must say alike, and in what words."""
-    commit, dirty = git_state(job.root)
-    return {
-        "the configuration": config_hash(job.experiment),
-        "the code": f"{commit}{' and changes' if dirty else ''}",
-        "the initial weights": resume.init_from_digest(job.experiment, job.root),
-        "the data": json.dumps(corpus.fingerprint, sort_keys=True),
-        "the seed": str(job.experiment.seed),
-    }
-
-
-def same_on_every_rank(mine: dict[str, str], engine: Engine) -> None:
-    """A Mistake that names the first rank that says something else than rank 0, what, and both. Collective."""
-    first, *others = all_gather_objects(mine, engine.grid)
-    for rank, theirs in enumerate(others, 1):
-        for what, said in first.items():
-            if theirs.get(what) != said:
-                raise Mistake(
-                    f"rank {rank} disagrees about {what}: {theirs.get(what)}, rank 0 has {said} → "
-                    "give all nodes the same tree, data and command"
-                )
-
-
-def whole_model(engine: Engine) -> int:
-    """Parameters of the whole model, a tied table once. Collective."""
-    mine = sum(math.prod(slice_of(parameter).shape) for name, parameter in engine.parameters.items() if engine.owns(name))
-    return sum(dict(all_gather_objects((engine.grid.pipe_rank, mine), engine.grid)).values())
-
-
-def trouble(folder: RunFolder, need: int) -> str | None:
-    """Why the run's folder cannot take a checkpoint of `need` bytes; None where it can."""
-    probe = folder.checkpoints / f".{uuid.uuid4().hex}.probe"
-    try:
-        probe.write_bytes(b"?")
-        probe.unlink()
-    except OSError as error:
-        return f"{folder.checkpoints} cannot be written ({error.strerror}) → set track.runs to a folder you may write"
-    free = free_bytes(folder.checkpoints)
-    if free is not None and free < need:
-        have = f"the disk of {folder.checkpoints} has {megabytes(free)} free"
-        return f"a checkpoint needs {megabytes(need)}, {have} → make room, or set track.runs to another disk"
-    return None
+"""Bytes per parameter in a checkpoint: its fp32 weight and Adam's two moments."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run that goes on, as every rank knows it."""
+    """A run that is resumed, as every rank knows it."""
 
     folder: RunFolder
     checkpoint: Path
     step: int
     changed: str
-    """Settings that are others now, as a person reads them."""
+    """The settings that differ from the checkpoint's, as a person reads them."""
 
     def line(self, step: int, differences: dict[str, tuple[Any, Any]]) -> str:
-        """'step_000120 of gpt_sotu-7f3a2c · bit for bit as if it had never stopped', or why only within rounding."""
+        """'step 120 of gpt_sotu-7f3a2c, step_000120 · bit for bit as if it had never stopped', or why it is only within rounding."""
         why = ", ".join(f"{name.partition('.')[2]} {then} → {now}" for name, (then, now) in differences.items())
         exact = f"within rounding ({why})" if why else "bit for bit as if it had never stopped"
         words = [f"step {step} of {self.folder.title}, {self.checkpoint.name}", exact, *([self.changed] if self.changed else [])]
@@ -129,122 +78,50 @@ class Resumed:
 
 
 def agree_on_resume(job: Job) -> Resumed | None:
-    """What rank 0 decided before torch was imported, on every rank. Collective."""
-    found = job.resume
-    told = json.loads(
-        broadcast_object(
-            json.dumps([str(found.folder.path), str(found.checkpoint), found.step, describe_changes(found.changed)] if found else None)
-        )
-    )
-    return Resumed(RunFolder(Path(told[0])), Path(told[1]), told[2], told[3]) if told else None
+    """What rank 0 decided before torch was imported, on every rank."""
+    resume, decided = job.resume, None
+    if resume:
+        decided = [str(resume.folder.path), str(resume.checkpoint), resume.step, describe_changes(resume.changed)]
+    decided = json.loads(broadcast_object(json.dumps(decided)))
+    return Resumed(RunFolder(Path(decided[0])), Path(decided[1]), decided[2], decided[3]) if decided else None
 
 
 def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
-    """The run's folder, made or opened again by rank 0 and known to all; its config.json, source/ and run.json; this rank's log."""
-    if resumed:
-        folder = resumed.folder
-        if job.ranks.rank == 0:
-            run_folder.reopen(folder, resumed.step, {"started": run_folder.now(), "checkpoint": resumed.checkpoint.name, **facts_of(job)})
-            serialization.save(job.experiment, folder.config)
-    else:
-        runs = job.root / job.experiment.track.runs
-        folder = RunFolder(type(runs)(broadcast_object(str(run_folder.create(runs, job.name).path) if job.ranks.rank == 0 else "")))
-        if job.ranks.rank == 0:
-            serialization.save(job.experiment, folder.config)
-            run_folder.start(folder, source=run_folder.keep_source(folder, job.folder), **facts_of(job))
-    _log_to(folder, job.ranks.rank)
-    return folder
-
-
-def facts_of(job: Job) -> dict[str, Any]:
-    """What run.json says of how the run is trained."""
-    overrides = [[name, str(old), str(new)] for name, old, new in job.overrides]
-    experiment, (commit, dirty) = job.experiment, git_state(job.root)
-    return {
-        "layout": layout_tag(job),
+    """The run's folder, with config.json, source/ and run.json: created or reopened by rank 0 and known to all. Opens this rank's log."""
+    experiment, rank = job.experiment, job.ranks.rank
+    commit, dirty = git_state(job.root)
+    facts: dict[str, Any] = {
+        "layout": layout_tag(job.layout),
         "precision": experiment.precision,
         "steps": experiment.schedule.steps,
-        "overrides": overrides,
+        "overrides": [[name, str(old), str(new)] for name, old, new in job.overrides],
         "commit": commit,
         "dirty": dirty,
     }
-
-
-def seed_generators(number: int, grid: Grid) -> None:
-    """Seeds Python's, numpy's and torch's generators, for a variant that draws from them; Tessera itself does not while it trains.
-
-    Ranks of one tensor group alike: outside of sliced regions they compute the same.
-    """
-    own = number * 1_000_003 + grid.pipe_rank * grid.data + grid.data_rank
-    random.seed(own)
-    np.random.seed(own % 2**32)
-    torch.manual_seed(own)
-
-
-def _log_to(folder: RunFolder, rank: int) -> None:
-    """Log records and warnings of this rank go into the run folder instead of between the lines of the terminal."""
-    logging.basicConfig(filename=folder.rank_log(rank), level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    if resumed:
+        folder = resumed.folder
+        if rank == 0:
+            run_folder.reopen(folder, resumed.step, {"started": run_folder.now(), "checkpoint": resumed.checkpoint.name, **facts})
+            serialization.save(experiment, folder.config)
+    else:
+        path = str(run_folder.create(job.root / experiment.track.runs, job.name).path) if rank == 0 else ""
+        folder = RunFolder(Path(broadcast_object(path)))
+        if rank == 0:
+            serialization.save(experiment, folder.config)
+            run_folder.start(folder, source=run_folder.keep_source(folder, job.folder), **facts)
+    # Log records and warnings go into the run folder instead of between the lines of the terminal.
+    log_format = "%(asctime)s %(name)s %(levelname)s %(message)s"
+    logging.basicConfig(filename=folder.rank_log(rank), level=logging.INFO, format=log_format)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
-
-
-def layout_tag(job: Job) -> str:
-    """'pp1·dp1·tp2·zero1': the layout in one word."""
-    layout = job.layout
-    return f"pp{layout.pipe}·dp{layout.data}·tp{layout.tensor}·zero{layout.zero_stage}"
+    return folder
 
 
 def header(job: Job, folder: RunFolder, console: Console) -> None:
-    """The run's title and what was resolved."""
+    """Shows the run's title and what was resolved."""
     commit, dirty = git_state(job.root)
     title = f"{job.name} · run {folder.title} · {commit} ({'dirty' if dirty else 'clean'}) · {folder.shown}"
     console.header([("", title), *describe(job, device().type, software())])
-
-
-def load_corpus(job: Job, console: Console) -> Corpus:
-    """The tokenizer and both token stores, prepared by whichever rank of a node comes first."""
-    experiment = job.experiment
-    corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, lambda what: say(console, what))
-    schedule, length = experiment.schedule, experiment.model.seq_length
-    seen = epochs(corpus.train, length, schedule.steps * schedule.batch_size)
-    sizes = f"{fmt.count(corpus.train.num_tokens)} train, {fmt.count(corpus.validation.num_tokens)} validation tokens"
-    console.header([("data", f"{experiment.data.train} · {corpus.tokenizer.name} · {sizes} · {schedule.steps} steps = {seen:.2f} epochs")])
-    return corpus
-
-
-def say(console: Console, what: str) -> None:
-    """That something slow begins."""
-    with console.progress(what):
-        pass
-
-
-def build_engine(job: Job, grid: Grid) -> Engine:
-    """The model on its DeepSpeed engine."""
-    experiment = job.experiment
-    model = experiment.model
-    layers = gpt.layers(model, grid, experiment.seed, load_variants(job.folder, model), experiment.parallel.recompute)
-    loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
-    return make_engine(layers, loss, grid, engine_settings(experiment, job.layout))
-
-
-def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, resumed: Resumed | None) -> Tracker | NoTracker:
-    """Rank 0's tracker, with all that W&B is told of the run; deepspeed.json beside it."""
-    if job.ranks.rank > 0:
-        return NoTracker()
-    write_json(folder.deepspeed, engine.config)
-    commit, dirty = git_state(job.root)
-    tags = [layout_tag(job), job.experiment.precision]
-    about = RunDescription(serialization.resolved(job.experiment), engine.config, commit, dirty, family=job.name, tags=tags)
-    tracker = Tracker(folder, job.experiment.track, about, after=resumed.step if resumed else 0)
-    console.header([("tracking", tracker.line)])
-    show_notes(tracker, console)
-    return tracker
-
-
-def show_notes(tracker: Tracker | NoTracker, console: Console) -> None:
-    """What went wrong with W&B since the last time, each sentence once."""
-    while tracker.notes:
-        console.warn(tracker.notes.pop(0))
 
 
 def prepare_run(
@@ -276,3 +153,112 @@ def prepare_run(
     if facts:
         checkpointer.restore(facts)
     return run, anomalies, periodic, checkpointer
+
+
+def load_corpus(job: Job, console: Console) -> Corpus:
+    """The tokenizer and both token stores, prepared by whichever rank of a node comes first."""
+    data, schedule = job.experiment.data, job.experiment.schedule
+    corpus = prepare.load(data, job.root, job.experiment.model.vocab_size, lambda what: say(console, what))
+    seen = epochs(corpus.train, job.experiment.model.seq_length, schedule.steps * schedule.batch_size)
+    sizes = f"{fmt.count(corpus.train.num_tokens)} train, {fmt.count(corpus.validation.num_tokens)} validation tokens"
+    console.header([("data", f"{data.train} · {corpus.tokenizer.name} · {sizes} · {schedule.steps} steps = {seen:.2f} epochs")])
+    return corpus
+
+
+def say(console: Console, what: str) -> None:
+    """Says that slow work begins."""
+    with console.progress(what):
+        pass
+
+
+def build_engine(job: Job, grid: Grid) -> Engine:
+    """The model on its DeepSpeed engine."""
+    experiment, model = job.experiment, job.experiment.model
+    layers = gpt.layers(model, grid, experiment.seed, load_variants(job.folder, model), experiment.parallel.recompute)
+    loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
+    return make_engine(layers, loss, grid, engine_settings(experiment, job.layout))
+
+
+def seed_generators(seed: int, grid: Grid) -> None:
+    """Seeds Python's, numpy's and torch's generators for a variant that draws from them. Tessera itself draws nothing while it trains.
+
+    The ranks of one tensor group are seeded alike: outside of sliced regions they compute the same.
+    """
+    rank_seed = seed * 1_000_003 + grid.pipe_rank * grid.data + grid.data_rank
+    random.seed(rank_seed)
+    np.random.seed(rank_seed % 2**32)
+    torch.manual_seed(rank_seed)
+
+
+def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, resumed: Resumed | None) -> Tracker | NoTracker:
+    """Rank 0's tracker, with everything that W&B is told of the run; writes deepspeed.json beside it."""
+    if job.ranks.rank > 0:
+        return NoTracker()
+    write_json(folder.deepspeed, engine.config)
+    commit, dirty = git_state(job.root)
+    tags = [layout_tag(job.layout), job.experiment.precision]
+    description = RunDescription(serialization.resolved(job.experiment), engine.config, commit, dirty, family=job.name, tags=tags)
+    tracker = Tracker(folder, job.experiment.track, description, after=resumed.step if resumed else 0)
+    console.header([("tracking", tracker.line)])
+    show_notes(tracker, console)
+    return tracker
+
+
+def show_notes(tracker: Tracker | NoTracker, console: Console) -> None:
+    """Shows what went wrong with W&B since the last call, each sentence once."""
+    while tracker.notes:
+        console.warn(tracker.notes.pop(0))
+
+
+def layout_tag(layout: Layout) -> str:
+    """'pp1·dp1·tp2·zero1': the layout in one word."""
+    return f"pp{layout.pipe}·dp{layout.data}·tp{layout.tensor}·zero{layout.zero_stage}"
+
+
+def preflight(job: Job, folder: RunFolder, corpus: Corpus, engine: Engine, tasks: Sequence[PreparedTask] = ()) -> None:
+    """Refuses a run that could not keep what it learns. Every rank raises the same Mistake."""
+    refuse_disagreement(claims(job, corpus) | {f"the data of task {task.task.name!r}": task.digest for task in tasks}, engine)
+    own = sum(math.prod(slice_of(parameter).shape) for name, parameter in engine.parameters.items() if engine.owns(name))
+    whole_model = sum(dict(all_gather_objects((engine.grid.pipe_rank, own), engine.grid)).values())  # a tied table counts once
+    reason = disk_trouble(folder, whole_model * STATE_BYTES) if engine.grid.rank == 0 else None
+    if reason := all_gather_objects(reason, engine.grid)[0]:
+        raise Mistake(reason)
+
+
+def claims(job: Job, corpus: Corpus) -> dict[str, str]:
+    """What this rank is about to train, by the words for it. All ranks must claim the same."""
+    commit, dirty = git_state(job.root)
+    return {
+        "the configuration": config_hash(job.experiment),
+        "the code": f"{commit}{' and changes' if dirty else ''}",
+        "the initial weights": resume.init_from_digest(job.experiment, job.root),
+        "the data": json.dumps(corpus.fingerprint, sort_keys=True),
+        "the seed": str(job.experiment.seed),
+    }
+
+
+def refuse_disagreement(own_claims: dict[str, str], engine: Engine) -> None:
+    """Raises a Mistake that names the first rank whose claims differ from rank 0's, the claim, and both values."""
+    first, *others = all_gather_objects(own_claims, engine.grid)
+    for rank, claimed in enumerate(others, 1):
+        for what, expected in first.items():
+            if claimed.get(what) != expected:
+                raise Mistake(
+                    f"rank {rank} disagrees about {what}: {claimed.get(what)}, rank 0 has {expected} → "
+                    "give all nodes the same tree, data and command"
+                )
+
+
+def disk_trouble(folder: RunFolder, need: int) -> str | None:
+    """Why the run's folder cannot take a checkpoint of `need` bytes; None where it can."""
+    probe = folder.checkpoints / f".{uuid.uuid4().hex}.probe"
+    try:
+        probe.write_bytes(b"?")
+        probe.unlink()
+    except OSError as error:
+        return f"{folder.checkpoints} cannot be written ({error.strerror}) → set track.runs to a folder you may write"
+    free = free_bytes(folder.checkpoints)
+    if free is not None and free < need:
+        have = f"the disk of {folder.checkpoints} has {megabytes(free)} free"
+        return f"a checkpoint needs {megabytes(need)}, {have} → make room, or set track.runs to another disk"
+    return None

@@ -34,7 +34,7 @@ def ranks_of(rank: int, world: int) -> Ranks:
 
 @contextlib.contextmanager
 def ranks(body: Body, world: int, path: Path, hang_seconds: float = 0.0, **more: Any) -> Iterator[list[ForkServerProcess]]:
-    """Processes that each run `body(watch, rank, folder, **more)` as research/training/loop.py trains. It returns the signal that stopped it."""
+    """Processes that each run `body(watch, rank, folder, **more)` as the training loop would; it returns the signal that stopped it."""
     start_server()
     folder = RunFolder(path)
     folder.logs.mkdir(parents=True)

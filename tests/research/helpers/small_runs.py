@@ -223,7 +223,7 @@ def folder_is_read_only(rank: int) -> None:
 
     from research.training import setup
 
-    trouble, write = setup.trouble, Path.write_bytes
+    disk_trouble, write = setup.disk_trouble, Path.write_bytes
 
     def read_only(folder: Any, need: int) -> Any:
         def refuse(path: Path, data: bytes) -> int:
@@ -231,8 +231,8 @@ def folder_is_read_only(rank: int) -> None:
 
         Path.write_bytes = refuse  # type: ignore[method-assign]
         try:
-            return trouble(folder, need)
+            return disk_trouble(folder, need)
         finally:
             Path.write_bytes = write  # type: ignore[method-assign]
 
-    setup.trouble = read_only
+    setup.disk_trouble = read_only
