@@ -41,7 +41,7 @@ def test_builtin_corpus_is_the_published_one():
     [
         ("a.jsonl", JSONL),
         ("a.jsonl.xz", lzma.compress(JSONL)),
-        ("a.jsonl.gz", gzip.compress(JSONL)),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)),
         ("bom.jsonl", b"\xef\xbb\xbf" + JSONL),
         ("blank.jsonl", b"\n" + JSONL.replace(b"\n", b"\r\n \n") + b"\n"),
         ("no_newline_at_end.jsonl", JSONL.rstrip(b"\n")),
@@ -78,7 +78,7 @@ LINE = b'{"text": "fine"}\n'
         ("a.jsonl.xz", b"not compressed", ["is not a whole .jsonl.xz file"]),
         ("a.jsonl.xz", lzma.compress(JSONL)[:-8], ["is not a whole .jsonl.xz file"]),
         ("a.jsonl.gz", b"not compressed", ["is not a whole .jsonl.gz file"]),
-        ("a.jsonl.gz", gzip.compress(JSONL)[:-9], ["is not a whole .jsonl.gz file"]),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-9], ["is not a whole .jsonl.gz file"]),
         ("a.parquet", b"PAR1", ["not a kind of file", ".jsonl, .jsonl.xz, .jsonl.gz or .txt"]),
     ],
 )
