@@ -108,25 +108,21 @@ def _add_chat_page(app: FastAPI) -> None:
 def _add_error_handlers(app: FastAPI) -> None:
     """Every error becomes a response in OpenAI's format."""
 
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> Response:
-        return error_response(error)
+    async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, ApiError):
+            api_error = error
+        elif isinstance(error, Mistake):  # the library rejects a value that no check of the request's fields has found
+            api_error = ApiError(400, str(error), code="invalid_value")
+        elif isinstance(error, HTTPException):  # no such path, or not with this method
+            problem = f"{request.method[:20]} {request.url.path[:100]} is not here"
+            paths = "GET /v1/models /health /metrics, POST /v1/completions /v1/chat/completions"
+            api_error = ApiError(error.status_code, f"{problem} → {paths}", code="not_found", headers=error.headers)
+        else:
+            api_error = ApiError(500, "the server has met an error, which its log shows", code="internal")
+        return error_response(api_error)
 
-    @app.exception_handler(Mistake)
-    async def mistake(request: Request, error: Mistake) -> Response:
-        # the library rejects a value that no check of the request's fields has found
-        return error_response(ApiError(400, str(error), code="invalid_value"))
-
-    @app.exception_handler(HTTPException)
-    async def not_found(request: Request, error: HTTPException) -> Response:
-        # no such path, or not with this method
-        problem = f"{request.method[:20]} {request.url.path[:100]} is not here"
-        paths = "GET /v1/models /health /metrics, POST /v1/completions /v1/chat/completions"
-        return error_response(ApiError(error.status_code, f"{problem} → {paths}", code="not_found", headers=error.headers))
-
-    @app.exception_handler(Exception)
-    async def internal_error(request: Request, error: Exception) -> Response:
-        return error_response(ApiError(500, "the server has met an error, which its log shows", code="internal"))
+    for error_type in (ApiError, Mistake, HTTPException, Exception):
+        app.add_exception_handler(error_type, handle)
 
 
 def error_response(error: ApiError) -> Response:

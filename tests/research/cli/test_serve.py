@@ -1,5 +1,4 @@
-"""`python -m research serve`, as it is typed: what it says, how signals end it, two tensor ranks, and a real model's chat."""
-# MERGED-DOC """The command line of `serve`: what it refuses, in sentences, before torch is imported; what it takes for granted."""
+"""`python -m research serve`: what it rejects before torch is imported, its defaults, its output, signals, tensor ranks, a real chat."""
 
 import pytest
 

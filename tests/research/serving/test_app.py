@@ -1,4 +1,4 @@
-"""The server as OpenAI's client and plain HTTP see it: the same text as without a server, streamed or whole, alone or in company."""
+"""The server as OpenAI's client sees it: the same text as without a server, streamed or whole, alone or with other clients."""
 
 import asyncio
 from pathlib import Path

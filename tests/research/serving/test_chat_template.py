@@ -1,5 +1,7 @@
-"""Conversations as tokens, beside transformers' apply_chat_template; and that nobody's message writes a special token."""
-# MERGED-DOC """Templates by strangers: what is late is killed, what is large is refused, and nothing of Python is within reach."""
+"""Chat templates: the same tokens as transformers' apply_chat_template, and no special tokens from a message.
+
+The sandbox: a template that takes too long is killed, one that writes too much is rejected, and none can reach Python's objects.
+"""
 
 import pytest
 

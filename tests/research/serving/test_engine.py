@@ -1,4 +1,4 @@
-"""The engine without HTTP: orders in, pieces out; what fails is told to everybody whose text it was, and to nobody else."""
+"""The engine without HTTP: commands in, pieces out. A failed text gets an error, and other texts are not affected."""
 
 import threading
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The chat page: its files and their policy; in a real browser, where there is one (slow), by mouse, by keyboard and by eye."""
+"""The chat page: its files and their content security policy; used in a real browser, if there is one (slow)."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from research import ROOT
-from research.serving.app import PAGE_FOLDER, CONTENT_SECURITY_POLICY
+from research.serving.app import CONTENT_SECURITY_POLICY, PAGE_FOLDER
 from tests.research.serving.helpers import browser
 from tests.research.serving.helpers.servers import PATIENCE, served, until
 

@@ -1,5 +1,7 @@
-"""Bodies: strict JSON within bounds, counted as they come; and hundreds of hostile ones, none of which is an error of the server's."""
-# MERGED-DOC """Fields: what asks for nothing is accepted, what asks for something that is not there is refused by its name."""
+"""Request bodies: strict JSON within limits; hundreds of hostile bodies, none of which causes a server error; and the fields.
+
+A field whose value asks for nothing is accepted; a field that is not supported is rejected by its name.
+"""
 
 import pytest
 

@@ -1,5 +1,8 @@
-"""Clients that dawdle: headers and bodies that drip, answers that are not read, too many at once. Others are served meanwhile."""
-# MERGED-DOC """How a server ends: texts get their grace, then streams end properly; the slots are free and the thread is gone."""
+"""Slow clients and shutdown.
+
+Headers and bodies that arrive byte by byte, responses that are not read, and too many connections do not block other clients. When a
+server is stopped, texts may finish within the grace period, streams then end properly, the slots are free and the thread has ended.
+"""
 
 import pytest
 
