@@ -1,1 +1,1 @@
-"""What is computed: layers written on `parallel/`, and the list of layers that becomes a model or a pipeline."""
+"""Models: layers built on the sliced layers of `parallel/`, and the list of layers that becomes a model or a pipeline."""

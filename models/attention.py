@@ -1,4 +1,4 @@
-"""Causal self-attention with its heads shared out over tensor ranks."""
+"""Causal self-attention (multi-head, grouped-query, multi-query) with its heads distributed over tensor ranks."""
 
 import math
 
@@ -18,7 +18,7 @@ from parallel.linear import ColumnParallelLinear, RowParallelLinear, refuse_unev
 
 
 class Core(nn.Module):
-    """softmax(q kᵀ/√e + bias) v by torch's fused kernel, which keeps no s × s matrix."""
+    """softmax(q kᵀ/√e + bias) v by torch's fused kernel, which stores no s × s matrix."""
 
     def __init__(self, name: str, p: float, seed: int, grid: Grid) -> None:
         super().__init__()
@@ -31,15 +31,17 @@ class Core(nn.Module):
 
 
 class DroppingCore(Core):
-    """softmax(…) · mask/(1 − p) · v with the probabilities written out: b·h·s² memory.
+    """Core with dropout of the probabilities: softmax(…) · mask/(1 − p) · v. The probabilities are stored: b·h·s² memory.
 
-    The mask is a hash of (seed, layer, sample, query position, global head, key position): equal on every layout.
+    The mask is a hash of (seed, layer, sample, query position, global head, key position), so it does not depend on the layout.
+    In evaluation nothing is dropped, and the fused kernel is used.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
-        """As Core's."""
         if not self.training:
             return super().forward(q, k, v, bias, samples)
+
+        # The fused kernel's computation written out.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         length = q.shape[2]
         causal = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1) if bias is None else bias
@@ -48,44 +50,49 @@ class DroppingCore(Core):
         return probabilities.masked_fill(self.mask(samples, q.shape[1], length), 0.0) * (1 / (1 - self.p)) @ v
 
     def mask(self, samples: Tensor | None, heads: int, length: int) -> Tensor:
-        """'b h s s' bool, True where a probability is dropped."""
-        places = mixed(self.key, samples, 0, length)  # b s
-        keys = torch.arange(length, device=places.device)
-        global_heads = torch.arange(heads, device=places.device) + self.tensor_rank * heads
-        features = (global_heads[:, None] << 32) + keys  # h t: no head's numbers depend on the length
-        return rearrange(dropped(places, features.flatten(), self.p), "b s (h t) -> b h s t", h=heads)
+        """'b h s s' bool, True where a probability is dropped. `heads`: number of query heads on this rank."""
+        queries = mixed(self.key, samples, 0, length)  # b s
+        keys = torch.arange(length, device=queries.device)
+        global_heads = torch.arange(heads, device=queries.device) + self.tensor_rank * heads
+        features = (global_heads[:, None] << 32) + keys  # h t; a head's numbers do not depend on the length
+        return rearrange(dropped(queries, features.flatten(), self.p), "b s (h t) -> b h s t", h=heads)
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ/√e + bias) v for this rank's heads, then the row-parallel output (arXiv:1909.08053, fig. 3b).
+    """softmax(q kᵀ/√e + bias) v for this rank's heads, then the row-parallel output projection (arXiv:1909.08053, fig. 3b).
 
-    x: 'b s d', equal on every tensor rank, both ways ('b s/tp d' under sequence parallelism). Rank i holds query heads
-    [i·H/tp, (i+1)·H/tp) and the kv heads that serve exactly them, so nothing is communicated between qkv and output.
+    x: 'b s d', equal on every tensor rank, and so is the output ('b s/tp d' each under sequence parallelism). With H query heads,
+    rank i holds query heads [i·H/tp, (i+1)·H/tp) and exactly the kv heads that they use, so nothing is communicated between the
+    qkv projection and the output projection.
 
-    With fewer kv heads K than tensor ranks, tp/K neighbours use the same kv head. Each computes its share of that head's
-    features, and the head is gathered among them: no weight is replicated, so each gradient exists, and counts, once.
+    With fewer kv heads K than tensor ranks, tp/K neighbouring ranks use the same kv head. Each of them computes K/tp of the
+    head's features, and the head is gathered among them. No weight is replicated, so every gradient exists, and counts, once.
     """
 
     def __init__(self, name: str, context: BuildContext) -> None:
         super().__init__()
         model, init, grid = context.model, context.init, context.grid
         e, q_size, kv_size = model.head_size, model.hidden_size, model.num_kv_heads * model.head_size
-        refuse_uneven((model.num_heads,), grid, f"{name}'s heads")  # half a head divides too, and is none
+        refuse_uneven((model.num_heads,), grid, f"{name}'s heads")  # a size that is divisible could still cut through a head
         self.head_size, self.kv_group = e, context.kv_group
         self.qkv = ColumnParallelLinear(f"{name}.qkv", model.hidden_size, (q_size, kv_size, kv_size), model.qkv_bias, init.inner, grid)
         self.output = RowParallelLinear(f"{name}.output", q_size, model.hidden_size, model.bias, init.residual, grid)
+
+        # A position scheme of the input is a layer of its own; inside attention there is then none.
         scheme = context.chosen("position")
         self.position = (Position if scheme.at_input else scheme)(f"{name}.position", model, init, grid)
-        # Inside a sliced region every tensor rank sees other heads, so the gradients of these weights are partial there.
+
+        # Every tensor rank normalises different heads, so the gradients of these weights are partial sums on each.
         norm = context.chosen("norm") if model.qk_norm else nn.Identity
         self.q_norm = norm(f"{name}.q_norm", e, model, grid.tensor_group)
         self.k_norm = norm(f"{name}.k_norm", e, model, grid.tensor_group)
+
         core = DroppingCore if model.attention_dropout else Core
         make_core = recomputed(core) if context.recompute == "selective" else core
         self.core = make_core(name, model.attention_dropout, context.seed, grid)
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
-        """'b s d' -> 'b s d'; samples: 'b', global sample indices for dropout."""
+        """'b s d' -> 'b s d'; samples: 'b', the global sample indices that dropout masks are computed from."""
         q, k, v = self.qkv(x).split(self.qkv.parts, dim=-1)
         k, v = gather_shared(k, self.kv_group), gather_shared(v, self.kv_group)
         q, k, v = (rearrange(part, "b s (h e) -> b h s e", e=self.head_size) for part in (q, k, v))

@@ -1,4 +1,4 @@
-"""One transformer block: how attention and MLP join the residual stream. 'b s d' -> 'b s d'."""
+"""Transformer blocks: how attention and the MLP are added to the residual stream. 'b s d' -> 'b s d'."""
 
 from torch import Tensor, nn
 
@@ -8,10 +8,14 @@ from models.registry import BuildContext
 
 
 class Block(nn.Module):
-    """What every block holds; a variant overrides `forward`. samples: 'b', global sample indices, where any dropout is on."""
+    """The modules of a block: two norms, attention, an MLP and residual dropout. A subclass defines `forward(x, samples)`.
+
+    x: 'b s d', equal on every tensor rank ('b s/tp d' under sequence parallelism); samples: 'b', the global sample indices that
+    dropout masks are computed from (None without dropout).
+    """
 
     final_norm = True
-    """Whether the residual stream leaves the last block unnormalised, so that the model ends with a norm of its own."""
+    """Whether the model ends with a norm of its own, because the residual stream leaves the last block unnormalised."""
 
     def __init__(self, name: str, context: BuildContext) -> None:
         super().__init__()
@@ -24,22 +28,21 @@ class Block(nn.Module):
         self.mlp_dropout = Dropout(f"{name}.mlp.residual", model.residual_dropout, seed, grid)
 
     def attend(self, x: Tensor, samples: Tensor | None) -> Tensor:
-        """What attention adds to the residual stream, residual dropout included. 'b s d' -> 'b s d'."""
+        """Attention followed by residual dropout. 'b s d' -> 'b s d'."""
         return self.attention_dropout(self.attention(x, samples), samples)
 
     def feed_forward(self, x: Tensor, samples: Tensor | None) -> Tensor:
-        """What the MLP adds, likewise."""
+        """The MLP followed by residual dropout. 'b s d' -> 'b s d'."""
         return self.mlp_dropout(self.mlp(x, samples), samples)
 
     think = feed_forward
-    """The older name, for an experiment's own blocks."""
+    """The former name of `feed_forward`, which blocks in experiments' variant.py may use."""
 
 
 class PreNormBlock(Block):
     """x += attention(norm(x)); x += mlp(norm(x)) (GPT-2, Llama; arXiv:2002.04745)."""
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
-        """'b s d' -> 'b s d'."""
         x = x + self.attend(self.attention_norm(x), samples)
         return x + self.feed_forward(self.mlp_norm(x), samples)
 
@@ -50,7 +53,6 @@ class PostNormBlock(Block):
     final_norm = False
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
-        """'b s d' -> 'b s d'."""
         x = self.attention_norm(x + self.attend(x, samples))
         return self.mlp_norm(x + self.feed_forward(x, samples))
 
@@ -59,7 +61,6 @@ class ParallelBlock(Block):
     """x + attention(norm₁(x)) + mlp(norm₂(x)) (GPT-NeoX, arXiv:2204.06745, §2.1)."""
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
-        """'b s d' -> 'b s d'."""
         return x + self.attend(self.attention_norm(x), samples) + self.feed_forward(self.mlp_norm(x), samples)
 
 

@@ -1,4 +1,4 @@
-"""The shape of a GPT, every choice spelled out. Pure data: no torch, so that a mistake is refused in milliseconds."""
+"""The model config: sizes, norm, MLP, position encoding, … of a GPT. Imports no torch, so that errors come in milliseconds."""
 
 import math
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ RESIDUALS = ("pre_norm", "post_norm", "parallel")
 INITS = ("gpt2", "small_wang")
 CHOICES = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "residual": RESIDUALS, "init": INITS}
 VARIANT = "variant:"
-"""`norm="variant:MyNorm"` names the class MyNorm of the experiment's own variant.py instead of a registered one."""
+"""`norm="variant:MyNorm"` names the class MyNorm of the experiment's variant.py instead of a registered class."""
 
 LLAMA, LLAMA_3 = "Llama 2: fraction 1.0, base 10000.0, scaling none", "Llama 3.1: factor 8.0, low 1.0, high 4.0, original length 8192"
 ROTARY = {
@@ -24,26 +24,26 @@ ROTARY = {
     "rotary_high_factor": ("rotary_scaling", ("llama3",), LLAMA_3),
     "rotary_original_length": ("rotary_scaling", ("llama3",), LLAMA_3),
 }
-"""Setting -> (another setting, its values with which the first has an effect, an example)."""
+"""Rotary setting -> (the setting it depends on, the values of that with which it has an effect, an example for the error message)."""
 
 Size = Annotated[int, Field(gt=0)]
 Chance = Annotated[float, Field(ge=0, lt=1)]
 
 
 class GPT(BaseModel):
-    """A decoder-only transformer. GPT-2, GPT-NeoX/Pythia and Llama are settings of it.
+    """The settings of a decoder-only transformer. GPT-2, GPT-NeoX/Pythia and Llama are special cases.
 
-    models/conversion/read_config.py has them from a transformers configuration.
+    models/conversion/read_config.py makes them from a transformers configuration.
 
-    Everything here is science, so nothing has a default, except the rotary settings, which must be given exactly where they
-    have an effect.
+    Every setting affects results, so none has a default. The exceptions are the rotary settings, which must be set if and only
+    if they have an effect.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    num_layers: Size = Field(description="transformer blocks; a pipeline deals them out to its stages")
+    num_layers: Size = Field(description="transformer blocks; distributed over pipeline stages")
     hidden_size: Size = Field(description="width of the residual stream")
-    num_heads: Size = Field(description="query heads, each hidden_size / num_heads wide; tensor ranks share them")
+    num_heads: Size = Field(description="query heads, each hidden_size / num_heads wide; distributed over tensor ranks")
     num_kv_heads: Size = Field(description="= num_heads: multi-head; fewer: grouped-query attention; 1: multi-query")
     ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu)")
     vocab_size: Size = Field(description="as the tokenizer counts it; padding for tensor ranks is added and inert")
@@ -79,16 +79,27 @@ class GPT(BaseModel):
 
     @property
     def drops(self) -> bool:
-        """Whether any dropout is on: batches then carry the samples' numbers as context."""
+        """Whether any dropout is above 0. Batches then carry global sample indices as context."""
         return any((self.embedding_dropout, self.residual_dropout, self.mlp_dropout, self.attention_dropout))
 
     @model_validator(mode="after")
     def _consistent(self) -> "GPT":
         for field, names in CHOICES.items():
-            _refuse_unknown_choice(field, getattr(self, field), names)
-        for field, (asker, values, example) in ROTARY.items():
-            _refuse_idle_or_missing(self, field, asker, values, example)
-        _refuse_crossed_bounds(self)
+            value = getattr(self, field)
+            if value not in names and not (value.startswith(VARIANT) and value.removeprefix(VARIANT).isidentifier()):
+                raise ValueError(f"model.{field} = {value!r} is not known → use {', '.join(names)} or variant:YourClass")
+
+        # A rotary setting is there if and only if the setting it depends on gives it an effect. Variants decide for themselves.
+        for field, (decider, values, example) in ROTARY.items() if not self.position.startswith(VARIANT) else ():
+            is_set, value = getattr(self, field) is not None, getattr(self, decider)
+            if value in values and not is_set:
+                raise ValueError(f"model.{decider} = {value!r} needs model.{field} → set it ({example})")
+            if value not in values and is_set:
+                raise ValueError(f"model.{field} has no effect with model.{decider} = {value!r} → leave it out")
+        low, high = self.rotary_low_factor, self.rotary_high_factor
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"model.rotary_low_factor = {low} is not below model.rotary_high_factor = {high} → Llama 3.1 has 1.0 and 4.0")
+
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.num_heads = {self.num_heads} does not divide model.hidden_size = {self.hidden_size} → "
@@ -103,30 +114,7 @@ class GPT(BaseModel):
 
 
 def _divisors(n: int, near: int) -> str:
-    """The (at most six) divisors of n closest to `near`, as a sentence's end: '1, 2, 4 or 8'."""
-    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]  # n may be a stranger's, and huge
-    found = sorted(sorted(sorted({*small, *(n // i for i in small)}), key=lambda i: abs(i - near))[:6])
-    return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1])]))
-
-
-def _refuse_unknown_choice(field: str, value: str, names: tuple[str, ...]) -> None:
-    if value in names or (value.startswith(VARIANT) and value.removeprefix(VARIANT).isidentifier()):
-        return
-    raise ValueError(f"model.{field} = {value!r} is not known → use {', '.join(names)} or variant:YourClass")
-
-
-def _refuse_idle_or_missing(model: GPT, field: str, asker: str, values: tuple[str, ...], example: str) -> None:
-    """`field` is given exactly where the setting `asker` has one of `values`."""
-    if model.position.startswith(VARIANT):  # the experiment's own class says what it needs
-        return
-    given, asked = getattr(model, field) is not None, getattr(model, asker)
-    if asked in values and not given:
-        raise ValueError(f"model.{asker} = {asked!r} needs model.{field} → set it ({example})")
-    if asked not in values and given:
-        raise ValueError(f"model.{field} has no effect with model.{asker} = {asked!r} → leave it out")
-
-
-def _refuse_crossed_bounds(model: GPT) -> None:
-    low, high = model.rotary_low_factor, model.rotary_high_factor
-    if low is not None and high is not None and low >= high:
-        raise ValueError(f"model.rotary_low_factor = {low} is not below model.rotary_high_factor = {high} → Llama 3.1 has 1.0 and 4.0")
+    """The (at most six) divisors of n closest to `near`, as the end of a sentence: '1, 2, 4 or 8'."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]  # only to √n: n may come from a file of unknown origin, and be huge
+    nearest = sorted(sorted(sorted({*small, *(n // i for i in small)}), key=lambda i: abs(i - near))[:6])
+    return " or ".join(filter(None, [", ".join(map(str, nearest[:-1])), str(nearest[-1])]))

@@ -1,7 +1,8 @@
-"""GPT as a list of named layers, and its loss."""
+"""GPT: the list of named layers that becomes a model or a pipeline, and the token loss."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -18,39 +19,41 @@ from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead
 
 
 def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | None = None, recompute: str = "none") -> list[Layer]:
-    """embedding, (position), blocks.0 …, (final_norm), head: unbuilt, in order. Pure; needs no process group.
+    """The unbuilt layers in order: embedding, (position), blocks.0 …, (final_norm), head. Needs no process group.
 
-    ids 'b s' go in, logits 'b s v' of this rank's vocabulary rows come out; 'b s d' between any two layers. Where the model drops
-    anything, the samples' numbers 'b' travel beside x.
+    Input: ids 'b s'. Between any two layers: x 'b s d'. Output: logits 'b s v' of this rank's vocabulary rows. If the model has
+    dropout, the global sample indices 'b' are passed along beside x.
     """
     context = BuildContext(model, grid, seed, variants or {}, recompute)
     block, position = context.chosen("residual", RESIDUALS), context.chosen("position")
-    found = [_vocabulary("embedding", VocabParallelEmbedding, context)]
+    result = [_vocabulary("embedding", VocabParallelEmbedding, context)]
     if position.at_input:
-        found.append(Layer("position", position, {"name": "position", "model": model, "init": context.init, "grid": grid}))
+        result.append(Layer("position", position, {"name": "position", "model": model, "init": context.init, "grid": grid}))
     if model.embedding_dropout:
         dropout = {"name": "embedding", "p": model.embedding_dropout, "seed": seed, "grid": grid}
-        found.append(Layer("embedding_dropout", Dropout, dropout, reads_context=True))
-    make = recomputed(block) if recompute == "full" else block
+        result.append(Layer("embedding_dropout", Dropout, dropout, reads_context=True))
+    make_block = recomputed(block) if recompute == "full" else block
     for i in range(model.num_layers):
-        found.append(Layer(f"blocks.{i}", make, {"name": f"blocks.{i}", "context": context}, is_block=True, reads_context=True))
+        # By position, because a block of a variant.py may give these parameters other names.
+        build = partial(make_block, f"blocks.{i}", context)
+        result.append(Layer(f"blocks.{i}", build, is_block=True, reads_context=True))
     if block.final_norm:
-        found.append(Layer("final_norm", context.norm, {"name": "final_norm", "size": model.hidden_size}))
+        result.append(Layer("final_norm", context.norm, {"name": "final_norm", "size": model.hidden_size}))
     head = Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, context)
-    return [*found, replace(head, drops_context=True)]
+    return [*result, replace(head, drops_context=True)]
 
 
-def _vocabulary(name: str, kind: Callable, context: BuildContext) -> Layer:
+def _vocabulary(name: str, make: Callable, context: BuildContext) -> Layer:
     sizes = {"vocab_size": context.model.vocab_size, "hidden_size": context.model.hidden_size}
-    return Layer(name, kind, {"name": name, **sizes, "draw": context.init.embedding, "grid": context.grid})
+    return Layer(name, make, {"name": name, **sizes, "draw": context.init.embedding, "grid": context.grid})
 
 
 @dataclass(frozen=True)
 class TokenLoss:
     """Σ weights · cross entropy over a micro-batch: a 0-dim fp32 tensor, equal on every tensor rank.
 
-    Weights carry the normalisation (research/data/batches.py), so the engines' plain averages over micro-batches and data ranks
-    become the exact mean over unmasked tokens of the global batch.
+    The weights contain the normalisation (research/data/batches.py), so that the engines' plain averages over micro-batches and
+    data ranks give the exact mean over the unmasked tokens of the global batch.
     """
 
     vocab_size: int
@@ -60,5 +63,5 @@ class TokenLoss:
     def __call__(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         """logits 'b s v', labels (targets 'b s', weights 'b s')."""
         targets, weights = labels
-        smoothing = self.label_smoothing
-        return (weights * vocab_parallel_cross_entropy(logits, targets, self.group, self.vocab_size, smoothing)).sum()
+        losses = vocab_parallel_cross_entropy(logits, targets, self.group, self.vocab_size, self.label_smoothing)  # b s
+        return (weights * losses).sum()

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block: up (cut by columns), a non-linearity, down (cut by rows)."""
+"""The MLP (feed-forward layer) of a block: up-projection (cut by columns), activation, down-projection (cut by rows)."""
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class MLP(nn.Module):
-    """x -> down(activate(up(x))). 'b s d', equal on every tensor rank, both ways; 'b s f/tp' inside.
+    """x -> down(activate(up(x))). Base class: a subclass defines `activate`.
 
-    A variant overrides `activate`; one whose `gates` is 2 gets gate and up, fused, as one tensor.
+    x: 'b s d', equal on every tensor rank, and so is the output; 'b s f/tp' between the projections. A subclass with `gates = 2`
+    gets gate and up in one tensor: each rank's 'b s (2 f)' is its slice of the gate followed by its slice of up.
     """
 
     gates = 1
@@ -27,7 +28,7 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f"{name}.down", f, d, model.bias, init.residual, grid)
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
-        """'b s d' -> 'b s d'; samples: 'b', global sample indices for dropout."""
+        """'b s d' -> 'b s d'; samples: 'b', the global sample indices that dropout masks are computed from."""
         return self.down(self.dropout(self.activate(self.up(x)), samples))
 
     def activate(self, x: Tensor) -> Tensor:
@@ -39,15 +40,13 @@ class GELU(MLP):
     """x·Φ(x), exact (arXiv:1606.08415)."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """'b s f' -> 'b s f'."""
         return F.gelu(x)
 
 
 class GELUTanh(MLP):
-    """GELU by its tanh approximation, as in GPT-2."""
+    """The tanh approximation of GELU, as in GPT-2."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """'b s f' -> 'b s f'."""
         return F.gelu(x, approximate="tanh")
 
 
@@ -55,7 +54,6 @@ class ReLU(MLP):
     """max(x, 0) (arXiv:1706.03762)."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """'b s f' -> 'b s f'."""
         return F.relu(x)
 
 
@@ -63,7 +61,6 @@ class ReLU2(MLP):
     """max(x, 0)² (Primer, arXiv:2109.08668)."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """'b s f' -> 'b s f'."""
         return F.relu(x).square()
 
 
@@ -73,7 +70,6 @@ class SwiGLU(MLP):
     gates = 2
 
     def activate(self, x: Tensor) -> Tensor:
-        """'b s (2 f)' -> 'b s f'."""
         gate, up = torch.chunk(x, 2, dim=-1)
         return F.silu(gate) * up
 
@@ -84,7 +80,6 @@ class GeGLU(MLP):
     gates = 2
 
     def activate(self, x: Tensor) -> Tensor:
-        """'b s (2 f)' -> 'b s f'."""
         gate, up = torch.chunk(x, 2, dim=-1)
         return F.gelu(gate) * up
 

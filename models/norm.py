@@ -1,4 +1,4 @@
-"""Normalisation over the last dim: '… d' -> '… d'."""
+"""Normalisation layers over the last dim: LayerNorm and RMSNorm. '… d' -> '… d'."""
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,11 @@ from parallel.slices import Slice, make_parameter
 
 
 class Norm(nn.Module):
-    """What every norm shares: a weight that begins at one and a bias that begins at zero, replicated over tensor ranks.
+    """Base class of norms: a weight initialised to one and a bias initialised to zero, replicated over tensor ranks.
 
-    Where each tensor rank normalises *other* data (its own heads), the gradient on one rank is a part of the whole:
-    `partial_group` names the ranks to sum it over. None where all ranks normalise the same data and have the same gradient.
+    Where each tensor rank normalises different data (its own heads, or its own part of the sequence), the gradient on one rank
+    is only part of the whole gradient, and is summed over the ranks of `partial_group`. `partial_group` is None where all
+    ranks normalise the same data and so have the same gradient.
     """
 
     def __init__(self, name: str, size: int, model: GPT, partial_group: ProcessGroup | None, bias: bool) -> None:
@@ -24,19 +25,18 @@ class Norm(nn.Module):
         self.bias = make_parameter(f"{name}.bias", torch.zeros(size), Slice((size,)), 0, 1) if bias else None
 
     def parameters_in_use(self) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias), whose gradients are summed over `partial_group`."""
+        """(weight, bias), whose gradients the backward pass sums over `partial_group`. `forward` must use these."""
         bias = None if self.bias is None else copy_to_tensor_ranks(self.bias, self.partial_group)
         return copy_to_tensor_ranks(self.weight, self.partial_group), bias
 
 
 class LayerNorm(Norm):
-    """(x − mean)/√(var + eps) · w + b (arXiv:1607.06450); b where the model has biases."""
+    """(x − mean)/√(var + eps) · w + b (arXiv:1607.06450). There is a b only if `model.bias` is True."""
 
     def __init__(self, name: str, size: int, model: GPT, partial_group: ProcessGroup | None = None) -> None:
         super().__init__(name, size, model, partial_group, bias=model.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """'… d' -> '… d'."""
         return F.layer_norm(x, self.size, *self.parameters_in_use(), self.eps)
 
 
@@ -47,7 +47,6 @@ class RMSNorm(Norm):
         super().__init__(name, size, model, partial_group, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """'… d' -> '… d'."""
         return F.rms_norm(x, self.size, self.parameters_in_use()[0], self.eps)
 
 

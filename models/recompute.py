@@ -1,6 +1,6 @@
-"""Activation recomputation: less memory for more work, by `torch.utils.checkpoint` inside the block, the same in both engines.
+"""Activation recomputation (gradient checkpointing): less memory for more work, by `torch.utils.checkpoint` inside the block.
 
-Stateless dropout needs no generator to be put back, so nothing is saved but the block's input.
+It is the same in both engines. Dropout is stateless, so no generator state is saved: only the inputs of the recomputed module.
 """
 
 from collections.abc import Callable
@@ -22,5 +22,5 @@ def recomputed(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def rerun(forward: Callable) -> Callable:
-    """`forward`, computed again in the backward pass (non-reentrant: integer inputs are welcome, collectives are issued again)."""
+    """`forward`, run again in the backward pass. Non-reentrant: integer inputs are allowed, and collectives are issued again."""
     return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)

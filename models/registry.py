@@ -1,4 +1,4 @@
-"""From a model's settings to the classes that carry them out: the registries, and an experiment's own classes beside them."""
+"""Registries of norms, position schemes, MLPs and initialisations, and the context that layers are built with."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,13 +18,13 @@ from parallel.grid import Grid
 from parallel.region import region_of
 
 REGISTRIES: dict[str, dict[str, Any]] = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "init": INITS}
-"""A setting's name -> its registered classes by value."""
+"""Setting -> {its value: the registered class}."""
 
 
 class BuildContext:
-    """What the layers of one model are built with on one rank: its settings, the grid, the seed, and the classes that settings name.
+    """What the layers of a model are built with on one rank: settings, grid, seed, recomputation, and the classes to use.
 
-    `variants` are the classes of the experiment's variant.py by name. A variant has the constructor of what it replaces.
+    `variants`: the classes of the experiment's variant.py by name. A variant has the same constructor as the class it replaces.
     """
 
     def __init__(self, model: GPT, grid: Grid, seed: int, variants: Mapping[str, type], recompute: str = "none") -> None:
@@ -33,9 +33,9 @@ class BuildContext:
 
     @cached_property
     def kv_group(self) -> ProcessGroup | None:
-        """The neighbouring tensor ranks that use the same kv head; None where each rank has kv heads of its own.
+        """The neighbouring tensor ranks that use the same kv head; None where each rank has its own kv heads.
 
-        Made by its members alone, when a rank builds its first attention; every stage has one.
+        The group is created by its members alone, when they build their first attention, and is then used by all layers.
         """
         kv_heads, tensor = self.model.num_kv_heads, self.grid.tensor
         if kv_heads % tensor == 0:
@@ -50,7 +50,7 @@ class BuildContext:
         return dist.new_group(list(range(first, first + sharers)), use_local_synchronization=True)
 
     def chosen(self, setting: str, registered: Mapping[str, Any] | None = None) -> Any:
-        """The class that `model.<setting>` names, in `registered` or else in the setting's registry above."""
+        """The class that `model.<setting>` names: a variant, or a class of `registered` (default: the registry of that setting)."""
         value = getattr(self.model, setting)
         if not value.startswith(VARIANT):
             return (registered or REGISTRIES[setting])[value]
@@ -61,5 +61,5 @@ class BuildContext:
         return self.variants[name]
 
     def norm(self, name: str, size: int) -> nn.Module:
-        """A norm of the residual stream, whose parameters are partial sums where activations are cut along the sequence."""
+        """A norm of the residual stream. Under sequence parallelism its gradients are partial sums, one per tensor rank."""
         return self.chosen("norm")(name, size, self.model, region_of(self.grid).partial_group)

@@ -1,1 +1,1 @@
-"""How a tensor is cut, and who runs the pieces. Imports nothing: every file is imported by its own name."""
+"""Tensor slicing, the rank grid and collectives. This package imports nothing: every module is imported by its own name."""

@@ -1,8 +1,8 @@
-"""The conjugate pairs: what one does forward, the other does backward (arXiv:1909.08053, arXiv:2205.05198).
+"""Differentiable collectives in conjugate pairs: one runs forward, the other backward (arXiv:1909.08053, arXiv:2205.05198).
 
-Every function takes the group it works on; over None (an axis of one rank) it returns its argument. No collective writes a
-tensor that autograd owns: what is reduced in place is always a fresh copy. All of them are blocking calls on the current
-stream, so that NCCL orders them after the kernel that produced their input; NCCL itself was not run.
+Every function takes its process group; over None (an axis of one rank) it returns its argument. No collective writes a tensor
+that autograd owns: the reduction in place is always done on a fresh copy. All are blocking calls on the current stream, so that
+NCCL orders them after the kernel that produced their input; NCCL itself was not run.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Collective = Callable[[Tensor, ProcessGroup], Tensor]
 
 
 def identity(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The same tensor: what replicated tensors need."""
+    """Returns the same tensor."""
     return x
 
 
@@ -28,7 +28,7 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def all_gather(dim: int) -> Collective:
-    """Every rank's tensor joined along `dim` in rank order, equal on every rank: '… n …' -> '… (tp n) …'."""
+    """Every rank's tensor concatenated along `dim` in rank order, equal on every rank: '… n …' -> '… (tp n) …'."""
 
     def gather(x: Tensor, group: ProcessGroup) -> Tensor:
         pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
@@ -39,7 +39,7 @@ def all_gather(dim: int) -> Collective:
 
 
 def reduce_scatter(dim: int) -> Collective:
-    """Σ over ranks, of which each rank keeps its piece along `dim`: '… (tp n) …' -> '… n …'."""
+    """Σ over ranks; each rank keeps its piece along `dim`: '… (tp n) …' -> '… n …'."""
 
     def reduce(x: Tensor, group: ProcessGroup) -> Tensor:
         pieces = [piece.contiguous() for piece in _equal_pieces(x, group.size(), dim)]
@@ -52,27 +52,23 @@ def reduce_scatter(dim: int) -> Collective:
 
 def split(dim: int) -> Collective:
     """This rank's piece along `dim` of a tensor equal on every rank: '… (tp n) …' -> '… n …'."""
-
-    def take(x: Tensor, group: ProcessGroup) -> Tensor:
-        return own_piece(x, group, dim)
-
-    return take
+    return lambda x, group: own_piece(x, group, dim)
 
 
 def own_piece(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """What this rank holds of a tensor equal on every rank, cut evenly along `dim`: '… (tp n) …' -> '… n …'."""
+    """This rank's piece of a tensor equal on every rank, cut evenly along `dim`: '… (tp n) …' -> '… n …'."""
     return _equal_pieces(x, group.size(), dim)[group.rank()].contiguous()
 
 
 def _equal_pieces(x: Tensor, degree: int, dim: int) -> tuple[Tensor, ...]:
-    """torch.chunk alone would give the last rank less, or nothing, and the ranks would wait for each other."""
+    """torch.chunk alone would give the last rank less, or nothing, and the collective would hang."""
     if x.shape[dim] % degree:
         raise ValueError(f"{degree} ranks do not divide {x.shape[dim]}, dim {dim} of {tuple(x.shape)}")
     return x.chunk(degree, dim)
 
 
 def conjugate(forward: Collective, backward: Collective) -> Callable[[Tensor, ProcessGroup | None], Tensor]:
-    """A differentiable collective: `forward` on the way in, `backward` on the gradient."""
+    """A differentiable collective: `forward` on the input, `backward` on the gradient."""
 
     class Pair(torch.autograd.Function):
         @staticmethod
@@ -95,13 +91,13 @@ reduce_from_tensor_ranks = conjugate(all_reduce, identity)
 """g of arXiv:1909.08053: leaves a sliced region. Partial sums in, their total, equal on all ranks, out."""
 
 gather_from_tensor_ranks = conjugate(all_gather(-1), split(-1))
-"""'… n' -> '… (tp n)': sliced features joined. The gradient must be equal on all ranks, of which each takes its part."""
+"""'… n' -> '… (tp n)': sliced features joined. The gradient must be equal on all ranks; each takes its part."""
 
 scatter_to_tensor_ranks = conjugate(split(-1), all_gather(-1))
 """'… (tp n)' -> '… n': each rank takes its features; the gradients are joined."""
 
 gather_shared = conjugate(all_gather(-1), reduce_scatter(-1))
-"""'… n' -> '… (c n)': pieces of features that the group's ranks use alike, each for work of its own; the uses' gradients are summed."""
+"""'… n' -> '… (c n)': features that every rank of the group uses for a computation of its own; their gradients are summed."""
 
 gather_sequence = conjugate(all_gather(1), reduce_scatter(1))
 """g of arXiv:2205.05198, 'b s/tp d' -> 'b s d': enters a sliced region; every rank's gradient of the whole is summed."""
@@ -113,4 +109,4 @@ scatter_sequence = conjugate(split(1), all_gather(1))
 """'b s d' -> 'b s/tp d': each rank takes its positions of a tensor that is equal on all ranks."""
 
 join_sequence = conjugate(all_gather(1), split(1))
-"""'b s/tp d' -> 'b s d' for a replicated consumer: the gradient is equal on all ranks, of which each takes its positions."""
+"""'b s/tp d' -> 'b s d' for a replicated consumer: the gradient is equal on all ranks; each takes its positions."""

@@ -1,4 +1,4 @@
-"""TODO parallel.cross_entropy."""
+"""Cross entropy and argmax over logits whose vocabulary is sliced over tensor ranks. The logits are never gathered."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 LOGITS_AT_ONCE = 2**19
-"""Logits whose exponentials are held in fp32 at a time: little enough for a CPU's cache and for a GPU's spare memory."""
+"""Number of logits whose exponentials are held in fp32 at a time: few enough for a CPU's cache and for a GPU's spare memory."""
 
 
 def vocab_parallel_cross_entropy(
@@ -14,8 +14,8 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """−log p(target) per token, as F.cross_entropy(…, reduction="none"); equal on every tensor rank, fp32 (fp64 for fp64 logits).
 
-    logits: 'b s v', this rank's rows of the padded vocabulary, never gathered, never written; targets: 'b s' in [0, vocab_size).
-    Communicates two all-reduces of O(b·s): the maximum, then three stacked sums. Label smoothing ε mixes in the mean over the
+    logits: 'b s v', this rank's rows of the padded vocabulary, neither gathered nor written to; targets: 'b s' in [0, vocab_size).
+    Two all-reduces of O(b·s): the maximum, then three stacked sums. Label smoothing ε mixes in the mean over the
     *whole, unpadded* vocabulary: (1 − ε)·nll − ε/V · Σ_v log p_v (NVIDIA/Megatron-LM#737 takes the mean over a rank's own rows).
     """
     flat = logits.reshape(-1, logits.shape[-1])
@@ -24,9 +24,9 @@ def vocab_parallel_cross_entropy(
 
 
 def vocab_parallel_argmax(logits: Tensor, group: ProcessGroup | None, vocab_size: int) -> Tensor:
-    """The id of the largest logit, the lowest where several are: 'b s v', this rank's rows -> 'b s' int64, equal on every tensor rank.
+    """The id of the largest logit, the lowest id of equal ones: 'b s v', this rank's rows -> 'b s' int64, equal on every tensor rank.
 
-    Two all-reduces of O(b·s): the maximum, then the lowest id that has it. Padding is never chosen. No gradient.
+    Two all-reduces of O(b·s): the maximum, then the lowest id that has it. Padding is never chosen. There is no gradient.
     """
     flat, start, real = logits.detach().reshape(-1, logits.shape[-1]), *_own_columns(logits, group, vocab_size)
     highest = _maximum(flat, real, group)
@@ -46,7 +46,7 @@ def _own_columns(logits: Tensor, group: ProcessGroup | None, vocab_size: int) ->
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits as they are and one number per token; the probabilities are made again in the backward pass."""
+    """Saves the logits themselves and one number per token; the backward pass computes the probabilities again."""
 
     @staticmethod
     def forward(ctx, logits, targets, group, vocab_size, smoothing):
@@ -86,7 +86,7 @@ def _row_blocks(logits: Tensor) -> list[slice]:
 
 
 def _maximum(logits: Tensor, real: int, group: ProcessGroup | None) -> Tensor:
-    """Largest real logit of each row over all ranks, at least fp32; a rank of nothing but padding contributes −∞."""
+    """The largest real logit of each row over all ranks, at least fp32; a rank that holds only padding contributes −∞."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     highest = logits[:, :real].amax(1).to(dtype) if real else logits.new_full((len(logits),), -torch.inf, dtype=dtype)
     if group is not None:
@@ -97,7 +97,7 @@ def _maximum(logits: Tensor, real: int, group: ProcessGroup | None) -> Tensor:
 def _sums(logits: Tensor, real: int, highest: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Per row: Σ exp(logit − highest) and, where smoothing needs it, Σ (logit − highest); over this rank's real columns.
 
-    Everything is measured from the highest logit, so that a large common offset costs no digits.
+    Logits are taken relative to the highest one, so that a large common offset costs no precision.
     """
     summed, total = torch.zeros_like(highest), torch.zeros_like(highest)
     for rows in _row_blocks(logits) if real else ():

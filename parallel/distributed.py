@@ -1,5 +1,4 @@
-"""Brings torch.distributed up and down for a rank. One of the few places that touch os.environ."""
-# MERGED-DOC """Keeps DeepSpeed from talking while it builds, unless it has something to warn of."""
+"""Initialises torch.distributed and DeepSpeed for a rank, and shuts them down. One of the few modules that touch os.environ."""
 
 import contextlib
 import datetime
@@ -13,46 +12,23 @@ import torch
 import torch.distributed as dist
 
 LOGGER = "tessera"
-"""The logger whose level says how much is told: DEBUG lets everything through."""
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """DeepSpeed's INFO lines and bare prints do not reach the terminal inside; warnings and errors do."""
-    if logging.getLogger(LOGGER).isEnabledFor(logging.DEBUG):
-        yield
-        return
-    logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
+"""Name of the logger whose level decides how much is shown: DEBUG shows everything, DeepSpeed's own messages included."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The precisions that an experiment can name -> torch's dtypes."""
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a collective may wait for a rank before it fails."""
 
 
 def device() -> torch.device:
-    """This rank's device: the current CUDA device where there is one, else the CPU."""
+    """This rank's device: the current CUDA device if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start(rank: int, world: int, local_rank: int, rendezvous: str | None) -> None:
-    """Joins the world as `meet` does, and DeepSpeed with it, which finds the group initialised and uses it."""
-    os.environ["LOCAL_RANK"] = str(local_rank)  # read by DeepSpeed's PipelineModule and accelerator
-    _compile_nothing()
-    meet(rank, world, local_rank, rendezvous)
-    _join_deepspeed(dist.get_backend())
+def init_process_group(rank: int, world: int, local_rank: int, rendezvous: str | None) -> None:
+    """Joins the world through `rendezvous`: "tcp://host:port", "file://path", or None for a world of one, which needs neither.
 
-
-def meet(rank: int, world: int, local_rank: int, rendezvous: str | None) -> None:
-    """Joins the world through `rendezvous` ("tcp://host:port" or "file://path"; None: a world of one, which needs neither).
-
-    NCCL where CUDA is present (not run), gloo elsewhere. Without DeepSpeed, whose import takes seconds: for what trains nothing.
+    The backend is NCCL if CUDA is present (not run), gloo otherwise. DeepSpeed is not imported, which takes seconds: processes that
+    do not train need nothing else.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -64,24 +40,41 @@ def meet(rank: int, world: int, local_rank: int, rendezvous: str | None) -> None
         dist.init_process_group(init_method=rendezvous, **arguments)
 
 
+def start(rank: int, world: int, local_rank: int, rendezvous: str | None) -> None:
+    """Joins the world as `init_process_group` does, then initialises DeepSpeed's own communication layer over the same group.
+
+    Without that layer DeepSpeed's PipelineModule cannot be built.
+    """
+    os.environ["LOCAL_RANK"] = str(local_rank)  # read by DeepSpeed's PipelineModule and accelerator
+    import deepspeed
+    import deepspeed.ops
+
+    # DeepSpeed's init would JIT-compile a shared-memory collective for minutes; nothing here uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    init_process_group(rank, world, local_rank, rendezvous)
+    # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed, once per collective and rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+    with quiet():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
 def stop() -> None:
-    """Leaves the world; harmless where it was never joined."""
+    """Destroys the process groups; does nothing if there are none."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _join_deepspeed(backend: str) -> None:
-    """DeepSpeed's own communication layer over the group just made; without it PipelineModule cannot be built."""
-    import deepspeed
-
-    # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, once per collective and rank.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
-    with quiet():
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-
-
-def _compile_nothing() -> None:
-    """DeepSpeed's init would JIT-compile a shared-memory collective for minutes; nothing here uses it."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides DeepSpeed's INFO lines and prints inside the `with` block, unless our logger is at DEBUG. Warnings and errors are shown."""
+    if logging.getLogger(LOGGER).isEnabledFor(logging.DEBUG):
+        yield
+        return
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""The one error a user is meant to read: a sentence with both numbers and the way out. Imports nothing."""
+"""`Mistake`, the error that a user is meant to read, and helpers for its sentence: the nearest name, a list of choices."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,15 +6,15 @@ from typing import Any
 
 
 class Mistake(ValueError):
-    """A setting, a file or a command that cannot work, said in one sentence ending in what would work.
+    """A setting, a file or a command that cannot work. The message is one sentence that ends in what would work.
 
-    Shown as `error  <sentence>` by rank 0, without a traceback, exit code 2 (research/launch.py does both).
+    Rank 0 shows it as `error  <sentence>`, without a traceback, and the process exits with code 2 (research/launch.py does both).
     Example: `Mistake("parallel.tensor = 3 does not divide model.num_heads = 8 → use 1, 2, 4 or 8")`.
     """
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate a writer of `name` most likely meant: the same last word, else the closest spelling, else None."""
+    """The candidate that the writer of `name` most likely meant: the same last word, else the closest spelling, else None."""
     candidates = list(candidates)
     leaves = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
     leaf = name.rpartition(".")[2]
@@ -27,6 +27,6 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def listed(items: Iterable[Any], last: str = "or") -> str:
-    """'1, 2, 4 or 8'."""
+    """The items as an English list: '1, 2, 4 or 8'."""
     words = [str(item) for item in items]
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

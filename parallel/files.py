@@ -1,5 +1,8 @@
-"""Files that several processes may want to write at the same moment: made by one, seen whole or not at all."""
-# MERGED-DOC """A folder that appears whole or not at all."""
+"""Files and folders that appear completely or not at all, and reach the disk: atomic rename, fsync, lock, SHA-256, JSON, free space.
+
+Several processes may want to write the same file at the same moment. Whatever is written here goes to a temporary name first and
+gets its own name by one rename, so that a reader never sees a part of it. Imports no torch.
+"""
 
 import contextlib
 import fcntl
@@ -12,50 +15,101 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.manifest import File
 from parallel.errors import Mistake
 
 
-def sha256_of(path: Path) -> str:
-    """Of a whole file, read piecewise."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Yields a temporary file to write. On leaving, it is synced to disk and renamed to `path`; after an error it is removed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        sync_folder(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def write_synced(path: Path, data: bytes) -> File:
-    """A small file, on disk when this returns; replaces one that is there."""
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Yields a hidden folder beside `target` that is renamed to `target` when the body ends, and removed if anything is raised.
+
+    A Mistake if `target` exists already, or if the disk refuses.
+    """
+    refuse_existing(target)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        sync_folder(partial)
+        refuse_existing(target)
+        partial.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        where = error.filename2 or error.filename or target  # of a copy, the file that was written
+        raise Mistake(f"{where} cannot be written ({error.strerror or error}) → make room, or name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raises a Mistake if there is anything at `target`."""
+    if target.exists() or target.is_symlink():
+        raise Mistake(f"{target} is there already → name a folder that is not, or remove it first")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on `path`, a file made for this and never deleted. The kernel releases it when a process dies.
+
+    If the file system has no locks, the body runs without one: everything made under this lock is deterministic and published by
+    one rename, so two processes that make it at once waste work and do no harm.
+    """
+    with open(path, "ab") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a small file, replacing an existing one, and returns once it is on disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return File(len(data), hashlib.sha256(data).hexdigest())
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in `folder` are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_folder(path: Path) -> None:
+    """Waits until the names in the folder `path`, or the bytes of a file, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def disk_trouble(path: Path, need: int) -> Iterator[None]:
-    """Turns the OSErrors of writing `path` into a Mistake with the bytes needed and those the disk has."""
-    try:
-        yield
-    except OSError as error:
-        free = free_bytes(path.parent)
-        have = "nobody can tell how much its disk has free" if free is None else f"its disk has {megabytes(free)} free"
-        raise Mistake(
-            f"{error.filename or path} cannot be written, {error.strerror or error}: the checkpoint needs {megabytes(need)}, {have} "
-            "→ make room there, or write to another folder"
-        ) from error
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as strict JSON (no NaN). After an error the old file is unchanged."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with published(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal. The file is read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_bytes(folder: Path) -> int | None:
-    """What this user may still write to the disk of `folder`, or of the nearest one above that is there; None where nobody can tell."""
+    """Bytes that this user can still write to the disk of `folder`, or of its nearest existing parent; None if the disk does not say."""
     for place in (folder, *folder.parents):
         with contextlib.suppress(OSError):
             usage = shutil.disk_usage(place)
@@ -69,75 +123,14 @@ def megabytes(count: int) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold `path` (a file made for this, never deleted) exclusively; the kernel lets go when a process dies.
-
-    Where the file system has no locks, go on without: everything made here is deterministic and published by one rename,
-    so that two makers waste work and harm nothing.
-    """
-    with open(path, "ab") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+def disk_trouble(path: Path, need: int) -> Iterator[None]:
+    """Turns an OSError raised while `path` is written into a Mistake with the bytes needed and the bytes free."""
+    try:
         yield
-
-
-@contextlib.contextmanager
-def published(path: Path) -> Iterator[Path]:
-    """Write the yielded temporary file; on leaving it is on disk and then, by one rename, `path`. On an error it is gone."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as strict JSON (no NaN), or leave it as it was."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with published(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Yields a hidden folder beside `target` that gets its name by one rename when the body ends; whatever is raised, it is gone.
-
-    A Mistake where something is there already.
-    """
-    refuse_existing(target)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        sync_folder(partial)
-        refuse_existing(target)
-        partial.rename(target)
-        sync_folder(target.parent)
     except OSError as error:
-        where = error.filename2 or error.filename or target  # of a copy the second
-        raise Mistake(f"{where} cannot be written ({error.strerror or error}) → make room, or name another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_existing(target: Path) -> None:
-    """A Mistake where something lies at `target`."""
-    if target.exists() or target.is_symlink():
-        raise Mistake(f"{target} is there already → name a folder that is not, or remove it first")
+        free = free_bytes(path.parent)
+        have = "nobody can tell how much its disk has free" if free is None else f"its disk has {megabytes(free)} free"
+        raise Mistake(
+            f"{error.filename or path} cannot be written, {error.strerror or error}: the checkpoint needs {megabytes(need)}, {have} "
+            "→ make room there, or write to another folder"
+        ) from error

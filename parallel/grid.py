@@ -1,4 +1,4 @@
-"""Where a rank stands: pipe × data × tensor coordinates and the process groups of each axis."""
+"""The rank grid: a rank's pipe × data × tensor coordinates, and the process group of each axis."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Grid:
-    """A rank's place among pipe × data × tensor ranks. An argument everywhere, never a global.
+    """A rank's coordinates among pipe × data × tensor ranks. It is an argument everywhere, never a global.
 
-    The tensor axis is innermost (neighbours share a node's fast links), pipe outermost:
+    The tensor axis is the innermost one, because neighbouring ranks share a node's fast links; pipe is the outermost:
     rank = (pipe_rank · data + data_rank) · tensor + tensor_rank, the order of DeepSpeed's PipeModelDataParallelTopology.
 
-    A group is None on an axis of one rank, so that a world of one needs no process groups, and on every axis of a grid that
-    only describes a layout. Collectives over None are the identity.
+    A group is None on an axis of one rank, so that a single process needs no process groups, and on every axis of a grid that
+    only describes a layout. A collective over None is the identity.
     """
 
     pipe: int = 1
@@ -44,7 +44,7 @@ class Grid:
 
     @property
     def data_rank(self) -> int:
-        """Which share of the batch this rank works on, 0 … data − 1."""
+        """Which share of the batch this rank processes, 0 … data − 1."""
         return self.rank // self.tensor % self.data
 
     @property
@@ -87,18 +87,14 @@ def make_grid(pipe: int, tensor: int, sequence: bool = False) -> Grid:
             f"parallel.pipe = {pipe} × parallel.tensor = {tensor} does not divide the world of {world} ranks → "
             f"launch {enough} ranks, or set pipe and tensor so that their product is one of {works}"
         )
-    shape = Grid(pipe, world // (pipe * tensor), tensor, rank)
+
+    grid = Grid(pipe, world // (pipe * tensor), tensor, rank, sequence=sequence)
     axes = {"pipe": ("pipe",), "data": ("data",), "tensor": ("tensor",), "model": ("pipe", "tensor")}
-    groups: dict[str, Any] = {f"{name}_group": _own_group(shape, along) for name, along in axes.items()}
-    return replace(shape, **groups, sequence=sequence)
-
-
-def _own_group(grid: Grid, axes: tuple[str, ...]) -> "ProcessGroup | None":
-    import torch.distributed as dist
-
-    mine = None
-    for ranks in grid.ranks_along(*axes):
-        if len(ranks) > 1:
-            group = dist.new_group(ranks)
-            mine = group if grid.rank in ranks else mine
-    return mine
+    own_groups: dict[str, Any] = {}
+    for name, along in axes.items():
+        for ranks in grid.ranks_along(*along):
+            if len(ranks) > 1:
+                group = dist.new_group(ranks)
+                if rank in ranks:
+                    own_groups[f"{name}_group"] = group
+    return replace(grid, **own_groups)

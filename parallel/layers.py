@@ -1,7 +1,7 @@
-"""A model as a list of named, unbuilt layers, and the plain module made from it.
+"""A model as a list of named, unbuilt layers, the plain module that is built from it, and its division into pipeline stages.
 
-The list is pure: it can be counted, cut into stages and printed without a process group. DeepSpeed's PipelineModule is made
-from the same list (parallel/engines/engine.py).
+The list is pure: it can be counted, cut into stages and printed without a process group. DeepSpeed's PipelineModule is built
+from the same list (parallel/engines/pipeline.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +22,13 @@ class Layer:
     make: Callable[..., nn.Module]
     arguments: dict[str, Any] = field(default_factory=dict)
     tied_to: str | None = None
-    """Name of an earlier layer, which is then the one argument of `make`: a head that uses the embedding's weight."""
+    """Name of an earlier layer, which is then the only argument of `make`: a head that uses the embedding's weight."""
     is_block: bool = False
-    """Blocks are what stages share out; a stage without one would hold nothing to train."""
+    """Blocks are distributed over the stages; every stage needs one, or it would have nothing to train."""
     reads_context: bool = False
-    """Whether the layer takes the context tensors behind x; the others are only passed by them."""
+    """Whether the layer takes the context tensors behind x; other layers only pass them on."""
     drops_context: bool = False
-    """The last layer: what it returns is all that is wanted."""
+    """Whether the result is returned without the context: the last layer."""
 
     def build(self) -> nn.Module:
         """The module, with its parameters drawn."""
@@ -36,17 +36,16 @@ class Layer:
 
 
 Activations: TypeAlias = "Tensor | tuple[Tensor, ...]"
-"""What goes from layer to layer: x, or x followed by integer context tensors that no layer changes."""
-
+"""What one layer passes to the next: x, or x followed by integer context tensors that no layer changes."""
 
 Call: TypeAlias = Callable[..., Any]
-"""A layer's module, or what stands for it: x (and context) -> x."""
+"""A layer's module, or a replacement for it: x (and context) -> x."""
 CallHook: TypeAlias = Callable[[str, Call], Call]
-"""(layer's name, its call) -> a call that does the same and is observed."""
+"""(layer's name, its call) -> a call that does the same and observes it."""
 
 
 def apply_layer(layer: Layer, call: Call, passed: Activations) -> Activations:
-    """One layer's step: `call` on x (and the context, where the layer reads it), the context handed on beside the result."""
+    """Calls one layer on x, and on the context if it reads it; returns the result with the context beside it."""
     if isinstance(passed, Tensor):
         return call(passed)
     x, *context = passed
@@ -59,20 +58,26 @@ class PlainModule(nn.Module):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
-        self.steps: list[tuple[Layer, Call]] = []
         built: dict[str, nn.Module] = {}
         for layer in layers:
-            built[layer.name] = layer.make(built[layer.tied_to]) if layer.tied_to else layer.build()
-            _attach(self, layer.name, built[layer.name])
-        # A plain list beside the tree: registered once, under the logical name.
-        object.__setattr__(self, "steps", list(zip(layers, built.values(), strict=True)))
+            built[layer.name] = module = layer.make(built[layer.tied_to]) if layer.tied_to else layer.build()
+            # Attach it at its dotted name, with plain modules on the way.
+            *path, last = layer.name.split(".")
+            parent: nn.Module = self
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, nn.Module())
+                parent = getattr(parent, part)
+            parent.add_module(last, module)
+        self.steps: list[tuple[Layer, Call]] = list(zip(layers, built.values(), strict=True))
+        """The layers in order. A plain list is not registered by nn.Module, so each module is registered once."""
 
-    def watch(self, watcher: CallHook) -> None:
-        """From now on each layer is called through `watcher(name, call)`."""
-        self.steps = [(layer, watcher(layer.name, call)) for layer, call in self.steps]
+    def watch(self, hook: CallHook) -> None:
+        """Calls each layer through `hook(name, call)` from now on."""
+        self.steps = [(layer, hook(layer.name, call)) for layer, call in self.steps]
 
     def hidden(self, passed: Activations) -> Tensor:
-        """ids 'b s' -> x 'b s d': every layer but the head. For inference, which needs logits of few places."""
+        """ids 'b s' -> x 'b s d': every layer but the head. For inference, which needs the logits of few positions."""
         for layer, call in self.steps[:-1]:
             passed = apply_layer(layer, call, passed)
         assert isinstance(passed, Tensor)
@@ -91,20 +96,11 @@ class PlainModule(nn.Module):
         return passed
 
 
-def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        if not hasattr(root, part):
-            root.add_module(part, nn.Module())
-        root = getattr(root, part)
-    root.add_module(last, module)
-
-
 def stage_bounds(layers: Sequence[Layer], stages: int) -> list[int]:
-    """Where each stage begins, and the end: stage i runs layers[bounds[i]:bounds[i + 1]].
+    """Where each pipeline stage begins, and the end: stage i runs layers[bounds[i]:bounds[i + 1]].
 
-    Blocks are dealt out evenly, earlier stages take the remainder's smaller share so that the last, which also has the head, is
-    never the only large one; what precedes the first block belongs to stage 0, what follows the last to the last stage.
+    Blocks are distributed evenly. Earlier stages have the smaller shares, so that the last stage, which also has the head, is never
+    the only large one. Layers before the first block belong to stage 0, layers after the last block to the last stage.
     """
     blocks = [i for i, layer in enumerate(layers) if layer.is_block]
     if len(blocks) < stages:

@@ -1,7 +1,7 @@
-"""A record of every collective that a rank issues: which operation, along which axis, how many bytes, from where, for which layer.
+"""Records every collective that a rank issues: which operation, along which axis, how many bytes, from which line, for which layer.
 
-It listens where torch dispatches to its communication backend, so DeepSpeed's own collectives are seen like ours and no call
-needs to be changed. Each is noted *before* it is issued: a rank that hangs has its last one in the record.
+It intercepts torch's dispatch to the communication backend, so that DeepSpeed's own collectives are recorded like ours and no call
+has to change. Each one is recorded *before* it is issued: if a rank hangs, its last collective is in the record.
 """
 
 import sys
@@ -38,14 +38,14 @@ OPERATIONS = {
     "recv_": "recv",
     "barrier": "barrier",
 }
-"""torch's dispatched names -> what the field calls them. A name that is not here is kept as it is."""
+"""torch's dispatched names -> the usual names. A name that is missing here is kept as it is."""
 SENT = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
-"""Times (n − 1)/n of the whole tensor, which each of n ranks sends on a ring; a point-to-point send sends its tensor once."""
+"""Multiples of (n − 1)/n of the whole tensor that each of n ranks sends on a ring. A point-to-point send sends its tensor once."""
 FEW = 5
-"""An all-reduce of fewer numbers than this is no tensor of a model's."""
+"""An all-reduce of fewer numbers than this is not counted as a tensor of the model."""
 OURS = str(Path(__file__).resolve().parent.parent)
 WRAPPERS = ("parallel/ledger.py", "deepspeed/comm/torch.py", "deepspeed/comm/comm.py", "deepspeed/utils/nvtx.py", "typing_extensions.py")
-"""Files whose calls are somebody else's: the caller is further out."""
+"""Files that only wrap collectives: the caller is further out in the stack."""
 TORCH = str(Path(torch.__file__).resolve().parent)
 
 
@@ -56,25 +56,25 @@ class Entry(NamedTuple):
     axis: str
     """The grid's axes along which the group's ranks differ: "tensor", "data", "pipe", "pipe × data"."""
     ranks: tuple[int, ...]
-    """Of the group, global; of a send or recv: (from, to)."""
+    """Global ranks of the group; of a send or recv: (from, to)."""
     elements: int
-    """Of the whole tensor: what an all-gather returns, what a reduce-scatter takes."""
+    """Elements of the whole tensor: the output of an all-gather, the input of a reduce-scatter."""
     dtype: str
     layer: str
-    """The layer under way: embedding, blocks.0, …, loss; empty between layers."""
+    """The layer being computed: embedding, blocks.0, …, loss; empty between layers."""
     direction: str
-    """forward, backward or, between layers, empty."""
+    """forward or backward; empty between layers."""
     site: str
-    """file:line of the innermost caller that is not torch; from this tree relative to it."""
+    """file:line of the innermost caller outside of torch; relative to the repository for our own files."""
 
     @property
     def bytes(self) -> int:
-        """Of the whole tensor."""
+        """Bytes of the whole tensor."""
         return self.elements * getattr(torch, self.dtype).itemsize
 
     @property
     def sent(self) -> float:
-        """Bytes that this rank sends, on a ring."""
+        """Bytes that this rank sends, if the collective runs on a ring."""
         if self.operation in SENT:
             return SENT[self.operation] * self.bytes * (len(self.ranks) - 1) / len(self.ranks)
         return float(self.bytes if self.operation == "send" else 0)
@@ -85,10 +85,10 @@ class Entry(NamedTuple):
 
 
 class Ledger(TorchDispatchMode):
-    """`with ledger: …` hands every collective of this rank to `see`, in the order of issue. Groups of one rank are left out.
+    """Inside `with ledger: …`, `see` receives every collective of this rank in the order of issue. Groups of one rank are left out.
 
-    Sees the backward pass where it runs in the thread that called it, as on the CPU; that CUDA's autograd threads inherit the
-    mode was not run.
+    The backward pass is recorded if it runs in the thread that called it, as on the CPU. Whether CUDA's autograd threads inherit
+    the dispatch mode was not run.
     """
 
     def __init__(self, grid: Grid, see: Callable[[Entry], None]) -> None:
@@ -97,61 +97,50 @@ class Ledger(TorchDispatchMode):
         self.layer = self.direction = ""
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), settings: dict | None = None) -> Any:
-        """Every operation of torch comes by; the collectives among them are noted."""
         if function.namespace == "c10d":
             self._note(function.overloadpacket.__name__, arguments)
         return function(*arguments, **(settings or {}))
 
     def within(self, layer: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`call`, during whose forward and backward pass collectives are noted as `layer`'s."""
+        """Wraps `call`: collectives during its forward and backward pass are recorded as those of `layer`."""
 
         def watched(*inputs: Any) -> Tensor:
             self.layer, self.direction = layer, "forward"
             y = call(*inputs)
             self.layer = self.direction = ""
-            if y.requires_grad:  # called when y's gradient is there, before the layer's own backward pass
-                y.register_hook(lambda gradient: self._enter(layer))
+            if y.requires_grad:
+                y.register_hook(enter_backward)
             return y
+
+        def enter_backward(gradient: Tensor) -> None:  # called when y's gradient is complete, before the layer's own backward pass
+            self.layer, self.direction = layer, "backward"
 
         return watched
 
-    def _enter(self, layer: str) -> None:
-        self.layer, self.direction = layer, "backward"
-
     def between_steps(self) -> None:
-        """What follows belongs to no layer."""
+        """Ends the current layer: the collectives that follow belong to none."""
         self.layer = self.direction = ""
 
     def _note(self, name: str, arguments: tuple) -> None:
         operation = OPERATIONS.get(name, name)
-        ranks = _ranks(arguments)
+        groups = [a for a in arguments if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a)]
+        if not groups:
+            raise ValueError("a collective without a process group")
+        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(groups[0])))
         if len(ranks) == 1:
             return
         if operation in ("send", "recv"):
             there, here = ranks[next(a for a in arguments if isinstance(a, int))], self.grid.rank
             ranks = (here, there) if operation == "send" else (there, here)
-        tensors = _whole(operation, arguments)
+        # The whole tensor: an all-gather's outputs, a reduce-scatter's inputs, else the first argument.
+        tensors = [] if operation == "barrier" else _flat(arguments[1] if operation == "reduce_scatter" else arguments[0])
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "uint8"
         elements = sum(tensor.numel() for tensor in tensors)
         self.see(Entry(operation, axis_of(self.grid, ranks), ranks, elements, dtype, self.layer, self.direction, _site()))
 
 
-def _ranks(arguments: tuple) -> tuple[int, ...]:
-    """The global ranks of the process group among a collective's arguments."""
-    for argument in arguments:
-        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument):
-            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(argument)))
-    raise ValueError("a collective without a process group")
-
-
-def _whole(operation: str, arguments: tuple) -> list[Tensor]:
-    """The tensors that together are the whole one: an all-gather's outputs, a reduce-scatter's inputs, else the first argument."""
-    if operation == "barrier":
-        return []
-    return _flat(arguments[1] if operation == "reduce_scatter" else arguments[0])
-
-
 def _flat(value: Any) -> list[Tensor]:
+    """The tensors in nested lists."""
     if isinstance(value, Tensor):
         return [value]
     return [tensor for inner in value for tensor in _flat(inner)] if isinstance(value, (list, tuple)) else []
@@ -164,35 +153,36 @@ def axis_of(grid: Grid, ranks: Sequence[int]) -> str:
 
 
 def bookkeeping(entry: Entry) -> bool:
-    """Norms, flags, counters, sample numbers: what is no tensor of the model. Left out of sums of bytes."""
+    """Whether a collective carries no tensor of the model but norms, flags, counters or sample numbers. Left out of sums of bytes."""
     few = entry.operation in ("all_reduce", "broadcast") and entry.elements < FEW
     return few or not getattr(torch, entry.dtype).is_floating_point
 
 
 def _site() -> str:
-    """Where the collective was called: the innermost frame that is neither torch nor a wrapper around it."""
+    """file:line of the collective's caller: the innermost frame that is neither in torch nor in a wrapper around it."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith(TORCH) and not file.endswith(WRAPPERS):
-            known = file.partition("site-packages/")[2] or file.removeprefix(f"{OURS}/")
-            return f"{known}:{frame.f_lineno}"
+            relative = file.partition("site-packages/")[2] or file.removeprefix(f"{OURS}/")
+            return f"{relative}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"
 
 
 def first_difference(records: Sequence[Sequence[Entry]]) -> str | None:
-    """Where ranks that must issue the same collectives did not, as a sentence; None where they agree. records[rank], in order.
+    """A sentence about the first collective in which ranks differ that must issue the same ones; None if all agree.
 
-    Each group's members are compared call by call; of a pair of ranks, what one sends with what the other receives.
+    `records[rank]` is in the order of issue. The members of a group are compared call by call; for a pair of ranks, the sends of one
+    with the receives of the other.
     """
     sequences: dict[tuple[str, tuple[int, ...]], dict[int, list[Entry]]] = defaultdict(dict)
     for rank, entries in enumerate(records):
         for entry in entries:
             kind = "pair" if entry.operation in ("send", "recv") else "group"
             sequences[kind, entry.ranks].setdefault(rank, []).append(entry)
-    found = [text for (_, ranks), by_rank in sequences.items() if (text := _difference(ranks, by_rank))]
-    return min(found, default=None, key=lambda text: ("issued nothing" in text, text))  # a mismatch says more than a missing one
+    differences = [text for (_, ranks), by_rank in sequences.items() if (text := _difference(ranks, by_rank))]
+    return min(differences, default=None, key=lambda text: ("issued nothing" in text, text))  # a mismatch explains more than a missing call
 
 
 def _difference(ranks: tuple[int, ...], by_rank: dict[int, list[Entry]]) -> str | None:
@@ -200,8 +190,8 @@ def _difference(ranks: tuple[int, ...], by_rank: dict[int, list[Entry]]) -> str 
     for i, row in enumerate(zip_longest(*columns)):
         kinds = {None if entry is None else (_kind(entry), entry.elements, entry.dtype) for entry in row}
         if len(kinds) > 1:
-            said = "; ".join(f"rank {rank}: {entry or 'issued nothing'}" for rank, entry in zip(ranks, row, strict=True))
-            return f"ranks {', '.join(map(str, ranks))} differ at their call {i + 1} to each other: {said}"
+            calls = "; ".join(f"rank {rank}: {entry or 'issued nothing'}" for rank, entry in zip(ranks, row, strict=True))
+            return f"ranks {', '.join(map(str, ranks))} differ at their call {i + 1} to each other: {calls}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Matrix products cut by rows and by columns: the two halves of Megatron's sliced MLP and attention (arXiv:1909.08053, §3)."""
+"""ColumnParallelLinear and RowParallelLinear, the two halves of Megatron's sliced MLP and attention (arXiv:1909.08053, §3)."""
 
 from collections.abc import Callable
 
@@ -17,12 +17,12 @@ Draw = Callable[[str, tuple[int, ...]], Tensor]
 
 
 def zeros(name: str, shape: tuple[int, ...]) -> Tensor:
-    """What every bias begins as."""
+    """The initial value of every bias."""
     return torch.zeros(shape)
 
 
 def refuse_uneven(sizes: tuple[int, ...], grid: Grid, name: str) -> None:
-    """A sliced linear layer holds equal pieces: the tensor degree divides every part."""
+    """Raises a Mistake if the tensor degree does not divide a part: a sliced linear layer holds equal pieces."""
     for size in sizes:
         if size % grid.tensor:
             raise Mistake(f"parallel.tensor = {grid.tensor} does not divide {size}, the sliced size of {name}")
@@ -34,11 +34,12 @@ class ColumnParallelLinear(nn.Module):
     x: '... d_in', equal on every tensor rank  ->  y: '... d_out/tp', this rank's features of each part.
     Backward: x's gradient, Σ_i g_i A_i, is all-reduced, so it is equal on every rank again.
 
-    `parts` are fused outputs (q, k, v or gate, up) which are cut one by one; y holds this rank's piece of each in that order.
+    `parts` are the sizes of fused outputs (q, k, v or gate, up), each of which is cut separately; y holds this rank's piece of each, in
+    that order.
     """
 
     product = staticmethod(F.linear)
-    """(x, weight, bias) -> x weightᵀ + bias. models/inference/packed_weights.py puts others here, for inference."""
+    """(x, weight, bias) -> x weightᵀ + bias. models/inference/packed_weights.py replaces it for inference."""
 
     def __init__(self, name: str, in_features: int, parts: tuple[int, ...], bias: bool, draw: Draw, grid: Grid) -> None:
         super().__init__()
@@ -62,11 +63,11 @@ class RowParallelLinear(nn.Module):
     """y = x Aᵀ + b with A cut by input columns: rank i holds A_i, and y = Σ_i x_i A_iᵀ + b.
 
     x: '... d_in/tp', this rank's features  ->  y: '... d_out', equal on every tensor rank.
-    The bias is replicated and added once, after the sum. Backward: every rank sees the whole gradient of y.
+    The bias is replicated and added once, after the sum. Backward: every rank has the whole gradient of y.
     """
 
     product = staticmethod(F.linear)
-    """As ColumnParallelLinear's."""
+    """See ColumnParallelLinear.product."""
 
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, draw: Draw, grid: Grid) -> None:
         super().__init__()

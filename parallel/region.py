@@ -1,7 +1,8 @@
-"""What lies between sliced regions, and how activations go in and out of one.
+"""How activations enter and leave a sliced region, with and without sequence parallelism.
 
 Inside a sliced region each tensor rank holds its own features of all positions. Outside, every rank holds the same whole
-activations (`TensorParallelRegion`), or its own positions of them (`SequenceParallelRegion`, arXiv:2205.05198), which divides their memory by the degree.
+activations (`TensorParallelRegion`), or only its own positions of them (`SequenceParallelRegion`, arXiv:2205.05198), which divides
+their memory by the tensor degree.
 """
 
 from torch import Tensor
@@ -19,7 +20,7 @@ class TensorParallelRegion:
 
     @property
     def partial_group(self) -> ProcessGroup | None:
-        """Ranks over which the gradient of a parameter used out here must be summed: none, each rank has all of it."""
+        """Ranks over which the gradient of a parameter used outside sliced regions is summed: None, since each rank has all of it."""
         return None
 
     def enter(self, x: Tensor) -> Tensor:
@@ -31,22 +32,22 @@ class TensorParallelRegion:
         return reduce_from_tensor_ranks(x, self.group)
 
     def first_position(self, x: Tensor) -> int:
-        """The place in the sequence of x[:, 0]."""
+        """The position in the sequence of x[:, 0]."""
         return 0
 
 
 class SequenceParallelRegion(TensorParallelRegion):
     """Outside a sliced region x is 'b s/tp d', this rank's positions. g and ḡ of arXiv:2205.05198.
 
-    A block gathers twice and reduce-scatters twice, forward and again backward: on a ring each rank sends 8·b·s·h·(t−1)/t
-    elements, the same as without; and one all-reduce of h for each norm's weight and bias and each row bias. The two gathered
-    inputs are kept for the weight gradients; the paper gathers them again in the backward pass, 10·…, to keep 2·b·s·h·(1−1/t)
-    elements less.
+    A block gathers twice and reduce-scatters twice in the forward pass, and again in the backward pass: on a ring each rank sends
+    8·b·s·h·(t−1)/t elements, as many as without sequence parallelism, plus one all-reduce of h for each norm's weight and bias and
+    each row bias. The two gathered inputs are kept for the weight gradients; the paper gathers them again in the backward pass and
+    sends 10·b·s·h·(t−1)/t, to keep 2·b·s·h·(1−1/t) elements less.
     """
 
     @property
     def partial_group(self) -> ProcessGroup | None:
-        """All tensor ranks: each has seen its own positions only."""
+        """All tensor ranks, since each has the gradient of its own positions only."""
         return self.group
 
     def enter(self, x: Tensor) -> Tensor:
@@ -58,10 +59,10 @@ class SequenceParallelRegion(TensorParallelRegion):
         return reduce_scatter_sequence(x, self.group)
 
     def first_position(self, x: Tensor) -> int:
-        """The place in the sequence of x[:, 0]."""
+        """The position in the sequence of x[:, 0]."""
         return 0 if self.group is None else self.group.rank() * x.shape[1]
 
 
 def region_of(grid: Grid) -> TensorParallelRegion:
-    """How activations enter and leave what is sliced over this grid's tensor ranks."""
+    """The region of modules that are sliced over this grid's tensor ranks."""
     return (SequenceParallelRegion if grid.sequence else TensorParallelRegion)(grid.tensor_group)

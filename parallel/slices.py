@@ -1,12 +1,11 @@
-"""How a parameter is cut over tensor ranks: which rows of the whole each rank holds, as plain intervals.
+"""How a parameter is sliced over tensor ranks: `Slice` says which rows of the whole each rank holds, as intervals.
 
-One description serves every use: cutting a freshly drawn tensor, joining the ranks' pieces for a checkpoint, reading a part of
-a file at another layout. Pure arithmetic; no process group.
+The same description is used to cut a freshly drawn tensor, to join the ranks' pieces for a checkpoint, and to read a part of a
+file at another layout. It is pure arithmetic; no process group is needed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,8 @@ class Slice:
     """A logical parameter's full shape and its cut.
 
     `dim` is the cut dimension, None for a parameter that every tensor rank holds whole. `parts` are the sizes, along `dim`, of
-    what is cut separately: a fused q/k/v weight has three, so that each rank holds *its* q, k and v rows. A part that the
-    degree does not divide is padded at the end with rows that belong to nobody (vocabulary tables only).
+    the parts that are cut separately: a fused q/k/v weight has three, so that each rank holds *its* q, k and v rows. A part that
+    the degree does not divide is padded at the end (vocabulary tables only).
     """
 
     shape: tuple[int, ...]
@@ -42,14 +41,14 @@ class Slice:
 
     def regions(self, rank: int, degree: int) -> list[Region]:
         """The rows along `dim` that `rank` of `degree` holds, in local order. Padding is in no region."""
-        found, whole, local = [], 0, 0
+        regions, whole, local = [], 0, 0
         for part in self.parts:
             share = -(-part // degree)
             length = max(0, min(part - rank * share, share))
             if length:
-                found.append(Region(whole + rank * share, local, length))
+                regions.append(Region(whole + rank * share, local, length))
             whole, local = whole + part, local + share
-        return found
+        return regions
 
     def local_shape(self, degree: int) -> tuple[int, ...]:
         """The shape of one rank's piece, padding included; the same on every rank."""
@@ -57,10 +56,6 @@ class Slice:
             return self.shape
         rows = sum(-(-part // degree) for part in self.parts)
         return (*self.shape[: self.dim], rows, *self.shape[self.dim + 1 :])
-
-    def local_numel(self, degree: int) -> int:
-        """Elements of one rank's piece, padding included."""
-        return prod(self.local_shape(degree))
 
     def cut(self, full: Tensor, rank: int, degree: int) -> Tensor:
         """This rank's piece of the whole parameter, padding zero. A copy."""
@@ -105,9 +100,9 @@ def logical_name(parameter: Tensor) -> str:
 
 
 def make_parameter(name: str, full: Tensor, cut: Slice, rank: int, degree: int) -> nn.Parameter:
-    """This rank's piece of `full` as a parameter that knows its logical name and its cut.
+    """This rank's piece of `full` as a parameter with the attributes `logical_name` and `slice`.
 
-    `tensor_model_parallel` is the attribute DeepSpeed's gradient norm reads: it is set on really sliced parameters only, since
+    DeepSpeed's gradient norm reads the attribute `tensor_model_parallel`. It is set on parameters that are really sliced only:
     those without it are counted on tensor rank 0 alone.
     """
     parameter = nn.Parameter(cut.cut(full, rank, degree))

@@ -1,7 +1,7 @@
-"""The vocabulary cut over tensor ranks: embedding, head, and a cross entropy and an argmax that never gather the logits.
+"""The embedding and the heads, with the vocabulary sliced over tensor ranks.
 
-A vocabulary that the tensor degree does not divide is padded. Padded rows are zero, receive no probability and no gradient,
-and appear in no checkpoint.
+A vocabulary that the tensor degree does not divide is padded. Padded rows are zero, receive no probability and no gradient
+(parallel/cross_entropy.py), and are in no checkpoint.
 """
 
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from parallel.slices import Slice, make_parameter, slice_of
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rank i holds rows [i·V/tp, (i+1)·V/tp) of the table, looks up the ids that fall there, zero elsewhere; then the sum.
+    """Rank i holds rows [i·V/tp, (i+1)·V/tp) of the table, looks up the ids in that range, returns zero for others; then the sum.
 
     ids: 'b s', equal on every tensor rank  ->  x: 'b s d', equal on every tensor rank ('b s/tp d' under sequence parallelism).
-    Holds nothing but `weight`, so that a pipeline can tie it to the head (DeepSpeed's TiedLayerSpec).
+    It holds nothing but `weight`, so that a pipeline can tie it to the head (DeepSpeed's TiedLayerSpec).
     """
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> None:
@@ -49,7 +49,7 @@ class VocabParallelHead(nn.Module):
     """logits = x Wᵀ with W cut by vocabulary rows. x: 'b s d', equal on every rank  ->  'b s v', this rank's rows."""
 
     product = staticmethod(F.linear)
-    """As ColumnParallelLinear's."""
+    """See ColumnParallelLinear.product."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> None:
         super().__init__()
@@ -64,11 +64,11 @@ class VocabParallelHead(nn.Module):
 class TiedHead(nn.Module):
     """A head that holds its embedding's own parameter. x: 'b s d'  ->  'b s v'.
 
-    A module of its own, because ZeRO-3 gathers a module's parameters when the module is called.
+    It is a module of its own, because ZeRO-3 gathers a module's parameters when the module is called.
     """
 
     product = staticmethod(F.linear)
-    """As ColumnParallelLinear's."""
+    """See ColumnParallelLinear.product."""
 
     def __init__(self, embedding: VocabParallelEmbedding) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`python -m research VERB …`: finds the verb's file and calls its `main`. Nothing is imported before it is known what for."""
+"""`python -m research VERB …`: imports the verb's file and calls its `main`. Imports nothing else, so that --help is fast."""
 
 import importlib
 import keyword
@@ -11,7 +11,7 @@ from research.cluster.exit_codes import show_mistake
 
 HELP = """usage: python -m research VERB …
 
-Looks at runs and uses what they have trained. A run is named by its folder: runs/gpt_sotu/latest, or just gpt_sotu.
+Inspects runs and uses the models they have trained. A run is named by its folder: runs/gpt_sotu/latest, or just gpt_sotu.
 
 {verbs}
 
@@ -19,31 +19,27 @@ python -m research VERB --help says more. Training is not a verb: deepspeed expe
 
 
 def main(argv: list[str]) -> int:
-    """Run one verb; the exit code is 2 for a mistake, 130 for Ctrl-C."""
+    """Runs one verb and returns the exit code: 2 for a Mistake, 130 for Ctrl-C."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP.format(verbs="\n".join(f"  {verb:9} {what}" for verb, what in VERBS.items())))
         return 0 if argv else 2
     try:
-        _verb(argv[0]).main(argv[1:])
+        if argv[0] not in VERBS:
+            raise Mistake(f"python -m research does not know {argv[0]}{nearest(argv[0], VERBS)}")
+        importlib.import_module(f"research.cli.{file_of(argv[0])}").main(argv[1:])
         sys.stdout.flush()  # here, where a reader that has left can still be told from an error
     except Mistake as mistake:
         show_mistake(mistake)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `… | head` has seen enough; keep Python from complaining about it when it exits
+    except BrokenPipeError:  # `… | head` has read enough; keep Python from complaining about it when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _verb(name: str):
-    if name not in VERBS:
-        raise Mistake(f"python -m research does not know {name}{nearest(name, VERBS)}")
-    return importlib.import_module(f"research.cli.{file_of(name)}")
-
-
 def file_of(verb: str) -> str:
-    """The verb's file without its .py: a word that Python keeps for itself gets an underscore."""
+    """The name of the verb's file without its .py: a keyword of Python gets an underscore."""
     return f"{verb}_" if keyword.iskeyword(verb) else verb
 
 

@@ -4,6 +4,7 @@ import statistics
 import time
 
 import pytest
+import torch
 
 from tests.harness import run_ranks, start_server
 
@@ -12,6 +13,7 @@ SECONDS = pytest.StashKey[list[float]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SECONDS] = []
+    torch.set_num_threads(1)  # the models are so small that a second thread only waits: up to 40 times slower on shared cores
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How transformers holds GPT-2, GPT-NeoX (Pythia) and Llama: a table each, our module -> theirs in the form in which they have it."""
+"""How transformers stores GPT-2, GPT-NeoX (Pythia) and Llama: for each a table from our modules to theirs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from parallel.errors import Mistake
 
 @dataclass(frozen=True)
 class Same:
-    """Their module `name` holds what ours does: a weight '[out, in]' or a table."""
+    """Their module `name` stores the same tensor as ours: a weight '[out, in]' or a table."""
 
     name: str
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Their modules that make up one of ours."""
+        """Their modules that make up our one."""
         return (self.name,)
 
     def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
-        """Their tensors, in the order of `names`, as our one."""
+        """Their tensors, in the order of `names` -> our tensor."""
         return tensors[0]
 
     def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
-        """Our tensor as theirs, in the order of `names`."""
+        """Our tensor -> their tensors, in the order of `names`."""
         return [tensor]
 
 
@@ -36,29 +36,29 @@ class Transposed(Same):
     """GPT-2's Conv1D: a weight '[in, out]'."""
 
     def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
-        """'[in, out]' -> '[out, in]'; a bias as it is."""
+        """'[in, out]' -> '[out, in]'; a bias is unchanged."""
         return tensors[0].t().contiguous()
 
     def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
-        """'[out, in]' -> '[in, out]'; a bias as it is."""
+        """'[out, in]' -> '[in, out]'; a bias is unchanged."""
         return [tensor.t().contiguous()]
 
 
 class HeadByHead(Same):
-    """GPT-NeoX's qkv, whose rows are each head's q, k and v, then the next head's."""
+    """GPT-NeoX's qkv: the rows of the first head's q, k and v, then those of the next head, and so on."""
 
     def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
-        """Rows '(h 3 e)' -> '(3 h e)', of weight and bias."""
+        """Rows '(h 3 e)' -> '(3 h e)' of a weight or a bias."""
         return rearrange(tensors[0], "(h three e) ... -> (three h e) ...", three=3, h=model.num_heads)
 
     def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
-        """Rows '(3 h e)' -> '(h 3 e)', of weight and bias."""
+        """Rows '(3 h e)' -> '(h 3 e)' of a weight or a bias."""
         return [rearrange(tensor, "(three h e) ... -> (h three e) ...", three=3, h=model.num_heads)]
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Several modules of theirs are one of ours, row under row; `rows` gives the height of each."""
+    """Several of their modules are concatenated by rows to one of ours; `rows` gives the number of rows of each."""
 
     names: tuple[str, ...]
     rows: Callable[[GPT], list[int]]
@@ -66,7 +66,7 @@ class Fused:
     def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
         """q, k, v or gate, up -> one tensor."""
         heights = [len(tensor) for tensor in tensors]
-        if heights != self.rows(model):  # a right sum of wrong heights would go unnoticed
+        if heights != self.rows(model):  # wrong numbers of rows with the right sum would otherwise go unnoticed
             raise Mistake(
                 f"{', '.join(self.names)} have {heights} rows where this model has {self.rows(model)} → is the configuration this model's?"
             )
@@ -78,23 +78,24 @@ class Fused:
 
 
 def qkv_rows(model: GPT) -> list[int]:
-    """Heights of q, k and v."""
+    """The number of rows of q, k and v."""
     return [model.num_heads * model.head_size] + [model.num_kv_heads * model.head_size] * 2
 
 
 @dataclass(frozen=True)
 class Family:
-    """How transformers holds one kind of model. Names as in its files; `*` is the block's number."""
+    """How transformers stores one kind of model. Names are those of its files; `*` stands for the number of the block."""
 
     name: str
     prefix: str
-    """Begins all names but the head's; some files leave it out."""
+    """The prefix of all names but the head's. Some files leave it out."""
     heads: tuple[str, ...]
-    """The untied head's names, the one in files first. Never prefixed."""
+    """The names of an untied head, the one used in files first. Never prefixed."""
     modules: dict[str, Same | Fused]
     holds: dict[str, tuple]
     """Our setting -> the values that the family can express."""
     grouped: bool
+    """Whether it can have fewer kv heads than query heads."""
 
 
 FAMILIES = {
@@ -154,4 +155,4 @@ FAMILIES = {
         grouped=True,
     ),
 }  # fmt: skip
-"""transformers' `model_type` -> the family."""
+"""transformers' `model_type` -> family."""

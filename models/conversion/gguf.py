@@ -1,7 +1,7 @@
-"""A Llama as llama.cpp's GGUF files hold it: metadata read as a transformers configuration, names and forms as a family. Pure.
+"""Llama in llama.cpp's GGUF files: their metadata as a transformers configuration, their tensors as a family. Reads no files.
 
-llama.cpp turns neighbouring features (2i, 2i + 1) where transformers and we turn (i, i + half), so that its q and k have their rows
-in another order. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+llama.cpp rotates neighbouring features (2i, 2i + 1) where transformers and this program rotate (i, i + half), so the rows of its
+q and k are in another order. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
@@ -19,22 +19,21 @@ from parallel.errors import Mistake
 
 ARCHITECTURE = "llama"
 ROTARY_FACTORS = "rope_freqs.weight"
-"""A tensor by which the frequencies of the pairs are divided: how a GGUF file says what Llama 3.1's scaling is."""
+"""The tensor that the rotary frequencies are divided by. This is how a GGUF file stores Llama 3.1's scaling."""
 LLAMA_3 = (1.0, 4.0, 8192)
-"""low_freq_factor, high_freq_factor, original_max_position_embeddings of all models that Meta has published; the factor differs."""
+"""low_freq_factor, high_freq_factor and original_max_position_embeddings of all models published by Meta. Their factors differ."""
 
 
 class Interleaved(Fused):
-    """q, k and v, the rows of each head of q and k by turns from its first and its second half."""
+    """q, k and v, where the rows of each head of q and k alternate between its first and its second half."""
 
     def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
-        """Rows '(h half two)' of q and k -> '(h two half)'; then q, k, v under each other."""
+        """Rows '(h half two)' of q and k -> '(h two half)'; then q, k and v are concatenated by rows."""
         q, k, v = tensors
         q, k = (rearrange(x, "(h half two) ... -> (h two half) ...", two=2, half=model.head_size // 2) for x in (q, k))
         return super().to_ours([q, k, v], model)
 
     def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
-        """The inverse."""
         q, k, v = super().to_theirs(tensor, model)
         q, k = (rearrange(x, "(h two half) ... -> (h half two) ...", two=2, half=model.head_size // 2) for x in (q, k))
         return [q, k, v]
@@ -61,29 +60,32 @@ FAMILY = Family(
 
 
 def config(metadata: Mapping[str, Any], tensors: Collection[str], factors: Tensor | None) -> dict[str, Any]:
-    """The transformers configuration of a file with these fields and tensors' names; `factors` are ROTARY_FACTORS' values, if there."""
-    told = ConfigReader(metadata, "the GGUF file")
-    if (architecture := told.word("general.architecture")) != ARCHITECTURE:
+    """The transformers configuration of a file with these metadata and names of tensors.
+
+    `factors`: the values of the tensor ROTARY_FACTORS; None if the file has none.
+    """
+    fields = ConfigReader(metadata, "the GGUF file")
+    if (architecture := fields.text("general.architecture")) != ARCHITECTURE:
         raise Mistake(f"general.architecture = {architecture!r:.60} has no counterpart here → only {ARCHITECTURE!r} can be read")
-    if told.get("llama.expert_count", 0):
+    if fields.get("llama.expert_count", 0):
         raise Mistake("llama.expert_count is set: a mixture of experts has no counterpart here → take a model without")
-    width, heads = told.count("llama.embedding_length"), told.count("llama.attention.head_count")
+    width, heads = fields.count("llama.embedding_length"), fields.count("llama.attention.head_count")
     for key in ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length"):
-        if (size := told.count(key, width // heads)) != width // heads:
+        if (size := fields.count(key, width // heads)) != width // heads:
             raise Mistake(f"{key} = {size} has no counterpart here → only {width // heads} can be read")
-    base = told.number("llama.rope.freq_base", 10_000.0)
+    base = fields.number("llama.rope.freq_base", 10_000.0)
     return {
         "model_type": "llama",
-        "num_hidden_layers": told.count("llama.block_count"),
+        "num_hidden_layers": fields.count("llama.block_count"),
         "hidden_size": width,
         "num_attention_heads": heads,
-        "num_key_value_heads": told.count("llama.attention.head_count_kv", heads),
-        "intermediate_size": told.count("llama.feed_forward_length"),
-        "max_position_embeddings": told.count("llama.context_length"),
-        "vocab_size": told.count("llama.vocab_size", len(told.get("tokenizer.ggml.tokens", [])) or 1),
-        "rms_norm_eps": _shortest(told.number("llama.attention.layer_norm_rms_epsilon")),
+        "num_key_value_heads": fields.count("llama.attention.head_count_kv", heads),
+        "intermediate_size": fields.count("llama.feed_forward_length"),
+        "max_position_embeddings": fields.count("llama.context_length"),
+        "vocab_size": fields.count("llama.vocab_size", len(fields.get("tokenizer.ggml.tokens", [])) or 1),
+        "rms_norm_eps": _shortest_decimal(fields.number("llama.attention.layer_norm_rms_epsilon")),
         "rope_theta": base,
-        "rope_scaling": _scaling(told, factors, base, width // heads),
+        "rope_scaling": _scaling(fields, factors, base, width // heads),
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
@@ -91,23 +93,22 @@ def config(metadata: Mapping[str, Any], tensors: Collection[str], factors: Tenso
     }
 
 
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same in fp32, in which GGUF keeps it: 1e-05, not 9.999999747378752e-06."""
+def _shortest_decimal(value: float) -> float:
+    """The shortest decimal number that is equal in fp32, in which GGUF stores numbers: 1e-05, not 9.999999747378752e-06."""
     stored = torch.tensor(value, dtype=torch.float32)
-    return next(short for digits in range(1, 18) if torch.tensor(short := float(f"{value:.{digits}g}"), dtype=torch.float32) == stored)
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 18))
+    return next(candidate for candidate in candidates if torch.tensor(candidate, dtype=torch.float32) == stored)
 
 
-def _scaling(told: ConfigReader, factors: Tensor | None, base: float, head_size: int) -> dict[str, Any] | None:
-    kind = told.word("llama.rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        raise Mistake(f"llama.rope.scaling.type = {kind!r:.60} has no counterpart here → only none and linear can be read")
-    if factors is not None:
-        return _llama3(factors, base, head_size)
-    return {"rope_type": "linear", "factor": told.number("llama.rope.scaling.factor")} if kind == "linear" else None
+def _scaling(fields: ConfigReader, factors: Tensor | None, base: float, head_size: int) -> dict[str, Any] | None:
+    """The configuration's `rope_scaling`."""
+    scaling = fields.text("llama.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise Mistake(f"llama.rope.scaling.type = {scaling!r:.60} has no counterpart here → only none and linear can be read")
+    if factors is None:
+        return {"rope_type": "linear", "factor": fields.number("llama.rope.scaling.factor")} if scaling == "linear" else None
 
-
-def _llama3(factors: Tensor, base: float, head_size: int) -> dict[str, Any]:
-    """Llama 3.1's table, if these are its factors."""
+    # Only the factors of Llama 3.1's scaling can be expressed.
     factor = float(factors.max()) if tuple(factors.shape) == (head_size // 2,) else None
     if factor is None or not torch.allclose(factors.double(), llama3_factors(base, head_size, factor), rtol=1e-4):
         raise Mistake(f"{ROTARY_FACTORS} are not Llama 3.1's → take the model as a Hugging Face folder: its config.json names the scaling")
@@ -122,7 +123,7 @@ def _llama3(factors: Tensor, base: float, head_size: int) -> dict[str, Any]:
 
 
 def llama3_factors(base: float, head_size: int, factor: float) -> Tensor:
-    """'head_size/2' fp64: by what Llama 3.1 divides the frequency of each pair."""
+    """'head_size/2' in fp64: what Llama 3.1 divides the rotary frequency of each pair by."""
     low, high, length = LLAMA_3
     frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     kept = ((length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)

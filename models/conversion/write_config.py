@@ -1,6 +1,6 @@
-"""Our settings as the config.json that transformers reads: the inverse of hf_settings. Pure.
+"""Writes our model settings as a config.json for transformers: the inverse of read_config.py. Does not import transformers.
 
-Rotary settings are written as transformers 4 has them (`rope_theta`, `rope_scaling`, `rotary_pct`), which 5 reads too.
+Rotary settings are written in the form of transformers 4 (`rope_theta`, `rope_scaling`, `rotary_pct`), which version 5 also reads.
 """
 
 from typing import Any
@@ -9,17 +9,17 @@ from models.config import GPT
 from models.conversion.read_config import GATED_MLPS, NO_DROPOUT, PLAIN_MLPS
 
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM"}
-"""Family -> transformers' class of a model with a head."""
+"""Family -> transformers' class of a language model."""
 DROPOUTS = {
     "gpt2": {"embedding_dropout": "embd_pdrop", "residual_dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
     "gpt_neox": {"residual_dropout": "hidden_dropout", "attention_dropout": "attention_dropout"},
     "llama": {"attention_dropout": "attention_dropout"},
 }
-"""Family -> our dropout -> theirs."""
+"""Family -> {our dropout setting: theirs}."""
 
 
 def config(model: GPT, family: str, dtype: str, bos: int | None, eos: int | list[int] | None) -> dict[str, Any]:
-    """The config.json of a model that `family` holds (models.hf.family_of), its weights written as `dtype` ("float32", …)."""
+    """The config.json of a model that `family` can express (mapping.family_of), with weights written as `dtype` ("float32", …)."""
     common = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -37,9 +37,9 @@ def config(model: GPT, family: str, dtype: str, bos: int | None, eos: int | list
 
 
 def left_behind(model: GPT, family: str) -> list[str]:
-    """The settings of a training that `family` has no word for; they change nothing about the trained weights."""
-    silent = [name for name in NO_DROPOUT if name not in DROPOUTS[family] and getattr(model, name)]
-    return [f"model.{name} = {getattr(model, name)!r}" for name in (*silent, "init")]
+    """The training settings that `family` cannot express, as text. They have no effect on trained weights."""
+    dropouts = [name for name in NO_DROPOUT if name not in DROPOUTS[family] and getattr(model, name)]
+    return [f"model.{name} = {getattr(model, name)!r}" for name in (*dropouts, "init")]
 
 
 def _gpt2(model: GPT) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _sizes(model: GPT) -> dict[str, Any]:
 
 
 def _activation(mlp: str, names: dict[str, str]) -> str:
-    """The first of their names for ours."""
+    """The first of their names for our `mlp`."""
     return next(theirs for theirs, ours in names.items() if ours == mlp)
 
 

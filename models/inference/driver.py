@@ -1,106 +1,84 @@
-"""A decoder on several tensor ranks, led by the first: what is called there, the others call too.
+"""Driver and workers: a decoder or scorer on several tensor ranks that is controlled by the first of them.
 
-So whatever decides (sampling, batches, a server) runs on one rank and needs to know of no other.
+What is called on the driver (tensor rank 0) is broadcast to the workers (tensor ranks > 0), which call the same method with the
+same arguments. So whatever takes decisions (sampling, batching, a server) runs on one rank and does not depend on the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from models.inference.decoder import Decoder
 from models.inference.scoring import TokenScorer
+from parallel.grid import Grid
 from parallel.object_collectives import broadcast_ints, receive_ints
 
-ADMIT, STEP, DROP, REORDER, CLEAR, LEAVE = range(6)
+CALLS: dict[str, Callable[[Any, list[list[int]]], object]] = {
+    "admit": lambda decoder, prompts: decoder.admit(prompts),
+    "step": lambda decoder, lists: decoder.step(lists[0]),
+    "drop": lambda decoder, lists: decoder.drop(lists[0][0]),
+    "reorder": lambda decoder, lists: decoder.reorder(lists[0]),
+    "clear": lambda decoder, lists: decoder.clear(),
+    "score": lambda scorer, lists: scorer.score(lists[1:], lists[0]),
+}
+"""Method of the driver -> the same call on a worker's decoder or scorer, with the lists of integers that the driver broadcast."""
+NUMBERS = {name: number for number, name in enumerate([*CALLS, "release"])}
+"""How a message names the call: its first list holds this number."""
 
 
-class DriverDecoder(Decoder):
-    """The decoder of tensor rank 0. The other ranks are in `follow` until `release`."""
+class Driver:
+    """Mixin of what runs on tensor rank 0. The other tensor ranks are in `run_worker` until `release`."""
 
-    @property
-    def group(self) -> ProcessGroup:
-        """The tensor ranks."""
+    grid: Grid
+
+    def release(self) -> None:
+        """Lets the workers return from `run_worker`. Must be the last call."""
+        self._broadcast("release")
+
+    def _broadcast(self, call: str, *lists: Sequence[int]) -> None:
         assert self.grid.tensor_group is not None
-        return self.grid.tensor_group
+        broadcast_ints([[NUMBERS[call]], *lists], self.grid.tensor_group)
+
+
+class DriverDecoder(Driver, Decoder):
+    """A Decoder whose methods run on all tensor ranks when they are called on tensor rank 0."""
 
     def admit(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """As Decoder's, on all ranks."""
-        broadcast_ints([[ADMIT], *prompts], self.group)
+        self._broadcast("admit", *prompts)
         return super().admit(prompts)
 
     def step(self, ids: Sequence[int]) -> Tensor:
-        """As Decoder's, on all ranks."""
-        broadcast_ints([[STEP], ids], self.group)
+        self._broadcast("step", ids)
         return super().step(ids)
 
     def drop(self, row: int) -> None:
-        """As Decoder's, on all ranks."""
-        broadcast_ints([[DROP], [row]], self.group)
+        self._broadcast("drop", [row])
         super().drop(row)
 
     def reorder(self, parents: Sequence[int]) -> None:
-        """As Decoder's, on all ranks."""
-        broadcast_ints([[REORDER], parents], self.group)
+        self._broadcast("reorder", parents)
         super().reorder(parents)
 
     def clear(self) -> None:
-        """As Decoder's, on all ranks."""
-        broadcast_ints([[CLEAR]], self.group)
+        self._broadcast("clear")
         super().clear()
 
-    def release(self) -> None:
-        """Lets the other ranks go. The last call."""
-        broadcast_ints([[LEAVE]], self.group)
 
-
-def run_worker(decoder: Decoder) -> None:
-    """Carries out on a tensor rank > 0 what the first one's Leader is asked, until it lets go."""
-    assert decoder.grid.tensor_group is not None
-    while True:
-        (order, *_), *lists = receive_ints(decoder.grid.tensor_group)
-        if order == ADMIT:
-            decoder.admit(lists)
-        elif order == STEP:
-            decoder.step(lists[0])
-        elif order == DROP:
-            decoder.drop(lists[0][0])
-        elif order == REORDER:
-            decoder.reorder(lists[0])
-        elif order == CLEAR:
-            decoder.clear()
-        else:
-            return
-
-
-SCORE, LEAVE_SCORING = range(2)
-
-
-class DriverScorer(TokenScorer):
-    """Those of tensor rank 0. The other ranks are in `follow_scores` until `release`."""
-
-    @property
-    def group(self) -> ProcessGroup:
-        """The tensor ranks."""
-        assert self.grid.tensor_group is not None
-        return self.grid.tensor_group
+class DriverScorer(Driver, TokenScorer):
+    """A TokenScorer whose `score` runs on all tensor ranks when it is called on tensor rank 0."""
 
     def score(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """As Scores', on all ranks."""
-        broadcast_ints([[SCORE], counts, *rows], self.group)
+        self._broadcast("score", counts, *rows)
         return super().score(rows, counts)
 
-    def release(self) -> None:
-        """Lets the other ranks go. The last call."""
-        broadcast_ints([[LEAVE_SCORING]], self.group)
 
-
-def run_scoring_worker(scores: TokenScorer) -> None:
-    """Carries out on a tensor rank > 0 what the first one's leader is asked, until it lets go."""
-    assert scores.grid.tensor_group is not None
+def run_worker(worker: Decoder | TokenScorer) -> None:
+    """Repeats on a tensor rank > 0 the calls of the driver on tensor rank 0, until the driver's `release`."""
+    assert worker.grid.tensor_group is not None
+    calls = list(CALLS.values())
     while True:
-        (order, *_), *lists = receive_ints(scores.grid.tensor_group)
-        if order == LEAVE_SCORING:
+        (number, *_), *lists = receive_ints(worker.grid.tensor_group)
+        if number == NUMBERS["release"]:
             return
-        counts, *rows = lists
-        scores.score(rows, counts)
+        calls[number](worker, lists)

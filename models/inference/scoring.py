@@ -1,4 +1,4 @@
-"""A model that scores tokens it is given: whole texts at once, without a cache, on one rank or on tensor ranks that the first one leads."""
+"""Log-likelihood scoring: TokenScorer gives the log-probabilities of given tokens, of whole texts at once and without a cache."""
 
 from collections.abc import Sequence
 
@@ -12,52 +12,51 @@ from parallel.grid import Grid
 from parallel.layers import PlainModule
 
 ROWS = 1024
-"""Places whose logits are held at once: of long texts and large vocabularies all of them would not fit."""
+"""The number of positions whose logits are held at once. Those of all positions of long texts would not fit into memory."""
 
 
 class TokenScorer:
-    """`module` in use for scoring. Collective over the grid's tensor ranks."""
+    """Scores texts with `module`, which is switched to evaluation. Collective over the grid's tensor ranks."""
 
     def __init__(self, module: PlainModule, model: GPT, grid: Grid) -> None:
         self.module, self.model, self.grid = module.eval(), model, grid
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """log p, fp32 at least, of the last counts[i] tokens of each row, row after row; whether each is the likeliest: 'n', on the CPU.
+        """Scores the last counts[i] tokens of each row of ids.
 
-        Rows have two tokens or more, of which the last is not read. Shorter ones are filled up at their ends, where no earlier token
-        looks; logits are made of the places before the scored tokens only, and stay sliced.
+        Returns log p (at least fp32) of these tokens, row after row, and whether each is the most likely token: 'n' each, on the CPU.
+        Rows have at least two tokens. Shorter rows are padded at the end, which no earlier token attends to. Logits are computed
+        for the positions before scored tokens only, and stay cut over the tensor ranks.
         """
-        ids, places = padded(rows, counts)
+        ids, positions = padded(rows, counts)
         device = next(self.module.parameters()).device
-        x = self.module.hidden(ids[:, :-1].to(device)).flatten(0, 1)[places.to(device)]
+        x = self.module.hidden(ids[:, :-1].to(device)).flatten(0, 1)[positions.to(device)]  # n d
         targets = torch.tensor([token for row, count in zip(rows, counts, strict=True) for token in row[-count:]], device=device)
-        parts = [self._of(*part) for part in zip(x.split(ROWS), targets.split(ROWS), strict=True)]
-        logp, greedy = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        scores = []
+        for part, part_targets in zip(x.split(ROWS), targets.split(ROWS), strict=True):
+            logits = self.module.logits(part[None])  # 1 n v
+            scores.append(token_scores(logits, part_targets[None], self.grid.tensor_group, self.model.vocab_size))
+        logp, greedy = (torch.cat(parts, dim=1)[0].cpu() for parts in zip(*scores, strict=True))
         return logp, greedy
-
-    def _of(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """x 'n d', the targets behind them 'n' -> log p and whether it is the likeliest, 'n' each."""
-        logp, greedy = token_scores(self.module.logits(x[None]), targets[None], self.grid.tensor_group, self.model.vocab_size)
-        return logp[0], greedy[0]
 
 
 def token_scores(logits: Tensor, targets: Tensor, group: ProcessGroup | None, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """log p(target), fp32 at least, and whether target is the likeliest token: 'b s' each, equal on every tensor rank.
+    """log p(target), at least fp32, and whether target is the most likely token: 'b s' each, equal on every tensor rank.
 
     logits: 'b s v', this rank's rows of the padded vocabulary; targets: 'b s' in [0, vocab_size). Collective over `group`: four
-    all-reduces of O(b·s). Of several likeliest tokens the one with the lowest id counts, as in torch.argmax.
+    all-reduces of O(b·s). Of several most likely tokens the one with the lowest id counts, as in torch.argmax.
     """
     logp = -vocab_parallel_cross_entropy(logits, targets, group, vocab_size)
     return logp, vocab_parallel_argmax(logits, group, vocab_size) == targets
 
 
 def padded(rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Ids 'b s', 0 behind each row's end, and for each scored token the place before it in what is read, 'b (s − 1)' flattened: 'n'."""
+    """Ids 'b s', padded with 0, and 'n': the index into the flattened 'b (s − 1)' inputs of the position before each scored token."""
     longest = max(map(len, rows))
     ids = torch.zeros((len(rows), longest), dtype=torch.int64)
-    places = []
+    positions = []
     for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)
-        places.append(i * (longest - 1) + torch.arange(len(row) - 1 - count, len(row) - 1))
-    return ids, torch.cat(places)
+        positions.append(i * (longest - 1) + torch.arange(len(row) - 1 - count, len(row) - 1))
+    return ids, torch.cat(positions)

@@ -1,4 +1,4 @@
-"""Layout-free checkpoints: written by any layout, read by any layout. safetensors + JSON, no pickle anywhere (docs/checkpoints.md).
+"""Layout-independent checkpoints: any layout writes them, any layout reads them. safetensors + JSON, no pickle (docs/checkpoints.md).
 
     saver = Saver()                                        # or BackgroundSaver(): all ranks, once
     saver.save(run / "checkpoints/step_000300", engine, {"step": 300, …})
@@ -6,8 +6,8 @@
     if rank == 0: folder.retain(run / "checkpoints", keep_last=3, keep_every=1000)
 
     facts = load_checkpoint(folder.latest(run / "checkpoints"), engine)     # all ranks, before the next step
-    why = differences(facts, engine)                       # {} where the run goes on bit for bit
-    load_initial(other / "checkpoints/step_000300", engine)                 # a new run that begins with another's weights
+    changed = differences(facts, engine)                   # {} if the run continues bit for bit
+    load_initial(other / "checkpoints/step_000300", engine)                 # a new run that begins with another run's weights
 
     with Reader(path) as reader:                           # one process, any layout's checkpoint
         load_weights(module, reader, Grid())

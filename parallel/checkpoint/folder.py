@@ -1,9 +1,9 @@
-"""A run's folder of checkpoints: begun hidden, published by one rename, found again, kept or deleted. One process at a time writes it.
+"""A run's folder of checkpoints: publishes them by one rename, finds the latest, deletes old ones. One process at a time may write it.
 
-checkpoints/step_000300/             complete, as every folder without a leading dot
-checkpoints/latest                   a file that holds the newest one's name
-checkpoints/.step_000400.partial     being written, or what a killed writer left; the next save removes it
-checkpoints/.step_000300.replaced    the older of the same step, until a newer has its place
+checkpoints/step_000300/             complete, like every folder without a leading dot
+checkpoints/latest                   a file with the name of the newest checkpoint
+checkpoints/.step_000400.partial     being written, or left by a killed writer; the next save removes it
+checkpoints/.step_000300.replaced    the older checkpoint of the same step, until the newer one is in its place
 checkpoints/.step_000100.deleted     being deleted
 """
 
@@ -27,9 +27,9 @@ LEFT_BEHIND = re.compile(r"\.(.+)\.(partial|replaced|deleted)")
 
 
 def begin(folder: Path, need: int) -> Path:
-    """The empty hidden folder in which `folder` is written; what killed writers left beside it is cleared away.
+    """Creates the empty hidden folder in which `folder` is written, and removes what killed writers left beside it.
 
-    `need`: bytes that it will hold. A Mistake where there is no room for them, or no right to write.
+    `need`: bytes that it will hold. A Mistake if there is no room for them, or no permission to write.
     """
     partial = hidden(folder, "partial")
     with disk_trouble(partial, need):
@@ -43,9 +43,10 @@ def begin(folder: Path, need: int) -> Path:
 
 
 def publish(partial: Path, folder: Path, manifest: str) -> None:
-    """Completes `partial` with its manifest, gives it its name by one rename, points `latest` at it; each on disk before the next.
+    """Writes the manifest into `partial`, renames it to `folder`, points `latest` at it; each step is on disk before the next.
 
-    The same step saved before gives way; between the two renames that takes, `latest` finds the older one under its hidden name.
+    An older checkpoint of the same step is replaced, which takes two renames; between them, `latest` finds the older one under its
+    hidden name.
     """
     replaced = hidden(folder, "replaced")
     with disk_trouble(partial, len(manifest)):
@@ -56,11 +57,11 @@ def publish(partial: Path, folder: Path, manifest: str) -> None:
         partial.rename(folder)
         sync_folder(folder.parent)
         point_latest(folder)
-    shutil.rmtree(replaced, ignore_errors=True)  # a reader of it keeps the files it has open, and is told when it opens another
+    shutil.rmtree(replaced, ignore_errors=True)  # a reader keeps the files it has open, and gets an error when it opens another
 
 
 def point_latest(folder: Path) -> None:
-    """Makes `folder` the one that `latest` names, atomically."""
+    """Makes `latest` name `folder`, atomically."""
     pointer = folder.with_name(".latest.partial")
     write_synced(pointer, folder.name.encode())
     pointer.replace(folder.with_name(LATEST))
@@ -68,31 +69,31 @@ def point_latest(folder: Path) -> None:
 
 
 def clear_leftovers(checkpoints: Path) -> None:
-    """Removes what killed writers left. A `.replaced` whose successor never came is put back: it is the only one of its step."""
+    """Removes what killed writers left. A `.replaced` without its successor is put back: it is the only checkpoint of its step."""
     for path in checkpoints.iterdir():
-        found = LEFT_BEHIND.fullmatch(path.name)
-        if found and found[2] == "replaced" and not path.with_name(found[1]).exists():
-            path.rename(path.with_name(found[1]))
-        elif found:
+        match = LEFT_BEHIND.fullmatch(path.name)
+        if match and match[2] == "replaced" and not path.with_name(match[1]).exists():
+            path.rename(path.with_name(match[1]))
+        elif match:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def name_of(step: int) -> str:
-    """'step_000300': the folder's name of the checkpoint after so many steps."""
+    """The folder name of the checkpoint after `step` steps: 'step_000300'."""
     return f"step_{step:06d}"
 
 
 def step_of(path: Path) -> int:
-    """The steps that a checkpoint's folder name says; −1 where it is not called step_N."""
-    found = STEP.fullmatch(path.name)
-    return int(found[1]) if found else -1
+    """The step in a checkpoint's folder name; −1 if it is not called step_N."""
+    match = STEP.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def latest(checkpoints: Path) -> Path:
-    """The checkpoint that `latest` names. A Mistake names the newest complete one where it names none."""
+    """The checkpoint that `latest` names. If it names none, a Mistake names the newest complete one."""
     pointer = checkpoints / LATEST
     newest = newest_complete(checkpoints)
-    if not pointer.exists():  # a writer killed between its rename and its pointer leaves one without the other
+    if not pointer.exists():  # a writer that was killed between its rename and its pointer leaves one without the other
         if newest is None:
             raise Mistake(f"{checkpoints} holds no complete checkpoint → a run writes its first one when it ends")
         return newest
@@ -105,21 +106,23 @@ def latest(checkpoints: Path) -> Path:
 
 
 def newest_complete(checkpoints: Path) -> Path | None:
-    """Of the folders called step_N that have a manifest, that of the highest N."""
-    return max(steps(checkpoints), key=lambda path: step_of(path), default=None)
+    """The complete checkpoint with the highest step, or None."""
+    return max(steps(checkpoints), key=step_of, default=None)
 
 
 def steps(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints that are called step_N, in order of N."""
-    found = [path for path in _entries(checkpoints) if STEP.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: step_of(path))
+    """The complete checkpoints, which are called step_N and have a manifest, in order of N; [] if the folder cannot be read."""
+    complete: list[Path] = []
+    with contextlib.suppress(OSError):
+        complete = [path for path in checkpoints.iterdir() if STEP.fullmatch(path.name)]
+    return sorted((path for path in complete if (path / MANIFEST).is_file()), key=step_of)
 
 
 def retain(checkpoints: Path, keep_last: int, keep_every: int = 0, in_use: Collection[str] = ()) -> list[str]:
-    """Deletes older checkpoints, one process for all ranks; returns the names of those that are gone.
+    """Deletes older checkpoints and returns the names of the deleted ones. One process does this for all ranks.
 
-    Kept are the newest `keep_last` (≥ 1), every step that `keep_every` divides (0: none), what `latest` names, the names
-    `in_use`, whatever is not called step_N, and what any process on this file system holds open with a Reader.
+    It keeps the newest `keep_last` (≥ 1), every step that `keep_every` divides (0: none), the one that `latest` names, the names
+    `in_use`, whatever is not called step_N, and every checkpoint that a process on this file system holds open with a Reader.
     """
     if keep_last < 1 or keep_every < 0:
         what = f"the last {keep_last} checkpoints and every {keep_every}th step's cannot be kept"
@@ -133,7 +136,7 @@ def retain(checkpoints: Path, keep_last: int, keep_every: int = 0, in_use: Colle
 
 
 def _delete(folder: Path) -> bool:
-    """Hides the checkpoint, then removes it; False, and nothing happens, where someone reads it or the disk refuses."""
+    """Hides the checkpoint, then removes it. Returns False, and does nothing, if a process reads it or the disk refuses."""
     gone = hidden(folder, "deleted")
     try:
         with unused(folder) as free:
@@ -141,14 +144,14 @@ def _delete(folder: Path) -> bool:
                 folder.rename(gone)
                 shutil.rmtree(gone)
             return free
-    except OSError:  # half deleted at worst, and hidden: the next save goes on with it
+    except OSError:  # at worst half deleted and hidden: the next save deletes the rest
         return not folder.exists()
 
 
 def hold(folder: Path) -> IO[bytes]:
     """Opens the manifest of a checkpoint and marks it as in use until the returned file is closed or this process dies.
 
-    An advisory lock (flock), shared by all readers. Where the file system has none, `retain` cannot know of its readers.
+    This is an advisory lock (flock), shared by all readers. On a file system without locks, `retain` cannot know of readers.
     """
     file = (folder / MANIFEST).open("rb")
     try:
@@ -162,7 +165,7 @@ def hold(folder: Path) -> IO[bytes]:
 
 
 def still_there(folder: Path, held: IO[bytes]) -> bool:
-    """Whether `folder` is still the checkpoint whose manifest is held, and not another of the same name."""
+    """Whether `folder` is still the checkpoint whose manifest is held, and not another one of the same name."""
     try:
         return os.path.samestat((folder / MANIFEST).stat(), os.fstat(held.fileno()))
     except OSError:
@@ -171,8 +174,8 @@ def still_there(folder: Path, held: IO[bytes]) -> bool:
 
 @contextlib.contextmanager
 def unused(folder: Path) -> Iterator[bool]:
-    """Yields whether no process holds the checkpoint; inside, none can begin to. OSError where it has no manifest."""
-    with (folder / MANIFEST).open("r+b") as file:  # over NFS an exclusive lock asks for a file that is open for writing
+    """Yields whether no process holds the checkpoint; inside the `with` block none can begin to. OSError if it has no manifest."""
+    with (folder / MANIFEST).open("r+b") as file:  # over NFS an exclusive lock needs a file that is open for writing
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -184,20 +187,14 @@ def unused(folder: Path) -> Iterator[bool]:
 
 
 def hidden(folder: Path, state: str) -> Path:
-    """Where `folder` lies while it is partial, replaced or deleted."""
+    """The path of `folder` while its state is "partial", "replaced" or "deleted"."""
     return folder.with_name(f".{folder.name}.{state}")
 
 
 def _pointed(pointer: Path) -> str:
+    """The name in a `latest` file, empty if it cannot be read."""
     try:
         with pointer.open("rb") as file:
             return file.read(256).decode(errors="replace").strip()
     except OSError:
         return ""
-
-
-def _entries(checkpoints: Path) -> list[Path]:
-    try:
-        return list(checkpoints.iterdir())
-    except OSError:
-        return []

@@ -1,14 +1,14 @@
-"""The manifest of a checkpoint: what it is of, every file's size and SHA-256, and where each logical tensor's pieces lie.
+"""The manifest of a checkpoint: its facts, every file's size and SHA-256, and where the pieces of each logical tensor lie.
 
     {"format": 2, "step": 300, …facts…,
      "files": {"weights-rank00000-000.safetensors": {"size": 1234, "sha256": "…"}, …},
      "tensors": {"weights": {"head.weight": {"shape": [8192, 192], "dtype": "float32", "pieces": [
          {"file": "weights-rank00000-000.safetensors", "key": "head.weight[0:4096]", "dim": 0, "start": 0, "length": 4096}, …]}, …},
                  "exp_avg": …, "exp_avg_sq": …},
-     "sha256": "…"}                                        of all else in it: a flipped bit would change a step or a sample
+     "sha256": "…"}                                        of the rest of the manifest: detects a flipped bit
 
-Text to objects and back, no files. A manifest may come from a stranger: what `parse` lets through names no path, fits into the
-files it names, and covers every tensor exactly once.
+Converts text to objects and back; it opens no files. A manifest is not trusted: `parse` accepts one only if its file names contain
+no path, its pieces fit into those files, and they cover every tensor exactly once.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from typing import Any
 
 FORMAT = 2
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
-"""fp32 master weights, and Adam's two moments. A checkpoint that holds the first alone can be read but not resumed."""
+"""fp32 master weights, and Adam's two moments. A checkpoint with weights only can be read but not resumed."""
 DTYPES = {"float32": 4}
-"""Bytes of an element."""
+"""dtype -> bytes per element."""
 MAX_BYTES = 256 * 2**20
-"""Of a manifest. One of 128 blocks cut over 8 tensor ranks has about 10 MB."""
+"""The largest manifest that is read. That of a model of 128 blocks on 8 tensor ranks has about 10 MB."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_SIZE = 2**60
 TABLES = ("format", "files", "tensors", "sha256")
 COUNTS = ("step", "samples", "tokens")
-"""Facts that are numbers where they are there; `step` always is."""
+"""Facts that are counts if present; `step` is always present."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file beside the manifest."""
+    """Size and hash of a file of the checkpoint."""
 
     size: int
     sha256: str
@@ -53,7 +53,7 @@ class Piece:
     length: int
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The piece's shape, where the logical tensor's is `whole`."""
+        """The piece's shape, if the logical tensor's shape is `whole`."""
         return (*whole[: self.dim], self.length, *whole[self.dim + 1 :])
 
 
@@ -80,50 +80,50 @@ class Manifest:
     tensors: dict[str, dict[str, Logical]]
 
     def text(self) -> str:
-        """As JSON, a file or a tensor on a line. A fact may not have the name of a table."""
+        """The manifest as JSON, one file or tensor per line. A fact must not have the name of a table."""
         if taken := set(self.facts) & set(TABLES):
             raise ValueError(f"a checkpoint's facts cannot be called {', '.join(sorted(taken))}")
         tensors = {kind: {name: asdict(tensor) for name, tensor in table.items()} for kind, table in self.tensors.items()}
         tables = {"files": {name: asdict(file) for name, file in self.files.items()}, "tensors": tensors}
         facts = json.dumps({"format": FORMAT, **self.facts}, indent=1, allow_nan=False)
-        sha256 = digest(json.loads(facts) | json.loads(json.dumps(tables)))  # as it will be read: a tuple is a list then
+        sha256 = digest(json.loads(facts) | json.loads(json.dumps(tables)))  # of what will be read: tuples become lists
         kinds = ",\n".join(f'  "{kind}": {_lines(table)}' for kind, table in tensors.items())
         head = facts.removesuffix("\n}")
         return f'{head},\n "files": {_lines(tables["files"])},\n "tensors": {{\n{kinds}\n }},\n "sha256": "{sha256}"\n}}\n'
 
 
 class OtherFormat(ValueError):
-    """A manifest of another version's."""
+    """The manifest has another format version."""
 
 
-def digest(told: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's table without its own `sha256`: of its compact JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def digest(table: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own `sha256`: the hash of its compact JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _lines(table: dict[str, Any]) -> str:
-    """A JSON table with one entry a line."""
+    """A JSON object with one entry per line."""
     return "{\n" + ",\n".join(f"   {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items()) + "\n  }"
 
 
 def parse(text: bytes) -> Manifest:
-    """The manifest that `text` is; a ValueError says what is wrong with any other text."""
+    """Parses and checks a manifest. A ValueError says what is wrong with it."""
     try:
-        told = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        table = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    _require(isinstance(told, dict), "it is not a table")
-    _require("format" in told, "it has no format")
-    version = told["format"]
+    _require(isinstance(table, dict), "it is not a table")
+    _require("format" in table, "it has no format")
+    version = table["format"]
     if version != FORMAT or isinstance(version, bool):
         raise OtherFormat(f"it has format {version!r:.40}, this version reads format {FORMAT}")
-    _require(told.pop("sha256", None) == digest(told), "its own sha256 is not that of what it says: it is damaged")
-    facts = {name: value for name, value in told.items() if name not in TABLES}
+    _require(table.pop("sha256", None) == digest(table), "its own sha256 is not that of what it says: it is damaged")
+    facts = {name: value for name, value in table.items() if name not in TABLES}
     _require("step" in facts, "it has no step")
     for name in COUNTS:
         _require(_is_size(facts.get(name, 0)), f"its {name} is not a count: {facts.get(name)!r:.40}")
-    files = {name: _file(name, entry) for name, entry in _table(told, "files").items()}
-    tensors = {kind: _tensors(kind, entries, files) for kind, entries in _table(told, "tensors").items()}
+    files = {name: _file(name, entry) for name, entry in _table(table, "files").items()}
+    tensors = {kind: _tensors(kind, entries, files) for kind, entries in _table(table, "tensors").items()}
     _check_kinds(tensors)
     _check_room(files, tensors)
     return Manifest(facts, files, tensors)
@@ -165,7 +165,7 @@ def _piece(what: str, entry: Any, files: dict[str, File]) -> Piece:
 
 
 def _check_tiling(what: str, tensor: Logical) -> None:
-    """Pieces are cut along one dim and lie one behind the other, from the tensor's begin to its end."""
+    """Requires that the pieces are cut along one dim and follow one another from the beginning of the tensor to its end."""
     dim = tensor.pieces[0].dim
     _require(dim < len(tensor.shape) and all(piece.dim == dim for piece in tensor.pieces), f"{what} is not cut along one of its dims")
     end = 0
@@ -179,28 +179,28 @@ def _check_tiling(what: str, tensor: Logical) -> None:
 
 
 def _check_kinds(tensors: dict[str, dict[str, Logical]]) -> None:
-    """Weights alone, or weights and both moments, all of the same tensors."""
+    """Requires weights alone, or weights and both moments of the same tensors."""
     _require(set(tensors) in ({"weights"}, set(KINDS)), f"it holds {', '.join(tensors) or 'nothing'}, not weights or {', '.join(KINDS)}")
     shapes = {kind: {name: tensor.shape for name, tensor in table.items()} for kind, table in tensors.items()}
-    for kind, found in shapes.items():
-        _require(found == shapes["weights"], f"{kind} are not of the same tensors as the weights")
+    for kind, shapes_of_kind in shapes.items():
+        _require(shapes_of_kind == shapes["weights"], f"{kind} are not of the same tensors as the weights")
 
 
 def _check_room(files: dict[str, File], tensors: dict[str, dict[str, Logical]]) -> None:
-    """No piece is promised twice, and none that its file is too short for."""
+    """Requires that no tensor of a file is used twice, and that every file is long enough for its pieces."""
     all_pieces = [(piece, tensor) for table in tensors.values() for tensor in table.values() for piece in tensor.pieces]
     (place, uses), *_ = Counter((piece.file, piece.key) for piece, _ in all_pieces).most_common(1)
     _require(uses == 1, f"{place[1]!r:.200} of {place[0]} is used {uses} times")
-    promised: Counter[str] = Counter()
+    needed: Counter[str] = Counter()
     for piece, tensor in all_pieces:
-        promised[piece.file] += prod(piece.shape(tensor.shape)) * DTYPES[tensor.dtype]
-    for name, num_bytes in promised.items():
+        needed[piece.file] += prod(piece.shape(tensor.shape)) * DTYPES[tensor.dtype]
+    for name, num_bytes in needed.items():
         _require(num_bytes <= files[name].size, f"{name} has {files[name].size} bytes, its tensors {num_bytes}")
 
 
-def _table(told: dict[str, Any], name: str) -> dict[str, Any]:
-    _require(isinstance(told.get(name), dict), f"its {name} are not a table")
-    return told[name]
+def _table(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    _require(isinstance(manifest.get(name), dict), f"its {name} are not a table")
+    return manifest[name]
 
 
 def _entry(what: str, entry: Any, names: set[str]) -> dict[str, Any]:

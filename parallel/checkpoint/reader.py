@@ -1,4 +1,4 @@
-"""Reads of a checkpoint the regions that are asked for, whatever layout wrote it. Its files may be hostile: nothing is executed."""
+"""Reads any region of a checkpoint's tensors, independent of the layout that wrote it. Files are not trusted: nothing is executed."""
 
 import errno
 import stat
@@ -20,16 +20,16 @@ from parallel.layers import unique_parameters
 from parallel.slices import Slice, slice_of
 
 Box = Sequence[tuple[int, int]]
-"""For each dim of a logical tensor, where a region begins and ends."""
+"""Begin and end of a region along each dim of a logical tensor."""
 OPEN_AT_ONCE = 16
-"""Files that stay open; each takes address space, not memory."""
+"""The largest number of files kept open. Each takes address space, not memory."""
 
 
 class Reader:
-    """One checkpoint. While it is open, `retain` in any process leaves the folder alone; close it, or use it in a `with`.
+    """An open checkpoint. While it is open, `retain` in any process keeps the folder; close it, or use it in a `with` statement.
 
-    A Mistake where the folder is no checkpoint. What is read is checked against the manifest in shape and dtype, not in content:
-    that is `check`, which reads all.
+    A Mistake if the folder is not a checkpoint. Tensors are checked against the manifest in shape and dtype when they are read;
+    `check` reads all files and compares their hashes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,19 +41,26 @@ class Reader:
             raise Mistake(f"{what} → name a folder that a run has saved, such as …/checkpoints/step_000300") from error
         self._open: dict[str, Any] = {}
         try:
-            self.manifest: Manifest = self._parsed()
+            text = self._held.read(MAX_BYTES + 1)
+            if len(text) > MAX_BYTES:
+                raise ValueError(f"it has more than {MAX_BYTES} bytes")
+            self.manifest: Manifest = parse(text)
+        except ValueError as error:
+            self.close()
+            way_out = "use the version that wrote it" if isinstance(error, OtherFormat) else "use another checkpoint of its run"
+            raise Mistake(f"{self.folder} is not a checkpoint that can be read: {error} ({MANIFEST}) → {way_out}") from error
         except BaseException:
             self.close()
             raise
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest says beside its tables: step, samples, layout, …"""
+        """The manifest's entries besides its tables: step, samples, layout, …"""
         return self.manifest.facts
 
     @property
     def tensors(self) -> dict[str, Logical]:
-        """The weights by logical name. Moments, where there are some, have the same names and shapes."""
+        """The weights by logical name. Moments, if there are any, have the same names and shapes."""
         return self.manifest.tensors["weights"]
 
     def read(self, name: str, kind: str = "weights") -> Tensor:
@@ -63,12 +70,12 @@ class Reader:
     def read_rows(
         self, name: str, cut: Slice, rank: int, degree: int, rows: tuple[int, int] | None = None, kind: str = "weights"
     ) -> Tensor:
-        """Rows [begin, end) of the slice that tensor rank `rank` of `degree` holds, all by default; padding is zero."""
+        """Rows [begin, end) of the slice that tensor rank `rank` of `degree` holds; all rows by default. Padding is zero."""
         local = cut.local_shape(degree)
         begin, end = rows or (0, local[0])
         if cut.dim is None:
             return self.read_region(name, [(begin, end), *((0, size) for size in cut.shape[1:])], kind)
-        found = torch.zeros((end - begin, *local[1:]))
+        result = torch.zeros((end - begin, *local[1:]))
         for region in cut.regions(rank, degree):
             box = [(begin, end), *((0, size) for size in cut.shape[1:])]
             first, last = region.local, region.local + region.length
@@ -77,13 +84,13 @@ class Reader:
             if first < last:
                 box[cut.dim] = (first - region.local + region.whole, last - region.local + region.whole)
                 offset = begin if cut.dim == 0 else 0
-                found.narrow(cut.dim, first - offset, last - first).copy_(self.read_region(name, box, kind))
-        return found
+                result.narrow(cut.dim, first - offset, last - first).copy_(self.read_region(name, box, kind))
+        return result
 
     def read_region(self, name: str, box: Box, kind: str = "weights") -> Tensor:
         """A region of the whole tensor `name`, fp32, on the CPU."""
         tensor = self._logical(name, kind)
-        found: Tensor | None = None
+        region: Tensor | None = None
         for piece in tensor.pieces:
             begin, end = box[piece.dim]
             first, last = max(begin, piece.start), min(end, piece.start + piece.length)
@@ -94,20 +101,31 @@ class Reader:
             values = self._read_piece(piece, tensor, within)
             if (first, last) == (begin, end):
                 return values
-            found = torch.empty([end - begin for begin, end in box]) if found is None else found
-            found.narrow(piece.dim, first - begin, last - first).copy_(values)
-        return torch.empty([end - begin for begin, end in box]) if found is None else found
+            region = torch.empty([end - begin for begin, end in box]) if region is None else region
+            region.narrow(piece.dim, first - begin, last - first).copy_(values)
+        return torch.empty([end - begin for begin, end in box]) if region is None else region
 
     def check(self, share: int = 0, of: int = 1) -> None:
-        """Compares size and SHA-256 of every file with the manifest; a difference is a Mistake naming the file and both.
+        """Compares size and SHA-256 of every file with the manifest; a difference raises a Mistake with the file and both values.
 
-        `share` of `of`: every `of`-th file, so that ranks can share the work.
+        With `share` and `of`, only every `of`-th file is checked, so that ranks can divide the work.
         """
         for name in sorted(self.manifest.files)[share::of]:
-            self._check_file(name)
+            path, expected = self.folder / name, self.manifest.files[name]
+            size = path.stat().st_size if path.is_file() else None
+            if size != expected.size:
+                actual = "missing" if size is None else f"{size} bytes"
+                raise Mistake(f"{path} is damaged: {actual}, the manifest says {expected.size} bytes → use another checkpoint of the run")
+            try:
+                sha256 = sha256_of(path)
+            except OSError as error:
+                raise self._unreadable(path, error) from error
+            if sha256 != expected.sha256:
+                both = f"SHA-256 {sha256[:12]}…, the manifest says {expected.sha256[:12]}…"
+                raise Mistake(f"{path} is damaged: {both} → use another checkpoint of the run")
 
     def read_file(self, name: str, at_most: int = MAX_BYTES) -> bytes:
-        """A file of the checkpoint that holds no tensors."""
+        """The content of a file of the checkpoint that holds no tensors."""
         path = self._path(name)
         try:
             with path.open("rb") as file:
@@ -116,7 +134,7 @@ class Reader:
             raise self._unreadable(path, error) from error
 
     def close(self) -> None:
-        """Lets go of the files; from now on `retain` may delete the checkpoint."""
+        """Closes the files. From now on `retain` may delete the checkpoint."""
         self._open.clear()
         self._held.close()
 
@@ -129,37 +147,30 @@ class Reader:
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
-    def _parsed(self) -> Manifest:
-        text = self._held.read(MAX_BYTES + 1)
-        try:
-            if len(text) > MAX_BYTES:
-                raise ValueError(f"it has more than {MAX_BYTES} bytes")
-            return parse(text)
-        except ValueError as error:
-            way_out = "use the version that wrote it" if isinstance(error, OtherFormat) else "use another checkpoint of its run"
-            raise Mistake(f"{self.folder} is not a checkpoint that can be read: {error} ({MANIFEST}) → {way_out}") from error
-
     def _logical(self, name: str, kind: str) -> Logical:
+        """The manifest's entry of a tensor; a Mistake if there is none."""
         table = self.manifest.tensors.get(kind)
         if table is None:
-            held = ", ".join(self.manifest.tensors)
-            raise Mistake(f"{self.folder} holds no {kind}, only {held} → use a checkpoint that a training run wrote")
+            kinds = ", ".join(self.manifest.tensors)
+            raise Mistake(f"{self.folder} holds no {kind}, only {kinds} → use a checkpoint that a training run wrote")
         if name not in table:
             raise Mistake(f"{self.folder} holds no tensor {name} → it holds {len(table)}, e.g. {next(iter(table))}")
         return table[name]
 
     def _read_piece(self, piece: Piece, tensor: Logical, within: Box) -> Tensor:
+        """The region `within` of a piece, from its file."""
         try:
-            found = self._opened(piece.file).get_slice(piece.key)
-            told = (found.get_dtype(), tuple(found.get_shape()))
+            stored = self._opened(piece.file).get_slice(piece.key)
+            actual = (stored.get_dtype(), tuple(stored.get_shape()))
             expected = (SAFETENSORS[tensor.dtype], piece.shape(tensor.shape))
-            if told != expected:
-                raise Mistake(f"{self.folder / piece.file}: {piece.key} is {told}, the manifest says {expected} → use another checkpoint")
-            return found[tuple(slice(begin, end) for begin, end in within)]
+            if actual != expected:
+                raise Mistake(f"{self.folder / piece.file}: {piece.key} is {actual}, the manifest says {expected} → use another checkpoint")
+            return stored[tuple(slice(begin, end) for begin, end in within)]
         except (OSError, SafetensorError) as error:
             raise self._unreadable(self.folder / piece.file, error) from error
 
     def _opened(self, name: str) -> Any:
+        """The file `name`, open with safetensors; the one opened first is closed if there are too many."""
         if name not in self._open:
             while len(self._open) >= OPEN_AT_ONCE:
                 del self._open[next(iter(self._open))]
@@ -169,7 +180,7 @@ class Reader:
         return self._open[name]
 
     def _path(self, name: str) -> Path:
-        """Where `name` lies. Only a regular file is one: a pipe would be waited on for ever."""
+        """The path of the file `name`, which must be a regular file: opening a pipe would block for ever."""
         path = self.folder / name
         try:
             if not stat.S_ISREG(path.stat().st_mode):
@@ -178,27 +189,13 @@ class Reader:
             raise self._unreadable(path, error) from error
         return path
 
-    def _check_file(self, name: str) -> None:
-        path, expected = self.folder / name, self.manifest.files[name]
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected.size:
-            found = "missing" if size is None else f"{size} bytes"
-            raise Mistake(f"{path} is damaged: {found}, the manifest says {expected.size} bytes → use another checkpoint of the run")
-        try:
-            found = sha256_of(path)
-        except OSError as error:
-            raise self._unreadable(path, error) from error
-        if found != expected.sha256:
-            told = f"SHA-256 {found[:12]}…, the manifest says {expected.sha256[:12]}…"
-            raise Mistake(f"{path} is damaged: {told} → use another checkpoint of the run")
-
     def _unreadable(self, path: Path, error: Exception) -> Mistake:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         return Mistake(f"{path} cannot be read: {reason} → use another checkpoint of the run")
 
 
 def load_weights(module: nn.Module, reader: Reader, grid: Grid) -> None:
-    """Sets every parameter of a plain module to its slice of the checkpoint's weights, read from where it lies. No collective."""
+    """Sets every parameter of a plain module to its slice of the checkpoint's weights. Only that slice is read. Not collective."""
     with torch.no_grad():
         for name, parameter in unique_parameters(module):
             cut = slice_of(parameter)
@@ -207,7 +204,7 @@ def load_weights(module: nn.Module, reader: Reader, grid: Grid) -> None:
 
 
 def check_shape(name: str, shape: tuple[int, ...], reader: Reader) -> None:
-    """A Mistake where the model's tensor has another shape than the checkpoint's, or the checkpoint has none."""
-    found = reader._logical(name, "weights").shape
-    if found != shape:
-        raise Mistake(f"{name} is {list(found)} in {reader.folder} and {list(shape)} in this model → use the model it was trained with")
+    """Raises a Mistake if the checkpoint has no tensor `name`, or one of another shape than the model's."""
+    saved = reader._logical(name, "weights").shape
+    if saved != shape:
+        raise Mistake(f"{name} is {list(saved)} in {reader.folder} and {list(shape)} in this model → use the model it was trained with")

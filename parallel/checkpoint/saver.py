@@ -1,4 +1,4 @@
-"""Saves an engine between two steps: on the calling thread, or from a copy on a thread of its own while training goes on."""
+"""Saves an engine between two steps: `Saver` on the calling thread, `BackgroundSaver` from a copy on another thread during training."""
 
 import threading
 from collections.abc import Iterable
@@ -10,114 +10,103 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.checkpoint.sharding import assign_writers, gather_shards, parts_of
-from parallel.checkpoint.writer import Saved, Writing
+from parallel.checkpoint.writer import CheckpointWriter, Saved
 from parallel.distributed import device
 from parallel.engines.engine import Engine
 from parallel.engines.optimizer_state import counters, ensure_moments
 from parallel.engines.process_state import arithmetic, generators
-from parallel.grid import Grid
 
-TOLD_HERE = ("layout", "machine", "counters")
-"""Facts that the engine itself tells."""
+ENGINE_FACTS = ("layout", "machine", "counters")
+"""Facts that are taken from the engine; the caller must not give them."""
 
 
 class Saver:
-    """Saves on the calling thread: when `save` returns, the checkpoint is there. Every method is collective over all ranks."""
+    """Saves on the calling thread: the checkpoint exists when `save` returns. Every method is collective over all ranks."""
 
     def __init__(self) -> None:
         self._published: list[Saved] = []
 
     def save(self, folder: Path, engine: Engine, facts: dict[str, Any]) -> None:
-        """Saves `engine` as `folder`, which all ranks share; the same folder saved before is replaced. `latest` beside it names it then.
+        """Saves `engine` as `folder`, on a disk that all ranks share, replaces an older one of that name, and points `latest` at it.
 
-        `facts`: the caller's own, for the manifest: `step` must be among them, layout, machine and counters (told by the engine)
-        must not. A Mistake on all ranks where one of them cannot write; nothing is left of the checkpoint then.
-        Takes, besides the engine, at most one parameter's slice and 128 MiB on each rank. One saver at a time writes beside `folder`.
+        `facts` are the caller's own entries of the manifest: they include `step`, but not layout, machine and counters, which are
+        taken from the engine. If one rank cannot write, all ranks raise a Mistake and nothing is left of the checkpoint.
+        Besides the engine, each rank needs memory for one parameter's slice and 128 MiB. Only one saver may write beside `folder`.
         """
-        writing, tensors = start_transfer(folder, engine, facts)
+        writer, tensors = start_transfer(folder, engine, facts)
         for tensor in tensors:
-            writing.write(tensor)
-        self._published.append(writing.published())
+            writer.write(tensor)
+        self._published.append(writer.finish())
 
     def poll(self) -> list[Saved]:
-        """What has been published since the last call, oldest first. All ranks call it after the same step."""
+        """The checkpoints published since the last call, oldest first. All ranks call it after the same step."""
         published, self._published = self._published, []
         return published
 
     def wait(self) -> list[Saved]:
-        """As `poll`, once all that was begun is published: the last call of a run."""
+        """Waits until every checkpoint is published, then returns as `poll` does. The last call of a run."""
         return self.poll()
 
 
 class BackgroundSaver(Saver):
-    """Copies this rank's share into host memory, then writes it on a thread of its own while training goes on.
+    """Copies this rank's share into host memory, then writes it on a separate thread during training.
 
-    The copy takes 12 bytes for every parameter of the model, shared out over all ranks, until it is written. The checkpoint is
-    published, or its error raised, by the first `poll`, `wait` or `save` that finds the writers of all ranks at their end;
-    the thread itself takes part in no collective. A process that ends before leaves a hidden folder, which the next save removes.
+    The copy takes 12 bytes per parameter of the model, divided among all ranks, until it is written. The checkpoint is published, or
+    its error raised, by the first `poll`, `wait` or `save` that finds the threads of all ranks finished; the thread itself issues no
+    collective. If a process ends earlier, a hidden folder remains, which the next save removes.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._writing: tuple[Writing, threading.Thread] | None = None
+        self._writing: tuple[CheckpointWriter, threading.Thread] | None = None
 
     def save(self, folder: Path, engine: Engine, facts: dict[str, Any]) -> None:
-        """See Saver. Returns when the state is copied and may change; waits for an earlier checkpoint first."""
+        """See Saver.save. Waits for an earlier checkpoint, then returns as soon as the state is copied and may change."""
         self._finish()
-        writing, tensors = start_transfer(folder, engine, facts)
-        thread = threading.Thread(target=_write, args=(_copies(tensors, writing), writing), daemon=True)
-        self._writing = writing, thread
+        writer, tensors = start_transfer(folder, engine, facts)
+        copies: list[Tensor] = []
+        for tensor in tensors:  # without memory for a copy the walk goes on, because other ranks walk along
+            with writer.keeping_error():
+                copies.append(tensor.clone())
+        copies.reverse()  # the last tensor first: the thread pops them from the end
+        thread = threading.Thread(target=_write, args=(copies, writer), daemon=True)
+        self._writing = writer, thread
         thread.start()
 
     def poll(self) -> list[Saved]:
-        """See Saver. While a checkpoint is being written, every call all-reduces one number."""
+        """See Saver.poll. While a checkpoint is being written, every call all-reduces one number."""
         if self._writing is not None:
-            writing, thread = self._writing
-            if _everywhere(not thread.is_alive(), writing.grid):
+            writer, thread = self._writing
+            finished = torch.tensor(int(not thread.is_alive()), device=device())
+            if writer.grid.world > 1:
+                dist.all_reduce(finished, op=dist.ReduceOp.MIN)
+            if finished:
                 self._finish()
         return super().poll()
 
     def wait(self) -> list[Saved]:
-        """See Saver."""
         self._finish()
         return super().poll()
 
     def _finish(self) -> None:
         if self._writing is not None:
-            (writing, thread), self._writing = self._writing, None
+            (writer, thread), self._writing = self._writing, None
             thread.join()
-            self._published.append(writing.published())
+            self._published.append(writer.finish())
 
 
-def start_transfer(folder: Path, engine: Engine, facts: dict[str, Any]) -> tuple[Writing, Iterable[Tensor]]:
-    """A checkpoint of `engine` that is ready to be written, and the tensors to write, in order. Collective, and so is walking them."""
+def start_transfer(folder: Path, engine: Engine, facts: dict[str, Any]) -> tuple[CheckpointWriter, Iterable[Tensor]]:
+    """The writer of a checkpoint of `engine`, and the tensors to write, in order. Collective, and so is iterating over the tensors."""
     step = facts.get("step")
-    if not isinstance(step, int) or set(TOLD_HERE) & set(facts):
-        raise ValueError(f"a checkpoint's facts have a step, which is {step!r}, and none of {', '.join(TOLD_HERE)}")
+    if not isinstance(step, int) or set(ENGINE_FACTS) & set(facts):
+        raise ValueError(f"a checkpoint's facts have a step, which is {step!r}, and none of {', '.join(ENGINE_FACTS)}")
     ensure_moments(engine)
-    shares = assign_writers(engine)
-    told = {**facts, "counters": counters(engine), **arithmetic(engine)}
-    writing = Writing(folder, parts_of(engine, shares), told, engine.grid, generators())
-    return writing, gather_shards(engine, shares)
+    shards = assign_writers(engine)
+    facts = {**facts, "counters": counters(engine), **arithmetic(engine)}
+    writer = CheckpointWriter(folder, parts_of(engine, shards), facts, engine.grid, generators())
+    return writer, gather_shards(engine, shards)
 
 
-def _copies(tensors: Iterable[Tensor], writing: Writing) -> list[Tensor]:
-    """The last tensor first. A copy that there is no memory for is an error of the writing: the walk goes on, since others walk along."""
-    copies: list[Tensor] = []
-    for tensor in tensors:
-        with writing.remembering():
-            copies.append(tensor.clone())
-    return copies[::-1]
-
-
-def _write(copies: list[Tensor], writing: Writing) -> None:
+def _write(copies: list[Tensor], writer: CheckpointWriter) -> None:
     while copies:
-        writing.write(copies.pop())  # each copy's memory is given back as it is written
-
-
-def _everywhere(here: bool, grid: Grid) -> bool:
-    """Whether it is so on every rank. Collective."""
-    flag = torch.tensor(int(here), device=device())
-    if grid.world > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
+        writer.write(copies.pop())  # each copy's memory is freed as it is written

@@ -1,9 +1,10 @@
-"""One checkpoint while it is written: each rank its own files, then all together one manifest, one rename; or nothing at all.
+"""Writes one checkpoint: each rank writes its own files, then all publish them with one manifest and one rename, or nothing at all.
 
-A rank that cannot write goes on walking with the others, says so where they meet, and all of them raise.
+A rank that cannot write continues to take part in the collectives, reports its error when all meet, and then every rank raises.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 import time
@@ -23,14 +24,14 @@ from parallel.grid import Grid
 from parallel.object_collectives import all_gather_objects, gather_objects, together
 
 BYTES_PER_FILE = 256 * 2**20
-"""Files are cut at this size, or hold one part that is larger."""
+"""The largest size of a file, unless it holds a single part that is larger."""
 GENERATORS = "generators.json"
 """The random generators of every rank, in rank order."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [start, start + length) along `dim` of the logical tensor `name`, of the shape `whole`, of one of KINDS: what a rank writes."""
+    """Rows [start, start + length) along `dim` of a logical tensor of the shape `whole`, of one of KINDS. A rank writes it at once."""
 
     kind: str
     name: str
@@ -41,30 +42,30 @@ class Part:
 
     @property
     def entry(self) -> Entry:
-        """As a tensor of a file. The key of less than the whole says which rows: `head.weight[0:4096]`, `mlp.down.weight[:,0:64]`."""
+        """The part as a tensor of a file. The key of a part of a tensor has its rows: `head.weight[0:4096]`, `mlp.down.weight[:,0:64]`."""
         shape = (*self.whole[: self.dim], self.length, *self.whole[self.dim + 1 :])
         rows = f"[{':,' * self.dim}{self.start}:{self.start + self.length}]"
         return Entry(self.name if self.length == self.whole[self.dim] else self.name + rows, shape)
 
 
 Plan = dict[str, list[Part]]
-"""A rank's files, and what each holds, in order."""
+"""A rank's files and the parts that each holds, in order."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that has been published: its folder, the bytes of its tensors on all ranks, the seconds since it was begun."""
+    """A published checkpoint: its folder, the bytes of its tensors on all ranks, the seconds that it took."""
 
     folder: Path
     size: int
     seconds: float
 
 
-class Writing:
-    """The checkpoint `folder`, begun: hidden, with room for what all ranks are to write. `parts` are this rank's, in order.
+class CheckpointWriter:
+    """Writes the checkpoint `folder` under a hidden name until it is complete. `parts` are those of this rank, in order.
 
-    `facts` go into the manifest. `generators`: this rank's random generators, for a checkpoint that can be resumed.
-    Collective to make and to publish; `write` is each rank's own.
+    `facts` go into the manifest. `generators` are this rank's random generators, for a checkpoint that can be resumed.
+    The constructor, which checks that all ranks' parts fit on the disk, and `finish` are collective; `write` is not.
     """
 
     def __init__(self, folder: Path, parts: Sequence[Part], facts: dict[str, Any], grid: Grid, generators: Any = None) -> None:
@@ -81,8 +82,8 @@ class Writing:
                 begin(folder, self.need)
 
     def write(self, tensor: Tensor) -> None:
-        """Writes the next part's tensor, on the CPU. Never raises: after an error it does nothing, until `published` tells."""
-        with self.remembering():
+        """Writes the next part's tensor, which is on the CPU. Never raises: after an error it does nothing, and `finish` raises it."""
+        with self.keeping_error():
             if self._file is None:
                 name = self._left[0]
                 self._file = TensorFile(self.partial / name, [part.entry for part in self.plan[name]])
@@ -92,23 +93,28 @@ class Writing:
                 self._file = None
 
     @contextlib.contextmanager
-    def remembering(self) -> Iterator[None]:
-        """Keeps the first error of its body for `published`; after one, errors are what is to be expected."""
+    def keeping_error(self) -> Iterator[None]:
+        """Keeps the first error of the `with` block for `finish`. Later errors are usually its consequences."""
         try:
             with disk_trouble(self.partial, self.need):
                 yield
         except Exception as error:
             self.error = self.error or error
 
-    def published(self) -> Saved:
-        """Waits for all ranks; the checkpoint is there, or an error raised by all of them and nothing is left of it. Collective."""
+    def finish(self) -> Saved:
+        """Waits for all ranks and publishes the checkpoint; or all ranks raise an error, and nothing is left of it. Collective."""
         try:
             with together(self.grid):
-                self._check_complete()
-            told = gather_objects((self.files, self.plan, self.generators), self.grid)
+                if self.error is None and self._left:
+                    self.error = RuntimeError(f"{self._left[0]} was to be written and was not")
+                if self.error is not None:
+                    if self._file is not None:
+                        self._file.abandon()
+                    raise self.error
+            by_rank = gather_objects((self.files, self.plan, self.generators), self.grid)
             with together(self.grid):
                 if self.grid.rank == 0:
-                    self._publish(told)
+                    self._publish(by_rank)
         except Exception:
             if self.grid.rank == 0:
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -116,56 +122,48 @@ class Writing:
         return Saved(self.folder, self.need, time.monotonic() - self.started)
 
     def abandon(self) -> None:
-        """Removes what has been written; nothing may be written or published after it. Not collective."""
+        """Removes the files written so far; the writer must not be used afterwards. Not collective."""
         if self._file is not None:
             self._file.abandon()
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _check_complete(self) -> None:
-        if self.error is None and self._left:
-            self.error = RuntimeError(f"{self._left[0]} was to be written and was not")
-        if self.error is not None:
-            if self._file is not None:
-                self._file.abandon()
-            raise self.error
-
-    def _publish(self, told: list[tuple[dict[str, File], Plan, Any]]) -> None:
-        """On rank 0, which has everyone's files, plans and generators."""
-        files = {name: file for written, _, _ in told for name, file in written.items()}
-        self._check_shared(files)
-        if self.generators is not None:
-            with disk_trouble(self.partial, self.need):
-                ranks = json.dumps([generators for _, _, generators in told]).encode()
-                files[GENERATORS] = write_synced(self.partial / GENERATORS, ranks)
-        manifest = Manifest(self.facts, files, logical_tensors(told)).text()
-        parse(manifest.encode())  # what is published can be read
-        publish(self.partial, self.folder, manifest)
-
-    def _check_shared(self, files: dict[str, File]) -> None:
-        """What the ranks wrote is seen from here; it is not where their disks are their own."""
+    def _publish(self, by_rank: list[tuple[dict[str, File], Plan, Any]]) -> None:
+        """Writes the manifest and renames the folder; on rank 0, from every rank's files, plan and generators."""
+        files = {name: file for written, _, _ in by_rank for name, file in written.items()}
+        # Rank 0 sees the files of all ranks, unless their disks are separate.
         for name, file in files.items():
             path = self.partial / name
             if not path.is_file() or path.stat().st_size != file.size:
                 raise Mistake(f"{name}, which another rank has written, is not in {self.partial} → write to a disk that all ranks share")
+        if self.generators is not None:
+            with disk_trouble(self.partial, self.need):
+                data = json.dumps([generators for _, _, generators in by_rank]).encode()
+                write_synced(self.partial / GENERATORS, data)
+                files[GENERATORS] = File(len(data), hashlib.sha256(data).hexdigest())
+        manifest = Manifest(self.facts, files, logical_tensors([plan for _, plan, _ in by_rank])).text()
+        parse(manifest.encode())  # only a manifest that can be read is published
+        publish(self.partial, self.folder, manifest)
 
 
 def write(folder: Path, shapes: Mapping[str, tuple[int, ...]], weights: Iterable[Tensor], facts: dict[str, Any]) -> Saved:
-    """Writes whole fp32 tensors from one process: a checkpoint that can be read, or begun with, not resumed. `facts` hold a step.
+    """Writes a checkpoint of whole fp32 tensors from one process. It can be read, or begun with, but not resumed.
 
-    `shapes` by logical name; `weights` in that order, taken one at a time. Nothing is left where taking one raises.
+    `shapes` are by logical name; `weights` are in that order and taken one at a time. `facts` contain `step`. If taking a tensor
+    raises, nothing is left of the checkpoint.
     """
-    writing = Writing(folder, [Part("weights", name, shape, 0, 0, shape[0]) for name, shape in shapes.items()], facts, Grid())
+    parts = [Part("weights", name, shape, 0, 0, shape[0]) for name, shape in shapes.items()]
+    writer = CheckpointWriter(folder, parts, facts, Grid())
     try:
         for tensor in weights:
-            writing.write(tensor)
+            writer.write(tensor)
     except BaseException:
-        writing.abandon()
+        writer.abandon()
         raise
-    return writing.published()
+    return writer.finish()
 
 
 def files_of(parts: Sequence[Part], rank: int) -> Plan:
-    """Deals the parts of a rank out to files of one kind each, cut at BYTES_PER_FILE."""
+    """Distributes the parts of a rank over files of one kind each and of at most BYTES_PER_FILE."""
     plan: Plan = {}
     for kind in KINDS:
         size = BYTES_PER_FILE
@@ -179,18 +177,18 @@ def files_of(parts: Sequence[Part], rank: int) -> Plan:
     return plan
 
 
-def logical_tensors(told: list[tuple[dict[str, File], Plan, Any]]) -> dict[str, dict[str, Logical]]:
+def logical_tensors(plans: Sequence[Plan]) -> dict[str, dict[str, Logical]]:
     """The manifest's table of tensors, from every rank's plan."""
     pieces: dict[tuple[str, str], list[Piece]] = {}
     wholes: dict[tuple[str, str], tuple[int, ...]] = {}
-    for _, plan, _ in told:
+    for plan in plans:
         for file, parts in plan.items():
             for part in parts:
                 piece = Piece(file, part.entry.key, part.dim, part.start, part.length)
                 pieces.setdefault((part.kind, part.name), []).append(piece)
                 wholes[part.kind, part.name] = part.whole
     tables: dict[str, dict[str, Logical]] = {}
-    for (kind, name), found in pieces.items():
-        in_order = tuple(sorted(found, key=lambda piece: piece.start))
+    for (kind, name), unordered in pieces.items():
+        in_order = tuple(sorted(unordered, key=lambda piece: piece.start))
         tables.setdefault(kind, {})[name] = Logical(wholes[kind, name], "float32", in_order)
     return tables

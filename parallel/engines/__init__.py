@@ -1,1 +1,1 @@
-"""DeepSpeed's engines behind one interface. Importing this package imports nothing else: deepspeed_config must stay usable without torch."""
+"""DeepSpeed's engines behind one interface. This file imports nothing: deepspeed_config must stay usable without torch."""

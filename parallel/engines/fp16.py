@@ -1,13 +1,14 @@
-"""An optimizer step in fp16 or bf16 as DeepSpeed 0.19.8 should do it, by small corrections of its optimizers from outside.
+"""Corrections of DeepSpeed 0.19.8's fp16 and bf16 optimizers: loss scale per layout, its time of change, skipped steps.
 
-Seen and measured in tests/parallel/engines/test_fp16.py; docs/deepspeed.md says what happens without them. Nothing here communicates.
+Each effect is measured in tests/parallel/engines/test_fp16.py; docs/deepspeed.md describes what happens without the corrections.
+Nothing here communicates.
 """
 
 from typing import Any
 
 
 def correct(optimizer: Any, precision: str, data: int) -> None:
-    """Applies what `precision` needs to DeepSpeed's optimizer of one of `data` data ranks. Once, before the first step."""
+    """Applies the corrections for `precision` to DeepSpeed's optimizer on one of `data` data ranks. Call once, before the first step."""
     if precision == "fp16":
         divide_scale_by_data_ranks(optimizer, data)
         change_scale_after_step(optimizer)
@@ -16,12 +17,12 @@ def correct(optimizer: Any, precision: str, data: int) -> None:
 
 
 def divide_scale_by_data_ranks(optimizer: Any, data: int) -> None:
-    """Makes the loss scale, static or dynamic, mean the same on every layout.
+    """Gives the loss scale, static or dynamic, the same meaning on every layout.
 
-    Engines average gradients over data ranks after the backward pass, so token weights carry the number of data ranks before it
-    (research/data/batches.py): at one scale, two data ranks overflow fp16 where one does not. With the scale divided, a token's
-    gradient enters the backward pass multiplied by the same number on every layout, and what makes up for it, the division by the
-    scale, comes in fp32 after the sum. (Micro-batches need nothing: both engines divide by their number before the backward pass.)
+    Engines average gradients over data ranks after the backward pass, so token weights are multiplied by the number of data ranks
+    before it (research/data/batches.py): at equal scales, two data ranks overflow fp16 where one does not. With the scale divided, a
+    token's gradient enters the backward pass multiplied by the same number on every layout; the division by the scale follows in
+    fp32, after the sum. Micro-batches need no correction: both engines divide by their number before the backward pass.
     """
     scaler = optimizer.loss_scaler
     scaler.cur_scale /= data
@@ -30,10 +31,10 @@ def divide_scale_by_data_ranks(optimizer: Any, data: int) -> None:
 
 
 def change_scale_after_step(optimizer: Any) -> None:
-    """Lets the loss scale grow or shrink at the end of `optimizer.step`, not in its middle; by DeepSpeed's rule.
+    """Changes the loss scale at the end of `optimizer.step` instead of in its middle; the rule is DeepSpeed's own.
 
-    In its middle, the gradients of a step after which the scale doubles are divided by twice what they were multiplied by: half an
-    update wherever clipping does not bind, and half a norm from ZeRO-3.
+    If it changes in the middle, the gradients of a step after which the scale doubles are divided by twice the factor that they were
+    multiplied by: half the update wherever clipping does not bind, and half the norm under ZeRO-3.
     """
     update, step = optimizer._update_scale, optimizer.step
 
@@ -49,7 +50,7 @@ def change_scale_after_step(optimizer: Any) -> None:
 def forget_skipped_step(optimizer: Any) -> None:
     """Clears the accumulated gradients of a skipped step, which ZeRO-2 with an offloaded optimizer keeps.
 
-    The next step's would be added to what was not finite, and so every later step skipped.
+    Otherwise the next step's gradients are added to values that are not finite, and every later step is skipped too.
     """
     step = optimizer.step
 

@@ -1,7 +1,7 @@
-"""Whose gradient was it? A note per parameter of whether this rank's own gradients were finite, taken before ranks sum theirs.
+"""Records per parameter whether this rank's own gradients were finite, before the ranks sum them: which rank produced the NaN.
 
-Once data ranks have reduced, all of them hold the one NaN; the rank that made it is no longer to be told. So each parameter's
-gradient is summed into one number as it arrives: one more read of the gradients in a backward pass, and no synchronisation.
+After data ranks have reduced their gradients, all of them hold the same NaN, and its origin cannot be seen any more. So each
+parameter's gradient is summed into one number as it arrives: one more read of the gradients per backward pass, no synchronisation.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class NonFiniteGradients:
-    """Watches the gradients of a rank's parameters (by logical name) from now on. No collective; read it when a step has failed."""
+    """Watches the gradients of a rank's parameters (by logical name) from its construction on. Not collective. Read after a failed step."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
         self.names = list(parameters)
@@ -21,13 +21,13 @@ class NonFiniteGradients:
             parameter.register_hook(partial(self._add, i))
 
     def _add(self, i: int, gradient: Tensor) -> None:
-        self._sums[i] += gradient.sum(dtype=torch.float32)  # NaN and ±inf stay what they are, and +inf − inf is NaN
+        self._sums[i] += gradient.sum(dtype=torch.float32)  # NaN and ±inf persist in the sum, and +inf − inf is NaN
 
     def clear(self) -> None:
-        """A step begins."""
+        """Forgets the gradients so far. Call at the beginning of a step."""
         self._sums.zero_()
 
     def found(self) -> list[str]:
-        """Parameters that got a gradient that is not finite since `clear`, in the order of the layers. Waits for the device."""
+        """Names of the parameters with a non-finite gradient since `clear`, in the order of the layers. Waits for the device."""
         finite = self._sums.isfinite().tolist()
         return [name for name, fine in zip(self.names, finite, strict=True) if not fine]

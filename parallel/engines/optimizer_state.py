@@ -1,9 +1,9 @@
-"""What a DeepSpeed engine must remember, out and in on any ZeRO stage: fp32 weights, Adam's moments, counters, loss scale.
+"""Reads and sets the optimizer state of a DeepSpeed engine on any ZeRO stage: fp32 weights, Adam's moments, counters, loss scale.
 
-Every engine keeps, on each data rank, an interval of each parameter's flattened slice in fp32: stages 1 and 2 cut the row of all
-parameters into equal shares, so that most parameters lie whole on one rank; stage 3 cuts every parameter into equal shares. Both
-are a Fragment here, and no whole tensor is needed on either way. Seen through DeepSpeed 0.19.8's own links (`_hp_mapping`,
-`_z3_optimizer`), the ones its `safe_get_full_*` use; those sum over zeros, which turns −0.0 into 0.0, and these do not.
+Every engine keeps, on each data rank, an interval of each parameter's flattened slice in fp32. Stages 1 and 2 cut the concatenation
+of all parameters into equal shares, so that most parameters lie whole on one rank; stage 3 cuts every parameter into equal shares.
+Both are a Fragment here, and neither reading nor setting needs a whole tensor. Fragments are found through DeepSpeed 0.19.8's own
+links (`_hp_mapping`, `_z3_optimizer`), which its `safe_get_full_*` use too; those sum over zeros, which turns −0.0 into 0.0.
 """
 
 import math
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.checkpoint.manifest import KINDS
 from parallel.engines.engine import Engine
 from parallel.errors import Mistake
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's two moments, by torch's names. The first kind of state of a parameter is its fp32 "weights"."""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What fp16's dynamic loss scaler counts; its window and its factor are settings."""
+"""The state of fp16's dynamic loss scaler; its window and its factor are settings."""
 
 
 @dataclass(frozen=True)
@@ -31,52 +32,49 @@ class Fragment:
 
 
 def fragment(parameter: nn.Parameter, kind: str) -> Fragment:
-    """What this rank's optimizer holds of `kind` (see KINDS) for a parameter: a view, of no elements where it holds none.
+    """The part of a parameter's `kind` ("weights" or one of MOMENTS) that this rank's optimizer holds: a view, possibly empty.
 
-    The moments are there after `ensure_moments`.
+    The moments exist after `ensure_moments`.
     """
     key = None if kind == "weights" else kind
+    # ZeRO-3: equal shares, the last ones padded behind the parameter's end.
     if hasattr(parameter, "ds_id"):
-        return _fragment_of_stage_3(parameter, key)
+        optimizer = parameter._z3_optimizer
+        values, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
+        start = min(values.numel() * optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
+        return Fragment(start, values.detach()[: parameter.ds_numel - start])
+    # ZeRO-1 and 2: a link to this rank's share, None if no element of the parameter lies in it.
     mapping = parameter._hp_mapping
     if mapping is None:
         return Fragment(0, torch.empty(0))
     return Fragment(mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach())
 
 
-def _fragment_of_stage_3(parameter: nn.Parameter, key: str | None) -> Fragment:
-    """Equal shares, the last ones padded behind the parameter's end."""
-    optimizer = parameter._z3_optimizer
-    values, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
-    start = min(values.numel() * optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
-    return Fragment(start, values.detach()[: parameter.ds_numel - start])
-
-
 def ensure_moments(engine: Engine) -> None:
-    """Makes Adam's state what its first step would, all zero, where there has been no step yet; every parameter finds its part then."""
+    """Creates Adam's state as its first step would, all zero, if there has been no step yet, and links every parameter to its part."""
     inner = engine.optimizer.optimizer
     for flat in _flat_partitions(engine):
         if not inner.state.get(flat):
             step = torch.zeros((), dtype=torch.float32, device=flat.device if inner.defaults.get("fused") else "cpu")
-            inner.state[flat] = {"step": step, **{key: torch.zeros_like(flat).detach() for key in KINDS[1:]}}
+            inner.state[flat] = {"step": step, **{key: torch.zeros_like(flat).detach() for key in MOMENTS}}
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        # Stages 1 and 2 link each parameter to its part of the state after the step of the first group, when the second has none
-        # yet: its parameters stay unlinked for good (DeepSpeed 0.19.8).
+        # Stages 1 and 2 link each parameter to its part of the state after the step of the first group, when the second has no
+        # state yet: the second group's parameters would never be linked (DeepSpeed 0.19.8).
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _flat_partitions(engine: Engine) -> Iterator[Tensor]:
-    """The flat fp32 tensors that torch's AdamW steps, each a key of its state."""
-    of_stage_3 = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    if of_stage_3 is not None:
-        yield from of_stage_3
+    """The flat fp32 tensors that torch's AdamW updates. Each is a key of its state."""
+    stage_3_groups = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    if stage_3_groups is not None:
+        yield from stage_3_groups
     else:
         yield from (flat for group in engine.optimizer.param_groups for flat in group["params"])
 
 
 def publish_weights(engine: Engine) -> None:
-    """Rounds the fp32 weights into the parameters that the model computes with, on all data ranks, as a step does at its end.
+    """Rounds the fp32 weights into the parameters that the model computes with, on all data ranks, as the end of a step does.
 
     Collective over the data group.
     """
@@ -91,7 +89,10 @@ def publish_weights(engine: Engine) -> None:
 
 
 def counters(engine: Engine) -> dict[str, Any]:
-    """{steps: attempted, skipped_steps, adam_steps: applied, loss_scaler: {} unless fp16}: equal on every rank. After `ensure_moments`."""
+    """The engine's counters, equal on every rank; call `ensure_moments` first.
+
+    {"steps": attempted, "skipped_steps": …, "adam_steps": applied, "loss_scaler": {} unless fp16}.
+    """
     steps = {int(engine.optimizer.optimizer.state[flat]["step"]) for flat in _flat_partitions(engine)}
     if len(steps) != 1:
         raise RuntimeError(f"Adam has taken {sorted(steps)} steps on the parts of one rank, where all take the same number")
@@ -104,37 +105,37 @@ def counters(engine: Engine) -> dict[str, Any]:
     }
 
 
-def set_counters(engine: Engine, found: dict[str, Any]) -> None:
-    """Sets what `counters` told. Micro-steps and samples follow from the steps, so that another accumulation goes on rightly.
+def set_counters(engine: Engine, saved: dict[str, Any]) -> None:
+    """Sets what `counters` returned. Micro-steps and samples are derived from the steps, so that the accumulation may differ.
 
-    A loss scale is set where both runs have a dynamic one; a run that changes to fp16 begins with its own.
+    A loss scale is set if both runs have a dynamic one; a run that changes to fp16 begins with its own.
     """
-    below = engine.deepspeed
-    below.global_steps, below.skipped_steps = found["steps"], found["skipped_steps"]
-    if engine.grid.pipe == 1:  # the pipeline engine counts none
-        below.micro_steps = found["steps"] * below.gradient_accumulation_steps()
-    below.global_samples = found["steps"] * below.train_batch_size()
+    deepspeed = engine.deepspeed
+    deepspeed.global_steps, deepspeed.skipped_steps = saved["steps"], saved["skipped_steps"]
+    if engine.grid.pipe == 1:  # the pipeline engine does not count micro-steps
+        deepspeed.micro_steps = saved["steps"] * deepspeed.gradient_accumulation_steps()
+    deepspeed.global_samples = saved["steps"] * deepspeed.train_batch_size()
     for flat in _flat_partitions(engine):
-        engine.optimizer.optimizer.state[flat]["step"].fill_(found["adam_steps"])
+        engine.optimizer.optimizer.state[flat]["step"].fill_(saved["adam_steps"])
     scaler = _dynamic_scaler(engine)
-    if scaler and found["loss_scaler"]:
-        for name, value in found["loss_scaler"].items():
+    if scaler and saved["loss_scaler"]:
+        for name, value in saved["loss_scaler"].items():
             setattr(scaler, name, value)
-        scaler.cur_scale /= engine.grid.data  # told as Engine.loss_scale is, which means the same on every layout
+        scaler.cur_scale /= engine.grid.data  # saved as Engine.loss_scale, which is the same on every layout
 
 
-def check_counters(found: Any) -> dict[str, Any]:
-    """`found`, where it is what `counters` tells; else a Mistake."""
-    told = found if isinstance(found, dict) else {}
+def check_counters(saved: Any) -> dict[str, Any]:
+    """Returns `saved` if it has the form that `counters` returns; raises a Mistake otherwise."""
+    saved = saved if isinstance(saved, dict) else {}
     for name in ("steps", "skipped_steps", "adam_steps"):
-        if not (_is_number(told.get(name)) and isinstance(told[name], int) and 0 <= told[name] < 2**24):  # Adam counts in fp32
+        if not (_is_number(saved.get(name)) and isinstance(saved[name], int) and 0 <= saved[name] < 2**24):  # Adam counts in fp32
             raise Mistake(f"the checkpoint's counters hold no {name} that is a number of steps → use another checkpoint of the run")
-    scaler = told.get("loss_scaler")
+    scaler = saved.get("loss_scaler")
     if not isinstance(scaler, dict) or set(scaler) not in (set(), set(SCALER)) or not all(map(_is_number, scaler.values())):
         raise Mistake(f"the checkpoint's counters hold no loss_scaler with {', '.join(SCALER)} → use another checkpoint of the run")
     if scaler and not scaler["cur_scale"] > 0:
         raise Mistake(f"the checkpoint's loss scale is {scaler['cur_scale']} → use another checkpoint of the run")
-    return told
+    return saved
 
 
 def _is_number(value: Any) -> bool:

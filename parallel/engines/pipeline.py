@@ -1,4 +1,4 @@
-"""What DeepSpeed wants to know of our grid: an `mpu` for its plain engine, a PipelineModule for its pipeline engine."""
+"""Our grid and layers in DeepSpeed's terms: an `mpu` for its plain engine, a PipelineModule for its pipeline engine."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +17,14 @@ from torch.distributed import ProcessGroup
 from parallel.grid import Grid
 from parallel.layers import CallHook, Layer, apply_layer, stage_bounds
 
+LogitsFunction = Callable[[Tensor], Tensor]
+"""logits 'b s v', this rank's rows of the vocabulary -> a tensor that is equal on every tensor rank. Collective over tensor ranks."""
+
 
 class Mpu:
-    """Our Grid in the words of Megatron's mpu, as DeepSpeedEngine calls it at pipe = 1.
+    """Our Grid with the interface of Megatron's mpu, as DeepSpeedEngine calls it at pipe = 1.
 
-    "Model parallel" means pipe × tensor there. Defines no `get_sequence_*`: that would switch on other machinery.
+    "Model parallel" means pipe × tensor there. It defines no `get_sequence_*`, which would switch on DeepSpeed's sequence parallelism.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -42,7 +45,6 @@ class Mpu:
         return self.data_group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their global ranks."""
         return dist.get_process_group_ranks(self.data_group)
 
     def get_model_parallel_rank(self) -> int:
@@ -50,21 +52,20 @@ class Mpu:
         return self.grid.pipe_rank * self.grid.tensor + self.grid.tensor_rank
 
     def get_model_parallel_world_size(self) -> int:
-        """Ranks of one replica."""
+        """Number of ranks of one replica."""
         return self.grid.pipe * self.grid.tensor
 
     def get_model_parallel_group(self) -> ProcessGroup:
-        """The ranks of one replica."""
         return self.model_group
 
-    # At pipe = 1 the tensor ranks are the replica.
+    # At pipe = 1 the ranks of a replica are the tensor ranks.
     get_tensor_model_parallel_rank = get_slice_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_slice_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_group = get_slice_parallel_group = get_model_parallel_group
 
 
 class Spec(LayerSpec):
-    """A Layer as DeepSpeed's LayerSpec, whose own constructor wants a class where ours takes any callable."""
+    """A Layer as DeepSpeed's LayerSpec, whose own constructor requires a class where ours takes any callable."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer, self.typename, self.global_rank = layer, nn.Module, dist.get_rank()
@@ -73,7 +74,6 @@ class Spec(LayerSpec):
         return self.layer.name
 
     def build(self, log: bool = False) -> nn.Module:
-        """The module, with its parameters drawn."""
         return self.layer.build()
 
 
@@ -84,25 +84,23 @@ class Pipeline(PipelineModule):
         object.__setattr__(self, "named_layers", list(layers))  # before nn.Module is ready for attributes
         object.__setattr__(self, "bounds", stage_bounds(layers, grid.pipe))
         topology = PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data)
-        super().__init__(_specs(layers), topology=topology, loss_fn=loss)
+        super().__init__(layer_specs(layers), topology=topology, loss_fn=loss)
         self.own_layers = [layer.name for layer in layers[self.bounds[grid.pipe_rank] : self.bounds[grid.pipe_rank + 1]]]
-        # DeepSpeed's gradient norm asks its grid for this group, and that grid lacks it.
+        # DeepSpeed's gradient norm calls this method of its grid, and that grid lacks it.
         self._grid.get_tensor_model_parallel_group = self._grid.get_slice_parallel_group
 
     def _build(self) -> None:
         super()._build()
-        own = self.named_layers[self._local_start : self._local_stop]
-        self.forward_funcs: list[Any] = [partial(apply_layer, layer, call) for layer, call in zip(own, self.forward_funcs, strict=True)]
+        layers = self.named_layers[self._local_start : self._local_stop]
+        self.forward_funcs: list[Any] = [partial(apply_layer, layer, call) for layer, call in zip(layers, self.forward_funcs, strict=True)]
 
-    def watch(self, watcher: CallHook) -> None:
-        """From now on each of this stage's layers is called through `watcher(name, call)`."""
-        self.forward_funcs = [
-            partial(apply_layer, layer, watcher(layer.name, call)) for layer, call in (f.args for f in self.forward_funcs)
-        ]
+    def watch(self, hook: CallHook) -> None:
+        """Calls each of this stage's layers through `hook(name, call)` from now on."""
+        self.forward_funcs = [partial(apply_layer, layer, hook(layer.name, call)) for layer, call in (f.args for f in self.forward_funcs)]
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        super()._synchronize_tied_weights()  # a broadcast into a leaf: with gradients on, torch warns of it in every backward pass
+        super()._synchronize_tied_weights()  # a broadcast into a leaf: with gradients on, torch warns in every backward pass
 
     def _partition_layers(self, method: str = "") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe
@@ -110,25 +108,27 @@ class Pipeline(PipelineModule):
         self._set_bounds(start=self.bounds[stage], stop=self.bounds[stage + 1])
 
 
-def _specs(layers: Sequence[Layer]) -> list[LayerSpec]:
-    """Tied layers become TiedLayerSpecs: the last stage builds a copy of the embedding, drawn under the same name."""
+def layer_specs(layers: Sequence[Layer]) -> list[LayerSpec]:
+    """DeepSpeed's specs of the layers. Tied layers become TiedLayerSpecs: the last stage builds a copy of the embedding, drawn under
+    the same name."""
     by_name = {layer.name: layer for layer in layers}
-    tied = {layer.tied_to for layer in layers if layer.tied_to}
-    return [
-        _tied_spec(by_name[layer.tied_to or layer.name], layer) if layer.tied_to or layer.name in tied else Spec(layer) for layer in layers
-    ]
-
-
-def _tied_spec(owner: Layer, layer: Layer) -> TiedLayerSpec:
-    apply = (lambda embedding, x: embedding.logits(x)) if layer.tied_to else None
-    return TiedLayerSpec(owner.name, owner.make, forward_fn=apply, tied_weight_attr="weight", **owner.arguments)
+    owners = {layer.tied_to for layer in layers if layer.tied_to}
+    specs: list[LayerSpec] = []
+    for layer in layers:
+        if not layer.tied_to and layer.name not in owners:
+            specs.append(Spec(layer))
+            continue
+        owner = by_name[layer.tied_to or layer.name]
+        apply = (lambda embedding, x: embedding.logits(x)) if layer.tied_to else None
+        specs.append(TiedLayerSpec(owner.name, owner.make, forward_fn=apply, tied_weight_attr="weight", **owner.arguments))
+    return specs
 
 
 def reduce_tied_accumulated(engine: PipelineEngine) -> None:
-    """Makes a pipeline sum its tied copies' gradients where ZeRO-1 accumulates them in fp32, beside `weight.grad`.
+    """Makes a pipeline sum the gradients of its tied copies where ZeRO-1 accumulates them in fp32: beside `weight.grad`.
 
-    DeepSpeed 0.19.8 sums `weight.grad`, which is None by then (fp16), so that the copies drift apart without a word: the norm
-    of a tied GPT in fp16 on two stages was 2.140 instead of 2.229.
+    DeepSpeed 0.19.8 sums `weight.grad`, which is None by then (fp16), so that the copies diverge without a warning: the gradient
+    norm of a tied GPT in fp16 on two stages was 2.140 instead of 2.229.
     """
 
     def reduce(engine: PipelineEngine) -> None:
@@ -142,28 +142,24 @@ def reduce_tied_accumulated(engine: PipelineEngine) -> None:
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: reduce}
 
 
-LogitsFunction = Callable[[Tensor], Tensor]
-"""logits 'b s v', this rank's rows of the vocabulary -> what is wanted of them, equal on every tensor rank. Collective over these."""
-
-
 class LogitsHook:
-    """Stands for a pipeline's loss function during one pass: keeps what `look` sees, and says a loss of 0."""
+    """Replaces a pipeline's loss function during one pass: keeps `function(logits)` as `result`, and returns a loss of 0."""
 
-    def __init__(self, look: LogitsFunction) -> None:
-        self.look = look
-        self.seen: Tensor | None = None
+    def __init__(self, function: LogitsFunction) -> None:
+        self.function = function
+        self.result: Tensor | None = None
         """None on every stage but the last."""
 
     def __call__(self, logits: Tensor, labels: Any) -> Tensor:
-        """0, a 0-dim fp32 tensor: DeepSpeed adds it to a sum that the next training step sets back."""
-        self.seen = self.look(logits)
+        self.result = self.function(logits)
+        # DeepSpeed adds the loss to a sum that the next training step resets.
         return torch.zeros((), device=logits.device)
 
 
 @contextlib.contextmanager
-def instead_of_loss(pipeline: Any, kept: LogitsHook) -> Iterator[None]:
-    """Within, a PipelineModule calls `kept` where it would compute its loss."""
-    loss, pipeline.loss_fn = pipeline.loss_fn, kept
+def instead_of_loss(pipeline: Any, hook: LogitsHook) -> Iterator[None]:
+    """Inside the `with` block, a PipelineModule calls `hook` where it would compute its loss."""
+    loss, pipeline.loss_fn = pipeline.loss_fn, hook
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What of a rank's process matters to the next step and lies outside of the engine: random generators, and the machine's arithmetic."""
+"""The state of a rank's process outside of the engine: its random generators, and the layout and machine that its arithmetic depends on."""
 
 import base64
 import random
@@ -13,36 +13,38 @@ from parallel.errors import Mistake
 
 
 def generators() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's own generators on this rank, as JSON has them.
+    """The states of Python's, numpy's and torch's global generators on this rank, as JSON values.
 
-    Nothing of Tessera draws from them while it trains (dropout is a hash), but an experiment's variant may.
+    Tessera itself does not draw from them while it trains (dropout is a hash), but an experiment's variant may.
     """
-    version, words, gauss = random.getstate()
+    version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    found = {
-        "python": [version, _packed(np.array(words, dtype=np.uint32)), gauss],
+    states = {
+        "python": [version, _packed(np.array(internal, dtype=np.uint32)), gauss],
         "numpy": [name, _packed(np.asarray(keys)), int(position), int(has_gauss), float(cached)],
         "torch": _packed(torch.get_rng_state().numpy()),
     }
-    return found | ({"cuda": _packed(torch.cuda.get_rng_state().numpy())} if torch.cuda.is_available() else {})
+    if torch.cuda.is_available():
+        states["cuda"] = _packed(torch.cuda.get_rng_state().numpy())
+    return states
 
 
-def set_generators(found: Any) -> None:
-    """Sets what `generators` told. A Mistake where it is something else; then some may be set."""
+def set_generators(states: Any) -> None:
+    """Sets what `generators` returned. A Mistake if it has another form; then some generators may already be set."""
     try:
-        version, words, gauss = found["python"]
-        random.setstate((version, tuple(int(word) for word in _unpacked(words, np.uint32)), gauss))
-        name, keys, position, has_gauss, cached = found["numpy"]
+        version, internal, gauss = states["python"]
+        random.setstate((version, tuple(int(number) for number in _unpacked(internal, np.uint32)), gauss))
+        name, keys, position, has_gauss, cached = states["numpy"]
         np.random.set_state((name, _unpacked(keys, np.uint32), position, has_gauss, cached))
-        torch.set_rng_state(torch.from_numpy(_unpacked(found["torch"], np.uint8)))
-        if torch.cuda.is_available() and "cuda" in found:
-            torch.cuda.set_rng_state(torch.from_numpy(_unpacked(found["cuda"], np.uint8)))
+        torch.set_rng_state(torch.from_numpy(_unpacked(states["torch"], np.uint8)))
+        if torch.cuda.is_available() and "cuda" in states:
+            torch.cuda.set_rng_state(torch.from_numpy(_unpacked(states["cuda"], np.uint8)))
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise Mistake(f"the checkpoint's random generators cannot be set ({error!s:.100}) → use another checkpoint of the run") from error
 
 
 def arithmetic(engine: Engine) -> dict[str, Any]:
-    """What the bits of a step depend on beside the experiment: two runs that tell the same here go on bit for bit alike."""
+    """What the bits of a step depend on besides the experiment: two runs for which this is equal continue bit for bit alike."""
     grid, settings = engine.grid, engine.settings
     cuda = engine.device.type == "cuda"
     return {
@@ -70,17 +72,18 @@ def arithmetic(engine: Engine) -> dict[str, Any]:
 
 
 def differences(facts: dict[str, Any], engine: Engine) -> dict[str, tuple[Any, Any]]:
-    """{"machine.threads": (then, now), …}: why a run that goes on from a checkpoint with `facts` is not bit for bit the same.
+    """Why a run that resumes from a checkpoint with `facts` is not bit for bit the same: {"machine.threads": (then, now), …}.
 
-    Empty: it is. Anything but a change of the layout or the machine (another learning rate, other data) is not looked at here.
+    Empty if it is. Only the layout and the machine are compared here, not the learning rate or the data.
     """
-    then, now = facts, arithmetic(engine)
-    pairs = {
-        f"{table}.{name}": (then[table].get(name) if isinstance(then.get(table), dict) else None, value)
-        for table, entries in now.items()
-        for name, value in entries.items()
-    }
-    return {name: (before, after) for name, (before, after) in pairs.items() if before != after}
+    changed = {}
+    for table, entries in arithmetic(engine).items():
+        saved = facts.get(table)
+        for name, now in entries.items():
+            then = saved.get(name) if isinstance(saved, dict) else None
+            if then != now:
+                changed[f"{table}.{name}"] = (then, now)
+    return changed
 
 
 def _packed(array: np.ndarray) -> str:

@@ -3,13 +3,11 @@
 import re
 from pathlib import Path
 
-from parallel.checkpoint.folder import MANIFEST, latest
 from parallel.errors import Mistake
 from parallel.files import megabytes, refuse_existing, staged
 from research.cli.verbs import Parser
 from research.tracking import run_folder
 from research.tracking.console import Console
-from research.tracking.run_folder import RunFolder
 
 DESCRIPTION = """Writes a folder that AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load: safetensors, config.json,
 the tokenizer, generation_config.json, and certificate.json, which compares transformers' model with ours on the same text. If they differ
@@ -26,7 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="the dtype of the weights (default: float32)")
     parser.add_argument("--shard-size", default="4GB", help="largest file of weights: 500MB, 4GB (the default)")
     arguments = parser.parse_args(argv)
-    run, checkpoint = named(arguments.run)
+    run, checkpoint = run_folder.find_checkpoint(arguments.run, needs="config.json")
     shard_size = size_of(arguments.shard_size)
     refuse_existing(arguments.folder)
     # imported here because both import torch
@@ -47,18 +45,6 @@ def main(argv: list[str]) -> None:
             raise SystemExit(1)
     size = megabytes(sum(path.stat().st_size for path in arguments.folder.iterdir()))
     report.header([("saved", f"{arguments.folder} ({size})")])
-
-
-def named(handle: str) -> tuple[RunFolder, Path]:
-    """(run, checkpoint): of a run its newest one."""
-    path = Path(handle)
-    if not (path / MANIFEST).is_file():
-        run = run_folder.find(handle)
-        return run, latest(run.checkpoints)
-    run = RunFolder(path.resolve().parent.parent)
-    if not run.config.is_file():
-        raise Mistake(f"{handle} is a checkpoint outside of a run's folder → name one in runs/NAME/ID/checkpoints")
-    return run, path.resolve()
 
 
 def size_of(text: str) -> int:

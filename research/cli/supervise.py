@@ -1,6 +1,5 @@
-"""`python -m research supervise experiments/NAME`: launches an experiment, again after each crash, for as long as it gets on."""
+"""`python -m research supervise experiments/NAME`: launches an experiment, and again after each crash while there are newer checkpoints."""
 
-import argparse
 import shlex
 import shutil
 import sys
@@ -13,42 +12,38 @@ from research.config.experiment_folder import load
 from research.config.overrides import parse
 from research.reliability.supervisor import LaunchRecord, supervise
 
-WHAT = """Launches an experiment and launches it again after a crash, with --resume auto where it has saved a checkpoint. Between two
-launches it waits 1, 2, 4 … at most 60 seconds, and it gives up after N restarts in a row that have brought no newer checkpoint.
-A signal (SIGINT, SIGTERM, SIGUSR1, SIGHUP) goes on to all ranks, and then nothing is launched again; nor is what refuses
-its settings (exit code 2) or has stopped itself (3). The exit code is that of the last launch, 128 + n after signal n."""
+WHAT = """Launches an experiment, and launches it again after a crash, with --resume auto if it has saved a checkpoint. Between two
+launches it waits 1, 2, 4 … at most 60 seconds. It gives up after N restarts in a row without a newer checkpoint. A signal (SIGINT,
+SIGTERM, SIGUSR1, SIGHUP) is passed on to all ranks, and nothing is launched after it. Nor is a launch repeated that refused its
+settings (exit code 2) or stopped itself (3). The exit code is that of the last launch, 128 + n after signal n."""
 EXAMPLE = 'example: python -m research supervise experiments/gpt_sotu --launcher "deepspeed --num_gpus 2" -- --parallel.tensor 2'
 
 
 def main(argv: list[str]) -> None:
-    """Ends with the exit code of the last launch."""
-    place = argv.index("--") if "--" in argv else len(argv)
-    asked, settings = _arguments(argv[:place]), argv[place + 1 :]
-    loaded = load(asked.experiment)
-    experiment, _, options = parse(loaded.experiment, settings)
-    if options.help or options.dry_run:
-        raise Mistake("--help and --dry-run start nothing that could crash → launch with them directly, without supervise")
-    command = [*_launcher(asked.launcher), str(Path(asked.experiment) / "launch.py")]
-    raise SystemExit(supervise(command, settings, LaunchRecord(ROOT / experiment.track.runs / loaded.name), asked.restarts))
-
-
-def _arguments(argv: list[str]) -> argparse.Namespace:
+    """Supervises the launch. Ends with the last launch's exit code."""
     parser = Parser("supervise", WHAT)
     parser.epilog = EXAMPLE
     parser.add_argument("experiment", help="an experiment's folder; settings for its launch follow after --")
     parser.add_argument("--restarts", type=int, default=5, metavar="N", help="restarts in a row without a newer checkpoint (default: 5)")
     parser.add_argument("--launcher", default="deepspeed", metavar="COMMAND", help="what starts launch.py (default: deepspeed)")
-    asked = parser.parse_args(argv)
-    if asked.restarts < 0:
-        raise Mistake(f"--restarts {asked.restarts} is not a number of restarts → use 0 or more")
-    return asked
+    end = argv.index("--") if "--" in argv else len(argv)
+    arguments, settings = parser.parse_args(argv[:end]), argv[end + 1 :]
+    if arguments.restarts < 0:
+        raise Mistake(f"--restarts {arguments.restarts} is not a number of restarts → use 0 or more")
+
+    loaded = load(arguments.experiment)
+    experiment, _, options = parse(loaded.experiment, settings)
+    if options.help or options.dry_run:
+        raise Mistake("--help and --dry-run start nothing that could crash → launch with them directly, without supervise")
+    command = [*_launcher(arguments.launcher), str(Path(arguments.experiment) / "launch.py")]
+    raise SystemExit(supervise(command, settings, LaunchRecord(ROOT / experiment.track.runs / loaded.name), arguments.restarts))
 
 
 def _launcher(text: str) -> list[str]:
-    """The launcher's words; its program is looked for beside this Python first: nobody need have activated the environment."""
-    program, *words = shlex.split(text) or [""]
-    found = shutil.which(program, path=str(Path(sys.executable).parent)) or shutil.which(program)
-    if not found:
+    """The launcher's command. Its program is looked for beside this Python first: the environment need not be activated."""
+    program, *arguments = shlex.split(text) or [""]
+    path = shutil.which(program, path=str(Path(sys.executable).parent)) or shutil.which(program)
+    if not path:
         known = nearest(program, ["deepspeed", "torchrun", "srun", "python"])
         raise Mistake(f"--launcher {text!r}: there is no program {program!r}{known}")
-    return [found, *words]
+    return [path, *arguments]

@@ -94,7 +94,7 @@ def _watch(ranks: list[BaseProcess], over: threading.Event) -> None:
 
 def _joined(rank: int, tensor: int, folder: str) -> Grid:
     torch.set_num_threads(threads_per_rank(replace(ALONE, world=tensor, local_world=tensor)))
-    distributed.meet(rank, tensor, rank, f"file://{Path(folder) / 'rendezvous'}")
+    distributed.init_process_group(rank, tensor, rank, f"file://{Path(folder) / 'rendezvous'}")
     return make_grid(1, tensor)
 
 

@@ -1,1 +1,1 @@
-"""Tasks: texts that are asked of a model, and what its answers are worth. Written against research/evaluation/scorer.py alone: no torch."""
+"""Evaluation tasks: requests to score texts with a model, and the metrics of its answers. The tasks import no torch."""

@@ -1,4 +1,4 @@
-"""The tasks of `evaluate.tasks`, ready to be put to a model while it trains: checked before torch, read before the first step."""
+"""The tasks of `evaluate.tasks`, which are evaluated periodically during training: checked before torch, tokenized before step 1."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,48 +15,48 @@ from research.evaluation.task import Metric, Settings, Task, TaskContext, TaskRe
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task, and what it asks with the run's tokenizer."""
+    """A task and its requests, made with the run's tokenizer."""
 
     task: Task
-    exam: TaskRequests
+    requests: TaskRequests
     digest: str
-    """SHA-256 of its data."""
+    """SHA-256 of the task's data."""
 
 
 def check_tasks(experiment: Experiment, root: Path) -> None:
-    """Refuse in milliseconds what can be seen without reading: unknown tasks, missing files, an interval without tasks."""
-    asked = experiment.evaluate
-    if asked.every and not asked.tasks:
+    """Raises a Mistake for unknown tasks, missing files and an interval without tasks. Reads no file, so it takes milliseconds."""
+    settings = experiment.evaluate
+    if settings.every and not settings.tasks:
         raise Mistake(
-            f"evaluate.every = {asked.every}, but evaluate.tasks is empty → name some, e.g. {registry.VALIDATION}, or use every 0"
+            f"evaluate.every = {settings.every}, but evaluate.tasks is empty → name some, e.g. {registry.VALIDATION}, or use every 0"
         )
-    chosen(experiment, root)
+    create_tasks(experiment, root)
 
 
-def chosen(experiment: Experiment, root: Path) -> list[Task]:
-    """The tasks, none read; relative paths begin at `root`."""
-    asked = experiment.evaluate
-    data = Path(asked.data) if asked.data else None
-    return registry.named(asked.tasks, Settings(limit=asked.limit or None, data=data, root=root))
+def create_tasks(experiment: Experiment, root: Path) -> list[Task]:
+    """The experiment's tasks, not read yet; relative paths start from `root`."""
+    settings = experiment.evaluate
+    data = Path(settings.data) if settings.data else None
+    return registry.create_tasks(settings.tasks, Settings(limit=settings.limit or None, data=data, root=root))
 
 
 def prepare_tasks(
-    experiment: Experiment, root: Path, tokenizer: Tokenizer, say: Callable[[str], None] = lambda what: None
+    experiment: Experiment, root: Path, tokenizer: Tokenizer, progress: Callable[[str], None] = lambda what: None
 ) -> list[PreparedTask]:
-    """What is asked at every interval, the same on every rank; nothing where there are no intervals."""
+    """Reads and tokenizes the experiment's tasks, the same on every rank. Empty if evaluate.every is 0."""
     if not experiment.evaluate.every:
         return []
-    given = TaskContext(tokenizer, experiment.model.seq_length + 1, experiment.data, root, say)
-    return [PreparedTask(task, task.exam(given), task.digest(given)) for task in chosen(experiment, root)]
+    context = TaskContext(tokenizer, experiment.model.seq_length + 1, experiment.data, root, progress)
+    return [PreparedTask(task, task.requests(context), task.digest(context)) for task in create_tasks(experiment, root)]
 
 
-def evaluate_task(sat: PreparedTask, scorer: Scorer) -> list[Metric]:
-    """The metrics of one task; collective where the scorer is. What interrupts the scorer goes through."""
-    return evaluate(sat.exam, scorer, portion=max(1, len(sat.exam.asked)))
+def evaluate_task(prepared: PreparedTask, scorer: Scorer) -> list[Metric]:
+    """The metrics of one task, from one call of the scorer: a live one forms its own batches. Collective if the scorer is."""
+    return evaluate(prepared.requests, scorer, batch_size=max(1, len(prepared.requests.requests)))
 
 
-def metrics_row(sat: PreparedTask, found: list[Metric]) -> dict[str, Any]:
-    """The keys of metrics.jsonl: eval/TASK/METRIC, and …_stderr where there is a standard error."""
-    name = f"eval/{sat.task.name}"
-    values = {f"{name}/{metric.name}": metric.value for metric in found}
-    return values | {f"{name}/{metric.name}_stderr": metric.stderr for metric in found if metric.stderr is not None}
+def metrics_row(prepared: PreparedTask, metrics: list[Metric]) -> dict[str, Any]:
+    """The metrics as a row of metrics.jsonl: eval/TASK/METRIC, and eval/TASK/METRIC_stderr if there is a standard error."""
+    name = f"eval/{prepared.task.name}"
+    values = {f"{name}/{metric.name}": metric.value for metric in metrics}
+    return values | {f"{name}/{metric.name}_stderr": metric.stderr for metric in metrics if metric.stderr is not None}

@@ -1,5 +1,7 @@
-"""lm-evaluation-harness' tasks as tasks of ours: `lm_eval:NAME`, from its own set or a local folder, without a network."""
-# MERGED-DOC """Keeps the libraries of lm-evaluation-harness off the network and out of the user's home: they are told so by the environment only."""
+"""Tasks of lm-evaluation-harness as `lm_eval:NAME`: its own tasks or YAML files of a local folder, without network access.
+
+Imports neither lm_eval nor torch until a task is evaluated.
+"""
 
 import hashlib
 import importlib.metadata
@@ -14,11 +16,22 @@ from typing import TYPE_CHECKING, Any
 from parallel.errors import Mistake
 from research.evaluation.task import Metric, Settings, TaskContext
 
+if TYPE_CHECKING:
+    from research.evaluation.session import Session
+
+PREFIX = "lm_eval:"
+PACKAGE = "lm_eval"
 OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+BOOTSTRAP_ITERATIONS = 1000
+"""For the standard errors that have no closed form."""
 
 
 def keep_offline(cache: Path) -> None:
-    """Before `datasets` is imported. Local files are converted in `cache`; a cache that the user has named stays."""
+    """Sets the environment variables that keep lm_eval's libraries off the network and out of the home folder.
+
+    They read them when they are imported, so call this before. Variables that the user has set are kept. `cache`: where `datasets`
+    converts local files.
+    """
     for name in OFFLINE:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("HF_DATASETS_CACHE", str(cache))
@@ -26,90 +39,84 @@ def keep_offline(cache: Path) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-if TYPE_CHECKING:
-    from research.evaluation.session import Session
-
-PREFIX = "lm_eval:"
-PACKAGE = "lm_eval"
-BOOTSTRAPS = 1000
-"""Draws for the standard errors that have no closed form."""
-
-
 @dataclass(frozen=True)
 class LMEvalTask:
-    """One of its tasks, groups or tags."""
+    """A task, group or tag of lm-evaluation-harness."""
 
     name: str
-    chosen: Settings
+    options: Settings
     folder: Path | None
-    """Where YAML files of the user's are, beside the harness' own tasks."""
+    """A folder of the user's YAML files, in addition to the harness' own tasks."""
     fewshot: int | None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the figures, the harness' version included."""
-        return {"limit": self.chosen.limit, "fewshot": self.fewshot, PACKAGE: importlib.metadata.version(PACKAGE)}
+        """The settings that determine the metrics, including the version of lm_eval."""
+        return {"limit": self.options.limit, "fewshot": self.fewshot, PACKAGE: importlib.metadata.version(PACKAGE)}
 
-    def digest(self, given: TaskContext) -> str:
-        """Of the folder's files, names included. The harness' own data have none: their version is in the settings."""
-        found = hashlib.sha256()
+    def digest(self, context: TaskContext) -> str:
+        """SHA-256 of the folder's files and their names. The harness' own data have no digest; the settings contain their version."""
+        digest = hashlib.sha256()
         for path in sorted(path for path in (self.folder.rglob("*") if self.folder else ()) if path.is_file()):
-            found.update(f"{path.relative_to(self.folder or path)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
-        return found.hexdigest()
+            digest.update(f"{path.relative_to(self.folder or path)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
+        return digest.hexdigest()
 
-    def evaluated(self, session: "Session", cache: Path, progress: Callable[[int], object]) -> tuple[list[Metric], int]:
-        """(its metrics, its examples)."""
+    def evaluate(self, session: "Session", cache: Path, progress: Callable[[int], object]) -> tuple[list[Metric], int]:
+        """Runs the harness' own evaluation on the session's model; returns (metrics, number of examples)."""
         keep_offline(cache)
         logging.getLogger(PACKAGE).setLevel(logging.ERROR)
         from lm_eval import simple_evaluate
 
-        from research.evaluation.lm_eval_model import OurModel
+        from research.evaluation.lm_eval_model import LMEvalModel
 
         name = self.name.removeprefix(PREFIX)
-        told = simple_evaluate(
-            OurModel(session, progress),
+        results = simple_evaluate(
+            LMEvalModel(session, progress),
             tasks=[name],
             num_fewshot=self.fewshot,
-            limit=self.chosen.limit,
-            bootstrap_iters=BOOTSTRAPS,
+            limit=self.options.limit,
+            bootstrap_iters=BOOTSTRAP_ITERATIONS,
             log_samples=False,
-            task_manager=self._manager(name),
+            task_manager=self._task_manager(name),
         )
-        assert told is not None
-        examples = sum(count["effective"] for count in told["n-samples"].values())
-        return metrics(told["results"], told["higher_is_better"], name), examples
+        assert results is not None
+        examples = sum(count["effective"] for count in results["n-samples"].values())
+        return metrics_of(results["results"], results["higher_is_better"], name), examples
 
-    def _manager(self, name: str) -> Any:
-        """The folder's tasks alone where it has the name: the harness' own are thousands of files."""
+    def _task_manager(self, name: str) -> Any:
+        """Knows the folder's tasks only, if `name` is one of them: the harness' own tasks are thousands of files to read."""
         from lm_eval.tasks import TaskManager
 
-        own = TaskManager(include_path=str(self.folder), include_defaults=False) if self.folder else None
-        if own is not None and name in own.all_tasks:
-            return own
-        every = TaskManager(include_path=str(self.folder) if self.folder else None)
-        if name not in every.all_tasks:
+        local = TaskManager(include_path=str(self.folder), include_defaults=False) if self.folder else None
+        if local is not None and name in local.all_tasks:
+            return local
+        manager = TaskManager(include_path=str(self.folder) if self.folder else None)
+        if name not in manager.all_tasks:
             raise Mistake(
                 f"lm-evaluation-harness has no task {name!r} → see `lm-eval ls tasks`, or --lm_eval_tasks FOLDER with its YAML file"
             )
-        return every
+        return manager
 
 
-def metrics(results: Mapping[str, Mapping[str, Any]], higher: Mapping[str, Mapping[str, bool]], asked: str) -> list[Metric]:
-    """Of the harness' table; those of a group's members as MEMBER/metric. Its filters are named where they are not 'none'."""
-    found = []
+def metrics_of(results: Mapping[str, Mapping[str, Any]], higher: Mapping[str, Mapping[str, bool]], name: str) -> list[Metric]:
+    """The metrics in the harness' table of task `name`. Those of a group's members are named MEMBER/metric.
+
+    A filter is part of the name unless it is 'none'.
+    """
+    metrics = []
     for task, row in results.items():
         for key, value in row.items():
-            name, comma, kind = key.partition(",")
-            if comma and not name.endswith("_stderr") and isinstance(value, int | float):
-                stderr = row.get(f"{name}_stderr,{kind}")
-                label = "/".join([*([task] if task != asked else []), name, *([kind] if kind != "none" else [])])
+            metric, comma, filter_name = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                stderr = row.get(f"{metric}_stderr,{filter_name}")
+                label = "/".join([*([task] if task != name else []), metric, *([filter_name] if filter_name != "none" else [])])
                 error = float(stderr) if isinstance(stderr, int | float) else None
-                found.append(Metric(label, float(value), error, bool(higher.get(task, {}).get(name))))
-    return found
+                metrics.append(Metric(label, float(value), error, bool(higher.get(task, {}).get(metric))))
+    return metrics
 
 
-def named(name: str, settings: Settings, folder: Path | None, fewshot: int | None) -> LMEvalTask:
-    """A Mistake where the harness is not installed or the folder is not there."""
+def create_task(name: str, settings: Settings, folder: Path | None, fewshot: int | None) -> LMEvalTask:
+    """The task of this name. Raises a Mistake if lm_eval is not installed or `folder` does not exist."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise Mistake(f"{name} needs lm-evaluation-harness, which is not installed → pip install -r requirements-eval.txt")
     if folder is not None and not folder.is_dir():

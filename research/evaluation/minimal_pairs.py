@@ -1,12 +1,12 @@
-"""Minimal pairs: does the model find the sentence that is right more likely than the one that differs from it in one point and is wrong?"""
+"""Minimal pairs: is a grammatical sentence more likely than one that differs from it in one point and is ungrammatical?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from research.evaluation import examples, statistics
-from research.evaluation.examples import FileTask, continuation
-from research.evaluation.scorer import Score, ScoreRequest
+from research.evaluation import examples
+from research.evaluation.examples import FileTask, accuracy, continuation
+from research.evaluation.scorer import Score
 from research.evaluation.task import Metric, TaskContext, TaskRequests
 
 EXAMPLE = '{"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."}'
@@ -15,35 +15,29 @@ PARADIGM = "UID"
 
 @dataclass(frozen=True)
 class MinimalPairs(FileTask):
-    """BLiMP's files as they are (arXiv:1912.00582), or any with its two fields; a field "UID" names a line's paradigm.
+    """BLiMP's own files (arXiv:1912.00582), or any file with their two fields; the field "UID" names a line's paradigm.
 
-    A sentence is scored whole, with a space before it, after end-of-text: so does lm-evaluation-harness' `blimp_…`, whose `acc` is
-    `accuracy`; where several paradigms are in one file, `accuracy/UID` is each one's.
+    A whole sentence is scored, with a space before it, after end-of-text, as in lm-evaluation-harness' `blimp_…`, whose `acc` is
+    `accuracy` here. If a file has several paradigms, `accuracy/UID` is the accuracy of each.
     """
 
-    def exam(self, given: TaskContext) -> TaskRequests:
-        """Two requests a pair."""
+    def requests(self, context: TaskContext) -> TaskRequests:
+        """Two requests per pair."""
         needs = {"sentence_good": str, "sentence_bad": str}
-        rows = list(islice(examples.rows(self.path, needs, EXAMPLE), self.chosen.limit))
-        asked = [_sentence(row, name, given) for row in rows for name in needs]
+        rows = list(islice(examples.rows(self.path, needs, EXAMPLE), self.options.limit))
+        requests = [
+            continuation(context.tokenizer, "", f" {row.fields[name]}", context.length, row.where) for row in rows for name in needs
+        ]
         paradigms = [str(row.fields.get(PARADIGM, "")) for row in rows]
-        return TaskRequests(asked, len(rows), lambda scored: figures(scored, paradigms))
+        return TaskRequests(requests, len(rows), lambda scores: metrics_of(scores, paradigms))
 
 
-def _sentence(row: examples.Row, name: str, given: TaskContext) -> ScoreRequest:
-    return continuation(given.tokenizer, "", f" {row.fields[name]}", given.length, row.where)
-
-
-def figures(scored: Sequence[Score], paradigms: Sequence[str]) -> list[Metric]:
-    """Accuracy over all pairs, then by paradigm. Of equally likely sentences the good one counts, as in an argmax."""
-    right = [float(good.logprob >= bad.logprob) for good, bad in zip(scored[::2], scored[1::2], strict=True)]
-    found = [accuracy("accuracy", right)]
+def metrics_of(scores: Sequence[Score], paradigms: Sequence[str]) -> list[Metric]:
+    """accuracy over all pairs, then per paradigm. If both sentences are equally likely, the good one counts, as in an argmax."""
+    correct = [float(good.logprob >= bad.logprob) for good, bad in zip(scores[::2], scores[1::2], strict=True)]
+    metrics = [accuracy("accuracy", correct)]
     if len(set(paradigms)) > 1:
         for name in dict.fromkeys(paradigms):
-            found.append(accuracy(f"accuracy/{name}", [one for one, other in zip(right, paradigms, strict=True) if other == name]))
-    return found
-
-
-def accuracy(name: str, right: Sequence[float]) -> Metric:
-    """Of zeros and ones."""
-    return Metric(name, statistics.mean(right), statistics.of_mean(right), higher_is_better=True)
+            members = [value for value, paradigm in zip(correct, paradigms, strict=True) if paradigm == name]
+            metrics.append(accuracy(f"accuracy/{name}", members))
+    return metrics

@@ -1,5 +1,8 @@
-"""Perplexity and bits per byte of running text: the run's own validation split, or any file that could be a corpus of it."""
-# MERGED-DOC """Running text in windows: every token but the first is predicted once, the `stride` last of each window from what precedes them."""
+"""Perplexity and bits per byte of running text: the run's validation split, or any file that can be a corpus.
+
+The text is split into windows. Every token but the first is scored once: the last `stride` tokens of each window, given what precedes
+them in the window.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,6 +12,7 @@ from typing import Any
 
 from parallel.errors import Mistake
 from research.data import documents
+from research.data.prepare import split
 from research.data.token_store import TokenStore
 from research.evaluation import statistics
 from research.evaluation.scorer import Score, ScoreRequest
@@ -17,7 +21,7 @@ from research.tracking.metrics import perplexity
 
 
 def window_sizes(settings: Settings, length: int) -> tuple[int, int]:
-    """(window, stride) for a scorer that takes `length` tokens. A Mistake where they do not go together."""
+    """(window, stride) for a scorer that takes `length` tokens. Raises a Mistake if they do not fit together."""
     window = length if settings.window is None else settings.window
     if not 2 <= window <= length:
         raise Mistake(f"--window {window} does not work, the model takes 2 to {length} tokens, the last of which is predicted → use that")
@@ -30,7 +34,7 @@ def window_sizes(settings: Settings, length: int) -> tuple[int, int]:
 def sliding_windows(ids: Sequence[int], window: int, stride: int) -> Iterator[ScoreRequest]:
     """Windows that begin every `stride` tokens, as in transformers' documentation ("Perplexity of fixed-length models").
 
-    The first scores all its tokens but one, the last may be shorter. stride = window − 1 is what training's validation does.
+    The first window scores all its tokens but one; the last may be shorter. stride = window − 1 is what validation during training does.
     """
     scored_to = 1
     for begin in range(0, max(len(ids) - 1, 0), stride):
@@ -42,7 +46,10 @@ def sliding_windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Sc
 
 
 def rolling_windows(ids: Sequence[int], window: int, stride: int) -> Iterator[ScoreRequest]:
-    """As `sliding`, but the last window is as long as the others: lm-evaluation-harness' rolling log-likelihood at stride = window − 1."""
+    """Like `sliding_windows`, but the last window has full length too.
+
+    With stride = window − 1 this is lm-evaluation-harness' rolling log-likelihood.
+    """
     scored_to = 1
     while scored_to < len(ids):
         end = min(window if scored_to == 1 else scored_to + stride, len(ids))
@@ -52,42 +59,46 @@ def rolling_windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Sc
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Documents joined by end-of-text, every token but the first predicted once.
+    """The documents of a corpus, joined by end-of-text; every token but the first is scored once.
 
-    Without window and stride, `loss`, `perplexity` and `bits_per_byte` of the validation split are the run's own val/….
+    Without window and stride, `loss`, `perplexity` and `bits_per_byte` of the validation split equal the run's own val/… metrics.
     """
 
     name: str
-    chosen: Settings
-    spec: str | None = None
-    """The corpus; None: the run's validation split."""
+    options: Settings
+    corpus: str | None = None
+    """None: the run's validation split."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Windows."""
-        return {"limit": self.chosen.limit, "window": self.chosen.window, "stride": self.chosen.stride}
+        """The settings that the task uses, as JSON data."""
+        return {"limit": self.options.limit, "window": self.options.window, "stride": self.options.stride}
 
-    def digest(self, given: TaskContext) -> str:
-        """Of the text as stored, and of the way it is read."""
-        return documents.digest(self.spec or given.data.validation, given.root)
+    def digest(self, context: TaskContext) -> str:
+        """SHA-256 of the text as stored and of the format it is read in, in hexadecimal."""
+        return documents.digest(self.corpus or context.data.validation, context.root)
 
-    def exam(self, given: TaskContext) -> TaskRequests:
-        """A request a window."""
-        store = given.split(self.spec) if self.spec else given.validation
-        window, stride = window_sizes(self.chosen, given.length)
-        tokens = store.tokens[: None if self.chosen.limit is None else 1 + window + self.chosen.limit * stride].tolist()
-        asked = list(islice(sliding_windows(tokens, window, stride), self.chosen.limit))
-        whole = sum(one.scored for one in asked) == store.num_tokens - 1
-        return TaskRequests(asked, len(asked), lambda scored: figures(scored, store if whole else None))
+    def requests(self, context: TaskContext) -> TaskRequests:
+        """One request per window."""
+        store = split(context.data, self.corpus or context.data.validation, context.root, context.tokenizer, context.progress)
+        window, stride = window_sizes(self.options, context.length)
+        limit = self.options.limit
+        tokens = store.tokens[: None if limit is None else 1 + window + limit * stride].tolist()
+        requests = list(islice(sliding_windows(tokens, window, stride), limit))
+        complete = sum(request.scored for request in requests) == store.num_tokens - 1
+        return TaskRequests(requests, len(requests), lambda scores: metrics_of(scores, store if complete else None))
 
 
-def figures(scored: Sequence[Score], store: TokenStore | None) -> list[Metric]:
-    """Nats a token, e to that, and bits a byte of the store's whole text; without it no bits per byte: a part has no count of bytes."""
-    nats, counts = [-one.logprob for one in scored], [float(len(one.logprobs)) for one in scored]
+def metrics_of(scores: Sequence[Score], store: TokenStore | None) -> list[Metric]:
+    """loss (nats per token), perplexity and bits_per_byte.
+
+    `store` holds the whole text; None if only a part of it is scored, whose bytes are not known: there is no bits_per_byte then.
+    """
+    nats, counts = [-score.logprob for score in scores], [float(len(score.logprobs)) for score in scores]
     total, tokens, stderr = math.fsum(nats), sum(counts), statistics.of_ratio(nats, counts)
     loss = total / tokens
-    found = [Metric("loss", loss, stderr), Metric("perplexity", perplexity(loss), stderr and stderr * perplexity(loss))]
+    metrics = [Metric("loss", loss, stderr), Metric("perplexity", perplexity(loss), stderr and stderr * perplexity(loss))]
     if store is not None:
         bits = math.log(2) * store.num_bytes
-        found.append(Metric("bits_per_byte", total / bits, stderr and stderr * tokens / bits))
-    return found
+        metrics.append(Metric("bits_per_byte", total / bits, stderr and stderr * tokens / bits))
+    return metrics

@@ -1,4 +1,4 @@
-"""What evaluations have found: RUN/evaluations/step_000270.json, one file a checkpoint, replaced whole after every task.
+"""The results file of a checkpoint, RUN/evaluations/step_000270.json, which is replaced as a whole after every task.
 
 ```
 {"schema": 1, "run": "gpt_sotu-6583c1", "checkpoint": "step_000270", "manifest_sha256": "…",
@@ -6,12 +6,11 @@
               "tensor": 2, "batch": 8, "examples": 5153, "seconds": 61.2, "ended": "2026-01-31T12:00:00+00:00",
               "metrics": {"accuracy": {"value": 0.45, "stderr": 0.007, "higher_is_better": true}, …}}, …]}
 ```
-A task is the same one where task, settings, data, tokenizer and precision are; the layout is written down and changes nothing.
-Figures that are not finite are the strings "nan", "inf" and "-inf".
+Two results are of the same task if task, settings, data, tokenizer and precision are equal. The layout is recorded but changes nothing.
+Numbers that are not finite are the strings "nan", "inf" and "-inf".
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ FOLDER = "evaluations"
 
 @dataclass(frozen=True)
 class Key:
-    """What decides the figures of a task on a checkpoint."""
+    """What determines the metrics of a task on a checkpoint."""
 
     task: str
     settings: dict[str, Any]
@@ -40,7 +39,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Result:
-    """One task's figures, and how they were come by."""
+    """The metrics of one task, and how they were computed."""
 
     key: Key
     metrics: tuple[Metric, ...]
@@ -51,51 +50,52 @@ class Result:
     ended: str
 
     def row(self) -> dict[str, Any]:
-        """As JSON data."""
+        """The result as JSON data."""
         how = {name: getattr(self, name) for name in ("tensor", "batch", "examples", "seconds", "ended")}
-        told = {one.name: {"value": one.value, "stderr": one.stderr, "higher_is_better": one.higher_is_better} for one in self.metrics}
-        return finite({**asdict(self.key), **how, "metrics": told})
+        metrics = {
+            metric.name: {"value": metric.value, "stderr": metric.stderr, "higher_is_better": metric.higher_is_better}
+            for metric in self.metrics
+        }
+        return finite({**asdict(self.key), **how, "metrics": metrics})
 
 
 def _result(row: dict[str, Any]) -> Result:
-    found = {name: row[name] for name in ("examples", "seconds", "tensor", "batch", "ended")}
+    """The inverse of Result.row."""
+    how = {name: row[name] for name in ("examples", "seconds", "tensor", "batch", "ended")}
     key = Key(**{name: row[name] for name in Key.__dataclass_fields__})
-    metrics = (
+    metrics = tuple(
         Metric(name, float(one["value"]), None if one["stderr"] is None else float(one["stderr"]), one["higher_is_better"])
         for name, one in row["metrics"].items()
     )
-    return Result(key, tuple(metrics), **found)
+    return Result(key, metrics, **how)
 
 
 class Results:
-    """Those of one checkpoint. Not for two processes at once: the last to write wins."""
+    """The results of one checkpoint. Not for two processes at once: the last one to write wins."""
 
     def __init__(self, folder: RunFolder, checkpoint: Path) -> None:
-        """Reads what is there; figures of another checkpoint of the same step, since replaced, are left out."""
+        """Reads the file if it exists, but not results of another checkpoint of the same step that has been replaced since."""
         self.path = folder.path / FOLDER / f"{checkpoint.name}.json"
         manifest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
         self._head = {"schema": SCHEMA, "run": folder.title, "checkpoint": checkpoint.name, "manifest_sha256": manifest}
-        self._found: list[Result] = self._read() if self.path.is_file() else []
-
-    def _read(self) -> list[Result]:
+        self.results: list[Result] = []
+        """In the order in which they were first computed."""
+        if not self.path.is_file():
+            return
         try:
-            told = read_json(self.path)
-            same = told["manifest_sha256"] == self._head["manifest_sha256"] and told["schema"] == SCHEMA
-            return [_result(row) for row in told["results"]] if same else []
+            saved = read_json(self.path)
+            if saved["manifest_sha256"] == manifest and saved["schema"] == SCHEMA:
+                self.results = [_result(row) for row in saved["results"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Mistake(f"{self.path} is not what an evaluation writes ({type(error).__name__}: {error}) → move it away") from error
 
     def of(self, key: Key) -> Result | None:
-        """What was found before."""
-        return next((one for one in self._found if one.key == key), None)
-
-    def every(self) -> Sequence[Result]:
-        """All, in the order in which they were first asked for."""
-        return tuple(self._found)
+        """The result of this key; None if there is none."""
+        return next((result for result in self.results if result.key == key), None)
 
     def add(self, result: Result) -> None:
-        """Puts it in place of an older one of the same key, and writes the file."""
-        places = [i for i, one in enumerate(self._found) if one.key == result.key]
-        self._found[slice(places[0], places[0] + 1) if places else slice(len(self._found), None)] = [result]
+        """Adds a result, in place of an older one of the same key, and writes the file."""
+        places = [i for i, other in enumerate(self.results) if other.key == result.key]
+        self.results[slice(places[0], places[0] + 1) if places else slice(len(self.results), None)] = [result]
         self.path.parent.mkdir(exist_ok=True)
-        write_json(self.path, {**self._head, "results": [one.row() for one in self._found]})
+        write_json(self.path, {**self._head, "results": [one.row() for one in self.results]})

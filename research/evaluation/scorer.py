@@ -1,6 +1,7 @@
-"""What an evaluation asks of a model: how likely is this text after that one? Pure data: no torch.
+"""The interface between evaluation tasks and a model: requests for the log-likelihood of tokens given the tokens before them.
 
-Tasks (research/evaluation/) ask it; who answers is a model restored from a checkpoint, or a live engine in the middle of training.
+Pure data, imports no torch. Two scorers implement it: a model restored from a checkpoint (session.py) and a live engine during
+training (research/training/live_model.py).
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,12 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Tokens, and how many at their end are to be scored: each given all before it."""
+    """A sequence of tokens of which the last ones are to be scored, each given all tokens before it."""
 
     ids: tuple[int, ...]
-    """At least two, at most as many as the scorer reads."""
+    """At least two, at most as many as the scorer takes."""
     scored: int
-    """From 1 to len(ids) − 1: the first token has nothing before it."""
+    """How many tokens at the end are scored: 1 to len(ids) − 1, because nothing precedes the first token."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scored < len(self.ids):
@@ -24,25 +25,25 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """Of the tokens that were asked for, in order."""
+    """The scores of a request's scored tokens, in order."""
 
     logprobs: tuple[float, ...]
-    """Natural logarithms, fp32 values."""
+    """Log-probabilities in nats, fp32 values."""
     greedy: tuple[bool, ...]
-    """Whether each token is the likeliest one at its place."""
+    """Whether each token is the most likely one at its position."""
 
     @property
     def logprob(self) -> float:
-        """Of all of them together."""
+        """The log-probability of all scored tokens together."""
         return sum(self.logprobs)
 
 
 class Scorer(Protocol):
-    """A model that reads at most `length` tokens at once."""
+    """A model that scores requests of at most `length` tokens."""
 
     @property
     def length(self) -> int:
-        """The longest `ids` that may be asked for: one more than the model reads, because the last token is scored only."""
+        """The maximum length of a request's `ids`: one more than the model reads, because the last token is only scored."""
 
-    def score(self, asked: Sequence[ScoreRequest]) -> list[Score]:
-        """An answer to each, in order, the same whatever else is asked beside it (but for rounding)."""
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """One score per request, in order. Apart from rounding, a score does not depend on the other requests."""

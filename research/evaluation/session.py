@@ -1,5 +1,4 @@
-"""The model of one evaluation, opened when it is first needed: to score, or to write, and never both at once."""
-# MERGED-DOC """A Scorer over a model restored from a checkpoint: requests of similar lengths together, so many tokens at once as asked for."""
+"""The model of one evaluation, restored when it is first needed: as a scorer or as a generator, never as both at once."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -18,40 +17,40 @@ from research.generation.restore import DecoderSpec, ScorerSpec
 
 @dataclass(frozen=True)
 class RestoredScorer:
-    """Rank 0's; the other tensor ranks follow it."""
+    """Scores requests of similar lengths together. Runs on rank 0; the other tensor ranks follow it."""
 
     scores: TokenScorer
     length: int
-    """Tokens of a request, at most; the last is not read."""
+    """The maximum number of tokens of a request, of which the last is not read."""
     batch: int
-    """Requests of the greatest length that are scored at once, and as many tokens of shorter ones."""
+    """The number of requests of the maximum length that are scored at once, or as many tokens of shorter ones."""
 
-    def score(self, asked: Sequence[ScoreRequest]) -> list[Score]:
-        """An answer to each, in order."""
-        found: dict[int, Score] = {}
-        for places in batches([len(one.ids) for one in asked], self.batch * self.length):
-            counts = [asked[i].scored for i in places]
-            logp, greedy = self.scores.score([asked[i].ids for i in places], counts)
-            parts = zip(places, logp.split(counts), greedy.split(counts), strict=True)
-            found.update({i: Score(tuple(one.tolist()), tuple(other.tolist())) for i, one, other in parts})
-        return [found[i] for i in range(len(asked))]
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """One score per request, in order."""
+        scores: dict[int, Score] = {}
+        for batch in batches([len(request.ids) for request in requests], self.batch * self.length):
+            counts = [requests[i].scored for i in batch]
+            logprobs, greedy = self.scores.score([requests[i].ids for i in batch], counts)
+            for i, its_logprobs, its_greedy in zip(batch, logprobs.split(counts), greedy.split(counts), strict=True):
+                scores[i] = Score(tuple(its_logprobs.tolist()), tuple(its_greedy.tolist()))
+        return [scores[i] for i in range(len(requests))]
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Every place once, the longest first, in lists: places times the greatest length is at most `tokens`, or the place is alone."""
+    """Splits the indices of `lengths` into batches, the longest first: batch size times maximum length ≤ `tokens`, or one index alone."""
     batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(i)
     if batch:
         yield batch
 
 
 @dataclass
 class Session:
-    """A context manager; what it has opened ends with it, other tensor ranks included."""
+    """A context manager that owns the restored model and its other tensor ranks, and ends them on exit."""
 
     run: Path
     checkpoint: Path
@@ -62,42 +61,40 @@ class Session:
     batch: int
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _scorer: RestoredScorer | None = None
-    _writer: TextGenerator | None = None
+    _generator: TextGenerator | None = None
 
     @property
     def length(self) -> int:
-        """Tokens of a request: what the model was trained to read, and the one after it."""
+        """The maximum number of tokens of a request: what the model was trained to read, and the token after it."""
         return self.model.seq_length + 1
 
     @property
     def scorer(self) -> RestoredScorer:
-        """The model as a scorer; a writer is let go of first."""
+        """The model as a scorer; releases a generator first."""
         if self._scorer is None:
             self.close()
-            scores = self._stack.enter_context(opened(ScorerSpec(self.run, self.checkpoint, self.precision), self.tensor))
-            self._scorer = RestoredScorer(scores, self.length, self.batch)
+            spec = ScorerSpec(self.run, self.checkpoint, self.precision)
+            self._scorer = RestoredScorer(self._stack.enter_context(opened(spec, self.tensor)), self.length, self.batch)
         return self._scorer
 
     @property
-    def writer(self) -> TextGenerator:
-        """The model as a writer of `batch` texts at once; a scorer is let go of first."""
-        if self._writer is None:
+    def generator(self) -> TextGenerator:
+        """The model as a generator of `batch` texts at once; releases a scorer first."""
+        if self._generator is None:
             self.close()
             context = self.model.seq_length
-            decoder = self._stack.enter_context(
-                opened(DecoderSpec(self.run, self.checkpoint, self.precision, self.batch, context), self.tensor)
-            )
-            self._writer = TextGenerator(decoder, self.tokenizer, self.model, context)
-        return self._writer
+            spec = DecoderSpec(self.run, self.checkpoint, self.precision, self.batch, context)
+            self._generator = TextGenerator(self._stack.enter_context(opened(spec, self.tensor)), self.tokenizer, self.model, context)
+        return self._generator
 
     def close(self) -> None:
-        """Lets go of the model."""
-        self._scorer = self._writer = None
+        """Releases the model."""
+        self._scorer = self._generator = None
         self._stack.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error) -> None:
-        self._scorer = self._writer = None
+        self._scorer = self._generator = None
         self._stack.__exit__(*error)

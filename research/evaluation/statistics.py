@@ -1,4 +1,4 @@
-"""Standard errors of means and of ratios, over examples that are taken as independent."""
+"""Standard errors of means and of ratios over examples, which are treated as independent."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def of_mean(values: Sequence[float]) -> float | None:
-    """The sample's standard deviation / √n, as lm-evaluation-harness' mean_stderr; None for one value."""
+    """The standard error of a mean: sample deviation / √n, as lm-evaluation-harness' mean_stderr. None for one value."""
     n = len(values)
     if n < 2:
         return None
@@ -19,7 +19,10 @@ def of_mean(values: Sequence[float]) -> float | None:
 
 
 def of_ratio(over: Sequence[float], under: Sequence[float]) -> float | None:
-    """Of Σ over / Σ under, by linearisation: √(n / (n − 1) · Σ (over − ratio · under)²) / Σ under; None for one value."""
+    """The standard error of r = Σ over / Σ under, by linearisation: √(n / (n − 1) · Σ (over − r · under)²) / Σ under.
+
+    None for one value.
+    """
     n, total = len(over), math.fsum(under)
     if n < 2:
         return None

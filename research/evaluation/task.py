@@ -1,38 +1,39 @@
-"""What a task is: requests made from a file, and metrics made from their answers. No torch, no model, no ranks.
+"""What an evaluation task is, and how it is put to a scorer. Imports no torch: a task knows neither the model nor its ranks.
 
-given = Given(tokenizer, scorer.length, experiment.data, root)
-for task in tasks.named(["validation", "pairs:FILE.jsonl"], Settings()):
-    metrics = answered(task.exam(given), scorer, progress)
+A task makes requests from a file and computes metrics from the scores:
+
+    context = TaskContext(tokenizer, scorer.length, experiment.data, root)
+    for task in registry.create_tasks(["validation", "pairs:FILE.jsonl"], Settings()):
+        metrics = evaluate(task.requests(context), scorer, progress)
 """
-# MERGED-DOC """Requests put to a scorer: the longest first, in portions, so that a bar moves and whoever waits can stop it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from research.data.prepare import Settings as Data
-from research.data.prepare import split
-from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
 from research.evaluation.scorer import Score, Scorer, ScoreRequest
+
+BATCH_SIZE = 64
+"""Number of requests between two updates of a progress bar; several batches of the scorer."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person may set of every task; None: what the task's definition says."""
+    """Settings that a user can change for every task; None: the default of the task's definition."""
 
     limit: int | None = None
-    """Examples at most, from the first on: passages, pairs, questions, pages, windows."""
+    """The maximum number of examples (passages, pairs, questions, pages, windows), counted from the first."""
     window: int | None = None
-    """Tokens of a window of running text, the first of which is read only; None: as many as the scorer takes."""
+    """The number of tokens of a window of running text, of which the first is only read; None: as many as the scorer takes."""
     stride: int | None = None
-    """Tokens of each window that are scored, but for the first window; None: window − 1, no token is read twice."""
+    """The number of tokens scored in each window but the first; None: window − 1, so that no token is read twice."""
     data: Path | None = None
-    """The folder with wikitext2/ and lambada/."""
+    """The folder that contains wikitext2/ and lambada/."""
     root: Path = Path()
-    """Where relative paths begin."""
+    """The folder that relative paths start from."""
 
 
 @dataclass(frozen=True)
@@ -41,97 +42,85 @@ class TaskContext:
 
     tokenizer: Tokenizer
     length: int
-    """The scorer's."""
+    """The scorer's maximum length of a request."""
     data: Data
     root: Path
     progress: Callable[[str], None] | None = None
-    """Hears of slow work: a text that is tokenized."""
-
-    @cached_property
-    def validation(self) -> TokenStore:
-        """The run's own validation split, prepared where it is not in data.cache."""
-        return self.split(self.data.validation)
-
-    def split(self, spec: str) -> TokenStore:
-        """A text as a corpus of the run: tokens, documents, bytes."""
-        return split(self.data, spec, self.root, self.tokenizer, self.progress)
+    """Called before slow work such as tokenizing a text, with a description of it."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure."""
+    """One number that a task computes."""
 
     name: str
     value: float
     stderr: float | None
-    """The standard error over examples; None where there is one example, or the figure is no mean."""
+    """The standard error over examples; None if there is only one example or the number is no mean."""
     higher_is_better: bool = False
 
 
 @dataclass(frozen=True)
 class TaskRequests:
-    """A task on a tokenizer: what is asked, and what the answers are worth."""
+    """The requests of a task for one tokenizer, and the function that computes its metrics from the scores."""
 
-    asked: list[ScoreRequest]
+    requests: list[ScoreRequest]
     examples: int
     metrics: Callable[[Sequence[Score]], list[Metric]]
-    """From an answer to each of `asked`, in order. Pure."""
+    """Takes one score per request, in order. A pure function."""
 
 
 class Task(Protocol):
-    """Immutable; making one reads no file but sees that it is there."""
+    """An immutable task. Its constructor checks that its file exists but does not read it."""
 
     @property
     def name(self) -> str:
-        """As the user has written it; the key of its results."""
+        """The name as the user wrote it; the key of its results."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those that it heeds, as JSON data: with the data's digest and the model they decide the figures."""
+        """The settings that the task uses, as JSON data. Together with the data's digest and the model they determine its metrics."""
 
-    def digest(self, given: TaskContext) -> str:
-        """SHA-256 of the data, hex."""
+    def digest(self, context: TaskContext) -> str:
+        """SHA-256 of the data, in hexadecimal."""
 
-    def exam(self, given: TaskContext) -> TaskRequests:
-        """Reads and tokenizes. A Mistake where the file is not what it should be, naming its line."""
-
-
-PORTION = 64
-"""Requests between two looks at the bar; several batches of the scorer's."""
+    def requests(self, context: TaskContext) -> TaskRequests:
+        """Reads and tokenizes the data. Raises a Mistake that names the line if the file is not in the task's format."""
 
 
 class Stopped(Exception):
-    """Nobody wants the answers any more."""
+    """Raised when `should_continue` returned False."""
 
 
 def evaluate(
-    exam: TaskRequests,
+    task: TaskRequests,
     scorer: Scorer,
     progress: Callable[[int], object] = lambda n: None,
-    go_on: Callable[[], bool] = lambda: True,
-    portion: int = PORTION,
+    should_continue: Callable[[], bool] = lambda: True,
+    batch_size: int = BATCH_SIZE,
 ) -> list[Metric]:
-    """The exam's metrics. `progress(n)` after n more requests; `go_on` is asked before each portion, and False raises Stopped.
-
-    Where the scorer is collective, so is this: the same exam on every rank, and the same answer from `go_on`.
-    """
-    return exam.metrics(score_in_batches(exam.asked, scorer, progress, go_on, portion))
+    """Scores the task's requests and returns its metrics; the arguments are those of `score_in_batches`."""
+    return task.metrics(score_in_batches(task.requests, scorer, progress, should_continue, batch_size))
 
 
 def score_in_batches(
-    asked: Sequence[ScoreRequest],
+    requests: Sequence[ScoreRequest],
     scorer: Scorer,
     progress: Callable[[int], object] = lambda n: None,
-    go_on: Callable[[], bool] = lambda: True,
-    portion: int = PORTION,
+    should_continue: Callable[[], bool] = lambda: True,
+    batch_size: int = BATCH_SIZE,
 ) -> list[Score]:
-    """An answer to each, in order; see `answered`."""
-    order = sorted(range(len(asked)), key=lambda i: -len(asked[i].ids))  # stable: equal on every rank
-    found: dict[int, Score] = {}
-    for first in range(0, len(order), portion):
-        if not go_on():
+    """One score per request, in order. The scorer gets `batch_size` requests at a time, the longest first.
+
+    Calls `progress(n)` after n more requests, and `should_continue()` before each batch; raises Stopped if it returns False.
+    If the scorer is collective, so is this function: it needs the same requests and the same `should_continue()` on every rank.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))  # stable: equal on every rank
+    scores: dict[int, Score] = {}
+    for first in range(0, len(order), batch_size):
+        if not should_continue():
             raise Stopped
-        places = order[first : first + portion]
-        found.update(zip(places, scorer.score([asked[place] for place in places]), strict=True))
-        progress(len(places))
-    return [found[i] for i in range(len(asked))]
+        batch = order[first : first + batch_size]
+        scores.update(zip(batch, scorer.score([requests[i] for i in batch]), strict=True))
+        progress(len(batch))
+    return [scores[i] for i in range(len(requests))]

@@ -1,12 +1,15 @@
-"""Perplexity a word on WikiText: nats over the model's tokens of the prose, divided by the words that WikiText's own tokens make."""
-# MERGED-DOC """WikiText as prose: its tokens put together again, by the rules that Megatron-LM and lm-evaluation-harness share."""
+"""Word-level perplexity on WikiText: the model scores detokenized prose, and its nats are divided by the words of the original file.
+
+Two definitions, which count words differently: lm-evaluation-harness' (`Wikitext`) and Megatron-LM's (`WholeWikitext`). The
+detokenizer follows the rules that both projects share.
+"""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import ClassVar
 
 from research.evaluation import examples, statistics
 from research.evaluation.examples import FileTask
@@ -15,73 +18,68 @@ from research.evaluation.scorer import Score, ScoreRequest
 from research.evaluation.task import Metric, TaskContext, TaskRequests
 from research.tracking.metrics import perplexity
 
-PLAIN: tuple[tuple[str, str], ...] = (
+PUNCTUATION: tuple[tuple[str, str], ...] = (
     *((f" @{mark}@ ", mark) for mark in "-,."),
     *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
 )
 BRACKETS = (r"\(\s*([^\)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}")
 QUOTES = (r"\"\s*([^\"]*?)\s*\"", r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'")
-LAST = (
+OTHERS = (
     *(("= = = =", "===="), ("= = =", "==="), ("= =", "==")),
     *((" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")),
 )
 
 
 def detokenize(text: str) -> str:
-    """The prose. The second rule puts its own pattern for what it has found, a slip of theirs that comparable figures need."""
+    """The text as prose. The second rule replaces a match by the pattern itself: a mistake of the original, kept for equal metrics."""
     text = re.sub(r"/' [0-9]/", "/'[0-9]/", text.replace("s '", "s'"))
-    for old, new in PLAIN:
+    for old, new in PUNCTUATION:
         text = text.replace(old, new)
-    for pattern, put in (*BRACKETS, *QUOTES):
-        text = re.sub(pattern, put, text)
-    for old, new in LAST:
+    for pattern, replacement in (*BRACKETS, *QUOTES):
+        text = re.sub(pattern, replacement, text)
+    for old, new in OTHERS:
         text = text.replace(old, new)
     return text
 
 
 def pages(text: str) -> list[str]:
-    """The articles, each from its heading ` = Title = ` on, as EleutherAI/wikitext_document_level has them."""
-    found: list[list[str]] = [[]]
+    """The articles, each beginning with its heading ` = Title = `, split as in EleutherAI/wikitext_document_level."""
+    articles: list[list[str]] = [[]]
     for line in text.split("\n"):
         heading = line.replace("= = =", "===").replace("= =", "==").strip()
         if heading.startswith("= ") and heading.endswith(" ="):
-            found.append([])
-        found[-1].append(line)
-    *before, last = ["\n".join(lines) for lines in found]
+            articles.append([])
+        articles[-1].append(line)
+    *before, last = ["\n".join(lines) for lines in articles]
     return [page for page in before if page.strip()] + [last]
 
 
 @dataclass(frozen=True)
-class _Windowed(FileTask):
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Windows, too."""
-        return super().settings | {"window": self.chosen.window, "stride": self.chosen.stride}
+class Wikitext(FileTask):
+    """lm-evaluation-harness' `wikitext`: each article on its own, after end-of-text, in rolling windows.
 
-
-@dataclass(frozen=True)
-class Wikitext(_Windowed):
-    """lm-evaluation-harness' `wikitext`: each article by itself, after end-of-text, in windows of which the last is full too.
-
-    Words are what white space separates in the article as it is in the file, empty ones at its ends counted; bytes are the file's too.
+    Words are what white space separates in the article as it is in the file, including empty words at its ends. Bytes are those of
+    the file too.
     """
 
-    def exam(self, given: TaskContext) -> TaskRequests:
-        """Some requests an article."""
-        window, stride = window_sizes(self.chosen, given.length)
-        articles = list(islice(pages(examples.read_text(self.path)), self.chosen.limit))
-        asked: list[ScoreRequest] = []
+    USES: ClassVar[tuple[str, ...]] = ("limit", "window", "stride")
+
+    def requests(self, context: TaskContext) -> TaskRequests:
+        """One or more requests per article."""
+        window, stride = window_sizes(self.options, context.length)
+        articles = list(islice(pages(examples.read_text(self.path)), self.options.limit))
+        requests: list[ScoreRequest] = []
         ends = []
         for article in articles:
-            ids = [given.tokenizer.end_of_text, *given.tokenizer.encode(detokenize(article))]
-            asked += rolling_windows(ids, window, stride)
-            ends.append(len(asked))
-        return TaskRequests(asked, len(articles), lambda scored: by_page(scored, articles, ends))
+            ids = [context.tokenizer.end_of_text, *context.tokenizer.encode(detokenize(article))]
+            requests += rolling_windows(ids, window, stride)
+            ends.append(len(requests))
+        return TaskRequests(requests, len(articles), lambda scores: metrics_by_article(scores, articles, ends))
 
 
-def by_page(scored: Sequence[Score], articles: Sequence[str], ends: Sequence[int]) -> list[Metric]:
-    """word_perplexity, byte_perplexity, bits_per_byte. The scores of article i are those before ends[i] and after ends[i − 1]."""
-    nats = [-math.fsum(one.logprob for one in scored[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+def metrics_by_article(scores: Sequence[Score], articles: Sequence[str], ends: Sequence[int]) -> list[Metric]:
+    """word_perplexity, byte_perplexity and bits_per_byte. The scores of article i are scores[ends[i − 1] : ends[i]]."""
+    nats = [-math.fsum(score.logprob for score in scores[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     words = [float(len(re.split(r"\s+", article))) for article in articles]
     sizes = [float(len(article.encode("utf-8"))) for article in articles]
     per_byte, stderr = math.fsum(nats) / sum(sizes), statistics.of_ratio(nats, sizes)
@@ -92,35 +90,38 @@ def by_page(scored: Sequence[Score], articles: Sequence[str], ends: Sequence[int
     ]
 
 
-def exponential(name: str, mean: float, stderr: float | None) -> Metric:
-    """e^mean; its standard error by linearisation."""
-    value = perplexity(mean)
-    return Metric(name, value, None if stderr is None or math.isinf(value) else stderr * value)
-
-
 @dataclass(frozen=True)
-class WholeWikitext(_Windowed):
-    """Megatron-LM's WIKITEXT103 evaluation: the whole file as one text, detokenized, no end-of-text; its --overlapping-eval is the stride.
+class WholeWikitext(FileTask):
+    """Megatron-LM's WIKITEXT103 evaluation: the whole file as one text, detokenized, without end-of-text.
 
-    Words are what single spaces separate in the file as it is, so each end of a line is one; the first is not predicted and not counted.
+    Megatron-LM's --overlapping-eval is the stride. Words are what single spaces separate in the file as it is, so each line end counts
+    as one; the first word is not predicted and not counted.
     """
 
-    def exam(self, given: TaskContext) -> TaskRequests:
-        """A request a window."""
-        window, stride = window_sizes(self.chosen, given.length)
+    USES: ClassVar[tuple[str, ...]] = ("limit", "window", "stride")
+
+    def requests(self, context: TaskContext) -> TaskRequests:
+        """One request per window."""
+        window, stride = window_sizes(self.options, context.length)
         raw = examples.read_text(self.path)
-        ids = given.tokenizer.encode(detokenize(raw))
-        asked = list(islice(sliding_windows(ids, window, stride), self.chosen.limit))
+        ids = context.tokenizer.encode(detokenize(raw))
+        requests = list(islice(sliding_windows(ids, window, stride), self.options.limit))
         words = len(raw.strip().split(" ")) - 1
-        return TaskRequests(asked, len(asked), lambda scored: of_whole(scored, len(ids) - 1, words))
+        return TaskRequests(requests, len(requests), lambda scores: metrics_of_whole(scores, len(ids) - 1, words))
 
 
-def of_whole(scored: Sequence[Score], tokens: int, words: int) -> list[Metric]:
-    """The tokens' loss, and e^(loss · tokens / words): where only some were scored, as if the others were as likely."""
-    nats, counts = [-one.logprob for one in scored], [float(len(one.logprobs)) for one in scored]
+def metrics_of_whole(scores: Sequence[Score], tokens: int, words: int) -> list[Metric]:
+    """loss per token, perplexity, and word_perplexity = e^(loss · tokens / words), also if only some of the tokens were scored."""
+    nats, counts = [-score.logprob for score in scores], [float(len(score.logprobs)) for score in scores]
     loss, stderr, ratio = math.fsum(nats) / sum(counts), statistics.of_ratio(nats, counts), tokens / words
     return [
         Metric("loss", loss, stderr),
         exponential("perplexity", loss, stderr),
         exponential("word_perplexity", loss * ratio, None if stderr is None else stderr * ratio),
     ]
+
+
+def exponential(name: str, mean: float, stderr: float | None) -> Metric:
+    """The metric e^mean; its standard error by linearisation."""
+    value = perplexity(mean)
+    return Metric(name, value, None if stderr is None or math.isinf(value) else stderr * value)

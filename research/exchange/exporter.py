@@ -30,7 +30,7 @@ class Export:
         self.experiment: Experiment = serialization.load(run.config)
         self.model = self.experiment.model
         self.family = mapping.family_of(self.model)
-        self.links = mapping.links(self.model, FAMILIES[self.family])
+        self.links = mapping.parameter_mappings(self.model, FAMILIES[self.family])
         self.tokenizer: Tokenizer = load_tokenizer(self.experiment.data, ROOT)
         if self.tokenizer.vocab_size > self.model.vocab_size:
             sizes = f"data.tokenizer has {self.tokenizer.vocab_size} tokens, model.vocab_size is {self.model.vocab_size}"

@@ -50,7 +50,7 @@ class Import:
         self.source, self.staging, self.final, self.tree = source, staging, final, tree
         self.model: Shape = read_config.settings(source.config)
         self.plan: Plan = mapping.plan(self.model, source.family, source.shapes)
-        source.check([key for link in self.plan.links for key in link.keys])
+        source.check([key for link in self.plan.parameters for key in link.keys])
 
     def line(self) -> str:
         """What is imported, as one line for the terminal."""
@@ -69,7 +69,7 @@ class Import:
         settings = experiment(self.model, self.source.path.name, checkpoint, name, str(relative_runs))
         serialization.save(settings, self.staging.config)
 
-        with report.progress("reading the weights", len(self.plan.links)) as advance:
+        with report.progress("reading the weights", len(self.plan.parameters)) as advance:
             self._write_checkpoint(advance)
         ids = parity.sample_ids(tokenizer, self.model.seq_length)
         with report.progress("comparing with transformers", 2 * len(ids)) as advance:
@@ -107,7 +107,7 @@ class Import:
 
     def _write_checkpoint(self, advance: Advance) -> None:
         """Converts the weights one parameter at a time. `advance` is called with 1 for each."""
-        shapes = {link.name: link.shape for link in self.plan.links}
+        shapes = {link.name: link.shape for link in self.plan.parameters}
         digests = {path.name: sha256_of(path) for path in self.source.files()}
         facts = {"step": 0, "samples": 0, "tokens": 0, "commit": git_state(self.tree)[0], "imported": digests}
         tensors = weights(self.source, self.plan, self.model)

@@ -21,7 +21,7 @@ from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
 from research.data import documents
 from research.data.tokenizer import Tokenizer
-from research.generation.restore import UNDRAWN, without_init
+from research.generation.restore import without_init
 from research.tracking.console import Advance, counted, nothing
 from research.tracking.metrics import finite
 
@@ -141,7 +141,8 @@ def _compare(theirs: Tensor, ours: Tensor, ids: Tensor) -> tuple[float, float, f
 
 def our_logits(model: GPT, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Logits:
     """Our model in fp32 with the weights of a checkpoint, which are rounded to `dtype` first."""
-    module = PlainModule(gpt.layers(without_init(model), Grid(), seed=0, variants=UNDRAWN))
+    model, variants = without_init(model, {})
+    module = PlainModule(gpt.layers(model, Grid(), seed=0, variants=variants))
     with Reader(checkpoint) as reader:
         load_weights(module, reader, Grid())
     with torch.no_grad():

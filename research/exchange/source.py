@@ -38,7 +38,7 @@ class Source(Protocol):
 
 def weights(source: Source, plan: Plan, model: GPT) -> Iterator[Tensor]:
     """Yields every parameter of `model`, unsliced and in fp32, in the order of the plan. One is in memory at a time."""
-    for link in plan.links:
+    for link in plan.parameters:
         tensor = link.ours([source.read(key) for key in link.keys], model)
         if link.name == "embedding.weight" and plan.copy:
             check_copy(source.read(plan.copy), tensor)

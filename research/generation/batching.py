@@ -1,6 +1,7 @@
-"""Continuous batching: requests enter free rows of a decoder as others leave them; each step writes one token of every one.
+"""Continuous batching: requests enter free rows of a decoder while others are being generated, and leave as soon as they end.
 
-Ids in, ids out; text is research/writing.py's. A request's tokens depend on what it asks for, not on its company (models/inference/sampling.py).
+Each step generates one token for every request in a row. Works on token ids; research/generation/generator.py handles text.
+The tokens of a request do not depend on the other requests in the batch (models/inference/sampling.py).
 """
 
 from collections import deque
@@ -14,124 +15,123 @@ from models.inference.sampling import Row, log_probabilities, next_tokens, refus
 from models.inference.sampling_params import GREEDY, SamplingParams
 
 END, STOP, LENGTH, CANCELLED = "end_of_text", "stop", "length", "cancelled"
-"""Why a text ended: by the model, before a stop string, with as many tokens as were asked for, because nobody wanted it any more."""
+"""Why a generation ended: it reached an end id, a stop string or its maximum number of tokens, or its client cancelled it."""
 
 
 class DecoderLike(Protocol):
-    """A Decoder, on one rank or on many."""
+    """What the scheduler needs of a decoder: models.inference.decoder.Decoder, or a live engine (research/training/live_model.py)."""
 
     @property
     def free(self) -> int:
-        """Rows that are not in use."""
+        """The number of rows that are not in use."""
 
     def admit(self, prompts: list[tuple[int, ...]]) -> Tensor:
-        """As Decoder's."""
+        """Puts each prompt into a free row, behind the rows in use; returns the logits after each, 'n v'."""
 
     def step(self, ids: list[int]) -> Tensor:
-        """As Decoder's."""
+        """Appends one id to every row, in order; returns the logits after each, 'n v'."""
 
     def drop(self, row: int) -> None:
-        """As Decoder's."""
+        """Frees a row; the last row takes its place."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be written, and after which tokens."""
+    """A prompt to continue and how to continue it."""
 
     prompt: tuple[int, ...]
     """At least one id."""
     max_new_tokens: int
-    choice: SamplingParams = GREEDY
+    sampling: SamplingParams = GREEDY
     seed: int = 0
-    """With the number of a token it decides the draw, so the same request gives the same text."""
+    """The seed and a token's position decide its draw, so the same request always gets the same tokens."""
     ends: Collection[int] = ()
-    """Ids that end the text; they are counted among its tokens."""
+    """Ids that end the generation. The end id itself is part of the generated ids."""
     logprobs: int | None = None
-    """How many likeliest tokens to record beside each one written, 0: that one alone, None: nothing."""
+    """How many of the most likely tokens to record beside each generated one; 0: the generated one only; None: record nothing."""
 
 
 @dataclass(eq=False)
 class Generation:
-    """A request and what has been written for it."""
+    """A request and what has been generated for it so far."""
 
     request: Request
     ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
-    """Of each id: its log-probability, and those of the likeliest as (id, log-probability)."""
+    """For each id its log-probability, and the most likely tokens as (id, log-probability)."""
     finish: str | None = None
-    """Why it ended; None while it goes on."""
-
-    def row(self) -> Row:
-        """What decides the next token."""
-        return Row(self.request.choice, self.request.seed, self.request.prompt, self.ids)
-
-    def take(self, token: int) -> None:
-        """One more token."""
-        self.ids.append(token)
-        if token in self.request.ends:
-            self.finish = END
-        elif len(self.ids) == self.request.max_new_tokens:
-            self.finish = LENGTH
+    """Why it ended; None while it is running."""
 
 
 class BatchScheduler:
-    """The requests of one decoder: `submit` at any time, `step` as long as any is left. Not for several threads at once."""
+    """Schedules requests on one decoder: `submit` at any time, call `step` while any is left. Not thread-safe."""
 
     def __init__(self, decoder: DecoderLike, vocab_size: int) -> None:
-        """Only ids below `vocab_size` are written: a model may have more rows than its tokenizer has tokens."""
+        """Generates only ids below `vocab_size`: a model may have more embedding rows than its tokenizer has tokens."""
         self.decoder, self.vocab_size = decoder, vocab_size
         self.waiting: deque[Generation] = deque()
         self.live: list[Generation] = []
-        """By the decoder's row."""
+        """The running generations, in the order of the decoder's rows."""
 
     def __bool__(self) -> bool:
-        """Whether anything is left to do."""
         return bool(self.waiting or self.live)
 
     def submit(self, request: Request) -> Generation:
-        """Queues a request; what is returned fills with every step."""
-        written = Generation(request)
-        self.waiting.append(written)
-        return written
+        """Queues a request and returns its generation, which `step` fills."""
+        generation = Generation(request)
+        self.waiting.append(generation)
+        return generation
 
-    def end(self, written: Generation, why: str) -> None:
-        """Ends a request between two steps, for a reason that the batch does not know of: a stop string, a client that has gone."""
-        if written in self.waiting:
-            self.waiting.remove(written)
-        elif written in self.live:
-            self._leave(self.live.index(written))
-        written.finish = why
+    def end(self, generation: Generation, finish: str) -> None:
+        """Ends a generation between two steps for a reason that the scheduler cannot see: a stop string, a client that disconnected."""
+        if generation in self.waiting:
+            self.waiting.remove(generation)
+        elif generation in self.live:
+            self._free_row(self.live.index(generation))
+        generation.finish = finish
 
     def step(self) -> list[Generation]:
-        """A token of every request in a row; where rows are free and requests wait, the first token of as many of those instead.
+        """Generates one token for every running request; if rows are free and requests wait, admits those and generates their first token.
 
-        Returns the ones that got a token. Those with a `finish` have left.
+        Returns the generations that got a token. Those with a `finish` have left their row.
         """
-        coming = [self.waiting.popleft() for _ in range(min(self.decoder.free, len(self.waiting)))]
-        if coming:
+        stepped = [self.waiting.popleft() for _ in range(min(self.decoder.free, len(self.waiting)))]
+        if stepped:
             first = len(self.live)
-            self.live += coming
-            logits = self.decoder.admit([written.request.prompt for written in coming])
+            self.live += stepped
+            logits = self.decoder.admit([generation.request.prompt for generation in stepped])
             refuse_non_finite(logits)
         else:
-            first, coming = 0, list(self.live)
-            logits = self.decoder.step([written.ids[-1] for written in coming])
-        self._choose(logits[:, : self.vocab_size], coming)
+            first, stepped = 0, list(self.live)
+            logits = self.decoder.step([generation.ids[-1] for generation in stepped])
+
+        self._append_tokens(logits[:, : self.vocab_size], stepped)
+
         for row in reversed(range(first, len(self.live))):
             if self.live[row].finish:
-                self._leave(row)
-        return coming
+                self._free_row(row)
+        return stepped
 
-    def _choose(self, logits: Tensor, asked: list[Generation]) -> None:
-        tokens = next_tokens(logits, [written.row() for written in asked])
-        tops = [written.request.logprobs for written in asked]
-        told = log_probabilities(logits, tokens, max(top or 0 for top in tops)) if any(top is not None for top in tops) else []
-        for i, (written, token) in enumerate(zip(asked, tokens, strict=True)):
-            if (top := tops[i]) is not None:
-                written.logprobs.append((told[i][0], told[i][1][:top]))
-            written.take(token)
+    def _append_tokens(self, logits: Tensor, generations: list[Generation]) -> None:
+        """Chooses the next token of each generation from its row of logits, and ends those that are complete."""
+        rows = [Row(one.request.sampling, one.request.seed, one.request.prompt, one.ids) for one in generations]
+        tokens = next_tokens(logits, rows)
 
-    def _leave(self, row: int) -> None:
+        recorded = [one.request.logprobs for one in generations if one.request.logprobs is not None]
+        logprobs = log_probabilities(logits, tokens, max(recorded)) if recorded else []
+
+        for i, (generation, token) in enumerate(zip(generations, tokens, strict=True)):
+            request = generation.request
+            if request.logprobs is not None:
+                logprob, top = logprobs[i]
+                generation.logprobs.append((logprob, top[: request.logprobs]))
+            generation.ids.append(token)
+            if token in request.ends:
+                generation.finish = END
+            elif len(generation.ids) == request.max_new_tokens:
+                generation.finish = LENGTH
+
+    def _free_row(self, row: int) -> None:
         """Frees the row; the last one takes its place, here as in the decoder."""
         self.decoder.drop(row)
         last = self.live.pop()

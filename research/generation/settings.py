@@ -1,4 +1,4 @@
-"""What is asked of a model that writes, beside the prompt, checked. Imports no torch: a mistake is refused in milliseconds."""
+"""The settings of a generation, checked when they are made, and whether a prompt fits into a context. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ from models.seed import seed_of
 from parallel.errors import Mistake
 
 MOST_LOGPROBS = 100
-USUAL_TOKENS = 64
+DEFAULT_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How long, how chosen, where to stop, what to record."""
+    """How many tokens to generate after a prompt, how to sample them, where to stop, and what to record."""
 
-    max_new_tokens: int = USUAL_TOKENS
-    choice: SamplingParams = GREEDY
+    max_new_tokens: int = DEFAULT_TOKENS
+    sampling: SamplingParams = GREEDY
     seed: int = 0
-    """Decides every draw: with the same one, the same is written."""
+    """Decides every draw: the same seed gives the same text."""
     stops: tuple[str, ...] = ()
-    """The text ends before the first of these."""
+    """The text ends before the first of these strings."""
     logprobs: int | None = None
-    """Likeliest tokens to record beside each one written; 0: that one alone; None: nothing."""
+    """How many of the most likely tokens to record beside each generated one; 0: the generated one only; None: record nothing."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -34,12 +34,12 @@ class GenerationSettings:
 
 
 def text_seed(seed: int, prompt: int, text: int) -> int:
-    """The seed of text number `text` of prompt number `prompt` of a command with `seed`: of these three numbers alone."""
+    """The seed of text number `text` of prompt number `prompt`, derived from a command's `seed`. Depends on these three numbers only."""
     return seed_of(seed, f"prompt {prompt}, text {text}")
 
 
 def refuse_long(prompt: int, max_new_tokens: int, context: int, model: GPT) -> None:
-    """A Mistake where a prompt of so many tokens, and what is to follow, need more places than the cache has."""
+    """Raises a Mistake if a prompt of `prompt` tokens and the tokens to generate do not fit into `context` places of the cache."""
     if prompt + max_new_tokens <= context:
         return
     need = f"a prompt of {prompt} tokens with max_new_tokens = {max_new_tokens} needs {prompt + max_new_tokens} places"
@@ -50,7 +50,7 @@ def refuse_long(prompt: int, max_new_tokens: int, context: int, model: GPT) -> N
 
 
 def refuse_context(context: int, model: GPT) -> None:
-    """A Mistake where the model has no places for a cache so long."""
+    """Raises a Mistake if the model has no positions for a context of this length."""
     if context < 2:
         raise Mistake(f"context = {context} does not work → use 2 tokens or more, the model was trained on {model.seq_length}")
     if context > model.seq_length and not can_be_longer(model):
@@ -58,5 +58,5 @@ def refuse_context(context: int, model: GPT) -> None:
 
 
 def can_be_longer(model: GPT) -> bool:
-    """Whether the model can be run on more tokens than it was trained on, well or badly. A class of variant.py may know none."""
+    """Whether the model can run on more tokens than it was trained on, whatever the quality. False for a position class of variant.py."""
     return model.position in ("sinusoidal", "rotary", "alibi", "none")

@@ -1,8 +1,9 @@
-"""Decides when a rank must leave: it was asked to and cannot, another rank is gone, nothing moves any more.
+"""Decides when a rank must leave, and says why: a signal that was not obeyed in time, a lost rank, a hang. Touches no process.
 
-Time is counted in looks, never read off a clock: a job that was suspended (Ctrl-Z, a laptop's lid) has not waited for anything.
+`Diagnoser` is asked once per second. It adds up the seconds between these checks instead of reading a clock: while the whole job was
+suspended (Ctrl-Z, a closed laptop), nothing has waited. The functions below it turn the ranks' heartbeats into a sentence that
+names the rank at fault.
 """
-# MERGED-DOC """Who is to blame when a run cannot go on, read off the ranks' signs of life: sentences, and no process is touched."""
 
 import re
 import signal
@@ -14,15 +15,24 @@ from dataclasses import dataclass
 from research.cluster.exit_codes import HUNG, SIGNALLED
 from research.reliability.heartbeat import FAULT, HANG, OTHERS, SIGNAL, Heartbeat, Progress, Stage
 from research.reliability.parents import LAUNCHER_GONE, Parents
-from research.reliability.peers import NoPeers, Peer, PeerMonitor, Peers
+from research.reliability.peers import Peer, PeerMonitor
 
-OF_OTHERS = re.compile(r"\bgloo\b|nccl|connection (closed|reset|refused)|broken pipe|TCPStore|Dist(Backend|Network|Store)Error", re.I)
-"""In an exception of torch's that may come from another rank's end."""
+PATIENCE = {Stage.START: 5.0, Stage.TRAINING: 20.0, Stage.LEAVING: 15.0}
+"""Seconds from a signal until the main thread must have done what is asked; a checkpoint may take as long as it takes."""
+PATIENCE_STEPS = 3
+"""Patience is at least this many times the last step, so that steps that are long by nature are not cut off."""
+LOST_PEER_SECONDS, CLOSING_SECONDS = 5.0, 10.0
+"""Left to the main thread to find out by itself that another rank is gone (gloo raises, NCCL waits), and then to close its files."""
+SILENT_SECONDS = 8.0
+"""Another rank without a heartbeat for this long is taken for stopped when this one has to leave."""
+FROM_ANOTHER_RANK = re.compile(
+    r"\bgloo\b|nccl|connection (closed|reset|refused)|broken pipe|TCPStore|Dist(Backend|Network|Store)Error", re.I
+)
+"""Matches exceptions of torch's that may be caused by another rank's end."""
 FIND_OUT_SECONDS = 5.0
-"""How long after such an exception another rank's end may become known."""
-
-ORDER = ("", FAULT, SIGNAL, HANG, OTHERS)
-"""Causes first: a rank that was killed has left no word; one that left because of others comes last."""
+"""After such an exception, how long to wait for another rank's end to become known."""
+CAUSES_FIRST = ("", FAULT, SIGNAL, HANG, OTHERS)
+"""Reasons to leave, causes before effects: a rank that was killed has given no reason; one that left because of others comes last."""
 
 
 @dataclass(frozen=True)
@@ -31,142 +41,131 @@ class Diagnosis:
 
     code: int
     left: str
-    """research.sign_of_life.LEFT."""
+    """One of research.reliability.heartbeat.LEFT."""
     why: str
 
 
-def of_the_lost(lost: Mapping[int, Heartbeat], peers: list[Peer]) -> Diagnosis:
-    """What became of the ranks that have left (their last signs): the one that left first, as far as that can be told, is the cause."""
-    sign = min(lost.values(), key=lambda sign: (ORDER.index(sign.left), sign.rank))
-    if sign.left in (SIGNAL, HANG):
-        return Diagnosis(sign.code, sign.left, sign.why)
-    who = peers[sign.rank]
-    if sign.left:
-        return Diagnosis(1, OTHERS, f"{who} has left: {sign.why}")
-    return Diagnosis(1, OTHERS, f"{who} is gone without a word, last seen {sign.where}: killed from outside or for want of memory")
+class Diagnoser:
+    """Checks, once per second, whether this rank must leave. Used by the watchdog's thread."""
+
+    def __init__(self, progress: Progress, parents: Parents, hang_seconds: float) -> None:
+        """`hang_seconds` without progress are a hang; 0: hangs are not looked for."""
+        self.peers: PeerMonitor | None = None
+        """The other ranks; None until all have met."""
+        self.signal = 0
+        """The first signal received; 0: none."""
+        self.idle = 0.0
+        """Seconds since this rank's progress has last moved."""
+        self._progress, self._parents, self._hang_seconds = progress, parents, hang_seconds
+        self._moves, self._since_signal, self._since_lost = -1, 0.0, 0.0
+
+    def check(self, seconds: float) -> Diagnosis | None:
+        """One check, `seconds` after the last; a diagnosis if this rank must leave."""
+        # count; time in which a checkpoint is saved does not count against a signal
+        stage, moves = self._progress.stage, self._progress.moves
+        self.idle = self.idle + seconds if moves == self._moves else 0.0
+        self._moves = moves
+        lost = self.peers.lost() if self.peers else {}
+        self._since_signal = self._since_signal + seconds if self.signal and stage is not Stage.SAVING else 0.0
+        self._since_lost = self._since_lost + seconds if lost else 0.0
+
+        if self.peers and self._since_lost >= (CLOSING_SECONDS if stage is Stage.LEAVING else LOST_PEER_SECONDS):
+            return diagnose_lost(lost, self.peers.peers)
+        if self.signal and self._since_signal >= self._patience():
+            return Diagnosis(SIGNALLED + self.signal, SIGNAL, f"{self.reason_of(self.signal)}, but {self._describe_hang()}")
+        # a hang: nothing moves here, or another rank is silent, even while this one waits for work of unknown length
+        idle = self.idle >= self._hang_seconds and not self._progress.busy
+        if self._hang_seconds and (idle or self._silent(self._hang_seconds)):
+            return Diagnosis(HUNG, HANG, self._describe_hang())
+        return None
+
+    def suspects_others(self) -> bool:
+        """Whether it is time to read the other ranks' heartbeats."""
+        return bool(self.signal or (self._hang_seconds and self.idle >= self._hang_seconds / 10))
+
+    def stopped(self) -> set[int]:
+        """Other ranks that are taken for stopped, now that this one has to leave."""
+        return self._silent(min(SILENT_SECONDS, self._hang_seconds / 2 or SILENT_SECONDS))
+
+    def _silent(self, seconds: float) -> set[int]:
+        return self.peers.silent(seconds) if self.peers else set()
+
+    def reason_of(self, number: int) -> str:
+        """Why the run was asked to stop with this signal; '' for no signal (0)."""
+        if number == signal.SIGTERM and self._parents.check():
+            return LAUNCHER_GONE
+        return signal.Signals(number).name if number else ""
+
+    def _patience(self) -> float:
+        """Seconds from a signal until this rank must be gone, at its present stage."""
+        stage = self._progress.stage
+        steps = PATIENCE_STEPS * self._progress.step_seconds if stage is Stage.TRAINING else 0.0
+        return max(PATIENCE.get(stage, float("inf")), steps)
+
+    def _describe_hang(self) -> str:
+        if self.peers is None:
+            return f"no progress for {self.idle:.0f} s while the ranks meet: one of them is missing"
+        heartbeats = self.peers.heartbeats
+        seconds = max([self.idle, *heartbeats.silence.values()])
+        latest = heartbeats.latest | {self.peers.rank: self.peers.heartbeat()}
+        return describe_hang(seconds, latest, self.stopped(), self.peers.peers)
 
 
-def of_an_error(error: BaseException, reason: str, lost: Callable[[], Mapping[int, Heartbeat]], peers: list[Peer]) -> Diagnosis:
-    """What the main thread's exception is about: a signal (`reason` names it), another rank's end, or this one's own fault."""
-    asked = isinstance(error, SystemExit)
-    if asked or (isinstance(error, Exception) and OF_OTHERS.search(f"{type(error).__name__} {error}")):
-        ends = time.monotonic() + (0.0 if asked else FIND_OUT_SECONDS)
-        while not (found := lost()) and time.monotonic() < ends:
+def diagnose_lost(lost: Mapping[int, Heartbeat], peers: list[Peer]) -> Diagnosis:
+    """The diagnosis from the last heartbeats of the ranks that have left: the one that left first, as far as can be told, is the cause."""
+    first = min(lost.values(), key=lambda heartbeat: (CAUSES_FIRST.index(heartbeat.left), heartbeat.rank))
+    peer = peers[first.rank]
+    if first.left in (SIGNAL, HANG):
+        return Diagnosis(first.code, first.left, first.why)
+    if first.left:
+        return Diagnosis(1, OTHERS, f"{peer} has left: {first.why}")
+    return Diagnosis(1, OTHERS, f"{peer} is gone without a word, last seen {first.where}: killed from outside or for want of memory")
+
+
+def diagnose_error(error: BaseException, reason: str, lost: Callable[[], Mapping[int, Heartbeat]], peers: list[Peer]) -> Diagnosis:
+    """The cause of the main thread's exception: a signal (`reason` names it), another rank's end, or a fault of this rank."""
+    exits = isinstance(error, SystemExit)
+    if exits or (isinstance(error, Exception) and FROM_ANOTHER_RANK.search(f"{type(error).__name__} {error}")):
+        ends = time.monotonic() + (0.0 if exits else FIND_OUT_SECONDS)
+        while not (gone := lost()) and time.monotonic() < ends:
             time.sleep(0.1)
-        if found:
-            return of_the_lost(found, peers)
+        if gone:
+            return diagnose_lost(gone, peers)
     if isinstance(error, SystemExit):
         return Diagnosis(error.code if isinstance(error.code, int) else 1, SIGNAL, reason or "asked to stop")
     return Diagnosis(1, FAULT, f"{type(error).__name__}: {error}".splitlines()[0][:300])
 
 
-def of_a_hang(seconds: float, signs: Mapping[int, Heartbeat], silent: Collection[int], peers: list[Peer]) -> str:
-    """Who holds everybody up: the ranks that give no sign of life any more, or else the odd ones out. `signs`: the last of each rank."""
+def describe_hang(seconds: float, heartbeats: Mapping[int, Heartbeat], silent: Collection[int], peers: list[Peer]) -> str:
+    """Names the ranks that hold the others up: the silent ones, or else the odd ones out. `heartbeats`: the last of each rank."""
     head = f"no progress for {seconds:.0f} s"
     if silent:
-        return f"{head}: " + "; ".join(_silent(peers[rank], signs.get(rank)) for rank in sorted(silent))
+        last_seen = []
+        for rank in sorted(silent):
+            if heartbeat := heartbeats.get(rank):
+                last_seen.append(f"{peers[rank]} gave its last sign of life at {heartbeat.time} UTC, {heartbeat.where}")
+            else:
+                last_seen.append(f"{peers[rank]} has given no sign of life")
+        return f"{head}: " + "; ".join(last_seen)
     if len(peers) == 1:
-        return f"{head}: {signs[0].where}"
-    odd = odd_ones(signs)
+        return f"{head}: {heartbeats[0].where}"
+
+    odd = odd_ones(heartbeats)
     places: dict[str, list[int]] = {}
-    for rank in sorted(signs):
-        places.setdefault(signs[rank].where, []).append(rank)
-    said = [f"{_ranks(ranks)} {where}" + (" ← the odd one out" if odd & {*ranks} else "") for where, ranks in places.items()]
-    return f"{head}, though every rank is alive: " + "; ".join(said)
+    for rank in sorted(heartbeats):
+        places.setdefault(heartbeats[rank].where, []).append(rank)
+    groups = []
+    for where, ranks in places.items():
+        names = f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))
+        groups.append(f"{names} {where}" + (" ← the odd one out" if odd & {*ranks} else ""))
+    return f"{head}, though every rank is alive: " + "; ".join(groups)
 
 
-def odd_ones(signs: Mapping[int, Heartbeat]) -> set[int]:
-    """Ranks that do something else than most: those in no collective where others wait in one, or else the rarest step and place."""
-    apart = {rank for rank, sign in signs.items() if not sign.waits}
-    if apart and len(apart) < len(signs):
-        return apart
-    places = Counter(sign.where for sign in signs.values())
+def odd_ones(heartbeats: Mapping[int, Heartbeat]) -> set[int]:
+    """Ranks that do something else than most: those in no collective while others wait in one, or else the rarest step and place."""
+    computing = {rank for rank, heartbeat in heartbeats.items() if not heartbeat.waits}
+    if computing and len(computing) < len(heartbeats):
+        return computing
+    places = Counter(heartbeat.where for heartbeat in heartbeats.values())
     rarest = min(places.values(), default=0)
-    return {rank for rank, sign in signs.items() if places[sign.where] == rarest and rarest < max(places.values())}
-
-
-def _silent(peer: Peer, sign: Heartbeat | None) -> str:
-    return f"{peer} gave its last sign of life at {sign.time} UTC, {sign.where}" if sign else f"{peer} has given no sign of life"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))
-
-
-PATIENCE = {Stage.START: 5.0, Stage.TRAINING: 20.0, Stage.LEAVING: 15.0}
-"""Seconds from a signal until the main thread must have done what is asked; a checkpoint may take as long as it takes."""
-STEPS_OF_PATIENCE = 3
-"""A step that is long by nature is not cut off: patience is at least so many times the last one."""
-ALONE_SECONDS, CLOSING_SECONDS = 5.0, 10.0
-"""Left to the main thread to find out by itself that another rank is gone (gloo raises, NCCL waits), and then to close its files."""
-SILENT_SECONDS = 8.0
-"""Without a sign of life for so long, another rank is taken for stopped where this one cannot end."""
-
-
-class Judge:
-    """Counts what has passed from look to look. The watching thread's own; `others` is replaced once the ranks have met."""
-
-    def __init__(self, progress: Progress, parents: Parents, hang_seconds: float) -> None:
-        """`hang_seconds` without progress are a hang; 0: none is."""
-        self.others: Peers = NoPeers()
-        self.signal = 0
-        """The first signal that has come; 0: none."""
-        self.idle = 0.0
-        self._progress, self._parents, self._hang_seconds = progress, parents, hang_seconds
-        self._moves, self._asked, self._alone = -1, 0.0, 0.0
-
-    def reason_of(self, number: int) -> str:
-        """Why the run was asked to stop with this signal; '' where it was with none (0)."""
-        if number == signal.SIGTERM and self._parents.look():
-            return LAUNCHER_GONE
-        return signal.Signals(number).name if number else ""
-
-    @property
-    def uneasy(self) -> bool:
-        """Whether it is time to listen closely to the others."""
-        return bool(self.signal or (self._hang_seconds and self.idle >= self._hang_seconds / 10))
-
-    def look(self, seconds: float) -> Diagnosis | None:
-        """One look, `seconds` after the last; a verdict where this rank must leave."""
-        self._count(seconds)
-        if self._alone >= (CLOSING_SECONDS if self._progress.stage is Stage.LEAVING else ALONE_SECONDS):
-            return self._of_the_lost()
-        if self.signal and self._asked >= self.patience():
-            return Diagnosis(SIGNALLED + self.signal, SIGNAL, f"{self.reason_of(self.signal)}, but {self._stuck()}")
-        if self._hang_seconds and self._hangs():
-            return Diagnosis(HUNG, HANG, self._stuck())
-        return None
-
-    def _count(self, seconds: float) -> None:
-        moves = self._progress.moves
-        self.idle = self.idle + seconds if moves == self._moves else 0.0
-        self._moves = moves
-        saving = self._progress.stage is Stage.SAVING
-        self._asked = self._asked + seconds if self.signal and not saving else 0.0
-        self._alone = self._alone + seconds if self.others.lost() else 0.0
-
-    def patience(self) -> float:
-        """Seconds from a signal until this rank must be gone, as things are."""
-        stage = self._progress.stage
-        steps = STEPS_OF_PATIENCE * self._progress.step_seconds if stage is Stage.TRAINING else 0.0
-        return max(PATIENCE.get(stage, float("inf")), steps)
-
-    def _hangs(self) -> bool:
-        """Nothing has moved here; or another rank has given no sign of life, while this one waits for work of any length."""
-        return (self.idle >= self._hang_seconds and not self._progress.busy) or bool(self.others.silent(self._hang_seconds))
-
-    def stopped(self) -> set[int]:
-        """Other ranks that are taken for stopped, now that this one has to leave."""
-        return self.others.silent(min(SILENT_SECONDS, self._hang_seconds / 2 or SILENT_SECONDS))
-
-    def _of_the_lost(self) -> Diagnosis:
-        assert isinstance(self.others, PeerMonitor)
-        return of_the_lost(self.others.lost(), self.others.peers)
-
-    def _stuck(self) -> str:
-        """Where this rank, and who else, has got stuck."""
-        if not isinstance(self.others, PeerMonitor):
-            return f"no progress for {self.idle:.0f} s while the ranks meet: one of them is missing"
-        signs = self.others.signs
-        seconds = max([self.idle, *signs.silence.values()])
-        return of_a_hang(seconds, signs.heard | {self.others.rank: self.others.own()}, self.stopped(), self.others.peers)
+    return {rank for rank, heartbeat in heartbeats.items() if places[heartbeat.where] == rarest and rarest < max(places.values())}

@@ -1,5 +1,7 @@
-"""The ranks as processes: on which machine each one runs, and whether those of this machine still do."""
-# MERGED-DOC """What a rank knows of the others while they train together: who they are, who has left, who is silent, who speaks for all."""
+"""Knows the other ranks while they train together: their processes, which of them have left, which are silent, which one reports.
+
+`Neighbours` are the ranks of this machine, whose processes can be observed; `PeerMonitor` adds the heartbeats of all ranks.
+"""
 
 import contextlib
 import os
@@ -7,10 +9,11 @@ import socket
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import psutil
 
+from parallel.grid import Grid
 from research.reliability.heartbeat import Heartbeat, Heartbeats, Progress
 from research.tracking.run_folder import RunFolder
 
@@ -19,7 +22,7 @@ SAME_START = 5.0
 
 
 class Lost(RuntimeError):
-    """The run cannot go on because of another rank: a sentence where it falls to this rank to say it, and an exit code."""
+    """The run cannot go on because of another rank. Holds a sentence, empty unless this rank is to print it, and an exit code."""
 
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(sentence)
@@ -33,134 +36,106 @@ class Peer:
     rank: int
     host: str
     machine: str
-    """Equal for two ranks exactly where they can see each other's process: one boot, one namespace of process numbers."""
+    """Equal for two ranks exactly if they can see each other's process: one boot, one namespace of process numbers."""
     pid: int
     started: float
-    """Seconds since the epoch; with the pid it names a process for good."""
+    """Seconds since the epoch; with the pid it identifies a process for good."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
 
 def this_process(rank: int) -> Peer:
-    """This rank."""
-    return Peer(rank, socket.gethostname(), _machine(), os.getpid(), psutil.Process().create_time())
+    """This rank's process."""
+    host = machine = socket.gethostname()
+    with contextlib.suppress(OSError):  # Linux
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return Peer(rank, host, machine, os.getpid(), psutil.Process().create_time())
 
 
 def all_peers(rank: int, world: int) -> list[Peer]:
     """All ranks in order. Collective."""
-    import torch.distributed as dist
+    from parallel.object_collectives import all_gather_objects
 
-    found: list = [this_process(rank)] * world
-    if world > 1:
-        dist.all_gather_object(found, found[0])
-    return found
+    return all_gather_objects(this_process(rank), Grid(data=world, rank=rank))
 
 
 class Neighbours:
-    """The other ranks of this machine, each held by more than its number: no process that has inherited one is taken for it."""
+    """The other ranks of this machine, each known by more than its pid: a process that has inherited the pid is not taken for the rank."""
 
     def __init__(self, peers: list[Peer], rank: int) -> None:
-        """Of `peers`, those on `rank`'s machine; all are alive when this is called."""
-        here = [peer for peer in peers if peer.rank != rank and peer.machine == peers[rank].machine]
-        found = [(peer.rank, _process(peer)) for peer in here]
-        self._processes = {rank: process for rank, process in found if process}
+        """Those of `peers` that run on `rank`'s machine; all are alive when this is called."""
+        self._processes = {}
+        for peer in peers:
+            if peer.rank != rank and peer.machine == peers[rank].machine:
+                with contextlib.suppress(psutil.Error):
+                    process = psutil.Process(peer.pid)
+                    if abs(process.create_time() - peer.started) < SAME_START:
+                        self._processes[peer.rank] = process
 
     def gone(self) -> set[int]:
         """Ranks whose process has ended."""
-        return {rank for rank, process in self._processes.items() if not _alive(process)}
+        return {rank for rank, process in self._processes.items() if not _is_alive(process)}
 
     def kill(self, rank: int) -> bool:
-        """SIGKILL to that rank's process; False where it is none of this machine or has ended."""
+        """Sends SIGKILL to that rank's process; returns False if it is on another machine or has ended."""
         with contextlib.suppress(psutil.Error):
             if rank in self._processes:
-                self._processes[rank].kill()  # psutil looks first whether it is still the same process
+                self._processes[rank].kill()  # psutil checks first that it is still the same process
                 return True
         return False
 
 
-def _process(peer: Peer) -> psutil.Process | None:
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(peer.pid)
-        return process if abs(process.create_time() - peer.started) < SAME_START else None
-    return None
-
-
-def _alive(process: psutil.Process) -> bool:
-    """Not so for one that has ended and whose parent has not asked for its exit code yet."""
+def _is_alive(process: psutil.Process) -> bool:
+    """False for a zombie, too: a process that has ended but whose parent has not read its exit code yet."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
 
-def _machine() -> str:
-    """The boot and the namespace where Linux tells them, else the host's name."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    return socket.gethostname()
-
-
-class Peers(Protocol):
-    """The other ranks, as far as they are known."""
-
-    def lost(self) -> dict[int, Heartbeat]:
-        """Ranks that have left before the end, and their last signs."""
-        ...
-
-    def silent(self, seconds: float) -> set[int]:
-        """Ranks without a sign of life for so long."""
-        ...
-
-
-class NoPeers:
-    """The others before they have met."""
-
-    def lost(self) -> dict[int, Heartbeat]:
-        """Nobody is known, nobody missed."""
-        return {}
-
-    def silent(self, seconds: float) -> set[int]:
-        """Nobody is heard."""
-        return set()
-
-
 class PeerMonitor:
-    """The others once all have met. Its methods are called by several threads."""
+    """The other ranks once all have met. Its methods are called by several threads."""
 
     def __init__(self, folder: RunFolder, rank: int, world: int, root: Path, progress: Progress) -> None:
-        """Collective."""
+        """Collective. `progress` is this rank's; files in stacks are named relative to `root`."""
         self.folder, self.rank, self._progress = folder, rank, progress
+        self._departure: dict[str, Any] = {}
         self._main = threading.main_thread().ident or 0
-        self.signs = Heartbeats(folder, rank, world, root)
-        self.signs.give(self.own())  # before any other rank may look for it
+        self.heartbeats = Heartbeats(folder, rank, world, root)
+        self.heartbeats.write(self.heartbeat())  # before any other rank may look for it
         self.peers: list[Peer] = all_peers(rank, world)
         if rank == 0:
-            self.signs.forget_others()
+            self.heartbeats.remove_stale()
         self.neighbours = Neighbours(self.peers, rank)
-        self._gives = True
+        self._can_write = True
 
-    def own(self) -> Heartbeat:
-        """This rank as it is now."""
-        return self.signs.own(self._progress, self._main)
+    def heartbeat(self) -> Heartbeat:
+        """A new heartbeat of this rank."""
+        return self.heartbeats.next(self._progress, self._main, **self._departure)
 
-    def listen(self, seconds: float, closely: bool) -> None:
-        """Leave a sign of life; `closely`: and read those of the others. `seconds` have passed since the last time."""
-        self._gives = self.signs.give(self.own())
-        if closely:
-            self.signs.listen(seconds)
+    def announce(self, left: str, why: str, code: int) -> None:
+        """Tells the other ranks that this one leaves: writes a heartbeat that says so, as all later ones do."""
+        self._departure = {"left": left, "why": why, "code": code}
+        self.heartbeats.write(self.heartbeat())
+
+    def beat(self, seconds: float, read_others: bool) -> None:
+        """Writes this rank's heartbeat and, if asked to, reads the others'. `seconds` have passed since the last call."""
+        self._can_write = self.heartbeats.write(self.heartbeat())
+        if read_others:
+            self.heartbeats.read_others(seconds)
         else:
-            self.signs.rest()
+            self.heartbeats.reset_silence()
 
     def lost(self) -> dict[int, Heartbeat]:
-        """Ranks that have left before the end, and their last signs: one that ends as it should takes its sign away first."""
-        said = {rank: sign for rank, sign in self.signs.heard.items() if sign.left}
-        return said | {rank: sign for rank in self.neighbours.gone() if (sign := self.signs.read(rank))}
+        """Ranks that have left before the end, and their last heartbeats. A rank that ends as it should removes its file first."""
+        left = {rank: heartbeat for rank, heartbeat in self.heartbeats.latest.items() if heartbeat.left}
+        return left | {rank: heartbeat for rank in self.neighbours.gone() if (heartbeat := self.heartbeats.read(rank))}
 
     def silent(self, seconds: float) -> set[int]:
-        """Ranks without a sign of life for so long; none where this one's signs are refused, too: then it is the file system."""
-        return {rank for rank, silence in self.signs.silence.items() if silence >= seconds} if self._gives else set()
+        """Ranks without a heartbeat for so long; none if this rank's cannot be written either: then it is the file system."""
+        return {rank for rank, silence in self.heartbeats.silence.items() if silence >= seconds} if self._can_write else set()
 
-    def speaks(self, mute: set[int]) -> bool:
-        """One rank speaks for all: the first that can."""
-        return self.rank == min({peer.rank for peer in self.peers} - mute, default=self.rank)
+    def reports(self, unable: set[int]) -> bool:
+        """Whether this rank reports for all: it is the first that is not `unable`."""
+        return self.rank == min({peer.rank for peer in self.peers} - unable, default=self.rank)

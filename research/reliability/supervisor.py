@@ -1,7 +1,11 @@
-"""One launch as a child of this process: signals go on to all of it, and when it is over nothing of it is left."""
-# MERGED-DOC """What a launch has left on disk, seen from outside: which run it made or went on with, how that ended, how far it is saved."""
+"""Supervises a launch: runs it as a child process and launches it again after a crash, from its last checkpoint (`supervise`).
+
+`Launcher` runs one launch: signals are passed on to all of its processes, and none of them is left when it is over.
+`LaunchRecord` reads from disk which run a launch made or resumed, how that ended, and up to which step it is saved.
+"""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -17,25 +21,39 @@ import psutil
 
 from parallel.files import read_json
 from research.cluster.exit_codes import SIGNALLED
-from research.reliability import parents
-from research.reliability.parents import LAUNCHER_GONE
+from research.reliability.parents import LAUNCHER_GONE, PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 from research.reliability.signals import SIGNALS, catch
 from research.tracking import run_folder
 from research.tracking.run_folder import FINISHED, INTERRUPTED, RunFolder
 
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds before a restart: doubled with each one that brings no newer checkpoint."""
 GRACE_SECONDS = 60.0
-"""After the launcher's end its ranks may still be saving: so long, then they are killed."""
+"""After the launcher's end its ranks may still be saving: after this long they are killed."""
+NOT_AGAIN = (2, 3)
+"""Exit codes that the same launch would only return again: a mistake, and a run that has stopped itself."""
+STOPPED = {code for number in SIGNALS for code in (-number, SIGNALLED + number)} | {256 - number for number in SIGNALS if number > 1}
+"""Exit codes of what a signal has ended: directly, as shells write it, and as DeepSpeed passes on the first (not SIGHUP: 255 is ssh's)."""
+RESUME = "--resume"
+
+
+class Outcome(Enum):
+    """What follows after a launch: nothing more, for one of two reasons, or another launch."""
+
+    OVER = "over"
+    STOPPED = "stopped"
+    CRASHED = "crashed"
 
 
 class Launcher:
-    """Starts launches, one at a time, and passes signals on. One for a process, on its main thread."""
+    """Runs launches, one at a time, and passes signals on. One per process, on its main thread."""
 
     def __init__(self) -> None:
-        """From now on this process outlives SIGINT, SIGTERM, SIGUSR1 and SIGHUP."""
+        """From now on SIGINT, SIGTERM, SIGUSR1 and SIGHUP do not end this process."""
         self.signal = 0
-        """The first that has come; 0: none."""
+        """The first signal received; 0: none."""
         self._child: subprocess.Popen[bytes] | None = None
-        parents.adopt_orphans()
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # so that processes that a launch leaves behind can be found
         catch(self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -45,12 +63,13 @@ class Launcher:
                 os.killpg(self._child.pid, number)
 
     def run(self, command: list[str]) -> int:
-        """The exit code (-n: by signal n) of the command, in a session of its own; all that it has started is gone then.
+        """Runs the command in a session of its own; returns its exit code (−n: ended by signal n) once all its processes are gone.
 
-        Its output is this process's. It gets SIGTERM should this process be killed.
+        Its output is this process's. It gets SIGTERM if this process is killed.
         """
-        self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_ends_with_parent)
-        if self.signal:  # it came while the process was being made
+        sigterm_with_parent = functools.partial(prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
+        self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=sigterm_with_parent)
+        if self.signal:  # received while the process was being made
             self._pass_on(self.signal, None)
         code = self._child.wait()
         self._clear(self._child.pid)
@@ -58,7 +77,7 @@ class Launcher:
         return code
 
     def _clear(self, group: int) -> None:
-        """Waits for what the command has left behind, then kills it: this process's descendants, and no others."""
+        """Waits for the processes that the command has left behind, then kills them: this process's descendants, and no others."""
         ends = time.monotonic() + GRACE_SECONDS
         while left := _descendants():
             if time.monotonic() > ends:
@@ -66,40 +85,27 @@ class Launcher:
                     with contextlib.suppress(psutil.Error):
                         process.kill()
             time.sleep(0.1)
-            _reap()
+            with contextlib.suppress(ChildProcessError):  # read adopted processes' exit codes, so that they do not stay as zombies
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)  # where orphans are not adopted
 
     def pause(self, seconds: float) -> None:
-        """Sleeps, but not through a signal."""
+        """Sleeps until the time is over or a signal comes."""
         ends = time.monotonic() + seconds
         while not self.signal and time.monotonic() < ends:
             time.sleep(0.1)
 
 
-def _ends_with_parent() -> None:
-    """In the child, before it becomes the command."""
-    parents.tell_of_parents_death(signal.SIGTERM)
-
-
 def _descendants() -> list[psutil.Process]:
-    """Those that have not ended."""
-    found = []
+    """This process's descendants, zombies excepted."""
+    descendants = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def _reap() -> None:
-    """Asks for the exit codes of adopted processes, so that they do not stay as zombies."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-RESUME = "--resume"
+                descendants.append(process)
+    return descendants
 
 
 class LaunchRecord:
@@ -110,17 +116,17 @@ class LaunchRecord:
         self._runs = runs
         self._before: dict[Path, tuple[bytes, int]] = {}
         self.run: RunFolder | None = None
-        """The one that the last launch has made or gone on with; None where it has not come so far."""
+        """The run that the last launch has made or resumed; None if it did not come that far."""
         self.last = -1
-        """The step up to which it was saved when it was looked at; −1: no checkpoint."""
+        """The step of its newest checkpoint when the last launch ended; −1: none."""
 
     def begin(self) -> None:
-        """A launch begins: all run.json that change from now on are its own."""
+        """A launch begins: every run.json that changes from now on is its own."""
         self._before = {path: (path.read_bytes(), saved_step(RunFolder(path.parent))) for path in self._files()}
         self.run = None
 
     def end(self) -> bool:
-        """The launch is over; whether there is a newer checkpoint than before it, and than when one was looked at last."""
+        """The launch is over; returns whether there is a newer checkpoint than before it and than after the launch before."""
         changed = [path for path in self._files() if path.read_bytes() != self._before.get(path, (b"", -1))[0]]
         if not changed:
             return False
@@ -134,76 +140,58 @@ class LaunchRecord:
         return [path for path in self._runs.glob("*/run.json") if not path.parent.is_symlink()]
 
     def state(self) -> tuple[str, str]:
-        """The run's status and its reason; '' each where there is no run."""
+        """The run's status and its reason; '' each if there is no run."""
         run: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             run = read_json(self.run.run) if self.run else {}
         return (run_folder.status(run) if run else "", str(run.get("reason", "")))
 
-    def settings(self, given: list[str]) -> list[str]:
-        """What the next launch is given: the same, and to go on from the last checkpoint where there is one.
+    def settings(self, settings: list[str]) -> list[str]:
+        """The settings of the next launch: the same, and --resume if there is a checkpoint.
 
-        `auto` names the newest run; where another has been started meanwhile, this one is named by its folder.
+        `--resume auto` resumes the newest run; if another has been started meanwhile, this one is named by its folder.
         """
         if self.run is None or self.last < 0:
-            return given
+            return settings
+        without_resume, skip = [], False  # drop `--resume X` and `--resume=X`
+        for argument in settings:
+            if not skip and argument.partition("=")[0] != RESUME:
+                without_resume.append(argument)
+            skip = argument == RESUME
         newest = (self._runs / "latest").resolve() == self.run.path.resolve()
-        return [*_without_resume(given), RESUME, "auto" if newest else str(self.run.path)]
+        return [*without_resume, RESUME, "auto" if newest else str(self.run.path)]
 
 
 def saved_step(run: RunFolder) -> int:
-    """The step of the checkpoint that `latest` names, −1 where there is none."""
+    """The step of the checkpoint that `latest` names; −1 if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         name = (run.checkpoints / "latest").read_text().strip()
         return int(json.loads((run.checkpoints / name / "manifest.json").read_bytes())["step"])
     return -1
 
 
-def _without_resume(given: list[str]) -> list[str]:
-    """The settings less `--resume X` and `--resume=X`."""
-    kept = []
-    skip = False
-    for word in given:
-        if not skip and word.partition("=")[0] != RESUME:
-            kept.append(word)
-        skip = word == RESUME
-    return kept
-
-
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-NOT_AGAIN = (2, 3)
-"""Exit codes that the same launch would only give again: a mistake, and a run that has stopped itself."""
-STOPPED = {code for number in SIGNALS for code in (-number, SIGNALLED + number)} | {256 - number for number in SIGNALS if number > 1}
-"""Exit codes of what a signal has ended: by itself, as shells write it, and as DeepSpeed passes on the first (not SIGHUP: 255 is ssh's)."""
-
-
-class Outcome(Enum):
-    """What is to be done after a launch: nothing more, for one of two reasons, or another one."""
-
-    OVER = "over"
-    STOPPED = "stopped"
-    CRASHED = "crashed"
-
-
 def supervise(command: list[str], settings: list[str], record: LaunchRecord, restarts: int) -> int:
-    """Launches `command` with `settings` until there is nothing more to do; returns the exit code."""
-    launches, given, tries = Launcher(), settings, 0
+    """Launches `command` with `settings`, again after each crash, but `restarts` times at most without a newer checkpoint.
+
+    Returns the last launch's exit code, as a shell shows it.
+    """
+    launcher, arguments, tries = Launcher(), settings, 0
     while True:
         record.begin()
-        code = launches.run([*command, *given])
+        code = launcher.run([*command, *arguments])
         tries = 0 if record.end() else tries
-        outcome = outcome_of(code, launches.signal, *record.state())
+        outcome = outcome_of(code, launcher.signal, *record.state())
         if outcome is not Outcome.CRASHED or tries == restarts:
             break
         pause = pause_before(tries)
-        tries, given = tries + 1, record.settings(settings)
-        _say(f"{_crash(code, record)} → launched again in {pause:.0f} s (restart {tries} of {restarts} without a newer checkpoint)")
-        launches.pause(pause)
-        if launches.signal:
+        tries, arguments = tries + 1, record.settings(settings)
+        _print(f"{_crash(code, record)} → launched again in {pause:.0f} s (restart {tries} of {restarts} without a newer checkpoint)")
+        launcher.pause(pause)
+        if launcher.signal:
             break
-    if outcome is Outcome.CRASHED and not launches.signal:
-        _say(f"gives up: {_crash(code, record)}, {tries} restarts have brought no newer checkpoint")
-    return _shown(-launches.signal if launches.signal and outcome is not Outcome.OVER else code)
+    if outcome is Outcome.CRASHED and not launcher.signal:
+        _print(f"gives up: {_crash(code, record)}, {tries} restarts have brought no newer checkpoint")
+    return _as_in_a_shell(-launcher.signal if launcher.signal and outcome is not Outcome.OVER else code)
 
 
 def pause_before(restart: int) -> float:
@@ -212,7 +200,7 @@ def pause_before(restart: int) -> float:
 
 
 def outcome_of(code: int, signalled: int, status: str, reason: str) -> Outcome:
-    """Judged by the launch's exit code, the signal that went on to it (0: none), and what run.json says: launchers give 0 for anything."""
+    """The outcome by a launch's exit code, the signal passed on to it (0: none), and run.json: launchers return 0 for anything."""
     if status == FINISHED or code in NOT_AGAIN:
         return Outcome.OVER
     stopped = status == INTERRUPTED and not reason.startswith(LAUNCHER_GONE)
@@ -220,18 +208,17 @@ def outcome_of(code: int, signalled: int, status: str, reason: str) -> Outcome:
 
 
 def _crash(code: int, record: LaunchRecord) -> str:
-    """'exit code 1 at step 120 of runs/x/7f3a2c (RuntimeError: …)', as far as it is known."""
+    """'exit code 1 after a checkpoint at step 120, gpt_sotu-7f3a2c (RuntimeError: …)', as far as it is known."""
     where = f" after a checkpoint at step {record.last}" if record.last >= 0 else " before any checkpoint"
     reason = record.state()[1]
     folder = f", {record.run.title}" if record.run else ""
-    return f"exit code {_shown(code)}{where}{folder}" + (f" ({reason})" if reason else "")
+    return f"exit code {_as_in_a_shell(code)}{where}{folder}" + (f" ({reason})" if reason else "")
 
 
-def _shown(code: int) -> int:
-    """The exit code as a shell shows it."""
+def _as_in_a_shell(code: int) -> int:
     return SIGNALLED - code if code < 0 else code
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stderr.write(f"supervise  {text}\n")
     sys.stderr.flush()

@@ -1,6 +1,6 @@
-"""Watches over a rank while it trains, from threads that run whatever the main thread is stuck in, and carries out what is decided.
+"""The watchdog: detects a hung, lost or stopped rank from threads that run whatever the main thread is stuck in, and ends this rank.
 
-A rank that has to leave this way writes no checkpoint, the last one stands; its stacks are in its log, the reason in run.json.
+A rank that ends this way writes no checkpoint (the last one remains valid); its stacks are in its log, the reason is in run.json.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from research.cluster.environment import Ranks
 from research.cluster.exit_codes import SIGNALLED
-from research.reliability.diagnosis import Diagnosis, Judge, of_an_error
+from research.reliability.diagnosis import Diagnoser, Diagnosis, diagnose_error
 from research.reliability.heartbeat import HANG, OTHERS, SIGNAL, Progress, Stage
 from research.reliability.parents import Parents
 from research.reliability.peers import Lost, PeerMonitor
@@ -24,149 +24,145 @@ from research.reliability.signals import Stop
 from research.tracking import run_folder
 from research.tracking.run_folder import FAILED, INTERRUPTED, RunFolder
 
-LOOK_SECONDS = 1.0
-RANKS_A_SECOND = 64
-"""Signs of life that are left in all: where there are more ranks, each leaves one less often."""
+CHECK_SECONDS = 1.0
+HEARTBEATS_PER_SECOND = 64
+"""Heartbeats that all ranks together write per second; with more ranks each writes less often."""
 STDERR = 2
 LAST_SECONDS = 5.0
-"""For last words: a file system that hangs must not keep a process from leaving."""
+"""Time limit for the report of a rank that leaves: a file system that hangs must not keep a process from leaving."""
 
 
 class Watchdog:
-    """One rank's watch over itself and the others. The main thread tells `progress` where it is."""
+    """Watches one rank: its main thread, which reports to `progress`, and the other ranks."""
 
     def __init__(self, ranks: Ranks, root: Path, hang_seconds: float, parents: Parents, leave: Callable[[int], object] = os._exit) -> None:
-        """`root`: files in stacks are named relative to it; `hang_seconds` 0: a hang is not looked for; `leave` ends the process with an exit code."""
+        """`root`: files in stacks are named relative to it. `hang_seconds` 0: hangs are not looked for. `leave` ends the process."""
         self.progress = Progress()
         self._ranks, self._root, self._exit = ranks, root, leave
-        self._judge = Judge(self.progress, parents, hang_seconds)
-        self._fellows: PeerMonitor | None = None
+        self._diagnoser = Diagnoser(self.progress, parents, hang_seconds)
+        self._peers: PeerMonitor | None = None
         self._stop: Stop | None = None
         self._why = ""
         self._closed = threading.Event()
-        self._ears, self._mouth = os.pipe()
-        for end in (self._ears, self._mouth):
+        self._signal_read, self._signal_write = os.pipe()
+        for end in (self._signal_read, self._signal_write):
             os.set_blocking(end, False)
 
     @property
     def reason(self) -> str:
-        """Why the run was asked to stop, or could not go on; '' where neither happened."""
-        return self._why or self._judge.reason_of(self._stop.signal if self._stop else self._judge.signal)
+        """Why the run was asked to stop or could not go on; '' if neither happened."""
+        return self._why or self._diagnoser.reason_of(self._stop.signal if self._stop else self._diagnoser.signal)
 
     def note_signals(self) -> Stop:
-        """From now on a signal waits for the step's end."""
+        """From now on a signal takes effect at the end of a step."""
         self._stop = Stop()
         self.progress.advance("before the first step", Stage.TRAINING)
         return self._stop
 
     @contextlib.contextmanager
     def together(self, folder: RunFolder) -> Iterator[None]:
-        """Inside, the ranks know of each other and leave signs of life in the run's folder. Entering is collective.
+        """Inside, the ranks know each other and write heartbeats into the run's folder. Entering is collective.
 
-        Where another rank is gone, Lost is raised instead of what torch says; SystemExit where that one was asked to stop.
+        If another rank is gone, Lost is raised instead of torch's exception; SystemExit if that rank was asked to stop.
         """
-        fellows = PeerMonitor(folder, self._ranks.rank, self._ranks.world, self._root, self.progress)
-        self._fellows = self._judge.others = fellows
+        self._peers = self._diagnoser.peers = peers = PeerMonitor(folder, self._ranks.rank, self._ranks.world, self._root, self.progress)
         try:
             yield
         except BaseException as error:
-            asked = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 0
-            reason = self._judge.reason_of(max(0, asked - SIGNALLED))
-            verdict = of_an_error(error, reason, fellows.lost, fellows.peers)
-            self._why = verdict.why
-            self._farewell(fellows, verdict)
-            self._raise(verdict, error, fellows)
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 0
+            reason = self._diagnoser.reason_of(max(0, code - SIGNALLED))
+            diagnosis = diagnose_error(error, reason, peers.lost, peers.peers)
+            self._why = diagnosis.why
+            peers.announce(diagnosis.left, diagnosis.why, diagnosis.code)
+            self._raise(diagnosis, error, peers)
 
-    def _raise(self, verdict: Diagnosis, error: BaseException, fellows: PeerMonitor) -> NoReturn:
-        if verdict.left in (OTHERS, HANG):
-            logging.getLogger(__name__).error(verdict.why, exc_info=error)
-            run_folder.end_unless_ended(fellows.folder, FAILED, verdict.why)  # rank 0 may be the lost one
-            speaks = verdict.left == OTHERS and fellows.speaks({*fellows.lost()})  # who found the hang has said so
-            raise Lost(verdict.why + self._way_out(fellows) if speaks else "", verdict.code) from None
-        if verdict.left == SIGNAL and not isinstance(error, SystemExit):
-            raise SystemExit(verdict.code) from error
+    def _raise(self, diagnosis: Diagnosis, error: BaseException, peers: PeerMonitor) -> NoReturn:
+        if diagnosis.left in (OTHERS, HANG):
+            logging.getLogger(__name__).error(diagnosis.why, exc_info=error)
+            run_folder.end_unless_ended(peers.folder, FAILED, diagnosis.why)  # rank 0 may be the lost one
+            prints = diagnosis.left == OTHERS and peers.reports({*peers.lost()})  # the rank that found a hang has printed it
+            raise Lost(diagnosis.why + _advice(peers) if prints else "", diagnosis.code) from None
+        if diagnosis.left == SIGNAL and not isinstance(error, SystemExit):
+            raise SystemExit(diagnosis.code) from error
         raise error
 
     def start(self) -> None:
-        """Begin to look; on the main thread. A signal is heard while that is inside of C, too."""
-        self._before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
-        self._threads = [threading.Thread(target=run, name=f"watch{run.__name__}", daemon=True) for run in (self._look, self._sign)]
+        """Starts the threads; call it on the main thread. Signals are noticed even while the main thread runs C code."""
+        self._before = signal.set_wakeup_fd(self._signal_write, warn_on_full_buffer=False)
+        targets = {"watchdog": self._check_until_closed, "heartbeat": self._beat_until_closed}
+        self._threads = [threading.Thread(target=target, name=name, daemon=True) for name, target in targets.items()]
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
-        """The rank ends as it should, or says itself why not."""
+        """The rank ends as it should, or reports by itself why not."""
         self._closed.set()
         signal.set_wakeup_fd(self._before)
         for thread in self._threads:
-            thread.join(LAST_SECONDS)  # a sign that is given after it was taken away would look like a death
-        if self._fellows and not self._why:
-            self._fellows.signs.remove()
+            thread.join(LAST_SECONDS)  # a heartbeat written after the file was removed would look like a death
+        if self._peers and not self._why:
+            self._peers.heartbeats.remove()
 
-    def _look(self) -> None:
-        for seconds in self._ticks(LOOK_SECONDS):
+    def _check_until_closed(self) -> None:
+        for seconds in self._intervals(CHECK_SECONDS):
             with contextlib.suppress(BlockingIOError):
-                self._judge.signal = self._judge.signal or os.read(self._ears, 1)[0]
-            with contextlib.suppress(OSError):  # a file system that fails for a moment is no reason to stop looking
-                if verdict := self._judge.look(seconds):
-                    self._leave(verdict)
+                self._diagnoser.signal = self._diagnoser.signal or os.read(self._signal_read, 1)[0]
+            with contextlib.suppress(OSError):  # a file system that fails for a moment is no reason to stop checking
+                if diagnosis := self._diagnoser.check(seconds):
+                    self._leave(diagnosis)
 
-    def _sign(self) -> None:
-        for seconds in self._ticks(max(LOOK_SECONDS, self._ranks.world / RANKS_A_SECOND)):
-            if self._fellows:
-                self._fellows.listen(seconds, closely=self._judge.uneasy)
+    def _beat_until_closed(self) -> None:
+        for seconds in self._intervals(max(CHECK_SECONDS, self._ranks.world / HEARTBEATS_PER_SECOND)):
+            if self._peers:
+                self._peers.beat(seconds, read_others=self._diagnoser.suspects_others())
 
-    def _ticks(self, every: float) -> Iterator[float]:
-        """Seconds that have passed, about `every`, until the watch is closed; a long pause of the whole process counts as a short one."""
+    def _intervals(self, every: float) -> Iterator[float]:
+        """Seconds that have passed, about `every`, until the watchdog is closed; a long pause of the process counts as a short one."""
         last = time.monotonic()
         while not self._closed.wait(every):
             now = time.monotonic()
             yield min(now - last, 2 * every)
             last = now
 
-    def _leave(self, verdict: Diagnosis) -> None:
-        """Say why, write it down, take stopped ranks of this machine along, and be gone; the main thread is not asked."""
-        timer = threading.Timer(LAST_SECONDS, self._exit, (verdict.code,))
+    def _leave(self, diagnosis: Diagnosis) -> None:
+        """Reports why, kills stopped ranks of this machine, and ends the process without the main thread. LAST_SECONDS at most."""
+        timer = threading.Timer(LAST_SECONDS, self._exit, (diagnosis.code,))
         timer.daemon = True
         timer.start()
-        stopped = self._judge.stopped()
+        stopped, peers = self._diagnoser.stopped(), self._peers
+
+        # one rank prints, unless nothing is lost; past the buffer, whose lock the main thread may hold
+        nothing_lost = diagnosis.left == SIGNAL and self.progress.stage is Stage.START
         with contextlib.suppress(Exception):
-            self._say(verdict, stopped)
-        if self._fellows:
+            if not nothing_lost and (peers is None or peers.reports(stopped | {*peers.lost()})):
+                os.write(STDERR, f"error  {diagnosis.why}{_advice(peers)}\n".encode())
+        if peers:
             with contextlib.suppress(Exception):
-                self._write_down(verdict, stopped, self._fellows)
+                peers.announce(diagnosis.left, diagnosis.why, diagnosis.code)
+                run_folder.end_unless_ended(peers.folder, INTERRUPTED if diagnosis.left == SIGNAL else FAILED, diagnosis.why)
+                self._log_stacks(diagnosis, stopped, peers)
             for rank in stopped:
-                self._fellows.neighbours.kill(rank)
-        self._exit(verdict.code)
+                peers.neighbours.kill(rank)
+        self._exit(diagnosis.code)
 
-    def _say(self, verdict: Diagnosis, stopped: set[int]) -> None:
-        """On one rank's standard error, unless nothing is lost; past the buffer, whose lock the main thread may hold."""
-        fellows, nothing_lost = self._fellows, verdict.left == SIGNAL and self.progress.stage is Stage.START
-        if not nothing_lost and (fellows is None or fellows.speaks(stopped | {*fellows.lost()})):
-            os.write(STDERR, f"error  {verdict.why}{self._way_out(fellows)}\n".encode())
-
-    def _write_down(self, verdict: Diagnosis, stopped: set[int], fellows: PeerMonitor) -> None:
-        """In run.json, and with all stacks in this rank's log."""
-        self._farewell(fellows, verdict)
-        run_folder.end_unless_ended(fellows.folder, INTERRUPTED if verdict.left == SIGNAL else FAILED, verdict.why)
-        with fellows.folder.rank_log(fellows.rank).open("a") as log:
-            log.write(f"{run_folder.now()} {verdict.why}\n")
-            for rank in sorted(stopped & {*fellows.signs.heard}):
-                log.write("\n".join([f"rank {rank}, as it last said:", *fellows.signs.heard[rank].stack, ""]))
+    def _log_stacks(self, diagnosis: Diagnosis, stopped: set[int], peers: PeerMonitor) -> None:
+        """Appends to this rank's log: why it leaves, the last known stacks of stopped ranks, the stacks of its own threads."""
+        with peers.folder.rank_log(peers.rank).open("a") as log:
+            log.write(f"{run_folder.now()} {diagnosis.why}\n")
+            for rank in sorted(stopped & {*peers.heartbeats.latest}):
+                log.write("\n".join([f"rank {rank}, as it last said:", *peers.heartbeats.latest[rank].stack, ""]))
             log.flush()
             faulthandler.dump_traceback(log)
 
-    def _way_out(self, fellows: PeerMonitor | None) -> str:
-        return f" → what each rank was doing is in {fellows.folder.logs}; the last checkpoint stands" if fellows else ""
 
-    def _farewell(self, fellows: PeerMonitor, verdict: Diagnosis) -> None:
-        fellows.signs.farewell(verdict.left, verdict.why, verdict.code)
-        fellows.signs.give(fellows.own())
+def _advice(peers: PeerMonitor | None) -> str:
+    """The end of the error: where to look for more."""
+    return f" → what each rank was doing is in {peers.folder.logs}; the last checkpoint stands" if peers else ""
 
 
 @contextlib.contextmanager
 def watchdog(ranks: Ranks, root: Path, hang_seconds: float, parents: Parents) -> Iterator[Watchdog]:
-    """This rank is watched inside. On the main thread."""
+    """Inside, a watchdog watches this rank. Enter it on the main thread."""
     watch = Watchdog(ranks, root, hang_seconds, parents)
     watch.start()
     try:

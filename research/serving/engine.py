@@ -96,7 +96,7 @@ class Engine:
     def _execute_commands(self) -> bool:
         """Executes all commands in the queue; waits for one if no text is being generated. Returns False after Halt."""
         while True:
-            self.metrics.batch(len(self.generator.batch.live), len(self.generator.batch.waiting))
+            self.metrics.batch(len(self.generator.scheduler.live), len(self.generator.scheduler.waiting))
             try:
                 command = self.commands.get(block=not self.generator)
             except Empty:
@@ -119,7 +119,7 @@ class Engine:
             del self._jobs[job.text]
             self.generator.cancel(job.text)
             self.metrics.text_ended(CANCELLED)
-            self.deliver([(job, Piece("", count=len(job.text.written.ids), finish=CANCELLED))])
+            self.deliver([(job, Piece("", count=len(job.text.generation.ids), finish=CANCELLED))])
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -136,13 +136,13 @@ class Engine:
                 del self._jobs[text]
 
     def _piece(self, text: GeneratedText, job: Job) -> Piece:
-        ids, starts = text.written.ids, text.starts
+        ids, starts = text.generation.ids, text.starts
         tokens: tuple[Token, ...] = ()
         if job.settings.logprobs is not None:
             stop = len(ids) - (text.finish == END)
             if text.finish in (None, STOP):
                 stop = next((i for i in range(job.reported, stop) if starts[i] >= len(text.text)), stop)
-            tokens = tuple(Token(ids[i], starts[i], *text.written.logprobs[i]) for i in range(job.reported, stop))
+            tokens = tuple(Token(ids[i], starts[i], *text.generation.logprobs[i]) for i in range(job.reported, stop))
             job.reported = max(job.reported, stop)
         return Piece(text.fresh, tokens, len(ids), text.finish)
 

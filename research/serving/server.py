@@ -22,13 +22,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from models.config import GPT
 from parallel.checkpoint.folder import step_of
+from parallel.distributed import PRECISIONS
 from parallel.errors import Mistake
 from research import ROOT
 from research.cluster.tensor_ranks import opened
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of, special_tokens_of, template_of
 from research.generation.generator import TextGenerator
-from research.generation.restore import PRECISIONS, DecoderSpec
+from research.generation.restore import DecoderSpec
 from research.serving.access import Access
 from research.serving.app import Middleware, make_app
 from research.serving.chat_template import ChatTemplate, PlainTemplate, TemplateRenderer

@@ -1,46 +1,44 @@
-"""Numbers and text as a person reads them in a terminal. Pure functions of their arguments."""
+"""Formats numbers, durations, paths and text for the terminal.
+
+Pure functions of their arguments; `short_path` also reads the working directory.
+"""
 
 import functools
 import json
 import math
+import os
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 SCALES = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
+CONTROL_CATEGORIES = ("Cc", "Cs")
+"""Unicode's categories of control characters and of surrogates, which no stream can encode."""
+DIRECTION_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Marks that change the direction of writing and can make one text look like another."""
 
 
 def compact(n: int) -> str:
-    """3,369,792 -> '3.4 M'; 999 -> '999'."""
+    """A size with one decimal: 3,369,792 -> '3.4 M'; 999 -> '999'."""
     for scale, letter in SCALES:
         if n >= scale:
             return f"{n / scale:.1f} {letter}"
     return str(n)
 
 
+def count(n: float) -> str:
+    """A number of tokens to three figures: 999, 2.05 k, 20 k, 102 k, 2.10 M, 12.3 M, 1.00 B."""
+    if n < 1000:
+        return f"{n:.0f}"
+    for scale, letter in SCALES[:-1]:
+        if n >= scale * 0.9995:
+            return f"{three_figures(n / scale)} {letter}"
+    return f"{n / 1000:.2f} k" if n < 9_995 else f"{n / 1000:.0f} k"
+
+
 def plural(n: int, noun: str) -> str:
     """'1 rank', '2 ranks', '1,000 ranks'."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
-PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
-STEERING = ("Cc", "Cs")
-"""Unicode's categories of control characters and of halves of characters, which no stream can encode."""
-MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Marks of direction, with which a text can look like another."""
-
-
-def count(n: float) -> str:
-    """A number of tokens or parameters to three figures: 999, 2.05 k, 20 k, 102 k, 2.10 M, 12.3 M, 1.00 B."""
-    if n < 1000:
-        return f"{n:.0f}"
-    if n < 9_995:
-        return f"{n / 1000:.2f} k"
-    if n < 999_500:
-        return f"{n / 1000:.0f} k"
-    for size, prefix in PREFIXES:
-        if n >= size * 0.9995:
-            return f"{three_figures(n / size)} {prefix}"
-    raise ValueError(n)
 
 
 def three_figures(x: float) -> str:
@@ -49,16 +47,16 @@ def three_figures(x: float) -> str:
 
 
 def missing(x: float | None) -> str:
-    """What stands for a value that is no number: '–' for None, nan, inf or -inf; '' for a finite one."""
+    """What is shown for a value that is not a finite number: '–' for None, nan, inf or -inf; '' for a finite one."""
     return "–" if x is None else "" if math.isfinite(x) else f"{x}"
 
 
-def _finite(say: Callable[[float], str]) -> Callable[[float | None], str]:
-    """`say` for finite numbers; what `missing` says for everything else."""
+def _finite(format_number: Callable[[float], str]) -> Callable[[float | None], str]:
+    """Decorates a format: None and non-finite values are shown as `missing` shows them."""
 
-    @functools.wraps(say)
+    @functools.wraps(format_number)
     def wrapped(x: float | None) -> str:
-        return say(x) if x is not None and math.isfinite(x) else missing(x)
+        return format_number(x) if x is not None and math.isfinite(x) else missing(x)
 
     return wrapped
 
@@ -71,13 +69,13 @@ def loss(x: float) -> str:
 
 @_finite
 def perplexity(x: float) -> str:
-    """Whole above 100, then one more decimal a power of ten: 1830, 62.1, 9.87; 1.2e+07 from a million on."""
+    """Whole above 100, then one more decimal per power of ten: 1830, 62.1, 9.87; 1.2e+07 from a million on."""
     return f"{x:.1e}" if x >= 999_999.5 else three_figures(x).replace(",", "")
 
 
 @_finite
 def figure(x: float) -> str:
-    """An accuracy, nats, a perplexity: three decimals below 10, then as a perplexity."""
+    """An accuracy, a loss or a perplexity: three decimals below 10, then as a perplexity."""
     return f"{x:.3f}" if abs(x) < 9.9995 else perplexity(x)
 
 
@@ -95,7 +93,7 @@ def norm(x: float) -> str:
 
 @_finite
 def speed(x: float) -> str:
-    """Tokens a second: 3,410, then 1.23 M."""
+    """Tokens per second: 3,410, then 1.23 M."""
     return f"{x:,.0f}" if x < 999_999.5 else count(x)
 
 
@@ -107,7 +105,7 @@ def memory(megabytes: float) -> str:
 
 @_finite
 def duration(seconds: float) -> str:
-    """0:07, 2:51, 1:02:51, 3d 04:05: minutes and seconds, hours in front, days and hours and minutes from a day on."""
+    """0:07, 2:51, 1:02:51, 3d 04:05: minutes and seconds; hours in front; from a day on days, hours and minutes."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     if hours < 1:
@@ -115,17 +113,27 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours < 24 else f"{hours // 24}d {hours % 24:02}:{minute:02}"
 
 
+def short_path(path: Path) -> str:
+    """The path as one would type it here: relative to the working directory if it lies below it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
 def one_line(text: str) -> str:
-    """The text on one line, white space single, control characters (a model may write escape sequences) gone."""
+    """The text on one line: single spaces, and no control characters (a model may write escape sequences)."""
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
 def printable(text: str) -> str:
-    """The text without what could steer a terminal or hide what it says: control characters but newline and tab, and marks of direction."""
-    return "".join(letter for letter in text if letter in "\n\t" or (unicodedata.category(letter) not in STEERING and letter not in MARKS))
+    """The text without control characters (newlines and tabs stay) and without marks of direction: neither can then alter the terminal."""
+    return "".join(
+        letter
+        for letter in text
+        if letter in "\n\t" or (unicodedata.category(letter) not in CONTROL_CATEGORIES and letter not in DIRECTION_MARKS)
+    )
 
 
 def json_line(value: object) -> str:
-    """A value as JSON on one line, readable in any language; what `printable` would drop is escaped."""
+    """A value as JSON on one line, readable in any language; the characters that `printable` removes are escaped."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return "".join(letter if printable(letter) == letter else json.dumps(letter)[1:-1] for letter in line)

@@ -1,45 +1,43 @@
-"""Weights & Biases as a mirror of metrics.jsonl. The only file that imports wandb, and it does so only when a run starts.
-
-A run must never fail or wait because of W&B. So the mode is decided before `wandb.init`: online needs a key *and* a server
-that answers; everything else is an offline run on disk, which `wandb sync` uploads later. Start and finish are each held to
-ten seconds; a row is written to metrics.jsonl first; whatever W&B raises is turned into one sentence in `Tracker.notes`.
-
-W&B writes through a process of its own, which can die before the run does: Ctrl-C on the `deepspeed` command ends it. An offline
-run then has no rows, so `finish` writes it again from metrics.jsonl.
-"""
+"""Records a run: metrics.jsonl and samples.jsonl first, then Weights & Biases (research/tracking/wandb_mirror.py)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.tracking import wandb_mirror
 from research.tracking.metrics import JsonLines, plain
 from research.tracking.run_folder import FINISHED, RunFolder
-from research.tracking.wandb_mirror import AXES, RunDescription, Tracked, WandbMirror
+from research.tracking.wandb_mirror import AXES, RunDescription, WandbMirror, sample_row
 
 
 class Tracker:
-    """Rank 0's record of a run: metrics.jsonl and samples.jsonl first, then W&B. Nothing here raises because of W&B."""
+    """The record of a run. Rank 0's writes; those of the other ranks are quiet, so a run has one metrics.jsonl and one W&B run.
 
-    def __init__(self, folder: RunFolder, track: Tracked, about: RunDescription, after: int = 0):
-        """Open the files and the W&B run; takes at most ten seconds whatever the network does.
+    No method raises because of W&B.
+    """
 
-        `after`: the step of the checkpoint that the run goes on from. Online it goes on in the same W&B run; offline it is another
-        folder with the same id, which `wandb sync` joins to the first.
+    def __init__(self, folder: RunFolder, description: RunDescription, mode: str, after: int = 0, quiet: bool = False):
+        """Opens the files and the W&B run, which takes at most ten seconds whatever the network does.
+
+        `mode` is auto, online, offline or disabled. `after` is the step of the checkpoint that the run resumes from: online it goes on
+        in the same W&B run; offline W&B writes another folder with the same id, which `wandb sync` joins to the first.
+        `quiet`: nothing is opened and nothing is written.
         """
-        self._metrics, self._samples = JsonLines(folder.metrics), JsonLines(folder.samples)
         self.notes: list[str] = []
-        """What went wrong with W&B, a sentence each; whoever shows one takes it out."""
-        self._wandb = WandbMirror(folder, track, about, self.notes, after)
+        """What went wrong with W&B, one sentence each; whoever shows one removes it."""
+        self.line = ""
+        """The header's line: where W&B's rows go and how to upload them later."""
+        self._quiet = quiet
+        if quiet:
+            return
+        self._metrics, self._samples = JsonLines(folder.metrics), JsonLines(folder.samples)
+        self._wandb = WandbMirror(folder, description, mode, self.notes, after)
+        self.line = self._wandb.line
         if after:
             self._wandb.log({"progress/resumed_at": after, AXES[0]: after})
 
-    @property
-    def line(self) -> str:
-        """The header's line: where W&B's rows go and what to do with them later."""
-        return self._wandb.line
-
     def log(self, row: Mapping[str, Any]) -> None:
-        """One row, e.g. {"train/loss": 2.0, "progress/step": 10, "progress/tokens": 20480}. It must hold both axes."""
+        """Writes one row, e.g. {"train/loss": 2.0, "progress/step": 10, "progress/tokens": 20480}. It must have both axes."""
+        if self._quiet:
+            return
         missing = [axis for axis in AXES if axis not in row]
         if missing:
             raise KeyError(f"a row without {', '.join(missing)} cannot be drawn")
@@ -47,36 +45,22 @@ class Tracker:
         self._wandb.log(plain(row))
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """What the model wrote after one step: rows of both axes, prompt, text, finish (why it ended), one for each prompt.
+        """Writes what the model generated after one step, one row per prompt: both axes, prompt, text, finish (why it ended).
 
-        In W&B each is a row, too, and all of the run so far are one table, `samples`.
+        In W&B, too, each sample is a row; in addition all samples of the run so far are one table, `samples`.
         """
+        if self._quiet:
+            return
         for row in rows:
             self._samples.write(row)
         for row in rows:
-            self._wandb.log(wandb_mirror.sample_row(row))
+            self._wandb.log(sample_row(row))
         self._wandb.log_table()
 
     def finish(self, status: str = FINISHED) -> None:
-        """Close everything; `status` is finished, interrupted or failed. At most ten seconds; a second call does nothing."""
+        """Closes everything; `status` is finished, interrupted or failed. Ten seconds at most; a second call does nothing."""
+        if self._quiet:
+            return
         self._metrics.close()
         self._samples.close()
         self._wandb.finish(exit_code=0 if status == FINISHED else 1)
-
-
-class NoTracker:
-    """The tracker of ranks > 0: a run is one W&B run and one metrics.jsonl, whatever the world size."""
-
-    line = ""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Nothing."""
-
-    def finish(self, status: str = FINISHED) -> None:
-        """Nothing."""

@@ -29,25 +29,25 @@ from research.tracking.run_folder import RunFolder
 
 NON_FINITE, SPIKE = "non_finite", "spike"
 WINDOW, LEAST = 100, 20
-"""Steps that are remembered, and how many must be before one of them can be unusual."""
+"""How many losses are remembered, and how many there must be before one can be a spike."""
 
 
 class Spikes:
-    """Fed with every step's loss; `threshold` in standard deviations, 0: nothing is a spike."""
+    """Detects a loss far above the recent ones. `threshold` is in standard deviations; 0: nothing is a spike."""
 
     def __init__(self, threshold: float, recent: Iterable[float] = ()) -> None:
         self.threshold = threshold
         self.recent: deque[float] = deque(recent, WINDOW)
 
     def is_one(self, loss: float) -> bool:
-        """Whether this loss is a spike; it is remembered either way, so that a new level is soon the usual one."""
+        """Whether this loss is a spike. It is remembered either way, so that a new level is soon the usual one."""
         unusual = self.threshold > 0 and len(self.recent) >= LEAST and loss > self.limit()
         if math.isfinite(loss):
             self.recent.append(loss)
         return unusual
 
     def limit(self) -> float:
-        """What a loss must exceed to be one."""
+        """The value above which a loss is a spike."""
         mean = sum(self.recent) / len(self.recent)
         deviation = math.sqrt(sum((loss - mean) ** 2 for loss in self.recent) / len(self.recent))
         return mean + self.threshold * deviation
@@ -55,7 +55,7 @@ class Spikes:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A rank whose own gradients were not finite, and of which parameters."""
+    """A rank whose own gradients were not finite, and the parameters whose gradients they were."""
 
     rank: int
     place: str
@@ -64,7 +64,7 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Incident:
-    """One step, counted from 1 as in the rows: what happened, on which samples, from which checkpoint it can be reached again."""
+    """What went wrong in one step (counted from 1), on which samples, and from which checkpoint the step can be reached again."""
 
     step: int
     kind: str
@@ -73,9 +73,9 @@ class Incident:
     samples: tuple[int, int]
     """The run's sample numbers, first and last + 1."""
     windows: list[int]
-    """Where they lie in the training text: window i begins at token i · seq_length."""
+    """Where the samples lie in the training text: window i begins at token i · seq_length."""
     checkpoint: str | None
-    """The newest one at or before the step's beginning."""
+    """The newest checkpoint of at most `step` steps."""
     suspects: list[Suspect] = field(default_factory=list)
 
     @property
@@ -88,18 +88,18 @@ class Incident:
 
 
 def path_of(folder: RunFolder, step: int) -> Path:
-    """Where a step's description lies."""
+    """The file that describes a step."""
     return folder.incidents / f"step_{step:06d}.json"
 
 
 def keep(folder: RunFolder, incident: Incident) -> None:
-    """Writes it down. Rank 0 only."""
+    """Writes the incident's file. Rank 0 only."""
     folder.incidents.mkdir(exist_ok=True)
     write_json(path_of(folder, incident.step), finite(asdict(incident)))
 
 
 def load(folder: RunFolder, step: int) -> Incident:
-    """The description of a step. It is data and may be hostile."""
+    """Reads the incident of a step. The file is data and may be hostile."""
     path = path_of(folder, step)
     if not path.is_file():
         known = sorted(int(other.stem.removeprefix("step_")) for other in folder.incidents.glob("step_*.json"))

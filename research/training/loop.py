@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from parallel.engines.engine import MicroBatch, micro_batch
+from parallel.engines.engine import MicroBatch
 from research.cluster.exit_codes import SIGNALLED, WATCHED
 from research.cluster.world import joined
 from research.data.batches import train_micro_batches
@@ -125,7 +125,7 @@ def step_batches(run: Run) -> Iterator[MicroBatch]:
         experiment.seed,
         run.step,
     )
-    return (micro_batch(batch, experiment.model.drops) for batch in batches)
+    return (MicroBatch.of(b.ids, b.targets, b.weights, b.samples if experiment.model.drops else None) for b in batches)
 
 
 def log_interval(run: Run, lr: float, pauses: dict[str, int]) -> None:

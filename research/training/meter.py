@@ -1,5 +1,4 @@
-"""The clock of a run: mean loss, speed and time left, with evaluation time kept apart from training time."""
-# MERGED-DOC """How much memory this rank has used."""
+"""Measurements of a run: mean loss, tokens per second, time left, peak memory. Evaluation is not training time."""
 
 import contextlib
 import math
@@ -13,7 +12,7 @@ import torch
 
 
 def peak_memory_mb() -> float:
-    """The largest so far in MB (1e6 bytes): allocated on its GPU where there is one, else resident memory of the process."""
+    """This rank's peak memory in MB (1e6 bytes): allocated on its GPU if there is one, else the resident memory of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
@@ -22,39 +21,39 @@ def peak_memory_mb() -> float:
 
 @dataclass
 class Meter:
-    """Fed with every step's loss; read once an interval. `clock` gives seconds."""
+    """Collects every step's loss and is read once per interval. `clock` returns seconds."""
 
     tokens_per_step: int
     clock: Callable[[], float] = time.monotonic
     losses: list[float] = field(default_factory=list)
-    """Of the steps since the last interval."""
+    """The losses of the steps since the last interval."""
     earlier: float = 0.0
-    """Seconds of the run before this process."""
+    """Seconds that the run had taken before this process."""
     steps: int = 0
+    """Steps taken by this process."""
     interval_steps: int = 0
-    """Of this process."""
     began: float = 0.0
     interval_began: float = 0.0
     interval_pause: float = 0.0
     pauses: dict[str, list[float]] = field(default_factory=dict)
-    """For each kind of pause what each one took, in seconds."""
+    """The duration of every pause in seconds, by its kind."""
 
     def start(self) -> None:
-        """The run begins now."""
+        """Starts the clock."""
         self.began = self.interval_began = self.clock()
 
     def resume(self, seconds: float, losses: list[float]) -> None:
-        """Go on from where another process stood after so many seconds, with these steps' losses not yet in a row."""
+        """Continues where another process stood after `seconds`, with the `losses` of its steps that no row holds yet."""
         self.earlier, self.losses = seconds, losses
 
     def step(self, loss: float) -> None:
-        """One step was taken."""
+        """Counts one step."""
         self.losses.append(loss)
         self.steps, self.interval_steps = self.steps + 1, self.interval_steps + 1
 
     @contextlib.contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """Time in here is not training: it counts in `seconds`, not in tokens per second. `what`: the kind of pause."""
+        """Time inside is not training time: it counts in `seconds` but not in tokens per second. `what` names the kind of pause."""
         before = self.clock()
         try:
             yield
@@ -72,22 +71,18 @@ class Meter:
         return loss, speed
 
     def seconds(self) -> float:
-        """Of the whole run, evaluations included."""
-        return self.earlier + self._here()
+        """Seconds of the whole run so far, evaluations included."""
+        return self.earlier + self.clock() - self.began
 
     def seconds_left(self, step: int, steps: int, intervals: Mapping[str, int]) -> float:
-        """Steps and pauses still to come, at their mean duration so far; `step` is taken, what is due after it not yet done.
+        """The duration of the steps and pauses still to come, at their mean so far; `step` is taken, what is due after it is not yet done.
 
-        `intervals`: steps between two pauses of a kind, of which one more comes at the end; 0: that one alone.
+        `intervals`: the steps between two pauses of each kind, of which one more comes at the end; 0: only that one.
         """
         paused = sum(map(sum, self.pauses.values()))
-        left = (self._here() - paused) / max(self.steps, 1) * (steps - step)
-        for what, every in intervals.items():
-            taken = self.pauses.get(what, [])
-            still = math.ceil(steps / (every or steps)) - (step - 1) // (every or steps)
-            left += still * sum(taken) / max(len(taken), 1)
+        left = (self.clock() - self.began - paused) / max(self.steps, 1) * (steps - step)
+        for kind, every in intervals.items():
+            durations = self.pauses.get(kind, [])
+            to_come = math.ceil(steps / (every or steps)) - (step - 1) // (every or steps)
+            left += to_come * sum(durations) / max(len(durations), 1)
         return left
-
-    def _here(self) -> float:
-        """Seconds since `start`."""
-        return self.clock() - self.began

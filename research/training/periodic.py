@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parallel.engines.engine import Engine, micro_batch
+from parallel.engines.engine import Engine, MicroBatch
 from parallel.errors import Mistake
 from research.config import Experiment
 from research.data.batches import validation_batches
@@ -44,20 +44,21 @@ class Validation:
 
 
 def validate(
-    engine: Engine, split: TokenStore, seq_length: int, numbered: bool = False, go_on: Callable[[], bool] = lambda: True
+    engine: Engine, split: TokenStore, seq_length: int, numbered: bool = False, should_continue: Callable[[], bool] = lambda: True
 ) -> Validation | None:
     """Every token of `split` but the first, predicted once from at most seq_length tokens before it. Collective.
 
     `numbered`: batches carry context, as the training ones do (nothing is dropped, but a pipeline's shapes are fixed).
-    `go_on` is asked before each batch, the same answer on every rank; None where it was no.
+    `should_continue()` is called before each batch and must return the same on every rank. Returns None if it was False.
     Bits per byte = Σ nats / (ln 2 · bytes): end-of-text's loss counts, its bytes do not.
     """
     grid, settings = engine.grid, engine.settings
     nats = tokens = 0.0
     for batch, count in validation_batches(split, seq_length, settings.micro_batch_size, grid.data_rank, grid.data):
-        if not go_on():
+        if not should_continue():
             return None
-        nats += engine.evaluate_batch(micro_batch(batch, numbered)) * count
+        micro_batch = MicroBatch.of(batch.ids, batch.targets, batch.weights, batch.samples if numbered else None)
+        nats += engine.evaluate_batch(micro_batch) * count
         tokens += count
     return Validation(loss=nats / tokens, bits_per_byte=nats / math.log(2) / split.num_bytes)
 

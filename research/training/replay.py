@@ -1,5 +1,8 @@
-"""`python -m research replay RUN --step N`: a step again, in one process, to see where it first is not finite."""
-# MERGED-DOC """Where does a step first stop being finite? Its micro-batches through a plain module, every output and gradient looked at."""
+"""Replay: runs one step of a run again in one process, to find the first module, gradient or parameter that is not finite.
+
+`replay` restores the weights from before the step, on whatever layout they were saved; `find_non_finite` takes the step's
+micro-batches through a plain module and looks at every output and gradient.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from models import gpt
 from parallel import distributed
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.load import load_checkpoint, load_initial
-from parallel.engines.engine import PRECISIONS, Engine, MicroBatch, make_engine, micro_batch
+from parallel.engines.engine import MicroBatch, make_engine
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
@@ -35,21 +38,23 @@ Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class FirstNonFinite:
-    """The first thing that is not finite: where, in which micro-batch (from 0), which of its rows, what."""
+    """The first thing that is not finite in one phase of a step."""
 
     phase: str
     """weights, forward, loss or backward."""
     name: str
-    """A layer's or module's name, or a logical parameter's."""
+    """The name of a layer or module, or the logical name of a parameter."""
     micro_batch: int
+    """Counted from 0."""
     rows: tuple[int, ...]
+    """The rows of the micro-batch that are concerned; empty where rows mean nothing."""
     what: str
     """'3 of 512 values'."""
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A whole step in one process."""
+    """What a whole step in one process showed."""
 
     culprits: list[FirstNonFinite]
     """The first of each phase that has one, in order of time."""
@@ -57,142 +62,119 @@ class Examined:
     grad_norm: float
 
 
-def find_non_finite(module: PlainModule, loss: Loss, batches: Iterable[MicroBatch], scale: float = 1.0) -> Examined:
-    """Forward and backward of one step; gradients accumulate in the module. `scale`: of the loss, as fp16 needs it."""
-    culprits = [_parameter("weights", name, p, 0) for name, p in unique_parameters(module) if not _finite(p)][:1]
-    total, count = 0.0, 0
-    for i, batch in enumerate(batches):
-        seen: list[FirstNonFinite] = []
-        hooks = _watched(module, i, seen)
-        value = loss(module(batch.inputs()), (batch.targets, batch.weights))
-        (value * scale).backward()
-        for hook in hooks:
-            hook.remove()
-        if not _finite(value):
-            seen.append(FirstNonFinite("loss", "loss", i, (), str(value.item())))
-        culprits += seen
-        total, count = total + value.item(), count + 1
-    culprits += [_parameter("backward", name, p.grad, 0) for name, p in _with_gradient(module) if not _finite(p.grad)][:1]
-    norm = torch.stack([p.grad.float().norm() / scale for _, p in _with_gradient(module)]).norm()
-    return Examined(_first_of_each(culprits), total / max(count, 1), float(norm) / max(count, 1))
-
-
-def _first_of_each(culprits: list[FirstNonFinite]) -> list[FirstNonFinite]:
-    """The first of each phase; of a gradient's, the layer it first shows in and the parameter."""
-    found: dict[tuple[str, bool], FirstNonFinite] = {}
-    for culprit in culprits:
-        found.setdefault((culprit.phase, culprit.name.endswith((".weight", ".bias"))), culprit)
-    return list(found.values())
-
-
-def _watched(module: nn.Module, micro_batch: int, seen: list[FirstNonFinite]) -> list[Any]:
-    """Looks at the output of every module that has no modules of its own, and at the gradient that comes back to it."""
-    names = [(name, part) for name, part in module.named_modules() if name and not any(part.children())]
-    return [part.register_forward_hook(_looking(name, micro_batch, seen)) for name, part in names]
-
-
-def _looking(name: str, micro_batch: int, seen: list[FirstNonFinite]) -> Callable[..., None]:
-    def look(module: nn.Module, inputs: Any, y: Any) -> None:
-        if not isinstance(y, Tensor):
-            return
-        if not _finite(y):
-            seen.append(_values("forward", name, y, micro_batch))
-        if y.requires_grad:
-            y.register_hook(lambda gradient: None if _finite(gradient) else seen.append(_values("backward", name, gradient, micro_batch)))
-
-    return look
-
-
-def _values(phase: str, name: str, values: Tensor, micro_batch: int) -> FirstNonFinite:
-    wild = ~values.isfinite()
-    rows = tuple(int(row) for row in wild.flatten(1).any(1).nonzero().flatten()) if values.dim() > 1 else ()
-    return FirstNonFinite(phase, name, micro_batch, rows, f"{int(wild.sum())} of {values.numel()} values")
-
-
-def _parameter(phase: str, name: str, values: Tensor | None, micro_batch: int) -> FirstNonFinite:
-    assert values is not None
-    return FirstNonFinite(phase, name, micro_batch, (), f"{int((~values.isfinite()).sum())} of {values.numel()} values")
-
-
-def _with_gradient(module: PlainModule) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in unique_parameters(module) if parameter.grad is not None]
-
-
-def _finite(values: Tensor | None) -> bool:
-    return values is None or bool(values.isfinite().all())
-
-
 def replay(folder: RunFolder, experiment: Experiment, step: int, console: Console) -> tuple[Corpus, Examined]:
     """Runs step `step` (from 1) of the run again; `console` shows from where. Returns the run's text and what was found."""
     if step < 1:
         raise Mistake(f"--step {step} is not a step → count from 1, as the rows of metrics.jsonl do")
-    base, first = start_of(folder, step)
-    again = f"{step - 1 - first} steps trained again" if first < step - 1 else "no step in between"
-    console.header([("", f"replay {folder.title} · step {step} · from {base.name if base else 'the initial weights'}, {again}")])
+    checkpoint, taken = start_of(folder, step)
+    again = f"{step - 1 - taken} steps trained again" if taken < step - 1 else "no step in between"
+    start = checkpoint.name if checkpoint else "the initial weights"
+    console.header([("", f"replay {folder.title} · step {step} · from {start}, {again}")])
     corpus = prepare.load(experiment.data, ROOT, experiment.model.vocab_size)
-    module, scale = reached(folder, experiment, corpus, base, first, step, console)
+    module, scale = module_before(folder, experiment, corpus, checkpoint, taken, step, console)
     loss = gpt.TokenLoss(experiment.model.vocab_size, experiment.optimizer.label_smoothing, None)
     return corpus, find_non_finite(module, loss, batches(experiment, corpus, step), scale)
 
 
 def start_of(folder: RunFolder, step: int) -> tuple[Path | None, int]:
-    """(checkpoint or None, the steps it has taken): the nearest that holds the weights from before the step.
+    """(checkpoint or None, the steps it has taken): the nearest that leads to the weights from before the step.
 
-    A step that was not applied left its weights as they were, so that the checkpoint made right after it will do.
+    A step that was not applied left its weights as they were, so the checkpoint made right after it will do.
     """
     complete = {checkpoint_folder.step_of(path): path for path in checkpoint_folder.steps(folder.checkpoints)}
     skipped = anomalies.path_of(folder, step).is_file() and anomalies.load(folder, step).kind == anomalies.NON_FINITE
     if skipped and step in complete:
         return complete[step], step - 1
-    before = [taken for taken in complete if taken < step]
-    return (complete[max(before)], max(before)) if before else (None, 0)
+    taken = max((taken for taken in complete if taken < step), default=0)
+    return complete.get(taken), taken
 
 
-def reached(
-    folder: RunFolder, experiment: Experiment, corpus: Corpus, base: Path | None, first: int, step: int, console: Console
+def module_before(
+    folder: RunFolder, experiment: Experiment, corpus: Corpus, checkpoint: Path | None, taken: int, step: int, console: Console
 ) -> tuple[PlainModule, float]:
-    """A plain module with the weights from before the step, in the run's precision, and the loss scale. Trains what lies in between."""
+    """A plain module with the weights from before `step`, in the run's precision, and the loss scale. Trains the steps in between."""
+    model, variants = experiment.model, load_variants(folder.source, experiment.model)
+    alone = experiment.model_copy(update={"parallel": Parallel()})
+    loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, None)
     choose_accelerator()
     distributed.start(0, 1, 0, None)
     try:
-        alone = experiment.model_copy(update={"parallel": Parallel()})
-        engine = _engine(folder, alone)
-        if base is not None:
-            load_checkpoint(base, engine)
+        layers = gpt.layers(model, Grid(), experiment.seed, variants)
+        engine = make_engine(layers, loss, Grid(), engine_settings(alone, layout(alone, 1)))
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, engine)
         elif path := resume.init_from_path(experiment, ROOT):
             load_initial(path, engine)
-        with console.progress("steps in between", step - 1 - first) as advance:
-            for taken in range(first, step - 1):
-                lr = learning_rate(taken, experiment.optimizer, experiment.schedule.steps)
-                engine.train_batch(batches(experiment, corpus, taken + 1), lr)
+        with console.progress("steps in between", step - 1 - taken) as advance:
+            for before in range(taken, step - 1):
+                lr = learning_rate(before, experiment.optimizer, experiment.schedule.steps)
+                engine.train_batch(batches(experiment, corpus, before + 1), lr)
                 advance()
-        return _plain(folder, experiment, engine), float(getattr(engine.optimizer, "loss_scale", None) or 1.0)
+
+        module = PlainModule(gpt.layers(model, Grid(), experiment.seed, variants))
+        weights = dict(engine.full_weights())
+        with torch.no_grad():
+            for name, parameter in unique_parameters(module):
+                parameter.copy_(weights[name])
+        return module.to(distributed.PRECISIONS[experiment.precision]), float(getattr(engine.optimizer, "loss_scale", None) or 1.0)
     finally:
         distributed.stop()
-
-
-def _layers(folder: RunFolder, experiment: Experiment) -> list[Any]:
-    return gpt.layers(experiment.model, Grid(), experiment.seed, load_variants(folder.source, experiment.model))
-
-
-def _engine(folder: RunFolder, experiment: Experiment) -> Engine:
-    loss = gpt.TokenLoss(experiment.model.vocab_size, experiment.optimizer.label_smoothing, None)
-    return make_engine(_layers(folder, experiment), loss, Grid(), engine_settings(experiment, layout(experiment, 1)))
-
-
-def _plain(folder: RunFolder, experiment: Experiment, engine: Engine) -> PlainModule:
-    module = PlainModule(_layers(folder, experiment))
-    weights = dict(engine.full_weights())
-    with torch.no_grad():
-        for name, parameter in unique_parameters(module):
-            parameter.copy_(weights[name])
-    return module.to(PRECISIONS[experiment.precision])
 
 
 def batches(experiment: Experiment, corpus: Corpus, step: int) -> list[MicroBatch]:
     """All micro-batches of a step (from 1), as one data rank would take them."""
     schedule, model = experiment.schedule, experiment.model
-    found = train_micro_batches(
+    micro_batches = train_micro_batches(
         corpus.train, model.seq_length, schedule.batch_size, schedule.micro_batch_size, 0, 1, experiment.seed, step - 1
     )
-    return [micro_batch(batch, model.drops) for batch in found]
+    return [MicroBatch.of(batch.ids, batch.targets, batch.weights, batch.samples if model.drops else None) for batch in micro_batches]
+
+
+def find_non_finite(module: PlainModule, loss: Loss, batches: Iterable[MicroBatch], scale: float = 1.0) -> Examined:
+    """Takes one step's micro-batches forward and backward; gradients accumulate in the module. fp16 needs `scale`, of the loss."""
+    culprits = [_parameter("weights", name, p) for name, p in unique_parameters(module) if not p.isfinite().all()][:1]
+    total, count = 0.0, 0
+    for i, batch in enumerate(batches):
+        seen: list[FirstNonFinite] = []
+        # every module without modules of its own: its output, and the gradient that comes back to it
+        leaves = [(name, part) for name, part in module.named_modules() if name and not any(part.children())]
+        hooks = [part.register_forward_hook(_hook(name, i, seen)) for name, part in leaves]
+        value = loss(module(batch.inputs()), (batch.targets, batch.weights))
+        (value * scale).backward()
+        for hook in hooks:
+            hook.remove()
+        if not value.isfinite():
+            seen.append(FirstNonFinite("loss", "loss", i, (), str(value.item())))
+        culprits += seen
+        total, count = total + value.item(), count + 1
+
+    gradients = [(name, parameter.grad) for name, parameter in unique_parameters(module) if parameter.grad is not None]
+    culprits += [_parameter("backward", name, gradient) for name, gradient in gradients if not gradient.isfinite().all()][:1]
+    norm = torch.stack([gradient.float().norm() / scale for _, gradient in gradients]).norm()
+    # the first of each phase; of the backward pass, the layer where it shows first and the parameter
+    first: dict[tuple[str, bool], FirstNonFinite] = {}
+    for culprit in culprits:
+        first.setdefault((culprit.phase, culprit.name.endswith((".weight", ".bias"))), culprit)
+    return Examined(list(first.values()), total / max(count, 1), float(norm) / max(count, 1))
+
+
+def _hook(name: str, micro_batch: int, seen: list[FirstNonFinite]) -> Callable[..., None]:
+    """A forward hook that notes in `seen` where the output of module `name`, or its gradient, is not finite."""
+
+    def note(phase: str, values: Tensor) -> None:
+        if not (wild := ~values.isfinite()).any():
+            return
+        rows = tuple(int(row) for row in wild.flatten(1).any(1).nonzero().flatten()) if values.dim() > 1 else ()
+        seen.append(FirstNonFinite(phase, name, micro_batch, rows, f"{int(wild.sum())} of {values.numel()} values"))
+
+    def hook(module: nn.Module, inputs: Any, y: Any) -> None:
+        if isinstance(y, Tensor):
+            note("forward", y)
+            if y.requires_grad:
+                y.register_hook(lambda gradient: note("backward", gradient))
+
+    return hook
+
+
+def _parameter(phase: str, name: str, values: Tensor) -> FirstNonFinite:
+    return FirstNonFinite(phase, name, 0, (), f"{int((~values.isfinite()).sum())} of {values.numel()} values")

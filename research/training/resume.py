@@ -1,7 +1,10 @@
-"""`--resume`: which run goes on, from which checkpoint, and whether it may with today's settings. Decided before torch is imported."""
-# MERGED-DOC """`init_from`: the checkpoint whose weights a run begins with, looked at before torch is imported."""
+"""Resuming: the run and the checkpoint that `--resume` names, or `init_from`, and whether today's settings allow it.
+
+Everything here is decided before torch is imported.
+"""
 
 import hashlib
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from research.config.experiment_folder import VARIANTS, variant_names
 from research.tracking import run_folder
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
 
+AUTO, NEVER = "auto", "never"
 MAY_CHANGE = (
     "schema",
     "question",
@@ -35,33 +39,29 @@ MAY_CHANGE = (
     "track",
     "deepspeed",
 )
-"""Settings, or groups of them, that leave the run the same experiment: how long, how often, where, on which layout, how precisely."""
+"""Settings, or groups of them, that may change on resume because the run stays the same experiment."""
 
 
 def allowed(then: Experiment, now: Experiment, run: str) -> list[Change]:
-    """What differs, all of it harmless; a Mistake that lists what is not."""
-    found = diff(then, now)
-    refused = [change for change in found if not _may_change(change[0])]
+    """The changes between two sets of settings. Raises a Mistake that lists those that are not in MAY_CHANGE."""
+    changes = diff(then, now)
+    refused = [change for change in changes if not any(change[0] == prefix or change[0].startswith(f"{prefix}.") for prefix in MAY_CHANGE)]
     if refused:
         more = f" and {len(refused) - MOST} more" if len(refused) > MOST else ""
         raise Mistake(
             f"{run} cannot go on with {describe_changes(refused[:MOST])}{more}: its steps so far were taken with the old value → "
             "put it back, or begin a run of its own (without --resume), in a copy of the experiment's folder"
         )
-    return [change for change in found if change[0] != "schema"]
-
-
-def _may_change(name: str) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in MAY_CHANGE)
+    return [change for change in changes if change[0] != "schema"]
 
 
 def init_from_path(experiment: Experiment, root: Path) -> Path | None:
-    """The checkpoint's folder, a relative one below `root`; None where weights are drawn."""
+    """The folder of the checkpoint that `init_from` names, relative to `root`; None if weights are drawn."""
     return None if experiment.init_from is None else Path(root) / Path(experiment.init_from).expanduser()
 
 
 def check_init_from(experiment: Experiment, root: Path) -> None:
-    """A Mistake where `init_from` names no checkpoint."""
+    """Raises a Mistake if `init_from` is set and names no checkpoint."""
     path = init_from_path(experiment, root)
     if path is None or (path / MANIFEST).is_file():
         return
@@ -71,26 +71,23 @@ def check_init_from(experiment: Experiment, root: Path) -> None:
 
 
 def init_from_digest(experiment: Experiment, root: Path) -> str:
-    """Of the checkpoint's manifest, which holds the digest of every file: 'drawn' where there is none, 'missing' where it is not here."""
+    """A digest of the manifest, which holds the digest of every file; 'drawn' without init_from, 'missing' if it is not on this host."""
     path = init_from_path(experiment, root)
     if path is None:
         return "drawn"
     return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16] if (path / MANIFEST).is_file() else "missing"
 
 
-AUTO, NEVER = "auto", "never"
-
-
 @dataclass(frozen=True)
 class Resume:
-    """A run that goes on."""
+    """A run to resume, and the checkpoint to resume from."""
 
     folder: RunFolder
     checkpoint: Path
     facts: dict[str, Any]
     """What the checkpoint's manifest says of the run."""
     changed: list[Change]
-    """Settings that are others than when it was saved, all of them harmless."""
+    """The settings that differ from the saved ones, all of them in MAY_CHANGE."""
 
     @property
     def step(self) -> int:
@@ -98,22 +95,28 @@ class Resume:
         return self.facts["step"]
 
 
-def find(asked: str, experiment: Experiment, source: Path, runs: Path) -> Resume | None:
-    """The run that `asked` (auto, never, a run, a checkpoint) names; None where a new one begins. Rank 0 only.
+def find(handle: str, experiment: Experiment, source: Path, runs: Path) -> Resume | None:
+    """The run that `handle` (auto, never, a run, a checkpoint) names; None if a new run begins. Rank 0 only.
 
-    `source` is the experiment's folder, `runs` what holds NAME/ID/. A Mistake where the run cannot go on as asked.
+    `source` is the experiment's folder, `runs` the folder that holds NAME/ID/. Raises a Mistake if the run cannot be resumed.
     """
-    if asked == NEVER:
+    if handle == NEVER:
         return None
-    folder, checkpoint = _newest(runs, source.name) if asked == AUTO else _named(asked, runs)
+    folder, checkpoint = _newest(runs, source.name) if handle == AUTO else run_folder.find_checkpoint(handle, runs)
     if folder is None or checkpoint is None:
         return None
+    if folder.name != source.name:
+        raise Mistake(
+            f"{folder.title} is a run of {folder.name}, this is {source.name} → launch experiments/{folder.name} to go on with it"
+        )
     run = read_json(folder.run)
-    _refuse_other_experiment(folder, source)
-    _refuse_running(folder, run)
-    _refuse_imported(folder, run)
-    if asked != AUTO and run_folder.status(run) == FINISHED and experiment.schedule.steps <= _facts(checkpoint)["step"]:
-        steps = experiment.schedule.steps
+    status = run_folder.status(run)
+    if status == RUNNING and run.get("host") == socket.gethostname():
+        raise Mistake(f"{folder.title} is running (process {run['pid']}) → wait for its end, or end it: kill -USR1 {run['pid']}")
+    if status == IMPORTED:
+        raise Mistake(f"{folder.title} was imported, not trained: it holds weights alone → leave --resume out: init_from begins with them")
+    steps = experiment.schedule.steps
+    if handle != AUTO and status == FINISHED and steps <= _facts(checkpoint)["step"]:
         raise Mistake(
             f"{folder.title} has taken all of its {steps} steps → add --schedule.steps {2 * steps} to go on, or leave --resume out"
         )
@@ -122,9 +125,9 @@ def find(asked: str, experiment: Experiment, source: Path, runs: Path) -> Resume
 
 
 def _newest(runs: Path, name: str) -> tuple[RunFolder | None, Path | None]:
-    """The newest run of the experiment that has a checkpoint, unless it is finished."""
-    found = [(read_json(folder.run), folder) for folder in run_folder.every(runs) if folder.name == name]
-    for run, folder in sorted(found, key=lambda pair: str(pair[0].get("started")), reverse=True):
+    """The newest run of the experiment that has a checkpoint, and its newest checkpoint; (None, None) if that run is finished."""
+    candidates = [(read_json(folder.run), folder) for folder in run_folder.every(runs) if folder.name == name]
+    for run, folder in sorted(candidates, key=lambda pair: str(pair[0].get("started")), reverse=True):
         if checkpoint_folder.newest_complete(folder.checkpoints) is None or run_folder.status(run) == IMPORTED:
             continue
         if run_folder.status(run) == FINISHED:
@@ -133,21 +136,8 @@ def _newest(runs: Path, name: str) -> tuple[RunFolder | None, Path | None]:
     return None, None
 
 
-def _named(handle: str, runs: Path) -> tuple[RunFolder, Path]:
-    """A checkpoint's folder, or whatever names a run."""
-    path = Path(handle)
-    if (path / MANIFEST).is_file():
-        path = path.resolve()
-        folder = RunFolder(path.parent.parent)
-        if not folder.run.is_file():
-            raise Mistake(f"{handle} is a checkpoint outside of a run's folder → name one in runs/NAME/ID/checkpoints")
-        return folder, path
-    folder = run_folder.find(handle, runs)
-    return folder, checkpoint_folder.latest(folder.checkpoints)
-
-
 def _facts(checkpoint: Path) -> dict[str, Any]:
-    """What the manifest says, its tables left out. It may come from a stranger."""
+    """What the manifest says without its tables. The file may come from a stranger."""
     path = checkpoint / MANIFEST
     try:
         with path.open("rb") as file:
@@ -156,34 +146,14 @@ def _facts(checkpoint: Path) -> dict[str, Any]:
         raise Mistake(f"{path} is not the manifest of a checkpoint: {error} → use another checkpoint of the run") from None
 
 
-def _refuse_other_experiment(folder: RunFolder, source: Path) -> None:
-    if folder.name != source.name:
-        raise Mistake(
-            f"{folder.title} is a run of {folder.name}, this is {source.name} → launch experiments/{folder.name} to go on with it"
-        )
-
-
-def _refuse_running(folder: RunFolder, run: dict[str, Any]) -> None:
-    if run_folder.status(run) == RUNNING and run.get("host") == run_folder.hostname():
-        raise Mistake(f"{folder.title} is running (process {run['pid']}) → wait for its end, or end it: kill -USR1 {run['pid']}")
-
-
-def _refuse_imported(folder: RunFolder, run: dict[str, Any]) -> None:
-    if run_folder.status(run) == IMPORTED:
-        raise Mistake(f"{folder.title} was imported, not trained: it holds weights alone → leave --resume out: init_from begins with them")
-
-
 def _refuse_other_variant(folder: RunFolder, source: Path, experiment: Experiment) -> None:
-    """A changed class is a changed model, which no setting shows."""
+    """Raises a Mistake if variant.py has changed: a changed class is a changed model, which no setting shows."""
     if not variant_names(experiment.model):
         return
-    then, now = (_digest(place / VARIANTS) for place in (folder.source, source))
+    paths = folder.source / VARIANTS, source / VARIANTS
+    then, now = (hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing" for path in paths)
     if then != now:
         raise Mistake(
             f"{source / VARIANTS} is not what {folder.title} was trained with (SHA-256 {then[:12]} → {now[:12]}) → "
             f"put {folder.source / VARIANTS} back, or begin a run of its own"
         )
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"

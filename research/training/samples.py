@@ -1,4 +1,4 @@
-"""What a model is to write while it trains: the prompts and how its tokens are chosen, checked as early as they can be."""
+"""Samples that a model writes while it trains: their prompts and sampling parameters, checked before torch is imported where possible."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,36 +14,36 @@ from research.generation import prompts
 from research.tracking import format as fmt
 
 PROMPT_TOKENS = 8
-"""Where no prompt is given, the model continues so many tokens of the held-out text."""
+"""The number of tokens of the held-out text that the model continues if no prompt is given."""
 
 
 def check_samples(experiment: Experiment, root: Path) -> None:
-    """Refuse before torch is imported what can be known by then: of a tokenizer that is still to be trained, no prompt's length."""
-    asked = experiment.sample
+    """Refuses wrong settings. A prompt's length can be checked only if the tokenizer need not be trained first."""
+    settings = experiment.sample
     sampling_params_of(experiment)
-    for prompt in asked.prompts:
+    for prompt in settings.prompts:
         prompts.check(prompt)
     length = experiment.model.seq_length
-    if not (asked.every and asked.prompts):
+    if not (settings.every and settings.prompts):
         return
-    if asked.tokens >= length:
-        raise Mistake(f"sample.tokens = {asked.tokens} leaves no room for a prompt in model.seq_length = {length} → use fewer")
+    if settings.tokens >= length:
+        raise Mistake(f"sample.tokens = {settings.tokens} leaves no room for a prompt in model.seq_length = {length} → use fewer")
     if tokenizer := tokenizer_at_hand(experiment.data, root):
-        refuse_long(experiment, asked.prompts, tokenizer)
+        refuse_long(experiment, settings.prompts, tokenizer)
 
 
 def sampling_params_of(experiment: Experiment) -> SamplingParams:
-    """How a next token is chosen."""
+    """The sampling parameters of `sample`. Raises a Mistake where they contradict each other."""
     try:
         return SamplingParams(**{field.name: getattr(experiment.sample, field.name) for field in dataclasses.fields(SamplingParams)})
     except Mistake as mistake:
         raise Mistake(f"sample.{mistake}") from None
 
 
-def refuse_long(experiment: Experiment, given: Sequence[str], tokenizer: Tokenizer) -> None:
-    """A Mistake where a prompt and what is to follow are longer than what the model is trained on."""
+def refuse_long(experiment: Experiment, texts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Raises a Mistake if a prompt and the tokens to follow are longer than seq_length."""
     tokens, length = experiment.sample.tokens, experiment.model.seq_length
-    for prompt in given:
+    for prompt in texts:
         size = len(tokenizer.prompt(prompt))
         if size + tokens > length:
             ways = f"use sample.tokens {length - size} or less, or shorten it" if size < length else "shorten it"
@@ -53,20 +53,20 @@ def refuse_long(experiment: Experiment, given: Sequence[str], tokenizer: Tokeniz
             )
 
 
-def first_words(words: Corpus) -> str:
-    """How the held-out text begins, on one line, so that it can be typed."""
-    return fmt.one_line(words.tokenizer.decode(words.validation.tokens[:PROMPT_TOKENS].tolist()))
+def first_words(corpus: Corpus) -> str:
+    """The first tokens of the held-out text, on one line, so that they can be typed."""
+    return fmt.one_line(corpus.tokenizer.decode(corpus.validation.tokens[:PROMPT_TOKENS].tolist()))
 
 
-def prompts_of(experiment: Experiment, words: Corpus) -> tuple[str, ...]:
-    """What is continued at every interval; nothing where there are no intervals. A Mistake where it is too long."""
+def prompts_of(experiment: Experiment, corpus: Corpus) -> tuple[str, ...]:
+    """The prompts that are continued every sample.every steps; none if that is 0. Raises a Mistake if one is too long."""
     if not experiment.sample.every:
         return ()
-    refuse_long(experiment, experiment.sample.prompts, words.tokenizer)
-    return experiment.sample.prompts or (first_words(words),)
+    refuse_long(experiment, experiment.sample.prompts, corpus.tokenizer)
+    return experiment.sample.prompts or (first_words(corpus),)
 
 
-def row(axes: dict[str, Any], prompt: str, written: str, finish: str | None) -> dict[str, Any]:
+def row(axes: dict[str, Any], prompt: str, text: str, finish: str | None) -> dict[str, Any]:
     """A line of samples.jsonl."""
-    own = {axis: axes[axis] for axis in ("progress/step", "progress/tokens")}
-    return {**own, "prompt": prompt, "text": written, "finish": finish}
+    progress = {axis: axes[axis] for axis in ("progress/step", "progress/tokens")}
+    return {**progress, "prompt": prompt, "text": text, "finish": finish}

@@ -45,7 +45,7 @@ from research.tracking import format as fmt
 from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
-from research.tracking.tracker import NoTracker, Tracker
+from research.tracking.tracker import Tracker
 from research.tracking.wandb_mirror import RunDescription
 from research.training import resume, samples
 from research.training.anomalies import AnomalyMonitor
@@ -87,7 +87,7 @@ def agree_on_resume(job: Job) -> Resumed | None:
 
 
 def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
-    """The run's folder, with config.json, source/ and run.json: created or reopened by rank 0, known to all ranks. Opens this rank's log."""
+    """The run's folder, with config.json, source/ and run.json: created or reopened by rank 0 and known to all. Opens this rank's log."""
     experiment, rank = job.experiment, job.ranks.rank
     commit, dirty = git_state(job.root)
     facts: dict[str, Any] = {
@@ -190,21 +190,29 @@ def seed_generators(seed: int, grid: Grid) -> None:
     torch.manual_seed(rank_seed)
 
 
-def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, resumed: Resumed | None) -> Tracker | NoTracker:
-    """Rank 0's tracker, with everything that W&B is told of the run; writes deepspeed.json beside it."""
-    if job.ranks.rank > 0:
-        return NoTracker()
-    write_json(folder.deepspeed, engine.config)
+def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, resumed: Resumed | None) -> Tracker:
+    """The run's tracker, quiet on ranks > 0, with everything that W&B is told of the run. Rank 0 writes deepspeed.json beside it."""
+    quiet = job.ranks.rank > 0
+    if not quiet:
+        write_json(folder.deepspeed, engine.config)
     commit, dirty = git_state(job.root)
-    tags = [layout_tag(job.layout), job.experiment.precision]
-    description = RunDescription(serialization.resolved(job.experiment), engine.config, commit, dirty, family=job.name, tags=tags)
-    tracker = Tracker(folder, job.experiment.track, description, after=resumed.step if resumed else 0)
+    track = job.experiment.track
+    description = RunDescription(
+        serialization.resolved(job.experiment),
+        engine.config,
+        commit,
+        dirty,
+        project=track.project,
+        group=track.group or job.name,
+        tags=[layout_tag(job.layout), job.experiment.precision],
+    )
+    tracker = Tracker(folder, description, track.mode, after=resumed.step if resumed else 0, quiet=quiet)
     console.header([("tracking", tracker.line)])
     show_notes(tracker, console)
     return tracker
 
 
-def show_notes(tracker: Tracker | NoTracker, console: Console) -> None:
+def show_notes(tracker: Tracker, console: Console) -> None:
     """Shows what went wrong with W&B since the last call, each sentence once."""
     while tracker.notes:
         console.warn(tracker.notes.pop(0))

@@ -8,7 +8,7 @@ from research.reliability.heartbeat import Progress
 from research.reliability.signals import Stop
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
-from research.tracking.tracker import NoTracker, Tracker
+from research.tracking.tracker import Tracker
 from research.training.job import Job
 from research.training.meter import Meter
 
@@ -21,7 +21,7 @@ class Run:
     folder: RunFolder
     corpus: Corpus
     engine: Engine
-    tracker: Tracker | NoTracker
+    tracker: Tracker
     console: Console
     meter: Meter
     stop: Stop

@@ -97,7 +97,7 @@ def on_rank(folder: Path) -> None:
     with (folder / f"ledger_{grid.rank}.jsonl").open("w", buffering=1) as file:  # a line is with the system when it is written
         book = Ledger(grid, lambda entry: print(json.dumps(entry), file=file))
         engine = engine_of(experiment, cut, grid, variants, book.within("loss", loss_of(experiment, grid)))
-        engine.watch_layers(book.within)
+        engine.module.watch(book.within)
         for step in range(steps):
             print(json.dumps("step"), file=file)
             book.between_steps()

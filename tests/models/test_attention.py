@@ -23,7 +23,7 @@ MODELS = {
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_value_and_gradients_are_the_explicit_softmax_s(tensor):
-    """1e-12, every parameter by its logical name: also the head norms, of whose gradient each rank sees a part."""
+    """To 1e-12, for every parameter by its logical name, including the head norms, of whose gradient each rank computes a part."""
     problems = {case: random_part("attention", model) for case, model in MODELS.items()}
     ranks = run_ranks(on_rank.run_parts, tensor, [("attention", MODELS[case], *problem) for case, problem in problems.items()])
     for i, (case, (weights, x, dy)) in enumerate(problems.items()):
@@ -33,7 +33,7 @@ def test_value_and_gradients_are_the_explicit_softmax_s(tensor):
 
 
 def ungrouped(weights: dict, model: GPT) -> dict:
-    """Weights of a multi-head attention whose heads repeat the kv heads they share."""
+    """Weights of a multi-head attention in which each shared kv head is repeated for every head that uses it."""
     sizes = [model.hidden_size] + [model.num_kv_heads * model.head_size] * 2
     found = dict(weights)
     for kind in ("weight", "bias"):
@@ -55,7 +55,7 @@ def test_grouped_heads_are_repeated_ones():
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_no_logit_depends_on_a_later_token(position, qk_norm):
-    """All tokens from the tenth on replaced: the logits before it stay (1e-12, fp64), those after it do not."""
+    """All tokens from the tenth on are replaced. The logits before it stay the same (1e-12, fp64), those after it change."""
     model = whole_model(shape(position=position, qk_norm=qk_norm, num_kv_heads=2)).double()
     scatter(model)
     ids = torch.randint(0, 83, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -79,6 +79,6 @@ def test_head_norms_are_of_one_head_s_size():
     ],
 )
 def test_heads_that_cannot_be_dealt_are_refused(heads, words):
-    """Query heads are never cut; a kv head is shared by whole numbers of ranks, feature-wise. Refused where it is built."""
+    """Query heads are never cut. A kv head is shared, by features, by a whole number of ranks. Other numbers are refused."""
     with pytest.raises(Mistake, match=words):
         made("attention", shape(**heads), Grid(tensor=4, rank=1))

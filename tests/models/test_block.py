@@ -1,4 +1,4 @@
-"""Each residual scheme against its equations written with explicit attention, MLP and norms; fp64, one rank and two."""
+"""Each residual scheme against its equations with explicit attention, MLP and norms, in fp64, on one rank and on two."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ MODELS = {f"{residual}, {norm}": shape(residual=residual, norm=norm, position="n
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_value_and_gradients_are_the_equations(tensor):
-    """1e-12, every parameter by its logical name."""
+    """To 1e-12, for every parameter by its logical name."""
     problems = {case: random_part("block", model) for case, model in MODELS.items()}
     ranks = run_ranks(on_rank.run_parts, tensor, [("block", MODELS[case], *problem) for case, problem in problems.items()])
     for i, (case, (weights, x, dy)) in enumerate(problems.items()):
@@ -48,7 +48,7 @@ def test_value_and_gradients_are_the_equations(tensor):
 
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_what_reaches_the_head_is_normalised_once(residual):
-    """Pre-norm and parallel models end with a norm of their own, a post-norm block is one already."""
+    """Pre-norm and parallel models end with a norm of their own. The output of a post-norm block is already normalised."""
     model = whole_model(shape(residual=residual)).double()
     seen = []
     model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

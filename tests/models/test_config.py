@@ -1,4 +1,4 @@
-"""The schema's mistakes, sentence by sentence, and what it lets through."""
+"""The errors of the model config, sentence by sentence, and what it accepts."""
 
 import pytest
 from pydantic import ValidationError

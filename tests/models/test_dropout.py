@@ -1,4 +1,4 @@
-"""The mask against the same hash in plain integers, its statistics, its slices, and attention with its probabilities dropped."""
+"""Dropout masks against the same hash in plain integers, their statistics, their slices, and attention with dropped probabilities."""
 
 import hashlib
 import itertools
@@ -25,7 +25,7 @@ EVERYWHERE = dict(embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, 
 
 
 def kept(p: float, samples, positions=64, features=256, name="layer", seed=SEED, first=0, first_feature=0) -> Tensor:
-    """'b s d' bool of a whole layer, from the library."""
+    """'b s d' bool: what the library keeps of a whole layer."""
     places = mixed(seed_of(seed, f"{name}.dropout"), torch.as_tensor(samples), first, positions)
     return ~dropped(places, torch.arange(first_feature, first_feature + features), p)
 
@@ -45,7 +45,7 @@ def test_the_module_s_mask_is_that_of_plain_integers():
 
 
 def test_attention_s_mask_is_that_of_plain_integers():
-    """Key u of head h is feature h·2³² + u, of the place of the query's position."""
+    """Key u of head h is feature number h·2³² + u of the query's position."""
     mask = DroppingCore("layer", 0.4, SEED, ALONE).mask(torch.tensor([3, 8]), 3, 5)
     for (i, sample), head, t, u in itertools.product(enumerate([3, 8]), range(3), range(5), range(5)):
         assert bool(mask[i, head, t, u]) == is_dropped(true_place("layer", sample, t, SEED), (head << 32) + u, 0.4)
@@ -56,7 +56,7 @@ GOLDEN_MASK = "c8a69bf7e1ae3d7b7844c30cb7c63708223b07bee22fec2ef791c8807fd7f1cb"
 
 
 def test_the_hash_is_the_one_that_earlier_runs_used():
-    """Golden values: another mask would make a resumed run another run."""
+    """Golden values: with another mask, a resumed run would not continue the same run."""
     digest = hashlib.sha256(kept(0.1, [0, 1, 2**33]).numpy().tobytes()).hexdigest()
     assert [f"{int(x) & M64:016x}" for x in mixed(seed_of(SEED, "layer.dropout"), torch.tensor([5]), 0, 2)[0]] == GOLDEN_PLACES
     assert digest == GOLDEN_MASK
@@ -72,7 +72,7 @@ def attention_mask(p: float) -> Tensor:
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_the_rate_is_binomial(p):
-    """Of a layer, of a whole attention, and of every position and every feature by itself: neither too far apart nor too near."""
+    """The rates of a layer, of an attention, and of every position and every feature deviate as much as random ones, not more nor less."""
     mask = kept(p, range(32))
     assert abs(float(mask.double().mean()) - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / mask.numel())
     heads = ~attention_mask(p)
@@ -83,7 +83,7 @@ def test_the_rate_is_binomial(p):
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of two masks."""
+    """Pearson's correlation of two masks."""
     return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]).double())[0, 1])
 
 
@@ -130,7 +130,7 @@ def test_no_position_is_a_shifted_or_permuted_copy_of_another():
 
 
 def chi_squared(values: Tensor, kinds: int) -> float:
-    """In deviations from what uniform numbers give."""
+    """In standard deviations from what uniform numbers give."""
     counts = torch.bincount(values.flatten().to(torch.int64), minlength=kinds).double()
     mean = values.numel() / kinds
     return float((((counts - mean) ** 2 / mean).sum() - (kinds - 1)) / math.sqrt(2 * (kinds - 1)))
@@ -159,7 +159,7 @@ def test_a_larger_p_drops_what_a_smaller_one_does_and_more():
 
 
 def described(tensor: int, rank: int, sequence: bool = False) -> Grid:
-    """A grid with a group that only knows its rank: enough to know which slice is meant."""
+    """A grid with a group that only has a rank, which determines the slice."""
     group = SimpleNamespace(rank=lambda: rank, size=lambda: tensor)
     return Grid(tensor=tensor, rank=rank, tensor_group=group, sequence=sequence)
 
@@ -230,7 +230,7 @@ def test_evaluation_and_no_dropout_pass_the_tensor_itself():
 
 
 def test_training_without_the_samples_numbers_is_refused():
-    """A block that forgets to hand them on would train without dropout, and nobody would know."""
+    """A block that does not pass them on would otherwise train without dropout, and nobody would notice."""
     with pytest.raises(ValueError, match="samples' numbers"):
         Dropout("layer", 0.1, SEED, ALONE)(X, None)
     with pytest.raises(ValueError, match="samples' numbers"):
@@ -250,7 +250,7 @@ def heads_of(kv: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, p: float) -> Tensor:
-    """Head by head: softmax over the past, entries dropped as the integers say, times v."""
+    """Head by head: softmax over the past, with entries dropped by the integer hash, times v."""
     group, length = q.shape[1] // k.shape[1], q.shape[2]
     t = torch.arange(length)
     y = []
@@ -272,7 +272,7 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, p: float) -
 @pytest.mark.parametrize("alibi", [False, True], ids=["causal", "alibi"])
 @pytest.mark.parametrize("kv", [8, 2])
 def test_dropped_attention_is_the_explicit_one(kv, alibi):
-    """Values and gradients of q, k and v, 1e-12."""
+    """Values and gradients of q, k and v, to 1e-12."""
     q, k, v = heads_of(kv)
     slopes = torch.tensor(alibi_slopes(8), dtype=torch.float64)
     t = torch.arange(10)
@@ -306,7 +306,7 @@ def test_in_bf16_the_softmax_is_taken_in_fp32():
 
 @pytest.mark.parametrize("place", EVERYWHERE)
 def test_every_place_drops_in_training_and_only_there(place):
-    """Another sample number changes the logits, evaluation is what a model without dropout computes, bit for bit."""
+    """Another sample index changes the logits. In evaluation the logits are those of a model without dropout, bit for bit."""
     ids = torch.arange(12).repeat(2, 1)
     model, plain = whole_model(shape(**{place: 0.2})), whole_model(shape())
     one, other = model((ids, torch.tensor([0, 1]))), model((ids, torch.tensor([0, 2])))
@@ -315,7 +315,7 @@ def test_every_place_drops_in_training_and_only_there(place):
 
 
 def test_no_two_layers_share_a_mask():
-    """Each has a key of its own: four places, two blocks."""
+    """Each has a key of its own: four dropout layers in each of two blocks."""
     model = whole_model(shape(**EVERYWHERE))
     keys = [module.key for module in model.modules() if hasattr(module, "key")]
     assert len(keys) == len(set(keys)) == 1 + 2 * 4

@@ -1,4 +1,4 @@
-"""The list of layers: its names, every combination of settings trained for a step, classes of an experiment's own, the loss."""
+"""The list of layers and the loss: names, one training step with every pair of settings, classes of a variant.py, sliced ranks."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ def pairs(row: dict) -> set:
 
 
 def pairwise(settings: dict[str, tuple]) -> list[dict]:
-    """Few combinations in which any value of any setting meets any value of any other: the best of 30 random rows, again and again."""
+    """Few combinations that contain every pair of values of two settings: repeatedly the best of 30 random rows."""
     rng = random.Random(0)
     missing = set().union(*(pairs({a: x, b: y}) for a, b in itertools.combinations(settings, 2) for x in settings[a] for y in settings[b]))
     rows = []
@@ -73,7 +73,7 @@ def loss_of(model, label_smoothing: float = 0.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: "-".join(str(value) for value in row.values()))
 def test_every_combination_trains(row):
-    """Near log V at first, and lower after a small step down the gradient.
+    """The loss is near log V at first, and lower after a small step along the negative gradient.
 
     A tied small_wang table is so wide (√(2/5h)) that it prefers the token it reads: further from log V.
     """
@@ -102,7 +102,7 @@ LLAMA_LIKE = dict(
 @pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
 def test_every_combination_is_the_same_on_sliced_ranks(degree, sequence):
-    """Logits to 1e-12 and every gradient to 1e-10 in fp64, engine-free; every other model drops something everywhere.
+    """Logits to 1e-12 and every gradient to 1e-10 in fp64, without an engine. Every other model has all kinds of dropout.
 
     The truth is the plain module on one rank, which is compared with transformers and with equations elsewhere.
     """
@@ -120,9 +120,9 @@ def test_every_combination_is_the_same_on_sliced_ranks(degree, sequence):
 
 @pytest.mark.parametrize(("degree", "sequence"), [(1, False), (2, False), (2, True), (4, False), (4, True)])
 def test_a_model_that_drops_everywhere_is_the_dense_one(degree, sequence):
-    """Loss and every gradient to 1e-12 in fp64, tied, a vocabulary that no degree divides, with every kind of recomputation.
+    """Loss and every gradient to 1e-12 in fp64, for a tied model, a vocabulary that no degree divides and every kind of recomputation.
 
-    The truth is written from the formulas, its masks from plain integers. Measured: 1.9e-15, the loss 2.1e-16.
+    The reference is written from the formulas, with masks from plain integers. Measured: 1.9e-15, the loss 2.1e-16.
     """
     model = shape(tied=True, **EVERYWHERE)
     ids, targets, token_weights = on_rank.tokens()
@@ -148,12 +148,12 @@ def test_names_of_the_layers():
 
 
 def test_the_list_is_the_same_on_every_rank_and_needs_none():
-    """The grid only describes here: 2 stages, 3 data ranks, 4 tensor ranks, no process group."""
+    """With 2 stages, 3 data ranks and 4 tensor ranks, and without a process group."""
     assert {tuple(names(shape(), Grid(2, 3, 4, rank))) for rank in range(24)} == {tuple(names(shape()))}
 
 
 def test_every_parameter_knows_its_logical_name():
-    """Which is the module's own path, so that every tool of torch says the same; a tied head has no parameter of its own."""
+    """It is equal to torch's name of the parameter in the module. A tied head has no parameter of its own."""
     for tied in (True, False):
         model = whole_model(shape(tied=tied, qk_norm=True))
         assert list(values(model)) == [name for name, _ in model.named_parameters()]
@@ -166,7 +166,7 @@ def test_a_tied_head_is_the_embedding():
 
 
 def test_loss_is_the_weighted_smoothed_cross_entropy():
-    """torch's own, fp64, 1e-12; masked tokens count for nothing."""
+    """Equal to torch's loss to 1e-12 in fp64. Masked tokens have no effect."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, VOCAB, generator=g, dtype=torch.float64)
     targets, weights = torch.randint(0, VOCAB, (2, 5), generator=g), torch.rand(2, 5, generator=g, dtype=torch.float64)
@@ -213,7 +213,7 @@ OWN = {"norm": OwnNorm, "position": OwnPosition, "mlp": OwnMLP, "residual": OwnR
 
 @pytest.mark.parametrize("setting", OWN)
 def test_an_experiment_s_own_class_is_used(setting):
-    """Named by `variant:Name`, it takes the place of the registered one and changes what the model computes."""
+    """A class named by `variant:Name` replaces the registered one and changes what the model computes."""
     own = OWN[setting]
     model = whole_model(shape(**{setting: f"{VARIANT}{own.__name__}"}), variants={own.__name__: own})
     plain = whole_model(shape(**({"norm": "rmsnorm"} if setting == "norm" else {"position": "none"} if setting == "position" else {})))

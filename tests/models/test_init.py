@@ -1,4 +1,4 @@
-"""How weights begin: their spread, and what they depend on: seed and logical name, nothing else."""
+"""Weight initialisation: standard deviations, and that weights depend on the seed and the logical name alone."""
 
 import math
 
@@ -18,12 +18,12 @@ STANDARD_DEVIATIONS = {
     "gpt2": {"embedding": 0.02, "position": 0.02, "head": 0.02, "qkv": 0.02, "up": 0.02, "output": 0.01, "down": 0.01},
     "small_wang": dict.fromkeys(("embedding", "position", "head", "qkv", "up"), 0.1) | dict.fromkeys(("output", "down"), 40**-0.5),
 }
-"""By hand, for two layers of hidden size 40: 0.02/√(2·2) = 0.01; √(2/(5·40)) = 0.1, 2/(2·√40) = 1/√40."""
+"""Computed by hand for two layers of hidden size 40: 0.02/√(2·2) = 0.01; √(2/(5·40)) = 0.1, 2/(2·√40) = 1/√40."""
 
 
 @pytest.mark.parametrize("scheme", INITS)
 def test_spread_of_every_weight(scheme):
-    """Mean and standard deviation within five standard errors; biases are zero and norm weights one."""
+    """Mean and standard deviation are within five standard errors. Biases are zero and norm weights are one."""
     model = whole_model(shape(init=scheme, hidden_size=40, ffn_size=160, vocab_size=997, seq_length=64, tied=False))
     for name, tensor in values(model).items():
         module, kind = name.split(".")[-2:]
@@ -43,7 +43,7 @@ def test_all_registered_schemes_are_measured():
 
 @pytest.mark.parametrize("layers", [1, 3, 8])
 def test_residual_outputs_shrink_with_depth_and_nothing_else_does(layers):
-    """Adding a layer leaves every other parameter as it was to the bit, but for the factor of those on the residual stream."""
+    """Adding a layer leaves every other parameter unchanged to the bit, except for the factor of projections onto the residual stream."""
     few, many = values(whole_model(shape(num_layers=layers))), values(whole_model(shape(num_layers=2 * layers)))
     assert few.keys() < many.keys()
     for name, tensor in few.items():
@@ -56,7 +56,7 @@ def test_residual_outputs_shrink_with_depth_and_nothing_else_does(layers):
 @pytest.mark.parametrize("scheme", INITS)
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_tensor_ranks_hold_pieces_of_the_same_tensors(scheme, tensor):
-    """Joined, they equal the one-rank model bit for bit; padded vocabulary rows are zero. 83 = 2·42 − 1 = 4·21 − 1."""
+    """Joined, they are equal to the model on one rank bit for bit. Padded vocabulary rows are zero: 83 = 2·42 − 1 = 4·21 − 1."""
     model = shape(init=scheme, mlp="swiglu", num_heads=8, num_kv_heads=4, qk_norm=True, tied=False)
     ranks = [values(whole_model(model, Grid(tensor=tensor, rank=rank))) for rank in range(tensor)]
     for name, parameter in unique_parameters(whole_model(model)):
@@ -67,7 +67,7 @@ def test_tensor_ranks_hold_pieces_of_the_same_tensors(scheme, tensor):
 
 
 def test_a_draw_is_a_function_of_seed_and_name():
-    """Same seed: the same bits, whatever was drawn before. Another seed, or another name: no correlation (five standard errors)."""
+    """The same seed gives the same bits, whatever was drawn before. Another seed or name is uncorrelated (five standard errors)."""
     first, again, other = (values(whole_model(shape(tied=False), seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     drawn = [name for name, tensor in first.items() if tensor.dim() == 2]
@@ -78,7 +78,7 @@ def test_a_draw_is_a_function_of_seed_and_name():
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of the leading entries, in standard errors."""
+    """The correlation of the leading entries, in standard errors."""
     n = min(a.numel(), b.numel())
     return float(torch.corrcoef(torch.stack([a.flatten()[:n], b.flatten()[:n]]))[0, 1] * math.sqrt(n))
 

@@ -39,7 +39,7 @@ def test_every_registered_mlp_has_a_formula_here():
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_value_and_gradients_are_the_formula_s(tensor):
-    """Every activation, with biases, in fp64: 1e-12, on one rank and cut over two."""
+    """Every activation, with biases, to 1e-12 in fp64, on one rank and cut over two."""
     problems = {mlp: random_part("mlp", shape(mlp=mlp)) for mlp in MLPS}
     ranks = run_ranks(on_rank.run_parts, tensor, [("mlp", shape(mlp=mlp), *problem) for mlp, problem in problems.items()])
     for i, (mlp, (weights, x, dy)) in enumerate(problems.items()):

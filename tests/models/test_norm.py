@@ -1,4 +1,4 @@
-"""Norms against their formulas, against transformers, and where each rank normalises other data."""
+"""Norms against their formulas and against transformers, also where each rank normalises different data."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def problem(norm: str):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_value_and_gradients_are_the_formula_s(norm):
-    """fp64, 1e-12."""
+    """To 1e-12 in fp64."""
     module, x, dy, weights = problem(norm)
     true = reference.with_gradients(lambda x, w: reference.norm(x, w, "norm", shape(norm=norm, norm_eps=1e-2)), x, weights, dy)
     x.requires_grad_()
@@ -38,7 +38,7 @@ def test_value_and_gradients_are_the_formula_s(norm):
 
 
 def test_rmsnorm_is_llama_s():
-    """fp32, in which transformers computes it: 1e-6."""
+    """To 1e-6 in fp32, in which transformers computes it."""
     theirs, ours = LlamaRMSNorm(SIZE, eps=1e-5), made("rmsnorm")
     g = torch.Generator().manual_seed(0)
     weight, x = torch.randn(SIZE, generator=g), 7 * torch.randn(3, SIZE, generator=g)
@@ -50,7 +50,7 @@ def test_rmsnorm_is_llama_s():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_bf16_loses_only_the_rounding_of_its_ends(norm):
-    """Squares are not summed in bf16: within 2⁻⁷ of fp64 on the same numbers, also where all are large."""
+    """Squares are not summed in bf16: the result is within 2⁻⁷ of fp64 on the same numbers, even if all are large."""
     module, x, _, weights = problem(norm)
     x = (100 * x).bfloat16()
     weights = {name: weight.bfloat16().double() for name, weight in weights.items()}
@@ -69,7 +69,7 @@ def test_only_a_layernorm_with_biases_has_one():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_partial_gradients_are_summed_over_the_ranks(norm):
-    """Two ranks, each with half of the data: both hold the whole gradient."""
+    """With half of the data on each of two ranks, both have the whole gradient."""
     _, x, dy, weights = problem(norm)
     true = reference.with_gradients(lambda x, w: reference.norm(x, w, "norm", shape(norm=norm)), x, weights, dy)
     for rank in run_ranks(on_rank.own_halves_normalised, 2, norm, x, weights, dy):

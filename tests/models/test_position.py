@@ -29,7 +29,7 @@ def queries_and_keys(length: int, heads: int = 4, size: int = 16, dtype=torch.fl
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize("base", [10_000.0, 500_000.0])
 def test_rotary_is_transformers_own_to_the_bit(fraction, base):
-    """Queries and (fewer) keys at every one of 300 positions; the features behind the fraction unturned."""
+    """For queries and (fewer) keys at 300 positions. The features behind the fraction are not rotated."""
     q, k = queries_and_keys(300)
     table = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": fraction}
     config = GPTNeoXConfig(hidden_size=64, num_attention_heads=4, rope_parameters=table)
@@ -54,7 +54,7 @@ SCALED = {
 @pytest.mark.parametrize("base", [10_000.0, 500_000.0])
 @pytest.mark.parametrize("case", SCALED)
 def test_scaled_rotary_is_transformers_own_to_the_bit(case, base):
-    """At 600 positions, and another rotation than without scaling."""
+    """At 600 positions. The rotation differs from that without scaling."""
     q, k = queries_and_keys(600)
     changes, table = SCALED[case]
     parameters = {"rope_type": changes["rotary_scaling"], "rope_theta": base, **table}
@@ -67,7 +67,7 @@ def test_scaled_rotary_is_transformers_own_to_the_bit(case, base):
 
 @pytest.mark.parametrize("base", [10_000.0, 500_000.0])
 def test_llama_3_leaves_short_wavelengths_scales_long_ones_and_blends_between(base):
-    """Its three bands from their definition, in fp64, of a head of 128 features; each of them is met."""
+    """The three bands from their definition in fp64, for a head of 128 features with frequencies in each band."""
     length, factor = 8192, 8.0
     model = shape(hidden_size=128, num_heads=1, num_kv_heads=1, position="rotary", **LLAMA_3 | dict(rotary_original_length=length))
     frequencies = base ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
@@ -103,7 +103,7 @@ def test_rotary_tables_stay_fp32_in_a_bf16_model():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 2**-8)])
 def test_sinusoidal_is_the_closed_form(dtype, tolerance):
-    """sin and cos by turns; angles are fp32, up to 999 ± 3e-5, in a bf16 model too."""
+    """sin and cos alternate. Angles are fp32, up to 999 ± 3e-5, in a bf16 model too."""
     true = torch.tensor([[(math.cos if j % 2 else math.sin)(t / 10_000 ** ((j - j % 2) / 32)) for j in range(32)] for t in range(1000)])
     found = scheme("sinusoidal").to(dtype)(torch.zeros(1, 1000, 32, dtype=dtype))[0]
     assert found.dtype == dtype
@@ -123,7 +123,7 @@ def test_learned_adds_its_first_rows():
 
 @pytest.mark.parametrize("heads", [1, 4, 6, 8, 12, 20])
 def test_alibi_slopes_are_bloom_s(heads):
-    """transformers' tensor at position 1 is the slope; fp32."""
+    """transformers' tensor at position 1 is the slope, in fp32."""
     theirs = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
     assert relative(torch.tensor(alibi_slopes(heads)), theirs) <= 1e-6
 
@@ -140,19 +140,24 @@ def test_alibi_is_rounded_once_in_a_bf16_model():
     assert torch.equal(low, exact.bfloat16())
 
 
-@pytest.mark.parametrize("heads", [8, 6, 12])
-def test_attention_with_alibi_uses_the_slopes_of_all_heads_on_two_ranks(heads):
-    """Against an explicit softmax with transformers' slopes, in fp64: outputs and gradients to 1e-12 on 1 and 2 ranks.
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_attention_with_alibi_uses_the_slopes_of_all_heads(tensor):
+    """Against an explicit softmax with transformers' slopes, in fp64: outputs and gradients to 1e-12 with 8, 6 and 12 heads.
 
-    1e-7 for twelve heads, four of whose slopes are irrational, hence rounded to fp32.
+    1e-7 for twelve heads, four of whose slopes are irrational and therefore rounded to fp32.
     """
-    model = shape(position="alibi", num_heads=heads, num_kv_heads=heads, hidden_size=8 * heads)
-    weights, x, dy = random_part("attention", model)
-    slopes = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1].double()
-    true = reference.with_gradients(lambda x, w: reference.attention(x, w, "attention", model, slopes), x, weights, dy)
-    for tensor in (1, 2):
-        ranks = run_ranks(on_rank.run_parts, tensor, [("attention", model, weights, x, dy)])
-        assert worst(joined_part("attention", model, [rank[0] for rank in ranks]), true)[0] <= (1e-12 if heads != 12 else 1e-7)
+    models = [shape(position="alibi", num_heads=heads, num_kv_heads=heads, hidden_size=8 * heads) for heads in (8, 6, 12)]
+    problems = [random_part("attention", model) for model in models]
+    ranks = run_ranks(on_rank.run_parts, tensor, [("attention", model, *problem) for model, problem in zip(models, problems, strict=True)])
+    for i, (model, (weights, x, dy)) in enumerate(zip(models, problems, strict=True)):
+        slopes = build_alibi_tensor(torch.ones(1, 2), model.num_heads, torch.float32)[:, 0, 1].double()
+
+        def attention(x, w, model=model, slopes=slopes):
+            return reference.attention(x, w, "attention", model, slopes)
+
+        true = reference.with_gradients(attention, x, weights, dy)
+        tolerance = 1e-7 if model.num_heads == 12 else 1e-12
+        assert worst(joined_part("attention", model, [rank[i] for rank in ranks]), true)[0] <= tolerance
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -165,7 +170,7 @@ def test_nothing_is_kept_that_a_precision_could_round(position):
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_the_order_of_tokens_matters_unless_there_is_none(position):
-    """Two earlier tokens swapped: the last logits differ, except without positions (one layer: deeper ones see order causally)."""
+    """If two earlier tokens are swapped, the last logits differ, except without positions (with one layer: deeper ones see the order)."""
     model = whole_model(shape(position=position, num_layers=1)).double()
     fill(model, {name: 20 * tensor if tensor.dim() > 1 else tensor for name, tensor in values(model).items()})
     ids = torch.arange(10)[None]

@@ -1,4 +1,4 @@
-"""Recomputation changes what is kept, never what comes out: bit for bit, with dropout on; and less is kept."""
+"""Recomputation gives the same results bit for bit, also with dropout, and keeps less for the backward pass."""
 
 import functools
 
@@ -43,7 +43,7 @@ def test_every_mode_computes_the_same_to_the_bit(residual, dropout):
 
 
 def test_torch_s_own_random_numbers_are_left_alone():
-    """Dropout draws none, and nothing is saved to put back: the stream goes on as if there had been no model."""
+    """Dropout uses no generator, and none is saved and restored: torch's random numbers continue as if there were no model."""
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_full_keeps_the_block_s_inputs_alone(dropout):
 
 
 def test_selective_keeps_no_square_of_the_sequence():
-    """Attention with its probabilities written out keeps several; without dropout the fused kernel keeps none in any mode."""
+    """Attention with explicit probabilities keeps several. Without dropout the fused kernel keeps none in any mode."""
     squares = {mode: sum(tensor.numel() >= SQUARE for tensor in kept_for_backward(mode, **EVERYWHERE)) for mode in MODES}
     assert squares["none"] >= 2 and squares["selective"] == squares["full"] == 0
     assert not any(tensor.numel() >= SQUARE for tensor in kept_for_backward("none"))

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, whatever happens on the way."""
+"""A staged folder appears completely or not at all, whatever is raised while it is written."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Where ranks stand, against DeepSpeed's own topology; the groups, on real ranks."""
+"""The grid's coordinates against DeepSpeed's own topology, and its process groups on real ranks."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The list of layers: how stages share it out, and the names of what is built from it."""
+"""The list of layers: how it is divided into stages, and the parameter names of the module built from it."""
 
 import pytest
 from torch import nn

@@ -1,4 +1,4 @@
-"""The ledger on real ranks: what it notes of known collectives, that it changes nothing, and that it names ranks that disagree."""
+"""The ledger on real ranks: how it records known collectives, that it changes nothing, and that it names ranks that disagree."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""An error on one rank is an error on all: nobody is left waiting."""
-# MERGED-DOC """Orders arrive as they were told, short or long, on every rank."""
+"""An error on one rank is raised on all ranks, and lists of integers arrive as they were sent, whatever their length."""
 
 import pytest
 
@@ -9,26 +8,26 @@ from parallel.object_collectives import HEAD, all_gather_objects, broadcast_ints
 from tests.harness import run_ranks
 
 SHORT = [[[7]], [[1], [], [2, 3]], [[-5, 2**40]], [[]]]
-ORDERS = [*SHORT, [list(range(HEAD - 3))], [list(range(HEAD - 2))], [[9], list(range(5 * HEAD)), [4]]]
+MESSAGES = [*SHORT, [list(range(HEAD - 3))], [list(range(HEAD - 2))], [[9], list(range(5 * HEAD)), [4]]]
 
 
-def exchanged(orders: list) -> list:
-    """What this rank heard; rank 0 tells."""
+def exchanged(messages: list) -> list:
+    """The messages as this rank received them; rank 0 sends."""
     group = make_grid(1, 3).tensor_group
     assert group is not None
     if group.rank() > 0:
-        return [receive_ints(group) for _ in orders]
-    for order in orders:
-        broadcast_ints(order, group)
-    return orders
+        return [receive_ints(group) for _ in messages]
+    for message in messages:
+        broadcast_ints(message, group)
+    return messages
 
 
-def test_orders_arrive_as_they_were_told():
-    assert run_ranks(exchanged, 3, ORDERS) == [ORDERS] * 3
+def test_lists_of_integers_arrive_as_they_were_sent():
+    assert run_ranks(exchanged, 3, MESSAGES) == [MESSAGES] * 3
 
 
-def told_by(errors: dict[int, Exception]) -> tuple[str, list[int], list[int]]:
-    """What each rank heard where `errors` are raised; and that the ranks are still in step afterwards."""
+def raised_by(errors: dict[int, Exception]) -> tuple[str, list[int], list[int]]:
+    """The error that each rank raises if `errors` are raised in the block; and that collectives still match afterwards."""
     grid = make_grid(1, 1)
     heard = "nothing"
     try:
@@ -52,7 +51,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_one_rank_raises_all_ranks_raise(name: str) -> None:
     errors, expected = CASES[name]
-    found = run_ranks(told_by, 2, errors)
+    found = run_ranks(raised_by, 2, errors)
     assert [heard for heard, _, _ in found] == expected
     assert [values for _, values, _ in found] == [[0, 10], [0, 10]] and [first for _, _, first in found] == [[0, 1], []]
 

@@ -1,4 +1,4 @@
-"""Cutting and joining parameters: pure arithmetic, over many shapes, parts and degrees."""
+"""Cutting and joining parameters for many shapes, parts and degrees. Pure arithmetic."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed sends, in closed form, by hand on small sizes; tests/research/verification/test_ledger.py counts it for real."""
+"""DeepSpeed's communication in closed form, checked by hand on small sizes; tests/research/verification/test_ledger.py measures it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The vocabulary cut over ranks, against torch's embedding and cross entropy in one process: values, gradients, bytes sent."""
+"""The vocabulary sliced over ranks, against torch's embedding and cross entropy in one process: values, gradients, bytes sent."""
 
 import functools
 from typing import NamedTuple

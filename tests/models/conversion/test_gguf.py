@@ -1,4 +1,4 @@
-"""GGUF's names, forms and metadata against llama.cpp's own conversion, written out once more."""
+"""GGUF's names, forms and metadata against a reimplementation of llama.cpp's conversion."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from models.conversion import gguf, mapping, read_config
 from parallel.errors import Mistake
 from tests.models.helpers.build import shape, worst
+from tests.models.helpers.conversion import to_hf
 
 LLAMA = dict(position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, qkv_bias=False, num_kv_heads=2)
 METADATA = {
@@ -16,7 +17,7 @@ METADATA = {
     "llama.rope.freq_base": 100_000.0, "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06, "llama.vocab_size": 49_152,
     "llama.rope.dimension_count": 64,
 }  # fmt: skip
-"""SmolLM2-135M's."""
+"""The metadata of SmolLM2-135M."""
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -46,11 +47,11 @@ def test_weights_of_llama_cpp_s_conversion_are_those_it_was_made_from(changes):
     model = shape(**LLAMA | changes)
     g = torch.Generator().manual_seed(0)
     ours = {name: torch.randn(size, generator=g) for name, size in mapping.shapes(model).items()}
-    file = converted(mapping.to_hf(model, "llama", ours), model)
+    file = converted(to_hf(model, "llama", ours), model)
     plan = mapping.plan(model, gguf.FAMILY, {name: tuple(tensor.shape) for name, tensor in file.items()})
-    found = {link.name: link.ours([file[key] for key in link.keys], model) for link in plan.links}
+    found = {one.name: one.ours([file[key] for key in one.keys], model) for one in plan.parameters}
     assert worst(found, ours)[0] == 0
-    back = {key: tensor for link in plan.links for key, tensor in link.theirs(found[link.name], model).items()}
+    back = {key: tensor for one in plan.parameters for key, tensor in one.theirs(found[one.name], model).items()}
     assert back.keys() == file.keys() and all(torch.equal(back[key], tensor) for key, tensor in file.items())
 
 
@@ -73,7 +74,7 @@ def test_metadata_are_settings():
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_factors_of_the_frequencies_are_llama_3_s_scaling(factor):
-    """By how much transformers' frequencies are lower than unscaled ones: what llama.cpp keeps in the file."""
+    """The factor by which transformers' frequencies are lower than unscaled ones, which llama.cpp stores in the file."""
     table = {
         "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,

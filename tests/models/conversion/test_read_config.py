@@ -1,4 +1,4 @@
-"""transformers' configurations read as our settings: what is read, what is refused and in which words."""
+"""transformers' configurations read as our settings: what is read, what is refused, and the messages."""
 
 import json
 
@@ -20,7 +20,7 @@ PYTHIA_70M = dict(
     max_position_embeddings=2048, hidden_act="gelu", layer_norm_eps=1e-5, rotary_pct=0.25, rotary_emb_base=10000,
     use_parallel_residual=True, tie_word_embeddings=False,
 )  # fmt: skip
-"""As its config.json has it, written by an earlier transformers."""
+"""As in its config.json, which was written by an earlier transformers."""
 LLAMA = dict(
     model_type="llama", hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
     intermediate_size=8192, vocab_size=128_256, max_position_embeddings=131_072, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=500_000.0,
@@ -29,7 +29,7 @@ LLAMA = dict(
         "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3",
     },
 )  # fmt: skip
-"""Llama 3.2 1B's, as transformers 4 wrote it."""
+"""The configuration of Llama 3.2 1B, as written by transformers 4."""
 
 
 def test_gpt2_as_published():
@@ -66,7 +66,7 @@ HOSTILE = [None, "16", -1, 0, 1.5, True, float("nan"), float("inf"), 2**80, [], 
 
 @pytest.mark.parametrize("config", [GPT2Config(), LLAMA, PYTHIA_70M], ids=["gpt2", "llama", "gpt_neox"])
 def test_whatever_stands_where_a_setting_was_is_a_mistake_or_a_setting(config):
-    """One key after another gets a value of another kind: never another exception, never an endless loop."""
+    """Each key in turn gets a value of another type: there is no other exception, and no endless loop."""
     whole = config if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
     refused = 0
     for key in whole:

@@ -1,4 +1,4 @@
-"""What we write as config.json: transformers reads the model from it that was meant, and so do we."""
+"""The config.json that we write: transformers and our own reader read the same model from it."""
 
 import json
 
@@ -18,7 +18,7 @@ SCIENCE = {
     "llama": ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps",
               "max_position_embeddings", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "rope_parameters"),
 }  # fmt: skip
-"""What a model computes with."""
+"""The settings that affect what a model computes."""
 
 
 def written(model, family, **changes):

@@ -1,4 +1,4 @@
-"""What a layer communicates, against the papers' formulas written out here; tests/research/verification/test_ledger.py counts it for real."""
+"""What a layer communicates, against the papers' formulas written out here. tests/research/verification/test_ledger.py counts calls."""
 
 import pytest
 
@@ -29,7 +29,7 @@ BIG = dict(num_layers=72, hidden_size=3072, num_heads=32, num_kv_heads=32, ffn_s
     [(False, "none", 8), (True, "none", 8), (False, "full", 10), (True, "full", 8 + 3), (False, "selective", 8), (True, "selective", 8)],
 )
 def test_a_block_of_the_8_billion_model(sequence: bool, recompute: str, factor: int) -> None:
-    """8·b·s·h·(t−1)/t elements; a block that is run again sends its forward pass again, less the last reduction (nothing reads it)."""
+    """8·b·s·h·(t−1)/t elements. Recomputation repeats the forward pass's calls except the last reduction, which nothing reads."""
     b, s, h, t = 8, 1024, 3072, 8
     calls = [call for call in block_calls(model(**BIG), t, sequence, recompute, b) if call.elements > h]
     assert sent(calls, t) == factor * b * s * h * (t - 1) / t

@@ -1,4 +1,4 @@
-"""Parameter counts against published exact figures, and against models that were built."""
+"""Parameter counts against published exact figures and against built models."""
 
 import itertools
 from typing import Any

@@ -20,27 +20,27 @@ SHAPE = dict(
     position="learned", mlp="gelu_tanh", residual="pre_norm", init="gpt2", bias=True, qkv_bias=True, qk_norm=False, tied=True,
     embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
-"""A GPT-2 in small, with a vocabulary that neither 2 nor 4 divides."""
+"""A small GPT-2 with a vocabulary that is not divisible by 2 or 4."""
 ROTARY = dict(position="rotary", rotary_fraction=1.0, rotary_base=10_000.0, rotary_scaling="none")
 LLAMA_3 = dict(rotary_scaling="llama3", rotary_factor=8.0, rotary_low_factor=1.0, rotary_high_factor=4.0, rotary_original_length=64)
 """Llama 3.1's rotary scaling, of a model that was trained on 64 tokens a sample."""
 ALONE = Grid()
 SEED = 5
-"""Of what is drawn and dropped, where a test names none."""
+"""The seed of initialisation and dropout in tests that do not name one."""
 
 
 def shape(**changes) -> GPT:
-    """SHAPE with settings replaced; rotary's own settings come along with position="rotary"."""
+    """SHAPE with settings replaced. position="rotary" adds rotary's own settings."""
     return GPT(**(SHAPE | (ROTARY if changes.get("position") == "rotary" else {}) | changes))
 
 
 def parts(model: GPT, grid: Grid = ALONE, variants: Mapping[str, type] | None = None) -> BuildContext:
-    """What a layer is built with."""
+    """The context that layers are built with."""
     return BuildContext(model, grid, SEED, variants or {})
 
 
 def made(kind: str, model: GPT, grid: Grid) -> nn.Module:
-    """The part "attention", "mlp" or "block", named so, drawn for this rank."""
+    """The module "attention", "mlp" or "block" under this name, with this rank's initial weights."""
     built = parts(model, grid)
     if kind == "mlp":
         return MLPS[model.mlp](kind, model, built.init, grid)
@@ -53,7 +53,8 @@ def whole_model(model: GPT, grid: Grid = ALONE, seed: int = SEED, variants: Mapp
 
 
 def tensor_grid(sequence: bool = False) -> Grid:
-    """Every rank of the world on the tensor axis."""
+    """Every rank of the world on the tensor axis. One torch thread per rank: the tensors are small, and there may be few cores."""
+    torch.set_num_threads(1)
     return make_grid(1, torch.distributed.get_world_size(), sequence)
 
 
@@ -65,7 +66,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], grid: Grid = ALONE) -
 
 
 def scatter(module: nn.Module, seed: int = 0) -> None:
-    """Moves every parameter of a module on one rank away from what it begins as: biases from 0, norms from 1."""
+    """Moves every parameter of a module on one rank away from its initial value: biases from 0, norms from 1."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -73,7 +74,7 @@ def scatter(module: nn.Module, seed: int = 0) -> None:
 
 
 def random_weights(model: GPT, seed: int, variants: Mapping[str, type] | None = None) -> dict[str, Tensor]:
-    """A whole model's in fp64, away from what an initialisation leaves: a lost bias or norm would hide there."""
+    """Weights of a whole model in fp64, far from initial values, at which a lost bias or norm would not be noticed."""
     module = whole_model(model, variants=variants).double()
     scatter(module, seed)
     return values(module)
@@ -125,7 +126,7 @@ def worst(found: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> tuple[floa
 
 
 def random_part(kind: str, model: GPT, seed: int = 0) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """(whole weights, x 'b s d', dy 'b s d'), fp64, of a part: biases and norms included, nothing as an initialisation leaves it."""
+    """(whole weights, x 'b s d', dy 'b s d') of a part in fp64, with all weights, biases and norms far from initial values."""
     g = torch.Generator().manual_seed(seed)
     module = made(kind, model, ALONE).double()
     weights = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=g, dtype=torch.float64) for name, tensor in values(module).items()}

@@ -1,4 +1,4 @@
-"""Small decoders for tests, alone and on ranks. Imports no transformers: a rank would spend seconds on it."""
+"""Small decoders for tests, on one rank and on several. Imports no transformers, which would take each rank seconds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.config import GPT
-from models.inference.beam_search import Search, search
+from models.inference.beam_search import BeamSearchParams, beam_search
 from models.inference.decoder import Decoder
 from models.inference.driver import DriverDecoder, run_worker
 from models.inference.sampling import Row, next_tokens
@@ -29,7 +29,7 @@ def longer(**changes) -> GPT:
 def filled(
     model: GPT, grid: Grid = ALONE, seed: int = 1, dtype: torch.dtype = torch.float32, variants: Mapping[str, type] | None = None
 ) -> PlainModule:
-    """A model with weights far from what they begin as, this rank's slices of them."""
+    """A model with this rank's slices of weights that are far from initial values."""
     module = whole_model(model, grid, variants=variants).to(dtype)
     fill(module, {name: tensor.to(dtype) for name, tensor in random_weights(model, seed, variants).items()}, grid)
     return module.eval()
@@ -42,7 +42,7 @@ def logits_of(module: PlainModule, model: GPT, ids: Sequence[int]) -> Tensor:
 
 
 def written(decoder: Decoder, prompts: Sequence[Sequence[int]], tokens: int, choice: SamplingParams = GREEDY) -> list[list[int]]:
-    """Each prompt's continuation, all at once, seed 10 for the first, 11 for the second, …"""
+    """The continuations of all prompts, decoded together, with seed 10 for the first, 11 for the second, …"""
     found: list[list[int]] = [[] for _ in prompts]
     logits = decoder.admit(prompts)
     for i in range(tokens):
@@ -56,11 +56,11 @@ def written(decoder: Decoder, prompts: Sequence[Sequence[int]], tokens: int, cho
 
 
 def on_tensor_ranks(models: list[GPT], choices: list[SamplingParams], tokens: int) -> list[list[list[list[int]]]]:
-    """[model][choice] -> `written`, decided on tensor rank 0; nothing on the others, which follow."""
+    """[model][choice] -> `written`, by the driver on tensor rank 0; an empty list on the other ranks, which are workers."""
     grid, found = tensor_grid(), []
     for model in models:
-        kind = DriverDecoder if grid.rank == 0 and grid.tensor > 1 else Decoder
-        decoder = kind(filled(model, grid), model, grid, len(PROMPTS), LENGTH)
+        decoder_class = DriverDecoder if grid.rank == 0 and grid.tensor > 1 else Decoder
+        decoder = decoder_class(filled(model, grid), model, grid, len(PROMPTS), LENGTH)
         if grid.rank > 0:
             run_worker(decoder)
             continue
@@ -71,7 +71,7 @@ def on_tensor_ranks(models: list[GPT], choices: list[SamplingParams], tokens: in
 
 
 def carried_out(decoder: Decoder) -> dict[str, Any]:
-    """Logits after orders of every kind, as arrays, and the beams of a search."""
+    """Logits after calls of every method, as arrays, and the beams of a search."""
     found = [decoder.admit(PROMPTS[:3]), decoder.step([1, 2, 3])]
     decoder.drop(0)
     found.append(decoder.step([4, 5]))
@@ -80,17 +80,17 @@ def carried_out(decoder: Decoder) -> dict[str, Any]:
     decoder.clear()
     found.append(decoder.admit([list(range(20))]))
     decoder.clear()
-    beams = search(decoder, PROMPTS[1], Search(3, 8, (3,)))
+    beams = beam_search(decoder, PROMPTS[1], BeamSearchParams(3, 8, (3,)))
     return {"logits": [logits.numpy() for logits in found], "beams": [(beam.ids, beam.score) for beam in beams]}
 
 
-def ordered(model: GPT) -> dict[str, Any] | None:
-    """`carried_out` on tensor rank 0; nothing on the others, which follow."""
+def carried_out_by_driver(model: GPT) -> dict[str, Any] | None:
+    """`carried_out` by the driver on tensor rank 0; None on the other ranks, which are workers."""
     grid = tensor_grid()
     if grid.rank > 0:
         run_worker(Decoder(filled(model, grid), model, grid, 4, LENGTH))
         return None
-    leader = DriverDecoder(filled(model, grid), model, grid, 4, LENGTH)
-    found = carried_out(leader)
-    leader.release()
+    driver = DriverDecoder(filled(model, grid), model, grid, 4, LENGTH)
+    found = carried_out(driver)
+    driver.release()
     return found

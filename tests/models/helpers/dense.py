@@ -1,4 +1,4 @@
-"""A whole GPT-2 once more, from its formulas, with dropout's masks from plain integers: what a sliced, dropping model is compared with.
+"""A whole GPT-2 from its formulas, with dropout masks from plain integers: the reference for a sliced model with dropout.
 
 Pre-norm, layernorm, learned positions, tanh-GELU, every head its own keys, a head that is the embedding. Any precision.
 """

@@ -1,4 +1,4 @@
-"""The hash behind dropout once more, in Python's integers."""
+"""The hash behind dropout, reimplemented with Python's integers."""
 
 import hashlib
 

@@ -1,8 +1,9 @@
-"""What ranks run for the tests of models/. Imports no transformers: a rank would spend seconds on it.
+"""Functions that ranks run for the tests of models/. Imports no transformers, which would take each rank seconds.
 
 Ranks return numpy arrays, which travel between processes by value.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,14 @@ def whole_models(jobs: list[tuple[GPT, dict[str, np.ndarray]]], sequence: bool =
 
 
 def random_models(jobs: list[tuple[GPT, int]], sequence: bool) -> list[tuple]:
-    """The same of weights that every rank draws whole from a seed: many models' would be too many to hand over."""
+    """The same with weights that every rank draws from a seed, because those of many models are too large to pass to processes."""
     grid = tensor_grid(sequence)
     return [run_model(model, random_weights(model, seed), grid) for model, seed in jobs]
 
 
-def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid) -> tuple:
-    """One of them."""
-    module = whole_model(model, grid).to(next(iter(weights.values())).dtype)
+def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid, variants: Mapping[str, type] | None = None) -> tuple:
+    """(This rank's logits, its gradients by logical name) of a token loss, of the model with these whole weights."""
+    module = whole_model(model, grid, variants=variants).to(next(iter(weights.values())).dtype)
     fill(module, weights, grid)
     ids, targets, token_weights = tokens()
     logits = module((ids, SAMPLES) if model.drops else ids)
@@ -55,7 +56,7 @@ def run_model(model: GPT, weights: dict[str, Tensor], grid: Grid) -> tuple:
 
 
 def dropping_model(model: GPT, seed: int, sequence: bool) -> list[tuple[float, dict]]:
-    """(loss, this rank's gradients) in fp64 of a model that drops, without recomputation and with either kind."""
+    """(loss, this rank's gradients) in fp64 of a model with dropout, without recomputation and with either kind."""
     grid, weights, (ids, targets, token_weights) = tensor_grid(sequence), random_weights(model, seed), tokens()
     found = []
     for recompute in ("none", "selective", "full"):
@@ -84,7 +85,7 @@ def run_parts(jobs: list[tuple]) -> list[dict]:
 
 
 def own_halves_normalised(norm: str, x: Tensor, weights: dict[str, Tensor], dy: Tensor) -> dict[str, Any]:
-    """Rank i normalises its half of dim 0; the gradients it then holds."""
+    """Rank i normalises its half of dim 0. Returns its gradients."""
     grid = tensor_grid()
     module = NORMS[norm]("norm", x.shape[-1], shape(norm=norm), partial_group=grid.tensor_group).double()
     fill(module, weights, grid)

@@ -1,4 +1,4 @@
-"""Attention, MLP and norms once more, from their formulas, dense and slow: what the sliced ones are compared with."""
+"""Dense attention, MLP and norms from their formulas: the reference for the sliced ones."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Beams are transformers' own: tokens, order and scores."""
+"""Beams are equal to those of transformers: tokens, order and scores."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from models.conversion import mapping, read_config
-from models.inference.beam_search import Beam, Search, search
+from models.inference.beam_search import Beam, BeamSearchParams, beam_search
 from models.inference.decoder import Decoder
 from tests.models.helpers.build import ALONE, fill, whole_model
 from tests.models.helpers.decoding import PROMPTS
@@ -29,7 +29,7 @@ SETTINGS = [{}, {"length_penalty": 0.0}, {"length_penalty": 2.0}, {"early_stoppi
 
 @functools.cache
 def theirs(case: str, seed: int):
-    """The end of a text is likely enough that beams end, and unlikely enough that some do not."""
+    """A model with random weights, in which some beams end and some do not."""
     kind, config = CONFIGS[case]
     torch.manual_seed(seed)
     model = kind(config)
@@ -61,12 +61,12 @@ def their_beams(case: str, seed: int, prompt: list[int], beams: int, **settings)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_beams_are_those_of_transformers(case, settings):
-    """Every beam, best first; scores to 1e-4. Three models, two prompts, two and four beams."""
+    """Every beam, best first, with scores to 1e-4. Three models, two prompts, two and four beams."""
     ended = set()
     for seed in range(3):
         for beams in (2, 4):
             for prompt in ([5], [7, 2, 20, 11]):
-                found = search(ours(case, seed, beams), prompt, Search(beams, TOKENS, ENDS, **settings))
+                found = beam_search(ours(case, seed, beams), prompt, BeamSearchParams(beams, TOKENS, ENDS, **settings))
                 true = their_beams(case, seed, prompt, beams, **settings)
                 assert [beam.ids for beam in found] == [ids for ids, _ in true]
                 assert [beam.score for beam in found] == pytest.approx([score for _, score in true], abs=1e-4)
@@ -77,7 +77,7 @@ def test_beams_are_those_of_transformers(case, settings):
 
 def test_a_single_beam_is_greedy():
     decoder = ours("gpt2", 0, 1)
-    (beam,) = search(decoder, PROMPTS[0], Search(1, 8))
+    (beam,) = beam_search(decoder, PROMPTS[0], BeamSearchParams(1, 8))
     logits, greedy = decoder.admit([PROMPTS[0]]), []
     for _ in range(8):
         greedy.append(int(logits.argmax()))
@@ -86,5 +86,5 @@ def test_a_single_beam_is_greedy():
 
 
 def test_only_the_tokenizer_s_ids_are_searched():
-    found = search(ours("gpt2", 0, 4), [5], Search(4, 8, vocab_size=10))
+    found = beam_search(ours("gpt2", 0, 4), [5], BeamSearchParams(4, 8, vocab_size=10))
     assert len(found) == 4 and all(isinstance(beam, Beam) and max(beam.ids) < 10 for beam in found)

@@ -1,4 +1,4 @@
-"""A cache gives what no cache gives: logits of every scheme, a token at a time, against the plain forward pass over all tokens."""
+"""Decoding one token at a time with the cache gives the logits of a plain forward pass over all tokens, for every scheme."""
 
 import copy
 import itertools
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.block import RESIDUALS
-from models.inference.cache import CachedCore, Rows
+from models.inference.cache import CachedCore, CacheRows
 from models.inference.decoder import Decoder
 from models.position import POSITIONS
 from tests.models.helpers.build import ALONE
@@ -17,7 +17,7 @@ CASES = [*itertools.product(POSITIONS, (4, 2, 1), RESIDUALS)]
 
 
 def differences(model, dtype=torch.float32, steps: int = 6) -> float:
-    """The largest difference of a logit, of the largest, between prompts of four lengths in one cache and each alone without one."""
+    """The largest difference of a logit, relative to the largest logit, between four prompts in one cache and each alone without one."""
     module = filled(model, dtype=dtype)
     whole = copy.deepcopy(module)
     decoder = Decoder(module, model, ALONE, len(PROMPTS), LENGTH)
@@ -33,7 +33,7 @@ def differences(model, dtype=torch.float32, steps: int = 6) -> float:
 
 @pytest.mark.parametrize(("position", "kv_heads", "residual"), CASES)
 def test_every_scheme_is_decoded_as_it_is_computed(position, kv_heads, residual):
-    """fp32, 1e-5; lengths differ, so that each row has places of its own and keys to leave out."""
+    """fp32, 1e-5. The lengths differ, so each row has other positions, and other keys to mask."""
     qk_norm = kv_heads == 2
     assert differences(longer(position=position, num_kv_heads=kv_heads, residual=residual, qk_norm=qk_norm)) <= 1e-5
 
@@ -47,7 +47,7 @@ def test_in_double_precision_nothing_but_rounding_is_left(position):
 
 @pytest.mark.parametrize("position", ["learned", "rotary", "alibi"])
 def test_bf16_is_as_good_as_bf16(position):
-    """No further from fp32 than bf16 without a cache is, within a factor of two."""
+    """The distance from fp32 is at most twice that of bf16 without a cache."""
     model = longer(position=position, num_kv_heads=2)
     exact, low = filled(model), filled(model, dtype=torch.bfloat16)
     decoder = Decoder(filled(model, dtype=torch.bfloat16), model, ALONE, 1, LENGTH)
@@ -60,17 +60,17 @@ def test_bf16_is_as_good_as_bf16(position):
 
 
 def test_partial_rotary_and_dropout_settings_change_nothing():
-    """The rest of a head is left unturned; in evaluation nothing is dropped, though the core is the one that could."""
+    """The rest of a head is not rotated. In evaluation nothing is dropped, even by the core with dropout."""
     drops = dict(embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)
     assert differences(longer(position="rotary", rotary_fraction=0.5, **drops)) <= 1e-5
 
 
-def test_rows_know_their_places():
-    rows = Rows(3, 8, torch.device("cpu"))
+def test_rows_know_their_positions():
+    rows = CacheRows(3, 8, torch.device("cpu"))
     x, q = torch.zeros(2, 4, 5), torch.zeros(2, 6, 4, 5)
-    rows.begin([4, 2])
-    assert rows.begins and rows.of(x).tolist() == rows.of(q).tolist() == [0, 1, 2, 3] and rows.first == 0
-    rows.begin([1])
+    rows.prefill([4, 2])
+    assert rows.prefilling and rows.of(x).tolist() == rows.of(q).tolist() == [0, 1, 2, 3] and rows.first == 0
+    rows.prefill([1])
     assert rows.first == 2 and rows.lengths == [4, 2, 1]
     rows.advance()
     x, q = torch.zeros(3, 1, 5), torch.zeros(3, 6, 1, 5)
@@ -83,20 +83,20 @@ def test_rows_know_their_places():
 
 
 def test_equal_lengths_need_no_mask():
-    rows = Rows(2, 8, torch.device("cpu"))
-    rows.begin([3, 3])
+    rows = CacheRows(2, 8, torch.device("cpu"))
+    rows.prefill([3, 3])
     rows.advance()
     assert rows.mask(torch.zeros(2, 6, 1, 5)) is None
 
 
 def test_what_does_not_fit_is_refused():
-    rows = Rows(2, 4, torch.device("cpu"))
+    rows = CacheRows(2, 4, torch.device("cpu"))
     for lengths in ([5], [1, 1, 1], [0], []):
         with pytest.raises(ValueError, match="do not fit|empty"):
-            rows.begin(lengths)
+            rows.prefill(lengths)
     with pytest.raises(ValueError, match="cannot take another"):
         rows.advance()
-    rows.begin([4])
+    rows.prefill([4])
     with pytest.raises(ValueError, match="have room for 4"):
         rows.advance()
 

@@ -1,4 +1,4 @@
-"""Greedy tokens are transformers' own; a row's tokens are its own, whatever the batch, the slot, its company and the tensor degree."""
+"""Greedy tokens are those of transformers, and a row's tokens do not depend on the batch, the slot or the other rows."""
 
 import functools
 import itertools
@@ -31,7 +31,7 @@ TOKENS = 40
 
 @functools.cache
 def theirs(case: str):
-    """Random weights wide enough that no two logits are nearly equal, and texts do not repeat themselves at once."""
+    """Random weights so large that no two logits are nearly equal, and that texts do not repeat one token."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(CONFIGS[case])
     with torch.no_grad():
@@ -49,7 +49,7 @@ def ours(case: str) -> PlainModule:
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_greedy_tokens_are_those_of_transformers(case):
-    """Four prompts of different lengths at once here, each alone there, 40 tokens each, fp32: every one equal."""
+    """Four prompts of different lengths, together here and each alone in transformers: all 40 tokens are equal, in fp32."""
     found = written(Decoder(ours(case), read_config.settings(CONFIGS[case]), ALONE, len(PROMPTS), 64), PROMPTS, TOKENS)
     for prompt, ids in zip(PROMPTS, found, strict=True):
         given = torch.tensor([prompt])
@@ -61,7 +61,7 @@ def test_greedy_tokens_are_those_of_transformers(case):
 @pytest.mark.parametrize("position", ["learned", "rotary", "alibi"])
 @pytest.mark.parametrize("choice", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_a_text_does_not_depend_on_its_company(position, choice):
-    """Alone, with three others, and with them in another order of rows: the same tokens (fp32)."""
+    """A row gets the same tokens alone, with three others, and with fewer others, in fp32."""
     model = longer(position=position, num_kv_heads=2)
     alone = [written(Decoder(filled(model), model, ALONE, 1, LENGTH), [prompt], 16, choice)[0] for prompt in PROMPTS[:1]]
     together = written(Decoder(filled(model), model, ALONE, 6, LENGTH), PROMPTS, 16, choice)
@@ -70,7 +70,7 @@ def test_a_text_does_not_depend_on_its_company(position, choice):
 
 
 def test_rows_come_and_go():
-    """Random admissions and departures over few slots: every row's logits stay those of its own tokens alone, to 1e-5."""
+    """With random admissions and departures in few slots, every row's logits are those of its own tokens alone, to 1e-5."""
     model = longer(position="rotary", num_kv_heads=2)
     alone, decoder = filled(model), Decoder(filled(model), model, ALONE, 3, LENGTH)
     rng, texts = random.Random(0), []
@@ -96,7 +96,7 @@ def test_rows_come_and_go():
 
 
 def test_rows_go_on_from_others():
-    """Three rows of which two go on from the last: what beams do."""
+    """Four rows that continue three others, as in beam search."""
     model = longer(num_kv_heads=2)
     alone, decoder = filled(model), Decoder(filled(model), model, ALONE, 4, LENGTH)
     texts = [list(prompt) for prompt in PROMPTS[:3]]
@@ -109,7 +109,7 @@ def test_rows_go_on_from_others():
 
 
 class Backwards(Position):
-    """Takes its places from `self.places`, as it must."""
+    """Takes positions from `self.places`, as it must."""
 
     def rotate(self, q, k):
         angle = self.places.of(q)[..., None].to(q.dtype)
@@ -117,7 +117,7 @@ class Backwards(Position):
 
 
 class Counts(Rotary):
-    """Counts for itself where its tokens are: every single one is at 0."""
+    """Counts tokens instead of using `self.places`: a single token is always at position 0."""
 
     def rotate(self, q, k):
         angle = torch.arange(q.shape[-2])[:, None].to(q.dtype)
@@ -130,14 +130,14 @@ class OwnNorm(RMSNorm):
 
 
 class OwnTable(Learned):
-    """At the input, by the table's own rows."""
+    """Adds the first rows of the table instead of those at `self.places`."""
 
     def forward(self, x):
         return x + self.weight[: x.shape[1]]
 
 
 class Shifted(RMSNorm):
-    """Looks at the token before, where a cache has nothing."""
+    """Looks at the previous token outside attention, which is not there when decoding."""
 
     def forward(self, x):
         return super().forward(x + 0.5 * x.roll(1, 1)) if x.dim() == 3 else super().forward(x)

@@ -1,4 +1,4 @@
-"""Tensor ranks write what one rank writes: tokens, beams, and every order that the first gives."""
+"""With a driver and workers, tensor ranks give the same tokens, logits and beams as one rank."""
 
 import pytest
 
@@ -11,13 +11,13 @@ from tests.models.helpers.decoding import DRAWN, LENGTH, PROMPTS, filled, longer
 
 
 def many() -> list:
-    """Shared kv heads among them: at tensor 4 two neighbours use one; a vocabulary that is padded."""
+    """With shared kv heads (at tensor 4 two neighbouring ranks use one) and a padded vocabulary."""
     rows = [("learned", 4, "pre_norm"), ("rotary", 2, "parallel"), ("alibi", 2, "post_norm"), ("none", 1, "pre_norm")]
     return [longer(position=p, num_kv_heads=k, residual=r, qk_norm=k == 2, tied=k == 4) for p, k, r in rows]
 
 
 @pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_tensor_ranks_write_what_one_writes(tensor):
+def test_tensor_ranks_generate_what_one_rank_generates(tensor):
     """Token for token, greedy and drawn, in fp32."""
     decoders = [Decoder(filled(model), model, ALONE, len(PROMPTS), LENGTH) for model in many()]
     alone = [[written(decoder, PROMPTS, 16, choice) for choice in (GREEDY, DRAWN)] for decoder in decoders]
@@ -27,10 +27,10 @@ def test_tensor_ranks_write_what_one_writes(tensor):
 
 
 @pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_every_order_reaches_the_other_ranks(tensor):
-    """Rows that come, go, change places and are cleared, and a beam search: logits to 1e-5, beams equal."""
+def test_every_call_of_the_driver_reaches_the_workers(tensor):
+    """Rows that are admitted, stepped, dropped, reordered and cleared, and a beam search: logits to 1e-5, beams equal."""
     model = longer(position="rotary", num_kv_heads=2)
-    first, *others = run_ranks(decoding.ordered, tensor, model)
+    first, *others = run_ranks(decoding.carried_out_by_driver, tensor, model)
     alone = decoding.carried_out(Decoder(filled(model), model, ALONE, 4, LENGTH))
     assert others == [None] * (tensor - 1)
     assert [beam[0] for beam in first["beams"]] == [beam[0] for beam in alone["beams"]]

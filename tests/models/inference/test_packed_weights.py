@@ -1,4 +1,4 @@
-"""Weights laid out anew compute what F.linear computes with them as they were."""
+"""Packed weights give the results of F.linear with the original weights."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.models.helpers.build import relative
 
 GRID = Grid()
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float64: 1e-15}
-"""Of the product in fp64 of the same numbers; bf16's own rounding is 2⁻⁹."""
+"""Relative to the product of the same numbers in fp64. The rounding of bf16 is 2⁻⁹."""
 
 
 def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -21,7 +21,7 @@ def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 class Parts(nn.Module):
-    """One of each kind; the tied head's weight is also the embedding's."""
+    """One layer of each kind. The tied head uses the embedding's weight."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Parts(nn.Module):
         self.to(dtype)
 
     def outputs(self, rows: int, rounded: torch.dtype) -> list[torch.Tensor]:
-        """Of numbers that `rounded` can hold."""
+        """The outputs for inputs that `rounded` can represent."""
         x, wide = (draw("x", (rows, 1, width)).to(rounded).to(self.embedding.weight.dtype) for width in (32, 64))
         with torch.inference_mode():
             return [self.high(x), self.wide(wide), self.tied(x), self.head(x), self.embedding(torch.tensor([[1, 82, 5]]))]

@@ -1,4 +1,4 @@
-"""Processed logits are transformers' own; a draw is a function of its seed and its number, and follows the probabilities."""
+"""Processed logits are those of transformers. Draws depend on seed and token number alone, and follow the probabilities."""
 
 import collections
 
@@ -30,7 +30,7 @@ CHOICES = [
 
 
 def logits(rows: int = 6, seed: int = 0) -> torch.Tensor:
-    """With a tie, so that top-k is met at its edge."""
+    """With a tie at the boundary of top-k."""
     found = 3 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
     found[0, 7] = found[0].topk(20).values[-1]
     return found
@@ -62,7 +62,7 @@ def test_the_repetition_penalty_is_transformers_own_to_the_bit(penalty):
 
 
 def test_ids_that_the_logits_lack_are_no_trouble():
-    """A prompt may hold an id of the model that the tokenizer has not."""
+    """A prompt may contain ids that the model has and the tokenizer lacks."""
     assert torch.equal(penalised(logits(1), [{VOCAB + 3}], 2.0), logits(1))
     assert torch.equal(penalised(logits(1), [set()], 2.0), logits(1))
 
@@ -108,7 +108,7 @@ def test_drawn_tokens_follow_the_probabilities():
 
 
 def test_the_edges_of_a_draw():
-    """0 is the first token that is possible, the largest number the last one that is."""
+    """0 draws the first possible token, the largest number the last possible one."""
     given = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(3, -1)
     assert drawn(given, [0.0, 0.5, 1 - 2**-52]) == [1, 2, 2]
     assert all(0 <= uniform(seed, 0) < 1 and uniform(seed, 0) * 2**52 == int(uniform(seed, 0) * 2**52) for seed in range(100))

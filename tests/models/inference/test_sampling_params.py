@@ -1,4 +1,4 @@
-"""Settings that mean nothing are one sentence."""
+"""Sampling settings without a meaning or an effect are refused in one sentence."""
 
 import math
 

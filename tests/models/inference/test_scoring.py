@@ -1,4 +1,4 @@
-"""Scores of whole texts in padded batches, on one rank and on tensor ranks that are led: against the plain module, a text at a time."""
+"""Scores of whole texts in padded batches, on one rank and with a driver and workers, against the plain module on one text at a time."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from models.config import GPT
-from models.inference.driver import DriverScorer, run_scoring_worker
+from models.inference.driver import DriverScorer, run_worker
 from models.inference.scoring import TokenScorer, token_scores
 from parallel.grid import make_grid
 from parallel.layers import PlainModule
@@ -21,13 +21,13 @@ COUNTS = [1, 23, 3, 2, 1]
 
 
 def models() -> list[GPT]:
-    """Shared kv heads, a vocabulary that is padded, every scheme of positions."""
+    """With shared kv heads, a padded vocabulary and several position schemes."""
     rows = [("learned", 4, "pre_norm"), ("rotary", 2, "parallel"), ("alibi", 2, "post_norm"), ("none", 1, "pre_norm")]
     return [longer(position=p, num_kv_heads=k, residual=r, tied=k == 4) for p, k, r in rows]
 
 
 def dense(module: PlainModule, model: GPT) -> list[tuple[float, bool]]:
-    """Every scored token by torch's softmax over the whole vocabulary, each text by itself, its last token read too."""
+    """Every scored token by torch's softmax over the whole vocabulary. Each text is run by itself, including its last token."""
     found = []
     for row, count in zip(ROWS, COUNTS, strict=True):
         with torch.no_grad():
@@ -37,17 +37,17 @@ def dense(module: PlainModule, model: GPT) -> list[tuple[float, bool]]:
     return found
 
 
-def led(jobs: list[tuple[GPT, list, list]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The scores of each job, asked for on tensor rank 0; nothing on the others, which follow."""
+def scored_by_driver(jobs: list[tuple[GPT, list, list]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The scores of each job from the driver on tensor rank 0; an empty list on the other ranks, which are workers."""
     grid, found = tensor_grid(), []
     for model, rows, counts in jobs:
         if grid.rank > 0:
-            run_scoring_worker(TokenScorer(filled(model, grid), model, grid))
+            run_worker(TokenScorer(filled(model, grid), model, grid))
             continue
-        leader = DriverScorer(filled(model, grid), model, grid)
-        found.append(arrays(leader.score(rows, counts)))
-        leader.score(rows[:1], counts[:1])
-        leader.release()
+        driver = DriverScorer(filled(model, grid), model, grid)
+        found.append(arrays(driver.score(rows, counts)))
+        driver.score(rows[:1], counts[:1])
+        driver.release()
     return found
 
 
@@ -56,7 +56,7 @@ def arrays(scores: tuple[torch.Tensor, torch.Tensor]) -> tuple[np.ndarray, np.nd
 
 
 def with_greedy(module: PlainModule, model: GPT) -> tuple[list, list]:
-    """ROWS, the last of which goes on with the token that the model finds likeliest, so that greedy flags are not all false."""
+    """ROWS and one more, which ends in the model's most likely token, so that not all greedy flags are False."""
     with torch.no_grad():
         likeliest = int(module(torch.tensor([ROWS[-1]]))[0, -1, : model.vocab_size].argmax())
     return [*ROWS, [*ROWS[-1], likeliest]], [*COUNTS, 1]
@@ -84,7 +84,7 @@ def test_tensor_ranks_score_what_one_scores(tensor):
         rows, counts = with_greedy(module, model)
         jobs.append((model, rows, counts))
         alone.append(arrays(TokenScorer(module, model, ALONE).score(rows, counts)))
-    first, *others = run_ranks(led, tensor, jobs)
+    first, *others = run_ranks(scored_by_driver, tensor, jobs)
     assert others == [[]] * (tensor - 1)
     for (logp, greedy), (ours, flags) in zip(first, alone, strict=True):
         assert np.abs(logp - ours).max() < 1e-5 and (greedy == flags).all() and greedy[-1]

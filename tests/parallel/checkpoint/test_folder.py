@@ -1,4 +1,4 @@
-"""A run's folder of checkpoints: `latest` and what it may say, what is kept, what is in use, what killed writers leave."""
+"""A run's folder of checkpoints: what `latest` may contain, which checkpoints are kept or in use, and what killed writers leave."""
 
 import fcntl
 import subprocess

@@ -1,6 +1,7 @@
-"""Resumed = uninterrupted: bit for bit on the same layout, within the rounding of the layouts on any other; and never from damage."""
+"""A resumed run equals an uninterrupted one: bit for bit on the same layout, within rounding on another; damage is never loaded."""
 
 import functools
+import hashlib
 import json
 import os
 import random
@@ -19,8 +20,9 @@ from parallel.checkpoint.load import load_checkpoint, load_initial
 from parallel.checkpoint.manifest import KINDS
 from parallel.checkpoint.reader import Reader
 from parallel.checkpoint.saver import Saver
+from parallel.distributed import PRECISIONS
 from parallel.engines import process_state
-from parallel.engines.engine import PRECISIONS, Engine
+from parallel.engines.engine import Engine
 from parallel.engines.optimizer_state import ensure_moments, fragment
 from parallel.errors import Mistake
 from parallel.files import write_synced
@@ -95,7 +97,7 @@ def resumed(folder: Path, layout: str, subject: str = "dropping", precision: str
 SAME = [(layout, "dropping", precision) for layout in LAYOUTS for precision in ("fp32", "bf16") if layout not in ("PP4", "ZeRO-3 on three")]
 SAME += [("PP4", "dropping, four blocks", "bf16"), ("TP2", "llama", "fp32"), ("TP2·PP2", "llama", "bf16")]
 SAME += [(layout, "dropping", "fp16") for layout in ("one rank", "TP2", "PP2", "ZeRO-2", "ZeRO-3")]
-SOON = {("TP2", "fp32"), ("PP2", "fp32"), ("ZeRO-3", "fp32"), ("DP2", "bf16"), ("one rank", "fp16")}
+SOON = {("TP2·PP2", "fp32"), ("ZeRO-3", "fp32"), ("DP2", "bf16"), ("one rank", "fp16")}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_the_comparison_can_fail(what: str, uninterrupted, tmp_path: Path) -> No
 # Another layout.
 
 PAIRS = [(a, b) for a in MATRIX for b in MATRIX]
-SHORT = [("one rank", "TP2·PP2"), ("TP2", "ZeRO-3"), ("PP2", "DP2"), ("ZeRO-3", "TP2"), ("TP2·PP2", "one rank")]
+SHORT = [("one rank", "TP2·PP2"), ("ZeRO-3", "TP2"), ("TP2·PP2", "ZeRO-3")]
 OTHER = [("dropping", *pair) for pair in PAIRS]
 OTHER += [("llama", "TP2·PP2", "ZeRO-3"), ("llama", "ZeRO-3", "TP2"), ("dropping", "TP4", "ZeRO-3"), ("dropping", "ZeRO-3", "TP4")]
 OTHER += [("dropping, four blocks", "PP4", "TP2"), ("dropping, four blocks", "ZeRO-3, all offloaded", "PP4")]
@@ -346,8 +348,9 @@ def rename(told: dict, kind: str, old: str, new: str) -> None:
 
 
 def change_generators(folder: Path, data: bytes) -> None:
-    file = write_synced(folder / "generators.json", data)
-    change_manifest(folder, lambda told: told["files"].update({"generators.json": {"size": file.size, "sha256": file.sha256}}))
+    write_synced(folder / "generators.json", data)
+    file = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    change_manifest(folder, lambda told: told["files"].update({"generators.json": file}))
 
 
 def test_damage_of_every_kind_is_found_and_named_before_anything_is_set(copies) -> None:

@@ -1,4 +1,4 @@
-"""What a manifest may say: everything that would read outside, too much, twice or nothing is refused, and the reason says where."""
+"""The manifest parser refuses whatever would read outside the folder, too much, twice or nothing, and its error says where."""
 
 import copy
 import json

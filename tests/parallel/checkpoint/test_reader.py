@@ -1,4 +1,4 @@
-"""Any region of any tensor, however it is cut, and every kind of damage to what lies on disk."""
+"""The reader returns any region of any tensor for any slicing, and detects every kind of damage to the files."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from parallel.checkpoint.folder import MANIFEST, retain
 from parallel.checkpoint.manifest import MAX_BYTES
 from parallel.checkpoint.reader import OPEN_AT_ONCE, Reader, load_weights
-from parallel.checkpoint.writer import Part, Writing
+from parallel.checkpoint.writer import CheckpointWriter, Part
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.slices import Slice, make_parameter
@@ -31,10 +31,10 @@ def cut_up(folder: Path, bounds: list[int], dim: int) -> Path:
     """WHOLE as pieces along `dim`, in the wrong order."""
     spans = list(zip(bounds, bounds[1:], strict=False))[::-1]
     parts = [Part("weights", "a", (11, 6), dim, first, last - first) for first, last in spans]
-    writing = Writing(folder, parts, {"step": 1}, Grid())
+    writing = CheckpointWriter(folder, parts, {"step": 1}, Grid())
     for first, last in spans:
         writing.write(WHOLE.narrow(dim, first, last - first))
-    writing.published()
+    writing.finish()
     return folder
 
 
@@ -115,10 +115,10 @@ def test_a_kind_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_many_files_are_not_open_at_once(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("parallel.checkpoint.writer.BYTES_PER_FILE", 1)
     parts = [Part("weights", f"t{i}", (1,), 0, 0, 1) for i in range(3 * OPEN_AT_ONCE)]
-    writing = Writing(tmp_path / "step_1", parts, {"step": 1}, Grid())
+    writing = CheckpointWriter(tmp_path / "step_1", parts, {"step": 1}, Grid())
     for i in range(len(parts)):
         writing.write(torch.tensor([float(i)]))
-    writing.published()
+    writing.finish()
     with Reader(tmp_path / "step_1") as reader:
         for _ in range(2):
             assert [float(reader.read(name)) for name in reader] == list(range(3 * OPEN_AT_ONCE))

@@ -1,4 +1,4 @@
-"""A checkpoint saved in the background is the one saved at once, whatever training does meanwhile; and it is published by all together."""
+"""A checkpoint saved in the background equals one saved at once, whatever training does meanwhile, and all ranks publish it together."""
 
 import json
 import threading

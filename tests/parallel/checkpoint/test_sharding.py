@@ -1,4 +1,4 @@
-"""Every part is written by one rank, the work is shared out, and what is written is what the engine holds."""
+"""Every part is written by exactly one rank, the work is divided evenly, and the written tensors are those of the engine."""
 
 import functools
 import tempfile

@@ -1,4 +1,4 @@
-"""A streamed file is what safetensors itself writes and reads, its size and hash those of the bytes on disk."""
+"""A streamed file equals the one that safetensors writes; its size and hash are those of the bytes on disk."""
 
 import errno
 import hashlib
@@ -114,12 +114,12 @@ def test_a_disk_that_takes_a_part_is_given_the_rest(tmp_path: Path) -> None:
 
 def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
     write_synced(tmp_path / "a", b"long ago")
-    told = write_synced(tmp_path / "a", b"now")
-    assert (tmp_path / "a").read_bytes() == b"now" and told.size == 3 and told.sha256 == sha256_of(tmp_path / "a")
+    write_synced(tmp_path / "a", b"now")
+    assert (tmp_path / "a").read_bytes() == b"now" and sha256_of(tmp_path / "a") == hashlib.sha256(b"now").hexdigest()
 
 
 def test_a_full_disk_is_an_oserror(tmp_path: Path) -> None:
-    """/dev/full refuses every byte; the file raises, and its writer (checkpoint_writer.py) remembers."""
+    """/dev/full refuses every byte; the file raises, and its writer (writer.py) keeps the error."""
     file = TensorFile(tmp_path / "a", [Entry("a", (1,))])
     with open("/dev/full", "wb", buffering=0) as full:
         file.file = full

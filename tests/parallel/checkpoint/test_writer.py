@@ -1,4 +1,4 @@
-"""Complete or absent: whatever is killed, and when, and whatever the disk refuses, all ranks hear of it and nothing is lost."""
+"""A checkpoint is complete or absent, whichever rank is killed and whenever the disk refuses; every rank raises, and older ones remain."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint import tensor_file, writer
 from parallel.checkpoint.folder import latest, retain
 from parallel.checkpoint.reader import Reader
-from parallel.checkpoint.writer import Part, Writing, files_of
+from parallel.checkpoint.writer import CheckpointWriter, Part, files_of
 from parallel.errors import Mistake
 from parallel.grid import Grid, make_grid
 from tests.harness import RankFailed, run_ranks
@@ -40,9 +40,9 @@ def test_what_is_written_is_read_by_numpy(tmp_path: Path) -> None:
 
 def test_it_tells_what_it_has_written(tmp_path: Path) -> None:
     parts = [Part("weights", "a", (3,), 0, 0, 3)]
-    writing = Writing(tmp_path / "run" / "step_1", parts, {"step": 1}, Grid())
+    writing = CheckpointWriter(tmp_path / "run" / "step_1", parts, {"step": 1}, Grid())
     writing.write(torch.zeros(3))
-    saved = writing.published()
+    saved = writing.finish()
     assert saved.folder == tmp_path / "run" / "step_1" and saved.size == 12 and 0 <= saved.seconds < 60
     assert latest(tmp_path / "run") == saved.folder
 
@@ -74,20 +74,20 @@ def test_the_same_step_saved_again_replaces_the_older(tmp_path: Path) -> None:
 
 
 def test_too_few_tensors_are_not_a_checkpoint(tmp_path: Path) -> None:
-    writing = Writing(tmp_path / "step_1", [Part("weights", "a", (3,), 0, 0, 3)], {"step": 1}, Grid())
+    writing = CheckpointWriter(tmp_path / "step_1", [Part("weights", "a", (3,), 0, 0, 3)], {"step": 1}, Grid())
     with pytest.raises(RuntimeError, match="was to be written and was not"):
-        writing.published()
+        writing.finish()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_could_not_be_read_is_not_published(tmp_path: Path) -> None:
     """A writer's own mistake, here a gap between two parts, is found before it is too late."""
     parts = [Part("weights", "a", (9,), 0, first, 3) for first in (0, 6)]
-    writing = Writing(tmp_path / "step_1", parts, {"step": 1}, Grid())
+    writing = CheckpointWriter(tmp_path / "step_1", parts, {"step": 1}, Grid())
     for _ in parts:
         writing.write(torch.zeros(3))
     with pytest.raises(ValueError, match="lacks 3:6"):
-        writing.published()
+        writing.finish()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,7 +121,7 @@ PHASES: dict[str, tuple[tuple, tuple[int, ...]]] = {  # what is called there, an
     "before its own file": ((writer, "TensorFile"), (0, 1)),
     "within a tensor": ((tensor_file.TensorFile, "_write", 3, half_a_tensor), (0, 1)),
     "before its file is on disk": ((tensor_file.TensorFile, "close"), (0, 1)),
-    "before the ranks meet": ((Writing, "_check_complete"), (0, 1)),
+    "before the ranks meet": ((CheckpointWriter, "finish"), (0, 1)),
     "before the manifest": ((checkpoint_folder, "write_synced"), (0,)),
     "before the rename": ((Path, "rename"), (0,)),
     "between rename and latest": ((checkpoint_folder, "point_latest"), (0,)),

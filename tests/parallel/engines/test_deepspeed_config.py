@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: derived from fields, extended by the user's own table, never contradicted by it."""
+"""The DeepSpeed configuration: derived from fields, extended by the user's own table, never contradicted by it."""
 
 import json
 from dataclasses import replace

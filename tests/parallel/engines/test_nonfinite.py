@@ -1,4 +1,4 @@
-"""Whose gradient was it? On real engines: the rank that made a NaN has it, the others only see it after the reduction."""
+"""On real engines, only the rank that produced a NaN reports it, although all ranks have it after the reduction."""
 
 import math
 

@@ -1,6 +1,7 @@
-"""An engine's state is what Adam's definition says it is, and goes in as it came out, on every ZeRO stage."""
+"""An engine's state equals Adam's definition, and is the same after reading and setting it, on every ZeRO stage."""
 
 import functools
+import math
 
 import deepspeed
 import pytest
@@ -8,8 +9,9 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from parallel.checkpoint.manifest import KINDS
-from parallel.engines.engine import PRECISIONS, Engine
-from parallel.engines.optimizer_state import check_counters, counters, ensure_moments, fragment, publish_weights, set_counters
+from parallel.distributed import PRECISIONS
+from parallel.engines.engine import Engine
+from parallel.engines.optimizer_state import MOMENTS, check_counters, counters, ensure_moments, fragment, publish_weights, set_counters
 from parallel.errors import Mistake
 from parallel.slices import slice_of
 from tests.harness import run_ranks
@@ -29,6 +31,10 @@ LAYOUTS = {
     "PP2, bf16": (2, dict(pipe=2, precision="bf16")),
     "ZeRO-3 on three": (3, dict(micro=2, zero_stage=3)),  # which divide no parameter's size
 }
+
+
+def test_a_checkpoint_holds_the_weights_and_the_moments() -> None:
+    assert ("weights", *MOMENTS) == KINDS
 
 
 def step_once(engine: Engine, shape, grid) -> None:
@@ -117,7 +123,7 @@ def back_in(settings: dict) -> list[tuple[str, str]]:
     publish_weights(engine)
     lost = []
     for name, parameter in engine.parameters.items():
-        count = slice_of(parameter).local_numel(grid.tensor)
+        count = math.prod(slice_of(parameter).local_shape(grid.tensor))
         expected = torch.full((count,), -0.0) if name.endswith("bias") else torch.arange(count) / 7
         found = whole_in_the_model(parameter).flatten()
         lost += [("model", name)] if found.numpy(force=True).tobytes() != expected.to(found.dtype).numpy().tobytes() else []

@@ -1,4 +1,4 @@
-"""Random generators go on where they stood; what bits depend on is told, and what changed is named."""
+"""Random generators continue where they stopped, and changes of the layout or the machine are named with both values."""
 
 import json
 import random

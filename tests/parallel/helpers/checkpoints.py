@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from parallel.checkpoint.writer import Part, Saved, Writing, write
+from parallel.checkpoint.writer import CheckpointWriter, Part, Saved, write
 from parallel.grid import Grid
 
 TENSORS = {f"layer.{i}.weight": torch.full((4, 5), float(i)) for i in range(6)}
@@ -51,10 +51,10 @@ def save_on(grid: Grid, folder: Path, offset: float = 0.0, step: int = 1) -> Sav
     if grid.rank == grid.world - 1:
         parts.append(Part("weights", last, (4, 5), 0, 0, 4))
         mine.append(whole + offset)
-    writing = Writing(folder, parts, {"step": step}, grid)
+    writing = CheckpointWriter(folder, parts, {"step": step}, grid)
     for tensor in mine:
         writing.write(tensor)
-    return writing.published()
+    return writing.finish()
 
 
 def all_but_slow(cases: Iterable, fast: Collection) -> list:

@@ -1,4 +1,4 @@
-"""The verb evaluate: figures equal to the run's own and on every layout, kept whole, not computed twice; mistakes in a sentence."""
+"""The verb evaluate: metrics equal the run's own, on one rank and two; results are kept and not computed twice; errors are one sentence."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import time
 import pytest
 
 from research.cli import evaluate
-from research.cli.evaluate import cells, figure, summary_rows
-from research.evaluation import task as tasks
+from research.cli.evaluate import format_value, summary_rows, table_rows
+from research.evaluation import task as task_file
 from research.evaluation.results import Key, Result
 from research.evaluation.task import Metric
 from research.tracking import metrics
@@ -40,7 +40,7 @@ def pairs(tmp_path):
 
 
 def rows(capsys, folder: RunFolder, *words: str) -> dict[str, dict]:
-    """What the command finds, by task."""
+    """The command's results by task."""
     evaluate.main([str(folder.path), *words, "--json"])
     return {row["task"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
 
@@ -50,8 +50,8 @@ def value(row: dict, metric: str) -> float:
 
 
 def test_validation_is_the_run_s_own(tensor_2: Ended, tmp_path, capsys):
-    """A run of two tensor ranks, evaluated on one: the last val/… of metrics.jsonl."""
-    copied = RunFolder(tmp_path / "runs" / "gpt_sotu" / tensor_2.folder.id)  # other tests look at the run's own folder
+    """A run of two tensor ranks, evaluated on one rank, gives the last val/… metrics of its metrics.jsonl."""
+    copied = RunFolder(tmp_path / "runs" / "gpt_sotu" / tensor_2.folder.id)  # other tests use the run's own folder
     shutil.copytree(tensor_2.folder.path, copied.path)
     (row,) = rows(capsys, copied, "--tasks", "validation").values()
     last = metrics.last(tensor_2.folder.metrics, ("val/loss", "val/ppl", "val/bits_per_byte"))
@@ -60,7 +60,7 @@ def test_validation_is_the_run_s_own(tensor_2: Ended, tmp_path, capsys):
     assert value(row, "perplexity") == pytest.approx(last["val/ppl"], rel=1e-6)
 
 
-def test_two_tensor_ranks_find_the_same(folder, pairs, capsys):
+def test_two_tensor_ranks_give_the_same_metrics(folder, pairs, capsys):
     words = ["--tasks", "validation", f"pairs:{pairs}", "--stride", "24", "--again"]
     one, two = rows(capsys, folder, *words), rows(capsys, folder, *words, "--tensor", "2", "--batch", "3")
     assert one.keys() == two.keys() and two["validation"]["tensor"] == 2
@@ -72,8 +72,8 @@ def test_two_tensor_ranks_find_the_same(folder, pairs, capsys):
 def test_a_known_task_is_not_run_again(folder, pairs, capsys, monkeypatch):
     task = f"pairs:{pairs}"
     first = rows(capsys, folder, "--tasks", task)
-    told = json.loads((folder.path / "evaluations" / "step_000006.json").read_text())
-    assert told["run"] == folder.title and first[task] in told["results"]
+    saved = json.loads((folder.path / "evaluations" / "step_000006.json").read_text())
+    assert saved["run"] == folder.title and first[task] in saved["results"]
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "_evaluate", lambda *_: pytest.fail("it was run again"))
         assert rows(capsys, folder, "--tasks", task, "--tensor", "2") == first
@@ -86,7 +86,7 @@ def test_a_known_task_is_not_run_again(folder, pairs, capsys, monkeypatch):
     assert rows(capsys, folder, "--tasks", task)[task]["examples"] == 4
 
 
-def test_figures_of_a_checkpoint_that_was_replaced_are_forgotten(folder, pairs, capsys):
+def test_results_of_a_checkpoint_that_was_replaced_are_dropped(folder, pairs, capsys):
     path = folder.path / "evaluations" / "step_000003.json"
     rows(capsys, folder, "--tasks", f"pairs:{pairs}", "--checkpoint", "3")
     path.write_text(path.read_text().replace('"manifest_sha256": "', '"manifest_sha256": "0'))
@@ -96,12 +96,11 @@ def test_figures_of_a_checkpoint_that_was_replaced_are_forgotten(folder, pairs, 
 
 def test_what_was_finished_is_kept(folder, pairs, capsys, monkeypatch):
     """Ctrl-C in the second task."""
-    asked = tasks.evaluate
 
-    def interrupted(exam, *more):
-        if len(exam.asked) == 4:  # the pairs
+    def interrupted(requests, *arguments):
+        if len(requests.requests) == 4:  # the pairs
             raise KeyboardInterrupt
-        return asked(exam, *more)
+        return task_file.evaluate(requests, *arguments)
 
     monkeypatch.setattr(evaluate, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -113,18 +112,8 @@ def test_what_was_finished_is_kept(folder, pairs, capsys, monkeypatch):
 @pytest.mark.slow
 def test_ctrl_c_ends_all_ranks_and_leaves_whole_files(folder, pairs, tmp_path):
     (tmp_path / "long.txt").write_text(untrained.TEXT * 400, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "research",
-        "evaluate",
-        str(folder.path),
-        "--tensor",
-        "2",
-        "--tasks",
-        f"pairs:{pairs}",
-        f"perplexity:{tmp_path}/long.txt",
-    ]
+    command = [sys.executable, "-m", "research", "evaluate", str(folder.path), "--tensor", "2"]
+    command += ["--tasks", f"pairs:{pairs}", f"perplexity:{tmp_path}/long.txt"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True)
     assert process.stderr is not None
     while "perplexity" not in process.stderr.readline():
@@ -138,7 +127,7 @@ def test_ctrl_c_ends_all_ranks_and_leaves_whole_files(folder, pairs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--tasks", "lambda"], "there is no task 'lambda' → did you mean lambada?"),
         (["--tasks", "validation,zzz"], "there is no task 'zzz'"),
@@ -155,17 +144,17 @@ def test_ctrl_c_ends_all_ranks_and_leaves_whole_files(folder, pairs, tmp_path):
         (["--taks", "x"], "does not know --taks → did you mean --tasks?"),
     ],
 )
-def test_mistakes(folder, words, said):
+def test_mistakes(folder, words, message):
     if "lm_eval:x" in words:
         pytest.importorskip("lm_eval")
-    assert said in sentence(lambda: evaluate.main([str(folder.path), *words]))
+    assert message in sentence(lambda: evaluate.main([str(folder.path), *words]))
 
 
 def test_no_run():
     assert "evaluate needs a run → name one" in sentence(lambda: evaluate.main([]))
 
 
-def test_a_file_that_is_no_record(folder, capsys):
+def test_a_damaged_results_file(folder, capsys):
     path = folder.path / "evaluations" / "step_000003.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text("{")
@@ -179,22 +168,22 @@ def test_the_list(capsys):
     assert "validation" in out and "pairs:FILE" in out and "lm_eval:NAME" in out
 
 
-def test_a_harness_that_is_missing_is_said(folder, monkeypatch):
+def test_lm_eval_that_is_not_installed(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    said = sentence(lambda: evaluate.main([str(folder.path), "--tasks", "lm_eval:x"]))
-    assert said.endswith("is not installed → pip install -r requirements-eval.txt")
+    message = sentence(lambda: evaluate.main([str(folder.path), "--tasks", "lm_eval:x"]))
+    assert message.endswith("is not installed → pip install -r requirements-eval.txt")
 
 
 def result(task: str, **values: float) -> Result:
     key = Key(task, {"limit": 5, "stride": None}, "", "", "fp32")
-    return Result(key, tuple(Metric(name, one, one / 10) for name, one in values.items()), 1200, 61.0, 1, 8, "")
+    return Result(key, tuple(Metric(name, value, value / 10) for name, value in values.items()), 1200, 61.0, 1, 8, "")
 
 
 def test_the_table():
-    first, second = cells(result("lambada", accuracy=0.5, perplexity=12345.6))
+    first, second = table_rows(result("lambada", accuracy=0.5, perplexity=12345.6))
     assert first == ("lambada (limit 5)", "accuracy", "0.5000", "0.0500", "1,200", "fp32", "1:01")
     assert second == ("", "perplexity", "12,345.6", "1,234.6", "", "", "")
-    assert [figure(one) for one in (None, float("nan"), float("inf"), 0.00004)] == ["", "nan", "inf", "0.0000"]
+    assert [format_value(value) for value in (None, float("nan"), float("inf"), 0.00004)] == ["", "nan", "inf", "0.0000"]
 
 
 def test_names_in_the_summary_have_no_folder():

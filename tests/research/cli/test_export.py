@@ -15,6 +15,7 @@ from research.config import serialization
 from research.data.prepare import load_tokenizer
 from research.exchange import parity
 from research.generation.restore import DecoderSpec, restored
+from research.tracking.run_folder import find_checkpoint
 from tests.parallel.helpers.checkpoints import save
 from tests.research.helpers.launches import ROOT, Ended
 
@@ -48,10 +49,10 @@ def test_a_run_of_two_ranks_is_what_transformers_loads(tensor_2: Ended, tmp_path
 
 def test_a_checkpoint_may_be_named(tensor_2: Ended, tmp_path):
     checkpoint = tensor_2.folder.checkpoints / "step_000006"
-    assert export.named(str(checkpoint)) == (tensor_2.folder, checkpoint)
-    assert export.named(str(tensor_2.folder.path)) == (tensor_2.folder, checkpoint)
+    assert find_checkpoint(str(checkpoint)) == (tensor_2.folder, checkpoint)
+    assert find_checkpoint(str(tensor_2.folder.path)) == (tensor_2.folder, checkpoint)
     with pytest.raises(Mistake, match="is a checkpoint outside of a run's folder"):
-        export.named(str(save(tmp_path / "checkpoints" / "step_1")))
+        export.main([str(save(tmp_path / "checkpoints" / "step_1")), str(tmp_path / "out")])
 
 
 def test_a_difference_fails_and_leaves_nothing(tensor_2: Ended, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`python -m research generate`, as it is typed: streams, blocks, JSON lines, conversations, tensor ranks."""
+"""The verb generate: streamed texts, several texts, JSON lines, interactive sessions, two tensor ranks."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def folder(tmp_path_factory) -> RunFolder:
 
 @pytest.fixture
 def generate(folder, capfd):
-    """Runs the verb in this process; what it wrote to standard output."""
+    """Runs the verb in this process; returns its standard output, or its standard error if the exit code is not 0."""
 
     def run(*words: str, code: int = 0) -> str:
         assert research_main.main(["generate", str(folder.path), *words]) == code
@@ -45,15 +45,15 @@ def test_a_text_is_streamed_after_its_prompt(generate):
     assert row["finish"] == "length" and len(row["ids"]) == 12
 
 
-def test_pieces_are_written_as_they_come(generate, monkeypatch):
-    written = []
-    monkeypatch.setattr(generate_file, "_put", written.append)
+def test_pieces_are_printed_as_they_are_generated(generate, monkeypatch):
+    pieces = []
+    monkeypatch.setattr(generate_file, "_put", pieces.append)
     generate("--prompt", "the people", "--max_new_tokens", "12")
-    assert written[0] == "the people" and written[-1] == "\n" and len(written) == 14
+    assert pieces[0] == "the people" and pieces[-1] == "\n" and len(pieces) == 14
 
 
-def test_the_same_text_in_any_batch_order_and_company(generate):
-    """--n, --batch, a file: the text of (prompt number, text number) with a seed is one text."""
+def test_a_text_does_not_depend_on_the_batch(generate):
+    """With any --n and --batch, the seed, the prompt number and the text number determine the text."""
     prompts = ["--prompt", "war", "--prompt", "the people of", "--prompt", "jobs"]
     crowded = rows(generate(*prompts, *DRAWN, "--n", "3", "--batch", "9", "--max_new_tokens", "10", "--json"))
     narrow = rows(generate(*prompts, *DRAWN, "--n", "3", "--batch", "1", "--max_new_tokens", "10", "--json"))
@@ -91,29 +91,29 @@ def test_beams(generate):
     assert printable("war" + found[0]["text"]) in generate("--prompt", "war", "--beams", "4", "--max_new_tokens", "6")
 
 
-def test_a_conversation_goes_on_after_a_mistake(generate, folder, monkeypatch, capfd):
+def test_an_interactive_session_continues_after_a_mistake(generate, folder, monkeypatch, capfd):
     lines = f"war\n{'long ' * 60}\npeace\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     assert research_main.main(["generate", str(folder.path), "--interactive", "--max_new_tokens", "5"]) == 0
-    said = capfd.readouterr()
-    assert said.err.startswith("error  a prompt of ") and said.err.count("\n") == 1
+    captured = capfd.readouterr()
+    assert captured.err.startswith("error  a prompt of ") and captured.err.count("\n") == 1
     first, last = (generate("--prompt", prompt, "--max_new_tokens", "5") for prompt in ("war", "peace"))
-    assert said.out == first + last
+    assert captured.out == first + last
 
 
-def test_ctrl_c_ends_a_text_and_not_the_conversation(generate, folder, monkeypatch, capfd):
-    """The signal arrives while the third token is written."""
-    seen = []
+def test_ctrl_c_ends_a_text_and_not_the_session(generate, folder, monkeypatch, capfd):
+    """The signal arrives while the third token is printed."""
+    pieces = []
 
     def put(text: str) -> None:
-        seen.append(text)
-        if len(seen) == 4:
+        pieces.append(text)
+        if len(pieces) == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"war\npeace\n")))
     monkeypatch.setattr(generate_file, "_put", put)
     assert research_main.main(["generate", str(folder.path), "--interactive", "--max_new_tokens", "9"]) == 0
-    assert (seen[0], seen[4], seen[5]) == ("war", "\n", "peace") and len(seen) == 5 + 11
+    assert (pieces[0], pieces[4], pieces[5]) == ("war", "\n", "peace") and len(pieces) == 5 + 11
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -121,8 +121,8 @@ def test_a_mistake_is_exit_code_2(generate):
     assert generate("--prompt", "a", "--top_k", "5", code=2).startswith("error  top_k = 5 has no effect")
 
 
-@pytest.mark.parametrize("choice", [[], DRAWN], ids=["greedy", "drawn"])
-def test_two_tensor_ranks_write_what_one_writes(generate, choice):
-    """Token for token; the other process is started for it and is gone afterwards."""
-    words = ["--prompt", "war", "--prompt", "the people of", *choice, "--max_new_tokens", "12", "--json"]
+@pytest.mark.parametrize("sampling", [pytest.param([], marks=pytest.mark.slow), DRAWN], ids=["greedy", "drawn"])
+def test_two_tensor_ranks_generate_what_one_generates(generate, sampling):
+    """Equal ids. The second process is started for it and is gone afterwards."""
+    words = ["--prompt", "war", "--prompt", "the people of", *sampling, "--max_new_tokens", "12", "--json"]
     assert rows(generate(*words, "--tensor", "2")) == rows(generate(*words))

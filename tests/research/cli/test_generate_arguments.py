@@ -1,4 +1,4 @@
-"""The command line of `generate`: what it means, and every mistake in one sentence, before torch."""
+"""The command line of `generate`: its defaults, its options, and every error in one sentence, before torch."""
 
 import subprocess
 import sys
@@ -28,34 +28,35 @@ def task(folder: RunFolder, *words: str) -> Task:
     return prepared(parser().parse_args([str(folder.path), *words]))
 
 
-def test_what_is_usual(folder):
-    found = task(folder, "--prompt", "the people")
-    ask = found.ask("the people")
-    length = found.length("the people")
-    assert found.checkpoint.name == "step_000006" and found.context == 32
-    assert (ask.max_new_tokens, ask.choice.greedy, ask.stops, ask.logprobs) == (32 - length, True, (), None)
-    assert (found.at_once, found.places) == (1, 32)
+def test_defaults(folder):
+    command = task(folder, "--prompt", "the people")
+    settings = command.settings("the people")
+    length = len(command.tokenizer.prompt("the people"))
+    assert command.checkpoint.name == "step_000006" and command.context == 32
+    assert (settings.max_new_tokens, settings.sampling.greedy, settings.stops, settings.logprobs) == (32 - length, True, (), None)
+    assert (command.slots, command.cache_length) == (1, 32)
 
 
-def test_what_is_asked_for(folder):
+def test_options(folder):
     words = ["--prompt", "war", "--prompt", "peace", "--n", "3", "--temperature", "0.7", "--top-k", "5", "--top_p=0.9", "--min-p=0.1"]
     more = ["--repetition-penalty", "1.2", "--stop", "a", "--stop", "b c", "--seed", "9", "--logprobs", "2", "--max-new-tokens", "4"]
-    found = task(folder, *words, *more, "--checkpoint", "3", "--batch", "4")
-    ask = found.ask("war", 1, 2)
-    assert found.checkpoint.name == "step_000003" and found.prompts == ("war", "peace") and found.at_once == 4
-    assert (ask.choice.temperature, ask.choice.top_k, ask.choice.top_p, ask.choice.min_p) == (0.7, 5, 0.9, 0.1)
-    assert (ask.choice.repetition_penalty, ask.stops, ask.logprobs, ask.max_new_tokens) == (1.2, ("a", "b c"), 2, 4)
-    assert len({found.ask("war", k, i).seed for k in range(3) for i in range(3)}) == 9
-    assert found.places == max(found.length("war"), found.length("peace")) + 4
+    command = task(folder, *words, *more, "--checkpoint", "3", "--batch", "4")
+    settings = command.settings("war", 1, 2)
+    sampling = settings.sampling
+    assert command.checkpoint.name == "step_000003" and command.prompts == ("war", "peace") and command.slots == 4
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.7, 5, 0.9, 0.1)
+    assert (sampling.repetition_penalty, settings.stops, settings.logprobs, settings.max_new_tokens) == (1.2, ("a", "b c"), 2, 4)
+    assert len({command.settings("war", k, i).seed for k in range(3) for i in range(3)}) == 9
+    assert command.cache_length == max(len(command.tokenizer.prompt(prompt)) for prompt in ("war", "peace")) + 4
 
 
-def test_a_context_of_one_s_own(rotary):
+def test_context(rotary):
     assert task(rotary, "--prompt", "war", "--context", "100", "--max_new_tokens", "90").context == 100
-    assert task(rotary, "--interactive", "--context", "100").places == 100
+    assert task(rotary, "--interactive", "--context", "100").cache_length == 100
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "there is nothing to continue → give one of --prompt TEXT, --file FILE and --interactive"),
         (["--prompt", "a", "--interactive"], "--prompt and --interactive are given → give one of"),
@@ -87,8 +88,8 @@ def test_a_context_of_one_s_own(rotary):
         (["--prompt", "a", "--tokens", "5"], "does not know --tokens"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_sentence(words, said, folder):
-    assert said in sentence(lambda: task(folder, *words))
+def test_a_mistake_is_one_sentence(words, message, folder):
+    assert message in sentence(lambda: task(folder, *words))
 
 
 def test_an_unknown_run_is_said(tmp_path):
@@ -103,7 +104,7 @@ def test_a_launcher_is_not_needed(folder, monkeypatch):
     assert "generate starts its ranks itself" in sentence(lambda: task(folder, "--prompt", "a"))
 
 
-def test_all_this_is_before_torch(folder):
+def test_the_command_is_checked_without_torch(folder):
     code = f"""
 import sys
 from research.cli.generate import parser, prepared
@@ -113,11 +114,11 @@ sys.exit('torch' in sys.modules and 'torch was imported')"""
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
-def test_help_teaches_and_names_every_option():
-    said = " ".join(parser().format_help().split())
-    assert all(words in said for words in ("the likeliest", "Ctrl-D", "JSON lines", "up to rounding", "--max_new_tokens", "--min_p"))
+def test_help_explains_the_options():
+    text = " ".join(parser().format_help().split())
+    assert all(words in text for words in ("the likeliest", "Ctrl-D", "JSON lines", "up to rounding", "--max_new_tokens", "--min_p"))
 
 
-def test_degrees_are_those_that_training_accepts():
+def test_tensor_degrees_are_those_that_training_accepts():
     assert checks.tensor_degrees(example(model=dict(num_heads=6, num_kv_heads=6)).model) == [1, 2, 3, 6]
     assert checks.tensor_degrees(example(model=dict(num_heads=6, num_kv_heads=2)).model) == [1, 2]  # 32 features, 3 sharers

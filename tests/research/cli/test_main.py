@@ -1,4 +1,4 @@
-"""`python -m research`: teaches, forwards, and says a mistake in one line."""
+"""`python -m research`: its help, the exit codes, and errors in one line."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import pytest
 from parallel.errors import Mistake
 from research import ROOT
 from research import __main__ as dispatcher
+from research.cli import runs
 from research.cli.verbs import VERBS, nearest
 
 
@@ -29,7 +30,7 @@ def test_every_verb_is_a_file():
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["rnus"], "error  python -m research does not know rnus → did you mean runs?"),
         (["xyz"], "error  python -m research does not know xyz → use runs, generate, "),
@@ -39,10 +40,10 @@ def test_every_verb_is_a_file():
         (["runs", "extra"], "error  python -m research runs does not know extra"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(argv, said):
+def test_a_mistake_is_one_line_and_exit_code_2(argv, message):
     finished = research(*argv)
     assert finished.returncode == 2 and finished.stdout == ""
-    assert finished.stderr.startswith(said) and finished.stderr.count("\n") == 1
+    assert finished.stderr.startswith(message) and finished.stderr.count("\n") == 1
 
 
 def test_no_verb_is_imported_before_it_is_asked_for():
@@ -59,17 +60,17 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
 
 
 def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(monkeypatch, capsys):
-    def verb_raising(error):
+    def raising(error):
         def main(argv):
             raise error
 
-        return lambda name: type("Verb", (), {"main": staticmethod(main)})
+        return main
 
-    monkeypatch.setattr(dispatcher, "_verb", verb_raising(KeyboardInterrupt()))
+    monkeypatch.setattr(runs, "main", raising(KeyboardInterrupt()))
     assert dispatcher.main(["runs"]) == 130
-    monkeypatch.setattr(dispatcher, "_verb", verb_raising(Mistake("a → b")))
+    monkeypatch.setattr(runs, "main", raising(Mistake("a → b")))
     assert dispatcher.main(["runs"]) == 2 and capsys.readouterr().err == "error  a → b\n"
-    monkeypatch.setattr(dispatcher, "_verb", verb_raising(ZeroDivisionError()))
+    monkeypatch.setattr(runs, "main", raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         dispatcher.main(["runs"])
 

@@ -84,10 +84,10 @@ def test_help_and_refusals_need_no_torch():
 
 def test_the_cache_is_as_large_as_said(small):
     from parallel.grid import Grid
-    from research.generation.restore import DecoderSpec, decoder_of
+    from research.generation.restore import DecoderSpec
 
     task = prepare(small, "--slots", "3")
-    decoder = decoder_of(DecoderSpec(small.path, task.checkpoint, slots=3, context=128), Grid())
+    decoder = DecoderSpec(small.path, task.checkpoint, slots=3, context=128).on(Grid())
     assert cache_bytes(task.experiment.model, 3, 128, 1, 4) == sum(core.keys.nbytes + core.values.nbytes for core in decoder.cores)
 
 

@@ -1,4 +1,4 @@
-"""The run that generate, evaluate and serve begin with: its checkpoint, and what cannot be."""
+"""The run that generate, evaluate and serve start from: its checkpoint, and errors in one sentence."""
 
 import argparse
 
@@ -16,21 +16,21 @@ def folder(tmp_path_factory):
     return untrained.make(tmp_path_factory.mktemp("trained"), steps=(3, 6))
 
 
-def words(run, checkpoint=None, tensor=1) -> argparse.Namespace:
+def arguments(run, checkpoint=None, tensor=1) -> argparse.Namespace:
     return argparse.Namespace(run=str(run.path), checkpoint=checkpoint, tensor=tensor)
 
 
 @pytest.mark.parametrize(("step", "name"), [(None, "step_000006"), (3, "step_000003"), (6, "step_000006")])
-def test_the_newest_checkpoint_or_the_one_that_was_named(folder, step, name):
-    asked = words(folder, step)
-    found = trained_run.find(asked)
-    assert (found.arguments, found.folder, found.checkpoint) == (asked, folder, folder.checkpoints / name)
-    assert found.experiment == serialization.load(folder.config)
+def test_the_newest_or_the_named_checkpoint(folder, step, name):
+    parsed = arguments(folder, step)
+    trained = trained_run.find(parsed)
+    assert (trained.arguments, trained.folder, trained.checkpoint) == (parsed, folder, folder.checkpoints / name)
+    assert trained.experiment == serialization.load(folder.config)
 
 
-def test_what_cannot_be_is_one_sentence(folder):
-    assert "has no checkpoint of step 4 → it has 3 and 6" in sentence(lambda: trained_run.find(words(folder, 4)))
-    assert "--tensor 3 does not fit model.num_heads = 4" in sentence(lambda: trained_run.find(words(folder, tensor=3)))
+def test_errors_are_one_sentence(folder):
+    assert "has no checkpoint of step 4 → it has 3 and 6" in sentence(lambda: trained_run.find(arguments(folder, 4)))
+    assert "--tensor 3 does not fit model.num_heads = 4" in sentence(lambda: trained_run.find(arguments(folder, tensor=3)))
 
 
 @pytest.mark.parametrize("verb", ["generate", "evaluate", "serve"])

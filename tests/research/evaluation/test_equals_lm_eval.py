@@ -1,17 +1,15 @@
-"""Our tasks' figures are those of lm-evaluation-harness' own tasks on the same file, tokenizer and (made up) log-probabilities."""
+"""Our tasks give the metrics of lm-evaluation-harness' own tasks on the same file, tokenizer and (made-up) log-probabilities."""
 
 import dataclasses
 import json
 import math
-import os
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy
 import pytest
 
 from research.data.tokenizer import Tokenizer
-from research.evaluation import lm_eval_task, registry
+from research.evaluation import registry
 from research.evaluation.task import Metric, Settings, TaskContext, evaluate
 from tests.research.evaluation.conftest import shared
 from tests.research.evaluation.helpers import harness_tasks
@@ -25,39 +23,34 @@ PAGES = [
 
 
 @pytest.fixture(scope="module")
-def given(given: TaskContext) -> TaskContext:
-    """With room for a question: the tokenizer knows few words."""
-    return dataclasses.replace(given, length=129)
+def context(context: TaskContext) -> TaskContext:
+    """With room for a question, which is many tokens of a tokenizer that knows few words."""
+    return dataclasses.replace(context, length=129)
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory, given: TaskContext):
-    """name, definition, rows -> the harness' own figures of that task, and their standard errors, by metric."""
-    pytest.importorskip("lm_eval")
-    with mock.patch.dict(os.environ):
-        lm_eval_task.keep_offline(tmp_path_factory.mktemp("cache"))
-        yield asking(tmp_path_factory.mktemp("harness"), given)
-
-
-def asking(place, given: TaskContext):
+def harness(tmp_path_factory, context: TaskContext, lm_eval_offline):
+    """name, definition, rows -> the harness' own metrics of that task and their standard errors, by name."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from research.evaluation.lm_eval_model import OurModel
+    from research.evaluation.lm_eval_model import LMEvalModel
 
-    def figures(name, definition, rows, limit=None):
-        harness_tasks.write(place, name, definition, rows)
-        model = OurModel(SimpleNamespace(length=given.length, tokenizer=given.tokenizer, scorer=Bigram(given.length)))
-        manager = TaskManager(include_path=str(place), include_defaults=False)
-        told = simple_evaluate(model, tasks=[name], task_manager=manager, bootstrap_iters=100, log_samples=False, limit=limit)
-        return {key.removesuffix(",none"): value for key, value in told["results"][name].items()}
+    folder = tmp_path_factory.mktemp("harness")
 
-    return figures
+    def metrics_of(name, definition, rows):
+        harness_tasks.write(folder, name, definition, rows)
+        session = SimpleNamespace(length=context.length, tokenizer=context.tokenizer, scorer=Bigram(context.length))
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        results = simple_evaluate(LMEvalModel(session), tasks=[name], task_manager=manager, bootstrap_iters=100, log_samples=False)
+        return {key.removesuffix(",none"): value for key, value in results["results"][name].items()}
+
+    return metrics_of
 
 
-def ours(name: str, given: TaskContext, settings: Settings | None = None) -> dict[str, Metric]:
-    (task,) = registry.named([name], settings)
-    return {metric.name: metric for metric in evaluate(task.exam(given), Bigram(given.length))}
+def ours(name: str, context: TaskContext, settings: Settings | None = None) -> dict[str, Metric]:
+    (task,) = registry.create_tasks([name], settings)
+    return {metric.name: metric for metric in evaluate(task.requests(context), Bigram(context.length))}
 
 
 def jsonl(path, rows):
@@ -66,76 +59,76 @@ def jsonl(path, rows):
 
 
 def passages(count: int) -> list[dict[str, str]]:
-    """Of lengths below and above what the scorer takes, with last words of one token and of several."""
+    """Shorter and longer than the scorer takes, with last words of one token and of several."""
     return [{"text": " ".join([*(WORDS[(i * k + k * k) % 10] for k in range(1 + 3 * i % 100)), WORDS[i % 7 + 3]])} for i in range(count)]
 
 
-def test_lambada(tmp_path, given, harness):
-    theirs, found = (
-        harness("lambada_x", harness_tasks.LAMBADA, passages(40)),
-        ours(f"lambada:{jsonl(tmp_path / 'l.jsonl', passages(40))}", given),
-    )
-    assert found["accuracy"].value == theirs["acc"] and 0 < theirs["acc"] < 1
-    assert found["accuracy"].stderr == pytest.approx(theirs["acc_stderr"], rel=1e-9)
-    assert found["perplexity"].value == pytest.approx(theirs["perplexity"], rel=1e-9)
-    nats = [-last_word(given.tokenizer, row["text"]) for row in passages(40)]
-    assert found["perplexity"].stderr == pytest.approx(numpy.exp(numpy.mean(nats)) * numpy.std(nats, ddof=1) / 40**0.5, rel=1e-9)
-    # The harness draws its own, from exponentials of means; the two agree where the mean is known well, and here it is not.
+def test_lambada(tmp_path, context, harness):
+    theirs = harness("lambada_x", harness_tasks.LAMBADA, passages(40))
+    metrics = ours(f"lambada:{jsonl(tmp_path / 'l.jsonl', passages(40))}", context)
+    assert metrics["accuracy"].value == theirs["acc"] and 0 < theirs["acc"] < 1
+    assert metrics["accuracy"].stderr == pytest.approx(theirs["acc_stderr"], rel=1e-9)
+    assert metrics["perplexity"].value == pytest.approx(theirs["perplexity"], rel=1e-9)
+    nats = [-last_word(context.tokenizer, row["text"]) for row in passages(40)]
+    assert metrics["perplexity"].stderr == pytest.approx(numpy.exp(numpy.mean(nats)) * numpy.std(nats, ddof=1) / 40**0.5, rel=1e-9)
+    # The harness bootstraps this standard error from exponentials of means, which agrees only if the mean is known well. Here it is not.
 
 
 def last_word(tokenizer: Tokenizer, text: str) -> float:
-    """Its log-probability, from the tokens of the whole passage and of all before it."""
+    """The log-probability of the last word, from the tokens of the whole passage and those of everything before the word."""
     ids, before = tokenizer.encode(text), tokenizer.encode(text.rpartition(" ")[0])
     return math.fsum(map(logprob, ids[len(before) - 1 :], ids[len(before) :]))
 
 
-def test_lambada_as_it_is(given, harness):
+def test_lambada_as_it_is(context, harness):
     path = shared("lambada/test.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()[:200]]
     theirs = harness("lambada_real", harness_tasks.LAMBADA, rows)
-    found = ours(f"lambada:{path}", given, Settings(limit=200))
-    assert found["accuracy"].value == theirs["acc"] and found["perplexity"].value == pytest.approx(theirs["perplexity"], rel=1e-9)
+    metrics = ours(f"lambada:{path}", context, Settings(limit=200))
+    assert metrics["accuracy"].value == theirs["acc"] and metrics["perplexity"].value == pytest.approx(theirs["perplexity"], rel=1e-9)
 
 
-def test_minimal_pairs(given, harness):
+def test_minimal_pairs(context, harness):
     path = registry.BUILTIN / "agreement.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    theirs, found = harness("blimp_x", harness_tasks.BLIMP, rows), ours("agreement", given)
-    assert found["accuracy"].value == theirs["acc"] and 0 < theirs["acc"] < 1
-    assert found["accuracy"].stderr == pytest.approx(theirs["acc_stderr"], rel=1e-9)
-    parts = [len([row for row in rows if row["UID"] == name.partition("/")[2]]) for name in found]
+    theirs, metrics = harness("blimp_x", harness_tasks.BLIMP, rows), ours("agreement", context)
+    assert metrics["accuracy"].value == theirs["acc"] and 0 < theirs["acc"] < 1
+    assert metrics["accuracy"].stderr == pytest.approx(theirs["acc_stderr"], rel=1e-9)
+    parts = [len([row for row in rows if row["UID"] == name.partition("/")[2]]) for name in metrics]
     assert sum(parts) == len(rows)
-    assert sum(one.value * n for one, n in zip(found.values(), parts, strict=True)) == pytest.approx(theirs["acc"] * len(rows))
+    assert sum(one.value * n for one, n in zip(metrics.values(), parts, strict=True)) == pytest.approx(theirs["acc"] * len(rows))
 
 
-def test_multiple_choice(tmp_path, given, harness):
+def test_multiple_choice(tmp_path, context, harness):
     path = registry.BUILTIN / "government.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] + [
         {"query": "Peace ", "choices": ["½½½½", "the people", "war and jobs"], "gold": 1}  # bytes are not characters, a space at the end
     ]
-    theirs, found = harness("choice_x", harness_tasks.HELLASWAG, rows), ours(f"choice:{jsonl(tmp_path / 'c.jsonl', rows)}", given)
-    assert {name: one.value for name, one in found.items()} == {name: theirs[name] for name in ("acc", "acc_norm", "acc_bytes")}
-    assert {name: one.stderr for name, one in found.items()} == pytest.approx({name: theirs[f"{name}_stderr"] for name in found}, rel=1e-9)
-    assert len({one.value for one in found.values()}) > 1
+    theirs, metrics = harness("choice_x", harness_tasks.HELLASWAG, rows), ours(f"choice:{jsonl(tmp_path / 'c.jsonl', rows)}", context)
+    assert {name: one.value for name, one in metrics.items()} == {name: theirs[name] for name in ("acc", "acc_norm", "acc_bytes")}
+    assert {name: one.stderr for name, one in metrics.items()} == pytest.approx(
+        {name: theirs[f"{name}_stderr"] for name in metrics}, rel=1e-9
+    )
+    assert len({one.value for one in metrics.values()}) > 1
 
 
-def test_wikitext(tmp_path, given, harness):
+def test_wikitext(tmp_path, context, harness):
     text = "\n".join(PAGES)
     (tmp_path / "w.txt").write_text(text, encoding="utf-8")
     theirs = harness("wikitext_x", harness_tasks.WIKITEXT, [{"page": page} for page in PAGES])
-    found = ours(f"wikitext:{tmp_path / 'w.txt'}", given)
-    assert {name: one.value for name, one in found.items()} == pytest.approx({name: theirs[name] for name in found}, rel=1e-9)
-    assert set(found) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    metrics = ours(f"wikitext:{tmp_path / 'w.txt'}", context)
+    assert {name: one.value for name, one in metrics.items()} == pytest.approx({name: theirs[name] for name in metrics}, rel=1e-9)
+    assert set(metrics) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
 
 
-def test_wikitext_as_it_is(given, harness):
-    """Its first articles, cut at the headings."""
+def test_wikitext_as_it_is(context, harness):
+    """The first articles, split at the headings."""
     from research.evaluation.wikitext import pages
 
     path = shared("wikitext2/test.txt")
     theirs = harness("wikitext_real", harness_tasks.WIKITEXT, [{"page": page} for page in pages(path.read_text("utf-8"))[:5]])
-    found = ours(f"wikitext:{path}", given, Settings(limit=5))
-    assert {name: one.value for name, one in found.items()} == pytest.approx({name: theirs[name] for name in found}, rel=1e-9)
+    metrics = ours(f"wikitext:{path}", context, Settings(limit=5))
+    assert {name: one.value for name, one in metrics.items()} == pytest.approx({name: theirs[name] for name in metrics}, rel=1e-9)
 
 
 def test_the_prose_is_the_harness_prose():
@@ -150,15 +143,15 @@ def test_the_prose_is_the_harness_prose():
     assert detokenize(whole) == module.wikitext_detokenizer({"page": whole})
 
 
-def test_megatron_s_count(tmp_path, given):
-    """Its zero-shot evaluation: e^(loss a token · (tokens − 1) / (words − 1)), words by single spaces of the text as it is."""
+def test_megatron_s_count(tmp_path, context):
+    """Its zero-shot evaluation: e^(loss per token · (tokens − 1) / (words − 1)), words separated by single spaces of the original text."""
     from research.evaluation.wikitext import detokenize
 
     text = "\n".join(PAGES) * 3
     (tmp_path / "w.txt").write_text(text, encoding="utf-8")
-    ids = given.tokenizer.encode(detokenize(text))
+    ids = context.tokenizer.encode(detokenize(text))
     nats = -math.fsum(map(logprob, ids, ids[1:]))
     words = len(text.strip().split(" "))
-    found = ours(f"wikitext_megatron:{tmp_path / 'w.txt'}", given, Settings(stride=8))
-    assert found["word_perplexity"].value == pytest.approx(math.exp(nats / (len(ids) - 1) * (len(ids) - 1) / (words - 1)), rel=1e-12)
-    assert found["perplexity"].value == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-12)
+    metrics = ours(f"wikitext_megatron:{tmp_path / 'w.txt'}", context, Settings(stride=8))
+    assert metrics["word_perplexity"].value == pytest.approx(math.exp(nats / (len(ids) - 1) * (len(ids) - 1) / (words - 1)), rel=1e-12)
+    assert metrics["perplexity"].value == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-12)

@@ -1,19 +1,15 @@
 """lm-evaluation-harness on our model at tensor 2, against its own model of transformers on the exported weights."""
 
 import json
-import os
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
-from models.config import GPT
 from parallel.grid import Grid
 from research.cli import evaluate, export
 from research.config import serialization
 from research.data.prepare import load_tokenizer
-from research.evaluation import lm_eval_task
 from research.evaluation.session import Session
 from research.generation.restore import DecoderSpec, restored
 from research.tracking.run_folder import RunFolder
@@ -43,23 +39,10 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def no_network(tmp_path_factory):
-    with mock.patch.dict(os.environ):
-        lm_eval_task.keep_offline(tmp_path_factory.mktemp("cache"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> RunFolder:
-    """Positions that are learned and heads that are tied, as in GPT-2."""
-    return untrained.make(tmp_path_factory.mktemp("harness_model"))
-
-
-def session(run: RunFolder, tensor: int) -> Session:
-    experiment = serialization.load(run.config)
-    words = load_tokenizer(experiment.data, Path("/"))
-    return Session(run.path, run.checkpoints / "step_000003", experiment.model, words, None, tensor, 4)
+def session(folder: RunFolder, tensor: int) -> Session:
+    experiment = serialization.load(folder.config)
+    tokenizer = load_tokenizer(experiment.data, Path("/"))
+    return Session(folder.path, folder.checkpoints / "step_000003", experiment.model, tokenizer, None, tensor, 4)
 
 
 def requests(kind: str, arguments: list[tuple]) -> list:
@@ -77,33 +60,31 @@ def answers(model) -> dict[str, list]:
 
 
 @torch.no_grad()
-def test_log_likelihoods_are_the_dense_module_s(run, no_network):
-    """On one rank, by torch's softmax; the flag says whether the continuation is what the model would have written."""
-    from research.evaluation.lm_eval_model import OurModel
+def test_log_likelihoods_are_the_dense_module_s(folder, lm_eval_offline):
+    """On one rank, by torch's softmax; the flag says whether greedy decoding gives the continuation."""
+    from research.evaluation.lm_eval_model import LMEvalModel
 
-    module, model = (
-        restored(DecoderSpec(run.path, run.checkpoints / "step_000003"), Grid()),
-        GPT(**serialization.load(run.config).model.model_dump()),
-    )
-    with session(run, 1) as opened:
-        ours, words = OurModel(opened), opened.tokenizer
-        ids, cut = words.encode("war peace"), len(words.encode("war"))
-        likelihoods = module(torch.tensor([ids]))[0, :, : model.vocab_size].double().log_softmax(-1)
+    module = restored(DecoderSpec(folder.path, folder.checkpoints / "step_000003"), Grid())
+    vocab_size = serialization.load(folder.config).model.vocab_size
+    with session(folder, 1) as opened:
+        ours, tokenizer = LMEvalModel(opened), opened.tokenizer
+        ids, split = tokenizer.encode("war peace"), len(tokenizer.encode("war"))
+        likelihoods = module(torch.tensor([ids]))[0, :, :vocab_size].double().log_softmax(-1)
         likeliest = int(likelihoods[-1].argmax())
-        ((told, flag),) = ours.loglikelihood(requests("loglikelihood", [("war", " peace")]), disable_tqdm=True)
-        named = [("", ids, [likeliest]), ("", ids, [likeliest - 1])]
-        assert [flag for _, flag in ours._loglikelihood_tokens(named)] == [True, False]
-    assert told == pytest.approx(sum(float(likelihoods[at - 1, ids[at]]) for at in range(cut, len(ids))), abs=1e-5) and not flag
+        ((loglikelihood, flag),) = ours.loglikelihood(requests("loglikelihood", [("war", " peace")]), disable_tqdm=True)
+        continuations = [("", ids, [likeliest]), ("", ids, [likeliest - 1])]
+        assert [flag for _, flag in ours._loglikelihood_tokens(continuations)] == [True, False]
+    assert loglikelihood == pytest.approx(sum(float(likelihoods[at - 1, ids[at]]) for at in range(split, len(ids))), abs=1e-5) and not flag
 
 
-def test_the_verb_runs_a_local_task(run, tmp_path, capsys, no_network):
-    """All three kinds of requests, its figures in the record."""
+def test_the_verb_runs_a_local_task(folder, tmp_path, capsys, lm_eval_offline):
+    """All three kinds of requests; the results are printed."""
     for name, definition in (("choice_y", harness_tasks.HELLASWAG), ("continue_y", harness_tasks.CONTINUE)):
         harness_tasks.write(tmp_path / "tasks", name, definition, QUESTIONS)
     harness_tasks.write(tmp_path / "tasks", "wikitext_y", harness_tasks.WIKITEXT, [{"page": text} for (text,) in TEXTS])
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
     names = ["lm_eval:choice_y", "lm_eval:continue_y", "lm_eval:wikitext_y", f"choice:{tmp_path / 'own.jsonl'}"]
-    evaluate.main([str(run.path), "--tasks", *names, "--lm_eval_tasks", str(tmp_path / "tasks"), "--json"])
+    evaluate.main([str(folder.path), "--tasks", *names, "--lm_eval_tasks", str(tmp_path / "tasks"), "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     choice, texts, pages, own = (row["metrics"] for row in rows)
     assert [row["examples"] for row in rows] == [5, 5, 3, 5]
@@ -112,49 +93,52 @@ def test_the_verb_runs_a_local_task(run, tmp_path, capsys, no_network):
     assert texts["exact_match"]["value"] == 0 and pages["word_perplexity"]["value"] > 1
 
 
-def test_what_a_task_asks_for_and_we_do_not_do(no_network):
-    from research.evaluation.lm_eval_model import asked_for
+def test_generation_kwargs_of_a_task(lm_eval_offline):
+    from research.evaluation.lm_eval_model import generation_settings
 
-    ask = asked_for({"until": "\n", "max_new_tokens": 5, "do_sample": True, "temperature": 0.7, "top_p": 0.9}, "<end>")
-    assert (ask.max_new_tokens, ask.stops, ask.choice.temperature, ask.choice.top_p) == (5, ("\n", "<end>"), 0.7, 0.9)
-    assert asked_for({"temperature": 0.7, "do_sample": False}, "").choice.greedy and asked_for({}, "").max_new_tokens == 256
-    assert "generation_kwargs num_beams cannot be heeded → leave them out" in sentence(lambda: asked_for({"num_beams": 4}, ""))
+    options = {"until": "\n", "max_new_tokens": 5, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    settings = generation_settings(options, "<end>")
+    assert (settings.max_new_tokens, settings.stops) == (5, ("\n", "<end>"))
+    assert (settings.sampling.temperature, settings.sampling.top_p) == (0.7, 0.9)
+    assert generation_settings({"temperature": 0.7, "do_sample": False}, "").sampling.greedy
+    assert generation_settings({}, "").max_new_tokens == 256
+    assert "generation_kwargs num_beams cannot be heeded → leave them out" in sentence(lambda: generation_settings({"num_beams": 4}, ""))
 
 
-def test_a_text_that_does_not_fit(run, no_network):
-    from research.evaluation.lm_eval_model import OurModel
+def test_a_text_that_does_not_fit(folder, lm_eval_offline):
+    from research.evaluation.lm_eval_model import LMEvalModel
 
-    with session(run, 1) as opened:
-        ours = OurModel(opened)
-        said = sentence(lambda: ours.loglikelihood(requests("loglikelihood", [("war", "½" * 40)]), disable_tqdm=True))
-        assert "cannot be scored → use 1 to 32 (model.seq_length)" in said
-        said = sentence(lambda: ours.generate_until(requests("generate_until", [("war", {"max_gen_toks": 32})])))
-        assert "max_gen_toks = 32 leaves no room for a prompt in 32 tokens" in said
+    with session(folder, 1) as opened:
+        ours = LMEvalModel(opened)
+        message = sentence(lambda: ours.loglikelihood(requests("loglikelihood", [("war", "½" * 40)]), disable_tqdm=True))
+        assert "cannot be scored → use 1 to 32 (model.seq_length)" in message
+        message = sentence(lambda: ours.generate_until(requests("generate_until", [("war", {"max_gen_toks": 32})])))
+        assert "max_gen_toks = 32 leaves no room for a prompt in 32 tokens" in message
 
 
 @pytest.mark.slow
-def test_a_task_that_the_harness_does_not_know(run, tmp_path, no_network):
-    """It reads thousands of its own files to be sure."""
-    said = sentence(lambda: evaluate.main([str(run.path), "--tasks", "lm_eval:zzz", "--lm_eval_tasks", str(tmp_path)]))
-    assert "lm-evaluation-harness has no task 'zzz'" in said
+def test_a_task_that_the_harness_does_not_know(folder, tmp_path, lm_eval_offline):
+    """The harness reads thousands of its own files to find out."""
+    message = sentence(lambda: evaluate.main([str(folder.path), "--tasks", "lm_eval:zzz", "--lm_eval_tasks", str(tmp_path)]))
+    assert "lm-evaluation-harness has no task 'zzz'" in message
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_it_is_the_harness_on_transformers(positions, tmp_path, no_network, capsys):
+def test_it_is_the_harness_on_transformers(positions, tmp_path, lm_eval_offline, capsys):
     """The same log-likelihoods to 1e-4, greedy flags and texts: two tensor ranks of ours, HFLM on the exported folder."""
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
-    from research.evaluation.lm_eval_model import OurModel
+    from research.evaluation.lm_eval_model import LMEvalModel
 
     llama = dict(norm="rmsnorm", mlp="swiglu", bias=False, qkv_bias=False, tied=False, **ROTARY)
-    # As many rows as the tokenizer has tokens: we never write an id without text, the harness' generate does.
-    run = untrained.make(tmp_path, vocab_size=305, **(llama if positions == "rotary" else {}))
-    export.main([str(run.path), str(tmp_path / "hf")])
+    # As many rows as the tokenizer has tokens: we never generate an id without text, the harness' generate does.
+    folder = untrained.make(tmp_path, vocab_size=305, **(llama if positions == "rotary" else {}))
+    export.main([str(folder.path), str(tmp_path / "hf")])
     theirs = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4, logits_cache=False)
-    with session(run, 2) as opened:
-        expected, found = answers(theirs), answers(OurModel(opened))
+    with session(folder, 2) as opened:
+        expected, found = answers(theirs), answers(LMEvalModel(opened))
     assert [flag for _, flag in found["loglikelihood"]] == [flag for _, flag in expected["loglikelihood"]]
     assert [one for one, _ in found["loglikelihood"]] == pytest.approx([one for one, _ in expected["loglikelihood"]], abs=1e-4)
     assert found["rolling"] == pytest.approx(expected["rolling"], rel=1e-6)

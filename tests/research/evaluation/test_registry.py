@@ -1,5 +1,6 @@
-"""Tasks by name, files that are not what they should be, and how requests are put to a scorer."""
+"""Tasks by name, errors in their files, and the batches in which their requests are scored."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ PAIR = {"sentence_good": "the people", "sentence_bad": "the war"}
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("lambda", "there is no task 'lambda' → did you mean lambada?"),
         ("zzz", "→ use validation, perplexity, agreement, government, wikitext, wikitext_megatron, lambada, pairs, choice (--tasks list)"),
@@ -35,25 +36,25 @@ PAIR = {"sentence_good": "the people", "sentence_bad": "the war"}
         ("lambada", "then write lambada:FILE or --data FOLDER with lambada/test.jsonl in it"),
     ],
 )
-def test_names_that_name_nothing(name, said):
-    assert said in sentence(lambda: registry.named([name]))
+def test_names_that_name_nothing(name, message):
+    assert message in sentence(lambda: registry.create_tasks([name]))
 
 
 def test_a_folder_without_the_file_says_how_to_get_it(tmp_path):
-    said = sentence(lambda: registry.named(["lambada"], Settings(data=tmp_path)))
-    assert f"{tmp_path}/lambada/test.jsonl does not exist → get LAMBADA's test split" in said and "put it there" in said
+    message = sentence(lambda: registry.create_tasks(["lambada"], Settings(data=tmp_path)))
+    assert f"{tmp_path}/lambada/test.jsonl does not exist → get LAMBADA's test split" in message and "put it there" in message
 
 
 def test_each_task_once_in_order():
-    assert [task.name for task in registry.named(["agreement", "validation", "agreement"])] == ["agreement", "validation"]
+    assert [task.name for task in registry.create_tasks(["agreement", "validation", "agreement"])] == ["agreement", "validation"]
 
 
 def test_every_task_is_described():
-    assert {name.partition(":")[0] for name, _ in registry.described()} == {registry.VALIDATION, registry.TEXT, *registry.KINDS}
+    assert {name.partition(":")[0] for name, _ in registry.descriptions()} == {registry.VALIDATION, registry.TEXT, *registry.KINDS}
 
 
 @pytest.mark.parametrize(
-    ("kind", "line", "said"),
+    ("kind", "line", "message"),
     [
         ("pairs", "{", "line 2 is not JSON"),
         ("pairs", "[1]", "line 2 is not an object"),
@@ -71,58 +72,58 @@ def test_every_task_is_described():
         ("lambada", '{"text": "a word "}', "line 2 has no last word after a space"),
     ],
 )
-def test_lines_that_are_not_right(tmp_path, given, kind, line, said):
+def test_lines_that_are_not_right(tmp_path, context, kind, line, message):
     path = tmp_path / "x.jsonl"
     path.write_text(f"\n{line}\n", encoding="utf-8")
-    (task,) = registry.named([f"{kind}:{path}"])
-    assert said in sentence(lambda: task.exam(given))
+    (task,) = registry.create_tasks([f"{kind}:{path}"])
+    assert message in sentence(lambda: task.requests(context))
 
 
-def test_a_file_without_examples(tmp_path, given):
+def test_a_file_without_examples(tmp_path, context):
     (tmp_path / "x.jsonl").write_text("\n\n")
-    (task,) = registry.named([f"pairs:{tmp_path / 'x.jsonl'}"])
-    assert "has no examples → write lines such as" in sentence(lambda: task.exam(given))
+    (task,) = registry.create_tasks([f"pairs:{tmp_path / 'x.jsonl'}"])
+    assert "has no examples → write lines such as" in sentence(lambda: task.requests(context))
 
 
-def test_a_limit_takes_the_first(tmp_path, given):
+def test_a_limit_takes_the_first(tmp_path, context):
     path = tmp_path / "x.jsonl"
     path.write_text(f"{json.dumps(PAIR)}\n" * 3 + "{broken", encoding="utf-8")
-    (task,) = registry.named([f"pairs:{path}"], Settings(limit=3))
-    assert task.exam(given).examples == 3 and len(task.exam(given).asked) == 6
+    (task,) = registry.create_tasks([f"pairs:{path}"], Settings(limit=3))
+    assert task.requests(context).examples == 3 and len(task.requests(context).requests) == 6
 
 
-def test_the_digest_is_the_files(tmp_path, given):
+def test_the_digest_is_the_files(tmp_path, context):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(PAIR), encoding="utf-8")
-    (task,) = registry.named([f"pairs:{path}"])
-    before = task.digest(given)
+    (task,) = registry.create_tasks([f"pairs:{path}"])
+    before = task.digest(context)
     assert before == subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
     path.write_text(json.dumps(PAIR) + "\n", encoding="utf-8")
-    assert task.digest(given) != before
+    assert task.digest(context) != before
 
 
-def test_contexts_end_before_white_space(given: TaskContext):
-    words = given.tokenizer
-    for context, following in (("the people ", "of"), ("the people", " of"), ("the\n", "war")):
-        before, after = context_and_continuation(words, context, following)
-        assert words.decode(before) == context.rstrip() and words.decode(before + after) == context + following
-    assert context_and_continuation(words, "", "war")[0] == [words.end_of_text]
+def test_contexts_end_before_white_space(context: TaskContext):
+    tokenizer = context.tokenizer
+    for text, following in (("the people ", "of"), ("the people", " of"), ("the\n", "war")):
+        before, after = context_and_continuation(tokenizer, text, following)
+        assert tokenizer.decode(before) == text.rstrip() and tokenizer.decode(before + after) == text + following
+    assert context_and_continuation(tokenizer, "", "war")[0] == [tokenizer.end_of_text]
 
 
-def test_a_long_context_keeps_its_end(given: TaskContext):
-    asked = continuation(given.tokenizer, "the people of the union " * 30, "war", 33)
-    assert len(asked.ids) == 33 and given.tokenizer.decode(asked.ids[-asked.scored :]) == " war"
+def test_a_long_context_keeps_its_end(context: TaskContext):
+    request = continuation(context.tokenizer, "the people of the union " * 30, "war", 33)
+    assert len(request.ids) == 33 and context.tokenizer.decode(request.ids[-request.scored :]) == " war"
 
 
-def test_portions_are_answered_in_order_and_can_be_stopped(given):
-    (task,) = registry.named(["agreement"], Settings(limit=5))
-    given = TaskContext(given.tokenizer, 129, given.data, given.root)
-    exam, whole, parts, moved = task.exam(given), Bigram(129), Bigram(129), []
-    assert evaluate(exam, parts, moved.append, portion=3) == evaluate(exam, whole)
-    assert whole.calls == [10] and parts.calls == moved == [3, 3, 3, 1]
-    left = iter([True, False])
+def test_batches_are_scored_in_order_and_can_be_stopped(context):
+    (task,) = registry.create_tasks(["agreement"], Settings(limit=5))
+    requests = task.requests(dataclasses.replace(context, length=129))
+    whole, batched, progress = Bigram(129), Bigram(129), []
+    assert evaluate(requests, batched, progress.append, batch_size=3) == evaluate(requests, whole)
+    assert whole.calls == [10] and batched.calls == progress == [3, 3, 3, 1]
+    answers = iter([True, False])
     with pytest.raises(Stopped):
-        evaluate(exam, Bigram(129), go_on=lambda: next(left), portion=3)
+        evaluate(requests, Bigram(129), should_continue=lambda: next(answers), batch_size=3)
 
 
 def test_the_pairs_that_ship_are_what_the_rules_make():

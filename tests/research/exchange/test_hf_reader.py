@@ -45,8 +45,8 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     with HFFolder(path) as opened:
         model = read_config.settings(opened.config)
         plan = mapping.plan(model, opened.family, opened.shapes)
-        opened.check([key for link in plan.links for key in link.keys])
-        return {link.name: tensor for link, tensor in zip(plan.links, source.weights(opened, plan, model), strict=True)}
+        opened.check([key for link in plan.parameters for key in link.keys])
+        return {link.name: tensor for link, tensor in zip(plan.parameters, source.weights(opened, plan, model), strict=True)}
 
 
 def test_one_file_and_several_are_the_same_model(folders):

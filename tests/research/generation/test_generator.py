@@ -1,7 +1,10 @@
-"""Prompts become texts: streamed, stopped, ended, cancelled, searched; the same whatever is written beside them."""
-# MERGED-DOC """Text comes as soon as it is certain, whole characters only, never past a stop string; together it is what the ids say."""
+"""Generated text: streamed in complete characters that add up to the text of the ids, stopped, ended, cancelled, searched by beams.
+
+A text is the same whatever is generated beside it.
+"""
 
 import dataclasses
+import functools
 import random
 from pathlib import Path
 
@@ -12,22 +15,24 @@ from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from research.config import serialization
-from research.data import tokenizer
+from research.data import tokenizer as tokenizers
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
-from research.generation.generator import IncrementalDetokenizer, TextGenerator, row
-from research.generation.restore import DecoderSpec, decoder_of
+from research.generation.generator import GeneratedText, IncrementalDetokenizer, TextGenerator, as_json
+from research.generation.restore import DecoderSpec
 from research.generation.settings import GenerationSettings
 from research.tracking.run_folder import RunFolder
 from tests.models.helpers.build import ROTARY
 from tests.research.helpers import untrained
 
+CPU = torch.device("cpu")
+DRAWN = GenerationSettings(20, SamplingParams(temperature=1.0), seed=5)
 STOPS = ["ab", "abc", "ba", "a\nb", "é", "€x", "  ", "cab"]
 
 
 @pytest.fixture(scope="module")
-def gpt2() -> tokenizer.Tokenizer:
-    return tokenizer.gpt2()
+def gpt2() -> Tokenizer:
+    return tokenizers.gpt2()
 
 
 class Bytes:
@@ -46,14 +51,14 @@ class Spaces:
         return "".join(self.WORDS[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
 
-def streamed(stream: IncrementalDetokenizer, ids) -> list[str]:
-    """What each id, and then the end, gives out; ids after a stop are not pushed."""
+def streamed(detokenizer: IncrementalDetokenizer, ids) -> list[str]:
+    """What `push` returns for each id, and then `finish`; ids after a stop string are not pushed."""
     pieces = []
     for token in ids:
-        pieces.append(stream.push(token))
-        if stream.stopped:
+        pieces.append(detokenizer.push(token))
+        if detokenizer.stopped:
             return pieces
-    return [*pieces, stream.finish()]
+    return [*pieces, detokenizer.finish()]
 
 
 def test_a_character_in_two_tokens_comes_whole():
@@ -78,7 +83,7 @@ def test_a_space_at_the_beginning_of_the_new_text_stays():
 
 
 def test_random_ids_of_a_real_tokenizer_add_up(gpt2):
-    """Whatever the ids: what is given out is the text of all, but for a last unfinished character."""
+    """Whatever the ids: the pieces add up to the text of all of them."""
     rng = random.Random(0)
     for _ in range(30):
         ids = gpt2.encode("".join(rng.choice("ab ½€😀\nü漢") for _ in range(40)))
@@ -106,8 +111,8 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
         "",
         "EN",
     ]
-    stream = IncrementalDetokenizer(Bytes(), [], ["END"])
-    assert streamed(stream, b"the END.") == ["t", "h", "e", " ", "", "", ""] and stream.stopped
+    detokenizer = IncrementalDetokenizer(Bytes(), [], ["END"])
+    assert streamed(detokenizer, b"the END.") == ["t", "h", "e", " ", "", "", ""] and detokenizer.stopped
 
 
 def test_the_earliest_stop_string_counts():
@@ -120,195 +125,178 @@ def test_any_text_and_any_stops_give_the_text_up_to_the_first():
     for _ in range(300):
         text = "".join(rng.choice("abcé€ \n") for _ in range(rng.randint(1, 30)))
         stops = rng.sample(STOPS, rng.randint(0, 3))
-        found = [at for at in map(text.find, stops) if at >= 0]
-        stream = IncrementalDetokenizer(Bytes(), [], stops)
-        assert "".join(streamed(stream, text.encode())) == text[: min(found, default=None)], (text, stops)
-        assert stream.stopped == bool(found)
-
-
-CPU = torch.device("cpu")
-DRAWN = GenerationSettings(20, SamplingParams(temperature=1.0), seed=5)
+        starts = [start for start in map(text.find, stops) if start >= 0]
+        detokenizer = IncrementalDetokenizer(Bytes(), [], stops)
+        assert "".join(streamed(detokenizer, text.encode())) == text[: min(starts, default=None)], (text, stops)
+        assert detokenizer.stopped == bool(starts)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> RunFolder:
-    return untrained.make(tmp_path_factory.mktemp("writer"), **ROTARY)
+    return untrained.make(tmp_path_factory.mktemp("generator"), **ROTARY)
 
 
-def writer(folder: RunFolder, slots: int = 4) -> TextGenerator:
+@pytest.fixture(scope="module")
+def new_generator(folder):
+    """slots -> a generator without texts. The restored models are shared; each test gets an empty one."""
     experiment = serialization.load(folder.config)
-    plan = DecoderSpec(folder.path, folder.checkpoints / "step_000003", slots=slots, context=32)
-    return TextGenerator(decoder_of(plan, Grid(), CPU), load_tokenizer(experiment.data, Path("/")), experiment.model, 32)
+    tokenizer = load_tokenizer(experiment.data, Path("/"))
+
+    @functools.cache
+    def decoder(slots: int):
+        return DecoderSpec(folder.path, folder.checkpoints / "step_000003", slots=slots, context=32).on(Grid(), CPU)
+
+    def new(slots: int = 4) -> TextGenerator:
+        decoder(slots).clear()
+        return TextGenerator(decoder(slots), tokenizer, experiment.model, 32)
+
+    return new
 
 
-def whole(writer: TextGenerator, prompt: str, ask: GenerationSettings) -> str:
-    text = writer.submit(prompt, ask)
-    while writer:
-        writer.step()
-    return text.text
+@pytest.fixture
+def generator(new_generator) -> TextGenerator:
+    return new_generator()
 
 
-def said(tokenizer: Tokenizer, ids) -> str:
-    """The text of the ids, less a character that they leave unfinished: random weights write random bytes."""
+def run(generator: TextGenerator) -> None:
+    while generator:
+        generator.step()
+
+
+def generate(generator: TextGenerator, prompt: str, settings: GenerationSettings) -> GeneratedText:
+    text = generator.submit(prompt, settings)
+    run(generator)
+    return text
+
+
+def decoded(tokenizer: Tokenizer, ids) -> str:
+    """The text of the ids without an incomplete character at its end: random weights generate random bytes."""
     return tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def test_pieces_add_up_to_the_text(folder):
-    mine = writer(folder)
-    texts, pieces = [mine.submit(prompt, DRAWN) for prompt in ("the people", "war", "")], {}
-    while mine:
-        for text in mine.step():
+def test_pieces_add_up_to_the_text(generator):
+    texts, pieces = [generator.submit(prompt, DRAWN) for prompt in ("the people", "war", "")], {}
+    while generator:
+        for text in generator.step():
             pieces[text] = pieces.get(text, "") + text.fresh
     for text in texts:
-        ids = text.written.ids
+        ids = text.generation.ids
         assert pieces[text] == text.text
-        assert text.text == said(mine.tokenizer, ids[:-1] if text.finish == "end_of_text" else ids)
+        assert text.text == decoded(generator.tokenizer, ids[:-1] if text.finish == "end_of_text" else ids)
         assert text.finish == "end_of_text" or len(ids) == 20
 
 
-def test_a_text_does_not_depend_on_its_company(folder):
-    alone, crowded = writer(folder, 1), writer(folder, 3)
+def test_a_text_does_not_depend_on_the_texts_beside_it(new_generator):
+    alone, crowded = new_generator(1), new_generator(3)
     prompts = ["the people", "war", "peace", "", "jobs — ½", "the budget of the union"]
-    asks = [dataclasses.replace(DRAWN, seed=seed) for seed in range(6)]
-    texts = [crowded.submit(prompt, ask) for prompt, ask in zip(prompts, asks, strict=True)]
-    while crowded:
-        crowded.step()
-    assert [text.text for text in texts] == [whole(alone, prompt, ask) for prompt, ask in zip(prompts, asks, strict=True)]
+    settings = [dataclasses.replace(DRAWN, seed=seed) for seed in range(6)]
+    texts = [crowded.submit(prompt, one) for prompt, one in zip(prompts, settings, strict=True)]
+    run(crowded)
+    assert [text.text for text in texts] == [generate(alone, prompt, one).text for prompt, one in zip(prompts, settings, strict=True)]
 
 
-def test_an_empty_prompt_begins_a_document(folder):
-    mine = writer(folder)
-    assert mine.ids("") == (mine.tokenizer.end_of_text,)
+def test_an_empty_prompt_begins_a_document(generator):
+    text = generator.submit("", DRAWN)
+    assert text.generation.request.prompt == (generator.tokenizer.end_of_text,)
 
 
-def test_a_stop_string_ends_the_text_before_it_and_frees_the_row(folder):
-    mine = writer(folder)
-    free = whole(mine, "the people", DRAWN)
+def test_a_stop_string_ends_the_text_before_it_and_frees_the_row(generator):
+    free = generate(generator, "the people", DRAWN).text
     stop = free[7:10]
-    text = mine.submit("the people", dataclasses.replace(DRAWN, stops=("never", stop)))
-    while mine:
-        mine.step()
+    text = generate(generator, "the people", dataclasses.replace(DRAWN, stops=("never", stop)))
     assert (text.text, text.finish) == (free[: free.index(stop)], "stop")
-    assert mine.decoder.free == 4 and len(text.written.ids) < 20
+    assert generator.decoder.free == 4 and len(text.generation.ids) < 20
 
 
-def test_a_stop_string_in_the_very_last_token(folder):
-    """It counts as stop, not as length: every prefix of a text whose last token says something new."""
-    mine, tried = writer(folder), 0
-    free = mine.submit("the people", DRAWN)
-    while mine:
-        mine.step()
+def test_a_stop_string_in_the_very_last_token(generator):
+    """The reason is stop, not length: for every prefix of a text whose last token is not in the text before it."""
+    tried, free = 0, generate(generator, "the people", DRAWN).generation.ids
     for count in range(2, 20):
-        before, after = (mine.tokenizer.decode(free.written.ids[:n]) for n in (count - 1, count))
+        before, after = (generator.tokenizer.decode(free[:n]) for n in (count - 1, count))
         last = after[len(before) :]
         if "\N{REPLACEMENT CHARACTER}" in after[-1:] + before[-1:] or last in before:
             continue
-        text = mine.submit("the people", dataclasses.replace(DRAWN, max_new_tokens=count, stops=(last,)))
-        while mine:
-            mine.step()
-        assert (text.text, text.finish, len(text.written.ids)) == (before, "stop", count)
+        text = generate(generator, "the people", dataclasses.replace(DRAWN, max_new_tokens=count, stops=(last,)))
+        assert (text.text, text.finish, len(text.generation.ids)) == (before, "stop", count)
         tried += 1
     assert tried > 3
 
 
-def test_a_cancelled_text_leaves_the_others_alone(folder):
-    mine = writer(folder, 2)
-    texts = [mine.submit(prompt, DRAWN) for prompt in ("war", "the people", "jobs")]
-    mine.step()
-    mine.step()
-    mine.cancel(texts[0])
-    mine.cancel(texts[2])
-    mine.cancel(texts[2])  # once more is no matter
-    while mine:
-        mine.step()
+def test_a_cancelled_text_leaves_the_others_alone(new_generator):
+    generator = new_generator(2)
+    texts = [generator.submit(prompt, DRAWN) for prompt in ("war", "the people", "jobs")]
+    generator.step()
+    generator.step()
+    generator.cancel(texts[0])
+    generator.cancel(texts[2])
+    generator.cancel(texts[2])  # cancelling twice does nothing
+    run(generator)
     assert [text.finish for text in texts[::2]] == ["cancelled"] * 2
-    assert texts[1].text == whole(writer(folder, 1), "the people", DRAWN)
+    assert texts[1].text == generate(new_generator(1), "the people", DRAWN).text
 
 
-def test_the_end_of_text_ends_a_text_and_is_not_in_it(folder):
-    """A tokenizer that calls the fourth greedy token the end."""
-    mine = writer(folder, 1)
-    ids = mine.submit("the people", GenerationSettings(12)).written
-    while mine:
-        mine.step()
-    end = ids.ids[3]
-    tokenizer = dataclasses.replace(mine.tokenizer, end_of_text=end)
-    ended = TextGenerator(mine.decoder, tokenizer, mine.model, 32)
-    text = ended.submit("the people", GenerationSettings(12))
-    while ended:
-        ended.step()
-    assert text.finish == "end_of_text" and text.written.ids == ids.ids[: ids.ids.index(end) + 1]
-    assert text.text == said(tokenizer, text.written.ids[:-1])
+def test_the_end_of_text_ends_a_text_and_is_not_in_it(generator):
+    """With a tokenizer whose end-of-text is the fourth greedy token."""
+    free = generate(generator, "the people", GenerationSettings(12)).generation.ids
+    tokenizer = dataclasses.replace(generator.tokenizer, end_of_text=free[3])
+    text = generate(TextGenerator(generator.decoder, tokenizer, generator.model, 32), "the people", GenerationSettings(12))
+    assert text.finish == "end_of_text" and text.generation.ids == free[: free.index(free[3]) + 1]
+    assert text.text == decoded(tokenizer, text.generation.ids[:-1])
 
 
-def test_a_text_ends_at_any_of_the_ids_that_end_it(folder):
-    """Those of the writer, or of a request that was given as ids."""
-    mine = writer(folder)
-    ids = mine.ids("the people")
-    whole_text = mine.submit("the people", GenerationSettings(12))
-    while mine:
-        mine.step()
-    end = whole_text.written.ids[3]
-    cut = whole_text.written.ids.index(end) + 1
-    by_request = mine.submit_ids(ids, GenerationSettings(12), (-1, end))
-    while mine:
-        mine.step()
-    ended = TextGenerator(mine.decoder, mine.tokenizer, mine.model, 32, (-1, end))
-    by_writer = ended.submit("the people", GenerationSettings(12))
-    while ended:
-        ended.step()
-    for text in (by_request, by_writer):
-        assert text.finish == "end_of_text" and text.written.ids == whole_text.written.ids[:cut]
+def test_a_text_ends_at_any_of_the_ids_that_end_it(generator):
+    """The end ids of the generator, or of a request that is made of ids."""
+    ids, settings = generator.tokenizer.prompt("the people"), GenerationSettings(12)
+    free = generate(generator, "the people", settings).generation.ids
+    by_request = generator.submit_ids(ids, settings, (-1, free[3]))
+    run(generator)
+    ended = TextGenerator(generator.decoder, generator.tokenizer, generator.model, 32, (-1, free[3]))
+    for text in (by_request, generate(ended, "the people", settings)):
+        assert text.finish == "end_of_text" and text.generation.ids == free[: free.index(free[3]) + 1]
 
 
-def test_starts_say_where_in_the_text_each_token_begins(folder):
-    """Beside the text of the tokens before it, decoded at once; a token inside of a character begins where the character does."""
-    mine = writer(folder)
-    text = mine.submit("the people", GenerationSettings(20, stops=("never there",)))
-    while mine:
-        mine.step()
+def test_starts_say_where_in_the_text_each_token_begins(generator):
+    """Compared with the decoded text of the tokens before it; a token inside a character begins where the character does."""
+    text = generate(generator, "the people", GenerationSettings(20, stops=("never there",)))
     assert len(text.starts) == 20 and text.starts[0] == 0 and text.starts == sorted(text.starts)
     for i, start in enumerate(text.starts):
-        before = mine.tokenizer.decode(text.written.ids[:i])
+        before = generator.tokenizer.decode(text.generation.ids[:i])
         assert before.rstrip("\N{REPLACEMENT CHARACTER}") == before[:start].rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def test_a_writer_that_was_cleared_is_as_new(folder):
-    mine = writer(folder)
+def test_a_cleared_generator_is_like_a_new_one(folder, generator):
     for prompt in ("war", "the people", "", "war", "war"):
-        mine.submit(prompt, DRAWN)
-    mine.step()
-    mine.clear()
-    assert not mine and mine.decoder.free == 4
-    assert whole(mine, "the people", DRAWN) == whole(writer(folder), "the people", DRAWN)
+        generator.submit(prompt, DRAWN)
+    generator.step()
+    generator.clear()
+    assert not generator and generator.decoder.free == 4
+    new = DecoderSpec(folder.path, folder.checkpoints / "step_000003", slots=4, context=32).on(Grid(), CPU)
+    expected = generate(TextGenerator(new, generator.tokenizer, generator.model, 32), "the people", DRAWN)
+    assert generate(generator, "the people", DRAWN).text == expected.text
 
 
-def test_a_prompt_that_is_too_long_is_refused_and_nothing_waits(folder):
-    mine = writer(folder)
+def test_a_prompt_that_is_too_long_is_refused_and_nothing_waits(generator):
     with pytest.raises(Mistake, match="needs 33 places, the context has 32"):
-        mine.submit("", GenerationSettings(32))
-    assert not mine
+        generator.submit("", GenerationSettings(32))
+    assert not generator
 
 
-def test_beams_are_texts_with_scores(folder):
-    mine = writer(folder)
-    found = mine.search("the people", GenerationSettings(6), beams=4, count=2)
-    assert len(found) == 2 and found[0].score >= found[1].score
-    assert [text.finish for text in found] == ["length"] * 2
-    assert all(text.text == said(mine.tokenizer, text.written.ids) for text in found)
-    assert mine.decoder.free == 4
+def test_beams_are_texts_with_scores(generator):
+    texts = generator.search("the people", GenerationSettings(6), beams=4, count=2)
+    assert len(texts) == 2 and texts[0].score >= texts[1].score
+    assert [text.finish for text in texts] == ["length"] * 2
+    assert all(text.text == decoded(generator.tokenizer, text.generation.ids) for text in texts)
+    assert generator.decoder.free == 4
 
 
-def test_a_row_of_json_says_everything(folder):
-    mine = writer(folder)
-    text = mine.submit("the people", dataclasses.replace(DRAWN, max_new_tokens=3, logprobs=2))
-    while mine:
-        mine.step()
-    found = row(text, mine.tokenizer)
-    assert list(found) == ["prompt", "text", "finish", "prompt_tokens", "ids", "logprobs"]
-    assert (found["prompt"], found["text"], found["ids"]) == ("the people", text.text, text.written.ids)
-    assert found["prompt_tokens"] == len(mine.tokenizer.encode("the people"))
-    assert [each["id"] for each in found["logprobs"]] == found["ids"] and all(len(each["top"]) == 2 for each in found["logprobs"])
-    assert all(each["token"] == mine.tokenizer.decode([each["id"]]) for each in found["logprobs"])
-    (beam,) = mine.search("the people", GenerationSettings(3), beams=2, count=1)
-    assert row(beam, mine.tokenizer)["score"] == beam.score
+def test_a_text_as_json(generator):
+    tokenizer = generator.tokenizer
+    text = generate(generator, "the people", dataclasses.replace(DRAWN, max_new_tokens=3, logprobs=2))
+    record = as_json(text, tokenizer)
+    assert list(record) == ["prompt", "text", "finish", "prompt_tokens", "ids", "logprobs"]
+    assert (record["prompt"], record["text"], record["ids"]) == ("the people", text.text, text.generation.ids)
+    assert record["prompt_tokens"] == len(tokenizer.encode("the people"))
+    assert [each["id"] for each in record["logprobs"]] == record["ids"] and all(len(each["top"]) == 2 for each in record["logprobs"])
+    assert all(each["token"] == tokenizer.decode([each["id"]]) for each in record["logprobs"])
+    (beam,) = generator.search("the people", GenerationSettings(3), beams=2, count=1)
+    assert as_json(beam, tokenizer)["score"] == beam.score

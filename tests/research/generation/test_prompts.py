@@ -1,4 +1,4 @@
-"""Prompts are read from lines, from JSON lines, from standard input; what is none is said with its line."""
+"""Prompts are read from lines, JSON lines and standard input; an error names the line."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a model: its weights, in the precision that is asked for or that it was trained in."""
+"""A restored model has the checkpoint's weights, in the precision of training or the requested one."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from models.inference.driver import DriverDecoder
 from models.init import UninitializedWeights
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from research.generation.restore import DecoderSpec, decoder_of, dtype_of, restored
+from research.config import serialization
+from research.generation.restore import DecoderSpec, dtype_of, restored
 from tests.models.helpers.build import random_weights, values, worst
 from tests.research.helpers import untrained
 
@@ -16,23 +17,21 @@ NORM = "from models.norm import RMSNorm\nclass Own(RMSNorm):\n    def forward(se
 INIT = "from models.init import GPT2Init\nclass Own(GPT2Init):\n    def inner_std(self):\n        return 7.0\n"
 
 
-def plan(folder, step: int = 3, **settings) -> DecoderSpec:
+def spec(folder, step: int = 3, **settings) -> DecoderSpec:
     return DecoderSpec(folder.path, folder.checkpoints / f"step_{step:06d}", **settings)
 
 
 def test_weights_are_those_of_the_checkpoint(tmp_path):
     folder = untrained.make(tmp_path, steps=(3, 6), tied=False)
-    from research.config import serialization
-
     for step in (3, 6):
         true = random_weights(serialization.load(folder.config).model, step)
-        assert worst(values(restored(plan(folder, step), Grid(), CPU)), {n: t.float() for n, t in true.items()})[0] == 0
+        assert worst(values(restored(spec(folder, step), Grid(), CPU)), {n: t.float() for n, t in true.items()})[0] == 0
 
 
 @pytest.mark.parametrize(("variant", "settings"), [(NORM, {"norm": "variant:Own"}), (INIT, {"init": "variant:Own"})])
 def test_classes_of_the_run_s_own_copy_are_used(variant, settings, tmp_path):
     folder = untrained.make(tmp_path, variant=variant, **settings)
-    decoder = decoder_of(plan(folder, slots=2, context=8), Grid(), CPU)
+    decoder = spec(folder, slots=2, context=8).on(Grid(), CPU)
     assert not isinstance(decoder, DriverDecoder) and decoder.rows.slots == 2 and decoder.rows.length == 8
     named = {type(part).__name__ for part in decoder.module.modules()}
     assert ("Own" in named) == ("norm" in settings)
@@ -40,15 +39,15 @@ def test_classes_of_the_run_s_own_copy_are_used(variant, settings, tmp_path):
 
 
 def test_precisions(tmp_path):
-    """As trained, as asked; fp16 is fp32 on a CPU, and is refused where it is asked for."""
+    """As trained or as requested. fp16 of training becomes fp32 on a CPU; requested fp16 is refused there."""
     assert dtype_of(None, "bf16", CPU) == torch.bfloat16 == dtype_of("bf16", "fp32", CPU)
     assert dtype_of(None, "fp16", CPU) == torch.float32 == dtype_of("fp32", "bf16", CPU)
     assert dtype_of(None, "fp16", GPU) == torch.float16 == dtype_of("fp16", "fp32", GPU)
     with pytest.raises(Mistake, match="'fp16' needs a GPU, .* → use 'fp32' or 'bf16'"):
         dtype_of("fp16", "fp32", CPU)
     folder = untrained.make(tmp_path, precision="bf16")
-    assert {tensor.dtype for tensor in values(restored(plan(folder), Grid(), CPU)).values()} == {torch.bfloat16}
-    assert {tensor.dtype for tensor in values(restored(plan(folder, precision="fp32"), Grid(), CPU)).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in values(restored(spec(folder), Grid(), CPU)).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in values(restored(spec(folder, precision="fp32"), Grid(), CPU)).values()} == {torch.float32}
 
 
 def test_nothing_is_drawn_for_weights_that_are_read():

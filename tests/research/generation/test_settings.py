@@ -1,4 +1,4 @@
-"""What is asked of a model is refused in one sentence where it cannot be done."""
+"""Generation settings that cannot work are refused in one sentence."""
 
 import pytest
 
@@ -24,8 +24,8 @@ def test_what_does_not_work_is_said(settings, words):
 def test_a_text_that_does_not_fit_is_refused_with_both_numbers():
     learned, rotary = shape(), shape(position="rotary")
     refuse_long(8, 8, 16, learned)
-    said = sentence(lambda: refuse_long(8, 9, 16, learned))
-    assert said == (
+    message = sentence(lambda: refuse_long(8, 9, 16, learned))
+    assert message == (
         "a prompt of 8 tokens with max_new_tokens = 9 needs 17 places, the context has 16 and does not slide → use max_new_tokens 8 or less"
     )
     assert sentence(lambda: refuse_long(8, 9, 16, rotary)).endswith("→ use max_new_tokens 8 or less, or use context 17")
@@ -43,4 +43,4 @@ def test_a_context_longer_than_the_learned_positions_is_refused():
 def test_seeds_of_texts_differ():
     seeds = {text_seed(seed, prompt, text) for seed in range(5) for prompt in range(5) for text in range(5)}
     assert len(seeds) == 125 and text_seed(1, 2, 3) == text_seed(1, 2, 3)
-    assert GenerationSettings(choice=SamplingParams(temperature=1.0)).seed == 0
+    assert GenerationSettings(sampling=SamplingParams(temperature=1.0)).seed == 0

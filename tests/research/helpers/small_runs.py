@@ -152,7 +152,7 @@ PHASES = {  # a moment of a save -> the function that a rank dies on entering
     "begun": ("parallel.checkpoint.writer", "begin"),
     "a file is begun": ("parallel.checkpoint.writer", "TensorFile"),
     "a file is complete": ("parallel.checkpoint.tensor_file", "TensorFile.close"),
-    "all files are complete": ("parallel.checkpoint.writer", "Writing.published"),
+    "all files are complete": ("parallel.checkpoint.writer", "CheckpointWriter.finish"),
     "before the manifest": ("parallel.checkpoint.writer", "publish"),
     "before the rename": ("parallel.checkpoint.folder", "sync_folder"),
     "before latest": ("parallel.checkpoint.folder", "point_latest"),

@@ -1,4 +1,4 @@
-"""A run's folder without the run: settings, a tokenizer learned from a little text, and a checkpoint of weights from a seed."""
+"""A run's folder without training: settings, a tokenizer trained on a little text, and checkpoints of random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = dict(num_layers=2, hidden_size=32, num_heads=4, num_kv_h
 def make(
     place: Path, name: str = "small", steps: tuple[int, ...] = (3,), precision: str = "fp32", variant: str = "", **model: Any
 ) -> RunFolder:
-    """`place`/runs/NAME/ID. Weights of step n are drawn with seed n, wide enough that greedy texts do not repeat themselves at once."""
+    """Creates `place`/runs/NAME/ID. The weights of step n have seed n; they are large, so that greedy texts do not repeat one token."""
     texts = {key: str(place / f"{key}.txt") for key in ("train", "validation")}
     for path in texts.values():
         Path(path).write_text(TEXT, encoding="utf-8")
@@ -38,7 +38,7 @@ def make(
 
 
 def save(folder: RunFolder, experiment: schema.Experiment, step: int) -> None:
-    """A checkpoint."""
+    """Writes a checkpoint of random weights with seed `step`."""
     variants = load_variants(folder.source, experiment.model)
     weights = {name: tensor.float() for name, tensor in random_weights(experiment.model, step, variants).items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}

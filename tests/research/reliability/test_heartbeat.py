@@ -1,5 +1,4 @@
-"""Signs of life: what a rank leaves is what the others read, and silence is counted by who listens."""
-# MERGED-DOC """What the main thread says it does is what another thread reads."""
+"""Progress and heartbeats: what a rank writes is what the others read, and silence is counted by the reader."""
 
 import sys
 import threading
@@ -53,57 +52,56 @@ def two(path: Path) -> list[Heartbeats]:
     return [Heartbeats(folder, rank, 2, ROOT) for rank in range(2)]
 
 
-def test_what_one_leaves_the_other_reads(tmp_path: Path) -> None:
+def test_what_one_rank_writes_the_other_reads(tmp_path: Path) -> None:
     ours, theirs = two(tmp_path)
     progress = Progress()
     progress.stepping(7)
-    sign = ours.own(progress, threading.get_ident())
-    assert ours.give(sign) and theirs.read(0) == sign
-    assert (sign.rank, sign.step, sign.stage, sign.left) == (0, 7, Stage.TRAINING.value, "")
-    ours.farewell("fault", "ValueError: no", 1)
-    assert ours.give(ours.own(progress, 0))
-    found = theirs.read(0)
-    assert (found.left, found.why, found.code) == ("fault", "ValueError: no", 1)
+    written = ours.next(progress, threading.get_ident())
+    assert ours.write(written) and theirs.read(0) == written
+    assert (written.rank, written.step, written.stage, written.left) == (0, 7, Stage.TRAINING.value, "")
+    assert ours.write(ours.next(progress, 0, left="fault", why="ValueError: no", code=1))
+    last = theirs.read(0)
+    assert (last.left, last.why, last.code) == ("fault", "ValueError: no", 1)
     ours.remove()
     assert theirs.read(0) is None and [*(tmp_path / "logs").iterdir()] == []
 
 
-def test_silence_is_counted_while_somebody_listens(tmp_path: Path) -> None:
+def test_silence_is_counted_while_somebody_reads(tmp_path: Path) -> None:
     ours, theirs = two(tmp_path)
     progress = Progress()
     for silence in (0.0, 0.0, 0.0):
-        ours.give(ours.own(progress, 0))  # nothing moves, and still it is alive
-        theirs.listen(5.0)
+        ours.write(ours.next(progress, 0))  # nothing moves, and still it is alive
+        theirs.read_others(5.0)
         assert theirs.silence == {0: silence}
     for silence in (5.0, 10.0):
-        theirs.listen(5.0)
+        theirs.read_others(5.0)
         assert theirs.silence == {0: silence}
-    theirs.rest()
+    theirs.reset_silence()
     assert theirs.silence == {0: 0.0}
-    theirs.listen(5.0)
+    theirs.read_others(5.0)
     assert theirs.silence == {0: 5.0}
 
 
-def test_what_is_no_sign_is_silence(tmp_path: Path) -> None:
+def test_what_is_no_heartbeat_is_silence(tmp_path: Path) -> None:
     _, theirs = two(tmp_path)
     for text in ("", "{}", "[1]", "nonsense"):
         (tmp_path / "logs/rank_0.alive.json").write_text(text)
-        theirs.listen(1.0)
-    assert theirs.silence == {0: 4.0} and theirs.heard == {}
+        theirs.read_others(1.0)
+    assert theirs.silence == {0: 4.0} and theirs.latest == {}
 
 
-def test_signs_of_ranks_that_are_no_more_are_removed(tmp_path: Path) -> None:
+def test_heartbeats_of_ranks_that_no_longer_exist_are_removed(tmp_path: Path) -> None:
     ours, theirs = two(tmp_path)
-    for signs in (ours, theirs, Heartbeats(RunFolder(tmp_path), 2, 3, ROOT)):
-        signs.give(signs.own(Progress(), 0))
-    ours.forget_others()
+    for heartbeats in (ours, theirs, Heartbeats(RunFolder(tmp_path), 2, 3, ROOT)):
+        heartbeats.write(heartbeats.next(Progress(), 0))
+    ours.remove_stale()
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank_0.alive.json", "rank_1.alive.json"]
 
 
 def test_a_file_system_that_refuses_is_told(tmp_path: Path) -> None:
     ours, _ = two(tmp_path)
     (tmp_path / "logs").rmdir()
-    assert not ours.give(ours.own(Progress(), 0))
+    assert not ours.write(ours.next(Progress(), 0))
 
 
 def test_the_stack_is_another_threads_innermost_last() -> None:

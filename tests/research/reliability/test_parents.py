@@ -86,7 +86,9 @@ def chain(tmp_path: Path) -> Iterator[Callable[..., Chain]]:
     begun = []
 
     def begin(*arguments: str, **more: str) -> Chain:
-        begun.append(Chain(tmp_path, *arguments, **more))
+        place = tmp_path / str(len(begun))
+        place.mkdir()
+        begun.append(Chain(place, *arguments, **more))
         return begun[-1]
 
     yield begin
@@ -117,12 +119,13 @@ def test_a_command_that_was_killed_before_its_ranks_began_is_missed_all_the_same
     until(lambda: gone(begun.pid("rank")))
 
 
-@pytest.mark.parametrize(("launcher", "names"), [("python", ["deepspeed"]), ("srun", ["slurmstepd"]), ("deepspeed", ["my_shell"])])
-def test_what_no_such_launcher_has_started_outlives_its_parent(launcher, names, chain) -> None:
-    begun = chain(launcher, names)
-    assert begun.followed() == 0
-    end(begun.pid(names[0]))
-    begun.process.wait()
-    until(lambda: psutil.Process(begun.pid("rank")).ppid() != begun.process.pid)
-    time.sleep(2.0)  # the thread looks once a second, if there is one
-    assert not gone(begun.pid("rank"))
+def test_what_no_such_launcher_has_started_outlives_its_parent(chain) -> None:
+    cases = [("python", ["deepspeed"]), ("srun", ["slurmstepd"]), ("deepspeed", ["my_shell"])]
+    chains = [chain(launcher, names) for launcher, names in cases]
+    for begun, (_, names) in zip(chains, cases, strict=True):
+        assert begun.followed() == 0, names
+        end(begun.pid(names[0]))
+        begun.process.wait()
+        until(lambda begun=begun: psutil.Process(begun.pid("rank")).ppid() != begun.process.pid)
+    time.sleep(2.0)  # the thread checks once per second, if there is one
+    assert not [names for begun, (_, names) in zip(chains, cases, strict=True) if gone(begun.pid("rank"))]

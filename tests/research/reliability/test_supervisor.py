@@ -1,5 +1,4 @@
-"""Which run a launch has made or gone on with, and what the next launch is given, read off files alone."""
-# MERGED-DOC """Of a launch that is over nothing is left, wherever it has hidden, and nothing else is touched."""
+"""Which run a launch made or resumed, and the settings of the next launch; no process of a launch that is over is left."""
 
 import json
 import subprocess
@@ -17,12 +16,12 @@ from research.tracking.run_folder import RunFolder
 
 def script(launch: str, then: str) -> subprocess.CompletedProcess[str]:
     """A process that launches `launch` and then does `then`."""
-    head = "import sys\nfrom research.reliability import supervisor\nsupervisor.GRACE_SECONDS = 2.0\nlaunches = supervisor.Launcher()\n"
-    code = f"{head}code = launches.run({launch})\n{then}"
+    head = "import sys\nfrom research.reliability import supervisor\nsupervisor.GRACE_SECONDS = 2.0\nlauncher = supervisor.Launcher()\n"
+    code = f"{head}code = launcher.run({launch})\n{then}"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-IGNORES = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(1000)"
+IGNORES = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.write(1, b'%d\\n' % os.getpid()); time.sleep(1000)"
 SCATTERED = f"""
 import subprocess, sys
 ignores = {IGNORES!r}
@@ -30,7 +29,7 @@ starts = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.ar
 subprocess.Popen([sys.executable, "-c", ignores])
 subprocess.Popen([sys.executable, "-c", ignores], start_new_session=True)
 subprocess.run([sys.executable, "-c", starts, ignores], start_new_session=True)  # an orphan in a session of its own
-import time; time.sleep(2.0)
+import time; time.sleep(0.5)
 sys.exit(7)
 """
 

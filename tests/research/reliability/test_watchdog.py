@@ -1,4 +1,4 @@
-"""A rank ends when it was asked to, when another is gone, when nothing moves: real processes that are stopped, killed and stuck."""
+"""The watchdog ends a rank that was asked to end, that has lost another rank, or that hangs: real processes, stopped, killed and stuck."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def training(path: Path) -> None:
     wait_for(path / "step_0", path / "step_1")
 
 
-def test_a_run_that_ends_leaves_no_sign_of_life(tmp_path: Path) -> None:
+def test_a_run_that_ends_leaves_no_heartbeat(tmp_path: Path) -> None:
     with ranks(steps, 2, tmp_path / "a", 60.0, until=30) as begun:
         assert codes(begun) == [0, 0]
     assert told(tmp_path / "a") == ("finished", "")
@@ -107,10 +107,10 @@ def test_a_rank_that_raised_is_the_cause_and_says_why(tmp_path: Path) -> None:
 
 def test_a_stopped_rank_is_named_with_its_stack_and_taken_along(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    with ranks(steps, 2, path, 6.0) as begun:
+    with ranks(steps, 2, path, 4.0) as begun:
         training(path)
         wait_for(path / "logs/rank_1.alive.json")
-        time.sleep(1.5)  # a sign from within the steps
+        time.sleep(1.5)  # a heartbeat from within the steps
         os.kill(begun[1].pid, signal.SIGSTOP)
         assert codes(begun) == [HUNG, -signal.SIGKILL]
         who = f"rank 1 (process {begun[1].pid} on "
@@ -236,7 +236,7 @@ def test_in_start_up_a_signal_ends_even_a_rank_that_waits_for_others(tmp_path: P
     with ranks(starts_slowly, 2, path) as begun:
         training(path)
         os.kill(begun[0].pid, signal.SIGTERM)
-        assert codes(begun) == [143, 143]  # rank 1 hears of it from rank 0's last sign
+        assert codes(begun) == [143, 143]  # rank 1 hears of it from rank 0's last heartbeat
     assert told(path) == ("interrupted", said(path, 1) or told(path)[1]) and told(path)[1].startswith("SIGTERM")
     assert said(path, 0) == said(path, 1) == ""
 

@@ -15,7 +15,7 @@ from parallel.grid import Grid
 from research.config import serialization
 from research.data.prepare import load_tokenizer
 from research.generation.generator import TextGenerator
-from research.generation.restore import DecoderSpec, decoder_of
+from research.generation.restore import DecoderSpec
 from research.generation.settings import GenerationSettings, text_seed
 from tests.research.serving.helpers.servers import served, until
 
@@ -41,7 +41,7 @@ def alone(small):
     """A writer without a server: (prompt, ask) -> its Text."""
     experiment = serialization.load(small.config)
     plan = DecoderSpec(small.path, small.checkpoints / "step_000003", slots=1, context=128)
-    writer = TextGenerator(decoder_of(plan, Grid()), load_tokenizer(experiment.data, Path("/")), experiment.model, 128)
+    writer = TextGenerator(plan.on(Grid()), load_tokenizer(experiment.data, Path("/")), experiment.model, 128)
 
     def write(prompt, ask):
         text = writer.submit(prompt, ask)
@@ -56,9 +56,9 @@ def test_a_completion_is_what_is_written_without_a_server(client, alone):
     found = client.completions.create(model=client.models.list().data[0].id, prompt="the people", max_tokens=12, temperature=0, logprobs=2)
     text = alone("the people", GenerationSettings(12, logprobs=2))
     assert found.choices[0].text == text.text and found.choices[0].finish_reason == "length"
-    assert found.choices[0].logprobs.token_logprobs == pytest.approx([own for own, _ in text.written.logprobs], abs=1e-5)
+    assert found.choices[0].logprobs.token_logprobs == pytest.approx([own for own, _ in text.generation.logprobs], abs=1e-5)
     assert len(found.choices[0].logprobs.top_logprobs[0]) == 2 and found.choices[0].logprobs.text_offset[0] == 0
-    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(text.written.request.prompt), 12)
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(text.generation.request.prompt), 12)
 
 
 def test_a_seed_decides_every_text(client, alone):

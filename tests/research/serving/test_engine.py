@@ -12,7 +12,7 @@ from parallel.grid import Grid
 from research.config import serialization
 from research.data.prepare import load_tokenizer
 from research.generation.generator import TextGenerator
-from research.generation.restore import DecoderSpec, decoder_of
+from research.generation.restore import DecoderSpec
 from research.generation.settings import GenerationSettings
 from research.serving.engine import FAILED, Cancel, Engine, Halt, Job, Submit
 from research.serving.prometheus import Metrics
@@ -30,11 +30,11 @@ class Written(list):
 def writer(small):
     plan = DecoderSpec(small.path, small.checkpoints / "step_000003", slots=2, context=64)
     experiment = serialization.load(small.config)
-    return TextGenerator(decoder_of(plan, Grid()), load_tokenizer(experiment.data, Path("/")), experiment.model, 64)
+    return TextGenerator(plan.on(Grid()), load_tokenizer(experiment.data, Path("/")), experiment.model, 64)
 
 
 def job(writer, prompt="war", tokens=6, **ask) -> Job:
-    return Job(writer.ids(prompt), GenerationSettings(tokens, **ask), ())
+    return Job(writer.tokenizer.prompt(prompt), GenerationSettings(tokens, **ask), ())
 
 
 def run(writer, orders, watch=lambda engine, step: None, last=()) -> Written:
@@ -65,7 +65,7 @@ def test_pieces_add_up_and_the_last_says_why(writer):
     for each in jobs:
         pieces = written.of(each)
         assert "".join(piece.text for piece in pieces) == each.text.text
-        assert [token.id for piece in pieces for token in piece.tokens] == each.text.written.ids
+        assert [token.id for piece in pieces for token in piece.tokens] == each.text.generation.ids
         assert [piece.finish for piece in pieces] == [None] * 5 + ["length"] and pieces[-1].count == 6
 
 
@@ -90,7 +90,7 @@ def test_one_that_does_not_fit_fails_alone(writer):
 
 
 def test_a_model_without_numbers_fails_all_of_its_texts_and_serves_the_next(writer, monkeypatch):
-    step, broken = writer.batch.__class__.step, [True]
+    step, broken = writer.scheduler.__class__.step, [True]
 
     def failing(batch):
         moved = step(batch)
@@ -98,7 +98,7 @@ def test_a_model_without_numbers_fails_all_of_its_texts_and_serves_the_next(writ
             raise Mistake("the model's logits are not finite")
         return moved
 
-    monkeypatch.setattr(writer.batch.__class__, "step", failing)
+    monkeypatch.setattr(writer.scheduler.__class__, "step", failing)
     first, second = job(writer), job(writer)
 
     def watch(engine, pieces):

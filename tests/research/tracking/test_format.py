@@ -1,10 +1,11 @@
-"""Text of a model on its way to a terminal or a file."""
+"""Paths, and text that a model wrote, as they are shown in a terminal or written to a file."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from research.tracking.format import json_line, printable
+from research.tracking.format import json_line, printable, short_path
 
 
 def test_what_could_steer_a_terminal_is_dropped():
@@ -30,3 +31,8 @@ def test_json_lines_are_readable():
     assert json_line({"a": "€ 漢"}) == '{"a": "€ 漢"}'
     with pytest.raises(ValueError):
         json_line(float("nan"))
+
+
+def test_paths_are_as_one_would_type_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [short_path(path) for path in (tmp_path / "runs", Path("runs"), Path("/x"), Path("../x"))] == ["runs", "runs", "/x", "../x"]

@@ -79,7 +79,8 @@ def test_smoothing_keeps_a_line_and_averages_the_middle():
 
 
 def test_nothing_is_printed_where_home_cannot_be_written(tmp_path):
-    code = f"from pathlib import Path; from research.tracking.plot import loss_curve; p = Path({str(tmp_path)!r}); loss_curve(p, p / 'a.png', 'a')"
+    imports = "from pathlib import Path; from research.tracking.plot import loss_curve"
+    code = f"{imports}; p = Path({str(tmp_path)!r}); loss_curve(p, p / 'a.png', 'a')"
     home = {"PATH": "/usr/bin:/bin", "HOME": "/dev/null/nowhere"}
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=home, timeout=120)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")

@@ -6,12 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake
 from parallel.files import read_json, write_json
-from research.tracking import run_folder
+from research.tracking import metrics, run_folder
 from research.tracking.run_folder import RunFolder
 
 
@@ -173,6 +175,58 @@ def test_a_run_that_is_not_there_lists_those_that_are(tmp_path, monkeypatch):
         run_folder.find("runs/unstarted/latest")
 
 
+def test_a_handle_names_a_checkpoint_or_a_run_with_its_newest_one(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (5, 10):
+        checkpoint = folder.checkpoints / f"step_{step:06d}"
+        checkpoint.mkdir()
+        (checkpoint / "manifest.json").write_text("{}")
+        checkpoint_folder.point_latest(checkpoint)
+    for handle in ("gpt_sotu", folder.title, "runs/gpt_sotu/latest/checkpoints/step_000010"):
+        assert run_folder.find_checkpoint(handle) == (folder, folder.checkpoints / "step_000010"), handle
+    named = f"runs/gpt_sotu/{folder.id}/checkpoints/step_000005"
+    assert run_folder.find_checkpoint(named) == (folder, folder.checkpoints / "step_000005")
+    with pytest.raises(Mistake, match="is a checkpoint outside of a run's folder → name one in runs/NAME/ID/checkpoints"):
+        run_folder.find_checkpoint(named, needs="config.json")
+    with pytest.raises(Mistake, match="there is no run folder nope"):
+        run_folder.find_checkpoint("nope", tmp_path / "runs")
+
+
 def test_making_the_object_touches_no_disk(tmp_path):
     assert RunFolder(tmp_path / "a" / "0a1b2c").metrics == tmp_path / "a" / "0a1b2c" / "metrics.jsonl"
     assert not (tmp_path / "a").exists()
+
+
+def with_rows(tmp_path: Path) -> RunFolder:
+    made = run_folder.create(tmp_path, "x")
+    run_folder.start(made, layout="pp1", precision="fp32", steps=9)
+    rows = [json.dumps({"progress/step": step, "train/loss": 0.1 * step}) for step in (1, 2, 3, 4)]
+    made.metrics.write_text("\n".join(rows) + '\n{"progress/step": 5, "trai')
+    made.samples.write_text(json.dumps({"progress/step": 2, "text": "a"}) + "\n")
+    return made
+
+
+def test_rows_after_the_checkpoint_leave_and_are_kept(tmp_path: Path) -> None:
+    made = with_rows(tmp_path)
+    assert run_folder.reopen(made, 2, {"layout": "pp2", "steps": 12}) == 2
+    assert [row["progress/step"] for row in metrics.read(made.metrics)] == [1, 2]
+    assert made.metrics.read_text().splitlines()[-1] == json.dumps({"progress/step": 2, "train/loss": 0.2})  # the torn line is gone
+    kept = list(metrics.read(made.path / "dropped.jsonl"))
+    assert [(row["segment"], row["file"], row["progress/step"], row["train/loss"]) for row in kept] == [
+        (2, "metrics.jsonl", 3, 0.1 * 3),
+        (2, "metrics.jsonl", 4, 0.1 * 4),
+    ]
+    run = read_json(made.run)
+    assert (run["status"], run["layout"], run["steps"], run["precision"]) == ("running", "pp2", 12, "fp32")
+    assert [segment["from_step"] for segment in run["segments"]] == [0, 2]
+    assert run_folder.reopen(made, 2, {}) == 3 and len(list(metrics.read(made.path / "dropped.jsonl"))) == 2
+
+
+def test_a_number_that_json_has_not_survives_the_cut(tmp_path: Path) -> None:
+    made = with_rows(tmp_path)
+    made.metrics.write_text(
+        metrics.encode({"progress/step": 1, "train/loss": float("nan")}) + "\n" + json.dumps({"progress/step": 9}) + "\n"
+    )
+    run_folder.reopen(made, 1, {})
+    (row,) = metrics.read(made.metrics)
+    assert row["train/loss"] != row["train/loss"]

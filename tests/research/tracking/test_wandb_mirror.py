@@ -1,5 +1,4 @@
-"""The rows of a broken W&B run from the run's own files, in the order they came; the broken folder goes last."""
-# MERGED-DOC """A call gets its time and no more."""
+"""The W&B mirror: calls with a time limit, and an offline run that is written again from the run's own files where the first one broke."""
 
 import signal
 import time
@@ -9,21 +8,21 @@ import pytest
 
 from research.tracking import metrics, run_folder
 from research.tracking.metrics import JsonLines
-from research.tracking.wandb_mirror import bounded, replacing, rows, sample_row
+from research.tracking.wandb_mirror import call_with_timeout, replacing, rows, sample_row
 from tests.research.tracking.test_tracker import LATER, ROWS, SAMPLES, inspected, launch, of, tables, untabled
 
 LONG = 30.0
 
 
 def test_a_result_or_none():
-    assert bounded(lambda: 3, LONG) == 3
-    assert bounded(lambda: 1 / 0, LONG) is None
+    assert call_with_timeout(lambda: 3, LONG) == 3
+    assert call_with_timeout(lambda: 1 / 0, LONG) is None
 
 
 def test_what_takes_too_long_is_left():
     began = time.monotonic()
-    assert bounded(lambda: time.sleep(LONG), 0.1) is None
-    assert bounded(lambda: time.sleep(LONG), -1.0) is None  # what is left of a time that is up
+    assert call_with_timeout(lambda: time.sleep(LONG), 0.1) is None
+    assert call_with_timeout(lambda: time.sleep(LONG), -1.0) is None  # what is left of a time that is up
     assert time.monotonic() - began < LONG / 2
 
 

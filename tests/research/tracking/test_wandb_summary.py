@@ -11,7 +11,6 @@ import pytest
 from research.tracking import run_folder, wandb_summary
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import wandb_servers as servers
-from tests.research.helpers.example import example
 from tests.research.tracking import test_tracker as training
 
 FIGURES = {"eval/lambada/accuracy": 0.45, "eval/validation/loss": 3.5}
@@ -19,7 +18,7 @@ FIGURES = {"eval/lambada/accuracy": 0.45, "eval/validation/loss": 3.5}
 
 def add(path: str) -> None:
     """What an evaluation's process does."""
-    print(json.dumps(wandb_summary.add(RunFolder(Path(path)), example(), FIGURES)))
+    print(json.dumps(wandb_summary.add(RunFolder(Path(path)), FIGURES)))
 
 
 def added(folder: RunFolder, place: Path, server: str = "") -> str:
@@ -60,7 +59,7 @@ def test_an_offline_run_has_a_second_segment(tmp_path):
 
 def test_a_run_that_w_b_knows_nothing_of_is_left_alone(tmp_path):
     folder = run_folder.create(tmp_path, "a")
-    assert wandb_summary.add(folder, example(), FIGURES) == "" and not folder.wandb.exists()
+    assert wandb_summary.add(folder, FIGURES) == "" and not folder.wandb.exists()
 
 
 @pytest.fixture

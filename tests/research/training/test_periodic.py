@@ -198,7 +198,7 @@ def other_task_data_on_rank_1(rank: int) -> None:
 
     read = in_training.prepare_tasks
     if rank == 1:
-        in_training.prepare_tasks = lambda *given: [dataclasses.replace(sat, digest="0" * 64) for sat in read(*given)]
+        in_training.prepare_tasks = lambda *arguments: [dataclasses.replace(task, digest="0" * 64) for task in read(*arguments)]
 
 
 @pytest.mark.slow

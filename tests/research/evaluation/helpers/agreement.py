@@ -1,4 +1,4 @@
-"""The rules that research/evaluation/builtin/agreement.jsonl was made by; run as a script, it writes the file again."""
+"""Generates research/evaluation/builtin/agreement.jsonl; run as a script, it prints the file."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def pairs() -> Iterator[tuple[str, str, str]]:
 
 
 def lines() -> str:
-    """The file."""
+    """The content of the file."""
     return "".join(json.dumps({"sentence_good": good, "sentence_bad": bad, "UID": uid}) + "\n" for uid, good, bad in pairs())
 
 

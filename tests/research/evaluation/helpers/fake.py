@@ -1,4 +1,4 @@
-"""Scorers whose answers are known in advance, so that what tasks make of them can be computed without a model."""
+"""Scorers whose scores follow a formula, so that the metrics can be computed without a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,21 +8,20 @@ from research.evaluation.scorer import Score, ScoreRequest
 
 @dataclass
 class Bigram:
-    """log p of a token depends on it and the one before it alone: the sum over a text is the same however it is cut into windows."""
+    """log p of a token depends only on it and the token before it: the sum over a text is the same for all windows."""
 
     length: int = 33
     calls: list[int] = field(default_factory=list)
-    """Requests of each call."""
+    """The number of requests in each call."""
 
-    def score(self, asked: Sequence[ScoreRequest]) -> list[Score]:
-        """Some negative numbers, some greedy tokens."""
-        self.calls.append(len(asked))
-        return [self.one(request) for request in asked]
-
-    def one(self, request: ScoreRequest) -> Score:
-        assert len(request.ids) <= self.length
-        pairs = list(zip(request.ids, request.ids[1:], strict=False))[-request.scored :]
-        return Score(tuple(logprob(*pair) for pair in pairs), tuple(greedy(*pair) for pair in pairs))
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        self.calls.append(len(requests))
+        scores = []
+        for request in requests:
+            assert len(request.ids) <= self.length
+            pairs = list(zip(request.ids, request.ids[1:], strict=False))[-request.scored :]
+            scores.append(Score(tuple(logprob(*pair) for pair in pairs), tuple(greedy(*pair) for pair in pairs)))
+        return scores
 
 
 def logprob(before: int, token: int) -> float:
@@ -31,7 +30,7 @@ def logprob(before: int, token: int) -> float:
 
 
 def greedy(before: int, token: int) -> bool:
-    """For three tokens of four."""
+    """True for three tokens of four."""
     return (before * 31 + token * 17) % 4 != 0
 
 
@@ -41,10 +40,9 @@ class Distance:
 
     length: int = 33
 
-    def score(self, asked: Sequence[ScoreRequest]) -> list[Score]:
-        """Exact."""
-        found = []
-        for request in asked:
-            places = range(len(request.ids) - request.scored, len(request.ids))
-            found.append(Score(tuple(-float(place) for place in places), (False,) * request.scored))
-        return found
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        scores = []
+        for request in requests:
+            positions = range(len(request.ids) - request.scored, len(request.ids))
+            scores.append(Score(tuple(-float(position) for position in positions), (False,) * request.scored))
+        return scores

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness' own definitions of tasks over local files: its YAML, with `dataset_path: json`. Imports no lm_eval."""
+"""lm-evaluation-harness' task definitions for local files: its YAML with `dataset_path: json`. Imports no lm_eval."""
 
 import json
 from pathlib import Path
@@ -44,12 +44,12 @@ CONTINUE = {
 
 
 def write(folder: Path, name: str, definition: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """FOLDER/NAME.yaml over FOLDER/NAME.jsonl; the folder."""
+    """Writes FOLDER/NAME.yaml and FOLDER/NAME.jsonl; returns the folder."""
     folder.mkdir(exist_ok=True)
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-    told = {"task": name, **files, **definition}
-    lines = [f"{key}: {value if str(value).startswith('!function') else json.dumps(value)}" for key, value in told.items()]
+    fields = {"task": name, **files, **definition}
+    lines = [f"{key}: {value if str(value).startswith('!function') else json.dumps(value)}" for key, value in fields.items()]
     (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
