@@ -1,6 +1,5 @@
-"""`python -m research import MODEL --as experiments/NAME`: another program's weights as an experiment of ours, proved to be the same."""
+"""`python -m research import MODEL --as experiments/NAME`: imports another program's model as a run and an experiment."""
 
-import argparse
 import contextlib
 import re
 import secrets
@@ -17,16 +16,16 @@ from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 
-WHAT = """Reads GPT-2, GPT-NeoX (Pythia) and Llama from a Hugging Face folder (safetensors), and Llama from a .gguf file. Makes a run
-folder with a checkpoint (readable on every layout), and an experiment's folder whose runs begin with it (init_from). The same text goes
-through transformers' model and through ours: exit code 1, and nothing is left, where they differ by more than rounding."""
+DESCRIPTION = """Reads GPT-2, GPT-NeoX (Pythia) and Llama from a Hugging Face folder (safetensors), and Llama from a .gguf file. Makes a
+run folder with a checkpoint, which every layout can read, and an experiment whose runs begin with it (init_from). Compares transformers'
+model with ours on the same text: if they differ by more than rounding, the exit code is 1 and both folders are removed."""
 GGUF = ".gguf"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where what is imported will lie: the experiment's folder in its tree, and the run's, which is made in `staging` first."""
+    """The folders of an import: the experiment in its tree, and the run, which is made in `staging` first."""
 
     tree: Path
     experiment: Path
@@ -35,47 +34,43 @@ class Place:
 
 
 def main(argv: list[str]) -> None:
-    """Imports, and says what was found."""
-    parser = Parser("import", WHAT)
+    """Reads the model, compares, and publishes the run and the experiment."""
+    parser = Parser("import", DESCRIPTION)
     parser.add_argument("model", type=Path, help="a Hugging Face folder, or a .gguf file")
-    parser.add_argument("--as", dest="experiment", type=Path, required=True, help="the experiment's folder to be made: experiments/NAME")
-    parser.add_argument("--runs", type=Path, help="the folder that receives NAME/ID/ (default: runs, beside experiments)")
+    parser.add_argument("--as", dest="experiment", type=Path, required=True, help="the experiment's folder to create: experiments/NAME")
+    parser.add_argument("--runs", type=Path, help="the folder in which NAME/ID/ is created (default: runs, beside experiments)")
     parser.add_argument("--tokenizer", help="builtin:gpt2 or the path of a tokenizer.json, instead of the model's own")
-    asked = parser.parse_args(argv)
-    check_there(asked.model)
+    arguments = parser.parse_args(argv)
+    check_exists(arguments.model)
     report = Console()
-    with _staged(asked.experiment, asked.runs) as place:
-        _fill(asked, place, report)
+    with _staged(arguments.experiment, arguments.runs) as place:
+        # imported here because it imports torch
+        from research.exchange.importer import CERTIFICATE, Import, opened
+
+        with opened(arguments.model) as source:
+            job = Import(source, place.staging, place.run, place.tree)
+            report.header([("", job.line())])
+            certificate = job.fill(arguments.tokenizer, report)
+            report.header([("parity", certificate.line())])
+            if not certificate.passed:
+                raise SystemExit(1)
+            publish(place)
+            run = job.named(place.staging.path)
+        report.header([("run", f"{run} · {CERTIFICATE}"), ("folder", str(arguments.experiment))])
+        generate = f"python -m research generate {run} --prompt 'The meaning of life is'"
+        report.next([generate, f"python {arguments.experiment / experiment_folder.LAUNCHER} --dry-run"])
 
 
-def check_there(model: Path) -> None:
-    """A Mistake where no folder and no .gguf file lies at the path."""
+def check_exists(model: Path) -> None:
+    """Raises a Mistake unless the path is a folder or a .gguf file."""
     if not model.exists():
         raise Mistake(f"there is no {model} → name a Hugging Face folder or a .gguf file on this machine: nothing is downloaded")
     if not model.is_dir() and model.suffix != GGUF:
         raise Mistake(f"{model} is neither a folder nor a {GGUF} file → name the folder that holds the model's config.json")
 
 
-def _fill(asked: argparse.Namespace, place: Place, report: Console) -> None:
-    """Reads, compares and publishes."""
-    from research.exchange.importer import CERTIFICATE, Import, opened
-
-    with opened(asked.model) as source:
-        found = Import(source, place.staging, place.run, place.tree)
-        report.header([("", found.line())])
-        certificate = found.fill(asked.tokenizer, report)
-        report.header([("parity", certificate.line())])
-        if not certificate.passed:
-            raise SystemExit(1)
-        publish(place)
-        run = found.named(place.staging.path)
-    report.header([("run", f"{run} · {CERTIFICATE}"), ("folder", str(asked.experiment))])
-    generate = f"python -m research generate {run} --prompt 'The meaning of life is'"
-    report.next([generate, f"python {asked.experiment / experiment_folder.LAUNCHER} --dry-run"])
-
-
 def publish(place: Place) -> None:
-    """Gives both folders their names: both have them then, or neither."""
+    """Gives both folders their final names. If one of them fails, neither is left."""
     try:
         with staged(place.experiment) as folder:
             experiment_folder.write(folder, serialization.load(place.staging.config), place.tree)
@@ -90,21 +85,21 @@ def publish(place: Place) -> None:
 
 @contextlib.contextmanager
 def _staged(experiment: Path, runs: Path | None) -> Iterator[Place]:
-    """The place, its run's folder empty under a hidden name; what is not published is removed."""
+    """Yields the place with an empty, hidden folder for the run, which is removed at the end unless it was published."""
     folder = experiment.resolve()
     tree = folder.parent.parent
     if not NAME.fullmatch(folder.name) or folder.parent.name != "experiments" or not (tree / "research" / "launch.py").is_file():
         raise Mistake(f"--as {experiment} is not the place of an experiment → write --as experiments/NAME")
     refuse_existing(folder)
     root = (runs or tree / "runs").resolve()
-    ident = secrets.token_hex(3)
-    hidden = root / f".import-{folder.name}-{ident}"
+    run_id = secrets.token_hex(3)
+    hidden = root / f".import-{folder.name}-{run_id}"
     try:
         hidden.mkdir(parents=True)
     except OSError as error:
         raise Mistake(f"--runs: {hidden} cannot be made ({error.strerror}) → name a folder you may write") from None
     try:
-        yield Place(tree, folder, RunFolder(root / folder.name / ident), RunFolder(hidden))
+        yield Place(tree, folder, RunFolder(root / folder.name / run_id), RunFolder(hidden))
     except OSError as error:
         where = error.filename2 or error.filename or hidden
         raise Mistake(f"{where} cannot be written ({error.strerror or error}) → make room, or name another folder: --runs") from error

@@ -1,1 +1,1 @@
-"""Import and export: transformers' folders and GGUF files, with a parity certificate."""
+"""Import and export: reads and writes Hugging Face folders, reads GGUF files, and certifies that both models have the same logits."""

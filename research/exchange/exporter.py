@@ -1,6 +1,5 @@
-"""What an export puts into a folder: a run's weights, settings and tokenizer as transformers reads them, and the certificate."""
+"""Fills the folder of an export: a run's weights, settings and tokenizer in transformers' format, and certificate.json."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from models.conversion import mapping, write_config
 from models.conversion.families import FAMILIES
 from parallel.checkpoint.reader import Reader, check_shape
 from parallel.errors import Mistake
+from parallel.files import write_json
 from research import ROOT
 from research.config import Experiment, serialization
 from research.data.prepare import load_tokenizer
@@ -23,7 +23,7 @@ from research.tracking.run_folder import RunFolder
 
 
 class Export:
-    """One export: what of a run becomes which files."""
+    """One export: a checkpoint of a run, and the dtype and shard size of the files."""
 
     def __init__(self, run: RunFolder, checkpoint: Path, dtype: str, shard_size: int) -> None:
         self.run, self.checkpoint, self.dtype, self.shard_size = run, checkpoint, dtype, shard_size
@@ -37,30 +37,32 @@ class Export:
             raise Mistake(f"{sizes} → put the tokenizer back that {run.title} was trained with")
 
     def line(self) -> str:
-        """What is exported, as a person reads it."""
+        """What is exported, as one line for the terminal."""
         return f"export {self.run.title} · {self.checkpoint.name} · {write_config.ARCHITECTURES[self.family]} · {self.dtype}"
 
     def notes(self) -> list[str]:
-        """Settings that stay behind, and what may surprise."""
-        behind = ", ".join(write_config.left_behind(self.model, self.family))
-        return [f"of training only, without a counterpart in {self.family}, left behind: {behind}"]
+        """What a user should know: the settings of the model that transformers has no counterpart for."""
+        settings = ", ".join(write_config.left_behind(self.model, self.family))
+        return [f"of training only, without a counterpart in {self.family}, left behind: {settings}"]
 
     def write(self, folder: Path, advance: Advance) -> None:
-        """All files but the certificate; `advance` by one for each parameter."""
-        ids = hf_tokenizer.write(folder, self.tokenizer, ROOT, self.model.seq_length)
-        table = write_config.config(self.model, self.family, self.dtype, ids["bos_token_id"], ids["eos_token_id"])
-        hf_writer.write_table(folder / CONFIG, table)
-        shapes = [hf_writer.Written(key, shape) for link in self.links for key, shape in link.their_shapes(self.model).items()]
+        """Writes all files but the certificate. `advance` is called with 1 for each parameter."""
+        ids = hf_tokenizer.export_tokenizer(folder, self.tokenizer, ROOT, self.model.seq_length)
+        config = write_config.config(self.model, self.family, self.dtype, ids["bos_token_id"], ids["eos_token_id"])
+        write_json(folder / CONFIG, config)
+        shapes = [hf_writer.TensorShape(key, shape) for link in self.links for key, shape in link.their_shapes(self.model).items()]
         with Reader(self.checkpoint) as reader:
             for link in self.links:
                 check_shape(link.name, link.shape, reader)
             reader.check()
-            hf_writer.write_weights(folder, hf_writer.shards(shapes, self.dtype, self.shard_size), self._tensors(reader, advance))
+            # one of our parameters is in memory at a time
+            tensors = (t for link in counted(self.links, advance) for t in link.theirs(reader.read(link.name), self.model).values())
+            hf_writer.write_weights(folder, hf_writer.assign_files(shapes, self.dtype, self.shard_size), tensors)
 
-    def certified(self, folder: Path, ids: Tensor, advance: Advance) -> Certificate:
-        """Of the folder as a user loads it, against the checkpoint, its weights rounded likewise; written into the folder.
+    def certify(self, folder: Path, ids: Tensor, advance: Advance) -> Certificate:
+        """Compares the folder, as a user loads it, with the checkpoint, its weights rounded to the same dtype.
 
-        ids 'b s'; `advance` by one for each window and model.
+        ids 'b s'; `advance` is called with 1 for each window and model. Writes certificate.json.
         """
         dtype = getattr(torch, self.dtype)
         certificate = parity.certify(
@@ -69,11 +71,6 @@ class Export:
             lambda: parity.our_logits(self.model, self.checkpoint, dtype),
             advance,
         )
-        about = {"run": self.run.title, "checkpoint": self.checkpoint.name, "dtype": self.dtype}
-        hf_writer.write_table(folder / CERTIFICATE, about | certificate.table())
+        origin = {"run": self.run.title, "checkpoint": self.checkpoint.name, "dtype": self.dtype}
+        write_json(folder / CERTIFICATE, origin | certificate.table())
         return certificate
-
-    def _tensors(self, reader: Reader, advance: Advance) -> Iterator[Tensor]:
-        """Every tensor of theirs, one of ours in memory at a time."""
-        for link in counted(self.links, advance):
-            yield from link.theirs(reader.read(link.name), self.model).values()

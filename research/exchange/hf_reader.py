@@ -1,12 +1,12 @@
-"""A Hugging Face folder, read tensor by tensor. It may come from a stranger: nothing of it is executed, no path in it leads out of it.
+"""Reads a Hugging Face folder tensor by tensor: config.json, and safetensors in one file or in several with an index.
 
-Weights are safetensors, in one file or in several with an index.
+The folder may come from a stranger: no code in it is executed, and no path in it may lead out of it.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,31 +16,32 @@ from models.conversion.families import FAMILIES
 from models.conversion.read_config import settings
 from parallel.errors import Mistake
 from research.data.tokenizer_file import read_table
-from research.exchange.source import finite, regular
+from research.exchange.source import check_finite, check_regular_file
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 MOST_SHARDS = 10_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-WIDENED = {"F32", "F16", "BF16", "F64"}
-"""What is read as float32: exactly, but for F64, which is rounded."""
+READABLE_DTYPES = {"F32", "F16", "BF16", "F64"}
+"""Dtypes that are converted to float32: F64 is rounded, the others are exact."""
 
 
 class HFFolder:
-    """A Hugging Face folder, opened: a Source. Every file is looked at, no tensor read. Use it in a `with`."""
+    """A Source that reads a Hugging Face folder. Opening it reads every file's header but no tensor. Use it in a `with` statement."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_table(path / CONFIG)
-        self.family = FAMILIES[family_of(self.config)]
+        settings(self.config)  # raises a Mistake for a family or a setting that is not supported
+        self.family = FAMILIES[self.config["model_type"]]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        self._place: dict[str, str] = {}
+        self._file_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         index = _index(path)
         for name in sorted(set(index.values())) if index else [SINGLE]:
-            self._look_into(name, index)
+            self._open_file(name, index)
         for key, name in (index or {}).items():
             if key not in self.shapes:
                 raise Mistake(f"{path / INDEX} names {key:.200}, which {name} does not hold → fetch the model again")
@@ -52,51 +53,42 @@ class HFFolder:
         self._open.clear()
 
     def check(self, names: Iterable[str]) -> None:
-        """See Source."""
         for name in names:
-            if self._dtypes[name] not in WIDENED:
-                told = f"{self.path / self._place[name]}: {name:.200} is {self._dtypes[name]}"
-                raise Mistake(f"{told}, which is not read → take the model in float32, float16 or bfloat16")
+            if self._dtypes[name] not in READABLE_DTYPES:
+                problem = f"{self.path / self._file_of[name]}: {name:.200} is {self._dtypes[name]}"
+                raise Mistake(f"{problem}, which is not read → take the model in float32, float16 or bfloat16")
 
     def read(self, name: str) -> Tensor:
-        """See Source."""
         try:
-            return finite(self._open[self._place[name]].get_tensor(name).to(torch.float32), name)
+            return check_finite(self._open[self._file_of[name]].get_tensor(name).to(torch.float32), name)
         except (OSError, SafetensorError) as error:
-            raise _unreadable(self.path / self._place[name], error) from error
+            raise _unreadable(self.path / self._file_of[name], error) from error
 
     def files(self) -> list[Path]:
-        """See Source."""
         index = [INDEX] if SINGLE not in self._open else []
         return [self.path / name for name in (CONFIG, *index, *self._open)]
 
-    def _look_into(self, name: str, index: Mapping[str, str] | None) -> None:
-        path = regular(self.path / name)
+    def _open_file(self, name: str, index: Mapping[str, str] | None) -> None:
+        path = check_regular_file(self.path / name)
         try:
             file = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118  a safetensors file is not a mapping
                 if index is not None and index.get(key) != name:
-                    there = f"says {index[key]}" if key in index else "does not name it"
-                    raise Mistake(f"{path} holds {key:.200}, but {INDEX} {there} → fetch the model again")
-                told = file.get_slice(key)
-                self.shapes[key], self._dtypes[key], self._place[key] = tuple(told.get_shape()), str(told.get_dtype()), name
+                    entry = f"says {index[key]}" if key in index else "does not name it"
+                    raise Mistake(f"{path} holds {key:.200}, but {INDEX} {entry} → fetch the model again")
+                tensor = file.get_slice(key)
+                self.shapes[key], self._dtypes[key], self._file_of[key] = tuple(tensor.get_shape()), str(tensor.get_dtype()), name
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from error
         self._open[name] = file
 
 
-def family_of(config: Mapping[str, Any]) -> str:
-    """The family that a config.json names; a Mistake for one that we do not read. All of its settings are looked at."""
-    settings(config)
-    return config["model_type"]
-
-
 def _index(path: Path) -> dict[str, str] | None:
-    """Tensor -> file; None where all lie in one."""
+    """The index, tensor name -> file name; None if all tensors are in one file."""
     if (path / SINGLE).exists():
         return None
     if not (path / INDEX).exists():
-        raise _no_weights(path)
+        _raise_no_weights(path)
     index = read_table(path / INDEX, 64 * 2**20).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise Mistake(f"{path / INDEX} has no weight_map that is a table of tensors → fetch the model again")
@@ -108,16 +100,17 @@ def _index(path: Path) -> dict[str, str] | None:
     return index
 
 
-def _no_weights(path: Path) -> Mistake:
+def _raise_no_weights(path: Path) -> NoReturn:
+    """Raises a Mistake that says what the folder holds instead of safetensors."""
     for pattern in PICKLES:
-        for found in sorted(path.glob(pattern)):
-            return Mistake(
-                f"{found} is a pickle, which is a program: it is not opened → where you trust it, "
+        for pickle in sorted(path.glob(pattern)):
+            raise Mistake(
+                f"{pickle} is a pickle, which is a program: it is not opened → where you trust it, "
                 "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER) writes safetensors, which are imported"
             )
-    for found in sorted(path.glob("*.gguf")):
-        return Mistake(f"{path} holds neither {SINGLE} nor {INDEX} → name the file: import {found}")
-    return Mistake(f"{path} holds neither {SINGLE} nor {INDEX} → name a Hugging Face folder or a .gguf file")
+    for gguf in sorted(path.glob("*.gguf")):
+        raise Mistake(f"{path} holds neither {SINGLE} nor {INDEX} → name the file: import {gguf}")
+    raise Mistake(f"{path} holds neither {SINGLE} nor {INDEX} → name a Hugging Face folder or a .gguf file")
 
 
 def _unreadable(path: Path, error: Exception) -> Mistake:

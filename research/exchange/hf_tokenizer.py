@@ -1,11 +1,11 @@
-"""A tokenizer's files beside a model: taken from another program's, kept in a run's folder, written for transformers to read.
+"""Copies and writes the tokenizer files beside a model, in the layout that transformers reads.
 
-    tokenizer.json          the tokenizers library's
-    tokenizer_config.json   which tokens have a meaning
-    chat_template.jinja     how a conversation becomes text, where there is one; kept as text
-    generation_config.json  ids that begin and end what is generated
+    tokenizer.json          the tokenizers library's own file
+    tokenizer_config.json   the special tokens
+    chat_template.jinja     the chat template, if there is one, as text
+    generation_config.json  the ids that begin and end a generated text
 
-Only what is known is taken, value by value: theirs may name classes and code.
+The files may come from a stranger and may name classes and code, so only known keys are copied, and each value is checked.
 """
 
 import shutil
@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
-from research.data import tokenizer, tokenizer_file
-from research.data.tokenizer import Tokenizer
+from parallel.files import write_json
+from research.data import tokenizer_file
+from research.data.tokenizer import END_OF_TEXT, Tokenizer
 from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, are_ids, find_template, read_table
-from research.exchange.hf_writer import write_table
 
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def take(file: Path, target: Path, length: int, ids: Mapping[str, Any]) -> None:
-    """Copies into `target` a tokenizer.json and what lies beside it. `length`: the longest text that the model reads.
+def copy_tokenizer(file: Path, target: Path, length: int, default_ids: Mapping[str, Any]) -> None:
+    """Copies a tokenizer.json, and what is known of the files beside it, into `target`.
 
-    `ids`: bos_token_id and eos_token_id, where no generation_config.json lies beside it.
+    `length` is the longest text that the model reads, in tokens. `default_ids` holds bos_token_id and eos_token_id, which
+    generation_config.json overrides if there is one.
     """
     if not file.is_file():
         raise Mistake(
@@ -33,66 +34,49 @@ def take(file: Path, target: Path, length: int, ids: Mapping[str, Any]) -> None:
             "or name another one: --tokenizer builtin:gpt2, --tokenizer PATH"
         )
     source = file.parent
-    told = read_table(source / CONFIG) if (source / CONFIG).is_file() else {}
+    config = read_table(source / CONFIG) if (source / CONFIG).is_file() else {}
     backend = tokenizer_file.parsed(file)
     shutil.copyfile(file, target / FILE)
-    said = {**ids, **(read_table(source / GENERATION) if (source / GENERATION).is_file() else {})}
-    known = {name: value for name, value in said.items() if are_ids(value)}
-    tokens = {name: _known(backend, told.get(name)) or _by_id(backend, known.get(f"{name}_id")) for name in SPECIAL}
+    generation = read_table(source / GENERATION) if (source / GENERATION).is_file() else {}
+    ids = {name: value for name, value in {**default_ids, **generation}.items() if are_ids(value)}
+
+    # a special token is what tokenizer_config.json names, or else the token of its id, or of the first of several ids
+    tokens: dict[str, str | None] = {}
+    for name in SPECIAL:
+        token = tokenizer_file.token_text(config.get(name))
+        if token is None or backend.token_to_id(token) is None:  # transformers would add an unknown token with a new id
+            named = ids.get(f"{name}_id")
+            first = named[0] if isinstance(named, list) else named
+            token = None if first is None else backend.id_to_token(first)
+        tokens[name] = token
     tokens["eos_token"] = tokens["eos_token"] or tokenizer_file.end_of_text(file, read_table(file, tokenizer_file.LARGEST))
-    describe(target, tokens, length)
-    keep_template(target, find_template(source, told))
-    keep_ids(target, _ids_of(backend, tokens) | known)
+    _write_settings(target, backend, tokens, ids, find_template(source, config), length)
 
 
-def put(target: Path, backend: Any, tokens: Mapping[str, str | None], template: Any, length: int) -> None:
-    """Writes into `target` a tokenizer that lies in no folder: the library's object, its special tokens, its chat template."""
-    (target / FILE).write_text(backend.to_str(pretty=True), encoding="utf-8")  # its own save raises bare Exceptions on a full disk
-    describe(target, tokens, length)
-    keep_template(target, template)
-    keep_ids(target, _ids_of(backend, tokens))
+def save_tokenizer(target: Path, backend: Any, tokens: Mapping[str, str | None], template: Any, length: int) -> None:
+    """Writes a tokenizer that is not in a folder: the library's object, its special tokens and its chat template."""
+    (target / FILE).write_text(backend.to_str(pretty=True), encoding="utf-8")  # backend.save raises bare Exceptions on a full disk
+    _write_settings(target, backend, tokens, {}, template, length)
 
 
-def describe(target: Path, tokens: Mapping[str, str | None], length: int) -> None:
-    """tokenizer_config.json: transformers takes tokenizer.json as it is."""
-    named = {name: tokens[name] for name in SPECIAL if tokens.get(name)}
-    rest = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "clean_up_tokenization_spaces": False}
-    write_table(target / CONFIG, named | rest)
+def export_tokenizer(target: Path, tokenizer: Tokenizer, root: Path, length: int) -> dict[str, Any]:
+    """Writes a run's tokenizer for transformers and returns its bos_token_id and eos_token_id."""
+    if tokenizer_file.is_file(tokenizer.name):
+        copy_tokenizer(tokenizer_file.path_of(tokenizer.name, root), target, length, {})
+    else:
+        save_tokenizer(target, tokenizer.backend, dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT), None, length)
+    ids = read_table(target / GENERATION)
+    return {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id", tokenizer.end_of_text)}
 
 
-def keep_template(target: Path, template: Any) -> None:
-    """chat_template.jinja, where there is one that is text."""
+def _write_settings(
+    target: Path, backend: Any, tokens: Mapping[str, str | None], ids: Mapping[str, Any], template: Any, length: int
+) -> None:
+    """Writes the files beside tokenizer.json. `ids` go before the ids of `tokens`."""
+    config = {name: tokens[name] for name in SPECIAL if tokens.get(name)}
+    fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "clean_up_tokenization_spaces": False}
+    write_json(target / CONFIG, config | fixed)  # transformers then uses tokenizer.json as it is
     if isinstance(template, str) and 0 < len(template) <= LONGEST_TEMPLATE:
         (target / TEMPLATE).write_text(template, encoding="utf-8", errors="replace")
-
-
-def keep_ids(target: Path, told: Mapping[str, Any]) -> None:
-    """generation_config.json: the ids of `told` that are ids."""
-    write_table(target / GENERATION, {name: told[name] for name in IDS if are_ids(told.get(name))})
-
-
-def write(target: Path, words: Tokenizer, root: Path, length: int) -> dict[str, Any]:
-    """Writes a run's tokenizer for transformers; returns the ids that begin and end a text."""
-    if tokenizer_file.is_file(words.name):
-        take(tokenizer_file.path_of(words.name, root), target, length, {})
-    else:
-        put(target, words.backend, dict.fromkeys(("bos_token", "eos_token"), tokenizer.END_OF_TEXT), None, length)
-    ids = read_table(target / GENERATION)
-    return {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id", words.end_of_text)}
-
-
-def _ids_of(backend: Any, tokens: Mapping[str, str | None]) -> dict[str, int | None]:
-    """{"eos_token_id": …} of {"eos_token": …}."""
-    return {f"{name}_id": backend.token_to_id(token) for name, token in tokens.items() if token}
-
-
-def _known(backend: Any, value: Any) -> str | None:
-    """The token that tokenizer_config.json names, if it is one of the tokenizer's: transformers would add another with a new id."""
-    found = tokenizer_file.token_text(value)
-    return found if found is not None and backend.token_to_id(found) is not None else None
-
-
-def _by_id(backend: Any, ids: Any) -> str | None:
-    """The token that an id, or the first of several, is of; None where there is none."""
-    first = ids[0] if isinstance(ids, list) else ids
-    return None if first is None else backend.id_to_token(first)
+    all_ids = {f"{name}_id": backend.token_to_id(token) for name, token in tokens.items() if token} | dict(ids)
+    write_json(target / GENERATION, {name: all_ids[name] for name in ID_KEYS if are_ids(all_ids.get(name))})

@@ -1,4 +1,4 @@
-"""What an import puts into a run's folder: the tokenizer, the settings, a checkpoint, the certificate, and where all of it is from."""
+"""Fills the run folder of an import: tokenizer, config.json, a checkpoint, certificate.json, and run.json with the source."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,26 +11,126 @@ from models.estimates.parameters import parameters
 from parallel.checkpoint.folder import latest
 from parallel.checkpoint.writer import write
 from parallel.errors import Mistake
+from parallel.files import sha256_of, write_json
 from research.cluster.environment import git_state
 from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule, Track, serialization
-from research.data import tokenizer, tokenizer_file
+from research.data import tokenizer as tokenizers
+from research.data import tokenizer_file
 from research.data.tokenizer import Tokenizer
-from research.exchange import hf_tokenizer, parity, source
+from research.exchange import hf_tokenizer, parity
 from research.exchange.gguf import GGUFFile, convert_tokenizer
 from research.exchange.hf_reader import HFFolder
-from research.exchange.hf_writer import write_table
 from research.exchange.parity import Certificate
-from research.exchange.source import Source
+from research.exchange.source import Source, symlink_view, weights
 from research.tracking import run_folder
 from research.tracking.console import Advance, Console, counted
 from research.tracking.format import compact, one_line, plural
 from research.tracking.run_folder import IMPORTED, RunFolder
 
 TEXT = ("builtin:state_of_the_union/train", "builtin:state_of_the_union/val")
+CERTIFICATE = "certificate.json"
+TOKENIZER = "tokenizer"
+CHECKPOINT = "step_000000"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Source]:
+    """Opens a Hugging Face folder, or else a GGUF file."""
+    with HFFolder(path) if path.is_dir() else GGUFFile(path) as source:
+        yield source
+
+
+class Import:
+    """One import: its Source, and its run folder, which is made in `staging` before it is renamed to `final`.
+
+    Paths below `tree`, the root of the repository, are saved relative to it.
+    """
+
+    def __init__(self, source: Source, staging: RunFolder, final: RunFolder, tree: Path) -> None:
+        self.source, self.staging, self.final, self.tree = source, staging, final, tree
+        self.model: Shape = read_config.settings(source.config)
+        self.plan: Plan = mapping.plan(self.model, source.family, source.shapes)
+        source.check([key for link in self.plan.parameters for key in link.keys])
+
+    def line(self) -> str:
+        """What is imported, as one line for the terminal."""
+        shape = f"{self.model.num_layers} layers, hidden {self.model.hidden_size}, {plural(self.model.num_heads, 'head')}"
+        size = compact(parameters(self.model) or 0)
+        return f"import {self.source.path.name} · {self.source.family.name} · {shape} · {size} parameters"
+
+    def fill(self, tokenizer_name: str | None, report: Console) -> Certificate:
+        """Writes everything into the staged folder. Small files are first, so that most errors come before gigabytes are read."""
+        for folder in (self.staging.checkpoints, self.staging.logs, self.staging.path / TOKENIZER):
+            folder.mkdir()
+        name, tokenizer = self._make_tokenizer(tokenizer_name)
+        runs = self.final.path.parent.parent
+        relative_runs = runs.relative_to(self.tree) if runs.is_relative_to(self.tree) else runs
+        checkpoint = self.named(self.staging.checkpoints / CHECKPOINT)
+        settings = experiment(self.model, self.source.path.name, checkpoint, name, str(relative_runs))
+        serialization.save(settings, self.staging.config)
+
+        with report.progress("reading the weights", len(self.plan.parameters)) as advance:
+            self._write_checkpoint(advance)
+        ids = parity.sample_ids(tokenizer, self.model.seq_length)
+        with report.progress("comparing with transformers", 2 * len(ids)) as advance:
+            ours = lambda: parity.our_logits(self.model, latest(self.staging.checkpoints))  # noqa: E731
+            certificate = parity.certify(ids, self._their_logits, ours, advance)
+        self._write_metadata(certificate)
+        return certificate
+
+    def named(self, path: Path) -> str:
+        """The name of a staged path after the run folder is renamed: relative to the tree if it is inside it."""
+        final = self.final.path / path.relative_to(self.staging.path)
+        return str(final.relative_to(self.tree)) if final.is_relative_to(self.tree) else str(final)
+
+    def _make_tokenizer(self, name: str | None) -> tuple[str, Tokenizer]:
+        """(data.tokenizer, the tokenizer). `name` is builtin:gpt2 or a file; None means the model's own one. Files are copied."""
+        target, length = self.staging.path / TOKENIZER, self.model.seq_length
+        if name is not None and not tokenizer_file.is_file(name) and name != tokenizers.GPT2:
+            raise Mistake(f"--tokenizer {name} is not one → name {tokenizers.GPT2} or a tokenizer.json")
+        if name == tokenizers.GPT2:
+            target.rmdir()
+            tokenizer = tokenizers.gpt2()
+        else:
+            if name is None and isinstance(self.source, GGUFFile):
+                backend, config = convert_tokenizer(self.source)
+                hf_tokenizer.save_tokenizer(target, backend, config, config["chat_template"], length)
+            else:
+                file = Path(name).expanduser() if name else self.source.path / tokenizer_file.FILE
+                hf_tokenizer.copy_tokenizer(file, target, length, self.source.config)
+            name = self.named(target / tokenizer_file.FILE)
+            tokenizer = tokenizer_file.load(str(target / tokenizer_file.FILE), Path())
+        if tokenizer.vocab_size > self.model.vocab_size:
+            sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {self.model.vocab_size}"
+            raise Mistake(f"{sizes} → name the one it was trained with: --tokenizer PATH")
+        return name, tokenizer
+
+    def _write_checkpoint(self, advance: Advance) -> None:
+        """Converts the weights one parameter at a time. `advance` is called with 1 for each."""
+        shapes = {link.name: link.shape for link in self.plan.parameters}
+        digests = {path.name: sha256_of(path) for path in self.source.files()}
+        facts = {"step": 0, "samples": 0, "tokens": 0, "commit": git_state(self.tree)[0], "imported": digests}
+        tensors = weights(self.source, self.plan, self.model)
+        write(self.staging.checkpoints / CHECKPOINT, shapes, counted(tensors, advance), facts)
+
+    def _their_logits(self) -> parity.Logits:
+        """transformers' model, read from the same files."""
+        if isinstance(self.source, GGUFFile):
+            return parity.their_gguf_logits(self.source.path, self.source.config)
+        with symlink_view(self.source.files()) as folder:
+            return parity.their_logits(folder, self.source.family.name)
+
+    def _write_metadata(self, certificate: Certificate) -> None:
+        """Writes certificate.json, and run.json, which makes the folder a run."""
+        write_json(self.staging.path / CERTIFICATE, certificate.table())
+        times = {"started": run_folder.now(), "ended": run_folder.now()}
+        run = {"name": self.final.name, "id": self.final.id, "status": IMPORTED, **times}
+        source = {"source": str(self.source.path.name), "family": self.source.family.name}
+        write_json(self.staging.run, {"schema": 1, **run, "layout": "", "precision": "fp32", "steps": 0, **run_folder.owner(), **source})
 
 
 def experiment(model: Shape, source: str, checkpoint: str, tokenizer: str, runs: str) -> Experiment:
-    """What an import asks: as the weights are, and how they would be trained further: carefully, for a little while."""
+    """The experiment of an import: the imported model, and defaults for training it further with a small learning rate."""
     return Experiment(
         question=f"What does {one_line(source)[:80]} know, and what does it learn when it is trained further?",
         parent=None,
@@ -47,100 +147,3 @@ def experiment(model: Shape, source: str, checkpoint: str, tokenizer: str, runs:
         track=Track(runs=runs),
         seed=1,
     )  # fmt: skip
-
-
-CERTIFICATE = "certificate.json"
-TOKENIZER = "tokenizer"
-FIRST = "step_000000"
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[Source]:
-    """A Hugging Face folder, or else a GGUF file."""
-    with HFFolder(path) if path.is_dir() else GGUFFile(path) as source:
-        yield source
-
-
-class Import:
-    """One import: a Source, and the folder in which its run is made before it gets the name `final` below `tree`."""
-
-    def __init__(self, source: Source, staging: RunFolder, final: RunFolder, tree: Path) -> None:
-        self.source, self.staging, self.final, self.tree = source, staging, final, tree
-        self.model: Shape = read_config.settings(source.config)
-        self.plan: Plan = mapping.plan(self.model, source.family, source.shapes)
-        source.check([key for link in self.plan.parameters for key in link.keys])
-
-    def line(self) -> str:
-        """What is imported, as a person reads it."""
-        said = f"{self.model.num_layers} layers, hidden {self.model.hidden_size}, {plural(self.model.num_heads, 'head')}"
-        size = compact(parameters(self.model) or 0)
-        return f"import {self.source.path.name} · {self.source.family.name} · {said} · {size} parameters"
-
-    def fill(self, words: str | None, report: Console) -> Certificate:
-        """Makes everything in the staged folder. Small things first: what cannot work is known before gigabytes are read."""
-        for folder in (self.staging.checkpoints, self.staging.logs, self.staging.path / TOKENIZER):
-            folder.mkdir()
-        name, ours = self._tokenizer(words)
-        serialization.save(self._experiment(name), self.staging.config)
-        with report.progress("reading the weights", len(self.plan.parameters)) as advance:
-            self._weights(advance)
-        ids = parity.sample_ids(ours, self.model.seq_length)
-        with report.progress("comparing with transformers", 2 * len(ids)) as advance:
-            certificate = parity.certify(ids, self._theirs, self._ours, advance)
-        self._facts(certificate)
-        return certificate
-
-    def named(self, path: Path) -> str:
-        """A staged path as settings name it when the run has its place: relative to the tree where it lies in it."""
-        place = self.final.path / path.relative_to(self.staging.path)
-        return str(place.relative_to(self.tree)) if place.is_relative_to(self.tree) else str(place)
-
-    def _tokenizer(self, words: str | None) -> tuple[str, Tokenizer]:
-        """(what data.tokenizer says, the tokenizer): one of ours, another file, or the model's own, which are copied."""
-        target, length = self.staging.path / TOKENIZER, self.model.seq_length
-        if words is not None and not tokenizer_file.is_file(words) and words != tokenizer.GPT2:
-            raise Mistake(f"--tokenizer {words} is not one → name {tokenizer.GPT2} or a tokenizer.json")
-        if words == tokenizer.GPT2:
-            target.rmdir()
-            name, found = words, tokenizer.gpt2()
-        else:
-            if words is None and isinstance(self.source, GGUFFile):
-                backend, told = convert_tokenizer(self.source)
-                hf_tokenizer.put(target, backend, told, told["chat_template"], length)
-            else:
-                file = Path(words).expanduser() if words else self.source.path / tokenizer_file.FILE
-                hf_tokenizer.take(file, target, length, self.source.config)
-            name, found = self.named(target / tokenizer_file.FILE), tokenizer_file.load(str(target / tokenizer_file.FILE), Path())
-        if found.vocab_size > self.model.vocab_size:
-            sizes = f"the tokenizer has {found.vocab_size} tokens, the model {self.model.vocab_size}"
-            raise Mistake(f"{sizes} → name the one it was trained with: --tokenizer PATH")
-        return name, found
-
-    def _experiment(self, tokenizer: str) -> Experiment:
-        runs = self.final.path.parent.parent
-        below = runs.relative_to(self.tree) if runs.is_relative_to(self.tree) else runs
-        saved = self.named(self.staging.checkpoints / FIRST)
-        return experiment(self.model, self.source.path.name, saved, tokenizer, str(below))
-
-    def _weights(self, advance: Advance) -> None:
-        """The checkpoint: a parameter at a time from their files into ours."""
-        shapes = {link.name: link.shape for link in self.plan.parameters}
-        facts = {"step": 0, "samples": 0, "tokens": 0, "commit": git_state(self.tree)[0], "imported": source.digests(self.source)}
-        write(self.staging.checkpoints / FIRST, shapes, counted(source.weights(self.source, self.plan, self.model), advance), facts)
-
-    def _theirs(self) -> parity.Logits:
-        """transformers' own reading of the same files."""
-        if isinstance(self.source, GGUFFile):
-            return parity.their_gguf_logits(self.source.path, self.source.config)
-        with source.view(self.source.files()) as only_these:
-            return parity.their_logits(only_these, self.source.family.name)
-
-    def _ours(self) -> parity.Logits:
-        return parity.our_logits(self.model, latest(self.staging.checkpoints))
-
-    def _facts(self, certificate: Certificate) -> None:
-        """certificate.json, and run.json, which makes the folder a run."""
-        write_table(self.staging.path / CERTIFICATE, certificate.table())
-        told = {"name": self.final.name, "id": self.final.id, "status": IMPORTED, "started": run_folder.now(), "ended": run_folder.now()}
-        source = {"source": str(self.source.path.name), "family": self.source.family.name}
-        write_table(self.staging.run, {"schema": 1, **told, "layout": "", "precision": "fp32", "steps": 0, **run_folder.owner(), **source})

@@ -1,5 +1,4 @@
-"""The parity certificate: the same text through transformers' model and through ours, logit by logit."""
-# MERGED-DOC """The two models that a certificate compares, each as a function ids → logits: transformers' own reading of the files, and ours."""
+"""The parity certificate: the same text through transformers' model and through ours, with the logits compared one by one."""
 
 import contextlib
 import io
@@ -24,60 +23,69 @@ from research.data import documents
 from research.data.tokenizer import Tokenizer
 from research.generation.restore import without_init
 from research.tracking.console import Advance, counted, nothing
+from research.tracking.metrics import finite
 
 TEXT = "builtin:state_of_the_union/val"
 TOKENS, WINDOW = 512, 256
-"""How much of the text, and how much at a time: two lists of logits of 512 × 128 k take 0.5 GB."""
+"""Number of tokens that are compared, and of tokens per forward pass. Two sets of logits of 512 × 128 k numbers take 0.5 GB."""
 BOUND = 1e-4
-"""Of the largest difference of a logit over the largest logit, both models in fp32 on the CPU.
+"""Largest difference of a logit, relative to the largest logit, that passes. Both models compute in fp32 on the CPU.
 
-Rounding alone leaves 1e-7 to 1e-5; an epsilon of 1e-6 for 1e-5 leaves 4e-4, another activation or rotation 1e-1 (docs/exchange.md).
+Rounding alone gives 1e-7 to 1e-5. A normalisation epsilon of 1e-6 instead of 1e-5 gives 4e-4, another activation or rotary embedding
+1e-1 (docs/exchange.md).
 """
 
 Logits = Callable[[Tensor], Tensor]
 """ids 'b s' -> logits 'b s v'."""
+LOAD_OPTIONS = {
+    "dtype": torch.float32,
+    "attn_implementation": "eager",
+    "local_files_only": True,
+    "use_safetensors": True,
+    "trust_remote_code": False,
+}
+"""Loads safetensors from the folder only, and never runs code from it."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the comparison found."""
+    """The result of a comparison."""
 
     tokens: int
     largest_difference: float
     """Of a logit, over all tokens and the whole vocabulary."""
     largest_logit: float
     kl: float
-    """Mean Kullback–Leibler divergence of our next token's distribution from theirs, nats, computed in fp64."""
+    """Mean Kullback–Leibler divergence of our distribution of the next token from theirs, in nats, computed in fp64."""
     perplexity_theirs: float
     perplexity_ours: float
     bound: float = BOUND
 
     @property
     def relative(self) -> float:
-        """The largest difference over the largest logit; infinite where either is not finite."""
-        found = self.largest_difference / max(self.largest_logit, 1e-30)
-        return found if math.isfinite(found) else math.inf
+        """The largest difference divided by the largest logit; infinite if either is not finite."""
+        ratio = self.largest_difference / max(self.largest_logit, 1e-30)
+        return ratio if math.isfinite(ratio) else math.inf
 
     @property
     def passed(self) -> bool:
-        """Whether the two are the same but for rounding."""
+        """Whether the models differ by rounding only."""
         return self.relative <= self.bound
 
     def line(self) -> str:
-        """As a person reads it."""
+        """The certificate as one line for the terminal."""
         difference = f"largest difference of a logit {self.largest_difference:.1e} of {self.largest_logit:.3g} = {self.relative:.1e}"
         verdict = "passed" if self.passed else "FAILED"
         perplexities = f"perplexity {self.perplexity_theirs:.5g} theirs, {self.perplexity_ours:.5g} ours"
         return f"{verdict} · {difference} (bound {self.bound:.0e}) · KL {self.kl:.1e} · {perplexities} · {self.tokens} tokens"
 
     def table(self) -> dict[str, Any]:
-        """For certificate.json."""
-        numbers = {name: _json(value) for name, value in asdict(self).items()}
-        return numbers | {"relative": _json(self.relative), "passed": self.passed, "text": TEXT}
+        """The content of certificate.json. Numbers that are not finite become strings, because JSON has none."""
+        return finite(asdict(self) | {"relative": self.relative}) | {"passed": self.passed, "text": TEXT}
 
 
 def sample_ids(tokenizer: Tokenizer, length: int) -> Tensor:
-    """The fixed text's first TOKENS tokens as windows 'b s' of at most WINDOW and of what the model reads."""
+    """The first TOKENS tokens of the fixed text, as windows 'b s' of at most WINDOW tokens and of what the model reads."""
     window = min(length, WINDOW)
     wanted, ids = max(window, TOKENS // window * window), []
     for document in documents.documents(TEXT, Path()):
@@ -87,46 +95,41 @@ def sample_ids(tokenizer: Tokenizer, length: int) -> Tensor:
     return torch.tensor(ids[: len(ids[:wanted]) // window * window]).view(-1, window)
 
 
+@torch.no_grad()
 def certify(ids: Tensor, theirs: Callable[[], Logits], ours: Callable[[], Logits], advance: Advance = nothing) -> Certificate:
-    """The certificate for ids 'b s'. The models are made one after the other: only one is in memory at a time.
+    """Compares the two models on ids 'b s'. `theirs` and `ours` load a model each; only one is in memory at a time.
 
     `advance` is called with 1 for each window and model.
     """
-    expected = list(counted(_all_logits(theirs, ids), advance))
-    found = counted(_all_logits(ours, ids), advance)
-    sums = [compared(their, our, row) for their, our, row in zip(expected, found, ids, strict=True)]
-    difference, logit, kl, their_nats, our_nats = (torch.tensor(column, dtype=torch.float64) for column in zip(*sums, strict=True))
-    predicted = ids.shape[0] * (ids.shape[1] - 1)
+
+    def logits_of_windows(load: Callable[[], Logits]) -> Iterator[Tensor]:
+        model = load()
+        for window in ids:
+            yield model(window[None])[0].float()
+
+    def perplexity(nats: Tensor) -> float:
+        mean = float(nats.sum() / max(ids.shape[0] * (ids.shape[1] - 1), 1))
+        return math.exp(mean) if mean < 700 else math.inf
+
+    expected = list(counted(logits_of_windows(theirs), advance))
+    actual = counted(logits_of_windows(ours), advance)
+    rows = [_compare(their, our, window) for their, our, window in zip(expected, actual, ids, strict=True)]
+    difference, logit, kl, their_nats, our_nats = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
     return Certificate(
         tokens=ids.numel(),
         largest_difference=float(difference.max()),
         largest_logit=float(logit.max()),
         kl=float(kl.sum() / ids.numel()),
-        perplexity_theirs=_exp(float(their_nats.sum() / max(predicted, 1))),
-        perplexity_ours=_exp(float(our_nats.sum() / max(predicted, 1))),
+        perplexity_theirs=perplexity(their_nats),
+        perplexity_ours=perplexity(our_nats),
     )
 
 
-def _json(value: float) -> float | str:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else repr(value)
+def _compare(theirs: Tensor, ours: Tensor, ids: Tensor) -> tuple[float, float, float, float, float]:
+    """Compares logits 's v' of one window.
 
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
-
-
-@torch.no_grad()
-def _all_logits(make: Callable[[], Logits], ids: Tensor) -> Iterator[Tensor]:
-    model = make()
-    for row in ids:
-        yield model(row[None])[0].float()
-
-
-def compared(theirs: Tensor, ours: Tensor, ids: Tensor) -> tuple[float, float, float, float, float]:
-    """Of one window, logits 's v': largest difference, largest logit, Σ KL, Σ nats of theirs and of ours on the tokens that follow.
-
-    A NaN or an infinity anywhere is a difference without bound.
+    Returns the largest difference, the largest logit, the sum of the KL divergences, and the sum of the nats of the tokens that
+    follow, theirs and ours. If a logit is NaN or infinite, the difference is infinite.
     """
     if theirs.shape != ours.shape:
         raise Mistake(f"transformers' model has {theirs.shape[-1]} logits, ours {ours.shape[-1]} → is vocab_size the table's height?")
@@ -136,17 +139,8 @@ def compared(theirs: Tensor, ours: Tensor, ids: Tensor) -> tuple[float, float, f
     return (float(difference), float(theirs.abs().max()), float((p.exp() * (p - q)).sum()), *map(float, nats))  # type: ignore[return-value]
 
 
-SAFELY = {
-    "dtype": torch.float32,
-    "attn_implementation": "eager",
-    "local_files_only": True,
-    "use_safetensors": True,
-    "trust_remote_code": False,
-}
-
-
 def our_logits(model: GPT, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Logits:
-    """Our model with a checkpoint's weights, rounded to `dtype` first, computing in fp32."""
+    """Our model in fp32 with the weights of a checkpoint, which are rounded to `dtype` first."""
     model, variants = without_init(model, {})
     module = PlainModule(gpt.layers(model, Grid(), seed=0, variants=variants))
     with Reader(checkpoint) as reader:
@@ -158,26 +152,26 @@ def our_logits(model: GPT, checkpoint: Path, dtype: torch.dtype = torch.float32)
 
 
 def their_logits(folder: Path, family: str) -> Logits:
-    """transformers' own reading of a folder's config.json and safetensors, computing in fp32. Never code from the folder."""
+    """transformers' model of a folder in fp32, loaded by the class of `family`."""
     import transformers
 
-    kind = getattr(transformers, ARCHITECTURES[family])
-    return _asked(lambda: kind.from_pretrained(folder, **SAFELY), folder)
+    architecture = getattr(transformers, ARCHITECTURES[family])
+    return _load(lambda: architecture.from_pretrained(folder, **LOAD_OPTIONS), folder)
 
 
 def their_auto_logits(folder: Path) -> Logits:
-    """The same as a user loads it, by the folder alone."""
+    """transformers' model of a folder in fp32, loaded by the class that the folder names, as a user loads it."""
     import transformers
 
-    return _asked(lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, **SAFELY), folder)
+    return _load(lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, **LOAD_OPTIONS), folder)
 
 
 def their_gguf_logits(path: Path, config: dict[str, Any]) -> Logits:
-    """transformers' own reading of a GGUF file's tensors, in its Llama of a configuration."""
+    """transformers' Llama of a configuration, with the tensors that transformers reads from a GGUF file."""
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    def load() -> nn.Module:
+    def make() -> nn.Module:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, "attn_implementation": "eager"}))
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
         missing, unknown = model.load_state_dict(tensors, strict=False)
@@ -185,13 +179,14 @@ def their_gguf_logits(path: Path, config: dict[str, Any]) -> Logits:
             raise ValueError(f"it lacks {missing[:1]}, or has {unknown[:1]} too much")
         return model
 
-    return _asked(load, path)
+    return _load(make, path)
 
 
-def _asked(load: Callable[[], Any], path: Path) -> Logits:
+def _load(make: Callable[[], Any], path: Path) -> Logits:
+    """Makes a model of transformers; whatever it raises becomes a Mistake about `path`."""
     with quiet_transformers():
         try:
-            model = load().eval()
+            model = make().eval()
         except Exception as error:
             raise Mistake(
                 f"transformers cannot read {path} ({type(error).__name__}: {' '.join(str(error).split())[:160]}) → fetch it again"
@@ -201,7 +196,7 @@ def _asked(load: Callable[[], Any], path: Path) -> Logits:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice while it loads."""
+    """Suppresses the progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,1 +1,1 @@
-"""A trained model behind OpenAI's HTTP interface: one thread writes, an event loop speaks."""
+"""An HTTP server for a trained model with OpenAI's interface: one thread runs the model, an event loop in another one speaks HTTP."""

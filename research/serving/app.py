@@ -1,6 +1,7 @@
-"""The server's addresses, and what each answers. FastAPI routes; bodies are read and checked by hand, within bounds."""
-# MERGED-DOC """The chat page: three files of ours, and a policy that lets a browser load nothing else."""
-# MERGED-DOC """What every request passes: who may ask, and a line in the log about how it went. It shows nobody's text."""
+"""The FastAPI app: its routes, the responses to errors, the chat page, and the ASGI middleware for access, log and metrics.
+
+Request bodies are read and checked by hand (requests.py), because FastAPI would read a body of any size before it is checked.
+"""
 
 import asyncio
 import datetime
@@ -16,233 +17,230 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parallel.errors import Mistake
-from research.serving import prometheus, requests
+from research.serving import prometheus
 from research.serving.access import Access
-from research.serving.endpoints import Chats, Completions
-from research.serving.errors import ApiError, closing
+from research.serving.endpoints import ChatEndpoint, CompletionEndpoint
+from research.serving.errors import ApiError, shutting_down
 from research.serving.prometheus import Metrics
-from research.serving.responses import CompletionResponse, RequestLog, Shape, encoded
+from research.serving.requests import ChatRequest, CompletionRequest, read_body, validate
+from research.serving.responses import CompletionResponse, Endpoint, RequestLog, to_json
 from research.serving.service import Service
 
-FOLDER = Path(__file__).resolve().parent / "page"
-FILES = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
-POLICY = "; ".join(
+PAGE_FOLDER = Path(__file__).resolve().parent / "page"
+PAGE_FILES = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
+CONTENT_SECURITY_POLICY = "; ".join(
     [
         "default-src 'none'",
-        *(f"{kind}-src 'self'" for kind in ("script", "style", "connect")),
+        *(f"{name}-src 'self'" for name in ("script", "style", "connect")),
         "img-src data:",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
     ]
 )
+"""Lets the browser load nothing but the page's own files."""
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+OPEN_PATHS = (*PAGE_FILES, "/health")
+"""Paths that need no token: the chat page, which asks for it, and the health check."""
+KNOWN_PATHS = (*OPEN_PATHS, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+"""Paths by name in the log and the metrics; all others are `other`."""
+QUIET_PATHS = ("/health", "/metrics")
+"""Paths that monitoring requests every few seconds. Only their errors are logged."""
 
-
-def add(app: FastAPI) -> None:
-    """Adds a route for each of the files, which are read now."""
-    for address, (name, kind) in FILES.items():
-        content = (FOLDER / name).read_bytes()
-        headers = {"content-type": f"{kind}; charset=utf-8", "content-security-policy": POLICY, "cache-control": "no-cache"}
-        app.add_api_route(address, _sender(content, headers), methods=["GET"], include_in_schema=False)
-
-
-def _sender(content: bytes, headers: dict[str, str]):
-    async def send() -> Response:
-        return Response(content, headers=headers)
-
-    return send
-
-
-JSON = "application/json"
-STREAM = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 Result = TypeVar("Result")
-Parsed = Callable[[Service, dict[str, Any]], Shape]
 
 
-class Gone(Exception):
-    """The client has left."""
-
-
-def application(service: Service) -> FastAPI:
-    """The routes, of one server."""
+def make_app(service: Service) -> FastAPI:
+    """Creates the app of one server."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_exception_handler(ApiError, _refused)
-    app.add_exception_handler(Mistake, _mistaken)
-    app.add_exception_handler(HTTPException, _not_routed)
-    app.add_exception_handler(Exception, _broken)
+    _add_error_handlers(app)
+    _add_chat_page(app)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await respond(service, request, lambda service, value: Completions(service, requests.completion(value)))
+        return await respond(service, request, lambda body: CompletionEndpoint(service, validate(CompletionRequest, body)))
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await respond(service, request, lambda service, value: Chats(service, requests.chat(value)))
+    async def chat_completions(request: Request) -> Response:
+        return await respond(service, request, lambda body: ChatEndpoint(service, validate(ChatRequest, body)))
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [service.card()]})
+        return json_response({"object": "list", "data": [service.model_card()]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        service.refuse_other(name)
-        return _json(service.card())
+        service.check_model(name)
+        return json_response(service.model_card())
 
     @app.get("/health")
     async def health() -> Response:
-        if service.desk.closed:
-            raise closing()
-        return _json({"status": "ok"})
+        if service.request_queue.closed:
+            raise shutting_down()
+        return json_response({"status": "ok"})
 
     @app.get("/metrics")
-    async def numbers() -> Response:
+    async def metrics() -> Response:
         return Response(service.metrics.text(), headers={"content-type": prometheus.CONTENT_TYPE})
 
-    add(app)
     return app
 
 
-async def respond(service: Service, request: Request, understood: Parsed) -> Response:
-    """Reads, checks and queues a request; the answer comes whole, or as events once it has been accepted."""
-    value = await requests.read(request.headers, request.stream(), service.limits)
-    shape = await asyncio.to_thread(understood, service, value)
-    note: RequestLog = request.scope["note"]
-    note.prompt = shape.prompt_tokens
-    answer = CompletionResponse(shape, service.desk.open(shape.jobs), note)
-    service.metrics.prompt(shape.prompt_tokens)
-    if shape.asked.stream:
-        return Events(answer)
+def _add_chat_page(app: FastAPI) -> None:
+    """Adds a route for each file of the chat page. The files are read now."""
+
+    def add(path: str, content: bytes, headers: dict[str, str]) -> None:
+        async def send() -> Response:
+            return Response(content, headers=headers)
+
+        app.add_api_route(path, send, methods=["GET"], include_in_schema=False)
+
+    for path, (name, content_type) in PAGE_FILES.items():
+        headers = {
+            "content-type": f"{content_type}; charset=utf-8",
+            "content-security-policy": CONTENT_SECURITY_POLICY,
+            "cache-control": "no-cache",
+        }
+        add(path, (PAGE_FOLDER / name).read_bytes(), headers)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every error becomes a response in OpenAI's format."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, ApiError):
+            api_error = error
+        elif isinstance(error, Mistake):  # the library rejects a value that no check of the request's fields has found
+            api_error = ApiError(400, str(error), code="invalid_value")
+        elif isinstance(error, HTTPException):  # no such path, or not with this method
+            problem = f"{request.method[:20]} {request.url.path[:100]} is not here"
+            paths = "GET /v1/models /health /metrics, POST /v1/completions /v1/chat/completions"
+            api_error = ApiError(error.status_code, f"{problem} → {paths}", code="not_found", headers=error.headers)
+        else:
+            api_error = ApiError(500, "the server has met an error, which its log shows", code="internal")
+        return error_response(api_error)
+
+    for error_type in (ApiError, Mistake, HTTPException, Exception):
+        app.add_exception_handler(error_type, handle)
+
+
+def error_response(error: ApiError) -> Response:
+    """The response to a request that fails before its response has begun."""
+    return json_response(error.body(), error.status, error.headers)
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response whose body is JSON on one line."""
+    return Response(to_json(value), status, {"content-type": "application/json", **(headers or {})})
+
+
+async def respond(service: Service, request: Request, make_endpoint: Callable[[dict[str, Any]], Endpoint]) -> Response:
+    """Reads, checks and queues a request. Returns the whole response, or the beginning of a stream once the request is queued."""
+    body = await read_body(request.headers, request.stream(), service.limits)
+    endpoint = await asyncio.to_thread(make_endpoint, body)
+    log: RequestLog = request.scope["request_log"]
+    log.prompt = endpoint.prompt_tokens
+    response = CompletionResponse(endpoint, service.request_queue.submit(endpoint.jobs), log)
+    service.metrics.prompt(endpoint.prompt_tokens)
+    if endpoint.request.stream:
+        return EventStream(response)
     try:
-        return _json(await unless_gone(request.receive, answer.whole()))
-    except Gone:
-        note.finish = "the client has left"
-        return Response(status_code=499)  # nobody reads it; the log and the metrics do
+        return json_response(await run_until_disconnect(request.receive, response.whole()))
+    except ClientDisconnected:
+        log.finish = "the client has left"
+        return Response(status_code=499)  # only the log and the metrics see it
     finally:
-        service.desk.leave(answer.call)
+        service.request_queue.cancel(response.pending)
 
 
-class Events(Response):
-    """A stream that ends with the client: its texts then leave their slots."""
+class EventStream(Response):
+    """Sends server-sent events. If the client disconnects, its texts are cancelled and their slots become free."""
 
-    def __init__(self, answer: CompletionResponse) -> None:
-        super().__init__(headers=STREAM)
-        self.answer = answer
+    def __init__(self, response: CompletionResponse) -> None:
+        super().__init__(headers=STREAM_HEADERS)
+        self.response = response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the head, and events as they come."""
+        """Sends the headers, then each event as it comes."""
+
+        async def send_events() -> None:
+            headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for event in self.response.events():
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
         try:
-            await unless_gone(receive, self._send(send))
-        except Gone:
-            self.answer.note.finish = "the client has left"
+            await run_until_disconnect(receive, send_events())
+        except ClientDisconnected:
+            self.response.log.finish = "the client has left"
         finally:
-            self.answer.desk.leave(self.answer.call)
-
-    async def _send(self, send: Send) -> None:
-        headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for event in self.answer.events():
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            self.response.endpoint.service.request_queue.cancel(self.response.pending)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The work's result; Gone, and the work is cancelled, once the client leaves. The request's body has been read."""
-    doing, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+class ClientDisconnected(Exception):
+    """The client has closed its connection before it received the response."""
+
+
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Returns the result of `work`. If the client disconnects first, cancels `work` and raises ClientDisconnected.
+
+    The request's body must have been read before.
+    """
+
+    async def wait_for_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
     try:
-        await asyncio.wait({doing, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
-        raise Gone
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnected
     finally:
-        for task in (doing, watching):
+        for task in (working, watching):
             task.cancel()
-        await asyncio.gather(doing, watching, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(encoded(value), status, {"content-type": JSON, **(headers or {})})
-
-
-def error_response(refusal: ApiError) -> Response:
-    """A refusal as it goes out."""
-    return _json(refusal.body(), refusal.status, refusal.headers)
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error_response(error)
-
-
-async def _mistaken(request: Request, error: Exception) -> Response:
-    """What the library refuses and no field's check has seen before."""
-    return error_response(ApiError(400, str(error), code="invalid_value"))
-
-
-async def _not_routed(request: Request, error: Exception) -> Response:
-    """An address that is not there, or not with this method."""
-    assert isinstance(error, HTTPException)
-    what = f"{request.method[:20]} {request.url.path[:100]} is not here"
-    ways = "GET /v1/models /health /metrics, POST /v1/completions /v1/chat/completions"
-    return error_response(ApiError(error.status_code, f"{what} → {ways}", code="not_found", headers=error.headers))
-
-
-async def _broken(request: Request, error: Exception) -> Response:
-    return error_response(ApiError(500, "the server has met an error, which its log shows", code="internal"))
-
-
-OPEN = ("/", "/page.css", "/page.js", "/health")
-"""What needs no token: the page, which asks for it, and whether the server lives."""
-KNOWN = (*OPEN, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
-QUIET = ("/health", "/metrics")
-"""Asked every few seconds by machines: not in the log."""
-HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 class Middleware:
-    """An ASGI app around another."""
+    """ASGI middleware around the app: checks access, adds security headers, logs each request and counts it in the metrics."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics, say: Callable[[str], None]) -> None:
-        self.app, self.access, self.metrics, self.say = app, access, metrics, say
+    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics, log: Callable[[str], None]) -> None:
+        self.app, self.access, self.metrics, self.log = app, access, metrics, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        begun, note, status = time.monotonic(), RequestLog(), 500
-        path = scope["path"] if scope["path"] in KNOWN else "other"
+        """Handles one request."""
+        started, request_log, status = time.monotonic(), RequestLog(), 500
+        path = scope["path"] if scope["path"] in KNOWN_PATHS else "other"
 
-        async def noted(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), *HEADERS]
+                message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
             await send(message)
 
         try:
-            await self._admitted(scope)({**scope, "note": note}, receive, noted)
+            app = self.app
+            if self.access.token is None or scope["path"] not in OPEN_PATHS:
+                try:
+                    self.access.check(Headers(scope=scope))
+                except ApiError as error:
+                    app = error_response(error)
+            await app({**scope, "request_log": request_log}, receive, send_with_headers)
         finally:
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - started
             self.metrics.request(path, status, seconds)
-            if path not in QUIET or status >= 400:
-                self.say(line(scope["method"], path, status, seconds, note))
-
-    def _admitted(self, scope: Scope) -> ASGIApp:
-        """The app, or a refusal."""
-        if self.access.token is not None and scope["path"] in OPEN:
-            return self.app
-        try:
-            self.access.check(Headers(scope=scope))
-        except ApiError as refusal:
-            return error_response(refusal)
-        return self.app
+            if path not in QUIET_PATHS or status >= 400:
+                self.log(log_line(scope["method"], path, status, seconds, request_log))
 
 
-def line(method: str, path: str, status: int, seconds: float, note: RequestLog) -> str:
+def log_line(method: str, path: str, status: int, seconds: float, log: RequestLog) -> str:
     """`12:00:01  POST /v1/completions  200  7 + 16 tokens  0.31 s  length`."""
     now = datetime.datetime.now().strftime("%H:%M:%S")
     method = method if method.isalpha() else "?"
-    tokens = f"  {note.prompt} + {note.written} tokens" if note.prompt else ""
-    return f"{now}  {method[:10]} {path}  {status}{tokens}  {seconds:.2f} s" + (f"  {note.finish}" if note.finish else "")
+    tokens = f"  {log.prompt} + {log.written} tokens" if log.prompt else ""
+    return f"{now}  {method[:10]} {path}  {status}{tokens}  {seconds:.2f} s" + (f"  {log.finish}" if log.finish else "")

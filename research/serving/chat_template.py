@@ -1,10 +1,12 @@
-"""How a conversation becomes the tokens after which the assistant's answer follows: by the run's chat template, or plainly.
+"""Chat templates: turn a conversation into the prompt tokens that the assistant's answer follows.
 
-What a template itself writes may be special tokens. The same letters in somebody's message stay letters: `<|im_end|>` in a question
-ends no turn. Such places are marked before the template sees the message, by characters that are in none, as transformers does
-with sanitize_control_tokens.
+A run with a chat template uses it (ChatTemplate, rendered in a sandbox process by TemplateRenderer); a run without one gets a plain
+text layout (PlainTemplate).
+
+The text that a template itself writes may contain special tokens. The same characters in a user's message stay text: `<|im_end|>` in a
+question ends no turn. Such places are marked before the template sees the message, with characters that occur in no message, as
+transformers does with sanitize_control_tokens.
 """
-# MERGED-DOC """Asks the sandbox's process to lay out a conversation, and starts another one where it is late."""
 
 import json
 import multiprocessing
@@ -19,26 +21,28 @@ from typing import Any
 
 from research.data.tokenizer import Tokenizer
 from research.serving import template_sandbox
-from research.serving.errors import ApiError, wrong
+from research.serving.errors import ApiError, invalid_field
 
 PRIVATE = range(0xF0000, 0xFFFFE)
-"""Characters without a meaning."""
+"""Private-use characters, which have no meaning."""
 ANSWER = "ANSWER"
+START_SECONDS = 20.0
+"""Time for a new sandbox process to start: it starts a Python interpreter, possibly on a busy machine."""
 Messages = list[dict[str, str]]
 Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PlainTemplate:
-    """A run without a template: `User: …` and `Assistant:`, a line each; the answer ends before the next `User:`."""
+    """The layout for a run without a chat template: one line per turn, `User: …` and `Assistant: …`. "\\nUser:" ends an answer."""
 
     tokenizer: Tokenizer
-    ends: tuple[int, ...]
+    end_ids: tuple[int, ...]
     stops: tuple[str, ...] = ("\nUser:",)
     name: str = "none with this run: User: …, Assistant: … (plain text)"
 
     def ids(self, messages: Messages) -> Ids:
-        """The tokens of the whole conversation. Letters of special tokens are letters."""
+        """Returns the tokens of the conversation. Special tokens in a message are encoded as text."""
         titles = {"system": "", "user": "User: ", "assistant": "Assistant: "}
         turns = [titles[message["role"]] + message["content"].strip() for message in messages]
         return tuple(self.tokenizer.encode("\n".join([*turns, "Assistant:"])))
@@ -46,131 +50,128 @@ class PlainTemplate:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A run with one."""
+    """The layout that a run's chat template defines."""
 
     tokenizer: Tokenizer
     render: Callable[[dict[str, Any]], str]
-    specials: dict[str, str]
-    """What the template may call bos_token, eos_token, …"""
-    ends: tuple[int, ...]
+    special_tokens: dict[str, str]
+    """The template's variables bos_token, eos_token, …"""
+    end_ids: tuple[int, ...]
+    """The tokens that end an answer. The token that the template writes after an assistant's turn is added to the given ones."""
     name: str
     stops: tuple[str, ...] = ()
-    _special: Any = field(init=False)
-    _tokens: re.Pattern[str] = field(init=False)
+    _special_backend: Any = field(init=False)
+    """A copy of the tokenizer's backend that encodes special tokens as such."""
+    _pattern: re.Pattern[str] = field(init=False)
+    """Matches any special token, the longest first; matches nothing if there are none."""
 
     def __post_init__(self) -> None:
-        special = type(self.tokenizer.backend).from_str(self.tokenizer.backend.to_str())
-        special.encode_special_tokens = False
-        known = [token.content for token in special.get_added_tokens_decoder().values() if token.special]
-        object.__setattr__(self, "_special", special)
-        object.__setattr__(self, "_tokens", any_of(known))
-        object.__setattr__(self, "ends", tuple(dict.fromkeys([*self.ends, *self.end_of_turn()])))
+        backend = type(self.tokenizer.backend).from_str(self.tokenizer.backend.to_str())
+        backend.encode_special_tokens = False
+        special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+        pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        object.__setattr__(self, "_special_backend", backend)
+        object.__setattr__(self, "_pattern", pattern)
+        object.__setattr__(self, "end_ids", tuple(dict.fromkeys([*self.end_ids, *self._end_of_turn()])))
 
     def ids(self, messages: Messages) -> Ids:
-        """The tokens of the whole conversation; a Refusal where the template refuses it."""
-        first, last = unused("".join(text for message in messages for text in message.values()))
-        marked = [{name: self._tokens.sub(f"{first}\\g<0>{last}", text) for name, text in message.items()} for message in messages]
-        text = self.render({"messages": marked, "add_generation_prompt": True, "tools": None, "documents": None, **self.specials})
-        return self.encode(text, first, last)
+        """Returns the tokens of the conversation. Raises an ApiError if the template rejects it."""
+        first, last = unused_characters("".join(text for message in messages for text in message.values()))
+        marked = [{name: self._pattern.sub(f"{first}\\g<0>{last}", text) for name, text in message.items()} for message in messages]
+        text = self.render(self._variables(marked, add_generation_prompt=True))
 
-    def encode(self, text: str, first: str, last: str) -> Ids:
-        """Special tokens as such, but for those between the marks; a mark that has lost the other is dropped."""
-        parts = re.split(f"{first}({self._tokens.pattern}){last}|[{first}{last}]", text)
-        found = list(self._special.encode(parts[0], add_special_tokens=False).ids)
+        # Special tokens between the marks are text, all others are tokens. A mark that has lost its partner is dropped.
+        parts = re.split(f"{first}({self._pattern.pattern}){last}|[{first}{last}]", text)
+        ids = list(self._special_backend.encode(parts[0], add_special_tokens=False).ids)
         for i, part in enumerate(parts[1:], 1):
             if part:
-                found += self._inside(self.tokenizer.backend if i % 2 else self._special, part)
-        return tuple(found)
+                ids += _encode_inside(self.tokenizer.backend if i % 2 else self._special_backend, part)
+        return tuple(ids)
 
-    def end_of_turn(self) -> Ids:
-        """The special token that the template writes behind an answer, where it does."""
+    def _end_of_turn(self) -> Ids:
+        """The special token that the template writes after an answer, or nothing."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
-        told = {"messages": turns, "add_generation_prompt": False, "tools": None, "documents": None, **self.specials}
         try:
-            after = self.render(told).rpartition(ANSWER)[2].lstrip()
-        except ApiError:  # it may not like how these begin
+            after = self.render(self._variables(turns, add_generation_prompt=False)).rpartition(ANSWER)[2].lstrip()
+        except ApiError:  # the template may reject this conversation
             return ()
-        match = self._tokens.match(after)
-        return (self._special.token_to_id(match[0]),) if match else ()
+        match = self._pattern.match(after)
+        return (self._special_backend.token_to_id(match[0]),) if match else ()
 
-    def _inside(self, backend: Any, part: str) -> list[int]:
-        """The tokens of a part that does not begin the text: some tokenizers put a space in front of what does."""
-        begin = backend.encode("\n", add_special_tokens=False).ids
-        ids = backend.encode("\n" + part, add_special_tokens=False).ids
-        return ids[len(begin) :] if ids[: len(begin)] == begin else backend.encode(part, add_special_tokens=False).ids
-
-
-Conversation = PlainTemplate | ChatTemplate
+    def _variables(self, messages: Messages, add_generation_prompt: bool) -> dict[str, Any]:
+        """The template's variables, as transformers sets them."""
+        fixed = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        return {"messages": messages, **fixed, **self.special_tokens}
 
 
-def any_of(tokens: list[str]) -> re.Pattern[str]:
-    """Matches any of them, the longest first; nothing where there are none."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+def _encode_inside(backend: Any, part: str) -> list[int]:
+    """Encodes a part that is not the beginning of the text: some tokenizers put a space in front of a text's first word."""
+    begin = backend.encode("\n", add_special_tokens=False).ids
+    ids = backend.encode("\n" + part, add_special_tokens=False).ids
+    return ids[len(begin) :] if ids[: len(begin)] == begin else backend.encode(part, add_special_tokens=False).ids
 
 
-def unused(text: str) -> tuple[str, str]:
-    """Two private characters, neighbours, that are not in the text."""
-    there = set(text)
+def unused_characters(text: str) -> tuple[str, str]:
+    """Returns two neighbouring private-use characters that the text does not contain."""
+    present = set(text)
     for pair in pairwise(map(chr, PRIVATE)):
-        if not there.intersection(pair):
+        if not present.intersection(pair):
             return pair
-    raise wrong("messages", "hold too many different private-use characters → leave them out")
+    raise invalid_field("messages", "hold too many different private-use characters → leave them out")
 
 
-START = 20.0
-"""Seconds for a new process to begin: an interpreter on a busy machine."""
+class TemplateRenderer:
+    """Renders one chat template in a sandbox process, which is killed and replaced when it takes too long.
 
-
-class Renderer:
-    """One template. Any thread may call; one conversation is laid out at a time. `close` ends the process."""
+    Any thread may call `render`; one conversation is rendered at a time. `close` ends the process.
+    """
 
     def __init__(self, source: str, seconds: float) -> None:
         self.source, self.seconds = source, seconds
         self._lock = threading.Lock()
         self._process: BaseProcess | None = None
-        self._line: Connection | None = None
+        self._connection: Connection | None = None
 
-    def render(self, told: dict[str, Any]) -> str:
-        """The text; a Refusal of `messages` where the template refuses them, fails or takes too long."""
+    def render(self, variables: dict[str, Any]) -> str:
+        """Returns the text. Raises an ApiError about `messages` if the template rejects them, fails or takes too long."""
         with self._lock:
-            answer = self._answer(told)
+            connection = self._connection or self._start()
+            try:
+                connection.send_bytes(json.dumps(variables).encode())
+                if connection.poll(self.seconds):
+                    answer = json.loads(connection.recv_bytes())
+                else:
+                    self._stop()
+                    answer = {"error": f"it took more than {self.seconds:g} s"}
+            except (EOFError, OSError):
+                self._stop()
+                answer = {"error": "it has brought its process down"}
         if "error" in answer:
-            raise wrong("messages", f"are refused by the chat template ({answer['error']}) → send what it asks for", "template_error")
+            message = f"are refused by the chat template ({answer['error']}) → send what it asks for"
+            raise invalid_field("messages", message, "template_error")
         return answer["text"]
 
     def close(self) -> None:
-        """No more conversations."""
+        """Ends the process."""
         with self._lock:
-            self._end()
+            self._stop()
 
-    def _answer(self, told: dict[str, Any]) -> dict[str, Any]:
-        line = self._line or self._begin()
-        try:
-            line.send_bytes(json.dumps(told).encode())
-            if line.poll(self.seconds):
-                return json.loads(line.recv_bytes())
-            late = f"it took more than {self.seconds:g} s"
-        except (EOFError, OSError):
-            late = "it has brought its process down"
-        self._end()
-        return {"error": late}
-
-    def _begin(self) -> Connection:
-        """A fresh interpreter, which has begun when it has laid out nothing."""
-        self._end()
+    def _start(self) -> Connection:
+        """Starts a new interpreter and waits until it has rendered an empty conversation."""
+        self._stop()
         spawn = multiprocessing.get_context("spawn")
-        self._line, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=template_sandbox.serve, args=(self.source, theirs), daemon=True)
+        self._connection, child = spawn.Pipe()
+        self._process = spawn.Process(target=template_sandbox.run, args=(self.source, child), daemon=True)
         self._process.start()
-        theirs.close()
-        self._line.send_bytes(b'{"messages": []}')
-        if self._line.poll(START):
-            self._line.recv_bytes()
-        return self._line
+        child.close()
+        self._connection.send_bytes(b'{"messages": []}')
+        if self._connection.poll(START_SECONDS):
+            self._connection.recv_bytes()
+        return self._connection
 
-    def _end(self) -> None:
-        if self._process is not None and self._line is not None:
-            self._line.close()
+    def _stop(self) -> None:
+        if self._process is not None and self._connection is not None:
+            self._connection.close()
             self._process.kill()
             self._process.join()
-        self._process = self._line = None
+        self._process = self._connection = None

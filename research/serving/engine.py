@@ -1,11 +1,11 @@
-"""The one thread that writes: it alone touches the Writer, takes orders from a queue and hands out what every step adds.
+"""The engine: the one thread that uses the TextGenerator. It takes commands from a queue and reports what each step generated.
 
-Orders may come from any thread and from a signal's handler (queue.SimpleQueue allows it). Nothing here knows of HTTP.
+Commands may come from any thread and from a signal handler, which queue.SimpleQueue allows. This module knows nothing of HTTP.
 """
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from parallel.errors import Mistake
@@ -15,140 +15,142 @@ from research.generation.settings import GenerationSettings
 from research.serving.prometheus import Metrics
 
 FAILED = "failed"
-"""Why a text ended: the model could not go on."""
+"""The finish reason of a text that could not be completed because of an error."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token that was written, with its probabilities."""
+    """A generated token with its log-probability."""
 
     id: int
     start: int
-    """Where in the text it begins, in characters."""
+    """Position of its first character in the generated text."""
     logprob: float
     top: list[tuple[int, float]]
+    """(token id, log-probability) of the likeliest tokens at this position."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step added to a text."""
+    """What one step added to a text."""
 
     text: str
     tokens: tuple[Token, ...] = ()
-    """Those whose text is out, where their probabilities were asked for; none of a stop string's, nor the end's."""
+    """The tokens whose text has been sent, if log-probabilities were requested. Tokens of a stop string and the end token are left out."""
     count: int = 0
-    """All tokens written so far."""
+    """Number of tokens generated so far."""
     finish: str | None = None
     error: str = ""
-    """Where it failed: why."""
+    """The reason, if `finish` is FAILED."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A text to be written. The engine's thread fills the last two."""
+    """A text to be generated. The engine's thread sets `text` and `reported`."""
 
     ids: tuple[int, ...]
-    ask: GenerationSettings
-    ends: Collection[int]
+    settings: GenerationSettings
+    end_ids: Collection[int]
     text: GeneratedText | None = None
-    told: int = field(default=0)
-    """How many tokens have been handed out."""
+    reported: int = 0
+    """Number of tokens that were passed on with their log-probabilities."""
 
 
 class Submit(tuple[Job, ...]):
-    """An order: write these, in one batch if there is room."""
+    """A command: generate these texts, in one batch if there is room."""
 
 
 class Cancel(tuple[Job, ...]):
-    """An order: stop these, nobody wants them any more."""
+    """A command: stop these texts."""
 
 
 class Halt:
-    """An order: the last one."""
+    """A command: end the engine."""
 
 
-Order = Submit | Cancel | Halt
-HandOut = Callable[[list[tuple[Job, Piece]]], None]
-"""Takes the pieces of a step, in the engine's thread. A job's last piece has a `finish`."""
+Command = Submit | Cancel | Halt
+Deliver = Callable[[list[tuple[Job, Piece]]], None]
+"""Receives the pieces of a step, in the engine's thread. The last piece of a job has a `finish`."""
 
 
 class Engine:
-    """`run` until halted. Everything else may be called from other threads."""
+    """Generates the texts of all jobs in one batch. `run` returns after Halt; other threads only put commands into the queue."""
 
-    def __init__(self, writer: TextGenerator, hand_out: HandOut, metrics: Metrics) -> None:
-        self.writer, self.hand_out, self.metrics = writer, hand_out, metrics
-        self.orders: SimpleQueue[Order] = SimpleQueue()
+    def __init__(self, generator: TextGenerator, deliver: Deliver, metrics: Metrics) -> None:
+        self.generator, self.deliver, self.metrics = generator, deliver, metrics
+        self.commands: SimpleQueue[Command] = SimpleQueue()
         self._jobs: dict[GeneratedText, Job] = {}
 
     def run(self) -> None:
-        """Carries out orders and writes, until Halt. An error that is no Mistake ends it, after all texts were told."""
+        """Executes commands and generates until Halt. Any error but a Mistake ends it, after every unfinished text has failed."""
         try:
-            while self._take_orders():
-                if self.writer:
+            while self._execute_commands():
+                if self.generator:
                     self._step()
         except BaseException as error:
-            self._fail(f"the server has met an error ({type(error).__name__})", clear=False)
+            # the state of the decoder is unknown here, so it is not cleared
+            self._fail_all(f"the server has met an error ({type(error).__name__})", clear=False)
             raise
-        self._fail("the server is shutting down")
+        self._fail_all("the server is shutting down")
 
-    def _take_orders(self) -> bool:
-        """All that there are; waits for one where nothing is being written. False after Halt."""
+    def _execute_commands(self) -> bool:
+        """Executes all commands in the queue; waits for one if no text is being generated. Returns False after Halt."""
         while True:
-            self.metrics.rows(len(self.writer.scheduler.live), len(self.writer.scheduler.waiting))
+            self.metrics.batch(len(self.generator.scheduler.live), len(self.generator.scheduler.waiting))
             try:
-                order = self.orders.get(block=not self.writer)
+                command = self.commands.get(block=not self.generator)
             except Empty:
                 return True
-            if isinstance(order, Halt):
+            if isinstance(command, Halt):
                 return False
-            for job in order:
-                self._begin(job) if isinstance(order, Submit) else self._cancel(job)
+            for job in command:
+                self._submit(job) if isinstance(command, Submit) else self._cancel(job)
 
-    def _begin(self, job: Job) -> None:
+    def _submit(self, job: Job) -> None:
         try:
-            job.text = self.writer.submit_ids(job.ids, job.ask, job.ends)
+            job.text = self.generator.submit_ids(job.ids, job.settings, job.end_ids)
         except Mistake as mistake:
-            self.hand_out([(job, Piece("", finish=FAILED, error=str(mistake)))])
+            self.deliver([(job, Piece("", finish=FAILED, error=str(mistake)))])
             return
         self._jobs[job.text] = job
 
     def _cancel(self, job: Job) -> None:
         if job.text is not None and job.text in self._jobs:
             del self._jobs[job.text]
-            self.writer.cancel(job.text)
-            self.metrics.ended(CANCELLED)
-            self.hand_out([(job, Piece("", count=len(job.text.generation.ids), finish=CANCELLED))])
+            self.generator.cancel(job.text)
+            self.metrics.text_ended(CANCELLED)
+            self.deliver([(job, Piece("", count=len(job.text.generation.ids), finish=CANCELLED))])
 
     def _step(self) -> None:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
-            moved = self.writer.step()
-        except Mistake as mistake:  # what the model says is no number, on all ranks alike
-            self._fail(str(mistake))
+            texts = self.generator.step()
+        except Mistake as mistake:  # the logits are not finite; all ranks raise it
+            self._fail_all(str(mistake))
             return
-        self.metrics.step(time.perf_counter() - begun, len(moved))
-        self.hand_out([(self._jobs[text], self._piece(text, self._jobs[text])) for text in moved])
-        for text in moved:
+        self.metrics.step(time.perf_counter() - started, len(texts))
+        self.deliver([(self._jobs[text], self._piece(text, self._jobs[text])) for text in texts])
+        for text in texts:
             if text.finish:
-                self.metrics.ended(text.finish)
+                self.metrics.text_ended(text.finish)
                 del self._jobs[text]
 
     def _piece(self, text: GeneratedText, job: Job) -> Piece:
         ids, starts = text.generation.ids, text.starts
         tokens: tuple[Token, ...] = ()
-        if job.ask.logprobs is not None:
-            known = len(ids) - (text.finish == END)
+        if job.settings.logprobs is not None:
+            stop = len(ids) - (text.finish == END)
             if text.finish in (None, STOP):
-                known = next((i for i in range(job.told, known) if starts[i] >= len(text.text)), known)
-            tokens = tuple(Token(ids[i], starts[i], *text.generation.logprobs[i]) for i in range(job.told, known))
-            job.told = max(job.told, known)
+                stop = next((i for i in range(job.reported, stop) if starts[i] >= len(text.text)), stop)
+            tokens = tuple(Token(ids[i], starts[i], *text.generation.logprobs[i]) for i in range(job.reported, stop))
+            job.reported = max(job.reported, stop)
         return Piece(text.fresh, tokens, len(ids), text.finish)
 
-    def _fail(self, why: str, clear: bool = True) -> None:
-        """Ends every text, and says why. The decoder is empty then, unless nobody knows what state it is in."""
+    def _fail_all(self, error: str, clear: bool = True) -> None:
+        """Ends every text with `error`, and with `clear` frees the decoder's slots."""
         jobs, self._jobs = list(self._jobs.values()), {}
         if clear:
-            self.writer.clear()
+            self.generator.clear()
         for _ in jobs:
-            self.metrics.ended(FAILED)
-        self.hand_out([(job, Piece("", finish=FAILED, error=why)) for job in jobs])
+            self.metrics.text_ended(FAILED)
+        self.deliver([(job, Piece("", finish=FAILED, error=error)) for job in jobs])

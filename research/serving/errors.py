@@ -1,15 +1,11 @@
-"""What a client is told when its request cannot be served: OpenAI's error shape, with the field's name and the way out."""
+"""Errors that a client receives, in OpenAI's format: the message names the field that is wrong and says what to send instead."""
 
 from collections.abc import Mapping
 from typing import Any
 
-REQUEST, SERVER = "invalid_request_error", "server_error"
-RETRY_AFTER = 1
-"""Seconds after which a client that was turned away may ask again."""
-
 
 class ApiError(Exception):
-    """A request's end. `param` names the field, None: the request as a whole."""
+    """Ends a request with an HTTP status and a message. `param` names the field; None means the request as a whole."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
@@ -17,40 +13,27 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, dict(headers or {})
 
-    @property
-    def type(self) -> str:
-        """Whose fault it is."""
-        return {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, SERVER if self.status >= 500 else REQUEST)
-
     def body(self) -> dict[str, Any]:
-        """As OpenAI's clients read it."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        """Returns the JSON body as OpenAI's clients read it."""
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        error_type = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, default)
+        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
 
 
-def wrong(param: str, message: str, code: str | None = "invalid_value") -> ApiError:
-    """A field that does not work; the message begins with its name."""
+def invalid_field(param: str, message: str, code: str | None = "invalid_value") -> ApiError:
+    """An error about one field. The message begins with the field's name."""
     return ApiError(400, f"{param} {message}", param, code)
 
 
-def whole_text(text: str, place: str) -> str:
-    """The text; a Refusal where JSON has smuggled in a half of a character."""
+def check_unicode(text: str, param: str) -> str:
+    """Returns the text. Raises an ApiError if it contains a lone surrogate, which JSON can express and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise wrong(place, "holds half a character (a lone surrogate) → send whole ones") from None
+        raise invalid_field(param, "holds half a character (a lone surrogate) → send whole ones") from None
     return text
 
 
-def busy(room: int) -> ApiError:
-    """All slots are taken, and all places of the queue."""
-    return ApiError(
-        429,
-        f"{room} texts are being written or wait already → ask again in {RETRY_AFTER} s",
-        code="queue_full",
-        headers={"retry-after": str(RETRY_AFTER)},
-    )
-
-
-def closing() -> ApiError:
-    """The server is being stopped."""
+def shutting_down() -> ApiError:
+    """The error for requests that arrive, or are unfinished, while the server is being stopped."""
     return ApiError(503, "the server is shutting down → ask again when it is back", code="shutting_down", headers={"retry-after": "10"})

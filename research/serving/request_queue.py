@@ -1,4 +1,8 @@
-"""One request's texts on their way: how many places they take, the pieces as they come, and that nobody waits for them any more."""
+"""The request queue: limits how many texts are waiting or being generated, and passes a request's texts to the engine and back.
+
+Texts beyond the engine's slots wait in the scheduler of the TextGenerator. When `limits.queue` texts are waiting, new requests are
+rejected with status 429 and a Retry-After header.
+"""
 
 import asyncio
 import contextlib
@@ -7,85 +11,91 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from research.serving.engine import FAILED, Cancel, Engine, Job, Piece, Submit
-from research.serving.errors import ApiError, busy, closing
+from research.serving.errors import ApiError, shutting_down
 from research.serving.limits import Limits
 from research.serving.prometheus import Metrics
+
+RETRY_AFTER = 1
+"""Seconds after which a client that was rejected because the queue is full may send its request again."""
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request's jobs, and a queue of (index of a job, Piece). It holds no more than the jobs' tokens."""
+    """The jobs of one request, and a queue of (index of a job, Piece). The queue holds at most one piece per token."""
 
     jobs: tuple[Job, ...]
-    begun: float
-    """On time.monotonic's clock, as the event loop's is."""
-    seconds: float
-    """How long it may take."""
+    started: float
+    """On the clock of time.monotonic, which is also the event loop's."""
+    timeout: float
+    """Seconds, waiting included."""
     pieces: asyncio.Queue[tuple[int, Piece]] = field(default_factory=asyncio.Queue)
 
 
 class RequestQueue:
-    """Takes calls to the engine and its pieces back. All of it belongs to the event loop's thread, but `hand_out`."""
+    """Submits requests to the engine and receives its pieces. Everything but `deliver` runs in the event loop's thread."""
 
     def __init__(self, slots: int, limits: Limits, metrics: Metrics) -> None:
-        self.room, self.seconds, self.metrics = slots + limits.queue, limits.request_seconds, metrics
-        self.taken = 0
-        """Texts that the engine has, or will have."""
+        self.capacity, self.timeout, self.metrics = slots + limits.queue, limits.request_seconds, metrics
+        self.occupied = 0
+        """Number of texts that were submitted and have not ended."""
         self.closed = False
-        """Whether no more calls are taken. Set by any thread."""
+        """Whether new requests are rejected. Any thread may set it."""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.engine: Engine | None = None
-        self._calls: dict[Job, tuple[PendingRequest, int]] = {}
+        self._pending: dict[Job, tuple[PendingRequest, int]] = {}
 
-    def hand_out(self, pieces: list[tuple[Job, Piece]]) -> None:
-        """The engine's thread gives the pieces of a step to the event loop."""
-        if self.loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-                self.loop.call_soon_threadsafe(self._receive, pieces)
-
-    def open(self, jobs: list[Job]) -> PendingRequest:
-        """Gives the jobs to the engine; a Refusal where there is no room for them."""
+    def submit(self, jobs: list[Job]) -> PendingRequest:
+        """Passes the jobs to the engine. Raises an ApiError if there is no room for all of them."""
         if self.closed or self.engine is None:
-            raise closing()
-        if len(jobs) > self.room:
-            raise ApiError(400, f"n and prompt ask for {len(jobs)} texts, there is room for {self.room} → ask for fewer", "n", "too_many")
-        if self.taken + len(jobs) > self.room:
-            raise busy(self.room)
-        call = PendingRequest(tuple(jobs), time.monotonic(), self.seconds)
-        self.taken += len(jobs)
-        self._calls.update({job: (call, i) for i, job in enumerate(jobs)})
-        self.engine.orders.put(Submit(jobs))
-        return call
+            raise shutting_down()
+        if len(jobs) > self.capacity:
+            message = f"n and prompt ask for {len(jobs)} texts, there is room for {self.capacity} → ask for fewer"
+            raise ApiError(400, message, "n", "too_many")
+        if self.occupied + len(jobs) > self.capacity:
+            message = f"{self.capacity} texts are being written or wait already → ask again in {RETRY_AFTER} s"
+            raise ApiError(429, message, code="queue_full", headers={"retry-after": str(RETRY_AFTER)})
+        request = PendingRequest(tuple(jobs), time.monotonic(), self.timeout)
+        self.occupied += len(jobs)
+        self._pending.update({job: (request, i) for i, job in enumerate(jobs)})
+        self.engine.commands.put(Submit(jobs))
+        return request
 
-    def leave(self, call: PendingRequest) -> None:
-        """Nobody waits for the rest. Their places are free when the engine has heard of it."""
-        left = [job for job in call.jobs if job in self._calls]
-        if left and self.engine:
-            self.engine.orders.put(Cancel(left))
+    def cancel(self, request: PendingRequest) -> None:
+        """Cancels the jobs that have not ended. Their places become free when the engine has confirmed it."""
+        unfinished = [job for job in request.jobs if job in self._pending]
+        if unfinished and self.engine:
+            self.engine.commands.put(Cancel(unfinished))
 
-    async def pieces(self, call: PendingRequest) -> AsyncIterator[tuple[int, Piece]]:
-        """What comes, until every job has ended. A Refusal where one failed, or where it takes too long."""
-        left, first = len(call.jobs), True
-        while left:
-            try:
-                async with asyncio.timeout_at(call.begun + call.seconds):
-                    index, piece = await call.pieces.get()
-            except TimeoutError:
-                raise ApiError(408, f"it took more than {call.seconds:g} s → ask for fewer tokens or texts", code="timeout") from None
-            if piece.finish == FAILED:
-                raise closing() if self.closed else ApiError(500, piece.error, code="failed")
-            if first:
-                self.metrics.first(time.monotonic() - call.begun)
-            first = False
-            left -= piece.finish is not None
-            yield index, piece
+    def deliver(self, pieces: list[tuple[Job, Piece]]) -> None:
+        """Passes the pieces of one step to the event loop. The engine's thread calls it."""
+        if self.loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so no request is waiting
+                self.loop.call_soon_threadsafe(self._receive, pieces)
 
     def _receive(self, pieces: list[tuple[Job, Piece]]) -> None:
         for job, piece in pieces:
-            if job not in self._calls:
+            if job not in self._pending:
                 continue
-            call, index = self._calls[job]
-            call.pieces.put_nowait((index, piece))
+            request, index = self._pending[job]
+            request.pieces.put_nowait((index, piece))
             if piece.finish:
-                del self._calls[job]
-                self.taken -= 1
+                del self._pending[job]
+                self.occupied -= 1
+
+    async def pieces(self, request: PendingRequest) -> AsyncIterator[tuple[int, Piece]]:
+        """Yields (index of a job, Piece) until every job has ended. Raises an ApiError if a job failed or the request timed out."""
+        unfinished, first = len(request.jobs), True
+        while unfinished:
+            try:
+                async with asyncio.timeout_at(request.started + request.timeout):
+                    index, piece = await request.pieces.get()
+            except TimeoutError:
+                message = f"it took more than {request.timeout:g} s → ask for fewer tokens or texts"
+                raise ApiError(408, message, code="timeout") from None
+            if piece.finish == FAILED:
+                raise shutting_down() if self.closed else ApiError(500, piece.error, code="failed")
+            if first:
+                self.metrics.first_token(time.monotonic() - request.started)
+            first = False
+            unfinished -= piece.finish is not None
+            yield index, piece

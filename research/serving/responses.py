@@ -1,5 +1,4 @@
-"""A request's answer as it goes out: one JSON object when all is written, or an event for every step (server-sent events)."""
-# MERGED-DOC """A token by itself, as text and as bytes: a token may be half a character."""
+"""Responses of the completion endpoints: one JSON object when all texts are finished, or server-sent events, one per step and text."""
 
 import json
 import secrets
@@ -12,40 +11,38 @@ from research.data.tokenizer import Tokenizer
 from research.generation.batching import LENGTH
 from research.serving.engine import Job, Token
 from research.serving.errors import ApiError
-from research.serving.request_queue import PendingRequest, RequestQueue
-from research.serving.requests import Common
+from research.serving.request_queue import PendingRequest
 from research.serving.service import Service
 
-DONE = b"data: [DONE]\n\n"
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+SPACE = "▁"
+"""Sentencepiece's character for a space."""
 
 
-class Shape(Protocol):
-    """What differs between the endpoints: Completions, Chats."""
+class Endpoint(Protocol):
+    """A checked request to one of the endpoints, and the parts of a response in which they differ: see endpoints.py."""
 
     object: str
     chunk_object: str
-    prefix: str
-    asked: Any
+    id_prefix: str
+    request: Any
     service: Service
     jobs: list[Job]
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of what was asked."""
+    prompt_tokens: int
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """What a stream begins with."""
+        """The choices that a stream begins with."""
 
-    def choice(self, index: int, text: str, tokens: tuple[Token, ...], finish: str | None) -> dict[str, Any]:
-        """A part of a text."""
+    def chunk(self, index: int, text: str, tokens: tuple[Token, ...], finish: str | None) -> dict[str, Any]:
+        """The choice of a stream's event: what one step added to text `index`."""
 
     def whole(self, index: int, text: str, tokens: tuple[Token, ...], finish: str) -> dict[str, Any]:
-        """A text, whole."""
+        """The choice of a response that is not streamed: text `index` as a whole."""
 
 
 @dataclass
 class RequestLog:
-    """What the log tells of a request. No text of anybody's."""
+    """What the log says about a request: token counts and the finish reason, never a client's text."""
 
     prompt: int = 0
     written: int = 0
@@ -54,135 +51,113 @@ class RequestLog:
 
 @dataclass
 class CompletionResponse:
-    """One call's answer."""
+    """The response to one request, as one object (`whole`) or as events (`events`)."""
 
-    shape: Shape
-    call: PendingRequest
-    note: RequestLog
+    endpoint: Endpoint
+    pending: PendingRequest
+    log: RequestLog
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     counts: dict[int, int] = field(default_factory=dict)
-    """Tokens written so far of each text."""
-
-    @property
-    def desk(self) -> RequestQueue:
-        """Where the pieces come from."""
-        return self.shape.service.desk
-
-    @property
-    def asked(self) -> Common:
-        """The request."""
-        return self.shape.asked
+    """Number of tokens generated so far, by text."""
 
     async def whole(self) -> dict[str, Any]:
-        """Everything, when all is written."""
-        texts = [_Collected() for _ in self.call.jobs]
-        async for index, piece in self.desk.pieces(self.call):
+        """Returns the response object once all texts are finished."""
+        texts: list[list[str]] = [[] for _ in self.pending.jobs]
+        tokens: list[list[Token]] = [[] for _ in self.pending.jobs]
+        finish = [""] * len(self.pending.jobs)
+        async for index, piece in self.endpoint.service.request_queue.pieces(self.pending):
             self._count(index, piece.count, piece.finish)
-            texts[index].add(piece.text, piece.tokens, piece.finish)
-        choices = [self.shape.whole(i, "".join(text.parts), tuple(text.tokens), text.finish) for i, text in enumerate(texts)]
-        return self._frame(self.shape.object) | {"choices": choices, "usage": self._usage()}
+            texts[index].append(piece.text)
+            tokens[index] += piece.tokens
+            finish[index] = finish_reason(piece.finish) or finish[index]
+        choices = [self.endpoint.whole(i, "".join(texts[i]), tuple(tokens[i]), finish[i]) for i in range(len(texts))]
+        return self._envelope(self.endpoint.object) | {"choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[bytes]:
-        """An event a step and text; the last says that it is over, and the one before it, where something failed, what."""
-        for index in range(len(self.call.jobs)):
-            for choice in self.shape.opening(index):
-                yield self._event([choice])
+        """Yields one event per step and text, then the usage if it was requested, then [DONE].
+
+        If the request fails after the stream has begun, the event before [DONE] holds the error.
+        """
+        endpoint, options = self.endpoint, self.endpoint.request.stream_options
+        include_usage = bool(options and options.include_usage)
+        envelope = self._envelope(endpoint.chunk_object)
+
+        def chunk(choice: dict[str, Any]) -> bytes:
+            return sse_event(envelope | {"choices": [choice]} | ({"usage": None} if include_usage else {}))
+
+        for index in range(len(self.pending.jobs)):
+            for choice in endpoint.opening(index):
+                yield chunk(choice)
         try:
-            async for index, piece in self.desk.pieces(self.call):
+            async for index, piece in endpoint.service.request_queue.pieces(self.pending):
                 self._count(index, piece.count, piece.finish)
                 if piece.text or piece.tokens or piece.finish:
-                    yield self._event([self.shape.choice(index, piece.text, piece.tokens, reason(piece.finish))])
-        except ApiError as refusal:
-            yield event(refusal.body())
+                    yield chunk(endpoint.chunk(index, piece.text, piece.tokens, finish_reason(piece.finish)))
+        except ApiError as error:
+            yield sse_event(error.body())
         else:
-            if self._tells_usage:
-                yield event(self._frame(self.shape.chunk_object) | {"choices": [], "usage": self._usage()})
-        yield DONE
+            if include_usage:
+                yield sse_event(envelope | {"choices": [], "usage": self._usage()})
+        yield b"data: [DONE]\n\n"
 
-    @property
-    def _tells_usage(self) -> bool:
-        return bool(self.asked.stream_options and self.asked.stream_options.include_usage)
-
-    def _event(self, choices: list[dict[str, Any]]) -> bytes:
-        usage = {"usage": None} if self._tells_usage else {}
-        return event(self._frame(self.shape.chunk_object) | {"choices": choices} | usage)
-
-    def _frame(self, kind: str) -> dict[str, Any]:
-        service = self.shape.service
-        told = {"id": f"{self.shape.prefix}-{self.id}", "object": kind, "created": self.created, "model": service.name}
-        return told | {"system_fingerprint": service.fingerprint}
+    def _envelope(self, object_name: str) -> dict[str, Any]:
+        service = self.endpoint.service
+        return {
+            "id": f"{self.endpoint.id_prefix}-{self.id}",
+            "object": object_name,
+            "created": self.created,
+            "model": service.name,
+            "system_fingerprint": service.fingerprint,
+        }
 
     def _count(self, index: int, count: int, finish: str | None) -> None:
         self.counts[index] = count
-        self.note.written = sum(self.counts.values())
-        self.note.finish = reason(finish) or self.note.finish
+        self.log.written = sum(self.counts.values())
+        self.log.finish = finish_reason(finish) or self.log.finish
 
     def _usage(self) -> dict[str, int]:
-        prompt, written = self.shape.prompt_tokens, sum(self.counts.values())
+        prompt, written = self.endpoint.prompt_tokens, sum(self.counts.values())
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-class _Collected:
-    """A text's pieces, put together."""
-
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-        self.tokens: list[Token] = []
-        self.finish = ""
-
-    def add(self, text: str, tokens: tuple[Token, ...], finish: str | None) -> None:
-        """One more."""
-        self.parts.append(text)
-        self.tokens += tokens
-        self.finish = reason(finish) or self.finish
-
-
-def reason(finish: str | None) -> str | None:
-    """Our word for a text's end, in OpenAI's: by itself or before a stop string is `stop`."""
+def finish_reason(finish: str | None) -> str | None:
+    """OpenAI's name for our finish reason: `stop` for an end token or a stop string, `length` for the limit of tokens."""
     return finish and ("length" if finish == LENGTH else "stop")
 
 
-def event(value: dict[str, Any]) -> bytes:
-    """As server-sent events are written."""
-    return b"data: " + encoded(value) + b"\n\n"
+def sse_event(value: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
 
 
-def encoded(value: Any) -> bytes:
-    """JSON on one line. Halves of characters, which a client's field names may hold, are escaped with everything beyond ASCII."""
+def to_json(value: Any) -> bytes:
+    """JSON on one line, in ASCII: a lone surrogate, which may be in a client's field name, could not be encoded as UTF-8."""
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
 
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-SPACE = "▁"
-
-
-def token_bytes(tokenizer: Tokenizer, token: int) -> list[int] | None:
-    """The bytes it stands for; None where it cannot be said."""
-    name = tokenizer.backend.id_to_token(token)
-    if name is None:
-        return None
-    letters = _byte_letters()
-    if _is_byte_level(tokenizer.backend) and all(letter in letters for letter in name):
-        return [letters[letter] for letter in name]
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # sentencepiece's way
-        return [int(name[3:5], 16)]
-    text = tokenizer.decode([token])
-    return None if UNFINISHED in text else list(text.encode())
-
-
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """The token as a client shows it: with the space that a tokenizer drops at the beginning of a text."""
+    """The text of a token by itself, with the leading space that a tokenizer drops at the beginning of a text."""
     text, name = tokenizer.decode([token]), tokenizer.backend.id_to_token(token) or ""
     return f" {text}" if name.startswith(SPACE) and not text.startswith(" ") else text
 
 
-def _is_byte_level(backend: Any) -> bool:
-    return type(backend.decoder).__name__ == "ByteLevel"
+def token_bytes(tokenizer: Tokenizer, token: int) -> list[int] | None:
+    """The bytes of a token, which may be part of a character; None if they are not known."""
+    name = tokenizer.backend.id_to_token(token)
+    if name is None:
+        return None
 
+    # byte-level BPE: GPT-2's table has a visible character per byte; visible bytes stand for themselves, the others follow from 256 on
+    if type(tokenizer.backend.decoder).__name__ == "ByteLevel":
+        visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        others = [byte for byte in range(256) if byte not in visible]
+        byte_of = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
+        if all(letter in byte_of for letter in name):
+            return [byte_of[letter] for letter in name]
 
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's table: a visible letter for each byte. Visible ones stand for themselves, the others follow from 256 on."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    # sentencepiece writes a single byte as <0x0A>
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return [int(name[3:5], 16)]
+    text = tokenizer.decode([token])
+    return None if UNFINISHED in text else list(text.encode())

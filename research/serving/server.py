@@ -1,9 +1,8 @@
-"""A server while it runs: this thread writes, another one speaks; how both begin, and how they come to an end together."""
-# MERGED-DOC """uvicorn's connection, with a time for everything that a client may leave undone, and OpenAI's shape for what is no HTTP.
-# MERGED-DOC
-# MERGED-DOC uvicorn itself waits for ever for the headers of a new connection, for the rest of a body that nobody reads any more, and for a
-# MERGED-DOC client that does not read.
-# MERGED-DOC """
+"""The HTTP server: restores a model, starts the engine and uvicorn in two threads, and shuts both down together.
+
+Connection is uvicorn's HTTP connection with timeouts. uvicorn itself waits without limit for the headers of a new connection, for the
+rest of a body that nobody reads any more, and for a client that does not read; and its errors are not in OpenAI's format.
+"""
 
 import asyncio
 import contextlib
@@ -32,148 +31,141 @@ from research.data.tokenizer_file import ends_of, special_tokens_of, template_of
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec
 from research.serving.access import Access
-from research.serving.app import Middleware, application
-from research.serving.chat_template import ChatTemplate, Conversation, PlainTemplate, Renderer
+from research.serving.app import Middleware, make_app
+from research.serving.chat_template import ChatTemplate, PlainTemplate, TemplateRenderer
 from research.serving.engine import Engine, Halt
 from research.serving.errors import ApiError
 from research.serving.limits import Limits
 from research.serving.prometheus import Metrics
 from research.serving.request_queue import RequestQueue
-from research.serving.responses import encoded
+from research.serving.responses import to_json
 from research.serving.service import Service
 
-LINGER = 1.0
-"""Seconds in which a client may go on sending what has been answered already, so that it gets to read the answer."""
-FULL = ApiError(503, "the server has as many connections as it takes → come back later", code="too_many_connections")
+LINGER_SECONDS = 1.0
+"""How long a client may go on sending the body of a request that has been answered, so that it gets to read the answer."""
+JOIN_SECONDS = 10.0
+"""How long the event loop may take to end once every text has ended."""
+TOO_MANY_CONNECTIONS = ApiError(503, "the server has as many connections as it takes → come back later", code="too_many_connections")
+Log = Callable[[str], None]
 
 
-class Connection(H11Protocol):
-    """One client's. Its deadline runs while no request is under way, its patience while the client does not read."""
+@dataclass(frozen=True)
+class ServerSpec:
+    """A trained model and how to serve it: what `serve` has checked before torch is imported."""
 
-    def __init__(self, limits: Limits, **uvicorns: Any) -> None:
-        super().__init__(**uvicorns)
-        self.limits = limits
-        self._deadline: asyncio.TimerHandle | None = None
-        self._patience: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begins to wait for a request; too many connections are turned away."""
-        super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
-            self._refuse(FULL)
-        else:
-            self._wait(self.limits.head_seconds)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The end."""
-        for timer in (self._deadline, self._patience):
-            if timer is not None:
-                timer.cancel()
-        super().connection_lost(exc)
-
-    def handle_events(self) -> None:
-        """A request that has begun is the app's, which has times of its own."""
-        super().handle_events()
-        if self._deadline is not None and self.cycle is not None and not self.cycle.response_complete:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def on_response_complete(self) -> None:
-        """Waits for the next request; not long where the last one is still being sent."""
-        unread = self.conn.their_state is h11.SEND_BODY
-        super().on_response_complete()
-        if self.cycle.response_complete and not self.transport.is_closing():
-            self._wait(LINGER if unread else self.limits.idle_seconds)
-
-    def pause_writing(self) -> None:
-        """The client does not read what is sent."""
-        super().pause_writing()
-        self._patience = self.loop.call_later(self.limits.stall_seconds, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """It reads again."""
-        super().resume_writing()
-        if self._patience is not None:
-            self._patience.cancel()
-
-    def send_400_response(self, msg: str) -> None:
-        """What was sent is no HTTP, or its headers are too long."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            way = f"send HTTP/1.1 with less than {self.limits.head_bytes} bytes of headers"
-            self._refuse(ApiError(400, f"{msg} → {way}", code="invalid_http"))
-        else:
-            self.transport.close()  # in the middle of an answer nothing can be said
-
-    def _wait(self, seconds: float) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = self.loop.call_later(seconds, self.transport.abort)
-
-    def _refuse(self, refusal: ApiError) -> None:
-        body = encoded(refusal.body())
-        headers = ["content-type: application/json", f"content-length: {len(body)}", "connection: close"]
-        head = "\r\n".join([f"HTTP/1.1 {refusal.status} Refused", *headers, "", ""])
-        self.transport.write(head.encode() + body)
-        self.transport.close()
+    title: str
+    """The run's title, which is the name of the model in responses."""
+    folder: Path
+    checkpoint: Path
+    model: GPT
+    tokenizer: Tokenizer
+    precision: str | None
+    """None: the precision of the training."""
+    tensor: int
+    slots: int
+    context: int
+    """Number of tokens that a prompt and its text may have together."""
+    limits: Limits
+    token: str | None
+    template: str | None
+    """The text of a chat template. None: the run's own one, or a plain layout if it has none."""
+    template_name: str
+    listener: socket.socket
+    """Bound to the address, and not listening yet."""
 
 
-Say = Callable[[str], None]
-JOIN = 10.0
-"""Seconds for the event loop to end once every text has."""
+@contextlib.contextmanager
+def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
+    """Restores the model on `spec.tensor` ranks of this machine and yields a server that has not been started."""
+    end_ids = ends_of(spec.tokenizer, ROOT)
+    decoder_spec = DecoderSpec(spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context)
+    with chat_template_of(spec, end_ids) as chat_template, opened(decoder_spec, spec.tensor) as decoder:
+        generator = TextGenerator(decoder, spec.tokenizer, spec.model, spec.context, end_ids)
+        metrics = Metrics(spec.slots)
+        dtype = next(decoder.module.parameters()).dtype
+        service = Service(
+            name=spec.title,
+            step=step_of(spec.checkpoint),
+            precision=next(name for name, known in PRECISIONS.items() if known == dtype),
+            created=int(time.time()),
+            model=spec.model,
+            tokenizer=spec.tokenizer,
+            context=spec.context,
+            slots=spec.slots,
+            end_ids=end_ids,
+            chat_template=chat_template,
+            limits=spec.limits,
+            access=Access(spec.token),
+            metrics=metrics,
+            request_queue=RequestQueue(spec.slots, spec.limits, metrics),
+        )
+        yield Running(service, generator, spec.listener, log)
+
+
+@contextlib.contextmanager
+def chat_template_of(spec: ServerSpec, end_ids: tuple[int, ...]) -> Iterator[PlainTemplate | ChatTemplate]:
+    """Yields the chat template that the command names, else the run's own one, else the plain layout."""
+    source = spec.template or template_of(spec.tokenizer, ROOT)
+    if source is None:
+        yield PlainTemplate(spec.tokenizer, end_ids)
+        return
+    renderer = TemplateRenderer(source, spec.limits.template_seconds)
+    try:
+        yield ChatTemplate(spec.tokenizer, renderer.render, special_tokens_of(spec.tokenizer, ROOT), end_ids, spec.template_name)
+    finally:
+        renderer.close()
 
 
 class Running:
-    """`run` in the thread that owns the writer; `stop` from anywhere, a signal's handler too."""
+    """A server. `run` blocks in the thread that owns the model; `stop` may be called from any thread and from a signal handler."""
 
-    def __init__(self, service: Service, writer: TextGenerator, listener: socket.socket, say: Say) -> None:
+    def __init__(self, service: Service, generator: TextGenerator, listener: socket.socket, log: Log) -> None:
         self.service = service
-        self.engine = Engine(writer, service.desk.hand_out, service.metrics)
-        service.desk.engine = self.engine
+        self.engine = Engine(generator, service.request_queue.deliver, service.metrics)
+        service.request_queue.engine = self.engine
         self._listener = listener
-        self._server = uvicorn.Server(_config(Middleware(application(service), service.access, service.metrics, say), service))
+        self._server = uvicorn.Server(_uvicorn_config(Middleware(make_app(service), service.access, service.metrics, log), service.limits))
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Serves until it is stopped."""
-        thread = threading.Thread(target=self._speak, daemon=True)
+        """Serves until `stop` is called. The engine runs in this thread, the event loop in another one."""
+        thread = threading.Thread(target=self._run_event_loop, daemon=True)
         thread.start()
         try:
             self.engine.run()
         finally:
-            self.service.desk.closed = self._server.should_exit = True
-            thread.join(JOIN)
+            self.service.request_queue.closed = self._server.should_exit = True
+            thread.join(JOIN_SECONDS)
         if isinstance(self._error, OSError):
             raise Mistake(f"the address cannot be listened at ({self._error.strerror}) → another --port, 0 for any that is free")
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
-        """No new request is taken; texts have the grace to come to their end. Asked again: they are ended now."""
-        if self.service.desk.closed:
-            self.engine.orders.put(Halt())
+        """Rejects new requests and lets texts finish for up to `grace_seconds`. A second call ends them at once."""
+        if self.service.request_queue.closed:
+            self.engine.commands.put(Halt())
             return
-        self.service.desk.closed = self._server.should_exit = True
-        grace = threading.Timer(self.service.limits.grace_seconds, self.engine.orders.put, [Halt()])
-        grace.daemon = True  # nothing waits for it where all is over sooner
-        grace.start()
+        self.service.request_queue.closed = self._server.should_exit = True
+        timer = threading.Timer(self.service.limits.grace_seconds, self.engine.commands.put, [Halt()])
+        timer.daemon = True  # if everything ends sooner, the process does not wait for the timer
+        timer.start()
 
-    def _speak(self) -> None:
-        """The other thread's whole life."""
+    def _run_event_loop(self) -> None:
+        async def serve() -> None:
+            self.service.request_queue.loop = asyncio.get_running_loop()
+            await self._server.serve(sockets=[self._listener])
+
         try:
-            asyncio.run(self._serve())
+            asyncio.run(serve())
         except BaseException as error:
             self._error = error
         finally:
-            self.engine.orders.put(Halt())
-
-    async def _serve(self) -> None:
-        self.service.desk.loop = asyncio.get_running_loop()
-        await self._server.serve(sockets=[self._listener])
+            self.engine.commands.put(Halt())
 
 
-def _config(app: Any, service: Service) -> uvicorn.Config:
-    """h11 and nothing of uvicorn's own words: no logs, no Server header, no trust in a proxy's."""
-    limits = service.limits
+def _uvicorn_config(app: Any, limits: Limits) -> uvicorn.Config:
+    """uvicorn with h11, without its own log lines and Server header, and without trusting the headers of a proxy."""
     return uvicorn.Config(
         app,
         http=functools.partial(Connection, limits),  # type: ignore[arg-type]
@@ -191,68 +183,73 @@ def _config(app: Any, service: Service) -> uvicorn.Config:
     )
 
 
-@dataclass(frozen=True)
-class ServerSpec:
-    """A trained model and how it is to be served: everything that `serve` has checked before torch is imported."""
+class Connection(H11Protocol):
+    """A client's connection with timeouts: for the next request's headers, and for a client that does not read its response."""
 
-    title: str
-    """Of the run: the model's name in answers."""
-    folder: Path
-    checkpoint: Path
-    model: GPT
-    tokenizer: Tokenizer
-    precision: str | None
-    """None: as trained."""
-    tensor: int
-    slots: int
-    context: int
-    """Tokens that a prompt and its text may have together."""
-    limits: Limits
-    token: str | None
-    template: str | None
-    """The text of a chat template; None: the run's own, or a plain layout where it has none."""
-    template_name: str
-    listener: socket.socket
-    """Bound, and not listening yet."""
+    def __init__(self, limits: Limits, **uvicorn_arguments: Any) -> None:
+        super().__init__(**uvicorn_arguments)
+        self.limits = limits
+        self._request_timer: asyncio.TimerHandle | None = None
+        """Runs while no request is being handled."""
+        self._stall_timer: asyncio.TimerHandle | None = None
+        """Runs while the client does not read what was sent."""
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts to wait for a request, or rejects the connection if there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            self._reject(TOO_MANY_CONNECTIONS)
+        else:
+            self._start_request_timer(self.limits.head_seconds)
 
-@contextlib.contextmanager
-def ready(spec: ServerSpec, say: Say) -> Iterator[Running]:
-    """The model, restored on `spec.tensor` ranks of this machine, behind a server that has not begun."""
-    ends = ends_of(spec.tokenizer, ROOT)
-    plan = DecoderSpec(spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context)
-    with conversation(spec, ends) as template, opened(plan, spec.tensor) as decoder:
-        writer = TextGenerator(decoder, spec.tokenizer, spec.model, spec.context, ends)
-        metrics = Metrics(spec.slots)
-        dtype = next(decoder.module.parameters()).dtype
-        service = Service(
-            name=spec.title,
-            step=step_of(spec.checkpoint),
-            precision=next(name for name, known in PRECISIONS.items() if known == dtype),
-            created=int(time.time()),
-            model=spec.model,
-            tokenizer=spec.tokenizer,
-            context=spec.context,
-            slots=spec.slots,
-            ends=ends,
-            conversation=template,
-            limits=spec.limits,
-            access=Access(spec.token),
-            metrics=metrics,
-            desk=RequestQueue(spec.slots, spec.limits, metrics),
-        )
-        yield Running(service, writer, spec.listener, say)
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Cancels both timers."""
+        for timer in (self._request_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
 
+    def handle_events(self) -> None:
+        """Cancels the timer once a request's headers are complete: from there on, the app has its own timeouts."""
+        super().handle_events()
+        if self._request_timer is not None and self.cycle is not None and not self.cycle.response_complete:
+            self._request_timer.cancel()
+            self._request_timer = None
 
-@contextlib.contextmanager
-def conversation(spec: ServerSpec, ends: tuple[int, ...]) -> Iterator[Conversation]:
-    """The layout of a conversation: by the template that was named, by the run's own, or plainly."""
-    source = spec.template or template_of(spec.tokenizer, ROOT)
-    if source is None:
-        yield PlainTemplate(spec.tokenizer, ends)
-        return
-    renderer = Renderer(source, spec.limits.template_seconds)
-    try:
-        yield ChatTemplate(spec.tokenizer, renderer.render, special_tokens_of(spec.tokenizer, ROOT), ends, spec.template_name)
-    finally:
-        renderer.close()
+    def on_response_complete(self) -> None:
+        """Starts to wait for the next request; only briefly if the client is still sending the body of the last one."""
+        unread = self.conn.their_state is h11.SEND_BODY
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._start_request_timer(LINGER_SECONDS if unread else self.limits.idle_seconds)
+
+    def pause_writing(self) -> None:
+        """Starts the timer for a client that does not read: asyncio calls this when the send buffer is full."""
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self.limits.stall_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Cancels the timer for a client that does not read."""
+        super().resume_writing()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """Rejects what is not HTTP, and headers that are too long."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            way_out = f"send HTTP/1.1 with less than {self.limits.head_bytes} bytes of headers"
+            self._reject(ApiError(400, f"{msg} → {way_out}", code="invalid_http"))
+        else:
+            self.transport.close()  # a response has begun, so no error can be sent
+
+    def _start_request_timer(self, seconds: float) -> None:
+        if self._request_timer is not None:
+            self._request_timer.cancel()
+        self._request_timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def _reject(self, error: ApiError) -> None:
+        body = to_json(error.body())
+        headers = ["content-type: application/json", f"content-length: {len(body)}", "connection: close"]
+        head = "\r\n".join([f"HTTP/1.1 {error.status} Refused", *headers, "", ""])
+        self.transport.write(head.encode() + body)
+        self.transport.close()

@@ -1,4 +1,4 @@
-"""What is being served: a model under its name, with its tokenizer, its room and its bounds; and what a request asks of it."""
+"""The model that is served: its name, tokenizer, context, slots and limits, and the generation settings that a request asks for."""
 
 import secrets
 from dataclasses import dataclass
@@ -10,44 +10,47 @@ from parallel.errors import Mistake
 from research.data.tokenizer import Tokenizer
 from research.generation.settings import GenerationSettings, refuse_long, text_seed
 from research.serving.access import Access
-from research.serving.chat_template import Conversation
+from research.serving.chat_template import ChatTemplate, PlainTemplate
 from research.serving.engine import Job
-from research.serving.errors import ApiError, wrong
+from research.serving.errors import ApiError, invalid_field
 from research.serving.limits import Limits
 from research.serving.prometheus import Metrics
 from research.serving.request_queue import RequestQueue
-from research.serving.requests import Common
+from research.serving.requests import CommonFields
 
 
 @dataclass(frozen=True)
 class Service:
-    """Everything that an answer needs to know. None of it changes while the server runs, but for the desk."""
+    """What the endpoints need to know about the server. Only the request queue changes while the server runs."""
 
     name: str
-    """The run's title: what `model` says."""
+    """The run's title, which is the name of the model in requests and responses."""
     step: int
     """Of the checkpoint."""
     precision: str
     created: int
-    """When the server began, in seconds since 1970."""
+    """When the server was started, in seconds since 1970."""
     model: GPT
     tokenizer: Tokenizer
     context: int
+    """Number of tokens that a prompt and its text may have together."""
     slots: int
-    ends: tuple[int, ...]
-    conversation: Conversation
+    """Number of texts that are generated at once."""
+    end_ids: tuple[int, ...]
+    """The tokens that end a text of /v1/completions."""
+    chat_template: PlainTemplate | ChatTemplate
     limits: Limits
     access: Access
     metrics: Metrics
-    desk: RequestQueue
+    request_queue: RequestQueue
 
     @property
     def fingerprint(self) -> str:
-        """What decides a text beside the request: the same seed and the same fingerprint give the same text."""
+        """What determines a text besides the request: with the same seed and fingerprint, a request gets the same text."""
         return f"{self.name}-{self.step}-{self.precision}"
 
-    def card(self) -> dict[str, Any]:
-        """What /v1/models says of it."""
+    def model_card(self) -> dict[str, Any]:
+        """The model's entry in /v1/models."""
         return {
             "id": self.name,
             "object": "model",
@@ -57,49 +60,56 @@ class Service:
             "step": self.step,
             "precision": self.precision,
             "slots": self.slots,
-            "chat_template": self.conversation.name,
+            "chat_template": self.chat_template.name,
         }
 
-    def refuse_other(self, name: str | None) -> None:
-        """A Refusal for a model that is not here. A request that names none means this one."""
+    def check_model(self, name: str | None) -> None:
+        """Raises an ApiError if a request names another model. A request may leave the name out."""
         if name not in (None, self.name):
             raise ApiError(404, f"model {str(name)[:100]!r} is not here → use {self.name}", "model", "model_not_found")
 
-    def asks(self, asked: Common, stops: tuple[str, ...], tokens: int, logprobs: int | None, number: int = 0) -> list[GenerationSettings]:
-        """What is asked for each of the `n` texts of prompt `number`."""
-        if asked.n > self.limits.n:
-            raise wrong("n", f"= {asked.n} is more than {self.limits.n} → ask for fewer")
+    def generation_settings(
+        self, request: CommonFields, stops: tuple[str, ...], max_tokens: int, logprobs: int | None, number: int = 0
+    ) -> list[GenerationSettings]:
+        """The settings of each of the `n` texts of prompt `number`. Raises an ApiError if the request exceeds a limit.
+
+        `stops` are added to the request's own stop strings.
+        """
+        if request.n > self.limits.n:
+            raise invalid_field("n", f"= {request.n} is more than {self.limits.n} → ask for fewer")
         if logprobs is not None and logprobs > self.limits.logprobs:
-            name = "top_logprobs" if "top_logprobs" in type(asked).model_fields else "logprobs"
-            raise wrong(name, f"= {logprobs} is more than {self.limits.logprobs} → ask for fewer")
-        if len(asked.stop) > self.limits.stops:
-            raise wrong("stop", f"holds {len(asked.stop)} strings, more than {self.limits.stops} → send fewer")
-        if any(len(stop) > self.limits.stop_length for stop in asked.stop):
-            raise wrong("stop", f"holds a string of more than {self.limits.stop_length} characters → send shorter ones")
-        seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        stops = tuple(dict.fromkeys((*asked.stop, *stops)))
-        return [GenerationSettings(tokens, choice(asked), text_seed(seed, number, i), stops, logprobs) for i in range(asked.n)]
+            name = "top_logprobs" if "top_logprobs" in type(request).model_fields else "logprobs"
+            raise invalid_field(name, f"= {logprobs} is more than {self.limits.logprobs} → ask for fewer")
+        if len(request.stop) > self.limits.stops:
+            raise invalid_field("stop", f"holds {len(request.stop)} strings, more than {self.limits.stops} → send fewer")
+        if any(len(stop) > self.limits.stop_length for stop in request.stop):
+            raise invalid_field("stop", f"holds a string of more than {self.limits.stop_length} characters → send shorter ones")
 
-    def jobs(self, ids: tuple[int, ...], asks: list[GenerationSettings], ends: tuple[int, ...], source: str, length: str) -> list[Job]:
-        """A job for each text; a Refusal where they do not fit into the context.
+        # at temperature 0 the truncations never remove the likeliest token, so they are left out
+        sampling = SamplingParams(repetition_penalty=float(request.repetition_penalty))
+        if request.temperature != 0:
+            sampling = SamplingParams(
+                float(request.temperature), request.top_k, float(request.top_p), float(request.min_p), float(request.repetition_penalty)
+            )
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        stops = tuple(dict.fromkeys((*request.stop, *stops)))
+        return [GenerationSettings(max_tokens, sampling, text_seed(seed, number, i), stops, logprobs) for i in range(request.n)]
 
-        `source` is the field that the prompt came from, `length` the one that said how long a text may be.
+    def jobs(
+        self, ids: tuple[int, ...], settings: list[GenerationSettings], end_ids: tuple[int, ...], prompt_field: str, length_field: str
+    ) -> list[Job]:
+        """A job for each text. Raises an ApiError if prompt and text do not fit into the context.
+
+        The error names `prompt_field`, which the prompt came from, or `length_field`, which limits the length of a text.
         """
         try:
-            refuse_long(len(ids), asks[0].max_new_tokens, self.context, self.model)
+            refuse_long(len(ids), settings[0].max_new_tokens, self.context, self.model)
         except Mistake as mistake:
-            said = str(mistake).replace("max_new_tokens", "max_tokens").replace("use context", "start the server with --context")
-            param = length if len(ids) < self.context else source
-            raise ApiError(400, f"{param}: {said}", param, "context_length_exceeded") from None
-        return [Job(ids, ask, ends) for ask in asks]
+            message = str(mistake).replace("max_new_tokens", "max_tokens").replace("use context", "start the server with --context")
+            param = length_field if len(ids) < self.context else prompt_field
+            raise ApiError(400, f"{param}: {message}", param, "context_length_exceeded") from None
+        return [Job(ids, each, end_ids) for each in settings]
 
-    def left(self, ids: tuple[int, ...]) -> int:
-        """Tokens that the context leaves behind a prompt; at least 1, so that a prompt which is too long is refused as such."""
+    def tokens_left(self, ids: tuple[int, ...]) -> int:
+        """Number of tokens that may follow a prompt; at least 1, so that a prompt that is too long is rejected by `jobs`."""
         return max(1, self.context - len(ids))
-
-
-def choice(asked: Common) -> SamplingParams:
-    """How tokens are chosen. At temperature 0 the others leave the likeliest token where it is: they ask for nothing."""
-    if asked.temperature == 0:
-        return SamplingParams(repetition_penalty=float(asked.repetition_penalty))
-    return SamplingParams(float(asked.temperature), asked.top_k, float(asked.top_p), float(asked.min_p), float(asked.repetition_penalty))

@@ -1,7 +1,8 @@
-"""A process of its own in which a chat template, a program by a stranger, is rendered: little memory, no files, killed when it is late.
+"""The sandbox process that renders a chat template, which is a program by a stranger: limited memory, no files, killed when too slow.
 
-jinja2's sandbox keeps it from Python; the limits of the process from eating this machine. Environment and functions are those that
-transformers gives to a chat template. Imports no torch.
+jinja2's sandbox keeps the template from reaching Python objects; the limits of the process keep it from using up the machine. The
+environment and its functions are those that transformers gives to a chat template. This module does not import torch, so that the
+process starts quickly.
 """
 
 import contextlib
@@ -20,97 +21,95 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MEMORY = 2**29
-"""Bytes of address space."""
+"""Limit of the process's address space, in bytes."""
 LARGEST = 2**22
-"""Characters of a conversation that is laid out."""
+"""Limit of a rendered conversation, in characters."""
 
 
-class Generation(Extension):
-    """`{% generation %} … {% endgeneration %}`, which marks the assistant's turns for training: here it is what is in it."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """The statements inside."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class PublicNamespace(Namespace):
-    """jinja2's, without names that begin with an underscore, which could lead to Python's insides."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, told = args[0], dict(*args[1:], **kwargs)
-        for name in told:
-            _refuse_private(name)
-        Namespace.__init__(self, told)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
+def run(source: str, connection: Connection) -> None:
+    """The main function of the process: receives tables of variables as JSON, sends {"text": …} or {"error": …}."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+    with contextlib.suppress(ValueError, OSError):  # not every system has this limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    template: jinja2.Template | None = None
+    while True:
+        try:
+            variables = json.loads(connection.recv_bytes())
+        except EOFError:  # the server has ended
+            return
+        try:
+            template = template or environment().from_string(source)
+            answer = {"text": render(template, variables)}
+        except Exception as error:  # the template may raise anything, MemoryError and RecursionError included
+            answer = {"error": f"{error}"[:300] or type(error).__name__}
+        connection.send_bytes(json.dumps(answer).encode())
 
 
-class Table:
-    """`dict(…)` in a template, and nothing more of the class."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any, **kwargs: Any) -> dict:
-        """As dict's."""
-        return dict.fromkeys(*args, **kwargs)
-
-
-def environment() -> ImmutableSandboxedEnvironment:
-    """Sandboxed, without a loader: a template can include no other one."""
-    found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    found.filters["tojson"] = _tojson
-    found.globals.update(raise_exception=_raise, strftime_now=_now, dict=Table(), namespace=PublicNamespace)
-    return found
-
-
-def render(template: jinja2.Template, told: dict[str, Any]) -> str:
-    """The text; a ValueError where it is too long."""
+def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
+    """Returns the rendered text. Raises a ValueError if it is too long."""
     parts, size = [], 0
-    for part in template.generate(**told):
+    for part in template.generate(**variables):
         parts.append(part)
         if (size := size + len(part)) > LARGEST:
             raise ValueError(f"the template writes more than {LARGEST} characters")
     return "".join(parts)
 
 
-def serve(source: str, line: Connection) -> None:
-    """The process's whole life: tables of variables as JSON come in, {"text": …} or {"error": …} go out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
-    with contextlib.suppress(ValueError, OSError):  # not on every system
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    template: jinja2.Template | None = None
-    while True:
-        try:
-            told = json.loads(line.recv_bytes())
-        except EOFError:  # the server is gone
-            return
-        try:
-            template = template or environment().from_string(source)
-            answer = {"text": render(template, told)}
-        except Exception as error:  # whatever a stranger's program may raise, MemoryError and RecursionError among it
-            answer = {"error": f"{error}"[:300] or type(error).__name__}
-        line.send_bytes(json.dumps(answer).encode())
+def environment() -> ImmutableSandboxedEnvironment:
+    """A sandboxed environment without a loader, so that a template can include no other one."""
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        # jinja2's own filter escapes for HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(format: str) -> str:
+        return datetime.datetime.now().strftime(format)
+
+    sandboxed = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols])
+    sandboxed.filters["tojson"] = tojson
+    sandboxed.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, dict=DictFunction(), namespace=PublicNamespace)
+    return sandboxed
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-    """Not jinja2's, which writes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+class GenerationBlock(Extension):
+    """`{% generation %} … {% endgeneration %}`, which marks the assistant's turns for training; only its content is rendered here."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        """Returns the statements inside the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+class PublicNamespace(Namespace):
+    """jinja2's namespace without names that begin with an underscore, which could lead to Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, values = args[0], dict(*args[1:], **kwargs)
+        for name in values:
+            _check_public(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_public(name)
+        super().__setitem__(name, value)
 
 
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _refuse_private(name: Any) -> None:
+def _check_public(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"{name!r:.60} begins with an underscore")
+
+
+class DictFunction:
+    """`dict(…)` and `dict.fromkeys(…)` in a template, without the other attributes of the class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict:
+        """Returns dict.fromkeys of the same arguments."""
+        return dict.fromkeys(*args, **kwargs)

@@ -17,7 +17,7 @@ from parallel.errors import Mistake
 from research.cli import import_, runs
 from research.config import experiment_folder, serialization
 from research.data import prepare
-from research.exchange import parity, source
+from research.exchange import importer, parity
 from research.exchange.importer import CERTIFICATE, Import
 from research.tracking import run_folder
 from research.tracking.run_folder import IMPORTED
@@ -119,7 +119,9 @@ def test_a_model_that_computes_something_else_fails_and_leaves_nothing(folder, t
     assert "parity   FAILED · largest difference" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [Mistake, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize(
+    "error", [pytest.param(Mistake, marks=pytest.mark.slow), KeyboardInterrupt, pytest.param(MemoryError, marks=pytest.mark.slow)]
+)
 def test_whenever_it_ends_early_nothing_is_left(error, folder, tmp_path, monkeypatch):
     """Between the first files and the last rename."""
     tree(tmp_path)
@@ -127,7 +129,13 @@ def test_whenever_it_ends_early_nothing_is_left(error, folder, tmp_path, monkeyp
     def raises(*arguments):
         raise error("now")
 
-    steps = [(Import, "_tokenizer"), (source, "digests"), (Import, "_facts"), (run_folder, "keep_source"), (Path, "rename")]
+    steps = [
+        (Import, "_make_tokenizer"),
+        (importer, "sha256_of"),
+        (Import, "_write_metadata"),
+        (run_folder, "keep_source"),
+        (Path, "rename"),
+    ]
     for owner, name in steps:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, raises)

@@ -1,5 +1,7 @@
-"""A GGUF file of llama.cpp's own writer, as imported; and a stranger's, of which one sentence is left."""
-# MERGED-DOC """The tokenizer in a GGUF file: against the vocabulary it was made of, and the ways to cut text that llama.cpp names."""
+"""GGUF files: imports of files by llama.cpp's own writer, one-sentence errors for damaged files, and tokenizers.
+
+A tokenizer is compared with one made of the same vocabulary, for the pre-tokenizers that llama.cpp names.
+"""
 
 import struct
 from pathlib import Path

@@ -10,7 +10,7 @@ import transformers
 from parallel.errors import Mistake
 from research.data import tokenizer, tokenizer_file
 from research.data.tokenizer_file import FILE, GENERATION, LONGEST_TEMPLATE, TEMPLATE, ends_of, special_tokens_of, template_of
-from research.exchange.hf_tokenizer import put, take, write
+from research.exchange.hf_tokenizer import copy_tokenizer, export_tokenizer, save_tokenizer
 from tests.research.helpers.hf_models import their_tokenizer
 
 CONFIG = "tokenizer_config.json"
@@ -35,7 +35,7 @@ def taken(source: Path, ids: dict | None = None) -> tuple[Path, dict, dict]:
     """(the folder, its tokenizer_config.json, its generation_config.json)"""
     target = source.parent / "target"
     target.mkdir()
-    take(source / FILE, target, 64, ids or {})
+    copy_tokenizer(source / FILE, target, 64, ids or {})
     return target, json.loads((target / CONFIG).read_text()), json.loads((target / GENERATION).read_text())
 
 
@@ -170,7 +170,7 @@ def test_whatever_is_wrong_is_one_sentence(what, source):
 def test_one_that_lies_in_no_folder_is_put_down_the_same(tmp_path):
     """A GGUF file's."""
     backend = their_tokenizer().backend_tokenizer
-    put(tmp_path, backend, {"eos_token": "<|end|>", "bos_token": None}, CHAT, 64)
+    save_tokenizer(tmp_path, backend, {"eos_token": "<|end|>", "bos_token": None}, CHAT, 64)
     found = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert found(TEXT).input_ids == backend.encode(TEXT).ids and found.chat_template == CHAT
     assert (found.eos_token_id, found.bos_token_id, found.model_max_length) == (0, None, 64)
@@ -182,7 +182,7 @@ def test_a_run_s_tokenizer_is_what_transformers_reads(make, source, tmp_path):
     """Id by id; of ours, whose end-of-text is no letter of a text, and of a file's."""
     words = make() or tokenizer_file.load(str(source / FILE), Path())
     (tmp_path / "out").mkdir()
-    ids = write(tmp_path / "out", words, Path(), 64)
+    ids = export_tokenizer(tmp_path / "out", words, Path(), 64)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     plain = TEXT.replace("<|end|>", "")
     assert theirs(plain).input_ids == words.encode(plain) and theirs.decode(words.encode(plain)) == plain

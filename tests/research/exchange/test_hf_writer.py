@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 from parallel.checkpoint.tensor_file import Entry
 from parallel.errors import Mistake
+from parallel.files import write_json
 from research.exchange.hf_reader import INDEX, SHARD, SINGLE
-from research.exchange.hf_writer import Written, shards, write_table, write_weights
+from research.exchange.hf_writer import TensorShape, assign_files, write_weights
 
 SHAPES = {"a.weight": (4, 3), "a.bias": (4,), "b.weight": (5, 4), "c.weight": (1, 2)}
-WRITTEN = [Written(key, shape) for key, shape in SHAPES.items()]
+WRITTEN = [TensorShape(key, shape) for key, shape in SHAPES.items()]
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
@@ -28,7 +29,7 @@ def names(files) -> list[list[str]]:
 
 
 def sizes(dtype: str, largest: int) -> list[int]:
-    return [sum(entry.size for entry in entries) for _, entries in shards(WRITTEN, dtype, largest)]
+    return [sum(entry.size for entry in entries) for _, entries in assign_files(WRITTEN, dtype, largest)]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def sizes(dtype: str, largest: int) -> list[int]:
     ],
 )
 def test_files_are_cut_at_the_size_asked_for_in_order(largest, expected):
-    assert names(shards(WRITTEN, "float32", largest)) == expected
+    assert names(assign_files(WRITTEN, "float32", largest)) == expected
 
 
 def test_the_size_is_of_what_is_written():
@@ -50,7 +51,7 @@ def test_the_size_is_of_what_is_written():
 
 
 def test_names_are_those_that_transformers_gives_and_that_we_read():
-    one, several = shards(WRITTEN, "float32", 10**9), shards(WRITTEN, "float32", 64)
+    one, several = assign_files(WRITTEN, "float32", 10**9), assign_files(WRITTEN, "float32", 64)
     assert [name for name, _ in one] == [SINGLE]
     assert [name for name, _ in several] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert all(SHARD.fullmatch(name) for name, _ in several)
@@ -59,7 +60,7 @@ def test_names_are_those_that_transformers_gives_and_that_we_read():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("largest", [10**9, 64])
 def test_safetensors_reads_what_was_given_rounded_once(dtype, largest, tmp_path):
-    files = shards(WRITTEN, dtype, largest)
+    files = assign_files(WRITTEN, dtype, largest)
     write_weights(tmp_path, files, iter(tensors().values()))
     found = {key: tensor for name, _ in files for key, tensor in load_file(tmp_path / name).items()}
     true = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors().items()}
@@ -96,7 +97,7 @@ def test_a_number_that_the_file_cannot_hold_is_refused(value, dtype, words, tmp_
     spoiled = tensors()
     spoiled["b.weight"][2, 1] = value
     with pytest.raises(Mistake, match=words):
-        write_weights(tmp_path, shards(WRITTEN, dtype, 10**9), spoiled.values())
+        write_weights(tmp_path, assign_files(WRITTEN, dtype, 10**9), spoiled.values())
 
 
 def test_the_largest_numbers_of_each_kind_are_held(tmp_path):
@@ -118,7 +119,7 @@ def test_one_tensor_is_asked_for_at_a_time(tmp_path):
             asked.append(key)
             yield tensor
 
-    write_weights(tmp_path, shards(WRITTEN, "float32", 10**9), stream())
+    write_weights(tmp_path, assign_files(WRITTEN, "float32", 10**9), stream())
     assert asked == list(SHAPES)
 
 
@@ -129,12 +130,12 @@ def test_after_an_error_no_file_is_held_open(tmp_path):
 
     before = os.listdir("/proc/self/fd")
     with pytest.raises(KeyboardInterrupt):
-        write_weights(tmp_path, shards(WRITTEN, "float32", 10**9), stream())
+        write_weights(tmp_path, assign_files(WRITTEN, "float32", 10**9), stream())
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_a_table_is_json_and_nothing_that_json_lacks(tmp_path):
-    write_table(tmp_path / "t.json", {"é": [1, None, 1e-5], "a": "→"})
+    write_json(tmp_path / "t.json", {"é": [1, None, 1e-5], "a": "→"})
     assert json.loads((tmp_path / "t.json").read_text(encoding="utf-8")) == {"é": [1, None, 1e-5], "a": "→"}
     with pytest.raises(ValueError):
-        write_table(tmp_path / "t.json", {"a": float("nan")})
+        write_json(tmp_path / "t.json", {"a": float("nan")})

@@ -20,7 +20,7 @@ from research.data import tokenizer_file
 from research.exchange import parity
 from research.exchange.gguf import GGUFFile
 from research.exchange.hf_reader import HFFolder
-from research.exchange.importer import CERTIFICATE, FIRST, Import, opened
+from research.exchange.importer import CERTIFICATE, CHECKPOINT, Import, opened
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import gguf_files
@@ -65,7 +65,7 @@ def test_what_is_neither_is_told_what_is(name, words, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     with pytest.raises(Mistake, match=words):
-        import_.check_there(tmp_path / name)
+        import_.check_exists(tmp_path / name)
         with opened(tmp_path / name):
             raise AssertionError("nothing is opened")
 
@@ -96,7 +96,7 @@ def test_paths_are_named_as_they_will_be(folder, tmp_path):
     """Staged under a hidden name, named by the last one: from the tree where they lie in it, whole elsewhere."""
     with opened(folder) as source:
         inside = begun(source, tmp_path)
-        assert inside.named(inside.staging.checkpoints / FIRST) == "runs/mine/abcdef/checkpoints/step_000000"
+        assert inside.named(inside.staging.checkpoints / CHECKPOINT) == "runs/mine/abcdef/checkpoints/step_000000"
         outside = begun(source, tmp_path, tmp_path / "elsewhere")
         assert outside.named(outside.staging.path / "tokenizer") == str(tmp_path / "elsewhere" / "mine" / "abcdef" / "tokenizer")
 

@@ -1,4 +1,4 @@
-"""Who may ask: the token in constant time, Host without one, and what is refused at the command line."""
+"""Authentication: the token, compared in constant time; the Host header without a token; and command lines that are rejected."""
 
 import hmac
 import itertools

@@ -1,4 +1,4 @@
-"""The server as OpenAI's client and plain HTTP see it: the same text as without a server, streamed or whole, alone or in company."""
+"""The server as OpenAI's client sees it: the same text as without a server, streamed or whole, alone or with other clients."""
 
 import asyncio
 from pathlib import Path
@@ -173,7 +173,7 @@ def test_a_client_that_leaves_frees_its_slot(small):
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/completions", json=LONG, timeout=0.3)
         until(lambda: lone.number('tessera_texts_total{finish="cancelled"}') == 2)
-        assert lone.number("tessera_slots_used") == 0 and lone.running.service.desk.taken == 0
+        assert lone.number("tessera_slots_used") == 0 and lone.running.service.request_queue.occupied == 0
         assert lone.post("/v1/completions", prompt="war", max_tokens=2).status_code == 200
 
 
@@ -188,7 +188,7 @@ def test_a_full_queue_says_when_to_come_back(small):
             assert full.status_code == 429 and full.headers["retry-after"] == "1" and full.json()["error"]["code"] == "queue_full"
             assert lone.number("tessera_texts_waiting") == 1
         assert lone.post("/v1/completions", prompt="war", n=3).json()["error"]["param"] == "n"
-        until(lambda: lone.running.service.desk.taken == 0)
+        until(lambda: lone.running.service.request_queue.occupied == 0)
         assert lone.post("/v1/completions", prompt="war", max_tokens=2).status_code == 200
 
 

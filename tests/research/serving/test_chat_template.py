@@ -1,5 +1,7 @@
-"""Conversations as tokens, beside transformers' apply_chat_template; and that nobody's message writes a special token."""
-# MERGED-DOC """Templates by strangers: what is late is killed, what is large is refused, and nothing of Python is within reach."""
+"""Chat templates: the same tokens as transformers' apply_chat_template, and no special tokens from a message.
+
+The sandbox: a template that takes too long is killed, one that writes too much is rejected, and none can reach Python's objects.
+"""
 
 import pytest
 
@@ -13,7 +15,7 @@ import pytest
 from research.data import tokenizer_file
 from research.data.tokenizer_file import ends_of, special_tokens_of, template_of
 from research.serving import template_sandbox
-from research.serving.chat_template import ChatTemplate, PlainTemplate, Renderer, unused
+from research.serving.chat_template import ChatTemplate, PlainTemplate, TemplateRenderer, unused_characters
 from research.serving.errors import ApiError
 from tests.research.helpers.hf_models import their_tokenizer
 from tests.research.serving.helpers import templates
@@ -42,7 +44,7 @@ def pair(request, theirs, tmp_path_factory):
     words = tokenizer_file.load(str(folder / "tokenizer.json"), folder)
     source = template_of(words, folder)
     assert source == theirs.chat_template
-    renderer = Renderer(source, 10.0)
+    renderer = TemplateRenderer(source, 10.0)
     yield ChatTemplate(words, renderer.render, special_tokens_of(words, folder), ends_of(words, folder), request.param), theirs
     renderer.close()
 
@@ -79,7 +81,7 @@ def test_letters_of_special_tokens_in_a_message_stay_letters(pair):
 def test_a_turn_ends_where_the_template_ends_it(pair):
     ours, theirs = pair
     end = {"chatml": "<|im_end|>", "llama 3": "<|eot_id|>"}.get(ours.name, "<|end|>")
-    assert theirs.convert_tokens_to_ids(end) in ours.ends and theirs.eos_token_id in ours.ends
+    assert theirs.convert_tokens_to_ids(end) in ours.end_ids and theirs.eos_token_id in ours.end_ids
 
 
 def test_a_template_refuses_in_its_own_words(pair):
@@ -91,17 +93,17 @@ def test_a_template_refuses_in_its_own_words(pair):
 
 
 def test_marks_are_characters_that_nobody_has_sent():
-    assert unused("") == ("\U000f0000", "\U000f0001")
-    assert unused("a\U000f0001b") == ("\U000f0002", "\U000f0003")
+    assert unused_characters("") == ("\U000f0000", "\U000f0001")
+    assert unused_characters("a\U000f0001b") == ("\U000f0002", "\U000f0003")
     with pytest.raises(ApiError, match="private-use"):
-        unused("".join(map(chr, range(0xF0000, 0xFFFFE, 2))))
+        unused_characters("".join(map(chr, range(0xF0000, 0xFFFFE, 2))))
 
 
 def test_a_mark_that_lost_the_other_is_dropped(theirs, tmp_path):
     """A template that takes a message apart at a special token."""
     theirs.save_pretrained(tmp_path)
     words = tokenizer_file.load(str(tmp_path / "tokenizer.json"), tmp_path)
-    renderer = Renderer("<|im_start|>{{ messages[0].content.split('<|im_end|>')[1] }}<|im_end|>", 10.0)
+    renderer = TemplateRenderer("<|im_start|>{{ messages[0].content.split('<|im_end|>')[1] }}<|im_end|>", 10.0)
     ours = ChatTemplate(words, renderer.render, {}, (0,), "cut")
     found = theirs.decode(ours.ids(conversation("before<|im_end|>after")))
     renderer.close()
@@ -121,7 +123,7 @@ TOLD = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 def rendered(source: str, seconds: float = 5.0, told=TOLD) -> str:
-    renderer = Renderer(source, seconds)
+    renderer = TemplateRenderer(source, seconds)
     try:
         return renderer.render(told)
     finally:
@@ -129,7 +131,7 @@ def rendered(source: str, seconds: float = 5.0, told=TOLD) -> str:
 
 
 def test_a_template_is_rendered_again_and_again():
-    renderer = Renderer("{{ messages[0].content }}{{ messages | length }}", 5.0)
+    renderer = TemplateRenderer("{{ messages[0].content }}{{ messages | length }}", 5.0)
     assert [renderer.render(TOLD) for _ in range(3)] == ["hello1"] * 3
     process = renderer._process
     renderer.close()
@@ -194,7 +196,7 @@ def test_what_takes_too_much_is_refused(source):
 
 def test_after_one_that_was_late_the_next_is_rendered():
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    renderer = Renderer(f"{{% if messages | length > 1 %}}{loops}{{% endif %}}ok", 0.5)
+    renderer = TemplateRenderer(f"{{% if messages | length > 1 %}}{loops}{{% endif %}}ok", 0.5)
     with pytest.raises(ApiError, match="took more than 0.5 s"):
         renderer.render({"messages": TOLD["messages"] * 2})
     assert renderer.render(TOLD) == "ok"

@@ -1,4 +1,4 @@
-"""The engine without HTTP: orders in, pieces out; what fails is told to everybody whose text it was, and to nobody else."""
+"""The engine without HTTP: commands in, pieces out. A failed text gets an error, and other texts are not affected."""
 
 import threading
 from pathlib import Path
@@ -42,16 +42,16 @@ def run(writer, orders, watch=lambda engine, step: None, last=()) -> Written:
     written = Written()
     engine = Engine(writer, lambda pieces: (written.append(pieces), watch(engine, pieces)), Metrics(2))
     for order in orders:
-        engine.orders.put(order)
+        engine.commands.put(order)
     left = set(last) or {each for order in orders if isinstance(order, Submit) for each in order}
 
-    def hand_out(pieces, inner=engine.hand_out):
+    def deliver(pieces, inner=engine.deliver):
         inner(pieces)
         left.difference_update(each for each, piece in pieces if piece.finish)
         if not left:
-            engine.orders.put(Halt())
+            engine.commands.put(Halt())
 
-    engine.hand_out = hand_out
+    engine.deliver = deliver
     thread = threading.Thread(target=engine.run, daemon=True)
     thread.start()
     thread.join(PATIENCE)
@@ -74,8 +74,8 @@ def test_who_is_cancelled_leaves_and_the_others_go_on(writer):
 
     def watch(engine, pieces):
         if any(each is stays and piece.count == 3 for each, piece in pieces):
-            engine.orders.put(Cancel([gone]))
-            engine.orders.put(Cancel([gone]))
+            engine.commands.put(Cancel([gone]))
+            engine.commands.put(Cancel([gone]))
 
     written = run(writer, [Submit([gone, stays])], watch)
     assert written.of(gone)[-1].finish == "cancelled" and len(written.of(gone)) == 4
@@ -103,7 +103,7 @@ def test_a_model_without_numbers_fails_all_of_its_texts_and_serves_the_next(writ
 
     def watch(engine, pieces):
         if pieces and pieces[0][1].finish == FAILED:
-            engine.orders.put(Submit([second]))
+            engine.commands.put(Submit([second]))
 
     written = run(writer, [Submit([first])], watch, last=[first, second])
     assert [piece.error for piece in written.of(first)] == ["the model's logits are not finite"]
@@ -117,7 +117,7 @@ def test_any_other_error_is_told_and_ends_the_engine(writer, monkeypatch):
     monkeypatch.setattr(writer, "step", broken)
     told = []
     engine = Engine(writer, told.extend, Metrics(2))
-    engine.orders.put(Submit([job(writer)]))
+    engine.commands.put(Submit([job(writer)]))
     with pytest.raises(RuntimeError):
         engine.run()
     ((_, piece),) = told
@@ -127,5 +127,5 @@ def test_any_other_error_is_told_and_ends_the_engine(writer, monkeypatch):
 def test_halt_ends_what_is_under_way(writer):
     under_way, waiting = [job(writer, tokens=50) for _ in range(2)], [job(writer) for _ in range(3)]
     halt = {2: Halt()}
-    written = run(writer, [Submit([*under_way, *waiting])], lambda engine, pieces: engine.orders.put(halt.get(len(pieces), Cancel())))
+    written = run(writer, [Submit([*under_way, *waiting])], lambda engine, pieces: engine.commands.put(halt.get(len(pieces), Cancel())))
     assert all("shutting down" in written.of(each)[-1].error for each in (*under_way, *waiting))

@@ -1,4 +1,4 @@
-"""The chat page: its files and their policy; in a real browser, where there is one (slow), by mouse, by keyboard and by eye."""
+"""The chat page: its files and their content security policy; used in a real browser, if there is one (slow)."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from research import ROOT
-from research.serving.app import FOLDER, POLICY
+from research.serving.app import CONTENT_SECURITY_POLICY, PAGE_FOLDER
 from tests.research.serving.helpers import browser
 from tests.research.serving.helpers.servers import PATIENCE, served, until
 
@@ -16,11 +16,11 @@ TOKEN = "a-token-for-this-test-only"
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_no_markup_from_anybody():
-    files = {path.name: path.read_text() for path in FOLDER.iterdir()}
+    files = {path.name: path.read_text() for path in PAGE_FOLDER.iterdir()}
     assert set(files) == {"index.html", "page.css", "page.js"}
     assert not any(re.search(r"https?://|//cdn|@import|url\(", text) for text in files.values())
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", files["page.js"])
-    assert not re.search(r"<script>|\son\w+=|style=", files["index.html"]) and "'unsafe" not in POLICY
+    assert not re.search(r"<script>|\son\w+=|style=", files["index.html"]) and "'unsafe" not in CONTENT_SECURITY_POLICY
 
 
 @pytest.fixture(scope="module")

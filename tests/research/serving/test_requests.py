@@ -1,5 +1,7 @@
-"""Bodies: strict JSON within bounds, counted as they come; and hundreds of hostile ones, none of which is an error of the server's."""
-# MERGED-DOC """Fields: what asks for nothing is accepted, what asks for something that is not there is refused by its name."""
+"""Request bodies: strict JSON within limits; hundreds of hostile bodies, none of which causes a server error; and the fields.
+
+A field whose value asks for nothing is accepted; a field that is not supported is rejected by its name.
+"""
 
 import pytest
 
@@ -15,6 +17,7 @@ import pytest
 from research.serving import requests
 from research.serving.errors import ApiError
 from research.serving.limits import Limits
+from research.serving.requests import ChatRequest, CompletionRequest, validate, validate_message
 from tests.research.serving.helpers.hostile import bodies
 from tests.research.serving.helpers.servers import number, served, typed
 
@@ -44,7 +47,7 @@ LIMITS = Limits(body_bytes=1000, body_seconds=0.2)
 )
 def test_what_is_no_table_is_refused(raw, says, param):
     with pytest.raises(ApiError) as refused:
-        requests.parse(raw, 16)
+        requests.parse_json(raw, 16)
     assert says in refused.value.message and refused.value.status == 400 and refused.value.param == param
 
 
@@ -53,7 +56,7 @@ FIFTEEN = [[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]
 
 @pytest.mark.parametrize("value", [{}, {"a": '[[[[[[[[[[[[[[[[[[[[\\"[[[['}, {"a": FIFTEEN, "b": 1.5, "c": None, "d": -(2**63)}])
 def test_what_json_reads_is_read(value):
-    assert requests.parse(json.dumps(value).encode(), 16) == value
+    assert requests.parse_json(json.dumps(value).encode(), 16) == value
 
 
 def read(chunks, kind="application/json; charset=utf-8", pause=0.0):
@@ -62,7 +65,7 @@ def read(chunks, kind="application/json; charset=utf-8", pause=0.0):
             await asyncio.sleep(pause)
             yield chunk
 
-    return asyncio.run(requests.read({"content-type": kind, "content-length": "3"}, stream(), LIMITS))
+    return asyncio.run(requests.read_body({"content-type": kind, "content-length": "3"}, stream(), LIMITS))
 
 
 def test_bytes_are_counted_as_they_come_and_content_length_is_not_believed():
@@ -108,7 +111,7 @@ def test_hundreds_of_hostile_bodies_change_nothing(small):
         before = client.post("/v1/completions", json=ASKED).json()["choices"]
         hostility(client, 300, seed=1)
         assert client.post("/v1/completions", json=ASKED).json()["choices"] == before
-        assert server.running.service.desk.taken == 0
+        assert server.running.service.request_queue.occupied == 0
 
 
 @pytest.mark.slow
@@ -134,11 +137,13 @@ NEUTRAL_CHAT = {
 
 
 def test_what_clients_send_without_meaning_anything_is_accepted():
-    asked = requests.chat(SAID | NEUTRAL_CHAT)
-    assert asked == requests.chat(SAID) and asked.temperature == 1 and asked.n == 1 and not asked.stream
+    asked = validate(ChatRequest, SAID | NEUTRAL_CHAT)
+    assert asked == validate(ChatRequest, SAID) and asked.temperature == 1 and asked.n == 1 and not asked.stream
     for name, value in NEUTRAL_CHAT.items():
-        assert requests.chat(SAID | {name: value}) == asked, name
-    assert requests.completion({"prompt": "x", "best_of": 1, "suffix": "", "user": "me"}) == requests.completion({"prompt": "x"})
+        assert validate(ChatRequest, SAID | {name: value}) == asked, name
+    assert validate(CompletionRequest, {"prompt": "x", "best_of": 1, "suffix": "", "user": "me"}) == validate(
+        CompletionRequest, {"prompt": "x"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ def test_what_clients_send_without_meaning_anything_is_accepted():
 )  # fmt: skip
 def test_what_is_not_there_is_refused_by_its_name(name, value):
     with pytest.raises(ApiError) as refused:
-        requests.chat(SAID | {name: value})
+        validate(ChatRequest, SAID | {name: value})
     assert refused.value.param == name and refused.value.code == "unsupported_parameter" and "→" in refused.value.message
 
 
@@ -169,19 +174,22 @@ def test_what_is_not_there_is_refused_by_its_name(name, value):
 )
 def test_the_sentence_names_the_field_and_the_way_out(asked, param, says):
     with pytest.raises(ApiError) as refused:
-        requests.chat(SAID | asked)
+        validate(ChatRequest, SAID | asked)
     assert refused.value.param == param and refused.value.message.startswith(param) and says in refused.value.message
 
 
 def test_stop_is_one_or_several():
-    assert requests.chat(SAID | {"stop": "x"}).stop == ["x"] and requests.chat(SAID | {"stop": ["x", "y"]}).stop == ["x", "y"]
+    assert validate(ChatRequest, SAID | {"stop": "x"}).stop == ["x"] and validate(ChatRequest, SAID | {"stop": ["x", "y"]}).stop == [
+        "x",
+        "y",
+    ]
 
 
 def test_messages():
     assert (
-        requests.message({"role": "assistant", "content": "x", "tool_calls": None, "refusal": None, "annotations": []}, "m").content == "x"
+        validate_message({"role": "assistant", "content": "x", "tool_calls": None, "refusal": None, "annotations": []}, "m").content == "x"
     )
     for wrong, param in (({"role": "tool", "content": "x"}, "m.role"), ({"role": "user"}, "m.content"), ({"content": "x"}, "m.role")):
         with pytest.raises(ApiError) as refused:
-            requests.message(wrong, "m")
+            validate_message(wrong, "m")
         assert refused.value.param == param

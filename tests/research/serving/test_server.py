@@ -1,5 +1,8 @@
-"""Clients that dawdle: headers and bodies that drip, answers that are not read, too many at once. Others are served meanwhile."""
-# MERGED-DOC """How a server ends: texts get their grace, then streams end properly; the slots are free and the thread is gone."""
+"""Slow clients and shutdown.
+
+Headers and bodies that arrive byte by byte, responses that are not read, and too many connections do not block other clients. When a
+server is stopped, texts may finish within the grace period, streams then end properly, the slots are free and the thread has ended.
+"""
 
 import pytest
 
@@ -134,7 +137,7 @@ def test_a_client_that_does_not_read_loses_its_slot(server):
         line.send(f"{HEAD}content-length: {len(body)}\r\n\r\n".encode() + body)
         until(lambda: server.number("tessera_slots_used") == 1)
         until(lambda: server.number("tessera_slots_used") == 0)
-        assert server.number('tessera_texts_total{finish="length"}') < 10 and server.running.service.desk.taken == 0
+        assert server.number('tessera_texts_total{finish="length"}') < 10 and server.running.service.request_queue.occupied == 0
 
 
 @pytest.mark.parametrize("sent", [
@@ -210,11 +213,11 @@ def test_the_second_time_there_is_no_grace(small):
 def test_while_it_ends_nothing_new_is_taken(small):
     with served(small, "--context", "100000", "--grace_seconds", "1") as server, server.client() as client:
         assert client.get("/health").status_code == 200
-        server.running.service.desk.closed = True
+        server.running.service.request_queue.closed = True
         assert client.get("/health").status_code == 503
         refused = client.post("/v1/completions", json={"prompt": "war"})
         assert refused.status_code == 503 and "retry-after" in refused.headers
-        server.running.service.desk.closed = False
+        server.running.service.request_queue.closed = False
 
 
 def test_an_error_of_the_engine_ends_the_server(small, monkeypatch):
@@ -223,7 +226,7 @@ def test_an_error_of_the_engine_ends_the_server(small, monkeypatch):
         def broken():
             raise RuntimeError("broken")
 
-        monkeypatch.setattr(server.running.engine.writer, "step", broken)
+        monkeypatch.setattr(server.running.engine.generator, "step", broken)
         answer = server.post("/v1/completions", prompt="war")
         assert answer.status_code in (500, 503)
         until(lambda: not server.thread.is_alive())

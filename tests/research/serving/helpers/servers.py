@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from research.cli.serve import parser, prepared
+from research.cli.serve import checked_task, parser
 from research.serving import server
 from research.serving.server import Running
 from research.tracking.run_folder import RunFolder
@@ -56,13 +56,13 @@ def number(metrics: str, name: str) -> float:
 @contextlib.contextmanager
 def served(folder: RunFolder, *words: str) -> Iterator[Served]:
     """A server in this process; at the end its thread is gone."""
-    task = prepared(parser().parse_args([str(folder.path), "--port", "0", *words]))
+    task = checked_task(parser().parse_args([str(folder.path), "--port", "0", *words]))
     begun, failed = threading.Event(), []
     found: list[Running] = []
 
     def live() -> None:
         try:
-            with server.ready(task.spec(), print) as running:
+            with server.make_server(task.spec(), print) as running:
                 found.append(running)
                 begun.set()
                 running.run()
