@@ -6,7 +6,7 @@ import os
 import sys
 
 from parallel.errors import Mistake
-from research.cli.verbs import VERBS, nearest
+from research.cli.verbs import VERBS, suggestion
 from research.cluster.exit_codes import show_mistake
 
 HELP = """usage: python -m research VERB …
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     try:
         if argv[0] not in VERBS:
-            raise Mistake(f"python -m research does not know {argv[0]}{nearest(argv[0], VERBS)}")
+            raise Mistake(f"python -m research does not know {argv[0]}{suggestion(argv[0], VERBS)}")
         importlib.import_module(f"research.cli.{file_of(argv[0])}").main(argv[1:])
         sys.stdout.flush()  # here, where a reader that has left can still be told from an error
     except Mistake as mistake:

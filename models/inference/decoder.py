@@ -126,10 +126,10 @@ class Decoder:
     def _refuse_different_logits(self, probe: list[int], expected: Tensor) -> None:
         """A Mistake if the second half of `probe`, read one token at a time, does not end in the `expected` logits of a full pass."""
         half = len(probe) // 2
-        self.admit([probe[:half]])
+        Decoder.admit(self, [probe[:half]])  # not a driver's: every tensor rank is here, and no worker listens yet
         for token in probe[half:]:
-            logits = self.step([token])
-        self.clear()
+            logits = Decoder.step(self, [token])
+        Decoder.clear(self)
         error = float((logits - expected).abs().max() / expected.abs().max())
         if not error <= TOLERANCE.get(next(self.module.parameters()).dtype, 0.05):
             raise Mistake(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from parallel.errors import Mistake
 from research import ROOT
-from research.cli.verbs import Parser, nearest
+from research.cli.verbs import Parser, suggestion
 from research.config.experiment_folder import load
 from research.config.overrides import parse
 from research.reliability.supervisor import LaunchRecord, supervise
@@ -44,6 +44,6 @@ def _launcher(text: str) -> list[str]:
     program, *arguments = shlex.split(text) or [""]
     path = shutil.which(program, path=str(Path(sys.executable).parent)) or shutil.which(program)
     if not path:
-        known = nearest(program, ["deepspeed", "torchrun", "srun", "python"])
+        known = suggestion(program, ["deepspeed", "torchrun", "srun", "python"])
         raise Mistake(f"--launcher {text!r}: there is no program {program!r}{known}")
     return [path, *arguments]

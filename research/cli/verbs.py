@@ -4,11 +4,10 @@ A verb is a file research/cli/VERB.py (import_.py for `import`) with `main(argv:
 """
 
 import argparse
-import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
-from parallel.errors import Mistake
+from parallel.errors import Mistake, nearest
 
 VERBS = {
     "runs": "list the runs: layout, steps, last bits per byte, status",
@@ -41,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             words.append(option + equals + value if name.startswith("--") and option in options else word)
         parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            raise Mistake(f"{self.prog} does not know {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+            raise Mistake(f"{self.prog} does not know {unknown[0]}{suggestion(unknown[0].split('=')[0], options)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:
@@ -49,8 +48,8 @@ class Parser(argparse.ArgumentParser):
         raise Mistake(f"{self.prog}: {message} → see {self.prog} --help")
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def suggestion(word: str, words: Iterable[str]) -> str:
     """' → did you mean X?' for the closest of `words`, or ' → use one of …' if none is close."""
     words = list(words)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f" → did you mean {close[0]}?" if close else f" → use {', '.join(words)}"
+    near = nearest(word, words, cutoff=0.5)
+    return f" → did you mean {near}?" if near else f" → use {', '.join(words)}"

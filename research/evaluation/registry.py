@@ -1,11 +1,10 @@
 """The evaluation tasks by name: what `--tasks` of `python -m research evaluate` and `evaluate.tasks` of an experiment may name."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from parallel.errors import Mistake
+from parallel.errors import Mistake, nearest
 from research.data import documents
 from research.evaluation import examples
 from research.evaluation.lambada import Lambada
@@ -88,8 +87,8 @@ def create_tasks(names: Sequence[str], settings: Settings | None = None) -> list
             tasks.append(kind.task(name, settings, examples.check_file(path, name, kind.suffixes)))
         else:
             known = [VALIDATION, TEXT, *KINDS]
-            close = difflib.get_close_matches(kind_name, known, n=1, cutoff=0.5)
-            way_out = f"did you mean {close[0]}?" if close else f"use {', '.join(known)} (--tasks list)"
+            near = nearest(kind_name, known, cutoff=0.5)
+            way_out = f"did you mean {near}?" if near else f"use {', '.join(known)} (--tasks list)"
             raise Mistake(f"there is no task {name!r} → {way_out}")
     return tasks
 

@@ -6,7 +6,6 @@ request are accepted and dropped.
 """
 
 import asyncio
-import difflib
 import json
 import math
 import re
@@ -15,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
+from parallel.errors import nearest
 from research.serving.errors import ApiError, invalid_field
 from research.serving.limits import Limits
 
@@ -249,8 +249,8 @@ def _validate_fields(schema: type[Model], fields: dict[str, Any], prefix: str = 
         raise invalid_field(name, "is missing → send it", "missing_required_parameter")
     if first["type"] == "extra_forbidden":
         known = (schema if len(first["loc"]) == 1 else StreamOptions).model_fields
-        close = difflib.get_close_matches(str(first["loc"][-1])[:60], known, n=1, cutoff=0.4)
-        raise invalid_field(name, f"is not known → {f'did you mean {close[0]}?' if close else 'leave it out'}", "unknown_parameter")
+        near = nearest(str(first["loc"][-1])[:60], known, cutoff=0.4)
+        raise invalid_field(name, f"is not known → {f'did you mean {near}?' if near else 'leave it out'}", "unknown_parameter")
     problem, value = first["msg"].removeprefix("Input "), first["input"]
     shown = f"= {value} " if isinstance(value, int | float) and len(str(value)) < 30 else ""
     raise invalid_field(name, f"{shown}does not work: it {problem} → send such a value")

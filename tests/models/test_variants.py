@@ -11,7 +11,7 @@ from models.config import GPT
 from models.inference.decoder import Decoder
 from parallel.layers import PlainModule
 from tests.harness import run_ranks
-from tests.models.helpers import on_rank
+from tests.models.helpers import decoding, on_rank
 from tests.models.helpers.build import (
     ALONE,
     SEED,
@@ -120,3 +120,11 @@ def test_own_classes_are_decoded():
     for row, text in zip(found, ([1, 2, 3, 5], [4, 6]), strict=True):
         expected = logits_of(plain, MODEL, text)
         assert (row - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_own_classes_are_decoded_on_tensor_ranks():
+    """The same logits with a driver and a worker as on one rank, to 1e-5 in fp32."""
+    first, _ = run_ranks(decoding.carried_out_by_driver, 2, MODEL, VARIANTS)
+    alone = decoding.carried_out(Decoder(filled(MODEL, variants=VARIANTS), MODEL, ALONE, 4, LENGTH))
+    for found, expected in zip(first["logits"], alone["logits"], strict=True):
+        assert abs(found - expected).max() <= 1e-5 * abs(expected).max()

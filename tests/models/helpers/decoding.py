@@ -84,13 +84,13 @@ def carried_out(decoder: Decoder) -> dict[str, Any]:
     return {"logits": [logits.numpy() for logits in found], "beams": [(beam.ids, beam.score) for beam in beams]}
 
 
-def carried_out_by_driver(model: GPT) -> dict[str, Any] | None:
+def carried_out_by_driver(model: GPT, variants: Mapping[str, type] | None = None) -> dict[str, Any] | None:
     """`carried_out` by the driver on tensor rank 0; None on the other ranks, which are workers."""
     grid = tensor_grid()
     if grid.rank > 0:
-        run_worker(Decoder(filled(model, grid), model, grid, 4, LENGTH))
+        run_worker(Decoder(filled(model, grid, variants=variants), model, grid, 4, LENGTH))
         return None
-    driver = DriverDecoder(filled(model, grid), model, grid, 4, LENGTH)
+    driver = DriverDecoder(filled(model, grid, variants=variants), model, grid, 4, LENGTH)
     found = carried_out(driver)
     driver.release()
     return found

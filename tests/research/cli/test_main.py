@@ -9,7 +9,7 @@ from parallel.errors import Mistake
 from research import ROOT
 from research import __main__ as dispatcher
 from research.cli import runs
-from research.cli.verbs import VERBS, nearest
+from research.cli.verbs import VERBS, suggestion
 
 
 def research(*argv, **more):
@@ -76,4 +76,4 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(monkeypatch, capsys):
 
 
 def test_nearest_word():
-    assert nearest("genrate", VERBS) == " → did you mean generate?"
+    assert suggestion("genrate", VERBS) == " → did you mean generate?"
