@@ -15,7 +15,10 @@ from research.cluster import forked_ranks
 from research.cluster.environment import environment
 from research.cluster.forked_ranks import CPU, PRELOAD
 
-MORE = ("torch._subclasses.schema_check_mode", "pytest", "tests.harness")
+MORE = (
+    *("torch._subclasses.schema_check_mode", "pytest", "tests.harness", "research.verification.training"),
+    *("matplotlib.backends.backend_agg", "matplotlib.figure"),  # every run draws its loss: a second per small run
+)
 """What tests need beside PRELOAD."""
 SERVER_ENVIRONMENT = {**CPU, "PYTHONPATH": str(ROOT)}
 """The environment of the server and of every rank, which may be started from any folder."""
