@@ -1,4 +1,4 @@
-"""`python -m research replay RUN --step N`: runs a step again in one process, to see where it first is not finite."""
+"""`python -m research replay RUN --step N`: runs a step again in one process and shows where it first is not finite."""
 
 from research.cli.verbs import Parser
 from research.config import Experiment, serialization
@@ -10,52 +10,48 @@ from research.tracking.run_folder import RunFolder
 from research.training import anomalies
 from research.training.replay import Examined, FirstNonFinite, batches, replay
 
-WHAT = """Runs one step of a run again in one process: from the checkpoint before it, the steps in between first, then micro-batch by
-micro-batch, every layer's output and gradient looked at. Names the first module and the first logical parameter that is not finite, the
-sample, and its text. Where all is finite here, the fault was no matter of data and weights: it lay in a rank, or in its machine."""
+WHAT = """Runs one step of a run again in one process: from the checkpoint before it, first the steps in between, then the step itself, one
+micro-batch at a time, and checks the output and the gradient of every layer. Names the first module and the first logical parameter that is
+not finite, the sample, and its text. If everything is finite here, the cause was not the data or the weights but a rank or its machine."""
 
 
 def main(argv: list[str]) -> None:
-    """Prints what was found."""
+    """Runs the step again and prints what is not finite."""
     parser = Parser("replay", WHAT)
     parser.add_argument("run", help="a run's folder (runs/gpt_sotu/latest), its name or its title")
     parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in the rows and in incidents/")
     arguments = parser.parse_args(argv)
     folder = run_folder.find(arguments.run)
     experiment, console = serialization.load(folder.config), Console()
-    corpus, found = replay(folder, experiment, arguments.step, console)
-    show(console, folder, experiment, corpus, arguments.step, found)
+    corpus, examined = replay(folder, experiment, arguments.step, console)
+    show(console, folder, experiment, corpus, arguments.step, examined)
 
 
-def show(console: Console, folder: RunFolder, experiment: Experiment, corpus: Corpus, step: int, found: Examined) -> None:
-    """What was found, as a person reads it."""
-    console.header([("samples", f"{(step - 1) * experiment.schedule.batch_size}–{step * experiment.schedule.batch_size - 1}")])
-    for culprit in found.culprits:
-        console.header([(culprit.phase, f"{culprit.name}: {culprit.what} not finite{_where(culprit, experiment, step)}")])
-    for culprit in found.culprits[:1]:
-        console.header([("text", text) for text in _texts(culprit, experiment, corpus, step)])
-    console.header([("step", f"loss {found.loss:.6g} · gradient norm {found.grad_norm:.6g}")])
-    if not found.culprits:
+def show(console: Console, folder: RunFolder, experiment: Experiment, corpus: Corpus, step: int, examined: Examined) -> None:
+    """Prints each culprit with its samples, the texts of the first culprit, and the loss and gradient norm of the step."""
+    schedule = experiment.schedule
+    first = (step - 1) * schedule.batch_size
+    console.header([("samples", f"{first}–{first + schedule.batch_size - 1}")])
+    for culprit in examined.culprits:
+        samples = ", ".join(str(number) for number in _samples(culprit, experiment, step)[:4])
+        where = f" · sample {samples}" if samples and culprit.phase != "weights" else ""
+        console.header([(culprit.phase, f"{culprit.name}: {culprit.what} not finite{where}")])
+
+    # The beginnings of the first two samples in which the first culprit occurs.
+    for culprit in examined.culprits[:1]:
+        batch = batches(experiment, corpus, step)[culprit.micro_batch]
+        for number, row in zip(_samples(culprit, experiment, step)[:2], culprit.rows[:2], strict=True):
+            console.header([("text", f"sample {number}: {one_line(corpus.tokenizer.decode(batch.ids[row].tolist()))[:160]}")])
+
+    console.header([("step", f"loss {examined.loss:.6g} · gradient norm {examined.grad_norm:.6g}")])
+    if not examined.culprits:
         known = anomalies.path_of(folder, step).is_file()
         who = f": {anomalies.load(folder, step).said}" if known else ""
         console.header([("finite", f"in one process; what happened lay in a rank or its machine, not in the data or the weights{who}")])
 
 
-def _where(culprit: FirstNonFinite, experiment: Experiment, step: int) -> str:
-    if culprit.phase == "weights" or not culprit.rows:
-        return ""
-    return f" · sample {', '.join(str(number) for number in _samples(culprit, experiment, step)[:4])}"
-
-
 def _samples(culprit: FirstNonFinite, experiment: Experiment, step: int) -> list[int]:
+    """The numbers of the samples in which the culprit is not finite."""
     schedule = experiment.schedule
     first = (step - 1) * schedule.batch_size + culprit.micro_batch * schedule.micro_batch_size
     return [first + row for row in culprit.rows]
-
-
-def _texts(culprit: FirstNonFinite, experiment: Experiment, corpus: Corpus, step: int) -> list[str]:
-    """The beginnings of the first two samples concerned."""
-    batch = batches(experiment, corpus, step)[culprit.micro_batch]
-    numbers = _samples(culprit, experiment, step)
-    pairs = zip(numbers[:2], culprit.rows[:2], strict=True)
-    return [f"sample {number}: {one_line(corpus.tokenizer.decode(batch.ids[row].tolist()))[:160]}" for number, row in pairs]

@@ -9,18 +9,18 @@ from research.cluster.environment import choose_accelerator
 from research.config import experiment_folder as folders
 from research.verification.torture import torture
 
-WHAT = """Trains a small version of the experiment (its structure and code, a little text, twelve steps, a checkpoint every three) again and
-again on two ranks, kills a random rank with SIGKILL at a random moment, goes on with --resume auto, until the run is done, and compares
-every loss with those of a run that nobody disturbed: as hexadecimal floats, bit for bit. Layouts take turns: DP2, TP2, PP2."""
+WHAT = """Trains a small version of the experiment (its structure and code, a little text, twelve steps, a checkpoint every three) on two
+ranks, kills a random rank with SIGKILL at a random moment and resumes with --resume auto, until the run is done. It then compares every
+loss with those of an undisturbed run: as hexadecimal floats, bit for bit. Layouts take turns: DP2, TP2, PP2."""
 
 
 def main(argv: list[str]) -> None:
-    """Prints one line a trial and what was lost; exit code 1 where anything was."""
+    """Prints one line per trial and what was lost; exit code 1 if anything was."""
     parser = Parser("torture", WHAT)
     parser.add_argument("experiment", help="an experiment's folder")
-    parser.add_argument("--trials", type=int, default=20, help="runs that are disturbed (default: 20)")
-    parser.add_argument("--kills", type=int, default=2, help="most kills of one run (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of whom to kill when (default: 0)")
+    parser.add_argument("--trials", type=int, default=20, help="number of disturbed runs (default: 20)")
+    parser.add_argument("--kills", type=int, default=2, help="largest number of kills per run (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed: which rank to kill, and when (default: 0)")
     arguments = parser.parse_args(argv)
     if arguments.trials < 1 or arguments.kills < 1:
         raise Mistake("--trials and --kills are numbers from 1 → python -m research torture experiments/gpt_sotu --trials 20")

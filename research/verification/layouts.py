@@ -1,4 +1,7 @@
-"""The layouts that `verify` runs: every grid of a world, with every ZeRO stage, sequence parallelism, accumulation, recomputation."""
+"""Lists the layouts that `verify` runs, and shrinks an experiment to sizes that fit all of them.
+
+A layout is a grid of ranks together with a ZeRO stage, sequence parallelism, gradient accumulation and activation recomputation.
+"""
 
 import math
 from collections.abc import Iterator
@@ -10,13 +13,13 @@ from research.config import Experiment, serialization
 from research.config.checks import kv_heads_fit
 
 BATCH, LENGTH, HEAD_SIZE, VOCABULARY = 16, 16, 8, 83
-"""Of the shrunk experiment: a batch that 8 data ranks divide, a vocabulary that no tensor degree does."""
+"""Sizes of the shrunk experiment. 8 data ranks divide the batch; no tensor degree divides the vocabulary."""
 STAGES, SEQUENCES, RECOMPUTES, ACCUMULATIONS = (1, 2, 3), (False, True), ("none", "selective", "full"), (1, 2)
 
 
 @dataclass(frozen=True)
 class LayoutCase:
-    """One layout: the grid, and what is done along its axes."""
+    """One layout to verify: the sizes of the three axes, and what is done along them."""
 
     pipe: int = 1
     data: int = 1
@@ -25,15 +28,16 @@ class LayoutCase:
     sequence: bool = False
     recompute: str = "none"
     accumulated: int = 1
+    """Micro-batches per step on each data rank."""
 
     @property
     def world(self) -> int:
-        """Ranks."""
+        """The number of ranks."""
         return self.pipe * self.data * self.tensor
 
     @property
     def micro_batch(self) -> int:
-        """Samples of one pass of a data rank."""
+        """Samples per micro-batch."""
         return BATCH // self.data // self.accumulated
 
     def __str__(self) -> str:
@@ -49,18 +53,18 @@ def grids(world: int) -> Iterator[tuple[int, int, int]]:
 
 
 def pairwise(world: int) -> list[LayoutCase]:
-    """A few cuts of each grid in which each way of running stands at least once beside each axis > 1."""
-    return [_dealt(*grid, i) for grid in grids(world) for i in range(3 if world > 1 else 1)]
-
-
-def _dealt(pipe: int, data: int, tensor: int, i: int) -> LayoutCase:
-    stage = 1 if pipe > 1 else STAGES[i]
-    sequence = tensor > 1 and SEQUENCES[i % 2]
-    return LayoutCase(pipe, data, tensor, stage, sequence, RECOMPUTES[i], ACCUMULATIONS[(i + 1) % 2])
+    """Up to three layouts per grid, such that every setting occurs at least once together with every axis larger than 1."""
+    cases = []
+    for pipe, data, tensor in grids(world):
+        for i in range(3 if world > 1 else 1):
+            stage = 1 if pipe > 1 else STAGES[i]
+            sequence = tensor > 1 and SEQUENCES[i % 2]
+            cases.append(LayoutCase(pipe, data, tensor, stage, sequence, RECOMPUTES[i], ACCUMULATIONS[(i + 1) % 2]))
+    return cases
 
 
 def full(world: int) -> list[LayoutCase]:
-    """The whole product, impossible ones included: they are listed with the reason."""
+    """Every combination of grid and settings. Impossible ones are included: they are listed with the reason (see `why_not`)."""
     return [
         LayoutCase(*grid, stage, sequence, recompute, accumulated)
         for grid in grids(world)
@@ -69,25 +73,27 @@ def full(world: int) -> list[LayoutCase]:
     ]
 
 
-def why_not(cut: LayoutCase, experiment: Experiment) -> str | None:
-    """Why this cut cannot be; None where it can."""
-    if cut.pipe > 1 and cut.zero_stage > 1:
-        return f"ZeRO-{cut.zero_stage} does not work with a pipeline"
-    if experiment.model.num_heads % cut.tensor:
-        return f"tensor {cut.tensor} does not divide num_heads = {experiment.model.num_heads}"
-    if not kv_heads_fit(experiment.model, cut.tensor):
-        return f"tensor {cut.tensor} does not fit num_kv_heads = {experiment.model.num_kv_heads}"
+def why_not(case: LayoutCase, experiment: Experiment) -> str | None:
+    """The reason why the experiment cannot run on this layout; None if it can."""
+    if case.pipe > 1 and case.zero_stage > 1:
+        return f"ZeRO-{case.zero_stage} does not work with a pipeline"
+    if experiment.model.num_heads % case.tensor:
+        return f"tensor {case.tensor} does not divide num_heads = {experiment.model.num_heads}"
+    if not kv_heads_fit(experiment.model, case.tensor):
+        return f"tensor {case.tensor} does not fit num_kv_heads = {experiment.model.num_kv_heads}"
     return None
 
 
 def shrunk(experiment: Experiment, ranks: int) -> Experiment:
-    """The experiment with its structure and small sizes, which grids of up to `ranks` ranks divide; fp32, Adam's eps 1e-3.
+    """The experiment with its own structure and small sizes that every grid of up to `ranks` ranks divides, in fp32, with Adam's eps 1e-3.
 
-    eps: some gradients are zero in theory (a key bias without rotary), and Adam would turn their rounding noise into full steps.
+    The eps is large because some gradients are zero in theory (a key bias without rotary positions): with a small eps, Adam would turn
+    their rounding noise into full steps.
     """
     model = experiment.model
     groups = model.num_heads // model.num_kv_heads
-    kv_heads = ranks if groups == 1 else max(1, min(model.num_kv_heads, ranks // 2))  # grouped: fewer than the most tensor ranks
+    # Grouped queries: fewer kv heads than the largest tensor degree, so that ranks share one.
+    kv_heads = ranks if groups == 1 else max(1, min(model.num_kv_heads, ranks // 2))
     heads = math.lcm(groups * kv_heads, ranks)
     sizes: dict[str, Any] = {
         "num_layers": max(2, ranks),
@@ -107,5 +113,5 @@ def shrunk(experiment: Experiment, ranks: int) -> Experiment:
 
 
 def nearest_multiple(size: float, unit: int) -> int:
-    """The multiple of `unit` nearest to `size`, at least `unit`."""
+    """The multiple of `unit` that is nearest to `size`, at least `unit`."""
     return max(1, round(size / unit)) * unit

@@ -1,5 +1,7 @@
-"""What every layout communicates, counted on its real engine, beside the closed forms: calls and bytes by axis and layer."""
-# MERGED-DOC """What `verify --ledger` prints and writes: a heading a layout, a line a kind of collective, ledger.json."""
+"""Counts what every layout communicates on its real engine and compares it with closed forms: calls and elements by axis and layer.
+
+`verify --ledger` prints one heading per layout and one line per kind of collective, and writes ledger.json beside the experiment's runs.
+"""
 
 import json
 import tempfile
@@ -24,17 +26,17 @@ from research.config import experiment_folder as folders
 from research.config.experiment_folder import load_variants
 from research.tracking.console import Console
 from research.verification.layouts import LayoutCase, pairwise, shrunk, why_not
-from research.verification.results import conclude
+from research.verification.results import conclude, row_fields
 from research.verification.training import engine_of, loss_of, read_job, share_of, write_job
 
 STEPS = 2
-"""The second is counted: in the first, DeepSpeed's stages tell each other shapes."""
+"""The second step is counted. In the first, the stages of DeepSpeed's pipeline also send each other the shapes."""
 PATIENCE = 120.0
-"""Seconds after which ranks that have not finished are taken to wait for each other in vain."""
+"""Seconds after which ranks that have not finished are taken to be deadlocked."""
 
 
 class Kind(NamedTuple):
-    """What makes collectives the same line of the table."""
+    """A kind of collective. Collectives with equal fields are one line of the table."""
 
     axis: str
     layer: str
@@ -46,7 +48,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """One kind of collective of one rank: what the closed form says and what was counted, in one step."""
+    """The calls of one kind of collective that one rank makes in one step: expected by the closed form, and counted."""
 
     kind: Kind
     formula: str
@@ -56,59 +58,85 @@ class Line:
 
 @dataclass
 class Row:
-    """One layout's verdict: every line of every rank, or why there is none."""
+    """The verdict on one layout: the lines of every rank, or the reason why there are none."""
 
-    cut: LayoutCase
+    case: LayoutCase
     verdict: str
+    """pass, FAILED or cannot."""
     lines: dict[int, list[Line]] = field(default_factory=dict)
     why: str = ""
     seconds: float = 0.0
     sent: dict[str, float] = field(default_factory=dict)
-    """Bytes that rank 0 sends in a step, by axis, on a ring."""
+    """Bytes that rank 0 sends in a step on a ring, by axis."""
     counted: bool = True
-    """Whether there is a closed form to compare with."""
+    """Whether the tensor axis has a closed form to compare with."""
 
 
-def row_of(cut: LayoutCase, experiment: Experiment, variants: Path, train: Callable | None = None, patience: float = PATIENCE) -> Row:
-    """Trains two steps on one layout and compares the second. `train` runs on every rank; a test passes one with something broken."""
-    why = why_not(cut, experiment)
+def ledger(folder: Path, world: int) -> int:
+    """Counts what the experiment in `folder` communicates on layouts of 2 and of `world` ranks.
+
+    Returns 0 if every layout communicates what the closed forms say and its ranks agree, else 1.
+    """
+    loaded = folders.load(folder)
+    experiment = shrunk(loaded.experiment, world)
+    console = Console()
+    console.header([("", f"verify {loaded.name} · what one step communicates, whole tensors in fp32"), ("", "")])
+    rows = []
+    for case in [case for w in sorted({min(2, world), world}) for case in pairwise(w) if w > 1]:
+        row = row_of(case, experiment, loaded.folder)
+        console.header([(row.verdict, heading(row)), *(("", text) for text in table(row))])
+        rows.append(row)
+    failed, ran = sum(row.verdict == "FAILED" for row in rows), sum(row.verdict != "cannot" for row in rows)
+
+    results = []
+    for row in rows:
+        lines = {rank: [{**line.kind._asdict(), **asdict(line), "kind": None} for line in lines] for rank, lines in row.lines.items()}
+        results.append({**row_fields(row), "lines": lines})
+    target = ROOT / experiment.track.runs / loaded.name / "ledger.json"
+    sentence = f"{ran - failed} of {ran} layouts communicate what the closed forms say"
+    return conclude(console, target, {"rows": results}, sentence, failed > 0)
+
+
+def row_of(case: LayoutCase, experiment: Experiment, variants: Path, train: Callable | None = None, patience: float = PATIENCE) -> Row:
+    """Trains two steps on one layout and compares the second. Every rank runs `train`; tests pass one in which something is broken."""
+    why = why_not(case, experiment)
     if why:
-        return Row(cut, "cannot", why=why)
+        return Row(case, "cannot", why=why)
     began, failure = time.monotonic(), ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_job(folder, experiment, cut, STEPS, variants)
+        write_job(folder, experiment, case, STEPS, variants)
         try:
-            forked_ranks.run(train or on_rank, cut.world, folder, patience)
+            forked_ranks.run(train or on_rank, case.world, folder, patience)
         except forked_ranks.RankFailed as error:
             failure = str(error)
-        found = [read(folder, rank) for rank in range(cut.world)]
-        shapes = [] if failure else [json.loads((folder / f"shapes_{rank}.json").read_text()) for rank in range(cut.world)]
-    difference = first_difference([[entry for step in steps for entry in step] for steps in found])
+        records = [read(folder, rank) for rank in range(case.world)]
+        shapes = [] if failure else [json.loads((folder / f"shapes_{rank}.json").read_text()) for rank in range(case.world)]
+    difference = first_difference([[entry for step in steps for entry in step] for steps in records])
     if failure or difference:
-        return Row(cut, "FAILED", why=difference or failure, seconds=time.monotonic() - began)
-    return compared(cut, experiment, [steps[-1] for steps in found], shapes, variants, time.monotonic() - began)
+        return Row(case, "FAILED", why=difference or failure, seconds=time.monotonic() - began)
+    return compared(case, experiment, [steps[-1] for steps in records], shapes, variants, time.monotonic() - began)
 
 
 def on_rank(folder: Path) -> None:
-    """Trains the folder's job and writes down every collective before it is issued, a line each. Collective."""
-    experiment, cut, steps, variants = read_job(folder)
-    grid = make_grid(cut.pipe, cut.tensor, cut.sequence)
-    with (folder / f"ledger_{grid.rank}.jsonl").open("w", buffering=1) as file:  # a line is with the system when it is written
+    """Trains the folder's job and writes every collective to a file before it is issued, one line each. Collective."""
+    experiment, case, steps, variants = read_job(folder)
+    grid = make_grid(case.pipe, case.tensor, case.sequence)
+    with (folder / f"ledger_{grid.rank}.jsonl").open("w", buffering=1) as file:  # line-buffered: a killed rank loses no whole line
         book = Ledger(grid, lambda entry: print(json.dumps(entry), file=file))
-        engine = engine_of(experiment, cut, grid, variants, book.within("loss", loss_of(experiment, grid)))
+        engine = engine_of(experiment, case, grid, variants, book.within("loss", loss_of(experiment, grid)))
         engine.module.watch(book.within)
         for step in range(steps):
             print(json.dumps("step"), file=file)
             book.between_steps()
             with book:
-                engine.train_batch(share_of(experiment, step, grid, cut), experiment.optimizer.lr)
+                engine.train_batch(share_of(experiment, step, grid, case), experiment.optimizer.lr)
     shapes = [slice_of(parameter).local_shape(grid.tensor) for parameter in engine.parameters.values()]
     (folder / f"shapes_{grid.rank}.json").write_text(json.dumps(shapes))
 
 
 def read(folder: Path, rank: int) -> list[list[Entry]]:
-    """A rank's entries by step; none where it wrote none. A line torn by a kill is left out."""
+    """The entries of a rank by step; an empty list if it wrote none. A line that is incomplete because the rank was killed is left out."""
     path = folder / f"ledger_{rank}.jsonl"
     steps: list[list[Entry]] = []
     for line in path.read_text().split("\n")[:-1] if path.is_file() else []:
@@ -122,45 +150,51 @@ def read(folder: Path, rank: int) -> list[list[Entry]]:
 
 
 def compared(
-    cut: LayoutCase, experiment: Experiment, found: Sequence[Sequence[Entry]], shapes: list[list[list[int]]], variants: Path, seconds: float
+    case: LayoutCase,
+    experiment: Experiment,
+    entries_by_rank: Sequence[Sequence[Entry]],
+    shapes: list[list[list[int]]],
+    variants: Path,
+    seconds: float,
 ) -> Row:
-    """Rank by rank, the counted step beside the closed forms. With a variant's own class in the model, the tensor axis has none."""
+    """Compares the counted step with the closed forms, rank by rank. With a variant's own class in the model, the tensor axis has none."""
     closed = communication.has_closed_form(experiment.model)
+    axes = ("tensor", "pipe", "data") if closed else ("pipe", "data")
     lines = {}
-    for rank, entries in enumerate(found):
-        place = Grid(cut.pipe, cut.data, cut.tensor, rank)
-        axes = ("tensor", "pipe", "data") if closed else ("pipe", "data")
-        expected = [call for call in calls(experiment, cut, place, [tuple(s) for s in shapes[rank]], variants) if call.axis in axes]
+    for rank, entries in enumerate(entries_by_rank):
+        place = Grid(case.pipe, case.data, case.tensor, rank)
+        expected = [call for call in calls(experiment, case, place, [tuple(s) for s in shapes[rank]], variants) if call.axis in axes]
         lines[rank] = beside(expected, counted(entry for entry in entries if entry.axis in axes))
     agrees = all(line.expected == line.found for by_rank in lines.values() for line in by_rank)
-    tensors = [entry for entry in found[0] if not bookkeeping(entry)]
+    tensors = [entry for entry in entries_by_rank[0] if not bookkeeping(entry)]
     sent = {axis: sum(entry.sent for entry in tensors if entry.axis == axis) for axis in ("tensor", "pipe", "data")}
-    return Row(cut, "pass" if agrees else "FAILED", lines, seconds=seconds, sent=sent, counted=closed)
+    return Row(case, "pass" if agrees else "FAILED", lines, seconds=seconds, sent=sent, counted=closed)
 
 
-def calls(experiment: Experiment, cut: LayoutCase, place: Grid, shapes: Sequence[tuple[int, ...]], variants: Path) -> list[Call]:
-    """The closed form of one rank's step."""
+def calls(experiment: Experiment, case: LayoutCase, place: Grid, shapes: Sequence[tuple[int, ...]], variants: Path) -> list[Call]:
+    """The calls that the closed forms give for one step of the rank at `place`. `shapes` are those of its parameters."""
     model = experiment.model
-    here = layer_names(experiment, cut, place, variants) | ({"loss"} if place.is_last_stage else set())
-    per_pass = communication.tensor_calls(model, cut.tensor, cut.sequence, cut.recompute, cut.micro_batch)
-    tensor = [replace(call, times=call.times * cut.accumulated) for call in per_pass if call.layer in here]
-    activation = cut.micro_batch * model.seq_length * model.hidden_size // (cut.tensor if cut.sequence else 1)
-    table = -(-model.vocab_size // cut.tensor) * model.hidden_size if model.tied else 0
-    formula = "b·s·h/t" if cut.sequence else "b·s·h"
-    pipe = pipe_calls(place.pipe_rank, cut.pipe, activation, formula, cut.accumulated, table)
-    return [*tensor, *pipe, *data_calls(cut.zero_stage, shapes, cut.data, cut.accumulated)]
+    # The layers of this rank's stage.
+    layers = gpt.layers(model, Grid(), experiment.seed, load_variants(variants, model))
+    bounds = stage_bounds(layers, case.pipe)
+    names = {layer.name for layer in layers[bounds[place.pipe_rank] : bounds[place.pipe_rank + 1]]}
+    names |= {"loss"} if place.is_last_stage else set()
 
-
-def layer_names(experiment: Experiment, cut: LayoutCase, place: Grid, variants: Path) -> set[str]:
-    """The layers of a rank's stage."""
-    layers = gpt.layers(experiment.model, Grid(), experiment.seed, load_variants(variants, experiment.model))
-    bounds = stage_bounds(layers, cut.pipe)
-    return {layer.name for layer in layers[bounds[place.pipe_rank] : bounds[place.pipe_rank + 1]]}
+    per_micro_batch = communication.tensor_calls(model, case.tensor, case.sequence, case.recompute, case.micro_batch)
+    tensor = [replace(call, times=call.times * case.accumulated) for call in per_micro_batch if call.layer in names]
+    activation = case.micro_batch * model.seq_length * model.hidden_size // (case.tensor if case.sequence else 1)
+    table = -(-model.vocab_size // case.tensor) * model.hidden_size if model.tied else 0
+    formula = "b·s·h/t" if case.sequence else "b·s·h"
+    pipe = pipe_calls(place.pipe_rank, case.pipe, activation, formula, case.accumulated, table)
+    return [*tensor, *pipe, *data_calls(case.zero_stage, shapes, case.data, case.accumulated)]
 
 
 def counted(entries: Iterable[Entry]) -> Counter[Kind]:
-    """Calls by kind, bookkeeping left out; on the data axis, where buckets split tensors as they like, all elements of an operation."""
-    found: Counter[Kind] = Counter()
+    """The number of calls by kind, without bookkeeping.
+
+    On the data axis, where DeepSpeed's buckets split tensors in any way, all elements of one operation count as one call.
+    """
+    counts: Counter[Kind] = Counter()
     totals: Counter[Kind] = Counter()
     for entry in entries:
         if bookkeeping(entry):
@@ -169,75 +203,52 @@ def counted(entries: Iterable[Entry]) -> Counter[Kind]:
             totals[Kind("data", "", "", entry.operation, 0, len(entry.ranks))] += entry.elements
         else:
             layer, direction = (entry.layer, entry.direction) if entry.axis == "tensor" else ("", "")
-            found[Kind(entry.axis, layer, direction, entry.operation, entry.elements, len(entry.ranks))] += 1
+            counts[Kind(entry.axis, layer, direction, entry.operation, entry.elements, len(entry.ranks))] += 1
     for kind, elements in totals.items():
-        found[kind._replace(elements=elements)] = 1
-    return found
+        counts[kind._replace(elements=elements)] = 1
+    return counts
 
 
-def beside(expected: Iterable[Call], found: Counter[Kind]) -> list[Line]:
-    """One line for each kind that either side has; kinds of equal size in one layer are one line."""
+def beside(expected: Iterable[Call], counts: Counter[Kind]) -> list[Line]:
+    """One line for each kind that is expected or counted. Expected calls of equal size in one layer are one line."""
     wanted: Counter[Kind] = Counter()
     formulas: dict[Kind, str] = {}
     for call in expected:
         kind = Kind(call.axis, call.layer, call.direction, call.operation, call.elements, call.ranks)
         wanted[kind] += call.times
         formulas[kind] = " or ".join(dict.fromkeys([*filter(None, [formulas.get(kind)]), call.formula]))  # equal by chance: h = s
-    kinds = [*wanted, *(kind for kind in found if kind not in wanted)]
-    return [Line(kind, formulas.get(kind, "in no closed form"), wanted[kind], found[kind]) for kind in kinds]
-
-
-def ledger(folder: Path, world: int) -> int:
-    """0 where every layout communicates what the closed forms say and its ranks agree, else 1."""
-    loaded = folders.load(folder)
-    experiment = shrunk(loaded.experiment, world)
-    report = Console()
-    report.header([("", f"verify {loaded.name} · what one step communicates, whole tensors in fp32"), ("", "")])
-    rows = []
-    for cut in [cut for w in sorted({min(2, world), world}) for cut in pairwise(w) if w > 1]:
-        rows.append(row_of(cut, experiment, loaded.folder))
-        report.header([(rows[-1].verdict, heading(rows[-1])), *(("", text) for text in table(rows[-1]))])
-    failed, ran = sum(row.verdict == "FAILED" for row in rows), sum(row.verdict != "cannot" for row in rows)
-    target = ROOT / experiment.track.runs / loaded.name / "ledger.json"
-    sentence = f"{ran - failed} of {ran} layouts communicate what the closed forms say"
-    return conclude(report, target, {"rows": [_plain(row) for row in rows]}, sentence, failed > 0)
+    kinds = [*wanted, *(kind for kind in counts if kind not in wanted)]
+    return [Line(kind, formulas.get(kind, "in no closed form"), wanted[kind], counts[kind]) for kind in kinds]
 
 
 def heading(row: Row) -> str:
-    """A layout's line."""
+    """The line of a layout: what rank 0 sends, or why there is nothing to compare."""
     if row.why:
-        return f"{row.cut} · {row.why}"
+        return f"{row.case} · {row.why}"
     sent = " · ".join(f"{axis} {size / 1e3:,.1f} kB" for axis, size in row.sent.items() if size)
     uncounted = "" if row.counted else " · a variant has no closed form: tensor axis not compared"
-    return f"{row.cut} · rank 0 sends {sent or 'nothing'} · {row.seconds:.1f} s{uncounted}"
+    return f"{row.case} · rank 0 sends {sent or 'nothing'} · {row.seconds:.1f} s{uncounted}"
 
 
 def table(row: Row) -> list[str]:
-    """The lines of the first rank of each stage, equal blocks as one; of any other rank, those that are wrong."""
-    texts, leaders = [], range(0, row.cut.world, max(1, row.cut.world // row.cut.pipe))
+    """The lines under a heading: all lines of the first rank of each stage, and of every other rank the lines that differ."""
+    texts, leaders = [], range(0, row.case.world, max(1, row.case.world // row.case.pipe))
     for rank, lines in row.lines.items():
-        wrong = [line for line in lines if line.expected != line.found]
-        shown = _merged(lines) if rank in leaders else [(line, line.kind.layer) for line in wrong]
-        texts += [f"         rank {rank}  {_text(line, layers)}" for line, layers in shown]
+        differing = [line for line in lines if line.expected != line.found]
+        shown = _merged(lines) if rank in leaders else [(line, line.kind.layer) for line in differing]
+        for line, layers in shown:
+            kind, difference = line.kind, "" if line.expected == line.found else f"   ← expected {line.expected}"
+            size = f"{line.found} × {line.formula} = {kind.elements:,} elements, {4 * kind.elements / 1e3:,.1f} kB"
+            what = f"{kind.axis:6}  {layers or 'step':13}  {kind.direction:8}  {kind.operation:14}"
+            texts.append(f"         rank {rank}  {what}  {size}{difference}")
     return texts
 
 
 def _merged(lines: Sequence[Line]) -> list[tuple[Line, str]]:
-    """Blocks that communicate alike as one line, with all their names."""
+    """Each line with its layer's name. Blocks that communicate alike are one line."""
     groups: dict[tuple, list[Line]] = {}
     for line in lines:
         block = line.kind.layer.startswith("blocks.")
         key = (line.kind._replace(layer="blocks") if block else line.kind, line.expected, line.found)
         groups.setdefault(key, []).append(line)
     return [(group[0], group[0].kind.layer if len(group) == 1 else f"{len(group)} blocks, each") for group in groups.values()]
-
-
-def _text(line: Line, layers: str) -> str:
-    kind, verdict = line.kind, "" if line.expected == line.found else f"   ← expected {line.expected}"
-    size = f"{line.found} × {line.formula} = {kind.elements:,} elements, {4 * kind.elements / 1e3:,.1f} kB"
-    return f"{kind.axis:6}  {layers or 'step':13}  {kind.direction:8}  {kind.operation:14}  {size}{verdict}"
-
-
-def _plain(row: Row) -> dict:
-    lines = {rank: [{**line.kind._asdict(), **asdict(line), "kind": None} for line in lines] for rank, lines in row.lines.items()}
-    return {**asdict(row), "cut": asdict(row.cut), "lines": lines}

@@ -1,13 +1,20 @@
-"""How a check of an experiment ends: its results as JSON beside the experiment's runs, a last line, an exit code."""
+"""Writes the results of a check as JSON beside the experiment's runs, prints the last line, and gives the exit code."""
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from parallel.files import published
 from research.tracking.console import Console
 from research.tracking.metrics import finite
+
+
+def row_fields(row: Any) -> dict[str, Any]:
+    """A row, which is a dataclass, as JSON. Its `case` is stored as "cut": the files' readers know it by this name."""
+    fields = asdict(row)
+    return {"cut": fields.pop("case"), **fields}
 
 
 def conclude(console: Console, target: Path, results: dict[str, Any], sentence: str, failed: bool) -> int:

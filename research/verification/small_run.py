@@ -1,6 +1,6 @@
-"""The real training loop on forked ranks of this machine, in small: an experiment's structure and code, a little text, a few steps.
+"""Runs the real training loop on forked ranks of this machine, with the experiment's structure and code, small sizes and a little text.
 
-What `launch.py` does, without the seconds that an interpreter and its imports take: for `torture` and for tests.
+It does what `launch.py` does, without the seconds that starting an interpreter and importing torch take. `torture` and the tests use it.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import itertools
 import os
 import socket
 import sys
-from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from research.data import documents
 from research.tracking.run_folder import RunFolder, every
 
 CHARACTERS = 40_000
-"""Of the training text."""
+"""Length of the training text."""
 SIZES: dict[str, dict[str, Any]] = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 64, "vocab_size": 391, "seq_length": 16},
     "schedule": {"steps": 12, "batch_size": 8, "micro_batch_size": 2, "validate_every": 0, "log_every": 1},
@@ -33,13 +32,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "sample": {"every": 0},
     "track": {"mode": "disabled"},
 }
-"""What is small, or left out: tasks and prompts are not made for so short a context.
+"""The settings that are small or switched off. Tasks and prompts are off because the context is too short for them.
 
-Grouped queries, where the experiment has them, stay grouped; a vocabulary that no tensor degree divides."""
+If the experiment has grouped queries, they stay grouped. No tensor degree divides the vocabulary."""
 
 
 def small(loaded: LoadedExperiment, place: Path, changes: dict[str, dict[str, Any]] | None = None) -> LoadedExperiment:
-    """The experiment with small sizes and a small text of `place`, whose run folders go to `place`/runs."""
+    """The experiment with small sizes. It reads the texts in `place`, and its run folders go to `place`/runs."""
     settings = serialization.resolved(loaded.experiment)
     del settings["schema"]
     texts = {name: str(place / f"{name}.txt") for name in ("train", "validation")}
@@ -53,7 +52,7 @@ def small(loaded: LoadedExperiment, place: Path, changes: dict[str, dict[str, An
 
 
 def write_texts(loaded: LoadedExperiment, place: Path) -> None:
-    """The beginning of the experiment's own training text, and of its held-out one."""
+    """Writes the beginning of the experiment's own training text and of its validation text to `place`."""
     place.mkdir(parents=True, exist_ok=True)
     for name, most in (("train", CHARACTERS), ("validation", CHARACTERS // 20)):
         text, source = "", documents.documents(getattr(loaded.experiment.data, name), ROOT)
@@ -62,46 +61,37 @@ def write_texts(loaded: LoadedExperiment, place: Path) -> None:
         (place / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Start:
-    """One start of the ranks: of what, on how many, and whether it goes on with a run."""
+def start(loaded: LoadedExperiment, world: int, output: Path, resume: str = "never", prelude: Any = None) -> list[ForkServerProcess]:
+    """Starts `world` ranks that train the experiment, and returns their processes. What they print is appended to the file `output`.
 
-    loaded: LoadedExperiment
-    world: int
-    output: Path
-    """The file that takes what the ranks say."""
-    resume: str = "never"
-    prelude: Any = None
-    """Called on every rank before it trains, with its number: tests break things here. At module level."""
-    port: int = field(default_factory=lambda: free_port())
-
-
-def begin(start: Start) -> list[ForkServerProcess]:
-    """The ranks, under way."""
-    settings = serialization.resolved(start.loaded.experiment)
-    told = (settings, str(start.loaded.folder), start.loaded.name, start.world, start.port, start.resume, str(start.output), start.prelude)
-    return forked_ranks.start(_rank, [(rank, *told) for rank in range(start.world)])
+    `prelude` is a function at module level that every rank calls with its number before it trains; tests break things in it.
+    """
+    settings = serialization.resolved(loaded.experiment)
+    with socket.socket() as probe:
+        probe.bind((LOCALHOST, 0))
+        free_port = probe.getsockname()[1]
+    arguments = (settings, str(loaded.folder), loaded.name, world, free_port, resume, str(output), prelude)
+    return forked_ranks.start(_rank, [(rank, *arguments) for rank in range(world)])
 
 
-def newest(experiment: Experiment) -> RunFolder:
-    """The newest run folder that the rehearsals of an experiment have made."""
+def newest_run(experiment: Experiment) -> RunFolder:
+    """The newest run folder of an experiment that `small` returned."""
     return max(every(Path(experiment.track.runs)), key=lambda folder: folder.run.stat().st_mtime)
 
 
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((LOCALHOST, 0))
-        return probe.getsockname()[1]
-
-
 def _rank(rank: int, settings: dict, folder: str, name: str, world: int, port: int, resume: str, output: str, prelude: Any) -> None:
-    """A rank's whole life. Its exit code is what launch.py's would be."""
-    gc.freeze()  # the server's objects are nobody's garbage
-    _speak_into(Path(output))
+    """What a rank's process runs. It ends with the exit code that launch.py would have."""
+    gc.freeze()  # the objects of the fork server are never garbage
+
+    # Standard output and error go to one file.
+    with Path(output).open("ab") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
     del settings["schema"]
     loaded = LoadedExperiment(serialization.build(settings), Path(folder), name)
-    own = Ranks(rank, rank, world, world, "deepspeed" if world > 1 else "python", LOCALHOST, port, cores=1)
+    ranks = Ranks(rank, rank, world, world, "deepspeed" if world > 1 else "python", LOCALHOST, port, cores=1)
     if prelude is not None:
         prelude(rank)
     from research.cluster.exit_codes import WRONG
@@ -112,7 +102,7 @@ def _rank(rank: int, settings: dict, folder: str, name: str, world: int, port: i
     from research.training.job import resolve
 
     try:
-        loop.train(resolve(loaded, [], own, overrides.Options(resume=resume), []), Parents("python"))
+        loop.train(resolve(loaded, [], ranks, overrides.Options(resume=resume), []), Parents("python"))
     except Lost as lost:
         sys.stderr.write(f"error  (rank {rank}) {lost}\n")
         raise SystemExit(1) from None
@@ -120,11 +110,3 @@ def _rank(rank: int, settings: dict, folder: str, name: str, world: int, port: i
         with contextlib.suppress(OSError):
             sys.stderr.write(f"error  (rank {rank}) {mistake}\n")
         raise SystemExit(WRONG) from None
-
-
-def _speak_into(output: Path) -> None:
-    """Standard output and error of this process, appended to one file."""
-    with output.open("ab") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -1,13 +1,9 @@
-"""What torch's collectives do to the types of spmd_types: which they take, and which they leave behind.
+"""The rules of torch's collectives for spmd_types: which types they accept, and which types their results have.
 
-R: equal on every rank, each with a part of the gradient. I: equal, each with the whole gradient. V: every rank its own.
-P: every rank a summand. Our code calls `torch.distributed` by name, so its functions are replaced for the time of a check.
+R: equal on every rank, each rank with a part of the gradient. I: equal, each rank with the whole gradient. V: different on every rank.
+P: a summand on every rank. Our code calls `torch.distributed` by name, so its functions are replaced while a check runs. `typed_recompute`
+does the same for activation recomputation. A type error is a `TypeMismatch`, which describes the code under test.
 """
-# MERGED-DOC """A type error in the words of the code under test: what was done to what, why that does not fit, on which line, in which modules."""
-# MERGED-DOC """Recomputation under the type checker: the second run of a block, inside the backward pass, is checked like the first.
-# MERGED-DOC
-# MERGED-DOC Autograd runs it without the checker's modes, on inputs that it has saved and that have lost their types.
-# MERGED-DOC """
 
 import functools
 import sys
@@ -31,80 +27,106 @@ from models import recompute
 from parallel import collectives
 from research import ROOT
 
+EQUAL, SUMMANDS = (I, R), (P, V)
+"""Types that are the same on every rank; types that may be summed over ranks (a product of two V tensors is V, and meant as P)."""
+WITHOUT_RULE = (
+    *("all_gather_coalesced", "all_gather_into_tensor", "all_gather_single", "all_reduce_coalesced", "all_to_all", "all_to_all_single"),
+    *("batch_isend_irecv", "broadcast", "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter_single", "reduce_scatter_tensor"),
+    *("scatter", "send"),
+)
+"""Collectives that our models do not call. A variant that calls one is refused, not ignored."""
 CHECKING = ("spmd_check", "spmd_collectives", "spmd_functions")
 HERE = Path(__file__).resolve().parent
-CHECKER = {str(HERE / f"{name}.py") for name in CHECKING}
-CHECKER |= {str(ROOT / "parallel" / "collectives.py")}
-"""Files that stand in a stack because they check; and parallel/collectives.py: it is its caller's choice of a pair that fits or not."""
+CHECKER = {str(HERE / f"{name}.py") for name in CHECKING} | {str(ROOT / "parallel" / "collectives.py")}
+"""Files that are not the code under test: the checker itself, and parallel/collectives.py, whose caller chooses the conjugate pair."""
 LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 
 
 class TypeMismatch(Exception):
-    """Raised where it happens: the stack says `source`, file:line of the code under test, and `modules`, innermost first.
+    """A type error. `what` is the operation, `why` the reason.
 
-    `at`: the line, where it is not the one at hand; "" for what has none.
+    `source` is file:line of the code under test, and `modules` are the modules that were running, innermost first. Both are read from the
+    stack where the exception is made. `at` replaces the line; it is "" for an error that has no line.
     """
 
     def __init__(self, what: str, why: str, at: str | None = None) -> None:
         super().__init__(f"{what}: {why}")
         self.what, self.why, self.source = what, why, source() if at is None else at
-        selves = (frame.f_locals.get("self") for frame in _frames())
-        self.modules = [found for found in selves if isinstance(found, nn.Module)]
+        owners = (frame.f_locals.get("self") for frame in _frames())
+        self.modules = [owner for owner in owners if isinstance(owner, nn.Module)]
 
 
 def source() -> str:
     """file:line of the innermost frame that belongs to the code under test."""
-    return next((f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in _frames() if _is_under_test(frame.f_code.co_filename)), "")
+    for frame in _frames():
+        file = frame.f_code.co_filename
+        if file not in CHECKER and not file.startswith(LIBRARIES):
+            return f"{file}:{frame.f_lineno}"
+    return ""
 
 
 def _frames() -> Iterator[FrameType]:
+    """The frames of the caller and its callers, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
-def _is_under_test(file: str) -> bool:
-    return file not in CHECKER and not file.startswith(LIBRARIES)
+@contextmanager
+def typed_collectives() -> Iterator[None]:
+    """A context in which the collectives that our code uses check and set types whenever the checker is on. The others are refused."""
+    rules: dict[str, Callable] = {"all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
+    rules |= {name: functools.partial(_refuse, name) for name in WITHOUT_RULE}
 
+    def while_checking(run: Callable, rule: Callable) -> Callable:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            return rule(run, *arguments, **settings) if spmd.is_type_checking() else run(*arguments, **settings)
 
-EQUAL, SUMMANDS = (I, R), (P, V)
-"""What is the same on every rank; what may be added up over them (a product of two V tensors is V, and meant as P)."""
+        return call
 
-
-WITHOUT_RULE = (
-    *("all_gather_coalesced", "all_gather_into_tensor", "all_gather_single", "all_reduce_coalesced", "all_to_all", "all_to_all_single"),
-    *("batch_isend_irecv", "broadcast", "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter_single", "reduce_scatter_tensor"),
-    *("scatter", "send"),
-)
-"""Nothing of ours calls them inside a model. A variant that does is told, not waved through."""
+    with ExitStack() as replaced:
+        for name, rule in rules.items():
+            replaced.enter_context(mock.patch.object(dist, name, while_checking(getattr(dist, name), rule)))
+        replaced.enter_context(mock.patch.object(collectives, "own_piece", while_checking(collectives.own_piece, _own_piece)))
+        yield
 
 
 @contextmanager
-def typed_collectives() -> Iterator[None]:
-    """Inside, and wherever the checker is on, the collectives that our code uses check and set types; the others are refused."""
-    rules: dict[str, Callable] = {"all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
-    rules |= {name: functools.partial(_refuse, name) for name in WITHOUT_RULE}
-    with ExitStack() as replaced:
-        for name, rule in rules.items():
-            replaced.enter_context(mock.patch.object(dist, name, _while_checking(getattr(dist, name), rule)))
-        replaced.enter_context(mock.patch.object(collectives, "own_piece", _while_checking(collectives.own_piece, _own_piece)))
+def typed_recompute() -> Iterator[None]:
+    """A context in which blocks that models/recompute.py runs again, inside the backward pass, are checked again.
+
+    Autograd runs them without the checker's modes, on saved inputs that have lost their types. Both are restored.
+    """
+
+    def twice_checked(checkpoint: Callable) -> Callable:
+        def run(forward: Callable, *inputs: Any, **settings: Any) -> Any:
+            modes = _get_current_function_mode_stack()
+            types = [spmd.get_local_type(x) if isinstance(x, Tensor) else None for x in inputs]
+
+            def first_or_again(*arguments: Any) -> Any:
+                if _get_current_function_mode_stack():  # the first time
+                    return forward(*arguments)
+                for x, known in zip(arguments, types, strict=True):
+                    if isinstance(x, Tensor) and not spmd.has_local_type(x):
+                        spmd.assert_type(x, known)
+                with ExitStack() as again:
+                    for mode in modes:
+                        again.enter_context(mode)
+                    return forward(*arguments)
+
+            return checkpoint(first_or_again, *inputs, **settings)
+
+        return run
+
+    with mock.patch.object(recompute, "checkpoint", twice_checked(recompute.checkpoint)):
         yield
 
 
 def axes_of(group: ProcessGroup | None) -> list[spmd.MeshAxis]:
-    """The axes of the current mesh that a group runs along; None is the whole world."""
+    """The axes of the current mesh that a group spans. None is the whole world."""
     whole = spmd.MeshAxis.of(group or dist.group.WORLD)
     return [axis for axis in spmd.current_mesh() if axis <= whole]
-
-
-def _while_checking(run: Callable, rule: Callable) -> Callable:
-    """`run`, through `rule` while the checker is on."""
-
-    def call(*arguments: Any, **settings: Any) -> Any:
-        return rule(run, *arguments, **settings) if spmd.is_type_checking() else run(*arguments, **settings)
-
-    return call
 
 
 def _refuse(name: str, run: Callable, *arguments: Any, **settings: Any) -> None:
@@ -112,17 +134,17 @@ def _refuse(name: str, run: Callable, *arguments: Any, **settings: Any) -> None:
 
 
 def _take(tensors: list[Tensor], allowed: tuple, axes: list[spmd.MeshAxis], collective: str) -> None:
-    """Raises where a collective is given something that it makes no sense of."""
+    """Raises if a collective is given a tensor of a type that it does not accept, or one whose gradient it would leave unchanged."""
     for tensor in tensors:
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise TypeMismatch(collective, "outside an autograd function it leaves the gradient as it is")
-        for found in (spmd.get_local_type(tensor).get(axis) for axis in axes):
-            if found not in allowed:
-                raise TypeMismatch(collective, f"takes {' or '.join(kind.value for kind in allowed)}, not {found and found.value}")
+        for kind in (spmd.get_local_type(tensor).get(axis) for axis in axes):
+            if kind not in allowed:
+                raise TypeMismatch(collective, f"takes {' or '.join(accepted.value for accepted in allowed)}, not {kind and kind.value}")
 
 
 def _become(tensors: list[Tensor], like: Tensor, kind: spmd.PerMeshAxisLocalSpmdType, axes: list[spmd.MeshAxis]) -> None:
-    """What a collective wrote: `kind` along the axes of its group, as what went in along the others, whatever was there before."""
+    """Types what a collective wrote: `kind` along the axes of its group, the type of its input `like` along the others."""
     types = spmd.get_local_type(like) | dict.fromkeys(axes, kind)
     for tensor in tensors:
         spmd.mutate_type(tensor, src=dict(spmd.get_local_type(tensor)), dst=types)
@@ -161,31 +183,3 @@ def _own_piece(run, x, group, dim):
     piece = run(x, group, dim)
     _become([piece], x, V, axes)
     return piece
-
-
-@contextmanager
-def typed_recompute() -> Iterator[None]:
-    """Inside, what models/recompute.py runs again is typed again."""
-    with mock.patch.object(recompute, "checkpoint", _twice_checked(recompute.checkpoint)):
-        yield
-
-
-def _twice_checked(checkpoint: Callable) -> Callable:
-    def run(forward: Callable, *inputs: Any, **settings: Any) -> Any:
-        modes = _get_current_function_mode_stack()
-        types = [spmd.get_local_type(x) if isinstance(x, Tensor) else None for x in inputs]
-
-        def either(*given: Any) -> Any:
-            if _get_current_function_mode_stack():
-                return forward(*given)
-            for x, known in zip(given, types, strict=True):
-                if isinstance(x, Tensor) and not spmd.has_local_type(x):
-                    spmd.assert_type(x, known)
-            with ExitStack() as again:
-                for mode in modes:
-                    again.enter_context(mode)
-                return forward(*given)
-
-        return checkpoint(either, *inputs, **settings)
-
-    return run

@@ -1,4 +1,4 @@
-"""`verify` passes what is right, and names layout and parameter of what is wrong: one mutation at a time."""
+"""`verify` passes correct layouts, and names the layout and a parameter for each of many errors, one at a time."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from research import ROOT
 from research.cli import verify
 from research.config.experiment_folder import load
 from research.tracking.metrics import JsonLines
-from research.verification import layouts, training
+from research.verification import layouts, numbers, training
 from research.verification.layouts import LayoutCase
 from research.verification.numbers import TOLERANCE, row_of, worst
 from tests.harness import start_server
 from tests.research.helpers import mutations as m
-from tests.research.helpers.example import example
+from tests.research.helpers.example import example, sentence
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,53 +41,75 @@ def subject(**model):
 REFERENCES: dict[str, training.TrainingRecord] = {}
 
 
-def verdict(cut, model, train=training.on_rank):
+def verdict(case, model, train=training.on_rank):
     experiment = subject(**model)
     key = json.dumps(model)
     if key not in REFERENCES:
         REFERENCES[key] = training.reference_run(experiment, 2, ROOT)
-    return row_of(cut, experiment, 2, ROOT, REFERENCES[key], train)
+    return row_of(case, experiment, 2, ROOT, REFERENCES[key], train)
 
 
 ALIBI = {"position": "alibi"}
 SHARED = {"num_heads": 4, "num_kv_heads": 1, "qk_norm": True}
-WRONG = [  # what is broken, a layout that shows it, the model, a part of the name of a parameter near the damage
+
+
+WRONG = [  # the error, a layout that shows it, the model, a part of the name of a parameter near the damage
     (m.no_sum_on_entry, TP2, {}, "norm"),
-    (m.summed_again_on_exit, TP2, {}, ""),
     (m.slices_unmarked, TP2, {}, ""),
-    (m.bias_before_the_sum, TP2, {}, ""),
-    (m.norms_not_summed_over_positions, SP2, {}, "norm"),
     (m.row_bias_not_summed_over_positions, SP2, {}, ""),
-    (m.positions_of_rank_one_shifted, SP2, {}, "position"),
-    (m.drawn_per_rank, TP2, {}, ""),
     (m.means_of_means, DP2, {}, ""),
-    (m.accumulation_forgotten, PP2, {}, ""),
-    (m.everyone_reads_the_first_share, DP2, {}, ""),
-    (m.padding_gets_probability, TP2, {}, ""),
     (m.smoothing_over_own_rows, TP2, {}, ""),
     (m.dropout_by_local_position, SP2, DROPS, ""),
-    (m.dropout_by_local_feature, TP2, DROPS, ""),
-    (m.slopes_of_the_first_heads, TP2, ALIBI, "attention"),
     (m.tied_copies_not_summed, PP2, {"tied": True}, "embedding"),
     (m.context_lost_on_the_way, PP2, DROPS, ""),
     (m.shared_head_counted_twice, TP2, SHARED, ""),
+    (m.summed_again_on_exit, TP2, {}, ""),
+    (m.bias_before_the_sum, TP2, {}, ""),
+    (m.norms_not_summed_over_positions, SP2, {}, "norm"),
+    (m.positions_of_rank_one_shifted, SP2, {}, "position"),
+    (m.drawn_per_rank, TP2, {}, ""),
+    (m.accumulation_forgotten, PP2, {}, ""),
+    (m.everyone_reads_the_first_share, DP2, {}, ""),
+    (m.padding_gets_probability, TP2, {}, ""),
+    (m.dropout_by_local_feature, TP2, DROPS, ""),
+    (m.slopes_of_the_first_heads, TP2, ALIBI, "attention"),
     (m.shared_head_of_own_queries, TP2, SHARED, ""),
 ]
+FAST_WRONG = (
+    *("no_sum_on_entry", "slices_unmarked", "row_bias_not_summed_over_positions", "means_of_means", "smoothing_over_own_rows"),
+    *("dropout_by_local_position", "tied_copies_not_summed", "context_lost_on_the_way", "shared_head_counted_twice"),
+)
+"""At least one error along every axis and in every quantity that is compared. The others are slow."""
 
 
-@pytest.mark.parametrize(("mutation", "cut", "model", "near"), WRONG, ids=[row[0].__name__ for row in WRONG])
-def test_what_is_wrong_is_found_and_named(mutation, cut, model, near):
-    row = verdict(cut, model, m.mutated(mutation))
+@pytest.mark.parametrize(
+    ("mutation", "case", "model", "near"),
+    [pytest.param(*row, id=row[0].__name__, marks=[] if row[0].__name__ in FAST_WRONG else pytest.mark.slow) for row in WRONG],
+)
+def test_what_is_wrong_is_found_and_named(mutation, case, model, near):
+    row = verdict(case, model, m.mutated(mutation))
     assert row.verdict == "FAILED"
     assert not row.why, row.why
     assert max(row.loss, row.norm, row.gradient, row.weight) > 10 * TOLERANCE
     assert near in row.gradient_at or near in row.weight_at, (row.gradient_at, row.weight_at)
 
 
-@pytest.mark.parametrize("model", [{}, DROPS, ALIBI, SHARED], ids=["plain", "dropout", "alibi", "shared kv head"])
-@pytest.mark.parametrize("cut", [TP2, SP2, DP2, PP2], ids=["TP2", "SP2", "DP2", "PP2"])
-def test_what_is_right_passes(cut, model):
-    row = verdict(cut, model)
+CASES = {"TP2": TP2, "SP2": SP2, "DP2": DP2, "PP2": PP2}
+MODELS = {"plain": {}, "dropout": DROPS, "alibi": ALIBI, "shared kv head": SHARED}
+FAST_RIGHT = {("TP2", "shared kv head"), ("SP2", "dropout"), ("SP2", "alibi"), ("DP2", "plain"), ("PP2", "dropout")}
+"""Every layout once, every model once. The others are slow."""
+
+
+@pytest.mark.parametrize(
+    ("case", "model"),
+    [
+        pytest.param(case, model, id=f"{name}-{what}", marks=[] if (name, what) in FAST_RIGHT else pytest.mark.slow)
+        for what, model in MODELS.items()
+        for name, case in CASES.items()
+    ],
+)
+def test_what_is_right_passes(case, model):
+    row = verdict(case, model)
     assert row.verdict == "pass", row
     assert 0 < max(row.gradient, row.weight) <= TOLERANCE
 
@@ -102,15 +124,15 @@ def test_a_rank_that_raises_is_shown(tmp_path):
 def test_every_way_of_running_stands_beside_every_axis():
     for world in (2, 4, 8):
         found = layouts.pairwise(world)
-        assert {cut.world for cut in found} == {world}
-        assert {(cut.pipe, cut.data, cut.tensor) for cut in found} == set(layouts.grids(world))
+        assert {case.world for case in found} == {world}
+        assert {(case.pipe, case.data, case.tensor) for case in found} == set(layouts.grids(world))
         for axis in ("pipe", "data", "tensor"):
-            along = [cut for cut in found if getattr(cut, axis) > 1]
-            assert {cut.recompute for cut in along} == set(layouts.RECOMPUTES)
-            assert {cut.accumulated for cut in along} == set(layouts.ACCUMULATIONS)
-            assert {cut.zero_stage for cut in along} >= ({1} if axis == "pipe" else {1, 2, 3})
-        assert any(cut.sequence for cut in found if cut.tensor > 1)
-        assert all(layouts.why_not(cut, layouts.shrunk(example(), world)) is None for cut in found)
+            along = [case for case in found if getattr(case, axis) > 1]
+            assert {case.recompute for case in along} == set(layouts.RECOMPUTES)
+            assert {case.accumulated for case in along} == set(layouts.ACCUMULATIONS)
+            assert {case.zero_stage for case in along} >= ({1} if axis == "pipe" else {1, 2, 3})
+        assert any(case.sequence for case in found if case.tensor > 1)
+        assert all(layouts.why_not(case, layouts.shrunk(example(), world)) is None for case in found)
 
 
 def test_a_layout_that_cannot_be_has_a_reason():
@@ -137,6 +159,11 @@ def test_a_negligible_gradient_is_measured_against_the_whole():
     assert worst([{"big": truth["big"], "zero": torch.tensor([3e-9])}], truth)[0] < 1e-10
 
 
+def test_two_checks_at_once_are_refused():
+    folder = str(ROOT / "experiments/gpt_sotu")
+    assert "run one at a time" in sentence(lambda: verify.main([folder, "--ledger", "--types"]))
+
+
 def runs_with(tmp_path, *losses):
     folders = []
     for i, values in enumerate(losses):
@@ -160,10 +187,36 @@ def test_two_runs_are_compared_row_by_row(tmp_path, capsys):
         verify.compare_runs(a, none)
 
 
-def test_the_command_prints_a_row_per_layout_and_writes_verify_json(tmp_path):
-    """In a process of its own, as a person runs it, on an experiment with a class of its own."""
+def copied(name: str, place: Path) -> Path:
+    """A copy of an experiment of ours whose runs lie in `place`/runs."""
+    folder = place / name
+    shutil.copytree(ROOT / "experiments" / name, folder)
+    text = (folder / "config.py").read_text()
+    track = 'track=Track(project="tessera")'
+    assert text.count(track) == 1
+    (folder / "config.py").write_text(text.replace(track, f'track=Track(project="tessera", runs="{place / "runs"}")'))
+    return folder
+
+
+def test_the_command_prints_a_row_per_layout_and_writes_verify_json(tmp_path, capsys, monkeypatch):
+    """Two layouts of an experiment with a class of its own."""
+    monkeypatch.setattr(numbers, "pairwise", lambda world: [SP2, PP2])
+    with pytest.raises(SystemExit) as left:
+        verify.main([str(copied("gpt_sotu_dyt", tmp_path)), "--ranks", "2", "--steps", "1"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.count("\npass ") == 2
+    written = json.loads((tmp_path / "runs/gpt_sotu_dyt/verify.json").read_text())
+    assert [row["verdict"] for row in written["rows"]] == ["pass"] * 2
+    assert list(written["rows"][0]) == [
+        "cut", "verdict", "loss", "norm", "gradient", "gradient_at", "weight", "weight_at", "seconds", "why"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_in_a_process_of_its_own(tmp_path):
+    """All pairwise layouts of two ranks, as a person runs it."""
     done = subprocess.run(
-        [sys.executable, "-m", "research", "verify", "experiments/gpt_sotu_dyt", "--ranks", "2", "--steps", "1"],
+        [sys.executable, "-m", "research", "verify", str(copied("gpt_sotu_dyt", tmp_path)), "--ranks", "2", "--steps", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -172,11 +225,11 @@ def test_the_command_prints_a_row_per_layout_and_writes_verify_json(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\npass ") == 9
-    written = json.loads((ROOT / "runs/gpt_sotu_dyt/verify.json").read_text())
+    written = json.loads((tmp_path / "runs/gpt_sotu_dyt/verify.json").read_text())
     assert [row["verdict"] for row in written["rows"]] == ["pass"] * 9
 
 
-EVERYTHING = {  # of experiments/gpt_sotu's config.py, what is written differently
+EVERYTHING = {  # what is replaced in the config.py of experiments/gpt_sotu
     "embedding_dropout=0.0": "embedding_dropout=0.1",
     "residual_dropout=0.0": "residual_dropout=0.1",
     "mlp_dropout=0.0": "mlp_dropout=0.1",
@@ -187,14 +240,10 @@ EVERYTHING = {  # of experiments/gpt_sotu's config.py, what is written different
 
 
 def everything_at_once(place: Path) -> Path:
-    """An experiment's folder outside the repository: dropout everywhere, sequence parallelism, selective recomputation, a tied head.
-
-    Its runs are beside it; a relative `track.runs` would mean the repository's, wherever the folder is.
-    """
-    folder = place / "everything_at_once"
-    shutil.copytree(ROOT / "experiments/gpt_sotu", folder)
+    """An experiment's folder outside the repository: dropout everywhere, sequence parallelism, selective recomputation, a tied head."""
+    folder = copied("gpt_sotu", place).rename(place / "everything_at_once")
     text = (folder / "config.py").read_text()
-    for old, new in (EVERYTHING | {'track=Track(project="tessera")': f'track=Track(project="tessera", runs="{place / "runs"}")'}).items():
+    for old, new in EVERYTHING.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     (folder / "config.py").write_text(text)
@@ -208,7 +257,7 @@ def test_everything_at_once_is_kept_when_shrunk(tmp_path):
         assert model.tied and {getattr(model, place) for place in DROPS} == {0.1}
         assert model.vocab_size % 2 == 1
     assert (written.parallel.sequence, written.parallel.recompute) == (True, "selective")
-    together = {cut.tensor for world in (2, 4) for cut in layouts.pairwise(world) if cut.sequence and cut.recompute == "selective"}
+    together = {case.tensor for world in (2, 4) for case in layouts.pairwise(world) if case.sequence and case.recompute == "selective"}
     assert together == {2, 4}
 
 
@@ -231,4 +280,4 @@ def test_dropout_sequence_recomputation_tied_head_and_odd_vocabulary_pass_togeth
         assert row["verdict"] == "pass"
         assert 0 < row["gradient"] <= 1e-5 and 0 < row["weight"] <= 1e-5 and row["loss"] <= 1e-5, row
     together = [row["cut"] for row in rows if row["cut"]["sequence"] and row["cut"]["recompute"] == "selective"]
-    assert {(cut["pipe"], cut["data"], cut["tensor"]) for cut in together} == {(1, 1, 2), (1, 1, 4), (1, 2, 2), (2, 1, 2)}
+    assert {(case["pipe"], case["data"], case["tensor"]) for case in together} == {(1, 1, 2), (1, 1, 4), (1, 2, 2), (2, 1, 2)}

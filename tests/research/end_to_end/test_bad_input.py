@@ -1,6 +1,6 @@
-"""What only a real launch can show of bad input: one sentence, once, exit code 2 through the launcher, no traceback.
+"""Bad input in real launches: one sentence, printed once, exit code 2 through the launcher, no traceback.
 
-What is refused by a single function is tested beside it: test_launch_front, test_checks, test_config, test_command_line, data/.
+What a single function refuses is tested with that function: config/test_checks.py, test_schema.py, test_overrides.py, data/.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from parallel.engines.engine import refuse_precision
 from research.data.token_store import TokenStore
-from tests.research.end_to_end.test_launch_errors import LAUNCH, launch
+from tests.research.end_to_end.test_launch_errors import LAUNCH, launch, slow
 from tests.research.helpers.example import sentence
 from tests.research.helpers.launches import ROOT, Ended, Place, run, slurm
 
@@ -31,7 +31,7 @@ def assert_refused(ended: Ended) -> str:
 
 @contextlib.contextmanager
 def occupied():
-    """A port on which somebody else listens."""
+    """A port on which another process listens."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen()
@@ -48,7 +48,7 @@ def test_a_taken_port_through_deepspeed(place: Place) -> None:
 
 
 def test_a_taken_port_through_srun() -> None:
-    """Rank 0, which would serve the others, is the one that can tell."""
+    """Rank 0, which would serve the others, reports it."""
     with occupied() as port:
         done = launch("--parallel.tensor", "2", **slurm(0, 2, port))
     assert (done.returncode, done.stdout) == (2, "")
@@ -66,7 +66,7 @@ def test_a_world_that_does_not_fit_through_deepspeed(place: Place, elsewhere) ->
 
 @pytest.mark.slow
 def test_a_corpus_of_nothing_through_deepspeed(place: Place, tmp_path) -> None:
-    """It has lines, so that it is found empty only when read: by both ranks, after both have met."""
+    """It has lines, so that it is found empty only when it is read: by both ranks, after they are connected."""
     nothing = tmp_path / "nothing.jsonl"
     nothing.write_text('{"text": ""}\n' * 3)
     ended = run(place, "deepspeed", 2, data__train=nothing, parallel__tensor=2)
@@ -76,7 +76,7 @@ def test_a_corpus_of_nothing_through_deepspeed(place: Place, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_token_outside_of_the_vocabulary(place: Place, alone: Ended, tmp_path) -> None:
-    """In a prepared store, where no tokenizer vouches for it."""
+    """In a prepared store, which no tokenizer has checked."""
     cache = tmp_path / "cache"
     shutil.copytree(place.path / "cache", cache)
     (file,) = cache.glob("*train.txt-*.bin")
@@ -91,13 +91,13 @@ def test_a_token_outside_of_the_vocabulary(place: Place, alone: Ended, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data.train": "missing.txt"}, "data.train = 'missing.txt'"),
         ({"data.validation": "empty.txt"}, "is empty"),
-        ({"schedule.batch_size": "7"}, "schedule.batch_size = 7 is not a multiple of"),
         ({"parallel.zero_stage": "2", "parallel.pipe": "2"}, "parallel.zero_stage = 2 does not work with parallel.pipe = 2"),
-        ({"parallel.pipe": "5"}, "parallel.pipe = 5 leaves stages without a block of model.num_layers = 4"),
-        ({"model.num_layers": "0"}, "model.num_layers = 0 does not work"),
-        ({"schedule.steps": "-1"}, "schedule.steps = -1 does not work"),
+        slow({"data.train": "missing.txt"}, "data.train = 'missing.txt'"),
+        slow({"schedule.batch_size": "7"}, "schedule.batch_size = 7 is not a multiple of"),
+        slow({"parallel.pipe": "5"}, "parallel.pipe = 5 leaves stages without a block of model.num_layers = 4"),
+        slow({"model.num_layers": "0"}, "model.num_layers = 0 does not work"),
+        slow({"schedule.steps": "-1"}, "schedule.steps = -1 does not work"),
     ],
 )
 def test_settings_that_cannot_work(changes: dict[str, str], words: str, tmp_path) -> None:
@@ -120,12 +120,12 @@ def test_fp16_where_the_device_has_none(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"gradient_clipping": 5.0}, "deepspeed.gradient_clipping = 5.0 contradicts optimizer.clip = 1.0 → set optimizer.clip instead"),
         (
             {"zero_optimization": {"stage": 2}},
             "deepspeed.zero_optimization.stage = 2 contradicts 1, which follows from parallel.zero_stage",
         ),
-        ({"bf16": {"enabled": True}}, "deepspeed.bf16 = {'enabled': True} contradicts precision"),
+        slow({"gradient_clipping": 5.0}, "deepspeed.gradient_clipping = 5.0 contradicts optimizer.clip = 1.0 → set optimizer.clip instead"),
+        slow({"bf16": {"enabled": True}}, "deepspeed.bf16 = {'enabled': True} contradicts precision"),
     ],
 )
 def test_a_deepspeed_table_that_contradicts_a_field(table: dict, words: str, tmp_path) -> None:
@@ -134,15 +134,15 @@ def test_a_deepspeed_table_that_contradicts_a_field(table: dict, words: str, tmp
     assert done.stderr.startswith(f"error  {words}") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("table", [{"memory_breakdown": True}, {"zero_optimization": {"overlap_comm": True}}])
+@pytest.mark.parametrize("table", [{"zero_optimization": {"overlap_comm": True}}, slow({"memory_breakdown": True})])
 def test_a_deepspeed_table_that_adds_or_waits_for_the_device(table: dict, tmp_path) -> None:
-    """What contradicts on a CPU and is the rule on a GPU is nothing to refuse before torch has looked."""
+    """A setting that contradicts on a CPU and is the default on a GPU cannot be refused before torch knows the device."""
     done = launch("--dry-run", file=own_experiment(tmp_path, table), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def own_experiment(tree: Path, table: dict) -> Path:
-    """launch.py of an experiment like gpt_sotu with a deepspeed table, in a tree of its own that borrows our packages."""
+    """launch.py of an experiment like gpt_sotu with a deepspeed table, in a tree of its own that links to our packages."""
     folder = tree / "experiments/mine"
     shutil.copytree(LAUNCH.parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
     file = folder / "config.py"

@@ -1,4 +1,4 @@
-"""Whichever process of a job is signalled, killed or stopped, and whenever: all of it ends in time, with a checkpoint if there can be one.
+"""A process of a job is signalled, killed or stopped, at any moment: the whole job ends in time, with a checkpoint if there can be one.
 
 Run with -s to see the seconds from the signal to the last process's end.
 """
@@ -25,38 +25,38 @@ from tests.research.helpers.launches import ROOT, Ended, Launch, Place, _environ
 pytestmark = pytest.mark.slow
 INT, TERM, USR1, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGKILL
 SLACK = 3
-"""A machine that is busy with something else takes longer than the 30 and 15 seconds that a job may take."""
+"""On a busy machine, a job may take this many times the 30 and 15 seconds that it may take on an idle one."""
 
 
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Held-out text that takes minutes to evaluate."""
+    """A validation text that takes minutes to evaluate."""
     path = tmp_path_factory.mktemp("text") / "long.jsonl"
     path.write_text("".join(json.dumps({"text": _sentence(number, 500)}) + "\n" for number in range(3000)))
     return path
 
 
-def signs(launch: Launch) -> list[dict[str, Any]]:
-    """What the ranks say of themselves."""
-    found = []
+def heartbeats(launch: Launch) -> list[dict[str, Any]]:
+    """The contents of the ranks' heartbeat files."""
+    contents = []
     for path in launch.place.runs.glob("*/*/logs/rank_*.alive.json"):
         if path.parents[1] / "run.json" not in launch.before:
-            found.append(json.loads(path.read_text()))
-    return found
+            contents.append(json.loads(path.read_text()))
+    return contents
 
 
 def evaluates(launch: Launch) -> bool:
-    return any(sign["doing"] == "validation" for sign in signs(launch))
+    return any(heartbeat["doing"] == "validation" for heartbeat in heartbeats(launch))
 
 
 def imports(launch: Launch) -> bool:
-    """Whether the last rank is in the middle of importing torch."""
+    """Whether the last rank is importing torch."""
     rank = launch.roles().get("rank 1")
     return rank is not None and "libtorch" in Path(f"/proc/{rank.pid}/maps").read_text()
 
 
 def come_to(moment: str, launch: Launch) -> None:
-    """Waits until the launch has come so far."""
+    """Waits until the launch has reached this moment."""
     if moment == "import":
         until(lambda: imports(launch))
     elif moment == "evaluation":
@@ -66,7 +66,7 @@ def come_to(moment: str, launch: Launch) -> None:
 
 
 def gone(launch: Launch, within: float) -> Ended:
-    """The end, once no process of the launch is left, orphans included."""
+    """Waits until no process of the launch is left, including orphans."""
     began = time.monotonic()
     while alive := launch.family():
         assert time.monotonic() - began < within * SLACK, alive
@@ -77,13 +77,13 @@ def gone(launch: Launch, within: float) -> Ended:
 
 
 def state(ended: Ended) -> tuple[str, str]:
-    """run.json's status and reason."""
+    """The status and the reason in run.json."""
     run = read_json(ended.folder.run)
     return run["status"], run.get("reason", "")
 
 
 def assert_saved(ended: Ended, moment: str) -> None:
-    """In an evaluation the one step before it, and no row of what was cut short."""
+    """There is a checkpoint. If the run stopped in an evaluation, it is of the step before, and the evaluation has no row."""
     if moment == "step":
         assert_kept(ended)
         return
@@ -175,7 +175,7 @@ def test_a_rank_is_killed(launcher: str, moment: str, victim: int, launched) -> 
     status, reason = state(ended)
     assert status == "failed" and reason.startswith(f"rank {victim} (process {rank.pid} on ") and "gone without a word" in reason
     assert f"error  {reason}" in ended.err
-    assert "/research/train.py" not in ended.err, "a traceback of ours"
+    assert "/research/training/" not in ended.err, "a traceback of ours"
 
 
 @pytest.mark.parametrize(("launcher", "victim"), [("deepspeed", 1), ("torchrun", 0)])
@@ -205,7 +205,7 @@ def test_a_rank_that_was_asked_to_end_does_not_wait_for_a_stopped_one(launched) 
 
 
 def test_a_run_whose_reader_has_left_goes_on_to_its_end(place: Place) -> None:
-    """`| head -1`, and `| tee log` after a Ctrl-C."""
+    """As in `launch.py | head -1`, and in `launch.py | tee log` after a Ctrl-C."""
     command = [sys.executable, "experiments/gpt_sotu/launch.py", *place.settings({})]
     with subprocess.Popen(command, cwd=ROOT, env=_environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline().startswith(b"gpt_sotu")

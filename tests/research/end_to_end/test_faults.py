@@ -1,4 +1,4 @@
-"""What can go wrong with a disk or a rank while a run trains: nothing is lost, and the run goes on bit for bit."""
+"""Faults of a disk or a rank while a run trains: nothing is lost, and the resumed run is equal bit for bit."""
 
 import functools
 import json
@@ -14,9 +14,9 @@ from tests.research.helpers import small_runs as r
 from tests.research.helpers.small_runs import PHASES, Ended, Stage
 
 BY_RANK_0 = ("begun", "before the manifest", "before the rename", "before latest", "before an old one goes")
-FAST = [("a file is complete", 1, 8), ("before latest", 0, 2)]
+FAST = [("before latest", 0, 2)]
 FILES = {"a file is begun": 3, "a file is complete": 3, "before the rename": 2}
-"""How often a rank enters such a moment in one save: a file each of weights and both moments; the folder and the one above it."""
+"""How often a rank enters a phase in one save: one file each for weights and both moments; the folder and its parent."""
 KILLS = [
     (phase, victim, save * FILES.get(phase, 1) + 1)
     for phase in PHASES
@@ -40,11 +40,12 @@ def whole(stage: Stage) -> Ended:
     ("phase", "victim", "times"),
     [
         *FAST,
+        pytest.param("a file is complete", 1, 8, marks=pytest.mark.slow),
         *(pytest.param(phase, victim, (times - 1) * FILES.get(phase, 1) + 1, marks=pytest.mark.slow) for phase, victim, times in KILLS),
     ],
 )
 def test_kill_9_in_a_save(stage: Stage, whole: Ended, phase: str, victim: int, times: int) -> None:
-    """Whatever the moment, what is left is a whole checkpoint (or, in the first save, perhaps none), and the run goes on from it."""
+    """In every phase a whole checkpoint is left (or, in the first save, perhaps none), and the run resumes from it."""
     name = f"killed_{phase}_{victim}_{times}".replace(" ", "_")
     killed = stage.run(name, 2, prelude=functools.partial(r.killed_in_a_save, phase, victim, times), model=r.DROPS, parallel={"tensor": 2})
     assert killed.codes[victim] == -9 and all(killed.codes)
@@ -86,7 +87,7 @@ def test_preflight_refuses_before_the_first_step(stage: Stage, prelude, said: st
 @pytest.mark.slow
 @pytest.mark.parametrize("offset", range(4))
 def test_flipped_bits_are_found_before_a_step(stage: Stage, whole: Ended, offset: int) -> None:
-    """Through the loop; all 100 random offsets are in tests/parallel."""
+    """Through the training loop; tests/parallel tests 100 random offsets."""
     import shutil
 
     place = stage.place / f"flipped_{offset}"

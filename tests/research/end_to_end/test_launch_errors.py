@@ -1,4 +1,7 @@
-"""launch.py before torch, in real processes: one sentence, exit code 2, at once, from rank 0; later from a rank that was left alone."""
+"""Errors that launch.py reports before it imports torch, in real processes: rank 0 prints one sentence and exits with code 2 at once.
+
+A rank that no launcher ends prints it later.
+"""
 
 import os
 import shutil
@@ -29,15 +32,19 @@ def launch(*argv: str, file: Path = LAUNCH, cwd: Path = ROOT, flags: tuple[str, 
     return subprocess.run(command, cwd=cwd, env=environment(**environ), capture_output=True, text=True, timeout=60)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--model.num_head", "3"], "model.num_head is not a setting → did you mean model.num_heads?"),
-        (["--parallel.tensor", "5"], "parallel.tensor = 5 does not divide model.num_heads = 6 → use 1, 2, 3 or 6"),
-        (["--data.train", "no.txt"], "data.train = 'no.txt'"),
-        (["--model.vocab_size", "8"], "model.vocab_size = 8 has no room for"),
-        (["--model.norm", "variant:Mine"], "model.norm = 'variant:Mine' but"),
         (["--parallel.tensor", "2"], "parallel.pipe × parallel.tensor = 1 × 2 = 2 needs 2 ranks, the world has 1 → launch with"),
+        (["--model.vocab_size", "8"], "model.vocab_size = 8 has no room for"),
+        slow(["--parallel.tensor", "5"], "parallel.tensor = 5 does not divide model.num_heads = 6 → use 1, 2, 3 or 6"),
+        slow(["--data.train", "no.txt"], "data.train = 'no.txt'"),
+        slow(["--model.norm", "variant:Mine"], "model.norm = 'variant:Mine' but"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv: list[str], said: str, tmp_path: Path) -> None:
@@ -60,7 +67,7 @@ def test_a_mistake_in_the_file(tmp_path: Path) -> None:
     assert done.stderr.endswith(": model.num_head is not a setting → did you mean model.num_heads?\n")
 
 
-@pytest.mark.parametrize("argv", [["--model.num_head", "3"], ["--dry-run"], ["--help"]])
+@pytest.mark.parametrize("argv", [["--dry-run"], slow(["--model.num_head", "3"]), slow(["--help"])])
 def test_torch_is_not_imported(argv: list[str]) -> None:
     imported = {line.rpartition("|")[2].strip() for line in launch(*argv, flags=IMPORTS).stderr.splitlines()}
     assert "research.launch" in imported
@@ -68,25 +75,25 @@ def test_torch_is_not_imported(argv: list[str]) -> None:
 
 
 def test_it_is_refused_within_two_seconds() -> None:
-    """The best of three, since the machine may be busy; half a second on one that is not."""
+    """Within half a second on an idle machine. On a busy one, one of three attempts is enough."""
     times = []
-    for _ in range(3):
+    while len(times) < 3 and min(times, default=2) >= 2:
         start = time.monotonic()
         assert launch("--model.num_head", "3").returncode == 2
         times.append(time.monotonic() - start)
     assert min(times) < 2
 
 
-def test_rank_1_leaves_the_word_to_rank_0() -> None:
+def test_rank_1_leaves_the_error_message_to_rank_0() -> None:
     command = [sys.executable, str(LAUNCH), "--local_rank=1", "--model.num_head", "3"]
     process = subprocess.Popen(command, env=environment(**RANK_1), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=4)
-    process.terminate()  # as the launcher does once rank 0 has left
+        process.wait(timeout=2.5)  # rank 0 takes half a second
+    process.terminate()  # as the launcher does once rank 0 has exited
     assert process.communicate(timeout=20) == (b"", b"")
 
 
-def test_a_rank_left_alone_speaks_in_the_end(capsys) -> None:
+def test_a_rank_that_no_launcher_ends_prints_it_in_the_end(capsys) -> None:
     start = time.monotonic()
     with pytest.raises(SystemExit) as left:
         refuse(Mistake("a = 1 → use 2"), rank=3, patience=0.2)
@@ -123,8 +130,8 @@ def test_two_ranks_are_described_as_two() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--parallel.sequence", "pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-1 · fp32"),
-        ("--parallel.recompute selective", "pipe 1 × data 1 × tensor 2 · ZeRO-1 · fp32 · selective recomputation"),
+        slow("--parallel.sequence", "pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-1 · fp32"),
+        slow("--parallel.recompute selective", "pipe 1 × data 1 × tensor 2 · ZeRO-1 · fp32 · selective recomputation"),
         (
             "--parallel.sequence --parallel.zero_stage 2 --parallel.offload_optimizer --parallel.recompute full",
             "pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-2 · optimizer in host memory · fp32 · full recomputation",
@@ -139,7 +146,7 @@ def test_what_the_layout_line_says(arguments: str, said: str) -> None:
 
 
 def test_help_needs_no_layout_that_works(tmp_path: Path) -> None:
-    """`python launch.py --help` teaches even where the experiment itself wants four ranks."""
+    """`python launch.py --help` works even if the experiment itself needs four ranks."""
     folder = tmp_path / "experiments/wide"
     shutil.copytree(LAUNCH.parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "config.py").write_text((folder / "config.py").read_text().replace("tensor=1, pipe=1", "tensor=2, pipe=2"))

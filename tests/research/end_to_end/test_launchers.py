@@ -1,4 +1,4 @@
-"""Every launcher starts the same experiment from any folder, and the layout it starts does not change a number."""
+"""Every launcher starts the same experiment from any folder, and neither the launcher nor the layout changes a number."""
 
 import pytest
 
@@ -17,7 +17,7 @@ OTHER_WAYS = [
 
 
 def assert_same_experiment(found: Ended, expected: Ended) -> None:
-    """Row by row, all numbers that do not depend on the clock."""
+    """All numbers that do not depend on the clock are equal, row by row."""
     assert found.code == 0, found.err
     assert found.status == "finished"
     for key in COMPARED:
@@ -26,9 +26,9 @@ def assert_same_experiment(found: Ended, expected: Ended) -> None:
         assert found.column(key) == expected.column(key), key
 
 
-@pytest.mark.parametrize(("launched_by", "layout"), [("tensor_2", (1, 1, 2)), ("pipe_2", (2, 1, 1)), ("data_2", (1, 2, 1))])
-def test_the_launcher_and_the_layout_change_nothing(launched_by: str, layout: tuple, alone: Ended, request) -> None:
-    found: Ended = request.getfixturevalue(launched_by)
+@pytest.mark.parametrize(("launcher", "layout"), [("deepspeed", (1, 1, 2)), ("torchrun", (2, 1, 1)), ("srun", (1, 2, 1))])
+def test_the_launcher_and_the_layout_change_nothing(launcher: str, layout: tuple, alone: Ended, by_launcher: dict[str, Ended]) -> None:
+    found = by_launcher[launcher]
     assert found.code == 0, found.err
     assert "layout   pipe {} × data {} × tensor {} · ZeRO-1 · fp32\n".format(*layout) in found.out
     assert "machine  1 node × 2 ranks · cpu" in found.out

@@ -1,6 +1,6 @@
 """Real weights: SmolLM2-135M-Instruct's GGUF file, imported, sliced over ranks, with the perplexity and the answer of transformers.
 
-9 heads and 3 kv heads are not for 2 tensor ranks; 2 stages and 3 tensor ranks are.
+9 heads and 3 kv heads do not fit 2 tensor ranks; they fit 2 stages and 3 tensor ranks.
 """
 
 import json
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2" / "valid.txt"
 TOKENS = 2048
 PERPLEXITY, WITHIN = 12.97, 0.05
-"""Of the first TOKENS tokens of WikiText-2's validation split, one window, every token but the first predicted once."""
+"""Perplexity of the first TOKENS tokens of WikiText-2's validation split in one window; every token but the first is predicted once."""
 QUESTION = "What is the capital of France?"
 
 
@@ -59,7 +59,7 @@ def prefix(smollm2: RunFolder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def their_perplexity(prefix: Path) -> float:
-    """transformers' own reading of the same file, in fp64 from the logits on."""
+    """The perplexity by transformers, which reads the same file, in fp64 from the logits on."""
     ids = torch.from_numpy(TokenStore(prefix).tokens.astype(np.int64))[None]
     with GGUFFile(gguf_file()) as file, torch.no_grad():
         logits = parity.their_gguf_logits(file.path, file.config)(ids)
@@ -133,7 +133,7 @@ def asked(run: RunFolder) -> str:
 
 @pytest.mark.parametrize("tensor", [1, 3])
 def test_it_knows_the_capital_of_france(tensor: int, smollm2: RunFolder) -> None:
-    """As a person asks on a command line; greedy."""
+    """As a person asks on a command line, with greedy sampling."""
     options = ["--prompt", asked(smollm2), "--max_new_tokens", "12", "--tensor", str(tensor), "--json"]
     command = [sys.executable, "-m", "research", "generate", str(smollm2.path), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -142,7 +142,7 @@ def test_it_knows_the_capital_of_france(tensor: int, smollm2: RunFolder) -> None
 
 
 def test_with_its_markers_as_tokens_it_answers_and_stops(smollm2: RunFolder) -> None:
-    """As it was trained to: <|im_start|> is one token then, where a prompt of `generate` takes markers for the letters that they are."""
+    """As in its training, <|im_start|> is one token. In a prompt of `generate`, markers are ordinary text."""
     words = AutoTokenizer.from_pretrained(smollm2.path / "tokenizer")
     ids = words(asked(smollm2), return_tensors="pt").input_ids
     asked_for = ids.shape[1]
@@ -163,7 +163,7 @@ def test_two_tensor_ranks_are_refused_with_what_works(smollm2: RunFolder) -> Non
 
 
 def test_it_is_trained_further_from_its_weights(smollm2: RunFolder, tmp_path: Path) -> None:
-    """Two steps on short windows of the experiment that the import made: the loss begins where a trained model is."""
+    """Two steps on short windows of the experiment that the import made: the first loss is that of a trained model."""
     folder = smollm2.path.parents[2] / "tree" / "experiments" / "smollm2"
     assert subprocess.run([sys.executable, str(folder / "launch.py"), "--dry-run"], capture_output=True, timeout=60).returncode == 0
 

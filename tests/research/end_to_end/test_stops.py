@@ -1,5 +1,7 @@
-"""Ctrl-C at every moment of a run: it ends with a checkpoint or at once, leaves no process, and shows no traceback of ours."""
+"""Ctrl-C at every moment of a run: the run ends with a checkpoint or at once, leaves no process, and shows no traceback of ours."""
 
+import json
+import os
 import signal
 import socket
 import time
@@ -13,16 +15,17 @@ from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import latest
 from parallel.checkpoint.reader import Reader
 from research.tracking import metrics
+from tests.research.helpers import small_runs
 from tests.research.helpers.launches import LIMIT, Ended, Launch, free_port, slurm
 from tests.research.tracking.test_tracker import logged
 
 LONG = {"schedule__steps": 100_000, "schedule__validate_every": 0, "schedule__log_every": 1}
 TRAINING = "\n    2 "
-"""The terminal's line of the second step has begun."""
+"""The beginning of the terminal's line of the second step."""
 
 
 def stopped(launch: Launch, gone_within: float = 40.0) -> Ended:
-    """Ctrl-C, the end, and the proof that no process is left. The command itself may be back before its ranks are done."""
+    """Sends Ctrl-C, waits for the end, and proves that no process is left. The command itself may end before its ranks do."""
     family = launch.family()
     launch.interrupt()
     for process in launch.processes:
@@ -35,7 +38,7 @@ def stopped(launch: Launch, gone_within: float = 40.0) -> Ended:
 
 
 def assert_kept(ended: Ended) -> None:
-    """A whole checkpoint of the step it stopped after, and a closed record."""
+    """There is a whole checkpoint of the step after which the run stopped, and its record is closed."""
     assert ended.status == "interrupted"
     steps = ended.column("progress/step")
     with Reader(latest(ended.folder.checkpoints)) as reader:
@@ -46,6 +49,26 @@ def assert_kept(ended: Ended) -> None:
     assert "\nsaved " in ended.out and "\nnext " in ended.out
 
 
+def interrupted_in_step_2(rank: int) -> None:
+    """Every rank gets SIGINT before step 2, as from a terminal."""
+    small_runs.before_step(rank, 2, lambda monitor: os.kill(os.getpid(), signal.SIGINT))
+
+
+def test_ctrl_c_while_two_ranks_train(tmp_path) -> None:
+    """On forked ranks; through launchers it is tested below."""
+    ended = small_runs.Stage(tmp_path).run("interrupted", 2, prelude=interrupted_in_step_2, parallel={"tensor": 2})
+    assert set(ended.codes) == {130}, ended.said
+    assert json.loads(ended.folder.run.read_text())["status"] == "interrupted"
+    with Reader(latest(ended.folder.checkpoints)) as reader:
+        reader.check()
+    assert reader.facts["step"] == checkpoint_folder.step_of(reader.folder) == max(ended.rows()) == 2
+    assert ended.folder.loss_png.is_file()
+    assert "\nended  after 2 of 12 steps" in ended.said
+    assert "\nsaved " in ended.said and "\nnext " in ended.said
+    assert "Traceback" not in ended.said and "error" not in ended.said
+
+
+@pytest.mark.slow
 def test_ctrl_c_while_python_trains(launched) -> None:
     launch = launched("python", **LONG)
     launch.wait_for(TRAINING)
@@ -56,7 +79,7 @@ def test_ctrl_c_while_python_trains(launched) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_while_deepspeed_trains(launched) -> None:
-    """All of its processes get the signal at once, and the ranks SIGTERM right after it from their launcher."""
+    """All of its processes get the signal at once, and the ranks get SIGTERM from their launcher right after it."""
     launch = launched("deepspeed", 2, parallel__tensor=2, track__mode="offline", **LONG)
     launch.wait_for(TRAINING)
     ended = stopped(launch)
@@ -67,7 +90,7 @@ def test_ctrl_c_while_deepspeed_trains(launched) -> None:
 
 
 def assert_mirrored(ended: Ended) -> None:
-    """One offline W&B run with every row of the run's files, though the launcher ended W&B's own process together with the ranks."""
+    """There is one offline W&B run with every row of the run's files, although the launcher ended W&B's process together with the ranks."""
     (offline,) = ended.folder.wandb.glob("offline-run-*")
     rows, samples = list(metrics.read(ended.folder.metrics)), list(metrics.read(ended.folder.samples))
     assert [row["progress/step"] for row in logged(ended.folder)] == [row["progress/step"] for row in [*rows, *samples]]
@@ -75,7 +98,7 @@ def assert_mirrored(ended: Ended) -> None:
 
 
 def assert_no_traceback_of_ours(ended: Ended) -> None:
-    """DeepSpeed's runner shows where its own wait was interrupted; nothing else may."""
+    """The only traceback is that of DeepSpeed's runner, which shows where its own wait was interrupted."""
     for text in ended.err.split("Traceback (most recent call last):")[1:]:
         assert "deepspeed/launcher/runner.py" in text and text.rstrip().endswith("KeyboardInterrupt"), ended.err
     assert "Traceback" not in ended.out
@@ -83,7 +106,7 @@ def assert_no_traceback_of_ours(ended: Ended) -> None:
 
 
 def test_ctrl_c_while_python_imports_torch(launched) -> None:
-    """Before there is anything to save it ends at once, by the signal itself (a shell calls that 130)."""
+    """Before there is anything to save, the process ends at once, by the signal itself (a shell reports 130)."""
     launch = launched("python", **LONG)
     until(lambda: "libtorch" in Path(f"/proc/{launch.processes[0].pid}/maps").read_text())
     ended = stopped(launch, gone_within=10.0)
@@ -91,7 +114,7 @@ def test_ctrl_c_while_python_imports_torch(launched) -> None:
 
 
 def test_ctrl_c_while_a_rank_waits_for_the_others(launched) -> None:
-    """One task of two that never sees the other: it waits inside torch, where no Python runs."""
+    """One task of two, whose other task never starts: it waits inside torch, where no Python code runs."""
     port = free_port()
     launch = launched("python", environ=slurm(0, 2, port), **LONG)
     until(lambda: listening(port))

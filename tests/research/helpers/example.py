@@ -1,4 +1,4 @@
-"""A small experiment for tests of everything that needs one, and a way to catch the sentence of a Mistake."""
+"""A small experiment for tests, and a helper that returns the message of a Mistake."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,19 +46,19 @@ SCHEDULE: dict[str, Any] = {"steps": 300, "batch_size": 16, "micro_batch_size": 
 
 
 def example(**groups: dict[str, Any]) -> Experiment:
-    """The example with changes per group: example(model={"num_heads": 3}, parallel={"tensor": 3})."""
-    given = {name: groups.pop(name, {}) for name in ("model", "schedule", "optimizer", "parallel")}
+    """The example with changes by group: example(model={"num_heads": 3}, parallel={"tensor": 3})."""
+    changes = {name: groups.pop(name, {}) for name in ("model", "schedule", "optimizer", "parallel")}
     return Experiment(
         **{
             "question": "does it work?",
             "parent": None,
-            "model": GPT(**MODEL | given["model"]),
+            "model": GPT(**MODEL | changes["model"]),
             "data": Data(
                 train="builtin:state_of_the_union/train", validation="builtin:state_of_the_union/val", tokenizer="builtin:bpe-8192"
             ),
-            "schedule": Schedule(**SCHEDULE | given["schedule"]),
-            "optimizer": Optimizer(**OPTIMIZER | given["optimizer"]),
-            "parallel": Parallel(**given["parallel"]),
+            "schedule": Schedule(**SCHEDULE | changes["schedule"]),
+            "optimizer": Optimizer(**OPTIMIZER | changes["optimizer"]),
+            "parallel": Parallel(**changes["parallel"]),
             "precision": "fp32",
             "seed": 1,
         }
@@ -67,10 +67,10 @@ def example(**groups: dict[str, Any]) -> Experiment:
 
 
 def sentence(act: Callable[[], Any]) -> str:
-    """What the Mistake that `act` raises says: one line."""
+    """The message of the Mistake that `act` raises, which must be one line with a way out (→)."""
     with pytest.raises(Mistake) as caught:
         act()
-    said = str(caught.value)
-    assert "\n" not in said
-    assert "→" in said
-    return said
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "→" in message
+    return message

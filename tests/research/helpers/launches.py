@@ -1,4 +1,4 @@
-"""Starts a tiny experiment through a real launcher, in processes of its own that none outlives, and keeps what it said and left."""
+"""Starts a tiny experiment through a real launcher, and keeps its output and its run folder. No process outlives its launch."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ from research.tracking import metrics
 from research.tracking.run_folder import RunFolder
 
 MARK = "TESSERA_TEST_LAUNCH"
-"""A variable that all processes of one launch inherit, with a value of its own."""
+"""An environment variable that all processes of one launch inherit. Its value is unique to the launch."""
 LIMIT = 240.0
-"""Seconds until a launch is killed with all its processes; on two idle cores one takes ten to twenty."""
+"""Seconds until a launch is killed with all its processes. On two idle cores a launch takes ten to twenty."""
 NOT_OURS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "OMPI_", "TORCHELASTIC_", "WANDB_", "DS_", "OMP_", "PYTHON")
 WORDS = ("budget", "congress", "energy", "health", "jobs", "nation", "of", "peace", "people", "state", "the", "union", "war", "world")
 
@@ -48,12 +48,12 @@ TINY: dict[str, Any] = {
     "optimizer.warmup_steps": 2,
     "track.mode": "disabled",
 }
-"""A model of 30 thousand parameters for six steps. No tensor degree divides its vocabulary, so that padding is at work."""
+"""A model of 30 thousand parameters for six steps. No tensor degree divides its vocabulary, so that it is padded."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """One launch that is over: its exit code (srun: the largest), what it wrote, and its run's folder if it made one."""
+    """A launch that has ended: its exit code (of srun the largest), its output, and its run folder if it made one."""
 
     code: int
     out: str
@@ -79,7 +79,7 @@ class Ended:
 
 
 class Place:
-    """A folder of its own with two small texts, an empty home, a cache that launches share, and their run folders."""
+    """A folder with two small texts, an empty home, and a cache and run folders that its launches share."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.home, self.runs = path, path / "home", path / "runs"
@@ -97,7 +97,7 @@ class Place:
 
 
 class Launch:
-    """A launch under way."""
+    """A launch that is running."""
 
     def __init__(self, place: Place, commands: list[list[str]], cwd: Path, environs: list[dict[str, str]]) -> None:
         place.launches += 1
@@ -114,7 +114,7 @@ class Launch:
         return "".join(path.with_suffix(f".{kind}").read_text(errors="replace") for path in self.streams)
 
     def wait_for(self, words: str, limit: float = LIMIT) -> None:
-        """Until standard output has these words."""
+        """Waits until standard output contains these words."""
         deadline = time.monotonic() + limit
         while words not in self.said():
             over = time.monotonic() > deadline or all(process.poll() is not None for process in self.processes)
@@ -124,29 +124,29 @@ class Launch:
             time.sleep(0.05)
 
     def family(self) -> list[psutil.Process]:
-        """Every process of this launch that is alive, orphans too: all have inherited its mark."""
-        found = []
+        """Every process of this launch that is alive, including orphans: all have inherited its mark."""
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def roles(self) -> dict[str, psutil.Process]:
-        """The living by what they are: command (deepspeed, torchrun), launch.py (DeepSpeed's), rank 0, rank 1 …; others by name."""
-        found = {}
+        """The living processes by role: command (deepspeed, torchrun), launch.py (DeepSpeed's), rank 0, rank 1 …; others by name."""
+        roles = {}
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                found[_role(process)] = process
-        return found
+                roles[_role(process)] = process
+        return roles
 
     def interrupt(self) -> None:
-        """Ctrl-C as a terminal does it: SIGINT to every process of the foreground group."""
+        """Ctrl-C as a terminal sends it: SIGINT to every process of the foreground group."""
         for process in self.processes:
             os.killpg(process.pid, signal.SIGINT)
 
     def wait(self, limit: float = LIMIT) -> Ended:
-        """The end, or a failure that shows what was said if it does not come in time."""
+        """Waits for the end of the launch. Fails with the output so far if it does not come in time."""
         deadline = time.monotonic() + limit
         try:
             codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
@@ -154,14 +154,15 @@ class Launch:
             raise AssertionError(f"still running after {limit:.0f} s\n{self.said()}\n{self.said('err')}") from None
         finally:
             self.kill()
-        made = sorted(set(self.place.runs.glob("*/*/run.json")) - self.before)
-        folders = {path.parent.resolve() for path in made}
+        folders = {path.parent.resolve() for path in set(self.place.runs.glob("*/*/run.json")) - self.before}
+        if len(folders) > 1:  # of launches side by side: this one's folder stands in its header
+            folders = {folder for folder in folders if f"{os.sep}{folder.name}\n" in self.said()}
         assert len(folders) <= 1, folders
         run = RunFolder(folders.pop()) if folders else None
         return Ended(max(codes, key=abs), self.said(), self.said("err"), time.monotonic() - self.began, run)
 
     def kill(self) -> None:
-        """Every process of this launch that is still there."""
+        """Kills every process of this launch that is still running."""
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -179,7 +180,7 @@ def launch(
     port: int = 0,
     **changes: Any,
 ) -> Launch:
-    """Start `experiments/EXPERIMENT/launch.py`; `changes` are settings with __ for the dot: parallel__tensor=2."""
+    """Starts `experiments/EXPERIMENT/launch.py`. `changes` are settings with __ for the dot: parallel__tensor=2."""
     file = ROOT / f"experiments/{experiment}/launch.py"
     settings = {name.replace("__", "."): value for name, value in changes.items()}
     words = [str(file.relative_to(ROOT) if cwd == ROOT else file), *place.settings(settings)]
@@ -190,12 +191,12 @@ def launch(
 
 
 def run(place: Place, *arguments: Any, limit: float = LIMIT, **settings: Any) -> Ended:
-    """`launch`, and its end."""
+    """Launches, and waits for the end."""
     return launch(place, *arguments, **settings).wait(limit)
 
 
 def free_port() -> int:
-    """A port that nobody listens on at this moment."""
+    """A port on which no process listens at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -210,26 +211,26 @@ def _launcher(name: str, ranks: int, port: int) -> list[str]:
 
 
 def _command(script: str, module: str) -> list[str]:
-    """The script beside this interpreter, which is what a person types; where it is not, its module."""
+    """The script beside this interpreter, which a person would type; its module if there is no script."""
     beside = Path(sys.executable).with_name(script)
     return [str(beside)] if beside.is_file() else [sys.executable, "-m", module]
 
 
 def slurm(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What srun tells a task of a step on one node."""
+    """The environment variables that srun sets for a task of a step on one node."""
     step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_STEP_NODELIST": "127.0.0.1"}
     counts = {"SLURM_NTASKS": str(ranks), "SLURM_STEP_TASKS_PER_NODE": str(ranks), "SLURM_NNODES": "1"}
     return step | counts | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "MASTER_PORT": str(port)}
 
 
 def _environment(place: Place) -> dict[str, str]:
-    """As in a new terminal of somebody with an empty home and no W&B account."""
+    """The environment of a new terminal, with an empty home and no W&B account."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
     return kept | {"HOME": str(place.home), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def _role(process: psutil.Process) -> str:
-    """By the script or module that it runs."""
+    """A process's role, by the script or module that it runs."""
     script = next((word for word in process.cmdline()[1:] if not word.startswith("-")), "")
     if script == "deepspeed.launcher.launch":
         return "launch.py"
@@ -240,7 +241,7 @@ def _role(process: psutil.Process) -> str:
 
 
 def _start(command: list[str], cwd: Path, environ: dict[str, str], stream: Path) -> subprocess.Popen:
-    """In a session of its own, its output in files: a pipe would keep the reader waiting for orphans."""
+    """Starts the command in a session of its own, with its output in files: with a pipe, the reader would wait for orphans."""
     with stream.with_suffix(".out").open("wb") as out, stream.with_suffix(".err").open("wb") as err:
         return subprocess.Popen(command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
 

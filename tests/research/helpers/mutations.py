@@ -1,7 +1,4 @@
-"""Things that one can get wrong in composed parallelism, one function each, applied inside every rank before it trains.
-
-Names of layouts and parameters below say where the damage must be seen.
-"""
+"""Errors that one can make in composed parallelism, one function each. A test applies one inside every rank before the rank trains."""
 
 import functools
 from collections.abc import Callable
@@ -46,7 +43,7 @@ def slices_unmarked() -> None:
 
 
 def bias_before_the_sum() -> None:
-    """The row bias is added on each rank, and so counted once a rank."""
+    """The row bias is added on each rank, and so counted once per rank."""
     linear.RowParallelLinear.forward = lambda self, x: self.region.leave(torch.nn.functional.linear(x, self.weight, self.bias))
 
 
@@ -56,18 +53,18 @@ def norms_not_summed_over_positions() -> None:
 
 
 def row_bias_not_summed_over_positions() -> None:
-    """Likewise the row bias."""
+    """Under sequence parallelism each rank keeps the row bias gradient of its own positions."""
     linear.copy_to_tensor_ranks = lambda x, group: x
 
 
 def positions_of_rank_one_shifted() -> None:
-    """One rank's slice of the sequence starts a place too late."""
+    """On rank 1 the positions are counted from one too low."""
     first = region.SequenceParallelRegion.first_position
     region.SequenceParallelRegion.first_position = lambda self, x: max(0, first(self, x) - (self.group.rank() == 1))
 
 
 def drawn_per_rank() -> None:
-    """Each rank draws its projections from a seed of its own."""
+    """Each rank initialises its projections from a different seed."""
     draw = GPT2Init.inner
 
     def own(self, name, shape):
@@ -80,8 +77,8 @@ def means_of_means() -> None:
     """Each micro-batch is averaged over its own unmasked tokens."""
     share = training.share_of
 
-    def own_mean(experiment, step, grid, cut):
-        for batch in share(experiment, step, grid, cut):
+    def own_mean(experiment, step, grid, case):
+        for batch in share(experiment, step, grid, case):
             mask = (batch.weights > 0).float()
             yield MicroBatch(batch.ids, batch.targets, mask / mask.sum(), batch.context)
 
@@ -92,9 +89,9 @@ def accumulation_forgotten() -> None:
     """Weights are not multiplied by the number of accumulated micro-batches, by which the engine then divides."""
     share = training.share_of
 
-    def small(experiment, step, grid, cut):
-        for batch in share(experiment, step, grid, cut):
-            yield batch._replace(weights=batch.weights / cut.accumulated)
+    def small(experiment, step, grid, case):
+        for batch in share(experiment, step, grid, case):
+            yield batch._replace(weights=batch.weights / case.accumulated)
 
     training.share_of = small
 
@@ -106,7 +103,7 @@ def everyone_reads_the_first_share() -> None:
     class First:
         data_rank = 0
 
-    training.share_of = lambda experiment, step, grid, cut: share(experiment, step, First, cut)
+    training.share_of = lambda experiment, step, grid, case: share(experiment, step, First, case)
 
 
 def padding_gets_probability() -> None:
@@ -132,7 +129,7 @@ def smoothing_over_own_rows() -> None:
 
 
 def dropout_by_local_position() -> None:
-    """The mask is keyed on where a token lies on this rank, not in the sequence."""
+    """The dropout mask is keyed on the position of a token on this rank, not in the sequence."""
     forward = Dropout.forward
 
     def local(self, x, samples):
@@ -146,7 +143,7 @@ def dropout_by_local_position() -> None:
 
 
 def dropout_by_local_feature() -> None:
-    """Every rank drops the same of its own features."""
+    """Every rank applies the same dropout mask to its own features."""
     build = Dropout.__init__
 
     def local(self, *arguments, **settings):
@@ -176,7 +173,7 @@ def tied_copies_not_summed() -> None:
 
 
 def context_lost_on_the_way() -> None:
-    """The sample numbers that a block reads are not its own batch's."""
+    """The sample numbers that a block reads are not those of its batch."""
     step = layers.apply_layer
 
     def shifted(layer, call, passed):
@@ -200,16 +197,16 @@ def shared_head_counted_twice() -> None:
 
 
 def shared_head_of_own_queries() -> None:
-    """The gradient of a kv head that several ranks use holds one rank's uses only."""
+    """The gradient of a kv head that several ranks use contains the uses of one rank only."""
     attention.gather_shared = collectives.conjugate(collectives.all_gather(-1), collectives.split(-1))
 
 
 def train_mutated(name: str, folder: Path) -> None:
-    """What a rank runs: the mutation, then the training that `verify` runs."""
+    """The function that a rank runs: the mutation, then the training of `verify`."""
     globals()[name]()
     training.on_rank(folder)
 
 
 def mutated(mutation: Callable[[], None]) -> Callable[[Path], None]:
-    """The training of `verify` with one thing broken."""
+    """The training of `verify` with one mutation."""
     return functools.partial(train_mutated, mutation.__name__)

@@ -1,4 +1,4 @@
-"""Small real runs on forked ranks for tests of resuming, and what can be done to them on the way."""
+"""Small real runs on forked ranks, for tests of resuming and of faults, and the faults that tests cause in them."""
 
 import math
 import os
@@ -22,28 +22,28 @@ from tests.harness import start_server
 
 DROPS = {f"{place}_dropout": 0.1 for place in ("embedding", "residual", "mlp", "attention")}
 LIMIT, GRACE = 240.0, 10.0
-"""Seconds until a rehearsal is killed (on two idle cores one takes two to five), and of ranks that outlive another."""
+"""Seconds until a small run is killed (on two idle cores one takes two to five), and until ranks that survive a failed one are ended."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """One start that is over: the ranks' exit codes, what they said, the run's folder."""
+    """A small run that has ended: the ranks' exit codes, what they printed, the run's folder."""
 
     codes: list[int]
     said: str
     folder: RunFolder
 
     def rows(self, key: str = "train/loss") -> dict[int, float]:
-        """step -> value, a step's last where it has several."""
+        """step -> value; the last one if a step has several rows."""
         return {row["progress/step"]: row[key] for row in metrics.read(self.folder.metrics) if key in row}
 
     def hexes(self, key: str = "train/loss") -> dict[int, str]:
-        """The same, as hexadecimal floats."""
+        """`rows`, with values as hexadecimal floats."""
         return {step: float(value).hex() for step, value in self.rows(key).items()}
 
 
 class Stage:
-    """A place with small texts, where runs of one experiment are rehearsed; `name` keeps their folders apart."""
+    """A folder with small texts for small runs of one experiment. Runs with different names have different folders of runs."""
 
     def __init__(self, place: Path, experiment: str = "gpt_sotu") -> None:
         start_server()  # the tests' own, which has more imported; forked_ranks forks from whichever runs
@@ -54,43 +54,43 @@ class Stage:
         return small_run.small(self.loaded, self.place, {**changes, "track": {"runs": str(self.place / name), **changes.get("track", {})}})
 
     def run(self, name: str, world: int = 1, resume: str = "never", prelude: Callable[[int], None] | None = None, **changes: Any) -> Ended:
-        """One start to its end. `changes`: settings by group, e.g. parallel={"tensor": 2}."""
+        """Starts a small run and waits for its end. `changes` are settings by group, e.g. parallel={"tensor": 2}."""
         loaded, output = self.small(name, changes), self.place / f"{name}.txt"
         before = output.stat().st_size if output.exists() else 0
-        under_way = small_run.begin(small_run.Start(loaded, world, output, resume, prelude))
+        ranks = small_run.start(loaded, world, output, resume, prelude)
         try:
-            _wait_for(under_way)
-            codes = [-1 if process.exitcode is None else process.exitcode for process in under_way]
+            _wait_for(ranks)
+            codes = [-1 if process.exitcode is None else process.exitcode for process in ranks]
         finally:
-            forked_ranks.end(under_way)
+            forked_ranks.end(ranks)
         said = output.read_bytes()[before:].decode(errors="replace")
-        return Ended(codes, said, small_run.newest(loaded.experiment))
+        return Ended(codes, said, small_run.newest_run(loaded.experiment))
 
 
-def _wait_for(under_way: list) -> None:
-    """Their ends; once one has failed, the others have the ten seconds that a launcher would leave them."""
+def _wait_for(ranks: list) -> None:
+    """Waits until all ranks have ended. Once one has failed, the others have GRACE seconds left, as under a launcher."""
     deadline = time.monotonic() + LIMIT
-    while (waiting := [process for process in under_way if process.exitcode is None]) and time.monotonic() < deadline:
+    while (waiting := [process for process in ranks if process.exitcode is None]) and time.monotonic() < deadline:
         wait([process.sentinel for process in waiting], timeout=max(0.0, deadline - time.monotonic()))
-        if any(process.exitcode for process in under_way):
+        if any(process.exitcode for process in ranks):
             deadline = min(deadline, time.monotonic() + GRACE)
 
 
 def bits(folder: RunFolder) -> dict[str, bytes]:
-    """Every tensor of the newest checkpoint as bytes, by file key, read with safetensors alone; files of one layout only."""
+    """Every tensor of the newest checkpoint as bytes, by file and key, read with safetensors alone. For files of one layout only."""
     newest = folder.checkpoints / (folder.checkpoints / "latest").read_text()
-    found = {}
+    tensors = {}
     for file in sorted(newest.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            found |= {f"{file.name.partition('-')[0]} {key}": opened.get_tensor(key).numpy().tobytes() for key in opened.keys()}  # noqa: SIM118
-    return found
+            tensors |= {f"{file.name.partition('-')[0]} {key}": opened.get_tensor(key).numpy().tobytes() for key in opened.keys()}  # noqa: SIM118
+    return tensors
 
 
-# What can happen to a rank. Preludes: called on every rank before it trains.
+# Faults. These are preludes: every rank calls them before it trains.
 
 
-def _before_step(rank: int, number: int, act: Callable[[Any], None]) -> None:
-    """`act(monitor)` on this rank before step `number`, with its AnomalyMonitor, which knows the engine."""
+def before_step(rank: int, number: int, act: Callable[[Any], None]) -> None:
+    """Calls `act(monitor)` on this rank before step `number`, with the rank's AnomalyMonitor, which knows the engine."""
     from research.training.anomalies import AnomalyMonitor
 
     begin_step = AnomalyMonitor.begin_step
@@ -104,14 +104,14 @@ def _before_step(rank: int, number: int, act: Callable[[Any], None]) -> None:
 
 
 def stopped_in_step_6(rank: int) -> None:
-    """SIGUSR1 while step 6 is taken, to one rank: all stop after it."""
+    """One rank gets SIGUSR1 during step 6: all ranks stop after it."""
     if rank == 0:
-        _before_step(rank, 6, lambda monitor: os.kill(os.getpid(), signal.SIGUSR1))
+        before_step(rank, 6, lambda monitor: os.kill(os.getpid(), signal.SIGUSR1))
 
 
 def killed_in_step_8(rank: int) -> None:
-    """SIGKILL of the last rank to begin step 8; on two ranks the other is ended by the harness."""
-    _before_step(rank, 8, lambda monitor: os.kill(os.getpid(), signal.SIGKILL))
+    """SIGKILL before step 8. On two ranks the harness ends the survivor."""
+    before_step(rank, 8, lambda monitor: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def nan_gradient_in_step_5(rank: int) -> None:
@@ -131,8 +131,8 @@ def nan_gradient_in_step_5(rank: int) -> None:
         )  # hooks run in the order they were made
 
     if rank == 1:
-        _before_step(rank, 5, poison)
-        _before_step(rank, 6, lambda monitor: monitor.poisoned.remove())
+        before_step(rank, 5, poison)
+        before_step(rank, 6, lambda monitor: monitor.poisoned.remove())
 
 
 def nan_from_step_5_on(rank: int) -> None:
@@ -148,7 +148,7 @@ def nan_from_step_5_on(rank: int) -> None:
     loop.step_batches = weights_of_nan
 
 
-PHASES = {  # a moment of a save -> the function that a rank dies on entering
+PHASES = {  # a phase of a save -> the function that a rank is killed on entering
     "begun": ("parallel.checkpoint.writer", "begin"),
     "a file is begun": ("parallel.checkpoint.writer", "TensorFile"),
     "a file is complete": ("parallel.checkpoint.tensor_file", "TensorFile.close"),
@@ -161,12 +161,12 @@ PHASES = {  # a moment of a save -> the function that a rank dies on entering
 
 
 def killed_in_a_save(phase: str, victim: int, times: int, rank: int) -> None:
-    """SIGKILL on the victim as it enters that moment for the n-th time in the run."""
+    """SIGKILL on rank `victim` as it enters that phase of a save for the `times`-th time in the run."""
     import importlib
 
     if rank != victim:
         return
-    module, _, path = PHASES[phase][0], None, PHASES[phase][1]
+    module, path = PHASES[phase]
     owner: Any = importlib.import_module(module)
     *outer, name = path.split(".")
     for part in outer:
@@ -183,7 +183,7 @@ def killed_in_a_save(phase: str, victim: int, times: int, rank: int) -> None:
 
 
 def disk_full_in_save_2(rank: int) -> None:
-    """From the second save on, this rank may write no file longer than 20 kB: a real limit of the kernel's, EFBIG."""
+    """From the second save on, rank 1 cannot write a file longer than 20 kB: the kernel's limit, EFBIG."""
     import resource
 
     from research.training.checkpointer import Checkpointer
@@ -201,7 +201,7 @@ def disk_full_in_save_2(rank: int) -> None:
 
 
 def other_seed_on_rank_1(rank: int) -> None:
-    """Rank 1 was given another seed than the rest."""
+    """Rank 1 has another seed than the other ranks."""
     from research.training import setup
 
     claims = setup.claims

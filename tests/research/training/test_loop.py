@@ -1,4 +1,4 @@
-"""What a finished run leaves, says and has computed: compared with a dense fp64 model that shares no code with it."""
+"""The files, the output and the numbers of a finished run, compared with a dense fp64 model that shares no code with it."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ LAYOUTS = ["alone", "tensor_2", "pipe_2", "data_2"]
 
 @pytest.fixture(params=LAYOUTS)
 def ended(request) -> Ended:
-    """The run on each layout in turn."""
+    """The run on each layout."""
     return request.getfixturevalue(request.param)
 
 
@@ -190,6 +190,9 @@ def test_the_checkpoint_is_whole_and_says_where_it_comes_from(ended: Ended) -> N
     assert reader.tensors["embedding.weight"].shape == (391, 32) and set(reader.manifest.tensors) == {"weights", "exp_avg", "exp_avg_sq"}
 
 
+@pytest.mark.parametrize(
+    "ended", ["tensor_2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "tensor_2")], indirect=True
+)
 def test_generate_writes_what_the_run_wrote(ended: Ended, capsys) -> None:
     """`python -m research generate`, in one process, from a checkpoint of any layout."""
     (row,) = [json.loads(line) for line in ended.folder.samples.read_text().splitlines()]
@@ -213,14 +216,14 @@ def test_runs_lists_it(tensor_2: Ended, place: Place) -> None:
 
 
 def test_what_to_type_next_can_be_typed(alone: Ended) -> None:
-    """`next` names this run's folder; the line of a dashboard appears where there is something to see."""
+    """`next` names this run's folder. The line for a dashboard appears if there is something to see."""
     following = alone.out[alone.out.index("\nnext ") :]
     assert f"python -m research generate {alone.folder.path} --prompt '" in following
     assert f"wandb leet {alone.folder.wandb}\n" in following and alone.folder.wandb.is_dir()
 
 
 def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> None:
-    """Exit code 0, and an offline run that has every row, the whole configuration and our axes."""
+    """The exit code is 0, and the offline run has every row, the whole configuration and our axes."""
     assert alone.code == 0
     assert "\ntracking W&B offline (no answer from http://127.0.0.1:9) · later: wandb sync " in alone.out
     records = inspected(alone.folder)
@@ -240,7 +243,7 @@ def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> Non
 
 @pytest.mark.slow
 def test_an_experiment_in_code_is_the_same_on_every_layout(place: Place, elsewhere) -> None:
-    """gpt_sotu_dyt: the class of its variant.py stands where norms do, on tensor ranks as on one."""
+    """gpt_sotu_dyt, whose variant.py replaces the norms, on tensor ranks and on one rank."""
     single = run(place, "python", 1, "gpt_sotu_dyt")
     double = run(place, "deepspeed", 2, "gpt_sotu_dyt", elsewhere, parallel__tensor=2)
     assert "parameters counted once built (variant.py)" in single.out

@@ -156,7 +156,7 @@ def test_a_signal_in_the_middle_leaves_no_half_row_and_the_resumed_run_begins_wi
 
 
 def killed_in_step_11(rank: int) -> None:
-    r._before_step(rank, 11, lambda monitor: os.kill(os.getpid(), signal.SIGKILL))
+    r.before_step(rank, 11, lambda monitor: os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.mark.slow
@@ -234,4 +234,4 @@ def nan_weight_after_step_5(rank: int) -> None:
     def poison(monitor: Any) -> None:
         monitor.engine.parameters["final_norm.weight"].data.fill_(float("nan"))
 
-    r._before_step(rank, 6, poison)
+    r.before_step(rank, 6, poison)

@@ -1,4 +1,4 @@
-"""`verify --types` passes what is right, and names layer and line of what is wrong, on tensor degrees that no machine here has."""
+"""`verify --types` passes correct models, and names the layer and line of errors, on tensor degrees larger than this machine."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from research import ROOT
 from research.cli import verify
 from research.config.checks import kv_heads_fit
 from research.verification import spmd_check
-from research.verification.spmd_check import Fault, TensorCut, fault_of
+from research.verification.spmd_check import Fault, TensorCase, fault_of
 from tests.harness import run_ranks
 from tests.research.helpers import mutations as m
 from tests.research.helpers.example import example, sentence
@@ -26,14 +26,19 @@ ROTARY = {"position": "rotary", "rotary_fraction": 1.0, "rotary_base": 1e4, "rot
 LLAMA = {**ROTARY, "norm": "rmsnorm", "mlp": "swiglu", "num_kv_heads": 2, "bias": False, "qkv_bias": False}
 ALIBI = {"position": "alibi"}
 SHARED = {"num_kv_heads": 1, "qk_norm": True}
-TP2, SP2, TP4 = TensorCut(2, False, "none"), TensorCut(2, True, "none"), TensorCut(4, False, "none")
+TP2, SP2, TP4 = TensorCase(2, False, "none"), TensorCase(2, True, "none"), TensorCase(4, False, "none")
 
 
 def subject(degree, **model):
     return spmd_check.fitted(example(model=model, optimizer={"label_smoothing": 0.1}), degree)
 
 
-CUTS = [TP2, TensorCut(4, True, "full"), TensorCut(6, False, "selective"), TensorCut(64, True, "selective")]
+CASES = [
+    TensorCase(64, True, "selective"),
+    TensorCase(4, True, "full"),
+    pytest.param(TP2, marks=pytest.mark.slow),
+    pytest.param(TensorCase(6, False, "selective"), marks=pytest.mark.slow),
+]
 RIGHT = {
     "gpt, tied": {},
     "llama, untied": {**LLAMA, "tied": False},
@@ -45,25 +50,25 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("model", RIGHT.values(), ids=RIGHT.keys())
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_what_is_right_is_well_typed(model, cut):
-    row = spmd_check.row_of(subject(cut.tensor, **model), cut, {})
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_is_right_is_well_typed(model, case):
+    row = spmd_check.row_of(subject(case.tensor, **model), case, {})
     assert row.verdict == "pass", row.fault
 
 
 def summed_twice_on_exit():
-    """g of g: what is equal already is summed again."""
+    """g of g: what is already equal on every rank is summed again."""
     leave = region.TensorParallelRegion.leave
     region.TensorParallelRegion.leave = lambda self, x: leave(self, leave(self, x))
 
 
 def not_summed_on_exit():
-    """Every rank goes on with its own summand."""
+    """Every rank continues with its own summand."""
     region.TensorParallelRegion.leave = lambda self, x: x
 
 
 def joined_where_gathered():
-    """A sliced region is entered as if what follows were replicated: nobody sums the ranks' gradients."""
+    """A sliced region is entered as if what follows were replicated: the ranks' gradients are not summed."""
     region.gather_sequence = collectives.join_sequence
 
 
@@ -89,7 +94,7 @@ def copied_twice():
 
 
 def cross_entropy_of_own_rows():
-    """The softmax runs over a rank's own vocabulary."""
+    """The softmax runs over a rank's own rows of the vocabulary."""
     forward = cross_entropy._CrossEntropy.forward
     cross_entropy._CrossEntropy.forward = staticmethod(
         lambda ctx, logits, targets, group, *sizes: forward(ctx, logits, targets, None, *sizes)
@@ -129,7 +134,7 @@ def broadcast_on_exit():
 
 
 def summed_outside_autograd():
-    """A sum that autograd does not see: nothing happens to the gradient."""
+    """A sum that autograd does not record: the gradient stays as it is."""
 
     def leave(self, x):
         dist.all_reduce(x, group=self.group)
@@ -155,14 +160,16 @@ WRONG = [  # what is broken, a layout that shows it, the model, the layer or par
     (cross_entropy_summed_in_backward, TP2, {}, "_CrossEntropy", "parallel/cross_entropy.py"),
     (summed_outside_autograd, TP2, {}, "embedding", "tests/research/verification/test_spmd_check.py"),
     (broadcast_on_exit, TP2, {}, "broadcast", "tests/research/verification/test_spmd_check.py"),
-    (forgotten_when_run_again, TensorCut(2, False, "full"), {}, "blocks.1.attention.qkv", "parallel/linear.py"),
+    (forgotten_when_run_again, TensorCase(2, False, "full"), {}, "blocks.1.attention.qkv", "parallel/linear.py"),
     (bias_left_out, TP2, {}, "blocks.0.attention.output.bias", ""),
 ]
-INVISIBLE = [  # wrong numbers of the right type
+INVISIBLE = [  # wrong numbers of the right type; one of each kind that docs/layouts.md lists is fast
     (m.slices_unmarked, TP2, {}),
     (m.positions_of_rank_one_shifted, SP2, {}),
     (m.drawn_per_rank, TP2, {}),
     (m.padding_gets_probability, TP2, {}),
+]
+INVISIBLE_TOO = [
     (m.smoothing_over_own_rows, TP2, {}),
     (m.dropout_by_local_position, SP2, DROPS),
     (m.dropout_by_local_feature, TP2, DROPS),
@@ -171,30 +178,36 @@ INVISIBLE = [  # wrong numbers of the right type
 ]
 
 
-def broken(mutation, cut, model) -> Fault | None:
-    """In a process of its own: the mutation, then the check, whose fake world takes the place of the harness's."""
+def broken(mutation, case, model) -> Fault | None:
+    """Runs in a process of its own: the mutation, then the check, whose fake world replaces that of the harness."""
     distributed.stop()
     mutation()
-    return fault_of(subject(cut.tensor, **model), cut, {}, 0)
+    return fault_of(subject(case.tensor, **model), case, {}, 0)
 
 
-@pytest.mark.parametrize(("mutation", "cut", "model", "near", "file"), WRONG, ids=[row[0].__name__ for row in WRONG])
-def test_what_is_wrong_is_a_type_error_with_a_line(mutation, cut, model, near, file):
-    (fault,) = run_ranks(broken, 1, mutation, cut, model)
+@pytest.mark.parametrize(("mutation", "case", "model", "near", "file"), WRONG, ids=[row[0].__name__ for row in WRONG])
+def test_what_is_wrong_is_a_type_error_with_a_line(mutation, case, model, near, file):
+    (fault,) = run_ranks(broken, 1, mutation, case, model)
     assert fault is not None
     assert near in f"{fault.layer} {fault.what}", fault
     said, _, number = fault.source.partition(":")
     assert (said, number.isdigit()) == (file, bool(file)), fault
 
 
-@pytest.mark.parametrize(("mutation", "cut", "model"), INVISIBLE, ids=[row[0].__name__ for row in INVISIBLE])
-def test_what_types_cannot_see(mutation, cut, model):
-    """As docs/layouts.md says: these are left to the numbers."""
-    assert run_ranks(broken, 1, mutation, cut, model) == [None]
+@pytest.mark.parametrize(
+    ("mutation", "case", "model"),
+    [
+        *(pytest.param(*row, id=row[0].__name__) for row in INVISIBLE),
+        *(pytest.param(*row, id=row[0].__name__, marks=pytest.mark.slow) for row in INVISIBLE_TOO),
+    ],
+)
+def test_what_types_cannot_see(mutation, case, model):
+    """As docs/layouts.md says, only the numbers show these errors."""
+    assert run_ranks(broken, 1, mutation, case, model) == [None]
 
 
 def test_the_command_names_the_line_of_a_variant_that_forgets_a_sum(tmp_path, capsys):
-    """An experiment's own class, right but for one parameter that under sequence parallelism nobody sums."""
+    """An experiment's own class, which forgets to sum the gradient of one parameter under sequence parallelism."""
     folder = tmp_path / "forgetful"
     shutil.copytree(ROOT / "experiments/gpt_sotu_dyt", folder)
     variant = (folder / "variant.py").read_text()

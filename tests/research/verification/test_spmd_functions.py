@@ -1,4 +1,4 @@
-"""Our conjugate pairs, run under the checker, have the types that the papers give them; other uses of them are errors."""
+"""Our conjugate pairs have, under the checker, the types that the papers give them; any other use of them is an error."""
 
 from contextlib import contextmanager
 
