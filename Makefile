@@ -1,6 +1,7 @@
 # On a fresh machine two commands are enough: make train and make test. Each prepares .venv once, then runs the command that it prints.
 #
 #   PYTHON=python3.12    the interpreter for .venv (3.11 or newer)
+#   WORKERS=4            processes that run tests side by side (default: 2)
 #   PIP_ARGS="…"         arguments for every pip install, e.g. an index with CPU-only torch
 #
 # If .venv already has the pinned version of torch, CPU-only or not, it is kept.
@@ -13,6 +14,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 PIP_ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # DeepSpeed's kernels are not built, because nothing here uses them.
@@ -38,10 +40,10 @@ train: $(VENV)/ready  ## set up if needed, then train the default experiment on 
 	@[ "$${VIRTUAL_ENV:-}" = "$(CURDIR)/$(VENV)" ] || echo "first  source $(VENV)/bin/activate   (once in a terminal)"
 
 test: $(VENV)/ready-dev  ## set up if needed, then run all tests except the slow ones
-	pytest
+	pytest -n $(WORKERS) --dist loadgroup
 
 test-slow: $(VENV)/ready-dev  ## run the slow tests
-	pytest -m slow
+	pytest -n $(WORKERS) --dist loadgroup -m slow
 
 check: $(VENV)/ready-dev  ## check style (ruff), types (mypy) and the direction of imports
 	ruff check .

@@ -1,5 +1,6 @@
-"""What all tests share: the time that a four-rank engine test takes is measured, and told at the end of every run of them."""
+"""What all tests share: one torch thread, and a report at the end of a long run that says where its time went."""
 
+import collections
 import statistics
 import time
 
@@ -8,12 +9,25 @@ import torch
 
 from tests.harness import run_ranks, start_server
 
-SECONDS = pytest.StashKey[list[float]]()
+FOUR_RANKS = "four_ranks_seconds"
+"""The property of a test's report that holds the time of a four-rank engine test."""
+BUDGETS: dict[str, float] = {}
+"""Seconds that the fast tests of a room may take on two idle cores, summed over its tests."""
+REAL_LAUNCHES = {"alone", "by_launcher", "tensor_2", "pipe_2", "data_2"}
+"""The fixtures of tests/research/conftest.py that launch a run for a whole session."""
+LONG_RUN = 60.0
+"""Seconds of test time from which a run ends with a report of its slowest files."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SECONDS] = []
     torch.set_num_threads(1)  # the models are so small that a second thread only waits: up to 40 times slower on shared cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups for pytest-xdist: a file's tests share one worker and its fixtures, and so do all tests that share the real launches."""
+    for item in items:
+        launches = REAL_LAUNCHES & {*getattr(item, "fixturenames", ())}
+        item.add_marker(pytest.mark.xdist_group("real launches" if launches else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture
@@ -25,13 +39,33 @@ def timed_run_ranks(request: pytest.FixtureRequest):
         run_ranks(int, 1)  # the server answers when it has imported everything
         start = time.perf_counter()
         results = run_ranks(*arguments)
-        request.config.stash[SECONDS].append(time.perf_counter() - start)
+        request.node.user_properties.append((FOUR_RANKS, time.perf_counter() - start))
         return results
 
     return timed
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if seconds := config.stash[SECONDS]:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for group in terminalreporter.stats.values() for report in group if isinstance(report, pytest.TestReport)]
+    if seconds := [value for report in reports if report.when == "call" for name, value in report.user_properties if name == FOUR_RANKS]:
         median = statistics.median(seconds)
         terminalreporter.write_line(f"harness: 4-rank engine test (init, build, one step) median {median:.1f} s over {len(seconds)}")
+    if sum(report.duration for report in reports) < LONG_RUN:
+        return
+    files, cases, rooms = collections.Counter[str](), collections.Counter[str](), collections.Counter[str]()
+    for report in reports:
+        file = report.nodeid.partition("::")[0]
+        room = next((room for room in BUDGETS if file.startswith(f"{room}/")), "the rest")
+        files[file] += report.duration  # set-up and tear-down included
+        cases[report.nodeid] += report.duration
+        rooms[room] += report.duration
+    terminalreporter.section("where the time went")
+    for title, durations, most in (("files", files, 12), ("tests", cases, 8)):
+        terminalreporter.write_line(f"slowest {title}")
+        for name, duration in durations.most_common(most):
+            terminalreporter.write_line(f"{duration:7.1f} s  {name[:110]}")
+    terminalreporter.write_line("rooms, with the budget of their fast tests (tests/conftest.py)")
+    for room, duration in rooms.most_common():
+        terminalreporter.write_line(
+            f"{duration:7.1f} s  of {BUDGETS[room]:3.0f} s  {room}" if room in BUDGETS else f"{duration:7.1f} s  {room}"
+        )

@@ -1,5 +1,4 @@
 """The description of a step that went wrong: written, read again, and refused where it is somebody's nonsense."""
-# MERGED-DOC """A spike is far above the last hundred losses; a new level is soon the usual one."""
 
 import math
 import random

@@ -1,5 +1,4 @@
 """A run that goes on is the run that was never stopped: bit for bit on its layout, within rounding on another, or refused in words."""
-# MERGED-DOC """`init_from`: what is refused before torch, what ranks compare, and a run that begins with another's weights."""
 
 import json
 import math
