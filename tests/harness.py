@@ -50,9 +50,8 @@ def start_server(*preload: str) -> None:
 
 
 def _write_result(function: Callable[..., Any], arguments: tuple, folder: Path) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()  # now: the function may end torch.distributed
     result = pickle.dumps(function(*arguments))  # plain: torch's own reducer would make handles of tensors, gone with this process
-    (folder / f"result_{rank}").write_bytes(result)
+    (folder / f"result_{dist.get_rank()}").write_bytes(result)
     deadline = time.monotonic() + 0.5  # a rank that left at once would close connections that another may still be making
-    while len([*folder.glob("result_*"), *folder.glob("traceback_*")]) < world and time.monotonic() < deadline:
+    while len([*folder.glob("result_*"), *folder.glob("traceback_*")]) < dist.get_world_size() and time.monotonic() < deadline:
         time.sleep(0.005)
