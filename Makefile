@@ -40,10 +40,10 @@ train: $(VENV)/ready  ## set up if needed, then train the default experiment on 
 	@[ "$${VIRTUAL_ENV:-}" = "$(CURDIR)/$(VENV)" ] || echo "first  source $(VENV)/bin/activate   (once in a terminal)"
 
 test: $(VENV)/ready-dev  ## set up if needed, then run all tests except the slow ones
-	pytest -n $(WORKERS) --dist loadgroup
+	pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/ready-dev  ## run the slow tests
-	pytest -n $(WORKERS) --dist loadgroup -m slow
+	pytest -n $(WORKERS) --dist loadfile -m slow
 
 check: $(VENV)/ready-dev  ## check style (ruff), types (mypy) and the direction of imports
 	ruff check .

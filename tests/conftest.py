@@ -13,21 +13,12 @@ FOUR_RANKS = "four_ranks_seconds"
 """The property of a test's report that holds the time of a four-rank engine test."""
 BUDGETS: dict[str, float] = {}
 """Seconds that the fast tests of a room may take on two idle cores, summed over its tests."""
-REAL_LAUNCHES = {"alone", "by_launcher", "tensor_2", "pipe_2", "data_2"}
-"""The fixtures of tests/research/conftest.py that launch a run for a whole session."""
 LONG_RUN = 60.0
 """Seconds of test time from which a run ends with a report of its slowest files."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are so small that a second thread only waits: up to 40 times slower on shared cores
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for pytest-xdist: a file's tests share one worker and its fixtures, and so do all tests that share the real launches."""
-    for item in items:
-        launches = REAL_LAUNCHES & {*getattr(item, "fixturenames", ())}
-        item.add_marker(pytest.mark.xdist_group("real launches" if launches else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture

@@ -1,7 +1,14 @@
 """Launches the same tiny experiment once through every launcher, for all tests: each launch costs ten to twenty seconds of imports."""
 
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from parallel.files import locked
 from research.tracking.run_folder import RunFolder
 from tests.models.helpers.build import ROTARY
 from tests.research.helpers import untrained
@@ -17,8 +24,25 @@ LONG_CONTEXT = ROTARY | dict(seq_length=128, num_kv_heads=2)
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("launches"))
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the whole session, also where pytest-xdist divides it among several workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def place(session_folder: Path) -> Place:
+    with locked(session_folder / "launches.lock"):
+        return Place(session_folder / "launches")
+
+
+def once(place: Place, name: str, launches: Callable[[], Any]) -> Any:
+    """What `launches` returns; the first worker that asks for it carries it out, the others wait and read the result."""
+    kept = place.path / f"{name}.pickle"
+    with locked(place.path / f"{name}.lock"):
+        if not kept.is_file():
+            kept.write_bytes(pickle.dumps(launches()))
+        return pickle.loads(kept.read_bytes())
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +54,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def alone(place: Place) -> Ended:
     """One rank by plain python, from the repository, with a W&B server that does not answer."""
-    return run(place, "python", environ=NOWHERE, track__mode="auto")
+    return once(place, "alone", lambda: run(place, "python", environ=NOWHERE, track__mode="auto"))
 
 
 @pytest.fixture(scope="session")
@@ -39,16 +63,20 @@ def by_launcher(place: Place, alone: Ended, elsewhere) -> dict[str, Ended]:
 
     They start after `alone`, which prepares the text that all launches share, and whose W&B has time limits.
     """
-    launches = {
-        "deepspeed": launch(place, "deepspeed", 2, cwd=elsewhere, parallel__tensor=2),
-        "torchrun": launch(place, "torchrun", 2, cwd=elsewhere, parallel__pipe=2),
-        "srun": launch(place, "srun", 2),
-    }
-    try:
-        return {launcher: begun.wait() for launcher, begun in launches.items()}
-    finally:
-        for begun in launches.values():
-            begun.kill()
+
+    def side_by_side() -> dict[str, Ended]:
+        launches = {
+            "deepspeed": launch(place, "deepspeed", 2, cwd=elsewhere, parallel__tensor=2),
+            "torchrun": launch(place, "torchrun", 2, cwd=elsewhere, parallel__pipe=2),
+            "srun": launch(place, "srun", 2),
+        }
+        try:
+            return {launcher: begun.wait() for launcher, begun in launches.items()}
+        finally:
+            for begun in launches.values():
+                begun.kill()
+
+    return once(place, "by_launcher", side_by_side)
 
 
 @pytest.fixture(scope="session")

@@ -79,16 +79,18 @@ class Ended:
 
 
 class Place:
-    """A folder with two small texts, an empty home, and a cache and run folders that its launches share."""
+    """A folder with two small texts, an empty home, and a cache and run folders that its launches share.
+
+    Several processes may make it, one after the other: it is then the same one.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.home, self.runs = path, path / "home", path / "runs"
         self.train, self.validation = path / "train.txt", path / "validation.jsonl"
-        self.home.mkdir()
+        self.home.mkdir(parents=True, exist_ok=True)
         self.train.write_text("\n\n".join(_sentence(number, 200) for number in range(40)))
         documents = [_sentence(number, 90) for number in range(1000, 1004)]
         self.validation.write_text("".join(json.dumps({"text": text + " — ½ of it."}) + "\n" for text in documents))
-        self.launches = 0
 
     def settings(self, changes: dict[str, Any]) -> list[str]:
         """The command line that makes any experiment tiny and keeps it in this place."""
@@ -100,10 +102,9 @@ class Launch:
     """A launch that is running."""
 
     def __init__(self, place: Place, commands: list[list[str]], cwd: Path, environs: list[dict[str, str]]) -> None:
-        place.launches += 1
         self.place, self.before, self.began = place, set(place.runs.glob("*/*/run.json")), time.monotonic()
         self.mark = uuid.uuid4().hex
-        self.streams = [place.path / f"launch_{place.launches}_{i}" for i in range(len(commands))]
+        self.streams = [place.path / f"launch_{self.mark}_{i}" for i in range(len(commands))]
         self.processes = [
             _start(command, cwd, environ | {MARK: self.mark}, stream)
             for command, environ, stream in zip(commands, environs, self.streams, strict=True)
