@@ -11,7 +11,13 @@ from tests.harness import run_ranks, start_server
 
 FOUR_RANKS = "four_ranks_seconds"
 """The property of a test's report that holds the time of a four-rank engine test."""
-BUDGETS: dict[str, float] = {}
+BUDGETS: dict[str, float] = {
+    **{"tests/models": 60, "tests/parallel": 160},
+    **{f"tests/research/{room}": 25 for room in ("cluster", "config", "data", "evaluation", "generation")},
+    **{f"tests/research/{room}": 45 for room in ("exchange", "reliability", "serving", "verification")},
+    **{f"tests/research/{room}": 60 for room in ("cli", "end_to_end", "tracking")},
+    "tests/research/training": 140,
+}
 """Seconds that the fast tests of a room may take on two idle cores, summed over its tests."""
 LONG_RUN = 60.0
 """Seconds of test time from which a run ends with a report of its slowest files."""
