@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import IO
 
 from parallel.errors import Mistake
 
@@ -32,6 +31,6 @@ def refuse(mistake: Mistake, rank: int, patience: float = PATIENCE) -> None:
     raise SystemExit(WRONG)
 
 
-def show_mistake(mistake: Mistake, stream: IO[str] | None = None) -> None:
+def show_mistake(mistake: Mistake) -> None:
     """`error  <sentence>`: all that a user sees of a Mistake."""
-    print(f"error  {mistake}", file=stream or sys.stderr, flush=True)
+    print(f"error  {mistake}", file=sys.stderr, flush=True)

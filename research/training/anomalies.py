@@ -82,8 +82,10 @@ class Incident:
     def said(self) -> str:
         """'step 12: the loss is nan; rank 1 (data 1): blocks.0.attention.qkv.weight and 3 more'."""
         what = f"the loss is {self.loss}" if self.kind == SPIKE or isinstance(self.loss, str) else f"the gradient norm is {self.grad_norm}"
-        others = [f" and {len(suspect.parameters) - 1} more" if len(suspect.parameters) > 1 else "" for suspect in self.suspects]
-        who = [f"rank {s.rank} ({s.place}): {s.parameters[0]}{more}" for s, more in zip(self.suspects, others, strict=True)]
+        who = []
+        for suspect in self.suspects:
+            more = f" and {len(suspect.parameters) - 1} more" if len(suspect.parameters) > 1 else ""
+            who.append(f"rank {suspect.rank} ({suspect.place}): {suspect.parameters[0]}{more}")
         return "; ".join([f"step {self.step}: {what}", *who])
 
 
