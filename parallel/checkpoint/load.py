@@ -30,7 +30,10 @@ def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
         with together(engine.grid):
             kinds = kinds_of(engine)
             if missing := [kind for kind in kinds if kind not in reader.manifest.tensors]:
-                raise Mistake(f"{reader.folder} holds weights but no {missing[0]} → resume from a checkpoint of the same optimizer")
+                raise Mistake(
+                    f"{reader.folder} holds weights but no {missing[0]} → "
+                    "resume from a checkpoint that a training run wrote, with the same optimizer"
+                )
             _check_model(reader, engine, names)
             counters = check_counters(reader.facts.get("counters"))
             _restore_generators(reader, engine)
