@@ -90,7 +90,7 @@ def run(folder: Path, script: str, interpreter: str = "bash") -> str:
     """What the script printed, run in `folder` as a user would: an empty HOME, no W&B key, the tests' interpreter first on the PATH."""
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
-    environ = {key: os.environ[key] for key in ("LANG", "TMPDIR", "OMP_NUM_THREADS") if key in os.environ}
+    environ = {key: os.environ[key] for key in ("LANG", "TMPDIR") if key in os.environ} | {"OMP_NUM_THREADS": "1"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environ |= {"HOME": str(home), "PATH": path, "EDITOR": "true", "PYTHONPATH": str(folder)}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
