@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import Core
-from models.position import T, TokenPositions
+from models.attention import Attention, Core
+from models.position import Position, T, TokenPositions
 
 
 class CacheRows(TokenPositions):
@@ -141,3 +141,25 @@ class CachedCore(nn.Module):
         """Copies the first `length` tokens of row parents[i] to row i, for all i at once."""
         for cache in (self.keys, self.values):
             cache[: len(parents), :, :length] = cache[parents, :, :length]
+
+
+def install_cache(module: nn.Module, rows: CacheRows, heads: int) -> list[CachedCore]:
+    """Gives every attention a core with a cache of `heads` kv heads, and every position scheme the positions of the rows."""
+    remove_cache(module)
+    dtype, cores = next(module.parameters()).dtype, []
+    for part in list(module.modules()):
+        if isinstance(part, Position):
+            part.places = rows
+        if isinstance(part, Attention):
+            part.core = CachedCore(part.core, rows, heads, part.head_size, dtype)
+            cores.append(part.core)
+    return cores
+
+
+def remove_cache(module: nn.Module) -> None:
+    """Undoes `install_cache`; without a cache it does nothing."""
+    for part in list(module.modules()):
+        if isinstance(part, Position):
+            part.places = TokenPositions()
+        if isinstance(part, Attention) and isinstance(part.core, CachedCore):
+            part.core = part.core.core

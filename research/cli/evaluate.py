@@ -174,7 +174,7 @@ def _evaluate(command: Command, context: TaskContext, keys: Mapping[AnyTask, Key
     from research.evaluation.session import Session
 
     arguments, experiment, console = command.arguments, command.experiment, Console(sys.stderr)
-    how = (arguments.precision, arguments.tensor, command.batch)
+    how = (arguments.precision, arguments.tensor, command.batch, console.warn)
     with Session(command.folder.path, command.checkpoint, experiment.model, context.tokenizer, *how) as session:
         for task, key in keys.items():
             began = time.monotonic()

@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
 
     spec = DecoderSpec(task.folder.path, task.checkpoint, task.arguments.precision, task.slots, task.cache_length)
     with opened(spec, task.arguments.tensor) as decoder:
+        if decoder.uncached:
+            Console(sys.stderr).warn(decoder.uncached)
         generator = TextGenerator(decoder, task.tokenizer, task.experiment.model, task.context, ends_of(task.tokenizer, ROOT))
         write(task, generator)
 

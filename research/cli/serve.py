@@ -203,7 +203,7 @@ def _announce(task: Task, running: "Running") -> None:
 
     service, decoder = running.service, running.engine.generator.decoder
     assert isinstance(decoder, Decoder)
-    cache = memory(sum(core.keys.nbytes + core.values.nbytes for core in decoder.cores) / 1e6)
+    cache = "none" if decoder.uncached else memory(decoder.cache_bytes / 1e6)
     per_rank = f" on each of {task.arguments.tensor} tensor ranks" if task.arguments.tensor > 1 else ""
     size = compact(parameters(task.experiment.model) or 0)
     template = service.chat_template
@@ -213,6 +213,8 @@ def _announce(task: Task, running: "Running") -> None:
     example = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}'
     _log(f"serve    {service.name} · step {service.step} · {size} parameters · {service.precision}")
     _log(f"cache    {service.slots} slots × {service.context} tokens · {cache}{per_rank} · {task.limits.queue} more may wait")
+    if decoder.uncached:
+        _log(f"warning  {decoder.uncached}")
     _log(f"chat     template: {template.name} · a turn ends at {ends}")
     _log(f"address  {task.address} · {access} · a page to chat: {task.address}/")
     _log(f"try      curl {task.address}/v1/chat/completions{bearer} -H 'Content-Type: application/json' -d '{example}'")
