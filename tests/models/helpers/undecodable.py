@@ -62,16 +62,6 @@ class WholeLength(Position):
         )
 
 
-class WindowPosition(Rotary):
-    """Sliding-window attention as a position scheme that asks `self.places`, as docs/generating.md shows."""
-
-    def bias(self, q: Tensor) -> Tensor:
-        distance = self.places.of(q)[..., :, None] - self.places.of_keys(q)
-        outside = (distance < 0) | (distance >= WINDOW)
-        bias = torch.zeros(outside.shape, dtype=q.dtype, device=q.device).masked_fill(outside, -torch.inf)
-        return bias.expand(*bias.shape[:-3], q.shape[1], *bias.shape[-2:])
-
-
 class Counts(Rotary):
     """Counts tokens instead of using `self.places`: a single token is always at position 0."""
 

@@ -1,5 +1,8 @@
 """A model of classes that a cache does not decode is decoded without one, token for token like whole passes, or refused in words."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +19,7 @@ from tests.harness import run_ranks
 from tests.models.helpers import decoding
 from tests.models.helpers.build import ALONE, ROTARY
 from tests.models.helpers.decoding import DRAWN, LENGTH, PROMPTS, filled, logits_of, longer, written
-from tests.models.helpers.undecodable import REFUSED, UNCACHED, WINDOW, WindowBlock, WindowPosition
+from tests.models.helpers.undecodable import REFUSED, UNCACHED, WINDOW, WindowBlock
 
 WINDOWED = longer(residual="variant:WindowBlock", num_kv_heads=2, position="rotary")
 VARIANTS: dict[str, type] = {"WindowBlock": WindowBlock}
@@ -92,14 +95,20 @@ def test_every_position_of_the_context_is_tried(slots, dtype):
     assert all(torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True))
 
 
-def test_a_window_that_asks_for_places_keeps_its_cache():
-    """A position scheme with the window in its bias is decoded with the cache: the tokens are those of whole passes."""
-    model, variants = model_of("position", WindowPosition)
+def test_the_window_of_the_page_keeps_its_cache():
+    """The class in docs/generating.md, a position scheme, is decoded with the cache: the tokens are those of whole passes."""
+    page = (Path(__file__).parents[3] / "docs" / "generating.md").read_text(encoding="utf-8")
+    classes: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], classes)
+    classes["WINDOW"] = WINDOW
+    model, variants = model_of("position", classes["SlidingWindow"])
     alone, decoder = filled(model, variants=variants), Decoder(filled(model, variants=variants), model, ALONE, len(PROMPTS), LENGTH)
     assert decoder.uncached is None and decoder.cache_bytes
     assert written(decoder, PROMPTS, 16) == [by_whole_passes(alone, model, prompt, 16, GREEDY, 0) for prompt in PROMPTS]
-    full = longer(position="rotary")  # the window makes a difference
-    assert written(Decoder(filled(full), full, ALONE, len(PROMPTS), LENGTH), PROMPTS, 16) != written(decoder, PROMPTS, 16)
+    same = longer(**ROTARY, residual="variant:WindowBlock")  # the same model with the window in the core of attention
+    assert written(decoder, PROMPTS, 16) == [by_whole_passes(filled(same, variants=VARIANTS), same, p, 16, GREEDY, 0) for p in PROMPTS]
+    classes["WINDOW"] = LENGTH
+    assert written(decoder, PROMPTS, 16) != [by_whole_passes(filled(same, variants=VARIANTS), same, p, 16, GREEDY, 0) for p in PROMPTS]
 
 
 @pytest.mark.parametrize("kind", [Decoder, TokenScorer])

@@ -10,8 +10,10 @@ import pytest
 
 from research import __main__ as research_main
 from research.cli import generate as generate_file
+from research.data.prepare import load_tokenizer
 from research.tracking.format import printable
 from research.tracking.run_folder import RunFolder
+from tests.models.helpers.decoding import logits_of
 from tests.research.helpers import untrained
 
 DRAWN = ["--temperature", "1", "--seed", "4"]
@@ -89,6 +91,35 @@ def test_beams(generate):
     found = rows(generate("--prompt", "war", "--beams", "4", "--n", "3", "--max_new_tokens", "6", "--json"))
     assert len(found) == 3 and [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
     assert printable("war" + found[0]["text"]) in generate("--prompt", "war", "--beams", "4", "--max_new_tokens", "6")
+
+
+WINDOW = """from tests.models.helpers import undecodable
+
+class WindowBlock(undecodable.WindowBlock):
+    pass
+"""
+
+
+def test_sliding_window_attention_is_generated_as_whole_passes_compute_it(tmp_path, capfd):
+    """Greedy tokens are those of one pass per token; one line says that there is no cache, and why."""
+    from parallel.grid import Grid
+    from research.config import serialization
+    from research.generation.restore import DecoderSpec, restored
+
+    run = untrained.make(tmp_path, variant=WINDOW, residual="variant:WindowBlock", tied=False)
+    assert research_main.main(["generate", str(run.path), "--prompt", "the people", "--max_new_tokens", "20", "--json"]) == 0
+    captured = capfd.readouterr()
+    (row,) = rows(captured.out)
+    module, model = restored(DecoderSpec(run.path, run.checkpoints / "step_000003"), Grid()), serialization.load(run.config).model
+    tokenizer = load_tokenizer(serialization.load(run.config).data, tmp_path)
+    ids = list(tokenizer.prompt("the people"))
+    for token in row["ids"]:
+        assert int(logits_of(module, model, ids)[: tokenizer.vocab_size].argmax()) == token
+        ids.append(token)
+    assert len(set(row["ids"])) > 5 and captured.err.count("\n") == 1
+    assert captured.err.startswith(
+        "warn   no KV cache, so each token costs a pass over the whole text: classes of variant.py compute other"
+    )
 
 
 def test_an_interactive_session_continues_after_a_mistake(generate, folder, monkeypatch, capfd):

@@ -9,11 +9,12 @@ from models.config import GPT
 from models.inference.sampling import Row, next_tokens
 from models.inference.sampling_params import GREEDY, SamplingParams
 from parallel.engines.engine import Engine
+from parallel.errors import Mistake
 from research.evaluation.scorer import ScoreRequest
 from research.reliability.signals import CutShort
 from research.training.live_model import Live, LiveDecoder, LiveScorer
 from tests.harness import run_ranks
-from tests.models.helpers import reference
+from tests.models.helpers import reference, undecodable
 from tests.parallel.helpers import training
 from tests.parallel.helpers.training import MODEL
 
@@ -166,3 +167,24 @@ def asked_to_stop(settings: dict) -> tuple[int, str]:
 
 def test_who_asks_to_stop_is_heard_before_the_next_pass() -> None:
     assert run_ranks(asked_to_stop, 2, dict(pipe=2, micro=2, model=SMALL)) == [(3, "CutShort")] * 2
+
+
+def refused(cases: list[tuple[str, dict]]) -> list[str]:
+    """What is said of models with this block of a variant.py on this layout; "" where nothing is refused."""
+    found = []
+    for name, settings in cases:
+        block = {"residual": f"variant:{name}", **SMALL}
+        engine, shape, _ = training.build(model=block, variants={name: getattr(undecodable, name)}, micro=2, **settings)
+        try:
+            Live(engine, shape).refuse_dependent_logits()
+            found.append("")
+        except Mistake as mistake:
+            found.append(str(mistake))
+    return found
+
+
+def test_a_model_that_looks_ahead_is_not_evaluated_and_a_window_is() -> None:
+    """On every rank alike. Padding would be seen: scores and samples would be those of the padding."""
+    first, second = run_ranks(refused, 2, [("LookAheadBlock", {}), ("LookAheadBlock", {"pipe": 2}), ("WindowBlock", {})])
+    assert first == second and first[2] == ""
+    assert all("gets other logits among 16 tokens than among 1 (off by" in said for said in first[:2])
