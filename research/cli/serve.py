@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from models.config import GPT
 from parallel.errors import Mistake
+from parallel.text import read_text
 from research import ROOT
 from research.cli.trained_run import Trained, find, refuse_launcher, say
 from research.cli.verbs import Parser
@@ -153,11 +154,7 @@ def _read_token(arguments: argparse.Namespace) -> str | None:
 def _read_template(path: Path | None) -> str | None:
     if path is None:
         return None
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST_TEMPLATE + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"--chat_template {path} cannot be read ({error}) → name a file of jinja text") from None
+    text = read_text(path, f"--chat_template {path}", "name a file of jinja text")
     if not 0 < len(text) <= LONGEST_TEMPLATE:
         raise Mistake(f"--chat_template {path} is empty, or longer than {LONGEST_TEMPLATE} characters → name a file of jinja text")
     return text

@@ -132,6 +132,15 @@ def test_an_interactive_session_continues_after_a_mistake(generate, folder, monk
     assert captured.out == first + last
 
 
+def test_an_interactive_session_in_a_pipe_reads_text_as_a_file_is_read(generate, folder, monkeypatch, capfd):
+    """Without a byte-order mark and carriage returns; a line that is not UTF-8 is reported, and the next is read."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfwar\r\n\xff\npeace")))
+    assert research_main.main(["generate", str(folder.path), "--interactive", "--max_new_tokens", "5"]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == "error  standard input, line 2 is not UTF-8 (byte 0: invalid start byte) → save it as UTF-8\n"
+    assert captured.out == "".join(generate("--prompt", prompt, "--max_new_tokens", "5") for prompt in ("war", "peace"))
+
+
 def test_ctrl_c_ends_a_text_and_not_the_session(generate, folder, monkeypatch, capfd):
     """The signal arrives while the third token is printed."""
     pieces = []

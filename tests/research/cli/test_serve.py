@@ -94,6 +94,11 @@ def test_the_cache_is_as_large_as_said(small):
     assert cache_bytes(task.experiment.model, 3, 128, 1, 4) == decoder.cache_bytes
 
 
+def test_a_template_file_has_no_byte_order_mark_in_it(small, tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ 1 }}\r\n", encoding="utf-8-sig", newline="")
+    assert prepare(small, "--chat_template", str(tmp_path / "chat.jinja")).template == "{{ 1 }}\r\n"
+
+
 def test_the_announcement_says_that_there_is_no_cache(small, capsys):
     from parallel.grid import Grid
     from research.generation.restore import DecoderSpec
