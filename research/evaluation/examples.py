@@ -3,13 +3,13 @@
 Contexts and continuations are split where lm-evaluation-harness splits them, so that the metrics are comparable.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from parallel.errors import Mistake
+from parallel.files import sha256_of
 from parallel.text import json_value, read_lines, refuse_half_characters
 from research.data.tokenizer import Tokenizer
 from research.evaluation import statistics
@@ -36,11 +36,15 @@ class FileTask:
 
     def digest(self, context: TaskContext) -> str:
         """SHA-256 of the file, in hexadecimal."""
-        try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise Mistake(f"{self.path} cannot be read ({error.strerror}) → check the file and its permissions") from error
+        return file_digest(self.path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a user's file, in hexadecimal. A Mistake if it cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read ({error.strerror}) → check the file and its permissions") from error
 
 
 def check_file(path: Path, task: str, suffixes: tuple[str, ...]) -> Path:
