@@ -110,7 +110,7 @@ def _definition(path: Path, read: dict[Path, list[str]]) -> dict[str, Any]:
     functions = read[path] = list[str]()
     Loader.add_constructor(FUNCTION, lambda loader, node: functions.append(str(node.value)))
     with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # the harness passes over such a file, or reports it
-        content = yaml.load(path.read_bytes(), Loader=Loader)  # noqa: S506  # a SafeLoader
+        content = Loader(path.read_bytes()).get_single_data()
         if isinstance(content, dict):
             includes = content.pop("include", None) or []
             merged: dict[str, Any] = {}
