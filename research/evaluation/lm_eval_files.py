@@ -109,7 +109,7 @@ def _definition(path: Path, read: dict[Path, list[str]]) -> dict[str, Any]:
         return {}
     functions = read[path] = list[str]()
     Loader.add_constructor(FUNCTION, lambda loader, node: functions.append(str(node.value)))
-    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # the harness passes over such a file, or reports it
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # the harness passes over such a file
         content = Loader(path.read_bytes()).get_single_data()
         if isinstance(content, dict):
             includes = content.pop("include", None) or []
