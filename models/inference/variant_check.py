@@ -43,13 +43,12 @@ def shorter_lengths(length: int) -> list[int]:
     return sorted({1, 2, length // 2, length - 1} & set(range(1, length)))
 
 
-@torch.inference_mode()
 def refuse_dependent_logits(module: PlainModule, model: GPT, grid: Grid, length: int) -> None:
     """A Mistake if the logits of a token depend on anything but the tokens before it: on later ones, their number, or other rows.
 
     A text of `length` tokens is compared with its beginnings, each of which is read together with another text.
     """
-    with _at_least_fp32(module):
+    with _at_least_fp32(module), torch.inference_mode():
         device = next(module.parameters()).device
         ids, others = (torch.tensor([trial_ids(model, length, seed)], device=device) for seed in (0, 1))
         whole = module.hidden(ids)[0]
@@ -71,10 +70,9 @@ def refuse_different(errors: Tensor, shorter: int, length: int, tolerance: float
         )
 
 
-@torch.inference_mode()
 def why_uncached(module: PlainModule, model: GPT, grid: Grid, slots: int, length: int) -> str | None:
     """None if every position of `length` gets the logits of a whole pass when it is decoded with a KV cache; else what is different."""
-    with _at_least_fp32(module):
+    with _at_least_fp32(module), torch.inference_mode():
         ids = trial_ids(model, length)
         whole = module.hidden(torch.tensor([ids], device=next(module.parameters()).device))[0]
         sequences = CachedSequences(module, model, grid, min(slots, ROWS), length)

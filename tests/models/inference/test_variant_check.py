@@ -20,6 +20,7 @@ from tests.models.helpers import decoding
 from tests.models.helpers.build import ALONE, ROTARY
 from tests.models.helpers.decoding import DRAWN, LENGTH, PROMPTS, filled, logits_of, longer, written
 from tests.models.helpers.undecodable import REFUSED, UNCACHED, WINDOW, WindowBlock
+from tests.models.helpers.variants import SandwichBlock
 
 WINDOWED = longer(residual="variant:WindowBlock", num_kv_heads=2, position="rotary")
 VARIANTS: dict[str, type] = {"WindowBlock": WindowBlock}
@@ -59,29 +60,26 @@ class WholePasses:
         self.texts = []
 
 
+REASONS = {
+    "WindowBlock": f"(token {WINDOW + 1} of {LENGTH} is off by 0.",
+    "OwnAttentionBlock": f"(token 2 of {LENGTH} is off by ",
+    "Counts": f"(token 2 of {LENGTH} is off by ",
+    "OwnTable": f"(token 2 of {LENGTH} is off by ",
+    "WholeLength": "one token at a time (ValueError: a table of 9 places does not fit)",
+}
+
+
 @pytest.mark.parametrize(("setting", "own"), [(setting, own) for setting, classes in UNCACHED.items() for own in classes])
 def test_what_a_cache_does_not_decode_is_decoded_without_one(setting, own):
-    """Greedy and drawn tokens of four prompts together are those of whole passes, and a line says why there is no cache."""
+    """The tokens of four prompts together are those of whole passes. A line says why: the first token that differs, or the error."""
     model, variants = model_of(setting, own)
     alone, decoder = filled(model, variants=variants), Decoder(filled(model, variants=variants), model, ALONE, len(PROMPTS), LENGTH)
     assert decoder.uncached and decoder.uncached.startswith("no KV cache, so each token costs a pass over the whole text: classes of")
-    assert decoder.cache_bytes == 0
-    for choice in (GREEDY, DRAWN):
-        expected = [by_whole_passes(alone, model, prompt, 16, choice, 10 + k) for k, prompt in enumerate(PROMPTS)]
-        assert written(decoder, PROMPTS, 16, choice) == expected
-    assert all(len(set(text)) > 1 for text in expected), "texts that repeat one token compare little"
-
-
-def test_the_line_says_what_differs():
-    """The token is the first outside of the window; a class that raises an error is quoted."""
-    reasons = {}
-    for setting, classes in UNCACHED.items():
-        for own in classes:
-            model, variants = model_of(setting, own)
-            reasons[own.__name__] = why_uncached(filled(model, variants=variants), model, ALONE, 3, LENGTH)
-    assert f"(token {WINDOW + 1} of {LENGTH} is off by 0." in reasons["WindowBlock"]
-    assert f"(token 2 of {LENGTH} is off by" in reasons["Counts"]
-    assert reasons["WholeLength"].endswith("one token at a time (ValueError: a table of 9 places does not fit)")
+    assert REASONS[own.__name__] in decoder.uncached and decoder.cache_bytes == 0
+    for choice in (GREEDY, DRAWN) if own is WindowBlock else (GREEDY,):
+        expected = [by_whole_passes(alone, model, prompt, 14, choice, 10 + k) for k, prompt in enumerate(PROMPTS)]
+        assert written(decoder, PROMPTS, 14, choice) == expected
+        assert any(len(set(text)) > 1 for text in expected), "texts that repeat one token compare little"
 
 
 @pytest.mark.parametrize("slots", [1, 3, 100])
@@ -102,13 +100,14 @@ def test_the_window_of_the_page_keeps_its_cache():
     exec(page.partition("```python\n")[2].partition("```")[0], classes)
     classes["WINDOW"] = WINDOW
     model, variants = model_of("position", classes["SlidingWindow"])
-    alone, decoder = filled(model, variants=variants), Decoder(filled(model, variants=variants), model, ALONE, len(PROMPTS), LENGTH)
+    decoder = Decoder(filled(model, variants=variants), model, ALONE, len(PROMPTS), LENGTH)
     assert decoder.uncached is None and decoder.cache_bytes
-    assert written(decoder, PROMPTS, 16) == [by_whole_passes(alone, model, prompt, 16, GREEDY, 0) for prompt in PROMPTS]
     same = longer(**ROTARY, residual="variant:WindowBlock")  # the same model with the window in the core of attention
-    assert written(decoder, PROMPTS, 16) == [by_whole_passes(filled(same, variants=VARIANTS), same, p, 16, GREEDY, 0) for p in PROMPTS]
+    alone = filled(same, variants=VARIANTS)
+    expected = [by_whole_passes(alone, same, prompt, 14, GREEDY, 0) for prompt in PROMPTS]
+    assert written(decoder, PROMPTS, 14) == expected
     classes["WINDOW"] = LENGTH
-    assert written(decoder, PROMPTS, 16) != [by_whole_passes(filled(same, variants=VARIANTS), same, p, 16, GREEDY, 0) for p in PROMPTS]
+    assert written(decoder, PROMPTS, 14) != expected
 
 
 @pytest.mark.parametrize("kind", [Decoder, TokenScorer])
@@ -117,6 +116,20 @@ def test_logits_that_are_not_causal_are_refused(setting, own, kind):
     model, variants = model_of(setting, own)
     with pytest.raises(Mistake, match=r"token \d+ of a text gets other logits among 24 tokens .* → let classes of variant.py depend only"):
         kind(filled(model, variants=variants), model, ALONE, *(() if kind is TokenScorer else (2, LENGTH)))
+
+
+@pytest.mark.parametrize("own", [WindowBlock, SandwichBlock], ids=lambda own: own.__name__)
+def test_bf16_is_decoded_as_whole_passes_in_bf16_compute_it(own):
+    """Without a cache and with one, to 5 % of the largest logit. The module is back in its precision after the checks."""
+    model, variants = model_of("residual", own)
+    alone, module = (filled(model, dtype=torch.bfloat16, variants=variants) for _ in range(2))
+    decoder = Decoder(module, model, ALONE, 1, LENGTH)
+    assert bool(decoder.uncached) == (own is WindowBlock) and next(module.parameters()).dtype == torch.bfloat16
+    text = list(range(5, 5 + WINDOW + 4))
+    decoder.admit([text[:1]])
+    for i, token in enumerate(text[1:], start=2):
+        found, expected = decoder.step([token])[0], logits_of(alone, model, text[:i])
+        assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 def test_a_windowed_model_is_scored():
