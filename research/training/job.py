@@ -48,7 +48,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
     """Checks everything that can be checked without torch and returns the job. Raises a Mistake for what cannot work."""
     experiment = loaded.experiment
     check(experiment, ranks)
-    check_variants(loaded.folder, experiment.model)
+    check_variants(loaded.folder, experiment)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
     check_init_from(experiment, ROOT)
     check_tasks(experiment, ROOT)
