@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
+import dataclasses
 import json
 import re
 import signal
@@ -12,6 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
@@ -88,7 +91,28 @@ def test_the_cache_is_as_large_as_said(small):
 
     task = prepare(small, "--slots", "3")
     decoder = DecoderSpec(small.path, task.checkpoint, slots=3, context=128).on(Grid())
-    assert cache_bytes(task.experiment.model, 3, 128, 1, 4) == sum(core.keys.nbytes + core.values.nbytes for core in decoder.cores)
+    assert cache_bytes(task.experiment.model, 3, 128, 1, 4) == decoder.cache_bytes
+
+
+def test_a_template_file_has_no_byte_order_mark_in_it(small, tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ 1 }}\r\n", encoding="utf-8-sig", newline="")
+    assert prepare(small, "--chat_template", str(tmp_path / "chat.jinja")).template == "{{ 1 }}\r\n"
+
+
+def test_the_announcement_says_that_there_is_no_cache(small, capsys):
+    from parallel.grid import Grid
+    from research.generation.restore import DecoderSpec
+
+    task = prepare(small)
+    decoder = DecoderSpec(small.path, task.checkpoint, context=128).on(Grid())
+    decoder.uncached = "no KV cache, so …: why"
+    template = SimpleNamespace(end_ids=(0,), stops=(), name="plain")
+    service = SimpleNamespace(tokenizer=task.tokenizer, chat_template=template, name="n", step=3, precision="fp32", slots=8, context=128)
+    running: Any = SimpleNamespace(service=service, engine=SimpleNamespace(generator=SimpleNamespace(decoder=decoder)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serve._announce(dataclasses.replace(task, listener=listener), running)
+    said = capsys.readouterr().out
+    assert "cache    8 slots × 128 tokens · none · " in said and "\nwarning  no KV cache, so …: why\n" in said
 
 
 LONG = {"prompt": "war", "max_tokens": 90_000, "temperature": 0, "stream": True}
