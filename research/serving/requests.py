@@ -249,7 +249,7 @@ def _validate_fields(schema: type[Model], fields: dict[str, Any], prefix: str = 
         raise invalid_field(name, "is missing → send it", "missing_required_parameter")
     if first["type"] == "extra_forbidden":
         known = (schema if len(first["loc"]) == 1 else StreamOptions).model_fields
-        near = nearest(str(first["loc"][-1])[:60], known, cutoff=0.4)
+        near = nearest(str(first["loc"][-1])[:60], known)
         raise invalid_field(name, f"is not known → {f'did you mean {near}?' if near else 'leave it out'}", "unknown_parameter")
     problem, value = first["msg"].removeprefix("Input "), first["input"]
     shown = f"= {value} " if isinstance(value, int | float) and len(str(value)) < 30 else ""
