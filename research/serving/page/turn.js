@@ -65,9 +65,9 @@ export function grow(box) {
 }
 
 export async function copy(text, pressed) {
-  if (navigator.clipboard) {
+  try {
     await navigator.clipboard.writeText(text);
-  } else {  // a page that came over http from another machine has no clipboard of its own
+  } catch {  // a page that came over http from another machine has no clipboard of its own
     const box = element("textarea");
     box.value = text;
     document.body.append(box);

@@ -188,8 +188,9 @@ def test_a_real_model_holds_a_conversation(smollm2):
         end = server.running.service.tokenizer.backend.token_to_id("<|im_end|>")
         assert ids.count(end) == server.running.service.chat_template.ids(turns[:1]).count(end)
         with browser.opened(server.url) as driver:
-            driver.execute_script("document.getElementById('temperature').value = 0")
             until(lambda: driver.find_element("id", "message").is_displayed())
+            assert driver.find_element("id", "chat").is_displayed(), "a run with a chat template opens as a chat"
+            driver.execute_script("document.getElementById('temperature').value = 0")
             for question, answer in ((QUESTION, "Paris"), ("And of Italy?", "Rome")):
                 driver.find_element("id", "message").send_keys(question, "\ue007")
                 until(lambda answer=answer: answer in driver.find_elements("css selector", ".turn.assistant p")[-1].text)

@@ -136,7 +136,7 @@ def test_a_chat_without_a_template_is_plain_text(client, alone):
 def test_64_clients_at_once_get_what_one_alone_gets(client, server):
     """Greedy or drawn with a seed, in four slots."""
     kinds = [{"temperature": 0}, {"temperature": 0.9, "seed": 5}]
-    asks = [{"model": None, "prompt": word, "max_tokens": 16} | kind for word in WORDS for kind in kinds]
+    asks = [{"model": None, "prompt": word, "max_tokens": 10} | kind for word in WORDS for kind in kinds]
     single = [client.completions.create(**ask).choices[0].text for ask in asks]
 
     async def everybody():
@@ -213,7 +213,7 @@ def test_a_conversation_longer_than_the_context(client, server):
 def test_an_answer_is_bounded_by_what_is_left(client):
     """With truncation, more tokens than the context has are no error; half of the context at least is left to a conversation."""
     asked = dict(model=None, temperature=0, max_tokens=5000, extra_body={"truncation": "auto"})
-    found = client.chat.completions.create(messages=[{"role": "user", "content": "war"}], **asked)
+    found = client.chat.completions.create(messages=[{"role": "user", "content": "war and peace " * 5}], **asked)
     assert found.usage.total_tokens == 128 and found.messages_left_out == 0
     with pytest.raises(openai.BadRequestError, match="shorten the prompt"):
         client.chat.completions.create(messages=[{"role": "user", "content": "war and peace " * 200}], **asked)

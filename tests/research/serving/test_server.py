@@ -225,7 +225,7 @@ def test_a_stream_that_does_not_end_in_time_ends_with_an_error_and_done(small):
 
 def test_one_that_ends_in_time_ends_as_ever(small):
     with served(small, "--context", "100000", "--grace_seconds", "60") as server:
-        lines = reading(server, LONG_TEXT | {"max_tokens": 200}, 5)
+        lines = reading(server, LONG_TEXT | {"max_tokens": 100}, 5)
         assert lines[-1] == "data: [DONE]" and json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
         begun = time.monotonic()
         server.thread.join(PATIENCE)
