@@ -56,7 +56,9 @@ export class Chat {
     }
     following(() => {
       turn.note.textContent = ending(result);
-      this.markLeftOut(turn.unsent + (result.leftOut ?? 0));
+      const leftOut = result.leftOut ?? 0;
+      const reads = leftOut ? `the model reads ${this.data.model.context} tokens` : `the server takes ${this.data.most_messages} messages`;
+      this.markLeftOut(turn.unsent + leftOut, reads);
     });
     return true;
   }
@@ -121,12 +123,12 @@ export class Chat {
     this.empty.hidden = this.turns.length > 0;
   }
 
-  markLeftOut(count) {
+  markLeftOut(count, reason) {
     this.turns.forEach((turn, i) => turn.element.classList.toggle("unread", i < count));
     this.divider.remove();
     if (count === 0) return;
     const is = count === 1 ? "is" : "are";
-    this.divider.textContent = `${counted(count, "earlier message")} ${is} left out: the model reads ${this.data.model.context} tokens`;
+    this.divider.textContent = `${counted(count, "earlier message")} ${is} left out: ${reason}`;
     this.turns[count].element.before(this.divider);
   }
 }

@@ -3,6 +3,10 @@
 import { counted, ending, generate } from "./server.js";
 import { button, copy, edited, element, following } from "./turn.js";
 
+// Between these, scripts that write words apart have a space.
+const WORD_OR_PUNCTUATION = /[\p{sc=Latin}\p{sc=Greek}\p{sc=Cyrillic}\p{N}.,;:!?)\]”’]$/u;
+const WORD = /^[\p{sc=Latin}\p{sc=Greek}\p{sc=Cyrillic}\p{N}]/u;
+
 export class Text {
   sends = "Continue";
 
@@ -42,7 +46,7 @@ export class Text {
   async submit(text) {
     let addition = text.replace(/[ \t]+$/, "");  // a space at the end is part of most tokenizers' next word
     if (!addition && !this.pieces.length) return text;
-    if (/\w$/.test(this.text) && /^\w/.test(addition)) addition = ` ${addition}`;
+    if (WORD_OR_PUNCTUATION.test(this.text) && WORD.test(addition)) addition = ` ${addition}`;
     if (addition) this.add("user", addition);
     const continued = await this.continue();
     if (!continued && addition) this.cut(this.pieces.length - 1);

@@ -209,10 +209,11 @@ def test_a_run_without_a_template_continues_text(short, look, size):
         assert page.texts(".document") == [prompt + short.post("/v1/completions", **asked).json()["choices"][0]["text"]]
         for _ in range(4):
             page.send("")
+        end = page.texts(".document")[0][-1]
         page.send("and so")
         whole = page.texts(".document")[0]
         last = page.texts(".document .assistant")[-1]
-        assert len(page.texts(".document .assistant")) == 6 and whole.endswith("and so" + last)
+        assert len(page.texts(".document .assistant")) == 6 and whole.endswith(f"{' ' if re.match('[a-z0-9.,;:)]', end) else ''}and so{last}")
         left_out = len(encode(whole[: len(whole) - len(last)])) - (128 - 32)
         assert page.texts("#text .left-out") == [f"The first {left_out} tokens are left out: the model reads 128 tokens"] and left_out > 50
         page.tool("#text", "Retry")
@@ -231,6 +232,20 @@ def test_a_run_without_a_template_continues_text(short, look, size):
         assert page.fits() and page.complaints == []
         page.one("#clear").click()
         assert page.one(".prompts").is_displayed() and page.texts(".document") == [""]
+
+
+@pytest.mark.slow
+def test_more_turns_than_a_request_may_hold(small):
+    with served(small, "--messages", "6", "--context", "2000") as server, browser.opened(server.url) as driver:
+        page = Page(driver)
+        page.mode("chat")
+        page.set(temperature=0, max_tokens=4)
+        page.driver.execute_script("document.getElementById('system').value = 'Be kind.'")
+        for i in range(6):
+            page.send(f"war {i}")
+            assert not page.one("#error").is_displayed() and len(page.texts(".turn.assistant p")) == i + 1
+        assert page.texts("#chat .left-out") == ["6 earlier messages are left out: the server takes 6 messages"]
+        assert page.complaints == []
 
 
 @pytest.mark.slow
