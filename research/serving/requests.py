@@ -202,7 +202,7 @@ class ChatRequest(CommonFields):
         "web_search_options": (),
         "moderation": (),
     }
-    messages: list[Any] = Field(min_length=1, description='a list that begins with {"role": "user", "content": "…"}')
+    messages: list[Any] = Field(min_length=1, description='a list such as [{"role": "user", "content": "…"}]')
     """Each is checked by `validate_message`."""
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False

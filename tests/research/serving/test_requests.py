@@ -178,7 +178,7 @@ def test_what_is_not_there_is_refused_by_its_name(name, value):
         ({"n": True}, "n", "n = true does not work → send a whole number of at least 1"),
         ({"stream_options": "x"}, "stream_options", 'send an object such as {"include_usage": true}'),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "= 1 does not work → send true or"),
-        ({"messages": []}, "messages", 'messages = [] does not work → send a list that begins with {"role": "user", "content": "…"}'),
+        ({"messages": []}, "messages", 'messages = [] does not work → send a list such as [{"role": "user", "content": "…"}]'),
         ({"truncation": "on"}, "truncation", 'truncation = "on" does not work → send "disabled" or "auto"'),
         ({"seed": 2**63}, "seed", f"at most {2**63 - 1}"),
         ({"model": ["x" * 100]}, "model", "model does not work → send a string"),
