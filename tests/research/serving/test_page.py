@@ -213,7 +213,9 @@ def test_a_run_without_a_template_continues_text(short, look, size):
         page.send("and so")
         whole = page.texts(".document")[0]
         last = page.texts(".document .assistant")[-1]
-        assert len(page.texts(".document .assistant")) == 6 and whole.endswith(f"{' ' if re.match('[a-z0-9.,;:)]', end) else ''}and so{last}")
+        assert len(page.texts(".document .assistant")) == 6 and whole.endswith(
+            f"{' ' if re.match('[a-z0-9.,;:)]', end) else ''}and so{last}"
+        )
         left_out = len(encode(whole[: len(whole) - len(last)])) - (128 - 32)
         assert page.texts("#text .left-out") == [f"The first {left_out} tokens are left out: the model reads 128 tokens"] and left_out > 50
         page.tool("#text", "Retry")
