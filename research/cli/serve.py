@@ -20,6 +20,7 @@ from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import LONGEST_TEMPLATE, TEMPLATE
 from research.generation.settings import refuse_context
 from research.serving.limits import Limits
+from research.serving.prompts import example_prompts
 from research.tracking.format import compact, memory
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Task(Trained):
             limits=self.limits,
             token=self.token,
             template=self.template,
+            example_prompts=example_prompts(self.experiment.data.validation, ROOT),
             template_name=arguments.chat_template.name if self.template else TEMPLATE,
             listener=self.listener,
         )
@@ -170,8 +172,9 @@ def _bind(arguments: argparse.Namespace) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise Mistake(f"--host {host} --port {port} cannot be used ({error.strerror}) → another --port, 0 for any that is free") from None
+    except (OSError, UnicodeError) as error:  # a host name that cannot be encoded is no OSError
+        reason = getattr(error, "strerror", None) or "no such host name"
+        raise Mistake(f"--host {host} --port {port} cannot be used ({reason}) → another --port, 0 for any that is free") from None
     return listener
 
 

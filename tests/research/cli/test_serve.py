@@ -68,6 +68,13 @@ def test_a_port_that_is_taken(small):
         prepare(small, "--port", str(other.getsockname()[1]))
 
 
+@pytest.mark.parametrize("host", ["x" * 70, "a..b", "no.such.host.invalid"])
+def test_a_host_that_is_no_name(small, tmp_path, host):
+    (tmp_path / "token").write_text("0123456789abcdefTOKEN")
+    with pytest.raises(Mistake, match=f"--host {re.escape(host)} --port 0 cannot be used .*→"):
+        prepare(small, "--host", host, "--token_file", str(tmp_path / "token"))
+
+
 def test_defaults(small):
     task = prepare(small)
     assert task.context == 128 and task.token is None and task.limits.queue == 64
@@ -205,8 +212,9 @@ def test_a_real_model_holds_a_conversation(smollm2):
         end = server.running.service.tokenizer.backend.token_to_id("<|im_end|>")
         assert ids.count(end) == server.running.service.chat_template.ids(turns[:1]).count(end)
         with browser.opened(server.url) as driver:
-            driver.execute_script("document.getElementById('temperature').value = 0")
             until(lambda: driver.find_element("id", "message").is_displayed())
+            assert driver.find_element("id", "chat").is_displayed(), "a run with a chat template opens as a chat"
+            driver.execute_script("document.getElementById('temperature').value = 0")
             for question, answer in ((QUESTION, "Paris"), ("And of Italy?", "Rome")):
                 driver.find_element("id", "message").send_keys(question, "\ue007")
                 until(lambda answer=answer: answer in driver.find_elements("css selector", ".turn.assistant p")[-1].text)
