@@ -9,7 +9,7 @@ from parallel.checkpoint.folder import name_of
 from parallel.checkpoint.saver import BackgroundSaver, Saver
 from parallel.checkpoint.writer import Saved
 from parallel.errors import Mistake
-from research.cluster.environment import git_state
+from research.cluster.environment import code_digest, git_state
 from research.config.serialization import config_hash
 from research.reliability.heartbeat import Stage
 from research.tracking.metrics import finite
@@ -28,7 +28,13 @@ class Checkpointer:
         """The step of the newest checkpoint that was begun or resumed from; −1 for none."""
         self.unreported = False
         """Whether a checkpoint was begun that `poll` has not reported yet; equal on every rank."""
-        self.origin = {"config": config_hash(run.job.experiment), "commit": git_state(run.job.root)[0], "data": run.corpus.fingerprint}
+        root = run.job.root
+        self.origin = {
+            "config": config_hash(run.job.experiment),
+            "commit": git_state(root)[0],
+            "code": code_digest(root),
+            "data": run.corpus.fingerprint,
+        }
 
     def save(self) -> None:
         """Begins (or writes) the checkpoint of this step. The time it takes is not counted as training time."""

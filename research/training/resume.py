@@ -5,6 +5,7 @@ Everything here is decided before torch is imported.
 
 import hashlib
 import socket
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import MANIFEST
 from parallel.checkpoint.manifest import MAX_BYTES, parse
-from parallel.errors import Mistake
+from parallel.errors import Mistake, listed
 from parallel.files import read_json
 from research.config import Experiment, serialization
 from research.config.diff import MOST, Change, describe_changes, diff
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.tracking import run_folder
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
+from research.training.schedule import learning_rate
 
 AUTO, NEVER = "auto", "never"
 MAY_CHANGE = (
@@ -28,6 +30,7 @@ MAY_CHANGE = (
     "schedule.steps",
     "schedule.micro_batch_size",
     "schedule.validate_every",
+    "schedule.validate_tokens",
     "schedule.log_every",
     "data.cache",
     "parallel",
@@ -40,12 +43,21 @@ MAY_CHANGE = (
     "deepspeed",
 )
 """Settings, or groups of them, that may change on resume because the run stays the same experiment."""
+RECORDED = {
+    "schedule.validate_every": "validations",
+    "schedule.validate_tokens": "validations",
+    "schedule.log_every": "rows of metrics.jsonl",
+    "evaluate": "evaluations",
+    "sample": "samples",
+    "watch": "checks of each step",
+}
+"""Settings that change no step, but what is recorded of it or what an anomaly leads to -> what they change."""
 
 
 def allowed(then: Experiment, now: Experiment, run: str) -> list[Change]:
     """The changes between two sets of settings. Raises a Mistake that lists those that are not in MAY_CHANGE."""
     changes = diff(then, now)
-    refused = [change for change in changes if not any(change[0] == prefix or change[0].startswith(f"{prefix}.") for prefix in MAY_CHANGE)]
+    refused = [change for change in changes if not _is_of(change[0], MAY_CHANGE)]
     if refused:
         more = f" and {len(refused) - MOST} more" if len(refused) > MOST else ""
         raise Mistake(
@@ -53,6 +65,44 @@ def allowed(then: Experiment, now: Experiment, run: str) -> list[Change]:
             "put it back, or begin a run of its own (without --resume), in a copy of the experiment's folder"
         )
     return [change for change in changes if change[0] != "schema"]
+
+
+def continuation(
+    step: int, changes: Sequence[Change], now: Experiment, differences: Mapping[str, tuple[Any, Any]], same_code: bool, device: str
+) -> str:
+    """How far a run that resumes at `step` is the run that was never stopped, in words that say no more than is true.
+
+    `changes` are the settings that differ, `differences` those of layout and machine (parallel/engines/process_state.py).
+    'bit for bit as if it had never stopped' needs that nothing differs, and a CPU: some GPU kernels add in no fixed order.
+    """
+    rounding = [f"{name.partition('.')[2]} {then} → {to}" for name, (then, to) in differences.items()]
+    rounding += ["other DeepSpeed settings"] * any(_is_of(name, ["deepspeed"]) for name, _, _ in changes)
+    rounding += ["GPU kernels"] * (device != "cpu")
+    exact = f"within rounding ({', '.join(rounding)})" if rounding else "bit for bit"
+
+    then, to = next(((then, to) for name, then, to in changes if name == "schedule.steps"), (now.schedule.steps,) * 2)
+    if not _same_rates(now, then, to, range(step)):
+        said = f"same state, other learning rates from here on ({now.optimizer.decay} over {to} steps, not {then})"
+        said += f", {exact}" if rounding else ""
+    elif not _same_rates(now, then, to, range(step, min(then, to))):
+        said = f"{exact} as if it had been begun with {to} steps"
+    else:
+        said = f"{exact} as if it had never stopped"
+
+    other = dict.fromkeys(what for prefix, what in RECORDED.items() if any(_is_of(name, [prefix]) for name, _, _ in changes))
+    said += f", with other {listed(other, 'and')}" if other else ""
+    return said if same_code else f"{said}, if the code, which has changed, still computes the same"
+
+
+def _same_rates(experiment: Experiment, then: int, to: int, steps: Iterable[int]) -> bool:
+    """Whether a run of `then` and one of `to` steps have the same learning rate in each of `steps`."""
+    optimizer = experiment.optimizer
+    return then == to or all(learning_rate(step, optimizer, then) == learning_rate(step, optimizer, to) for step in steps)
+
+
+def _is_of(name: str, prefixes: Iterable[str]) -> bool:
+    """Whether the dotted name is one of `prefixes`, or a setting in such a group."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def init_from_path(experiment: Experiment, root: Path) -> Path | None:

@@ -28,10 +28,10 @@ from parallel.files import free_bytes, megabytes, write_json
 from parallel.grid import Grid
 from parallel.object_collectives import all_gather_objects, broadcast_object
 from parallel.slices import slice_of
-from research.cluster.environment import git_state
+from research.cluster.environment import code_digest, git_state
 from research.cluster.world import software
 from research.config import serialization
-from research.config.diff import describe_changes
+from research.config.diff import Change, describe_changes
 from research.config.experiment_folder import load_variants
 from research.config.layout import Layout, engine_settings
 from research.config.serialization import config_hash
@@ -66,24 +66,27 @@ class Resumed:
     folder: RunFolder
     checkpoint: Path
     step: int
-    changed: str
-    """The settings that differ from the checkpoint's, as a person reads them."""
+    changes: list[Change]
+    """The settings that differ from the checkpoint's."""
 
-    def line(self, step: int, differences: dict[str, tuple[Any, Any]]) -> str:
-        """'step 120 of gpt_sotu-7f3a2c, step_000120 · bit for bit as if it had never stopped', or why it is only within rounding."""
-        why = ", ".join(f"{name.partition('.')[2]} {then} → {now}" for name, (then, now) in differences.items())
-        exact = f"within rounding ({why})" if why else "bit for bit as if it had never stopped"
-        words = [f"step {step} of {self.folder.title}, {self.checkpoint.name}", exact, *([self.changed] if self.changed else [])]
-        return " · ".join(words)
+    def line(self, facts: dict[str, Any], job: Job, engine: Engine) -> str:
+        """'step 120 of gpt_sotu-7f3a2c, step_000120 · bit for bit as if it had never stopped', or what else it is, and the changes."""
+        differences, same_code = process_state.differences(facts, engine), facts.get("code") == code_digest(job.root)
+        how = resume.continuation(facts["step"], self.changes, job.experiment, differences, same_code, engine.device.type)
+        words = [f"step {facts['step']} of {self.folder.title}, {self.checkpoint.name}", how]
+        return " · ".join([*words, *([describe_changes(self.changes)] if self.changes else [])])
 
 
 def agree_on_resume(job: Job) -> Resumed | None:
     """What rank 0 decided before torch was imported, on every rank."""
     resume, decided = job.resume, None
     if resume:
-        decided = [str(resume.folder.path), str(resume.checkpoint), resume.step, describe_changes(resume.changed)]
+        decided = [str(resume.folder.path), str(resume.checkpoint), resume.step, resume.changed]
     decided = json.loads(broadcast_object(json.dumps(decided)))
-    return Resumed(RunFolder(Path(decided[0])), Path(decided[1]), decided[2], decided[3]) if decided else None
+    if not decided:
+        return None
+    folder, checkpoint, step, changes = decided
+    return Resumed(RunFolder(Path(folder)), Path(checkpoint), step, [(name, then, now) for name, then, now in changes])
 
 
 def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
@@ -142,7 +145,7 @@ def prepare_run(
         if resumed:
             facts = load_checkpoint(resumed.checkpoint, engine)
             refuse_other_data(facts, corpus.fingerprint, resumed.checkpoint)
-            console.header([("resume", resumed.line(facts["step"], process_state.differences(facts, engine)))])
+            console.header([("resume", resumed.line(facts, job, engine))])
         elif path := resume.init_from_path(experiment, job.root):
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
