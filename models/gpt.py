@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -52,6 +53,8 @@ def _vocabulary(name: str, make: Callable, context: BuildContext) -> Layer:
 class TokenLoss:
     """Σ weights · cross entropy over a micro-batch: a 0-dim fp32 tensor, equal on every tensor rank.
 
+    Without gradients, in a validation, there is no label smoothing: it would be neither the model's perplexity nor its bits per byte.
+
     The weights contain the normalisation (research/data/batches.py), so that the engines' plain averages over micro-batches and
     data ranks give the exact mean over the unmasked tokens of the global batch.
     """
@@ -63,5 +66,6 @@ class TokenLoss:
     def __call__(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         """logits 'b s v', labels (targets 'b s', weights 'b s')."""
         targets, weights = labels
-        losses = vocab_parallel_cross_entropy(logits, targets, self.group, self.vocab_size, self.label_smoothing)  # b s
+        smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.0
+        losses = vocab_parallel_cross_entropy(logits, targets, self.group, self.vocab_size, smoothing)  # b s
         return (weights * losses).sum()

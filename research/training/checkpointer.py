@@ -39,7 +39,8 @@ class Checkpointer:
     def save(self) -> None:
         """Begins (or writes) the checkpoint of this step. The time it takes is not counted as training time."""
         run = self.run
-        with run.progress.work("saving", Stage.SAVING), run.meter.paused("saving"):
+        shown = run.console.progress("saving", announced=False)
+        with run.progress.work("saving", Stage.SAVING), run.meter.paused("saving"), shown:
             self.saver.save(run.folder.checkpoints / name_of(run.step), run.engine, self.facts())
         self.saved_step, self.unreported = run.step, True
 
@@ -68,6 +69,7 @@ class Checkpointer:
             "run": {
                 "seconds": run.meter.seconds(),
                 "best": self.periodic.best,
+                "validate_tokens": run.job.experiment.schedule.validate_tokens,
                 "interval_losses": finite(run.meter.losses),
                 **self.anomalies.state(),
                 "due": list(self.periodic.due),

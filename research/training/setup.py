@@ -4,6 +4,7 @@ Every function is collective. `prepare_run` is the whole of it; the preflight re
 train, or whose disk has no room for the first checkpoint.
 """
 
+import functools
 import json
 import logging
 import math
@@ -34,10 +35,11 @@ from research.config import serialization
 from research.config.diff import Change, describe_changes
 from research.config.experiment_folder import load_variants
 from research.config.layout import Layout, engine_settings
+from research.config.plausibility import doubts_of_text
 from research.config.serialization import config_hash
 from research.data import prepare
 from research.data.batches import epochs
-from research.data.prepare import Corpus
+from research.data.prepare import Corpus, HeldOut
 from research.evaluation import in_training
 from research.evaluation.in_training import PreparedTask
 from research.reliability.watchdog import Watchdog
@@ -125,6 +127,8 @@ def header(job: Job, folder: RunFolder, console: Console) -> None:
     commit, dirty = git_state(job.root)
     title = f"{job.name} · run {folder.title} · {commit} ({'dirty' if dirty else 'clean'}) · {folder.shown}"
     console.header([("", title), *describe(job, device().type, software())])
+    for warning in job.warnings:
+        console.warn(warning)
 
 
 def prepare_run(
@@ -133,9 +137,14 @@ def prepare_run(
     """The run before its first step. A signal ends it at once until everything is there; from then on it waits for the end of a step."""
     experiment = job.experiment
     with watch.progress.work("preparing the text"):
-        corpus = load_corpus(job, console)
+        show = functools.partial(console.progress, unit="characters")
+        corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, show)
+        text = prepare.held_out(corpus, experiment.schedule.validate_tokens)
+        if not resumed:
+            prepare.refuse_same_text(experiment.data, corpus)
+        show_data(job, corpus, text, console)
         prompts = samples.prompts_of(experiment, corpus)
-        tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, lambda what: say(console, what))
+        tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, show)
     watch.progress.advance("building the engine")
     engine = build_engine(job, grid)
     preflight(job, folder, corpus, engine, tasks)
@@ -143,7 +152,8 @@ def prepare_run(
     facts: dict[str, Any] | None = None
     with watch.progress.work("reading the checkpoint"):
         if resumed:
-            facts = load_checkpoint(resumed.checkpoint, engine)
+            with console.progress("reading the checkpoint", announced=False):
+                facts = load_checkpoint(resumed.checkpoint, engine)
             refuse_other_data(facts, corpus.fingerprint, resumed.checkpoint)
             console.header([("resume", resumed.line(facts, job, engine))])
         elif path := resume.init_from_path(experiment, job.root):
@@ -151,27 +161,23 @@ def prepare_run(
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, folder, engine, console, resumed)
     run = Run(job, folder, corpus, engine, tracker, console, Meter(job.layout.tokens_per_step), watch.note_signals(), watch.progress)
-    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console), Periodic(run, tasks, prompts)
+    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
         checkpointer.restore(facts)
     return run, anomalies, periodic, checkpointer
 
 
-def load_corpus(job: Job, console: Console) -> Corpus:
-    """The tokenizer and both token stores, prepared by whichever rank of a node comes first."""
+def show_data(job: Job, corpus: Corpus, text: HeldOut, console: Console) -> None:
+    """Shows the texts, the tokenizer and their sizes, and warns of what does not fit together and only the texts can tell."""
     data, schedule = job.experiment.data, job.experiment.schedule
-    corpus = prepare.load(data, job.root, job.experiment.model.vocab_size, lambda what: say(console, what))
     seen = epochs(corpus.train, job.experiment.model.seq_length, schedule.steps * schedule.batch_size)
     sizes = f"{fmt.count(corpus.train.num_tokens)} train, {fmt.count(corpus.validation.num_tokens)} validation tokens"
+    if text.tokens < corpus.validation.num_tokens - 1:
+        sizes += f" (of which the first {fmt.count(text.tokens)} are predicted)"
     console.header([("data", f"{data.train} · {corpus.tokenizer.name} · {sizes} · {schedule.steps} steps = {seen:.2f} epochs")])
-    return corpus
-
-
-def say(console: Console, what: str) -> None:
-    """Says that slow work begins."""
-    with console.progress(what):
-        pass
+    for warning in doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, text.tokens, job.layout.tokens_per_step):
+        console.warn(warning)
 
 
 def build_engine(job: Job, grid: Grid) -> Engine:
@@ -207,7 +213,8 @@ def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, 
         dirty,
         project=track.project,
         group=track.group or job.name,
-        tags=[layout_tag(job.layout), job.experiment.precision],
+        tags=list(dict.fromkeys([layout_tag(job.layout), job.experiment.precision, *track.tags])),
+        job_type=track.job_type,
     )
     tracker = Tracker(folder, description, track.mode, after=resumed.step if resumed else 0, quiet=quiet)
     console.header([("tracking", tracker.line)])
