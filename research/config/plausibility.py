@@ -15,8 +15,8 @@ LONGEST_NAME = 128
 """The most characters of a project, a group and a run id that W&B's server takes."""
 WANDB_REFUSES = {"project": "/\\#?%:", "run id": "/\\#?%:;,'"}
 """Characters that wandb.Settings and W&B's server refuse."""
-UNUSED_ROWS = 0.1
-"""The part of model.vocab_size without a token from which a warning is given; published models pad by 2 % at most."""
+LEAST_USED = 0.5
+"""The part of model.vocab_size below which the tokenizer's size gives a warning. Published models are padded by 2 % at most."""
 FORWARD = 3
 """How many times longer a token takes in training (forward and backward pass) than in validation."""
 
@@ -104,7 +104,7 @@ def _doubts_of_checkpoints(checkpoints: Checkpoints, steps: int) -> Iterator[str
 def doubts_of_text(experiment: Experiment, tokenizer_size: int, validation_tokens: int, tokens_per_step: int) -> Iterator[str]:
     """What is probably not meant, and is known only with the tokenizer and the texts: `validation_tokens` are predicted each time."""
     size, schedule = experiment.model.vocab_size, experiment.schedule
-    if tokenizer_size < (1 - UNUSED_ROWS) * size:
+    if tokenizer_size < LEAST_USED * size:
         yield (
             f"model.vocab_size = {size}, but data.tokenizer = {experiment.data.tokenizer!r} has {tokenizer_size} tokens on this text: "
             f"{size - tokenizer_size} rows of the embedding are never used → use model.vocab_size {tokenizer_size}"

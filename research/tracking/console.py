@@ -138,9 +138,9 @@ class Console:
         for i, command in enumerate(commands):
             self._put(Text.assemble((f"{'' if i else 'next':<{CLOSING_INDENT}}", "cyan"), command))
 
-    def warn(self, text: str) -> None:
-        """A warning: the run goes on."""
-        self._labelled("warn", fmt.one_line(text), CLOSING_INDENT, "bold yellow")
+    def warn(self, text: str, in_header: bool = False) -> None:
+        """A warning: the run goes on. `in_header`: aligned with the lines of the header."""
+        self._labelled("warn", fmt.one_line(text), HEADER_INDENT if in_header else CLOSING_INDENT, "bold yellow")
 
     @contextmanager
     def progress(self, label: str, total: int | None = None, unit: str = "", announced: bool = True) -> Iterator[Advance]:

@@ -128,7 +128,7 @@ def header(job: Job, folder: RunFolder, console: Console) -> None:
     title = f"{job.name} · run {folder.title} · {commit} ({'dirty' if dirty else 'clean'}) · {folder.shown}"
     console.header([("", title), *describe(job, device().type, software())])
     for warning in job.warnings:
-        console.warn(warning)
+        console.warn(warning, in_header=True)
 
 
 def prepare_run(
@@ -177,7 +177,7 @@ def show_data(job: Job, corpus: Corpus, text: HeldOut, console: Console) -> None
         sizes += f" (of which the first {fmt.count(text.tokens)} are predicted)"
     console.header([("data", f"{data.train} · {corpus.tokenizer.name} · {sizes} · {schedule.steps} steps = {seen:.2f} epochs")])
     for warning in doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, text.tokens, job.layout.tokens_per_step):
-        console.warn(warning)
+        console.warn(warning, in_header=True)
 
 
 def build_engine(job: Job, grid: Grid) -> Engine:

@@ -89,7 +89,7 @@ class Place:
         self.train, self.validation = path / "train.txt", path / "validation.jsonl"
         self.home.mkdir(parents=True, exist_ok=True)
         self.train.write_text("\n\n".join(_sentence(number, 200) for number in range(40)))
-        documents = [_sentence(number, 90) for number in range(1000, 1003)]
+        documents = [_sentence(number, 90) for number in range(1000, 1004)]
         self.validation.write_text("".join(json.dumps({"text": text + " — ½ of it."}) + "\n" for text in documents))
 
     def settings(self, changes: dict[str, Any]) -> list[str]:
