@@ -17,7 +17,7 @@ from parallel.errors import Mistake
 from parallel.files import locked
 from research.data import documents, token_store, tokenizer_file
 from research.data.token_store import TokenStore
-from research.data.tokenizer import GPT2, Tokenizer, declared_vocab_size, gpt2, kept, pieces, trained
+from research.data.tokenizer import GPT2, TRAINED, Tokenizer, declared_vocab_size, gpt2, kept, pieces, trained
 
 RECIPE = 1
 """Part of every store's name. Raise it whenever the same text would give other tokens."""
@@ -116,6 +116,19 @@ def tokenizer_at_hand(data: DataSettings, root: Path) -> Tokenizer | None:
     if not data.train.startswith(documents.BUILTIN):  # it may be long, and its digest needs all of it
         return None
     return kept(data.tokenizer, documents.digest(data.train, root), Path(root) / Path(data.cache).expanduser())
+
+
+def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:
+    """Whether two settings name one tokenizer, as far as its file, or the text that it is trained on, can be found."""
+    paths = [tokenizer_file.path_of(data.tokenizer, root) for data in (then, now)]
+    if then.tokenizer != now.tokenizer:
+        return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
+    if not now.tokenizer.startswith(TRAINED) or then.train == now.train:
+        return True
+    try:
+        return documents.digest(then.train, root) == documents.digest(now.train, root)
+    except Mistake:  # the text is not there any more
+        return False
 
 
 def check(data: DataSettings, root: Path, vocab_size: int) -> None:

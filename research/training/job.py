@@ -24,7 +24,7 @@ from research.config.serialization import resolved
 from research.data.prepare import check as check_data
 from research.evaluation.in_training import check_tasks
 from research.tracking.format import compact, plural
-from research.training.resume import NEVER, Resume, check_init_from, find
+from research.training.resume import NEVER, Resume, check_init_from, doubts_of_init_from, find
 from research.training.samples import check_samples
 
 
@@ -75,7 +75,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         root=ROOT,
         verbose=options.verbose,
         argv=argv,
-        warnings=[*wrong, *doubts(experiment)],
+        warnings=[*wrong, *doubts(experiment), *doubts_of_init_from(experiment, ROOT)],
         resume=find(options.resume, experiment, loaded.folder, ROOT / experiment.track.runs) if ranks.rank == 0 else None,
     )
 

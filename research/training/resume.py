@@ -5,7 +5,7 @@ Everything here is decided before torch is imported.
 
 import hashlib
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from parallel.files import read_json
 from research.config import Experiment, serialization
 from research.config.diff import MOST, Change, describe_changes, diff
 from research.config.experiment_folder import VARIANTS, variant_names
+from research.data.prepare import same_tokenizer
 from research.tracking import run_folder
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
 from research.training.schedule import learning_rate
@@ -118,6 +119,21 @@ def check_init_from(experiment: Experiment, root: Path) -> None:
     newest = checkpoint_folder.newest_complete(path / "checkpoints") if (path / "checkpoints").is_dir() else None
     such = f"{experiment.init_from}/checkpoints/{newest.name}" if newest else "runs/NAME/ID/checkpoints/step_N"
     raise Mistake(f"init_from = {experiment.init_from!r}: {path} is not a checkpoint, it has no {MANIFEST} → name {such}")
+
+
+def doubts_of_init_from(experiment: Experiment, root: Path) -> Iterator[str]:
+    """A warning if the weights that a run begins with know other tokens, as far as the folder of their run tells."""
+    path, now = init_from_path(experiment, root), experiment.data
+    config = path.parent.parent / "config.json" if path else None
+    if config is None or not config.is_file():
+        return
+    then = serialization.load(config).data
+    if not same_tokenizer(then, now, root):
+        trained = f" trained on {then.train!r}, not on {now.train!r}" if then.tokenizer == now.tokenizer else f", not {now.tokenizer!r}"
+        yield (
+            f"init_from = {experiment.init_from!r}: its weights know the tokens of {then.tokenizer!r}{trained}, so that the ids mean "
+            "other text → set data.tokenizer to the tokenizer.json that `python -m research export` writes for that run"
+        )
 
 
 def init_from_digest(experiment: Experiment, root: Path) -> str:

@@ -21,7 +21,7 @@ from tests.research.helpers import small_runs as r
 from tests.research.helpers.example import example, sentence
 from tests.research.helpers.launches import Ended, Place, run
 from tests.research.helpers.small_runs import DROPS, Stage, bits
-from tests.research.tracking.test_tracker import logged
+from tests.research.tracking.test_tracker import inspected, logged, of
 
 
 def imported(runs: Path, experiment) -> RunFolder:
@@ -44,6 +44,33 @@ def test_a_checkpoint_is_taken_whatever_else_is_refused_with_the_one_meant(tmp_p
     assert sentence(lambda: resume.check_init_from(example(init_from="nothing"), tmp_path)).endswith(
         "→ name runs/NAME/ID/checkpoints/step_N"
     )
+
+
+def test_weights_that_know_other_tokens_are_doubtful(tmp_path: Path) -> None:
+    """A built-in tokenizer of one name is another one if it is trained on another text; copies of a text or a file are the same."""
+    for name, text in (("a.txt", "text"), ("copy.txt", "text"), ("b.txt", "other"), ("t.json", "{}"), ("u.json", "{}"), ("v.json", "[]")):
+        (tmp_path / name).write_text(text)
+    folder = tmp_path / "runs" / "old" / "aaaaaa"
+    folder.mkdir(parents=True)
+
+    def said(then: dict, now: dict) -> list[str]:
+        texts = {"train": "a.txt", "validation": "b.txt", "tokenizer": "builtin:bpe-300"}
+        serialization.save(example(data=schema.Data(**texts | then)), folder / "config.json")
+        name = "runs/old/aaaaaa/checkpoints/step_000006"
+        return list(resume.doubts_of_init_from(example(data=schema.Data(**texts | now), init_from=name), tmp_path))
+
+    for then, now in (({}, {}), ({}, {"train": "copy.txt"}), ({"tokenizer": "t.json"}, {"tokenizer": "u.json", "train": "b.txt"})):
+        assert said(then, now) == []
+    assert said({}, {"train": "b.txt"}) == [
+        "init_from = 'runs/old/aaaaaa/checkpoints/step_000006': its weights know the tokens of 'builtin:bpe-300' trained on 'a.txt', not "
+        "on 'b.txt', so that the ids mean other text → set data.tokenizer to the tokenizer.json that `python -m research export` writes "
+        "for that run"
+    ]
+    (other,) = said({"tokenizer": "t.json"}, {"tokenizer": "v.json"})
+    assert "know the tokens of 't.json', not 'v.json', so that" in other
+    assert len(said({"train": "gone.txt"}, {})) == 1
+    (folder / "config.json").unlink()
+    assert list(resume.doubts_of_init_from(example(init_from="runs/old/aaaaaa/checkpoints/step_000006"), tmp_path)) == []
 
 
 def test_ranks_compare_the_weights_they_begin_with(tmp_path: Path) -> None:
@@ -254,11 +281,15 @@ def test_a_background_save_is_the_same_checkpoint(stage: Stage, whole: Ended) ->
 @pytest.mark.slow
 def test_wandb_gets_a_second_offline_segment_with_the_same_id(stage: Stage) -> None:
     """Read back by W&B's own reader: each segment has its own rows, the second says where it began."""
-    go(stage, "tracked", "1", prelude=r.stopped_in_step_6, track={"mode": "offline"})
-    resumed = go(stage, "tracked", "1", resume="auto", track={"mode": "offline"})
+    track = {"mode": "offline", "tags": ("mine", "fp32"), "job_type": "ablation"}
+    go(stage, "tracked", "1", prelude=r.stopped_in_step_6, track=track)
+    resumed = go(stage, "tracked", "1", resume="auto", track=track)
     first, second = sorted(resumed.folder.wandb.glob("offline-run-*"))
     assert {path.name.rpartition("-")[2] for path in (first, second)} == {resumed.folder.id}
     rows = {path: logged(SimpleNamespace(wandb=path)) for path in (first, second)}
+    for path in (first, second):
+        (about,) = of(inspected(SimpleNamespace(wandb=path)), "run")
+        assert (about["tags"], about["job_type"]) == (["pp1·dp1·tp1·zero1", "fp32", "mine"], "ablation")
     steps = [{row["progress/step"] for row in rows[path] if "train/loss" in row} for path in (first, second)]
     assert steps == [set(range(1, 7)), set(range(7, 13))]
     assert any(row.get("progress/resumed_at") == 6 for row in rows[second])
