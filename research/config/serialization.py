@@ -85,8 +85,8 @@ def _without_periodic_tasks(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_own_training(settings: dict[str, Any]) -> dict[str, Any]:
-    """5 → 6: attention, loss and optimizer could not be chosen."""
-    added = {"model": {"attention": "softmax"}, "optimizer": {"name": "adamw"}}
+    """5 → 6: attention, loss and optimizer could not be chosen; a validation read all of the held-out text."""
+    added = {"model": {"attention": "softmax"}, "optimizer": {"name": "adamw"}, "schedule": {"validate_tokens": 0}}
     groups = {group: new | settings[group] for group, new in added.items() if isinstance(settings.get(group), dict)}
     return {"loss": "cross_entropy"} | settings | groups
 
