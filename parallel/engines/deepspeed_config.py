@@ -7,7 +7,7 @@ from typing import Any
 from parallel.errors import Mistake
 
 BUCKET_ELEMENTS = 5_000_000
-"""Elements of a communication bucket. DeepSpeed's default, 5e8, may be allocated whole at each step."""
+"""Elements of a communication bucket by default. DeepSpeed's own, 5e8, may be allocated whole at each step."""
 
 SAME = {
     "train_micro_batch_size_per_gpu": "schedule.micro_batch_size",
@@ -49,6 +49,8 @@ class EngineSettings:
     weight_decay: float
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    bucket_elements: int = BUCKET_ELEMENTS
+    """Elements of a bucket in which gradients are reduced and weights gathered. It changes speed and memory only."""
     explicit: Mapping[str, Any] = field(default_factory=dict)
     """The experiment's own `deepspeed={…}` table, merged last."""
 
@@ -86,8 +88,8 @@ def _zero(settings: EngineSettings, cuda: bool) -> dict[str, Any]:
         "stage": max(1, settings.zero_stage),  # at stage 0 the gradient norm is wrong or missing: docs/deepspeed.md
         "overlap_comm": cuda,
         "contiguous_gradients": cuda,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": settings.bucket_elements,
+        "allgather_bucket_size": settings.bucket_elements,
     }
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
