@@ -78,7 +78,7 @@ def ledger(folder: Path, world: int) -> int:
     Returns 0 if every layout communicates what the closed forms say and its ranks agree, else 1.
     """
     loaded = folders.load(folder)
-    experiment = shrunk(loaded.experiment, world)
+    experiment = shrunk(loaded.experiment, world, STEPS)
     console = Console()
     console.header([("", f"verify {loaded.name} · what one step communicates, whole tensors in fp32"), ("", "")])
     rows = []
