@@ -115,7 +115,7 @@ def shrunk(experiment: Experiment, ranks: int, steps: int = 3) -> Experiment:
     # Several heads on each of two tensor ranks. Grouped queries: two kv heads at least, which two tensor ranks divide, and fewer than the
     # largest degree from four on, so that ranks share one.
     fewest = 2 ** int(math.log2(min(model.num_kv_heads, max(2, ranks // 2))))
-    kv_heads = max(4, ranks) if groups == 1 else fewest
+    kv_heads = ranks * max(1, 4 // ranks) if groups == 1 else fewest
     heads = math.lcm(groups * kv_heads, ranks)
     sizes: dict[str, Any] = {
         "num_layers": max(2, ranks),
