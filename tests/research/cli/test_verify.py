@@ -98,9 +98,9 @@ WRONG = [  # the error, a layout that shows it, the model, what differs first: a
     (m.shared_head_of_own_queries, TP2, SHARED, "the gradient of blocks.1.attention.qkv.bias in step 1"),
 ]
 FAST_WRONG = (
-    *("no_sum_on_entry", "slices_unmarked", "row_bias_not_summed_over_positions", "means_of_means", "clip_forgotten"),
-    *("last_rows_of_the_gradient_lost", "only_the_first_bucket_reduced", "table_rows_shifted", "dropout_by_local_position"),
-    *("tied_copies_not_summed", "context_lost_on_the_way", "shared_head_counted_twice"),
+    *("no_sum_on_entry", "slices_unmarked", "means_of_means", "clip_forgotten", "last_rows_of_the_gradient_lost"),
+    *("only_the_first_bucket_reduced", "table_rows_shifted", "dropout_by_local_position", "tied_copies_not_summed"),
+    "context_lost_on_the_way",
 )
 """At least one error along every axis and in every quantity that is compared. The others are slow."""
 
