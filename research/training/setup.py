@@ -46,7 +46,7 @@ from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from research.tracking.tracker import Tracker
-from research.tracking.wandb_mirror import RunDescription
+from research.tracking.wandb_client import RunDescription
 from research.training import resume, samples
 from research.training.anomalies import AnomalyMonitor
 from research.training.checkpointer import Checkpointer, refuse_other_data

@@ -42,7 +42,7 @@ def ended(request) -> Ended:
 
 def test_every_file_of_a_finished_run(ended: Ended) -> None:
     folder = ended.folder
-    made = {path.name for path in folder.path.iterdir()} - {"wandb"}
+    made = {path.name for path in folder.path.iterdir()} - {"wandb", "wandb.json"}
     assert made == {
         "run.json", "config.json", "deepspeed.json", "metrics.jsonl", "samples.jsonl", "loss.png", "source", "checkpoints", "logs"
     }  # fmt: skip
@@ -229,8 +229,9 @@ def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> Non
     records = inspected(alone.folder)
     rows = [{key: value for key, value in row["item"].items() if not key.startswith("_")} for row in of(records, "history")]
     written = [json.loads(line) for line in alone.folder.metrics.read_text().splitlines()]
-    *rows, sample, table = rows
+    *rows, sample, table, picture = rows
     assert rows == written and len(written) == STEPS + 2 and table["samples.path"].endswith(".table.json")
+    assert picture["loss_curve.size"] == alone.folder.loss_png.stat().st_size
     assert one_line(sample["sample/text"]) in alone.out
     (about,) = of(records, "run")
     saved, told = json.loads(alone.folder.config.read_text()), about["config"]["update"]
