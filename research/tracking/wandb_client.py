@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from parallel.files import read_json, write_json
+from research.tracking.format import SEPARATOR
 from research.tracking.run_folder import RunFolder
 
 AXES = STEP, TOKENS = "progress/step", "progress/tokens"
@@ -73,6 +74,7 @@ def describe(folder: RunFolder) -> RunDescription:
     """The description that the run had while it was trained, from the files of its folder."""
     run, config = read_json(folder.run), read_json(folder.config)
     track = config["track"]
+    own_tags = [*str(run["layout"]).split(SEPARATOR), str(run["precision"])]
     return RunDescription(
         config,
         read_json(folder.deepspeed) if folder.deepspeed.is_file() else {},
@@ -80,7 +82,7 @@ def describe(folder: RunFolder) -> RunDescription:
         bool(run.get("dirty")),
         project=track["project"],
         group=track["group"] or folder.name,
-        tags=[*track.get("tags", ()), str(run["layout"]), str(run["precision"])],
+        tags=[*track.get("tags", ()), *filter(None, own_tags)],
         job_type=track.get("job_type"),
     )
 

@@ -58,7 +58,8 @@ def test_every_file_of_a_finished_run(ended: Ended) -> None:
 
 def test_what_run_json_and_config_json_say(tensor_2: Ended, place: Place) -> None:
     told = json.loads(tensor_2.folder.run.read_text())
-    assert (told["status"], told["layout"], told["precision"], told["steps"]) == ("finished", "pp1·dp1·tp2·zero1", "fp32", 6)
+    assert (told["status"], told["precision"], told["steps"]) == ("finished", "fp32", 6)
+    assert told["layout"] == "pipe 1 × data 1 × tensor 2 · ZeRO-1"
     assert ["parallel.tensor", "1", "2"] in told["overrides"]
     saved = json.loads(tensor_2.folder.config.read_text())
     assert saved["schema"] == serialization.SCHEMA
@@ -237,7 +238,8 @@ def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> Non
     saved, told = json.loads(alone.folder.config.read_text()), about["config"]["update"]
     assert {key: told[key] for key in saved} == saved
     assert told["derived_deepspeed"] == json.loads(alone.folder.deepspeed.read_text())
-    assert (about["run_group"], about["run_id"], about["tags"]) == ("gpt_sotu", alone.folder.title, ["pp1·dp1·tp1·zero1", "fp32"])
+    assert (about["run_group"], about["run_id"]) == ("gpt_sotu", alone.folder.title)
+    assert about["tags"] == ["pipe 1 × data 1 × tensor 1", "ZeRO-1", "fp32"]
     axes = {metric.get("name") or metric["glob_name"]: metric.get("step_metric") for metric in of(records, "metric")}
     assert axes["train/*"] == axes["val/*"] == "progress/tokens" and axes["perf/*"] == "progress/step"
 
