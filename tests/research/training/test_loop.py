@@ -211,9 +211,11 @@ def test_generate_writes_what_the_run_wrote(ended: Ended, capsys) -> None:
 def test_runs_lists_it(tensor_2: Ended, place: Place) -> None:
     command = [sys.executable, "-m", "research", "runs", "--root", str(place.runs)]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
-    (line,) = [line.split("\t") for line in listed.splitlines() if f"\t{tensor_2.folder.id}\t" in line]
+    head, *lines = [line.split("\t") for line in listed.splitlines()]
+    (line,) = [dict(zip(head, line, strict=True)) for line in lines if line[0] == tensor_2.folder.title]
     bits = f"{tensor_2.column('val/bits_per_byte')[-1]:.3f}"
-    assert (line[0], *line[3:]) == ("gpt_sotu", "pp1·dp1·tp2·zero1", "fp32", "6/6", bits, "finished")
+    assert (line["steps"], line["bits/byte"], line["status"], line["precision"]) == ("6/6", bits, "finished", "fp32")
+    assert line["layout"] == "pipe 1 × data 1 × tensor 2 · ZeRO-1" and "model.num_layers 4 → 2" in line["differs"]
 
 
 def test_what_to_type_next_can_be_typed(alone: Ended) -> None:
