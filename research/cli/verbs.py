@@ -16,6 +16,7 @@ VERBS = {
     "serve": "serve a trained model over HTTP, with OpenAI's API: serve RUN",
     "export": "write a run for transformers to load: export RUN FOLDER",
     "import": "turn another program's weights into an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
+    "plot": "draw the metrics of one run, or of several over each other: plot RUN RUN --metric loss --out loss.svg",
     "track": "write a run to Weights & Biases from its metrics.jsonl: track RUN",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
     "inspect": "show what a run or a checkpoint contains, and check its files: inspect RUN --check",
