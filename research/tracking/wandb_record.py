@@ -27,6 +27,8 @@ TABLE_ROWS = 1000
 TABLE, PICTURE = "samples", "loss_curve"
 OFFLINE, ONLINE = "offline-run-*", "run-*"
 """W&B's names for the folder of a run; the date and time that it was opened at follow, and its id."""
+SUMMARY = "offline-summary-*"
+"""Our name for the folder of figures that were added to an offline run: `wandb sync` sends it, `wandb leet` does not list it."""
 SECONDS, TIMESTAMP = "progress/seconds", "_timestamp"
 """Our own clock of a run, and W&B's name for the time of a row in seconds since 1970."""
 
@@ -175,8 +177,8 @@ def known(folder: RunFolder, figures: Mapping[str, float]) -> Known:
 
 def files_of(folder: RunFolder) -> list[Path]:
     """The run-*.wandb files in W&B's folder, oldest first."""
-    found = [file for kind in (OFFLINE, ONLINE) for file in folder.wandb.glob(f"{kind}/run-*.wandb")]
-    return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"))
+    found = [file for kind in (OFFLINE, SUMMARY, ONLINE) for file in folder.wandb.glob(f"{kind}/run-*.wandb")]
+    return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-").partition("-")[2])
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:

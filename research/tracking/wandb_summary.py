@@ -1,11 +1,12 @@
 """Adds figures to the Weights & Biases summary of a run that has ended. Called by `evaluate`; never fails a command.
 
 Online they are added to the run itself. Offline, W&B cannot reopen a run: another folder with the run's id is written, as by a resumed
-run, which `wandb sync` joins to the first. The summary of the last folder counts there, so it also holds the run's own last figures.
-`wandb leet` goes on showing the folder that has the rows.
+run, which `wandb sync` joins to the first. The summary of the last folder counts there, so it also holds the run's own last figures. The
+folder gets a name that `wandb leet` does not list, because it has no rows: that goes on showing the run.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from parallel.files import read_json
 from research.tracking import wandb_client, wandb_record
@@ -26,8 +27,11 @@ def add(folder: RunFolder, figures: Mapping[str, float]) -> str:
             return f"W&B summary not written ({opened.why})"
         url = opened.run.url if opened.mode == "online" else None
         opened.run.summary.update({**(wandb_record.summary(folder) if opened.mode == "offline" else {}), **figures})
+        place = Path(opened.run.dir).parent
         done = wandb_client.finish_run(opened.run, 0)
         wandb_client.call_with_timeout(wandb_client.end_process, 1.0)
+        if opened.mode == "offline":
+            place.rename(place.with_name(place.name.replace("run", "summary", 1)))
     except Exception as error:  # W&B is a mirror: whatever it raises must not reach the command
         return f"W&B summary not written ({wandb_client.reason(error)}) → python -m research track {folder.shown} writes it later"
     if not done:

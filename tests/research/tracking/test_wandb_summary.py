@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from parallel.files import read_json, write_json
-from research.tracking import run_folder, wandb_summary
+from research.tracking import run_folder, wandb_record, wandb_summary
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import wandb_servers as servers
 from tests.research.tracking import test_tracker as training
@@ -36,7 +36,7 @@ def added(folder: RunFolder, place: Path, server: str = "", **more: str) -> str:
 def segments(folder: RunFolder) -> list[list[dict]]:
     """The records of each offline folder, in order of time, as W&B's own reader prints them."""
     found = []
-    for path in sorted(folder.wandb.glob("offline-run-*/*.wandb")):
+    for path in wandb_record.files_of(folder):
         reader = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", path]
         text = subprocess.run(reader, capture_output=True, text=True, check=True, timeout=60).stdout
         found.append([json.loads(line) for line in text.splitlines()])
@@ -52,7 +52,8 @@ def test_an_offline_run_has_a_second_segment(tmp_path):
     (run,), (first,) = training.of(evaluated, "run"), training.of(trained, "run")
     assert run["run_id"] == first["run_id"] == read_json(folder.wandb_json)["id"] != folder.title
     assert (run["run_group"], run["project"]) == ("gpt_sotu", first["project"])
-    assert (folder.wandb / "latest-run").resolve().name == read_json(folder.wandb_json)["folder"]
+    (listed,) = [*folder.wandb.glob("run-*"), *folder.wandb.glob("offline-run-*")]  # by `wandb leet`
+    assert listed.name == (folder.wandb / "latest-run").resolve().name == read_json(folder.wandb_json)["folder"]
     assert training.of(training.inspected(folder), "history") == training.of(trained, "history") != []
     told: dict = {}
     for record in training.of(evaluated, "summary"):
