@@ -64,7 +64,7 @@ class Tracker:
     def finish(self, status: str = FINISHED) -> None:
         """Closes everything; `status` is finished, interrupted or failed. A second call does nothing.
 
-        W&B has ten seconds for what it still has to write; an offline run that has finished has a minute.
+        W&B has ten seconds for what it still has to write; an offline run that has finished has twenty.
         """
         if self._quiet:
             return

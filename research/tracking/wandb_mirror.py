@@ -28,11 +28,11 @@ from research.tracking.wandb_client import (
     reason,
 )
 
-HEADER_SECONDS = 10.0
+HEADER_SECONDS = 9.0
 """How long the header waits for W&B before it says that W&B is still starting."""
 TABLE_SECONDS = 3.0
 """How long W&B may take to accept a table of samples."""
-STOPPED_SECONDS, OFFLINE_SECONDS = FINISH_SECONDS + 1, 60.0
+STOPPED_SECONDS, OFFLINE_SECONDS = FINISH_SECONDS + 1, 20.0
 """How long the end of a run waits for W&B: of one that was stopped or is online, and of one that is finished and offline."""
 
 
