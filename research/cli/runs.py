@@ -118,10 +118,10 @@ def tell_apart(runs: Sequence[tuple[RunFolder, dict[str, Any]]]) -> None:
 
 
 def differences(overrides: Sequence[Sequence[str]], settings: Settings, names: Sequence[str]) -> list[str]:
-    """['optimizer.lr 0.003 → 0.001', 'model.norm rmsnorm']: overrides, then those of `names` that config.py itself sets."""
+    """['optimizer.lr 0.003 → 0.001', 'model.norm rmsnorm', …]: `names`, which tell the runs apart, and then all other overrides."""
     changed = {name: f"{name} {old} → {new}" for name, old, new in overrides if not belongs(name, OF_THE_RECORD)}
-    changed |= {name: f"{name} {settings[name]}" for name in names if name in settings and name not in changed}
-    return [text for name, text in changed.items() if not belongs(name, OWN_COLUMN)]
+    telling = {name: changed.get(name, f"{name} {settings[name]}") for name in names if name in settings}
+    return [text for name, text in (telling | changed).items() if not belongs(name, OWN_COLUMN)]
 
 
 def in_order(runs: list[dict[str, Any]], key: str, reverse: bool) -> list[dict[str, Any]]:

@@ -12,7 +12,13 @@ from research.tracking import run_folder
 from research.tracking.metrics import JsonLines
 
 LAYOUT = "pipe 1 × data 1 × tensor 2 · ZeRO-1"
-OVERRIDES = [["optimizer.lr", "0.003", "0.001"], ["parallel.tensor", "1", "2"], ["seed", "1", "7"], ["track.mode", "auto", "offline"]]
+OVERRIDES = [
+    ["schedule.log_every", "10", "2"],
+    ["optimizer.lr", "0.003", "0.001"],
+    ["parallel.tensor", "1", "2"],
+    ["seed", "1", "7"],
+    ["track.mode", "auto", "offline"],
+]
 
 
 def settings(lr=0.003, seed=1, norm="layernorm"):
@@ -58,7 +64,7 @@ def test_json_says_everything(root, capsys):
 def test_what_differs_are_overrides_and_what_config_py_has_changed(root, capsys):
     """Without what another column shows, and without where the run is recorded; a run of another experiment is not compared."""
     done, edited, fresh = [run["differs"] for run in json.loads(listed(capsys, "--json"))]
-    assert done == ["optimizer.lr 0.003 → 0.001", "model.norm layernorm"]
+    assert done == ["model.norm layernorm", "optimizer.lr 0.003 → 0.001", "schedule.log_every 10 → 2"]
     assert edited == ["model.norm rmsnorm", "optimizer.lr 0.003"] and fresh == []
 
 
@@ -66,7 +72,7 @@ def test_a_pipe_gets_tabs(root, capsys):
     head, done, edited, fresh = [line.split("\t") for line in listed(capsys, "--root", str(root)).splitlines()]
     assert tuple(head) == runs.COLUMNS
     assert done[1:6] == ["finished", "300/300", "30 k", "2.021", "7"]
-    assert done[7:] == ["bf16", LAYOUT, "optimizer.lr 0.003 → 0.001, model.norm layernorm"]
+    assert done[7:] == ["bf16", LAYOUT, "model.norm layernorm, optimizer.lr 0.003 → 0.001, schedule.log_every 10 → 2"]
     assert fresh[1:6] == ["running", "0/300", "0", "–", "–"] and edited[1] == "failed"
 
 
