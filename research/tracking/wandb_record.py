@@ -19,7 +19,18 @@ from typing import Any
 from parallel.files import read_json
 from research.tracking import metrics
 from research.tracking.run_folder import RunFolder
-from research.tracking.wandb_client import AXES, FINISH_SECONDS, LOWEST, STEP, Opened, RunDescription, end_process, finish_run, open_run
+from research.tracking.wandb_client import (
+    AXES,
+    FINISH_SECONDS,
+    LOWEST,
+    STEP,
+    Opened,
+    RunDescription,
+    call_with_timeout,
+    end_process,
+    finish_run,
+    open_run,
+)
 
 TEXTS = ("prompt", "text", "finish")
 TABLE_ROWS = 1000
@@ -93,8 +104,12 @@ def write(
         return opened
     for row in with_times(rows(folder, after), read_json(folder.run)):
         run.log(row)
+    late = TimeoutError(f"the server did not take everything within {finish_seconds:.0f} s")
     if samples := list(metrics.read(folder.samples)):
-        run.log(table(samples))
+        if opened.mode == "offline":
+            run.log(table(samples))
+        elif not call_with_timeout(lambda: run.log(table(samples)) or True, finish_seconds):  # W&B waits for its server here
+            raise late
     if row := pictures(folder):
         run.log(row)
     if figures:
@@ -102,7 +117,7 @@ def write(
     done = finish_run(run, exit_code)
     end_process()
     if not done:
-        raise TimeoutError(f"the server did not take everything within {finish_seconds:.0f} s")
+        raise late
     return opened
 
 

@@ -15,7 +15,8 @@ from research.tracking import run_folder, wandb_record
 from research.tracking.metrics import JsonLines
 from research.tracking.plot import loss_curve
 from research.tracking.run_folder import RunFolder
-from tests.research.tracking.test_tracker import CONFIG, ROWS, SAMPLES, inspected, of
+from tests.research.helpers import wandb_servers as servers
+from tests.research.tracking.test_tracker import CONFIG, KEY, ROWS, SAMPLES, inspected, of
 
 RESULT = {
     **{"task": "lambada", "settings": {}, "data_sha256": "d", "tokenizer_sha256": "t", "precision": "fp32"},
@@ -94,6 +95,20 @@ def test_an_incomplete_record_is_replaced_and_keeps_its_id(folder: RunFolder) ->
     (offline,) = folder.wandb.glob(wandb_record.OFFLINE)
     assert offline.name.endswith(f"-{drawn}") and wandb_record.known(folder, FIGURES).complete
     assert {row["item"]["progress/step"] for row in of(inspected(folder), "history")} == {10, 20, 30}
+
+
+@pytest.mark.slow
+def test_online_it_is_written_to_the_server_once(folder: RunFolder) -> None:
+    """Without samples: the server of the test answers too little for a table."""
+    folder.samples.unlink()
+    servers.Works.rows.clear()
+    server = servers.serve(servers.Works)
+    online = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server}
+    head, *_ = tracked(folder, **online)
+    assert head == f"{folder.title} · W&B online · {server}/somebody/tessera/runs/{folder.title} · {len(ROWS)} rows"
+    assert [row["progress/step"] for row in servers.Works.rows] == [10, 20, 20]
+    assert tracked(folder, **online)[0] == f"{folder.title} · W&B has all of it already: {len(ROWS)} rows"
+    assert len(servers.Works.rows) == len(ROWS)
 
 
 def test_what_cannot_be_tracked_is_refused_in_words(folder: RunFolder) -> None:
