@@ -10,7 +10,7 @@ import pytest
 
 from research.tracking import plot
 from research.tracking.metrics import JsonLines
-from research.tracking.plot import DARK, LIGHT, NAMED, SMOOTHED_FROM, X_AXES, Curves, loss_curve, points, smooth
+from research.tracking.plot import DARK, LIGHT, NAMED, X_AXES, Curves, loss_curve, points, smooth
 
 
 def rows(n):
@@ -109,8 +109,8 @@ def drawn_figure(*runs, panels=("loss",), x="tokens", theme=LIGHT):
 
 
 def test_few_rows_are_drawn_raw_and_many_as_a_mean_that_is_named():
-    (few,) = drawn_figure(logged(SMOOTHED_FROM - 1)).axes
-    assert lines_of(few)[LIGHT.runs[0]] == [[5 + i % 2 for i in range(1, SMOOTHED_FROM)]]
+    (few,) = drawn_figure(logged(39)).axes
+    assert lines_of(few)[LIGHT.runs[0]] == [[5 + i % 2 for i in range(1, 40)]]
     assert "line: training, every row · dots: validation" in [text.get_text() for text in few.texts]
     (many,) = drawn_figure(logged(200)).axes
     raw, mean = lines_of(many)[LIGHT.runs[0]]
