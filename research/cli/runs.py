@@ -79,7 +79,7 @@ def summarise(folder: RunFolder) -> dict[str, Any] | None:
     """One run as `--json` prints it; None if its run.json cannot be read."""
     try:
         run = read_json(folder.run)
-        status = run_folder.status(run)
+        status = run_folder.status(run, folder)
     except (OSError, ValueError, AttributeError):
         return None
     last = {key: value for key, value in metrics.last(folder.metrics, LAST).items() if not fmt.missing(value)}  # JSON has no nan

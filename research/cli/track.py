@@ -42,7 +42,7 @@ def track(folder: RunFolder, asked: str | None, console: Console) -> None:
     from research.evaluation import results
 
     run = read_json(folder.run)
-    status, rows = run_folder.status(run), len(wandb_record.rows(folder))
+    status, rows = run_folder.status(run, folder), len(wandb_record.rows(folder))
     if not rows:
         raise Mistake(f"{folder.title} ({status}) has no rows in {folder.metrics.name} → track a run that has trained")
     if status == RUNNING:

@@ -6,7 +6,6 @@ of how many.
 
 import logging
 import math
-import os
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -124,9 +123,7 @@ def loss_curve(metrics: Path, picture: Path, title: str, subtitle: str = "") -> 
         rows = list(read(metrics))
         figure = draw([Curves("", rows)], [NAMED["loss"]], X_AXES["tokens"], LIGHT, title, subtitle)
         _mark_lowest(figure.axes[0], rows)
-        temporary = picture.with_name(f".{picture.name}.{os.getpid()}")
-        figure.savefig(temporary, format="png")
-        temporary.replace(picture)
+        save(figure, picture)
     except Exception:
         logging.getLogger(__name__).exception("%s could not be drawn", picture)
 
