@@ -82,7 +82,7 @@ def describe(folder: RunFolder) -> RunDescription:
         bool(run.get("dirty")),
         project=track["project"],
         group=track["group"] or folder.name,
-        tags=[*track.get("tags", ()), *filter(None, own_tags)],
+        tags=list(dict.fromkeys([*filter(None, own_tags), *track.get("tags", ())])),
         job_type=track.get("job_type"),
     )
 

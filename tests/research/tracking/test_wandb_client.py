@@ -25,9 +25,9 @@ def test_what_takes_too_long_is_left():
 def test_the_description_is_what_the_files_say(tmp_path: Path) -> None:
     folder = run_folder.create(tmp_path, "gpt")
     run_folder.start(folder, layout="pipe 1 × data 1 × tensor 2", precision="bf16", steps=3, commit="1a2b3c4", dirty=True)
-    config = {"track": {"project": "p", "group": None, "tags": ["first"], "job_type": "sweep"}}
+    config = {"track": {"project": "p", "group": None, "tags": ["first", "bf16"], "job_type": "sweep"}}
     write_json(folder.config, config)
     described = wandb_client.describe(folder)
     assert (described.config, described.commit, described.dirty) == (config, "1a2b3c4", True)
     assert (described.project, described.group, described.job_type) == ("p", "gpt", "sweep")
-    assert described.tags == ["first", "pipe 1 × data 1 × tensor 2", "bf16"] and described.deepspeed == {}
+    assert described.tags == ["pipe 1 × data 1 × tensor 2", "bf16", "first"] and described.deepspeed == {}
