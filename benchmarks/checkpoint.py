@@ -38,6 +38,7 @@ from parallel.engines.deepspeed_config import EngineSettings
 from parallel.engines.engine import Engine, make_engine
 from parallel.engines.optimizer_state import MOMENTS, ensure_moments, fragment
 from parallel.grid import make_grid
+from research.tracking import format as fmt
 
 
 def engine_of(arguments: argparse.Namespace) -> Engine:
@@ -163,7 +164,7 @@ def measure(rank: int, arguments: argparse.Namespace, place: Path) -> None:
 
 def report(arguments: argparse.Namespace, times: dict[str, list[tuple[float, float]]], size: int, memory: int, largest: int) -> None:
     """The table."""
-    layout = f"{arguments.ranks} ranks, tensor {arguments.tensor}, ZeRO-{arguments.zero}"
+    layout = fmt.layout(1, arguments.ranks // arguments.tensor, arguments.tensor, arguments.zero)
     print(f"{layout}: {size / 1e6:,.0f} MB, median of {arguments.repetitions} (range of the pairs)")
     print("                       seconds     MB/s   wall / plain           wall / plain + fsync   CPU / plain")
     for name, found in times.items():

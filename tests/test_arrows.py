@@ -51,7 +51,7 @@ ENVIRONMENT_IS_TOUCHED_IN = {
     "research/cluster/environment.py",  # reads what a launcher tells a rank, sets the threads
     "parallel/distributed.py",  # LOCAL_RANK, for DeepSpeed
     "research/evaluation/lm_eval_task.py",  # "no network" for lm-evaluation-harness' libraries
-    "research/tracking/wandb_mirror.py",  # W&B takes its cache folders from there only
+    "research/tracking/wandb_client.py",  # W&B takes its cache folders from there only
 }
 FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "trust_remote_code=True", "allow_pickle=True")
 EXPERIMENT_FILES = {"config.py", "launch.py", "variant.py"}

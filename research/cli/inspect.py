@@ -11,6 +11,7 @@ from parallel.errors import Mistake
 from parallel.files import megabytes, read_json
 from research.cli.trained_run import find_run
 from research.cli.verbs import Parser
+from research.tracking import format as fmt
 from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.format import compact, plural
@@ -79,13 +80,25 @@ def describe_checkpoint(path: Path, console: Console) -> None:
         console.header(
             [
                 ("", f"{path.name} · step {facts['step']} · {facts.get('tokens', 0):,} tokens · {facts.get('samples', 0):,} samples"),
-                ("layout", table(facts.get("layout"))),
+                ("layout", layout_line(facts.get("layout")) or table(facts.get("layout"))),
                 ("machine", table(facts.get("machine"))),
                 ("counters", table(facts.get("counters"))),
                 ("from", table({key: facts[key] for key in ("config", "commit", "data") if key in facts})),
                 ("tensors", f"{counts} · {size} in {plural(len(files), 'file')}"),
             ]
         )
+
+
+def layout_line(saved: Any) -> str:
+    """A manifest's layout as it is shown everywhere, with precision and micro-batches; '' for one that Tessera has not written."""
+    try:
+        pipe, data, tensor, stage = (int(saved[name]) for name in ("pipe", "data", "tensor", "zero_stage"))
+        sequence, optimizer, parameters = (bool(saved[name]) for name in ("sequence", "offload_optimizer", "offload_parameters"))
+        shown = fmt.layout(pipe, data, tensor, stage, sequence=sequence, offload_optimizer=optimizer, offload_parameters=parameters)
+        micro = f"{int(saved['micro_batch_size'])} micro × {int(saved['micro_batches'])} accumulated"
+        return f"{shown} · {str(saved['precision'])[:60]} · {micro}"
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def check(path: Path, console: Console) -> list[str]:

@@ -11,7 +11,7 @@ from research.verification.torture import torture
 
 WHAT = """Trains a small version of the experiment (its structure and code, a little text, twelve steps, a checkpoint every three) on two
 ranks, kills a random rank with SIGKILL at a random moment and resumes with --resume auto, until the run is done. It then compares every
-loss with those of an undisturbed run: as hexadecimal floats, bit for bit. Layouts take turns: DP2, TP2, PP2."""
+loss with those of an undisturbed run: as hexadecimal floats, bit for bit. Two data, two tensor and two pipe ranks take turns."""
 
 
 def main(argv: list[str]) -> None:

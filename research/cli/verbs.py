@@ -10,12 +10,14 @@ from typing import NoReturn
 from parallel.errors import Mistake, nearest
 
 VERBS = {
-    "runs": "list the runs: layout, steps, last bits per byte, status",
+    "runs": "list the runs: status, steps, bits per byte, and what differs",
     "generate": "continue a prompt with a trained model: generate RUN --prompt 'My fellow citizens'",
     "evaluate": "evaluate a trained model on tasks: evaluate RUN --tasks validation agreement",
     "serve": "serve a trained model over HTTP, with OpenAI's API: serve RUN",
     "export": "write a run for transformers to load: export RUN FOLDER",
     "import": "turn another program's weights into an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
+    "plot": "draw the metrics of one run, or of several over each other: plot RUN RUN",
+    "track": "write a run to Weights & Biases from its metrics.jsonl: track RUN",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
     "inspect": "show what a run or a checkpoint contains, and check its files: inspect RUN --check",
     "replay": "run one step again and find where it is not finite: replay RUN --step N",

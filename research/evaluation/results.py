@@ -90,6 +90,17 @@ def _result(row: dict[str, Any]) -> Result:
     return Result(key, metrics, **how)
 
 
+def every(folder: RunFolder) -> list[Result]:
+    """The results of all checkpoints of a run, also of those that have been deleted since; of the oldest checkpoint first."""
+    found = []
+    for path in sorted((folder.path / FOLDER).glob("step_*.json"), key=lambda path: (len(path.name), path.name)):
+        try:
+            found += [_result(row) for row in read_json(path)["results"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Mistake(f"{path} is not what an evaluation writes ({type(error).__name__}: {error}) → move it away") from error
+    return found
+
+
 def with_digests(paths: Iterable[Path]) -> dict[str, str]:
     """Path -> SHA-256, in order of the paths, as in `Result.files`."""
     return {str(path): _digest(path) for path in sorted(paths)}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SCALES = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
+SEPARATOR = " · "
 CONTROL_CATEGORIES = ("Cc", "Cs")
 """Unicode's categories of control characters and of surrogates, which no stream can encode."""
 DIRECTION_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -111,6 +112,30 @@ def duration(seconds: float) -> str:
     if hours < 1:
         return f"{minute}:{second:02}"
     return f"{hours}:{minute:02}:{second:02}" if hours < 24 else f"{hours // 24}d {hours % 24:02}:{minute:02}"
+
+
+def layout(
+    pipe: int,
+    data: int,
+    tensor: int,
+    zero_stage: int | None = None,
+    *,
+    sequence: bool = False,
+    recompute: str = "none",
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+) -> str:
+    """'pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-2 · optimizer in host memory · full recomputation'.
+
+    The only notation for a layout: wherever one is shown, it is written by this function.
+    """
+    words = [f"pipe {pipe} × data {data} × tensor {tensor}"]
+    words += ["sequence parallel"] * (sequence and tensor > 1)
+    words += [] if zero_stage is None else [f"ZeRO-{zero_stage}"]
+    offloaded = [what for what, is_offloaded in (("optimizer", offload_optimizer), ("parameters", offload_parameters)) if is_offloaded]
+    words += [f"{' and '.join(offloaded)} in host memory"] * bool(offloaded)
+    words += [f"{recompute} recomputation"] * (recompute != "none")
+    return SEPARATOR.join(words)
 
 
 def short_path(path: Path) -> str:

@@ -85,6 +85,7 @@ class RunFolder:
     incidents = property(lambda self: self.path / "incidents")
     logs = property(lambda self: self.path / "logs")
     wandb = property(lambda self: self.path / "wandb")
+    wandb_json = property(lambda self: self.path / "wandb.json")
 
     def rank_log(self, rank: int) -> Path:
         """The log of one rank."""

@@ -5,7 +5,9 @@ from typing import Any
 
 from research.tracking.metrics import JsonLines, plain
 from research.tracking.run_folder import FINISHED, RunFolder
-from research.tracking.wandb_mirror import AXES, RunDescription, WandbMirror, sample_row
+from research.tracking.wandb_client import AXES, RunDescription
+from research.tracking.wandb_mirror import WandbMirror
+from research.tracking.wandb_record import sample_row
 
 
 class Tracker:
@@ -15,7 +17,7 @@ class Tracker:
     """
 
     def __init__(self, folder: RunFolder, description: RunDescription, mode: str, after: int = 0, quiet: bool = False):
-        """Opens the files and the W&B run, which takes at most ten seconds whatever the network does.
+        """Opens the files and begins to open the W&B run; waits at most ten seconds for that, whatever the machine or the network does.
 
         `mode` is auto, online, offline or disabled. `after` is the step of the checkpoint that the run resumes from: online it goes on
         in the same W&B run; offline W&B writes another folder with the same id, which `wandb sync` joins to the first.
@@ -23,16 +25,18 @@ class Tracker:
         """
         self.notes: list[str] = []
         """What went wrong with W&B, one sentence each; whoever shows one removes it."""
-        self.line = ""
-        """The header's line: where W&B's rows go and how to upload them later."""
         self._quiet = quiet
         if quiet:
             return
         self._metrics, self._samples = JsonLines(folder.metrics), JsonLines(folder.samples)
         self._wandb = WandbMirror(folder, description, mode, self.notes, after)
-        self.line = self._wandb.line
         if after:
             self._wandb.log({"progress/resumed_at": after, AXES[0]: after})
+
+    @property
+    def line(self) -> str:
+        """The header's line: where W&B's rows go and how to upload them later, as far as it is known by now."""
+        return "" if self._quiet else self._wandb.line
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Writes one row, e.g. {"train/loss": 2.0, "progress/step": 10, "progress/tokens": 20480}. It must have both axes."""
@@ -58,7 +62,10 @@ class Tracker:
         self._wandb.log_table()
 
     def finish(self, status: str = FINISHED) -> None:
-        """Closes everything; `status` is finished, interrupted or failed. Ten seconds at most; a second call does nothing."""
+        """Closes everything; `status` is finished, interrupted or failed. A second call does nothing.
+
+        W&B has ten seconds for what it still has to write; an offline run that has finished has twenty.
+        """
         if self._quiet:
             return
         self._metrics.close()

@@ -1,69 +1,41 @@
 """Adds figures to the Weights & Biases summary of a run that has ended. Called by `evaluate`; never fails a command.
 
 Online they are added to the run itself. Offline, W&B cannot reopen a run: another folder with the run's id is written, as by a resumed
-run, which `wandb sync` joins to the first. The summary of the last folder counts there, so it also holds the run's own last figures.
+run, which `wandb sync` joins to the first. The summary of the last folder counts there, so it also holds the run's own last figures. The
+folder gets a name that `wandb leet` does not list, because it has no rows: that goes on showing the run.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 from parallel.files import read_json
-from research.tracking import metrics, wandb_mirror
+from research.tracking import wandb_client, wandb_record
 from research.tracking.format import short_path
 from research.tracking.run_folder import RunFolder
-from research.tracking.wandb_mirror import RunDescription, call_with_timeout
 
 
 def add(folder: RunFolder, figures: Mapping[str, float]) -> str:
-    """Returns a line on where the figures went; empty for a run that W&B does not know. Takes twenty seconds at most."""
-    if not folder.wandb.is_dir():
+    """Returns a line on where the figures went; empty for a run that is not to be tracked. A server has ten seconds to take them."""
+    mode = read_json(folder.config)["track"]["mode"] if folder.config.is_file() else "disabled"
+    if mode == "disabled" or not folder.wandb.is_dir():
         return ""
-    config = read_json(folder.config)
-    mode = config["track"]["mode"]
-    if mode == "disabled":
-        return ""
-
-    def start() -> tuple[str, str, Any]:
-        return wandb_mirror.open_run(folder, _description(folder, config), mode)
-
-    mode, why, run = call_with_timeout(start, wandb_mirror.START_SECONDS) or ("disabled", "it did not start", None)
-    if run is None:
-        return f"W&B summary not written ({why})"
-    values = {**(own(folder) if mode == "offline" else {}), **figures}
-
-    def write() -> bool:
-        run.summary.update(values)
-        return wandb_mirror.finish_run(run, 0)
-
-    done = call_with_timeout(write, wandb_mirror.FINISH_SECONDS + 1)
-    call_with_timeout(wandb_mirror.end_process, 1.0)
+    if not wandb_record.files_of(folder):
+        return f"W&B has no record of this run → python -m research track {folder.shown} writes one, with these figures"
+    try:
+        opened = wandb_client.open_run(folder, wandb_client.describe(folder), mode, adds_to_a_run=True)
+        if opened.run is None:
+            return f"W&B summary not written ({opened.why})"
+        url = opened.run.url if opened.mode == "online" else None
+        opened.run.summary.update({**(wandb_record.summary(folder) if opened.mode == "offline" else {}), **figures})
+        place = Path(opened.run.dir).parent
+        done = wandb_client.finish_run(opened.run, 0)
+        wandb_client.call_with_timeout(wandb_client.end_process, 1.0)
+        if opened.mode == "offline":
+            place.rename(place.with_name(place.name.replace("run", "summary", 1)))
+    except Exception as error:  # W&B is a mirror: whatever it raises must not reach the command
+        return f"W&B summary not written ({wandb_client.reason(error)}) → python -m research track {folder.shown} writes it later"
     if not done:
         return "W&B did not take the figures in time → the file above has them"
-    if mode == "online":
-        return f"W&B summary, online · {run.url}"
-    return f"W&B summary, offline ({why}) · later: wandb sync {short_path(folder.wandb)}"
-
-
-def own(folder: RunFolder) -> dict[str, Any]:
-    """The run's summary as W&B makes it from metrics.jsonl: each key's last value; for validation losses the lowest, too."""
-    last: dict[str, Any] = {}
-    lowest: dict[str, float] = {}
-    for row in metrics.read(folder.metrics):
-        last |= row
-        lowest |= {key: min(row[key], lowest.get(key, row[key])) for key in wandb_mirror.LOWEST if key in row}
-    return last | {key: {"min": value, "last": last[key]} for key, value in lowest.items()}
-
-
-def _description(folder: RunFolder, config: Mapping[str, Any]) -> RunDescription:
-    """The description that the run had while it was trained, from the files of its folder."""
-    run = read_json(folder.run)
-    return RunDescription(
-        config,
-        read_json(folder.deepspeed) if folder.deepspeed.is_file() else {},
-        run.get("commit"),
-        bool(run.get("dirty")),
-        project=config["track"]["project"],
-        group=config["track"]["group"] or folder.name,
-        tags=list(dict.fromkeys([str(run["layout"]), str(run["precision"]), *config["track"].get("tags", [])])),
-        job_type=config["track"].get("job_type"),
-    )
+    if url:
+        return f"W&B summary, online · {url}"
+    return f"W&B summary, offline ({opened.why}) · later: wandb sync {short_path(folder.wandb)}"

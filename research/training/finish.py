@@ -6,7 +6,7 @@ import shlex
 import torch
 
 from models.config import GPT
-from parallel.checkpoint.folder import latest, name_of
+from parallel.checkpoint.folder import latest, name_of, newest_complete
 from parallel.checkpoint.reader import Reader
 from parallel.errors import Mistake
 from parallel.grid import Grid
@@ -15,7 +15,7 @@ from research.data.tokenizer import Tokenizer
 from research.generation.generator import GeneratedText, TextGenerator
 from research.generation.restore import DecoderSpec
 from research.generation.settings import GenerationSettings, text_seed
-from research.tracking import plot
+from research.tracking import plot, wandb_record
 from research.tracking.run_folder import RunFolder
 from research.training import samples
 from research.training.checkpointer import Checkpointer
@@ -34,7 +34,8 @@ def finish(run: Run, checkpointer: Checkpointer) -> None:
     if run.engine.grid.rank > 0:
         return
     run.console.header([("saved", f"{run.folder.shown}/checkpoints/{name_of(run.step)} ({seconds:.1f} s)")])
-    plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, layout_line(run.job.experiment, run.job.layout))
+    layout = f"{layout_line(run.job.experiment, run.job.layout)} · {run.job.experiment.precision}"
+    plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, layout)
     schedule, best = run.job.experiment.schedule, checkpointer.periodic.best
     run.console.done(run.step, schedule.steps, run.meter.seconds(), best, run.engine.skipped_steps, run.folder.loss_png.name)
     if not run.stop.signal:  # a run that was asked to end does not start anything new
@@ -78,7 +79,9 @@ def write(folder: RunFolder, experiment: Experiment, tokenizer: Tokenizer, promp
 
 
 def show_next_commands(run: Run) -> None:
-    """Shows what to type next."""
+    """Shows what to type next: only commands that have something to work on."""
     folder, prompt = run.folder.shown, shlex.quote(first_words(run.corpus))
-    dashboard = [f"wandb leet {folder}/wandb"] if run.folder.wandb.is_dir() else []
-    run.console.next([f"python -m research generate {folder} --prompt {prompt}", *dashboard, "python -m research runs"])
+    saved, tracked = newest_complete(run.folder.checkpoints), wandb_record.files_of(run.folder)
+    generate = [f"python -m research generate {folder} --prompt {prompt}"] if saved else []
+    dashboard = [f"wandb leet {folder}/wandb"] if tracked else []
+    run.console.next([*generate, *dashboard, "python -m research runs"])

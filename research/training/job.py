@@ -23,6 +23,7 @@ from research.config.plausibility import contradictions, doubts, refused_by_wand
 from research.config.serialization import resolved
 from research.data.prepare import check as check_data
 from research.evaluation.in_training import check_tasks
+from research.tracking import format as fmt
 from research.tracking.format import compact, plural
 from research.training.resume import NEVER, Resume, check_init_from, doubts_of_init_from, find
 from research.training.samples import check_samples
@@ -102,29 +103,32 @@ def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[t
     threads = f"{plural(threads_per_rank(ranks), 'thread')} each"
     machine = [f"{nodes} × {plural(ranks.local_world, 'rank')}", f"{device}, {threads}" if device else threads, *software]
 
+    stage = " · zero_stage 0 always runs as 1" if experiment.parallel.zero_stage == 0 else ""
     product = f"{schedule.micro_batch_size} micro × {job.layout.micro_batches} accumulated × {job.layout.data} data"
     batch = f"{plural(schedule.batch_size, 'sequence')} = {product} · {job.layout.tokens_per_step:,} tokens a step"
     return [
         ("config", config),
         *([("resume", job.why_resumed)] if job.why_resumed else []),
         ("machine", " · ".join(machine)),
-        ("layout", layout_line(experiment, job.layout)),
+        ("layout", f"{layout_line(experiment, job.layout)} · {experiment.precision}{stage}"),
         ("batch", batch),
         ("model", model_line(experiment, job.layout)),
     ]
 
 
 def layout_line(experiment: Experiment, layout: Layout) -> str:
-    """'pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-1 · fp32 · full recomputation'."""
+    """'pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-1 · full recomputation': the layout as it runs."""
     parallel = experiment.parallel
-    words = [f"pipe {layout.pipe} × data {layout.data} × tensor {layout.tensor}"]
-    words += ["sequence parallel"] * (parallel.sequence and layout.tensor > 1)
-    words += [f"ZeRO-{layout.zero_stage}" + (" (stage 0 always runs as 1)" if parallel.zero_stage == 0 else "")]
-    offload = [what for what in ("optimizer", "parameters") if getattr(parallel, f"offload_{what}")]
-    words += [f"{' and '.join(offload)} in host memory"] * bool(offload)
-    words += [experiment.precision]
-    words += [f"{parallel.recompute} recomputation"] * (parallel.recompute != "none")
-    return " · ".join(words)
+    return fmt.layout(
+        layout.pipe,
+        layout.data,
+        layout.tensor,
+        layout.zero_stage,
+        sequence=parallel.sequence,
+        recompute=parallel.recompute,
+        offload_optimizer=parallel.offload_optimizer,
+        offload_parameters=parallel.offload_parameters,
+    )
 
 
 def model_line(experiment: Experiment, layout: Layout) -> str:

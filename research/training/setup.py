@@ -34,7 +34,7 @@ from research.cluster.world import software
 from research.config import serialization
 from research.config.diff import Change, describe_changes
 from research.config.experiment_folder import load_variants
-from research.config.layout import Layout, engine_settings
+from research.config.layout import engine_settings
 from research.config.plausibility import doubts_of_text
 from research.config.serialization import config_hash
 from research.data import prepare
@@ -48,11 +48,11 @@ from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from research.tracking.tracker import Tracker
-from research.tracking.wandb_mirror import RunDescription
+from research.tracking.wandb_client import RunDescription
 from research.training import components, resume, samples
 from research.training.anomalies import AnomalyMonitor
 from research.training.checkpointer import Checkpointer, refuse_other_data
-from research.training.job import Job, describe
+from research.training.job import Job, describe, layout_line
 from research.training.meter import Meter
 from research.training.periodic import Periodic
 from research.training.state import Run
@@ -96,7 +96,7 @@ def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
     experiment, rank = job.experiment, job.ranks.rank
     commit, dirty = git_state(job.root)
     facts: dict[str, Any] = {
-        "layout": layout_tag(job.layout),
+        "layout": layout_line(experiment, job.layout),
         "precision": experiment.precision,
         "steps": experiment.schedule.steps,
         "overrides": [[name, str(old), str(new)] for name, old, new in job.overrides],
@@ -209,7 +209,7 @@ def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, 
     if not quiet:
         write_json(folder.deepspeed, engine.config)
     commit, dirty = git_state(job.root)
-    track = job.experiment.track
+    track, layout_words = job.experiment.track, layout_line(job.experiment, job.layout).split(fmt.SEPARATOR)
     description = RunDescription(
         serialization.resolved(job.experiment),
         engine.config,
@@ -217,7 +217,7 @@ def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, 
         dirty,
         project=track.project,
         group=track.group or job.name,
-        tags=list(dict.fromkeys([layout_tag(job.layout), job.experiment.precision, *track.tags])),
+        tags=list(dict.fromkeys([*layout_words, job.experiment.precision, *track.tags])),
         job_type=track.job_type,
     )
     tracker = Tracker(folder, description, track.mode, after=resumed.step if resumed else 0, quiet=quiet)
@@ -230,11 +230,6 @@ def show_notes(tracker: Tracker, console: Console) -> None:
     """Shows what went wrong with W&B since the last call, each sentence once."""
     while tracker.notes:
         console.warn(tracker.notes.pop(0))
-
-
-def layout_tag(layout: Layout) -> str:
-    """'pp1·dp1·tp2·zero1': the layout in one word."""
-    return f"pp{layout.pipe}·dp{layout.data}·tp{layout.tensor}·zero{layout.zero_stage}"
 
 
 def preflight(job: Job, folder: RunFolder, corpus: Corpus, engine: Engine, tasks: Sequence[PreparedTask] = ()) -> None:

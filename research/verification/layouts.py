@@ -12,6 +12,7 @@ from typing import Any
 from parallel.engines.deepspeed_config import OWNED
 from research.config import Experiment, serialization
 from research.config.checks import kv_heads_fit
+from research.tracking import format as fmt
 
 BATCH, LENGTH, HEAD_SIZE, VOCABULARY = 16, 16, 8, 83
 """Sizes of the shrunk experiment. 8 data ranks divide the batch; no tensor degree divides the vocabulary."""
@@ -57,9 +58,8 @@ class LayoutCase:
         return BATCH // self.data // self.accumulated
 
     def __str__(self) -> str:
-        words = [f"pipe {self.pipe} × data {self.data} × tensor {self.tensor}", f"ZeRO-{self.zero_stage}"]
-        words += ["sequence"] * self.sequence + [f"{self.recompute} recomputation"] * (self.recompute != "none")
-        return " · ".join([*words, f"{self.accumulated} accumulated"])
+        shown = fmt.layout(self.pipe, self.data, self.tensor, self.zero_stage, sequence=self.sequence, recompute=self.recompute)
+        return f"{shown} · {self.accumulated} accumulated"
 
 
 def grids(world: int) -> Iterator[tuple[int, int, int]]:

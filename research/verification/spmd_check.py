@@ -33,6 +33,7 @@ from parallel.slices import slice_of
 from research import ROOT
 from research.config import Experiment
 from research.config import experiment_folder as folders
+from research.tracking import format as fmt
 from research.tracking.console import Console
 from research.training.components import training_loss
 from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENCES, nearest_multiple, shrunk
@@ -57,8 +58,7 @@ class TensorCase:
     recompute: str
 
     def __str__(self) -> str:
-        words = [f"tensor {self.tensor}"] + ["sequence"] * self.sequence
-        return " · ".join(words + [f"{self.recompute} recomputation"] * (self.recompute != "none"))
+        return fmt.layout(1, 1, self.tensor, sequence=self.sequence, recompute=self.recompute)
 
 
 @dataclass(frozen=True)

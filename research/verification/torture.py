@@ -9,11 +9,16 @@ from typing import Any
 from parallel.errors import Mistake
 from research.cluster import forked_ranks
 from research.config.experiment_folder import LoadedExperiment
+from research.tracking import format as fmt
 from research.tracking import metrics
 from research.tracking.console import Console
 from research.verification import small_run
 
-LAYOUTS: dict[str, dict[str, int]] = {"DP2": {}, "TP2": {"tensor": 2}, "PP2": {"pipe": 2}}
+LAYOUTS: dict[str, dict[str, int]] = {
+    fmt.layout(1, 2, 1): {},
+    fmt.layout(1, 1, 2): {"tensor": 2},
+    fmt.layout(2, 1, 1): {"pipe": 2},
+}
 WORLD = 2
 PATIENCE, GRACE = 120.0, 10.0
 """Seconds until a run counts as hung, and seconds until the ranks that survive a killed one are ended, as a launcher would do."""

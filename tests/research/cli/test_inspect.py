@@ -27,10 +27,10 @@ def shown(capsys, *arguments: str) -> str:
 
 def test_a_run_and_its_newest_checkpoint(folder: RunFolder, capsys) -> None:
     said = shown(capsys, str(folder.path))
-    assert said.startswith(f"{folder.title} · interrupted · pp1·dp1·tp2·zero1 · fp32")
+    assert said.startswith(f"{folder.title} · interrupted · pipe 1 × data 1 × tensor 2 · ZeRO-1 · fp32")
     assert "saved    step_000003 · " in said and "saved    step_000006 · " in said
     assert "step_000006 · step 6 · 768 tokens · 48 samples" in said
-    assert "tensor 2" in said and "world 2" in said and "adam_steps 6" in said
+    assert "\nlayout   pipe 1 × data 1 × tensor 2 · ZeRO-1 · fp32 · " in said and "world 2" in said and "adam_steps 6" in said
 
 
 def test_tensors_are_those_of_the_files(folder: RunFolder, capsys) -> None:

@@ -1,29 +1,48 @@
-"""`python -m research runs`: what is on the disk, nothing more, whatever else lies there."""
+"""`python -m research runs`: what is on the disk, nothing more, whatever else lies there, and what tells the runs apart."""
 
-import io
 import json
 
 import pytest
+from rich.cells import cell_len
 
+from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from research.cli import runs
 from research.tracking import run_folder
 from research.tracking.metrics import JsonLines
 
+LAYOUT = "pipe 1 × data 1 × tensor 2 · ZeRO-1"
+OVERRIDES = [
+    ["schedule.log_every", "10", "2"],
+    ["optimizer.lr", "0.003", "0.001"],
+    ["parallel.tensor", "1", "2"],
+    ["seed", "1", "7"],
+    ["track.mode", "auto", "offline"],
+]
+
+
+def settings(lr=0.003, seed=1, norm="layernorm"):
+    """A config.json as a run has it, with few settings."""
+    return {"question": f"{lr}?", "seed": seed, "model": {"norm": norm}, "optimizer": {"lr": lr}, "track": {"mode": f"mode {seed}"}}
+
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Two runs: one finished with two validations, one just started."""
+    """Three runs: one finished with two validations, one of the same experiment after an edit of its config.py, one just started."""
     monkeypatch.chdir(tmp_path)
-    done, fresh = run_folder.create(tmp_path / "runs", "gpt"), run_folder.create(tmp_path / "runs", "llama")
-    for folder, started in ((done, "2026-01-01T10:00:00+00:00"), (fresh, "2026-01-02T10:00:00+00:00")):
-        run_folder.start(folder, layout="pipe 1 × data 1 × tensor 2", precision="bf16", steps=300)
-        write_json(folder.run, read_json(folder.run) | {"started": started})
+    done, edited = (run_folder.create(tmp_path / "runs", "gpt") for _ in range(2))
+    fresh = run_folder.create(tmp_path / "runs", "llama")
+    for day, folder in enumerate((done, edited, fresh), 1):
+        run_folder.start(folder, layout=LAYOUT, precision="bf16", steps=300, overrides=OVERRIDES if folder == done else [])
+        write_json(folder.run, read_json(folder.run) | {"started": f"2026-01-0{day}T10:00:00+00:00"})
+    write_json(done.config, settings(lr=0.001, seed=7))
+    write_json(edited.config, settings(norm="rmsnorm"))
     file = JsonLines(done.metrics)
     for step, bits in ((150, 2.5), (300, 2.0213)):
-        file.write({"progress/step": step, "train/loss": 5.0})
-        file.write({"progress/step": step, "val/bits_per_byte": bits})
+        file.write({"progress/step": step, "progress/tokens": 100 * step, "train/loss": 5.0})
+        file.write({"progress/step": step, "progress/tokens": 100 * step, "val/bits_per_byte": bits})
     run_folder.end(done, run_folder.FINISHED)
+    run_folder.end(edited, run_folder.FAILED, "the loss is nan")
     return tmp_path / "runs"
 
 
@@ -33,27 +52,63 @@ def listed(capsys, *argv):
 
 
 def test_json_says_everything(root, capsys):
-    done, fresh = json.loads(listed(capsys, "--json"))
-    assert (done["name"], done["steps_done"], done["steps_planned"], done["bits_per_byte"]) == ("gpt", 300, 300, 2.0213)
-    assert (done["status"], done["layout"], done["precision"]) == ("finished", "pipe 1 × data 1 × tensor 2", "bf16")
+    done, edited, fresh = json.loads(listed(capsys, "--json"))
+    assert (done["name"], done["title"], done["steps_done"], done["steps_planned"]) == ("gpt", f"gpt-{done['id']}", 300, 300)
+    assert (done["bits_per_byte"], done["tokens"], done["seed"], done["train_loss"]) == (2.0213, 30_000, 7, 5.0)
+    assert (done["status"], done["layout"], done["precision"]) == ("finished", LAYOUT, "bf16")
+    assert done["overrides"] == OVERRIDES and edited["reason"] == "the loss is nan"
     assert (fresh["name"], fresh["steps_done"], fresh["bits_per_byte"], fresh["status"]) == ("llama", 0, None, "running")
     assert done["started"] < done["ended"] and fresh["ended"] is None
 
 
+def test_what_differs_are_overrides_and_what_config_py_has_changed(root, capsys):
+    """Without what another column shows, and without where the run is recorded; a run of another experiment is not compared."""
+    done, edited, fresh = [run["differs"] for run in json.loads(listed(capsys, "--json"))]
+    assert done == ["model.norm layernorm", "optimizer.lr 0.003 → 0.001", "schedule.log_every 10 → 2"]
+    assert edited == ["model.norm rmsnorm", "optimizer.lr 0.003"] and fresh == []
+
+
 def test_a_pipe_gets_tabs(root, capsys):
-    head, done, fresh = [line.split("\t") for line in listed(capsys, "--root", str(root)).splitlines()]
+    head, done, edited, fresh = [line.split("\t") for line in listed(capsys, "--root", str(root)).splitlines()]
     assert tuple(head) == runs.COLUMNS
-    assert done[0] == "gpt" and done[3:] == ["pipe 1 × data 1 × tensor 2", "bf16", "300/300", "2.021", "finished"]
-    assert fresh[-3:] == ["0/300", "–", "running"]
+    assert done[1:6] == ["finished", "300/300", "30 k", "2.021", "7"]
+    assert done[7:] == ["bf16", LAYOUT, "model.norm layernorm, optimizer.lr 0.003 → 0.001, schedule.log_every 10 → 2"]
+    assert fresh[1:6] == ["running", "0/300", "0", "–", "–"] and edited[1] == "failed"
 
 
-def test_a_terminal_gets_a_table(root):
-    from rich.console import Console
+@pytest.mark.parametrize("width", [40, 80, 100, 140, 200])
+def test_a_terminal_of_any_width_gets_everything(root, width):
+    found = [(folder, runs.summarise(folder)) for folder in run_folder.every(root)]
+    runs.tell_apart(found)
+    rows = [runs.cells(run) for _, run in found]
+    lines = [line.plain for line in runs.lines(rows, width)]
+    assert all(cell_len(line) <= width for line in lines)
+    words = " ".join(" ".join(lines).split())
+    assert all(" ".join(cell.split()) in words for row in [runs.COLUMNS, *rows] for cell in row)
+    assert len([line for line in lines if not line.startswith(" ")]) == 1 + len(rows)
 
-    console = Console(width=120, record=True, force_terminal=True, file=io.StringIO())
-    console.print(runs.table([runs.summarise(folder) for folder in run_folder.every(root)]))
-    text = console.export_text()
-    assert len(text.splitlines()) == 3 and "300/300" in text and "2.021" in text and "┃" not in text
+
+def test_long_differences_are_wrapped_between_entries():
+    row = ["gpt-1", "finished", "1/1", "9", "–", "1", "2026-01-01 10:00", "fp32", LAYOUT, "model.norm a → b, model.mlp c → d, seed e → f"]
+    *_, first, second = [line.plain for line in runs.lines([row], 40)]
+    assert (first, second) == ("    model.norm a → b, model.mlp c → d,", "    seed e → f")
+
+
+@pytest.mark.parametrize("column", runs.COLUMNS)
+def test_every_column_can_be_sorted_by(root, capsys, column):
+    """Runs without a value come last in either direction."""
+    key = runs.SORTED_BY[column]
+    for argv, backwards in ((["--sort", column], False), (["--sort", column, "--reverse"], True)):
+        values = [run[key] for run in json.loads(listed(capsys, "--json", *argv))]
+        known = [value for value in values if value is not None]
+        assert values[: len(known)] == sorted(known, reverse=backwards) and len(values) == 3
+
+
+def test_an_unknown_column_is_a_sentence(root):
+    with pytest.raises(Mistake, match="there is no column tokns → did you mean tokens"):
+        runs.main(["--sort", "tokns"])
+    with pytest.raises(Mistake, match="there is no column zzz → use run, status, "):
+        runs.main(["--sort", "zzz"])
 
 
 def test_wreckage_is_passed_over(root, capsys):
@@ -62,13 +117,15 @@ def test_wreckage_is_passed_over(root, capsys):
         (root / "gpt" / name / "run.json").write_text(content)
     (root / "gpt" / "empty").mkdir()
     (root / "file").write_text("")
-    assert len(json.loads(listed(capsys, "--json"))) == 2
+    (folder,) = [folder for folder in run_folder.every(root) if folder.name == "llama"]
+    folder.config.write_text("{")
+    assert len(json.loads(listed(capsys, "--json"))) == 3
 
 
 def test_a_diverged_run_is_still_json(root, capsys):
     (folder,) = [folder for folder in run_folder.every(root) if folder.name == "llama"]
     JsonLines(folder.metrics).write({"progress/step": 7, "val/bits_per_byte": float("nan")})
-    assert json.loads(listed(capsys, "--json"))[1]["bits_per_byte"] is None
+    assert json.loads(listed(capsys, "--json"))[2]["bits_per_byte"] is None
 
 
 def test_no_runs_says_how_to_make_one(tmp_path, capsys):

@@ -107,7 +107,7 @@ def test_dry_run_shows_the_arithmetic(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line)
     assert lines["config"] == "experiments/gpt_sotu + 2 overrides: parallel.zero_stage 1 → 0, schedule.batch_size 16 → 32"
-    assert lines["layout"] == "pipe 1 × data 1 × tensor 1 · ZeRO-1 (stage 0 always runs as 1) · fp32"
+    assert lines["layout"] == "pipe 1 × data 1 × tensor 1 · ZeRO-1 · fp32 · zero_stage 0 always runs as 1"
     assert lines["batch"] == "32 sequences = 8 micro × 4 accumulated × 1 data · 4,096 tokens a step"
     assert lines["model"].endswith("6 heads · 3.4 M parameters")
     assert lines["schedule.batch_size"] == "32"
@@ -131,10 +131,10 @@ def test_two_ranks_are_described_as_two() -> None:
     ("arguments", "said"),
     [
         slow("--parallel.sequence", "pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-1 · fp32"),
-        slow("--parallel.recompute selective", "pipe 1 × data 1 × tensor 2 · ZeRO-1 · fp32 · selective recomputation"),
+        slow("--parallel.recompute selective", "pipe 1 × data 1 × tensor 2 · ZeRO-1 · selective recomputation · fp32"),
         (
             "--parallel.sequence --parallel.zero_stage 2 --parallel.offload_optimizer --parallel.recompute full",
-            "pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-2 · optimizer in host memory · fp32 · full recomputation",
+            "pipe 1 × data 1 × tensor 2 · sequence parallel · ZeRO-2 · optimizer in host memory · full recomputation · fp32",
         ),
     ],
 )

@@ -29,7 +29,7 @@ def make(
     folder.source.mkdir()
     (folder.source / "variant.py").write_text(variant)
     serialization.save(experiment, folder.config)
-    run_folder.start(folder, layout="pp1·dp1·tp1·zero1", precision=precision, steps=max(steps))
+    run_folder.start(folder, layout="pipe 1 × data 1 × tensor 1 · ZeRO-1", precision=precision, steps=max(steps))
     for step in steps:
         save(folder, experiment, step)
     run_folder.end(folder, run_folder.FINISHED)

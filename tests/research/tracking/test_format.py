@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from research.tracking.format import json_line, printable, short_path
+from research.tracking.format import json_line, layout, printable, short_path
 
 
 def test_what_could_steer_a_terminal_is_dropped():
@@ -36,3 +36,12 @@ def test_json_lines_are_readable():
 def test_paths_are_as_one_would_type_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [short_path(path) for path in (tmp_path / "runs", Path("runs"), Path("/x"), Path("../x"))] == ["runs", "runs", "/x", "../x"]
+
+
+def test_a_layout_is_written_in_one_way():
+    assert layout(1, 2, 4) == "pipe 1 × data 2 × tensor 4"
+    assert layout(2, 1, 1, 1, sequence=True) == "pipe 2 × data 1 × tensor 1 · ZeRO-1"  # one tensor rank has nothing to split
+    everything = {"sequence": True, "recompute": "full", "offload_optimizer": True, "offload_parameters": True}
+    said = "pipe 1 × data 2 × tensor 2 · sequence parallel · ZeRO-3 · optimizer and parameters in host memory · full recomputation"
+    assert layout(1, 2, 2, 3, **everything) == said
+    assert max(map(len, said.split(" · "))) < 64  # W&B's limit of a tag

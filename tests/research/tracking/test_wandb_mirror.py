@@ -1,77 +1,85 @@
-"""The W&B mirror: calls with a time limit, and an offline run that is written again from the run's own files where the first one broke."""
+"""The W&B mirror: a slow W&B loses nothing and delays nothing, and an offline run that broke is written again from the run's files."""
 
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from research.tracking import metrics, run_folder
-from research.tracking.metrics import JsonLines
-from research.tracking.wandb_mirror import call_with_timeout, replacing, rows, sample_row
-from tests.research.tracking.test_tracker import LATER, ROWS, SAMPLES, inspected, launch, of, tables, untabled
+from parallel.files import write_json
+from research.tracking import metrics, run_folder, wandb_mirror
+from research.tracking.tracker import Tracker
+from research.tracking.wandb_client import Opened
+from tests.research.tracking.test_tracker import CONFIG, DESCRIPTION, LATER, ROWS, SAMPLES, inspected, launch, of, tables, untabled
 
 LONG = 30.0
 
 
-def test_a_result_or_none():
-    assert call_with_timeout(lambda: 3, LONG) == 3
-    assert call_with_timeout(lambda: 1 / 0, LONG) is None
+class SlowWandb:
+    """Stands in for a W&B client on a busy machine: the run opens when `ready` is set. Collects what it is given."""
 
+    def __init__(self, mode: str = "offline") -> None:
+        self.ready, self.rows, self.ended = threading.Event(), [], []
+        self.mode = mode
 
-def test_what_takes_too_long_is_left():
-    began = time.monotonic()
-    assert call_with_timeout(lambda: time.sleep(LONG), 0.1) is None
-    assert call_with_timeout(lambda: time.sleep(LONG), -1.0) is None  # what is left of a time that is up
-    assert time.monotonic() - began < LONG / 2
-
-
-def row(step: int, **more: object) -> dict[str, object]:
-    return {"progress/step": step, "progress/tokens": 100 * step} | more
-
-
-def test_metrics_and_samples_come_in_the_order_of_steps(tmp_path: Path) -> None:
-    folder = run_folder.create(tmp_path, "a")
-    for path, lines in (
-        (folder.metrics, [row(1, x=1), row(2, x=2), row(2, x=3), row(3, x=4)]),
-        (folder.samples, [row(2, prompt="p", text="q")]),
-    ):
-        file = JsonLines(path)
-        for line in lines:
-            file.write(line)
-        file.close()
-    first = [row(1, x=1), row(2, x=2), row(2, x=3)]
-    assert rows(folder) == [*first, row(2, **{"sample/prompt": "p", "sample/text": "q"}), row(3, x=4)]
-    assert sample_row(row(2, prompt="p")) == row(2, **{"sample/prompt": "p"})
-
-
-def test_without_files_there_are_no_rows(tmp_path: Path) -> None:
-    assert rows(run_folder.create(tmp_path, "a")) == []
+    def open_run(self, *_: Any) -> Opened:
+        assert self.ready.wait(LONG)
+        run = SimpleNamespace(log=self.rows.append, finish=lambda exit_code: self.ended.append(exit_code), url="https://example.org/run")
+        return Opened(self.mode, "no API key", run)
 
 
 @pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    for name in ("offline-run-1-a", "offline-run-2-a"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "rows").write_text(name)
-    return tmp_path / "offline-run-2-a"
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowWandb:
+    """A W&B that is not there when the header is printed."""
+    client = SlowWandb()
+    monkeypatch.setattr(wandb_mirror, "open_run", client.open_run)
+    monkeypatch.setattr(wandb_mirror, "end_process", lambda: True)
+    monkeypatch.setattr(wandb_mirror, "HEADER_SECONDS", 0.01)
+    return client
 
 
-@pytest.mark.parametrize("name", ["offline-run-2-a", "offline-run-3-a"])
-def test_the_new_one_takes_the_place_of_the_broken_one(name: str, broken: Path) -> None:
-    with replacing(broken):
-        (broken.parent / name).mkdir()
-    assert {path.name for path in broken.parent.iterdir()} == {"offline-run-1-a", name}
-    assert list((broken.parent / name).iterdir()) == []
+@pytest.fixture
+def tracker(tmp_path: Path, slow: SlowWandb, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    """A tracker that has logged everything before W&B is there."""
+    monkeypatch.chdir(tmp_path)
+    folder = run_folder.create(Path("runs"), "gpt")
+    run_folder.start(folder, layout="tensor 2", precision="fp32", steps=20)
+    write_json(folder.config, CONFIG)
+    made = Tracker(folder, DESCRIPTION, "auto")
+    assert made.line == f"W&B is still starting · {folder.metrics}"
+    for row in ROWS:
+        made.log(row)
+    return made
 
 
-@pytest.mark.parametrize("name", ["offline-run-2-a", "offline-run-3-a"])
-def test_the_broken_one_is_back_where_the_new_one_fails(name: str, broken: Path) -> None:
-    with pytest.raises(KeyError), replacing(broken):
-        (broken.parent / name).mkdir()
-        raise KeyError
-    assert {path.name for path in broken.parent.iterdir()} == {"offline-run-1-a", "offline-run-2-a"}
-    assert (broken / "rows").read_text() == "offline-run-2-a"
+def test_a_w_b_that_starts_late_gets_every_row_in_order(tracker: Tracker, slow: SlowWandb) -> None:
+    assert slow.rows == []
+    slow.ready.set()
+    tracker.finish()
+    assert repr(slow.rows) == repr(ROWS) and slow.ended == [0]
+    assert len(tracker.notes) == 1 and tracker.notes[0].startswith("W&B started late · offline (no API key) · later: wandb sync runs/gpt/")
+
+
+def test_a_w_b_that_never_starts_holds_up_nothing_and_the_hint_says_what_writes_it(
+    tracker: Tracker, slow: SlowWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_mirror, "STOPPED_SECONDS", 0.01)
+    began = time.monotonic()
+    tracker.finish("interrupted")
+    assert time.monotonic() - began < LONG / 2
+    (note,) = tracker.notes
+    assert "did not take everything in time → metrics.jsonl has every row: `python -m research track runs/gpt/" in note
+    slow.ready.set()
+
+
+def test_an_online_address_that_comes_late_is_shown_at_the_end(tracker: Tracker, slow: SlowWandb) -> None:
+    slow.mode = "online"
+    slow.ready.set()
+    tracker.finish()
+    assert tracker.notes == ["W&B started late · online · https://example.org/run"]
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])

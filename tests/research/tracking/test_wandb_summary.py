@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from research.tracking import run_folder, wandb_summary
+from parallel.files import read_json, write_json
+from research.tracking import run_folder, wandb_record, wandb_summary
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import wandb_servers as servers
 from tests.research.tracking import test_tracker as training
@@ -21,9 +22,9 @@ def add(path: str) -> None:
     print(json.dumps(wandb_summary.add(RunFolder(Path(path)), FIGURES)))
 
 
-def added(folder: RunFolder, place: Path, server: str = "") -> str:
+def added(folder: RunFolder, place: Path, server: str = "", **more: str) -> str:
     """`add` in a process of its own with an empty home."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(place / "home"), "PYTHONPATH": str(training.ROOT)}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(place / "home"), "PYTHONPATH": str(training.ROOT)} | more
     if server:
         environment |= {"WANDB_API_KEY": training.KEY, "WANDB_BASE_URL": server}
     code = f"from tests.research.tracking.test_wandb_summary import add; add({str(folder.path)!r})"
@@ -35,7 +36,7 @@ def added(folder: RunFolder, place: Path, server: str = "") -> str:
 def segments(folder: RunFolder) -> list[list[dict]]:
     """The records of each offline folder, in order of time, as W&B's own reader prints them."""
     found = []
-    for path in sorted(folder.wandb.glob("offline-run-*/*.wandb")):
+    for path in wandb_record.files_of(folder):
         reader = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", path]
         text = subprocess.run(reader, capture_output=True, text=True, check=True, timeout=60).stdout
         found.append([json.loads(line) for line in text.splitlines()])
@@ -43,12 +44,18 @@ def segments(folder: RunFolder) -> list[list[dict]]:
 
 
 def test_an_offline_run_has_a_second_segment(tmp_path):
-    folder = training.launch(tmp_path)[0]["folder"]
-    assert added(folder, tmp_path) == f"W&B summary, offline (no API key) · later: wandb sync runs/gpt_sotu/{folder.id}/wandb"
+    """Within a sweep, where W&B draws the run's id, too; `wandb leet` then still opens the segment that has the rows."""
+    sweep = {"WANDB_SWEEP_ID": "abcd1234"}
+    folder = training.launch(tmp_path, environment=sweep)[0]["folder"]
+    assert added(folder, tmp_path, **sweep) == f"W&B summary, offline (no API key) · later: wandb sync runs/gpt_sotu/{folder.id}/wandb"
     trained, evaluated = segments(folder)
-    (run,) = training.of(evaluated, "run")
-    assert run["run_id"] == training.of(trained, "run")[0]["run_id"] == folder.title and run["run_group"] == "gpt_sotu"
-    assert (run["tags"], run["job_type"]) == (["tensor 2", "fp32", "mine"], "ablation")
+    (run,), (first,) = training.of(evaluated, "run"), training.of(trained, "run")
+    assert run["run_id"] == first["run_id"] == read_json(folder.wandb_json)["id"] != folder.title
+    assert (run["run_group"], run["project"]) == ("gpt_sotu", first["project"])
+    assert (run["tags"], run["job_type"]) == (first["tags"], "ablation") and "mine" in run["tags"]
+    (listed,) = [*folder.wandb.glob("run-*"), *folder.wandb.glob("offline-run-*")]  # by `wandb leet`
+    assert listed.name == (folder.wandb / "latest-run").resolve().name == read_json(folder.wandb_json)["folder"]
+    assert training.of(training.inspected(folder), "history") == training.of(trained, "history") != []
     told: dict = {}
     for record in training.of(evaluated, "summary"):
         told |= record["update"]
@@ -56,6 +63,14 @@ def test_an_offline_run_has_a_second_segment(tmp_path):
     assert told["train/lr"] == 1e-3 and told["train/loss"] is None  # the last one logged was nan
     assert told["val/bits_per_byte"] == {"min": 2.17, "last": 2.17} and told["progress/step"] == 20
     assert training.of(evaluated, "history") == [] and [told["exit_code"] for told in training.of(evaluated, "exit")] == [0]
+
+
+def test_without_a_record_the_line_says_what_writes_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = run_folder.create(tmp_path / "runs", "a")
+    write_json(folder.config, training.CONFIG)
+    folder.wandb.mkdir()
+    assert wandb_summary.add(folder, FIGURES).endswith(f"→ python -m research track runs/a/{folder.id} writes one, with these figures")
 
 
 def test_a_run_that_w_b_knows_nothing_of_is_left_alone(tmp_path):

@@ -1,4 +1,6 @@
-"""The text at the end of a run is what `generate` writes after the same prompt."""
+"""The text at the end of a run is what `generate` writes after the same prompt, and what is proposed next is there."""
+
+from types import SimpleNamespace
 
 import pytest
 
@@ -6,6 +8,7 @@ from parallel.errors import Mistake
 from research import __main__ as research_main
 from research.config import schema, serialization
 from research.data.prepare import load_tokenizer
+from research.tracking import run_folder
 from research.tracking.format import printable
 from research.training import finish
 from tests.research.helpers import untrained
@@ -39,3 +42,23 @@ def test_a_large_model_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(finish, "ROOM", 10**9)
     with pytest.raises(Mistake, match="large for this machine's free memory → `python -m research generate` on another"):
         finish.write(folder, experiment, load_tokenizer(experiment.data, tmp_path), "the people")
+
+
+def test_next_names_only_what_there_is(tmp_path, monkeypatch):
+    """No dashboard without a W&B record, even if W&B's folder is there, and nothing to generate with without a checkpoint."""
+    monkeypatch.setattr(finish, "first_words", lambda corpus: "the people")
+    folder = run_folder.create(tmp_path, "gpt")
+    folder.wandb.mkdir()
+    shown: list[str] = []
+    run = SimpleNamespace(folder=folder, corpus=None, console=SimpleNamespace(next=lambda commands: shown.extend(commands)))
+    finish.show_next_commands(run)
+    assert shown == ["python -m research runs"]
+
+    for path in (folder.checkpoints / "step_000003" / "manifest.json", folder.wandb / "offline-run-1-a" / "run-a.wandb"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    shown.clear()
+    finish.show_next_commands(run)
+    assert [command.split()[0:4] for command in shown] == [
+        ["python", "-m", "research", "generate"], ["wandb", "leet", f"{folder.path}/wandb"], ["python", "-m", "research", "runs"]
+    ]  # fmt: skip

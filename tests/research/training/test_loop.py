@@ -42,7 +42,7 @@ def ended(request) -> Ended:
 
 def test_every_file_of_a_finished_run(ended: Ended) -> None:
     folder = ended.folder
-    made = {path.name for path in folder.path.iterdir()} - {"wandb"}
+    made = {path.name for path in folder.path.iterdir()} - {"wandb", "wandb.json"}
     assert made == {
         "run.json", "config.json", "deepspeed.json", "metrics.jsonl", "samples.jsonl", "loss.png", "source", "checkpoints", "logs"
     }  # fmt: skip
@@ -58,7 +58,8 @@ def test_every_file_of_a_finished_run(ended: Ended) -> None:
 
 def test_what_run_json_and_config_json_say(tensor_2: Ended, place: Place) -> None:
     told = json.loads(tensor_2.folder.run.read_text())
-    assert (told["status"], told["layout"], told["precision"], told["steps"]) == ("finished", "pp1·dp1·tp2·zero1", "fp32", 6)
+    assert (told["status"], told["precision"], told["steps"]) == ("finished", "fp32", 6)
+    assert told["layout"] == "pipe 1 × data 1 × tensor 2 · ZeRO-1"
     assert ["parallel.tensor", "1", "2"] in told["overrides"]
     saved = json.loads(tensor_2.folder.config.read_text())
     assert saved["schema"] == serialization.SCHEMA
@@ -229,9 +230,11 @@ def test_generate_writes_what_the_run_wrote(ended: Ended, capsys) -> None:
 def test_runs_lists_it(tensor_2: Ended, place: Place) -> None:
     command = [sys.executable, "-m", "research", "runs", "--root", str(place.runs)]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
-    (line,) = [line.split("\t") for line in listed.splitlines() if f"\t{tensor_2.folder.id}\t" in line]
+    head, *lines = [line.split("\t") for line in listed.splitlines()]
+    (line,) = [dict(zip(head, line, strict=True)) for line in lines if line[0] == tensor_2.folder.title]
     bits = f"{tensor_2.column('val/bits_per_byte')[-1]:.3f}"
-    assert (line[0], *line[3:]) == ("gpt_sotu", "pp1·dp1·tp2·zero1", "fp32", "6/6", bits, "finished")
+    assert (line["steps"], line["bits/byte"], line["status"], line["precision"]) == ("6/6", bits, "finished", "fp32")
+    assert line["layout"] == "pipe 1 × data 1 × tensor 2 · ZeRO-1" and "model.num_layers 4 → 2" in line["differs"]
 
 
 def test_what_to_type_next_can_be_typed(alone: Ended) -> None:
@@ -248,15 +251,17 @@ def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> Non
     records = inspected(alone.folder)
     rows = [{key: value for key, value in row["item"].items() if not key.startswith("_")} for row in of(records, "history")]
     written = [json.loads(line) for line in alone.folder.metrics.read_text().splitlines()]
-    *rows, sample, table = rows
+    *rows, sample, table, picture = rows
     assert rows == written and len(written) == STEPS + 2 and table["samples.path"].endswith(".table.json")
+    assert picture["loss_curve.size"] == alone.folder.loss_png.stat().st_size
     assert one_line(sample["sample/text"]) in alone.out
     (about,) = of(records, "run")
     assert about["job_type"] == "train"
     saved, told = json.loads(alone.folder.config.read_text()), about["config"]["update"]
     assert {key: told[key] for key in saved} == saved
     assert told["derived_deepspeed"] == json.loads(alone.folder.deepspeed.read_text())
-    assert (about["run_group"], about["run_id"], about["tags"]) == ("gpt_sotu", alone.folder.title, ["pp1·dp1·tp1·zero1", "fp32"])
+    assert (about["run_group"], about["run_id"]) == ("gpt_sotu", alone.folder.title)
+    assert about["tags"] == ["pipe 1 × data 1 × tensor 1", "ZeRO-1", "fp32"]
     axes = {metric.get("name") or metric["glob_name"]: metric.get("step_metric") for metric in of(records, "metric")}
     assert axes["train/*"] == axes["val/*"] == "progress/tokens" and axes["perf/*"] == "progress/step"
 

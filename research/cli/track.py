@@ -1,0 +1,85 @@
+"""`python -m research track RUN …`: writes complete Weights & Biases runs from the run folders' files. Imports no torch."""
+
+import argparse
+
+from parallel.errors import Mistake
+from parallel.files import read_json
+from research.cli.verbs import Parser
+from research.tracking import run_folder, wandb_client, wandb_record
+from research.tracking.console import Console
+from research.tracking.format import plural, short_path
+from research.tracking.run_folder import FINISHED, RUNNING, RunFolder
+
+WHAT = """Writes a run to Weights & Biases (W&B) from its own files: settings, every row of metrics.jsonl, samples, the loss curve, and the
+results of `evaluate`. A run does this itself while it trains; use this verb if it had W&B disabled, or if W&B failed or started too late.
+If W&B has everything already, nothing is written."""
+ADVICE = """The W&B run is written to RUN/wandb, where `wandb leet RUN/wandb` shows it, and online also to W&B's server. An
+incomplete offline record is replaced."""
+FINISH_SECONDS = 600.0
+"""How long the upload of a whole run may take."""
+
+
+def main(argv: list[str]) -> None:
+    """Writes each run that W&B does not have completely, and says what to do with it."""
+    parser = Parser("track", WHAT)
+    parser.epilog = ADVICE
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder (runs/gpt_sotu/latest), its name or its title")
+    parser.add_argument(
+        "--mode",
+        choices=("auto", "online", "offline"),
+        help="where to write it: auto means what WANDB_MODE says, or online with a key and a server that answers, else offline "
+        "(default: the run's track.mode, or auto if that is disabled)",
+    )
+    arguments: argparse.Namespace = parser.parse_args(argv)
+    console = Console()
+    for folder in [run_folder.find(run) for run in arguments.runs]:
+        track(folder, arguments.mode, console)
+
+
+def track(folder: RunFolder, asked: str | None, console: Console) -> None:
+    """Writes one run unless W&B has it. Raises a Mistake for a run that has no rows, or has them still to come."""
+    from research.cli.evaluate import summary_rows
+    from research.evaluation import results
+
+    run = read_json(folder.run)
+    status, rows = run_folder.status(run, folder), len(wandb_record.rows(folder))
+    if not rows:
+        raise Mistake(f"{folder.title} ({status}) has no rows in {folder.metrics.name} → track a run that has trained")
+    if status == RUNNING:
+        raise Mistake(f"{folder.title} is running and tells W&B itself what it logs → track it when it has ended")
+    figures = summary_rows(results.every(folder))
+    known = wandb_record.known(folder, figures)
+    what = plural(rows, "row") + (f" and {plural(len(figures), 'result')} of evaluations" if figures else "")
+    if known.complete:
+        console.header([("", f"{folder.title} · W&B has all of it already: {what}"), *ways(folder, known.online)])
+        return
+
+    configured = wandb_client.describe(folder).config["track"]["mode"]
+    mode = asked or ("auto" if configured == "disabled" else configured)
+    if known.files:  # what is there may be on a server already: the rows must not be there twice
+        mode = "offline"
+    opened = write(folder, mode, 0 if status == FINISHED else 1, figures, known)
+    where = f"online · {opened.run.url}" if opened.mode == "online" else f"{opened.mode} ({opened.why})"
+    instead = " · in place of an incomplete record" if known.files else ""
+    console.header([("", f"{folder.title} · W&B {where} · {what}{instead}")])
+    if opened.run is not None:
+        console.header(ways(folder, opened.mode == "online"))
+
+
+def write(folder: RunFolder, mode: str, exit_code: int, figures: dict[str, float], known: wandb_record.Known) -> wandb_client.Opened:
+    """The new W&B run, in place of the offline ones that there are."""
+    description = wandb_client.describe(folder)
+    old = [path.parent for path in known.files if path.parent.name.startswith("offline-")]
+    try:
+        with wandb_record.replacing(folder.wandb, old):
+            return wandb_record.write(folder, description, mode, exit_code, figures=figures, finish_seconds=FINISH_SECONDS)
+    except Exception as error:  # whatever W&B raises
+        way_out = "check W&B's settings, or add --mode offline"
+        raise Mistake(f"W&B could not write {folder.title} ({wandb_client.reason(error)}) → {way_out}") from error
+
+
+def ways(folder: RunFolder, online: bool) -> list[tuple[str, str]]:
+    """How to view the W&B run, and how to upload it."""
+    place = short_path(folder.wandb)
+    upload = [("upload", f"wandb sync {'--include-online ' if online else ''}{place}")]
+    return [("view", f"wandb leet {place}"), *([] if online and wandb_client.recorded(folder).get("url") else upload)]

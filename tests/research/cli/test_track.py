@@ -1,0 +1,128 @@
+"""`python -m research track`, with the real W&B client: a run that was trained without W&B gets a whole one, once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallel.errors import Mistake
+from parallel.files import read_json, write_json
+from research import ROOT
+from research.cli import track
+from research.tracking import run_folder, wandb_record
+from research.tracking.metrics import JsonLines
+from research.tracking.plot import loss_curve
+from research.tracking.run_folder import RunFolder
+from tests.research.helpers import wandb_servers as servers
+from tests.research.tracking.test_tracker import CONFIG, KEY, ROWS, SAMPLES, inspected, of
+
+RESULT = {
+    **{"task": "lambada", "settings": {}, "data_sha256": "d", "tokenizer_sha256": "t", "precision": "fp32"},
+    **{"examples": 9, "seconds": 1.0, "tensor": 1, "batch": 8, "ended": "2026-01-01T10:00:00+00:00"},
+    "metrics": {"accuracy": {"value": 0.25, "stderr": None, "higher_is_better": True}},
+}
+FIGURES = {"eval/lambada/accuracy": 0.25}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A finished run without W&B, with samples, a loss curve and the results of an evaluation."""
+    monkeypatch.chdir(tmp_path)
+    made = run_folder.create(Path("runs"), "gpt")
+    run_folder.start(made, layout="tensor 2", precision="fp32", steps=20, commit="1a2b3c4", dirty=False)
+    write_json(made.config, CONFIG | {"track": CONFIG["track"] | {"mode": "disabled"}})
+    for path, rows in ((made.metrics, ROWS), (made.samples, SAMPLES)):
+        file = JsonLines(path)
+        for row in rows:
+            file.write(row)
+        file.close()
+    run_folder.end(made, run_folder.FINISHED)
+    return made
+
+
+def tracked(folder: RunFolder, *argv: str, **environment: str) -> list[str]:
+    """The lines that the verb prints, in a process of its own with an empty home."""
+    command = [sys.executable, "-m", "research", "track", str(folder.path), *argv]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder.path.absolute() / "home"), "PYTHONPATH": str(ROOT)} | environment
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0 and finished.stderr == "", finished.stderr
+    return finished.stdout.splitlines()
+
+
+def evaluated(folder: RunFolder) -> None:
+    """Gives the run the results of an evaluation."""
+    (folder.path / "evaluations").mkdir()
+    write_json(folder.path / "evaluations" / "step_000020.json", {"schema": 1, "results": [RESULT]})
+
+
+def test_a_run_without_w_b_gets_a_whole_one_and_only_once(folder: RunFolder) -> None:
+    evaluated(folder)
+    loss_curve(folder.metrics, folder.loss_png, folder.title)
+    place = f"{folder.path}/wandb"
+    head, *ways = tracked(folder)
+    assert head == f"{folder.title} · W&B offline (no API key) · {len(ROWS) + len(SAMPLES)} rows and 1 result of evaluations"
+    assert ways == [f"view     wandb leet {place}", f"upload   wandb sync {place}"]
+
+    records = inspected(folder)
+    (about,) = of(records, "run")
+    assert (about["run_id"], about["project"], about["run_group"], about["tags"]) == (folder.title, "tessera", "gpt", ["tensor 2", "fp32"])
+    assert about["config"]["update"]["model"] == CONFIG["model"] and about["config"]["update"]["git"]["commit"] == "1a2b3c4"
+    *rows, table, picture = [row["item"] for row in of(records, "history")]
+    assert [row["progress/step"] for row in rows] == [10, 20, 20, 20, 20, 20] and rows[2]["val/bits_per_byte"] == 2.17
+    assert table["samples.nrows"] == len(SAMPLES)
+    (offline,) = folder.wandb.glob(wandb_record.OFFLINE)
+    assert (offline / "files" / picture["loss_curve.path"]).read_bytes() == folder.loss_png.read_bytes()
+    assert {name: value for record in of(records, "summary") for name, value in record["update"].items() if name in FIGURES} == FIGURES
+    assert [ended["exit_code"] for ended in of(records, "exit")] == [0]
+
+    written = {path: path.stat().st_mtime_ns for path in folder.wandb.rglob("*")}
+    head, *again = tracked(folder)
+    assert head == f"{folder.title} · W&B has all of it already: {len(ROWS) + len(SAMPLES)} rows and 1 result of evaluations"
+    assert again == ways and {path: path.stat().st_mtime_ns for path in folder.wandb.rglob("*")} == written
+
+
+@pytest.mark.slow
+def test_an_incomplete_record_is_replaced_and_keeps_its_id(folder: RunFolder) -> None:
+    """The first one comes from a sweep, where W&B draws the id; then the run gets another row and a result."""
+    tracked(folder, "--mode", "offline", WANDB_SWEEP_ID="abcd1234")
+    drawn = read_json(folder.wandb_json)["id"]
+    assert drawn != folder.title
+    JsonLines(folder.metrics).write({"train/loss": 5.0, "progress/step": 30, "progress/tokens": 61440})
+    evaluated(folder)
+    assert tracked(folder)[0].endswith("rows and 1 result of evaluations · in place of an incomplete record")
+    (offline,) = folder.wandb.glob(wandb_record.OFFLINE)
+    assert offline.name.endswith(f"-{drawn}") and wandb_record.known(folder, FIGURES).complete
+    assert {row["item"]["progress/step"] for row in of(inspected(folder), "history")} == {10, 20, 30}
+
+
+@pytest.mark.slow
+def test_online_it_is_written_to_the_server_once(folder: RunFolder) -> None:
+    """Without samples: the server of the test answers too little for a table."""
+    folder.samples.unlink()
+    servers.Works.rows.clear()
+    server = servers.serve(servers.Works)
+    online = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server}
+    head, *_ = tracked(folder, **online)
+    assert head == f"{folder.title} · W&B online · {server}/somebody/tessera/runs/{folder.title} · {len(ROWS)} rows"
+    assert [row["progress/step"] for row in servers.Works.rows] == [10, 20, 20]
+    assert tracked(folder, **online)[0] == f"{folder.title} · W&B has all of it already: {len(ROWS)} rows"
+    assert len(servers.Works.rows) == len(ROWS)
+
+
+def test_what_cannot_be_tracked_is_refused_in_words(folder: RunFolder) -> None:
+    write_json(folder.run, read_json(folder.run) | {"status": "running", "host": "another"})
+    with pytest.raises(Mistake, match="is running and tells W&B itself what it logs → track it when it has ended"):
+        track.main([str(folder.path)])
+    folder.metrics.unlink()
+    folder.samples.unlink()
+    with pytest.raises(Mistake, match=r"has no rows in metrics.jsonl → track a run that has trained"):
+        track.main([str(folder.path)])
+
+
+def test_help_imports_neither_torch_nor_w_b() -> None:
+    code = "import sys; from research.__main__ import main; sys.argv = ['', 'track', '--help']\ntry: main(sys.argv[1:])\n"
+    code += "except SystemExit: print({'torch', 'wandb'} & {*sys.modules})"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert said.splitlines()[-1] == "set()" and "metrics.jsonl" in said and "wandb leet" in said
