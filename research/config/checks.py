@@ -8,11 +8,8 @@ import math
 
 from models.config import GPT
 from parallel.errors import Mistake, listed
-from research.cluster.environment import Ranks
+from research.cluster.environment import RANKS_OPTION, Ranks
 from research.config.schema import Experiment
-
-RANKS_OPTION = {"deepspeed": "--num_gpus {}", "torchrun": "--nproc_per_node {}", "srun": "--ntasks-per-node {}"}
-"""The option by which each launcher takes the number of ranks per node."""
 
 
 def check(experiment: Experiment, ranks: Ranks) -> None:

@@ -10,6 +10,7 @@ from parallel.checkpoint.folder import latest, name_of
 from parallel.checkpoint.reader import Reader
 from parallel.errors import Mistake
 from parallel.grid import Grid
+from research.cluster.environment import activate_command
 from research.config import Experiment
 from research.data.tokenizer import Tokenizer
 from research.generation.generator import GeneratedText, TextGenerator
@@ -82,4 +83,5 @@ def show_next_commands(run: Run) -> None:
     """Shows what to type next."""
     folder, prompt = run.folder.shown, shlex.quote(first_words(run.corpus))
     dashboard = [f"wandb leet {folder}/wandb"] if run.folder.wandb.is_dir() else []
-    run.console.next([f"python -m research generate {folder} --prompt {prompt}", *dashboard, "python -m research runs"])
+    commands = [f"python -m research generate {folder} --prompt {prompt}", *dashboard, "python -m research runs"]
+    run.console.next(commands, first=activate_command())

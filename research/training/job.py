@@ -12,7 +12,7 @@ from models.estimates.parameters import parameters, parameters_on_rank
 from parallel.engines.deepspeed_config import derive
 from parallel.errors import Mistake
 from research import ROOT
-from research.cluster.environment import Ranks, threads_per_rank
+from research.cluster.environment import THREADS, Ranks, threads_asked_for, threads_per_rank
 from research.config import Experiment
 from research.config.checks import check
 from research.config.diff import flatten
@@ -48,6 +48,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
     """Checks everything that can be checked without torch and returns the job. Raises a Mistake for what cannot work."""
     experiment = loaded.experiment
     check(experiment, ranks)
+    threads_asked_for()  # a wrong number in the environment is reported here
     check_variants(loaded.folder, experiment.model)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
     check_init_from(experiment, ROOT)
@@ -86,7 +87,7 @@ def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[t
         config += f" + {plural(len(job.overrides), 'override')}: {changes}"
 
     nodes = plural(-(-ranks.world // ranks.local_world), "node")
-    threads = f"{plural(threads_per_rank(ranks), 'thread')} each"
+    threads = f"{plural(threads_per_rank(ranks), 'thread')} each" + (f" ({THREADS})" if threads_asked_for() else "")
     machine = [f"{nodes} × {plural(ranks.local_world, 'rank')}", f"{device}, {threads}" if device else threads, *software]
 
     product = f"{schedule.micro_batch_size} micro × {job.layout.micro_batches} accumulated × {job.layout.data} data"

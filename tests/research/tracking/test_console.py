@@ -166,7 +166,7 @@ def test_a_failure_inside_progress_is_the_callers():
 def test_an_old_encoding_costs_a_letter_not_the_run():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     Console(stream).sample("é", "x")
-    assert stream.buffer.getvalue() == "sample é ? x\n".encode("latin-1")
+    assert stream.buffer.getvalue() == "sample é > x\n".encode("latin-1")
 
 
 def test_a_quiet_console_says_nothing(capsys):
