@@ -8,7 +8,7 @@ from parallel.errors import Mistake
 from research import ROOT
 from research.cli.verbs import VERBS, suggestion
 from research.cluster.environment import versions
-from research.cluster.exit_codes import show_mistake
+from research.cluster.exit_codes import refused_files, show_mistake
 from research.tracking.streams import flushed_output, prepare_streams
 
 HELP = """usage: python -m research VERB …
@@ -24,7 +24,7 @@ deepspeed experiments/gpt_sotu/launch.py"""
 def main(argv: list[str]) -> int:
     """Runs one verb and returns the exit code: 2 for a Mistake, 130 for Ctrl-C."""
     try:
-        with flushed_output():
+        with flushed_output(), refused_files():
             return _dispatch(argv)
     except Mistake as mistake:
         show_mistake(mistake)

@@ -13,6 +13,7 @@ from parallel.errors import Mistake
 from research import ROOT
 from research.cluster.environment import (
     ALONE,
+    Ranks,
     choose_accelerator,
     find_ranks,
     git_state,
@@ -21,7 +22,7 @@ from research.cluster.environment import (
     refuse_taken_port,
     versions,
 )
-from research.cluster.exit_codes import refuse
+from research.cluster.exit_codes import refuse, refused_files
 from research.config.experiment_folder import load
 from research.config.overrides import parse, show_help
 from research.reliability.parents import follow
@@ -29,7 +30,7 @@ from research.reliability.peers import Lost
 from research.tracking.console import Console
 from research.tracking.format import plural
 from research.tracking.streams import flushed_output, prepare_streams
-from research.training.job import dry_run, resolve
+from research.training.job import Job, dry_run, resolve
 
 
 def run(file: str) -> None:
@@ -49,23 +50,9 @@ def run(file: str) -> None:
 def _run(file: Path, argv: list[str]) -> None:
     ranks = find_ranks()
     parents = follow(ranks.launcher)
-    loaded = load(file.parent)
-    experiment, overrides, options = parse(loaded.experiment, argv)
-    if options.help:
-        if ranks.rank == 0:
-            show_help(experiment, os.path.relpath(file), options.help_group)
-        return
-    if options.version:
-        if ranks.rank == 0:
-            sys.stdout.write(versions(ROOT) + "\n")
-        return
-    if options.dry_run and ranks == ALONE:  # a dry run without a launcher assumes the smallest world that holds the layout
-        world = experiment.parallel.pipe * experiment.parallel.tensor
-        ranks = replace(ALONE, world=world, local_world=world)
-    job = resolve(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
-    if options.dry_run:
-        if ranks.rank == 0:
-            sys.stdout.write(dry_run(job, *git_state(job.root)))
+    with refused_files():
+        job = _prepared(file, argv, ranks)
+    if job is None:
         return
     refuse_taken_port(ranks)
     starting = f"starting {job.name} on {plural(ranks.world, 'rank')} …"
@@ -74,3 +61,26 @@ def _run(file: Path, argv: list[str]) -> None:
     from research.training import loop
 
     loop.train(job, parents)
+
+
+def _prepared(file: Path, argv: list[str], ranks: Ranks) -> Job | None:
+    """The checked job; None if the command line only asks for help, the version or a dry run, which rank 0 has then shown."""
+    loaded = load(file.parent)
+    experiment, overrides, options = parse(loaded.experiment, argv)
+    if options.help:
+        if ranks.rank == 0:
+            show_help(experiment, os.path.relpath(file), options.help_group)
+        return None
+    if options.version:
+        if ranks.rank == 0:
+            sys.stdout.write(versions(ROOT) + "\n")
+        return None
+    if options.dry_run and ranks == ALONE:  # a dry run without a launcher assumes the smallest world that holds the layout
+        world = experiment.parallel.pipe * experiment.parallel.tensor
+        ranks = replace(ALONE, world=world, local_world=world)
+    job = resolve(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
+    if options.dry_run:
+        if ranks.rank == 0:
+            sys.stdout.write(dry_run(job, *git_state(job.root)))
+        return None
+    return job

@@ -30,7 +30,7 @@ class OutputLost(OSError):
 class _Output(io.FileIO):
     """Standard output as bytes. Its errors are told from those of other files by their class."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
@@ -42,7 +42,7 @@ class _Output(io.FileIO):
 class _Error(io.FileIO):
     """Standard error as bytes. What cannot be written is dropped: there is no other place to report it."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError:
@@ -79,7 +79,7 @@ def _text_stream(raw: io.FileIO, before: io.TextIOWrapper | Any) -> io.TextIOWra
     encoding = getattr(before, "encoding", "utf-8")
     lines = getattr(before, "line_buffering", False)
     return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        raw if unbuffered else io.BufferedWriter(raw),
         encoding=encoding,
         errors=ESCAPING,
         line_buffering=lines,
