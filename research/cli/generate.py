@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake, listed
 from research import ROOT
+from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.cluster.exit_codes import show_mistake
@@ -224,7 +225,7 @@ def _write_json_lines(task: Task, generator: "TextGenerator") -> None:
     count = len(task.prompts) * task.arguments.n
     with Console(sys.stderr, quiet=not sys.stderr.isatty()).progress(f"writing {count} texts", count) as advance:
         for text in _generate(task, generator, task.prompts):
-            _put(json_line(as_json(text, task.tokenizer)) + "\n")
+            print_json(as_json(text, task.tokenizer))
             advance()
 
 
