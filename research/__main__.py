@@ -43,7 +43,14 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in VERBS:
         raise Mistake(f"python -m research does not know {argv[0]}{suggestion(argv[0], VERBS)}")
-    importlib.import_module(f"research.cli.{file_of(argv[0])}").main(argv[1:])
+    try:
+        verb = importlib.import_module(f"research.cli.{file_of(argv[0])}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("research", "models", "parallel"):
+            raise
+        way_out = "source .venv/bin/activate, or pip install -r requirements.txt"
+        raise Mistake(f"this Python has no package {error.name} → {way_out}") from error
+    verb.main(argv[1:])
     return 0
 
 

@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
     add_json_option(parser, "the results, which are also kept in a file,")
     arguments = parser.parse_args(argv)
     if arguments.against:
-        raise SystemExit(compare_runs(*arguments.against, arguments.json))
+        a, b = arguments.against
+        raise SystemExit(compare_runs(a, b, arguments.json))
     if not arguments.experiment:
         raise Mistake("verify needs an experiment's folder → python -m research verify experiments/gpt_sotu")
     if arguments.steps < 1:
@@ -44,12 +45,11 @@ def main(argv: list[str]) -> None:
     if arguments.types and importlib.util.find_spec("spmd_types") is None:
         raise Mistake("verify --types needs the package spmd_types → pip install -r requirements-dev.txt")
 
-    choose_accelerator()  # before DeepSpeed is imported
-    folder = Path(arguments.experiment)
+    loaded = experiment_folder.load(arguments.experiment)
+    choose_accelerator()  # before DeepSpeed is imported; torch begins here
     with only_json_on_stdout(arguments.json):
-        code, results = _check(folder, arguments)
+        code, results = _check(loaded.folder, arguments)
     if arguments.json:
-        loaded = experiment_folder.load(folder)
         print_json(read_json(ROOT / loaded.experiment.track.runs / loaded.name / results))
     raise SystemExit(code)
 

@@ -41,6 +41,15 @@ def show_mistake(mistake: Mistake) -> None:
     print(f"error  {sentence(mistake)}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Ends the process with exit code 2 and one sentence if the body raises a Mistake: for programs without a launcher."""
+    try:
+        yield
+    except Mistake as mistake:
+        refuse(mistake, rank=0)
+
+
 def sentence(mistake: Mistake) -> str:
     """The message on one line. Of a value that is as long as a file, its beginning and its end."""
     text = str(mistake).replace("\r", "\\r").replace("\n", "\\n")
