@@ -10,7 +10,7 @@ from parallel.errors import Mistake
 from parallel.files import write_json
 from research.config.schema import Experiment
 
-SCHEMA = 5
+SCHEMA = 6
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 
 
@@ -84,10 +84,18 @@ def _without_periodic_tasks(settings: dict[str, Any]) -> dict[str, Any]:
     return {"evaluate": {"every": 0}, "sample": {"every": 0}} | settings
 
 
+def _without_own_training(settings: dict[str, Any]) -> dict[str, Any]:
+    """5 → 6: attention, loss and optimizer could not be chosen."""
+    added = {"model": {"attention": "softmax"}, "optimizer": {"name": "adamw"}}
+    groups = {group: new | settings[group] for group, new in added.items() if isinstance(settings.get(group), dict)}
+    return {"loss": "cross_entropy"} | settings | groups
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _without_dropout,
     2: _without_watch,
     3: _without_rotary_scaling,
     4: _without_periodic_tasks,
+    5: _without_own_training,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""

@@ -50,7 +50,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
     check(experiment, ranks)
     threads_asked_for()  # a wrong number in the environment is reported here
     (ROOT / experiment.track.runs).exists()  # raises an OSError for a name that no file system takes
-    check_variants(loaded.folder, experiment.model)
+    check_variants(loaded.folder, experiment)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
     check_init_from(experiment, ROOT)
     check_tasks(experiment, ROOT)

@@ -92,7 +92,7 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
     while run.step < schedule.steps and not run.failure and not periodic.due and not run.stop.agreed():
         run.progress.stepping(run.step + 1)
         anomalies.begin_step(run.step + 1)
-        lr = learning_rate(run.step, optimizer, schedule.steps)
+        lr = learning_rate(run.step, optimizer, schedule.steps, run.variants)
         loss = run.engine.train_batch(step_batches(run), lr)
         run.step += 1
         run.meter.step(loss)

@@ -17,6 +17,7 @@ from parallel.files import read_json
 from research.config import Experiment, serialization
 from research.config.diff import MOST, Change, describe_changes, diff
 from research.config.experiment_folder import VARIANTS, variant_names
+from research.config.schema import MEASURE
 from research.tracking import run_folder
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
 
@@ -147,8 +148,8 @@ def _facts(checkpoint: Path) -> dict[str, Any]:
 
 
 def _refuse_other_variant(folder: RunFolder, source: Path, experiment: Experiment) -> None:
-    """Raises a Mistake if variant.py has changed: a changed class is a changed model, which no setting shows."""
-    if not variant_names(experiment.model):
+    """Raises a Mistake if variant.py has changed: a changed class is another model or training, which no setting shows."""
+    if not variant_names(experiment).keys() - {MEASURE}:  # a measurement changes nothing
         return
     paths = folder.source / VARIANTS, source / VARIANTS
     then, now = (hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing" for path in paths)
