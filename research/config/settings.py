@@ -3,7 +3,6 @@
 Imports no torch.
 """
 
-import math
 import types
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -48,7 +47,7 @@ class Settings(BaseModel):
         """Refuses whole numbers that are no size, count or seed: arithmetic with them overflows, or takes for ever."""
         if isinstance(value, int) and value > LARGEST:
             name = f"{cls.SECTION}.{info.field_name}" if cls.SECTION else info.field_name
-            shown = f"{value:,}" if value < 10**20 else f"a number of {math.floor(math.log10(value)) + 1:,} digits"
+            shown = f"{value:,}" if value < 10**20 else "a number of more than 20 digits"
             raise ValueError(f"{name} = {shown} is too large → use at most {LARGEST:,}")
         return value
 

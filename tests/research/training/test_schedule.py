@@ -77,7 +77,6 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up(decay):
     assert curve(1, decay=decay, warmup_steps=0, decay_steps=1) == [LR]
 
 
-
 def test_an_experiment_s_own_decay_follows_the_warm_up():
     own = {"halves": lambda step, optimizer, steps: optimizer.lr * 0.5 ** (step - optimizer.warmup_steps + 1)}
     rates = [learning_rate(step, optimizer("variant:halves"), 14, own) for step in range(16)]
