@@ -103,7 +103,7 @@ def show_help(experiment: Experiment, path: str, group: str = "") -> None:
             raise Mistake(f"--help {group} is not a group of settings → use {listed([near] if near in groups else groups)}")
         one_group: dict[str, Any] = {name: (type(getattr(experiment, name)), ...)}
         shown = create_model(Experiment.__name__, **one_group)(**{name: getattr(experiment, name)})
-        description = f"{Experiment.model_fields[name].description} (without {name}, --help shows all settings)"
+        description = f"{Experiment.model_fields[name].description} (--help alone shows all settings)"
     config = (tyro.conf.FlagConversionOff,)  # True and False are written out, on the command line as in the file
     with contextlib.suppress(SystemExit):
         tyro.cli(type(shown), prog=path, description=description, default=shown, args=["--help"], config=config, use_underscores=True)
