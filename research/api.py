@@ -9,6 +9,7 @@ Everything runs in this process, on its GPU if there is one. docs/python.md is t
 `Mistake`s, whose message ends in the way out.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -193,8 +194,10 @@ class Model:
 
     @cached_property
     def _generator(self) -> TextGenerator:
-        """A decoder with a KV cache. It has a module of its own, whose weights are packed for decoding."""
+        """A decoder. It has a module of its own, whose weights are packed for decoding. A warning says why there is no KV cache."""
         decoder = self._spec.on(Grid())
+        if decoder.uncached:
+            warnings.warn(decoder.uncached, stacklevel=4)  # at the caller of `stream`
         return TextGenerator(decoder, self.tokenizer, self.config, self._spec.context, ends_of(self.tokenizer, ROOT))
 
     def _batch(self, ids: Ids) -> Tensor:

@@ -12,6 +12,7 @@ from parallel.checkpoint.folder import MANIFEST
 from parallel.errors import Mistake
 from parallel.files import megabytes, read_json
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
+from research.cli.trained_run import find_run
 from research.cli.verbs import Parser
 from research.tracking import run_folder
 from research.tracking.console import Console
@@ -45,8 +46,8 @@ def inspect(what: str, check_files: bool, tensors: bool) -> tuple[dict[str, Any]
     # a checkpoint that is named need not lie in a run's folder; of a run all checkpoints are checked and the newest is shown
     path = Path(what)
     checkpoints, run = [path], None
-    if not (path / MANIFEST).is_file():
-        folder = run_folder.find(what)
+    if not run_folder.has_file(path, MANIFEST):
+        folder = find_run(what)
         checkpoints = checkpoint_folder.steps(folder.checkpoints)
         run = run_as_json(folder, checkpoints)
         describe_run(folder, checkpoints, console)
@@ -66,7 +67,7 @@ def run_as_json(folder: RunFolder, checkpoints: list[Path]) -> dict[str, Any]:
     run = read_json(folder.run)
     saved = [{"name": path.name, "bytes": sum(file.stat().st_size for file in path.iterdir())} for path in checkpoints]
     incidents = [read_json(path) for path in sorted(folder.incidents.glob("*.json"))]
-    return {**run, "folder": str(folder.path), "status": run_folder.status(run), "checkpoints": saved, "incidents": incidents}
+    return {**run, "folder": str(folder.path), "status": run_folder.status(run, folder), "checkpoints": saved, "incidents": incidents}
 
 
 def checkpoint_as_json(path: Path, tensors: bool) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def checkpoint_as_json(path: Path, tensors: bool) -> dict[str, Any]:
 def describe_run(folder: RunFolder, checkpoints: list[Path], console: Console) -> None:
     """Prints a run: its title, segments, checkpoints and incidents."""
     run = read_json(folder.run)
-    lines = [("", f"{folder.title} · {run_folder.status(run)} · {run.get('layout', '?')} · {run.get('precision', '?')} · {folder.path}")]
+    title = [folder.title, run_folder.status(run, folder), run.get("layout", "?"), run.get("precision", "?"), str(folder.path)]
+    lines = [("", " · ".join(title))]
     segments = run.get("segments", [])  # a stranger's file may hold anything
     for i, segment in enumerate([one for one in segments if isinstance(one, dict)] if isinstance(segments, list) else [], 1):
         parts = [f"{i}", f"from step {segment.get('from_step')}", str(segment.get("started")), str(segment.get("layout", ""))]

@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
+from research.cli.trained_run import find_run
 from research.cli.verbs import Parser
 from research.cluster.environment import choose_accelerator
 from research.config import Experiment, serialization
 from research.data.prepare import Corpus
-from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.format import one_line
 from research.tracking.run_folder import RunFolder
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in the rows and in incidents/")
     add_json_option(parser, "what was found")
     arguments = parser.parse_args(argv)
-    folder = run_folder.find(arguments.run)
+    folder = find_run(arguments.run)
     experiment, console = serialization.load(folder.config), Console()
     choose_accelerator()  # before DeepSpeed is imported, with the next line; torch begins here
     from research.training.replay import replay

@@ -127,7 +127,13 @@ class Periodic:
 
     def _evaluate(self) -> None:
         """Logs one row with the metrics of all tasks and the numbers of the experiment's own measurement."""
-        run, scorer = self.run, LiveScorer(self._live_model(EVALUATION))
+        run, live = self.run, self._live_model(EVALUATION)
+        try:
+            live.refuse_dependent_logits()
+        except Mistake as mistake:  # the same on every rank: all see the same scores
+            run.console.warn(f"no evaluation after step {run.step}: {mistake}")
+            return
+        scorer = LiveScorer(live)
         found = [(task, in_training.evaluate_task(task, scorer)) for task in self.tasks]
         row = run.axes()
         for task, figures in found:
@@ -147,11 +153,13 @@ class Periodic:
         return measured_row(chosen(MEASURE, name, {}, run.variants), run.step, MeasuredModel(live, run.corpus.tokenizer))
 
     def _sample(self) -> None:
-        """Logs a row for each prompt, all or none. Logits that are not finite are reported, and end nothing but the sample."""
+        """Logs a row for each prompt, all or none. Logits that are not finite, or not causal, are reported, and end only the sample."""
         run, settings = self.run, self.run.job.experiment.sample
         choice = samples.sampling_params_of(run.job.experiment)
+        live = self._live_model(SAMPLES)
         try:
-            texts = write(self._live_model(SAMPLES), run.corpus.tokenizer, self.prompts, settings.tokens, choice, settings.seed)
+            live.refuse_dependent_logits()
+            texts = write(live, run.corpus.tokenizer, self.prompts, settings.tokens, choice, settings.seed)
         except Mistake as mistake:  # the same on every rank: all see the same logits
             run.console.warn(f"no sample after step {run.step}: {mistake}")
             return

@@ -26,7 +26,7 @@ from parallel.engines.engine import Engine, make_engine
 from parallel.errors import Mistake
 from parallel.files import free_bytes, megabytes, write_json
 from parallel.grid import Grid
-from parallel.object_collectives import all_gather_objects, broadcast_object
+from parallel.object_collectives import all_gather_objects, broadcast_object, together
 from parallel.slices import slice_of
 from research.cluster.environment import git_state
 from research.cluster.world import software
@@ -129,7 +129,7 @@ def prepare_run(
 ) -> tuple[Run, AnomalyMonitor, Periodic, Checkpointer]:
     """The run before its first step. A signal ends it at once until everything is there; from then on it waits for the end of a step."""
     experiment = job.experiment
-    with watch.progress.work("preparing the text"):
+    with watch.progress.work("preparing the text"), together(grid):  # a rank may be the only one that finds its text wrong
         corpus = load_corpus(job, console)
         prompts = samples.prompts_of(experiment, corpus)
         tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, lambda what: say(console, what))

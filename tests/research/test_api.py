@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,19 @@ def test_attention_of_a_variant_is_its_own(tmp_path: Path) -> None:
     outside = (i > i[:, None]) | (i[:, None] - i >= 4)
     assert float(probabilities.masked_fill(~outside, 0).abs().max()) == 0 and float(probabilities.masked_fill(outside, 1).min()) > 0
     assert torch.allclose(probabilities.sum(-1), torch.ones(4, 7))
+
+
+def test_a_window_is_generated_without_a_cache_and_a_warning_says_so_once(tmp_path: Path) -> None:
+    """Greedy tokens are those of the model's own logits, which know of no cache."""
+    model = api.load(untrained.make(tmp_path, variant=WINDOW, attention="variant:Window", tied=False).path)
+    with pytest.warns(UserWarning, match="no KV cache, so each token costs a pass over the whole text: .*token 5 of 32 is off by"):
+        text = model.generate("the people", 12)
+    ids = model.encode("the people")
+    for _ in range(12):
+        ids.append(int(model.logits(ids)[-1, : model.tokenizer.vocab_size].argmax()))
+    assert text == model.decode(ids)[len("the people") :]
+    with warnings.catch_warnings(action="error"):
+        assert model.generate("the people", 12) == text
 
 
 def test_metrics_are_columns(model: api.Model) -> None:
