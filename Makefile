@@ -21,6 +21,12 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# The GPUs that torch sees, counted once and only for `make train`: two ranks cannot share one GPU. On a machine without a GPU,
+# DS_ACCELERATOR keeps DeepSpeed's launcher from warning that it found none.
+GPUS = $(eval GPUS := $(shell $(VENV)/bin/python -c 'import torch; print(torch.accelerator.device_count())'))$(GPUS)
+RANKS = $(if $(filter 1,$(GPUS)),1,2)
+CPU = $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu )
+
 # $(call install,FILE): pip's whole output goes to a log. The terminal shows the pinned packages as they are installed, and the end of the
 # log if pip fails.
 define install
@@ -35,9 +41,9 @@ endef
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
 
-train: $(VENV)/ready  ## set up if needed, then train the default experiment on two ranks: about three minutes on two CPU cores
-	deepspeed --num_gpus 2 experiments/gpt_sotu/launch.py --parallel.tensor 2
-	@[ "$${VIRTUAL_ENV:-}" = "$(CURDIR)/$(VENV)" ] || echo "first  source $(VENV)/bin/activate   (once in a terminal)"
+train: $(VENV)/ready  ## set up if needed, then train the default experiment: on two ranks, about three minutes on two CPU cores
+	$(CPU)deepspeed --quiet --num_gpus $(RANKS) \
+	  experiments/gpt_sotu/launch.py --parallel.tensor $(RANKS)
 
 test: $(VENV)/ready-dev  ## set up if needed, then run all tests except the slow ones
 	pytest -n $(WORKERS) --dist loadfile

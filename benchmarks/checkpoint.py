@@ -11,6 +11,7 @@ together. Memory is the peak of a rank's resident set above what it held before,
 
 import argparse
 import hashlib
+import math
 import multiprocessing
 import os
 import shutil
@@ -28,7 +29,6 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from models import gpt
-from models.config import GPT
 from parallel import distributed
 from parallel.checkpoint.reader import Reader
 from parallel.checkpoint.saver import BackgroundSaver, Saver
@@ -37,17 +37,23 @@ from parallel.checkpoint.writer import files_of
 from parallel.engines.deepspeed_config import EngineSettings
 from parallel.engines.engine import Engine, make_engine
 from parallel.engines.optimizer_state import MOMENTS, ensure_moments, fragment
+from parallel.errors import Mistake, listed
 from parallel.grid import make_grid
+from research.cli.verbs import count
+from research.cluster.exit_codes import refused_files, refusing
+from research.config import GPT
+from research.config.checks import tensor_degrees
 from research.tracking import format as fmt
 
 
-def engine_of(arguments: argparse.Namespace) -> Engine:
-    """A GPT that has not been trained; its weights and moments are noise, so that no page of them is the kernel's zero page."""
+def shape_of(arguments: argparse.Namespace) -> GPT:
+    """GPT-2's shape of any width. A Mistake if the ranks cannot slice it."""
+    heads = math.gcd(12, arguments.hidden)
     shape = GPT(
         num_layers=arguments.layers,
         hidden_size=arguments.hidden,
-        num_heads=12,
-        num_kv_heads=12,
+        num_heads=heads,
+        num_kv_heads=heads,
         ffn_size=4 * arguments.hidden,
         vocab_size=50257,
         seq_length=1024,
@@ -66,7 +72,15 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
         attention_dropout=0.0,
         tied=True,
     )
-    grid = make_grid(1, arguments.tensor)
+    degrees = [degree for degree in tensor_degrees(shape) if arguments.ranks % degree == 0]
+    if arguments.tensor not in degrees:
+        raise Mistake(f"--tensor {arguments.tensor} does not fit --ranks {arguments.ranks} and {heads} heads → use {listed(degrees)}")
+    return shape
+
+
+def engine_of(arguments: argparse.Namespace) -> Engine:
+    """A GPT that has not been trained; its weights and moments are noise, so that no page of them is the kernel's zero page."""
+    shape, grid = shape_of(arguments), make_grid(1, arguments.tensor)
     settings = EngineSettings("fp32", arguments.zero, 1, 1, clip=1.0, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     engine = make_engine(gpt.layers(shape, grid, seed=0), gpt.TokenLoss(shape.vocab_size, 0.0, grid.tensor_group), grid, settings)
     ensure_moments(engine)
@@ -183,15 +197,16 @@ def ratio(found: list[tuple[float, float]], base: list[tuple[float, float]], whi
 def main() -> None:
     """Parses the arguments, runs the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--zero", type=int, default=1)
-    parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--layers", type=count, default=8)
+    parser.add_argument("--hidden", type=count, default=768)
+    parser.add_argument("--ranks", type=count, default=1)
+    parser.add_argument("--zero", type=int, choices=[1, 2, 3], default=1)
+    parser.add_argument("--tensor", type=count, default=1)
+    parser.add_argument("--repetitions", type=count, default=7)
     parser.add_argument("--folder", default=None, help="on the disk to measure (default: the system's temporary folder)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+    shape_of(arguments)  # what cannot work is refused before the ranks start
+    with refused_files(), tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         context = multiprocessing.get_context("spawn")
         ranks = [context.Process(target=measure, args=(rank, arguments, Path(place))) for rank in range(arguments.ranks)]
         for process in ranks:
@@ -202,4 +217,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusing():
+        main()

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from models.dropout import Dropout
 from parallel.grid import Grid
+from research.cli.verbs import count
+from research.cluster.exit_codes import refusing
 
 BATCH, LENGTH, HIDDEN = 8, 256, 384
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,14 +60,21 @@ def compare(precision: str, p: float, repetitions: int, calls: int) -> str:
     return f"{precision:>9}  {ours:7.2f} ms  {theirs:7.2f} ms  {statistics.median(ratios):6.2f}  ({ratios[0]:.2f} – {ratios[-1]:.2f})"
 
 
+def probability(text: str) -> float:
+    """A number from 0 and below 1, as argparse's `type`."""
+    if not 0 <= (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 and below 1")
+    return value
+
+
 def main() -> None:
     """Parses the arguments, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", default=None, choices=list(PRECISIONS), help="both, unless one is named")
-    parser.add_argument("--p", type=float, default=0.1, help="probability of being dropped")
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=20, help="calls a repetition")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--p", type=probability, default=0.1, help="probability of being dropped")
+    parser.add_argument("--repetitions", type=count, default=15)
+    parser.add_argument("--calls", type=count, default=20, help="calls a repetition")
+    parser.add_argument("--threads", type=count, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -77,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusing():
+        main()

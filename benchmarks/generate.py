@@ -23,8 +23,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from models import gpt
 from models.conversion import mapping, read_config
 from models.inference.decoder import Decoder
+from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
+from research.cli.verbs import count
+from research.cluster.exit_codes import refusing
 from research.generation.batching import BatchScheduler, Request
 
 LAYERS, HIDDEN, HEADS, LENGTH = 6, 384, 6, 512
@@ -106,13 +109,15 @@ def main() -> None:
     """Parses the arguments, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=list(PRECISIONS), help="both, unless one is named")
-    parser.add_argument("--batch", type=int, help="prompts at once; 1 and 8, unless a number is given")
-    parser.add_argument("--vocab", type=int, default=8_192)
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens to write after each")
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=count, help="prompts at once; 1 and 8, unless a number is given")
+    parser.add_argument("--vocab", type=count, default=8_192)
+    parser.add_argument("--prompt", type=count, default=32, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=count, default=128, help="tokens to write after each")
+    parser.add_argument("--repetitions", type=count, default=9)
+    parser.add_argument("--threads", type=count, default=1)
     arguments = parser.parse_args()
+    if arguments.prompt + arguments.tokens > LENGTH:
+        raise Mistake(f"--prompt {arguments.prompt} and --tokens {arguments.tokens} are more than {LENGTH} together → use fewer")
     torch.set_num_threads(arguments.threads)
     sizes = f"{LAYERS} layers, hidden {HIDDEN}, {arguments.prompt} + {arguments.tokens} tokens"
     print(f"{sizes}, {arguments.threads} threads, torch {torch.__version__}")
@@ -124,4 +129,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusing():
+        main()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,8 +25,12 @@ import torch.distributed as dist
 from models import gpt
 from parallel.engines.engine import Engine, MicroBatch, make_engine
 from parallel.grid import make_grid
+from research.cli.verbs import count
 from research.cluster import forked_ranks
+from research.cluster.environment import ALONE
+from research.cluster.exit_codes import refusing
 from research.config import Experiment
+from research.config.checks import check
 from research.config.experiment_folder import load, load_variants
 from research.config.layout import engine_settings, layout
 from research.training.live_model import Live, LiveDecoder
@@ -80,11 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", default=str(Path(__file__).resolve().parents[1] / "experiments" / "gpt_sotu"))
     for name, value in (("pipe", 1), ("tensor", 1), ("tokens", 16), ("prompt", 8), ("repetitions", 5)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=count, default=value)
     arguments = parser.parse_args()
     loaded = load(Path(arguments.experiment))
     experiment = loaded.experiment
     experiment.parallel.pipe, experiment.parallel.tensor = arguments.pipe, arguments.tensor
+    world = arguments.pipe * arguments.tensor
+    check(experiment, replace(ALONE, world=world, local_world=world))
     asked = (experiment, loaded.folder, arguments.prompt, arguments.tokens, arguments.repetitions)
     with tempfile.TemporaryDirectory() as folder:
         forked_ranks.run(functools.partial(measure, *asked), arguments.pipe * arguments.tensor, Path(folder))
@@ -97,4 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusing():
+        main()

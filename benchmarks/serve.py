@@ -17,9 +17,14 @@ import threading
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import httpx
 
-ROOT = Path(__file__).resolve().parents[1]
+from research import ROOT
+from research.cli.verbs import count
+from research.cluster.exit_codes import refusing
+
 PROMPT = "The meaning of life is"
 
 
@@ -72,10 +77,10 @@ def main() -> None:
     """Parses the arguments, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--rounds", type=int, default=1, help="answers for each client")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--clients", type=count, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=count, default=64, help="of each answer")
+    parser.add_argument("--rounds", type=count, default=1, help="answers for each client")
+    parser.add_argument("--repetitions", type=count, default=5)
     arguments, of_serve = parser.parse_known_args()
     process, url = started(arguments.run, max(arguments.clients), of_serve)
     try:
@@ -113,4 +118,5 @@ def measure(arguments: argparse.Namespace, url: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusing():
+        main()

@@ -30,6 +30,8 @@ from parallel.engines.engine import Engine, MicroBatch, make_engine
 from parallel.grid import Grid, make_grid
 from parallel.layers import Layer
 from parallel.slices import Slice
+from research.cli.verbs import count
+from research.cluster.exit_codes import refusing
 
 LAYERS, HIDDEN, HEADS, LENGTH, BATCH = 6, 384, 6, 256, 8
 VOCABULARIES = (8_192, 50_304)
@@ -132,9 +134,9 @@ def main() -> None:
     """Parses the arguments, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="steps a repetition")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repetitions", type=count, default=7)
+    parser.add_argument("--steps", type=count, default=3, help="steps a repetition")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     distributed.start(0, 1, 0, None)
@@ -147,4 +149,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusing():
+        main()

@@ -136,6 +136,7 @@ def refuse_unknown(setting: str, value: str, names: Collection[str]) -> None:
 
 def _divisors(n: int, near: int) -> str:
     """The (at most six) divisors of n closest to `near`, as the end of a sentence: '1, 2, 4 or 8'."""
-    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]  # only to √n: n may come from a file of unknown origin, and be huge
+    # only to √n, and not beyond 65,536: n may come from a file of unknown origin, and be huge
+    small = [i for i in range(1, min(math.isqrt(n), 65_536) + 1) if n % i == 0]
     nearest = sorted(sorted(sorted({*small, *(n // i for i in small)}), key=lambda i: abs(i - near))[:6])
     return " or ".join(filter(None, [", ".join(map(str, nearest[:-1])), str(nearest[-1])]))

@@ -97,9 +97,15 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. If the file holds anything else, a Mistake names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Mistake(f"{path} is not JSON ({error}) → restore it, or name another folder") from error
+    if not isinstance(value, dict):
+        raise Mistake(f"{path} holds no JSON object but a {type(value).__name__} → restore it, or name another folder")
+    return value
 
 
 def sha256_of(path: Path) -> str:

@@ -10,39 +10,71 @@ from dataclasses import replace
 from pathlib import Path
 
 from parallel.errors import Mistake
-from research.cluster.environment import ALONE, choose_accelerator, find_ranks, git_state, rank_hint, refuse_taken_port
-from research.cluster.exit_codes import refuse
+from research import ROOT
+from research.cluster.environment import (
+    ALONE,
+    Ranks,
+    choose_accelerator,
+    find_ranks,
+    git_state,
+    rank_hint,
+    refuse_shared_accelerators,
+    refuse_taken_port,
+    versions,
+)
+from research.cluster.exit_codes import refuse, refused_files
 from research.config.experiment_folder import load
 from research.config.overrides import parse, show_help
 from research.reliability.parents import follow
 from research.reliability.peers import Lost
-from research.training.job import dry_run, resolve
+from research.tracking.console import Console
+from research.tracking.format import plural
+from research.tracking.streams import flushed_output, prepare_streams
+from research.training.job import Job, dry_run, resolve
 
 
 def run(file: str) -> None:
     """Train the experiment in the folder of `file`. A Mistake, wherever it is raised, ends in one sentence and exit code 2."""
+    prepare_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet: Ctrl-C silently ends even a long import or a wait for other ranks
     try:
-        _run(Path(file).resolve(), sys.argv[1:])
-        sys.stdout.flush()  # here, where a closed pipe is still distinguished from an error
+        with flushed_output():
+            _run(Path(file).resolve(), sys.argv[1:])
     except Mistake as mistake:
         refuse(mistake, rank_hint())
     except Lost as lost:
         sys.stderr.write(f"error  {lost}\n" if str(lost) else "")
         raise SystemExit(lost.code) from None
-    except BrokenPipeError:  # `--help | head` has read enough; keep Python from complaining about it when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(file: Path, argv: list[str]) -> None:
     ranks = find_ranks()
     parents = follow(ranks.launcher)
+    with refused_files():
+        job = _prepared(file, argv, ranks)
+    if job is None:
+        return
+    refuse_taken_port(ranks)
+    starting = f"starting {job.name} on {plural(ranks.world, 'rank')} …"
+    Console(quiet=ranks.rank > 0).header([("", starting)])  # the imports take seconds
+    refuse_shared_accelerators(ranks, choose_accelerator())  # torch begins here
+    from research.training import loop
+
+    loop.train(job, parents)
+
+
+def _prepared(file: Path, argv: list[str], ranks: Ranks) -> Job | None:
+    """The checked job; None if the command line only asks for help, the version or a dry run, which rank 0 has then shown."""
     loaded = load(file.parent)
     experiment, overrides, options = parse(loaded.experiment, argv)
     if options.help:
         if ranks.rank == 0:
-            show_help(experiment, os.path.relpath(file))
-        return
+            show_help(experiment, os.path.relpath(file), options.help_group)
+        return None
+    if options.version:
+        if ranks.rank == 0:
+            sys.stdout.write(versions(ROOT) + "\n")
+        return None
     if options.dry_run and ranks == ALONE:  # a dry run without a launcher assumes the smallest world that holds the layout
         world = experiment.parallel.pipe * experiment.parallel.tensor
         ranks = replace(ALONE, world=world, local_world=world)
@@ -50,9 +82,5 @@ def _run(file: Path, argv: list[str]) -> None:
     if options.dry_run:
         if ranks.rank == 0:
             sys.stdout.write(dry_run(job, *git_state(job.root)))
-        return
-    refuse_taken_port(ranks)
-    choose_accelerator()  # torch begins here
-    from research.training import loop
-
-    loop.train(job, parents)
+        return None
+    return job

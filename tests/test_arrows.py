@@ -153,7 +153,7 @@ def may_import(source: Source, target: str) -> bool:
     if source.path == "research/api.py":
         return top == "research" and target != "research/cli"
     if source.path == "research/__main__.py":
-        return target in ("research/cli", "research/cluster")
+        return target in ("research/cli", "research/cluster", "research/tracking")
     return target in MAY_IMPORT.get(room, set())
 
 

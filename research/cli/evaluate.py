@@ -17,6 +17,7 @@ from rich.text import Text
 
 from parallel.errors import Mistake
 from research import ROOT
+from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.data.prepare import cache_folder, load_tokenizer
@@ -210,7 +211,8 @@ def show(results: Sequence[Result], as_json: bool) -> None:
     """Prints the metrics: as JSON lines, as a table in a terminal, or tab-separated in a pipe."""
     rows = [row for result in results for row in table_rows(result)]
     if as_json:
-        print("\n".join(fmt.json_line(result.row()) for result in results))
+        for result in results:
+            print_json(result.row())
     elif sys.stdout.isatty():
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for column in COLUMNS:

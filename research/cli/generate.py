@@ -18,6 +18,7 @@ from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake, listed
 from parallel.text import decoded_line
 from research import ROOT
+from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.cluster.exit_codes import show_mistake
@@ -227,7 +228,7 @@ def _write_json_lines(task: Task, generator: "TextGenerator") -> None:
     count = len(task.prompts) * task.arguments.n
     with Console(sys.stderr).progress(f"writing {count} texts", count, announced=False) as advance:
         for text in _generate(task, generator, task.prompts):
-            _put(json_line(as_json(text, task.tokenizer)) + "\n")
+            print_json(as_json(text, task.tokenizer))
             advance()
 
 

@@ -1,4 +1,7 @@
-"""`python -m research inspect RUN|CHECKPOINT`: shows what is in it; with --check, whether every byte is still the one that was written."""
+"""`python -m research inspect RUN|CHECKPOINT`: shows what is in it; with --check, whether every byte is still the one that was written.
+
+parallel.checkpoint.reader, which imports torch, is imported where it is used, so that --help and a mistake do not wait for it.
+"""
 
 import json
 from pathlib import Path
@@ -6,9 +9,9 @@ from typing import Any
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import MANIFEST
-from parallel.checkpoint.reader import Reader
 from parallel.errors import Mistake
 from parallel.files import megabytes, read_json
+from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
 from research.cli.trained_run import find_run
 from research.cli.verbs import Parser
 from research.tracking import format as fmt
@@ -27,26 +30,60 @@ def main(argv: list[str]) -> None:
     parser.add_argument("what", help="a run's folder, name or title, or a checkpoint's folder")
     parser.add_argument("--check", action="store_true", help="read every file and compare size and SHA-256 with the manifest")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its shape and where its pieces lie")
+    add_json_option(parser, "the run, the checkpoint and what is damaged")
     arguments = parser.parse_args(argv)
+    with only_json_on_stdout(arguments.json):
+        shown, damaged = inspect(arguments.what, arguments.check, arguments.tensors)
+    if arguments.json:
+        print_json({**shown, "damaged": damaged if arguments.check else None})
+    if damaged:
+        raise SystemExit(1)
+
+
+def inspect(what: str, check_files: bool, tensors: bool) -> tuple[dict[str, Any], list[str]]:
+    """Prints a run or a checkpoint; returns it as JSON data, and one text for each damaged file."""
     console = Console()
 
     # a checkpoint that is named need not lie in a run's folder; of a run all checkpoints are checked and the newest is shown
-    path = Path(arguments.what)
-    checkpoints = [path]
+    path = Path(what)
+    checkpoints, run = [path], None
     if not run_folder.has_file(path, MANIFEST):
-        folder = find_run(arguments.what)
+        folder = find_run(what)
         checkpoints = checkpoint_folder.steps(folder.checkpoints)
+        run = run_as_json(folder, checkpoints)
         describe_run(folder, checkpoints, console)
         if not checkpoints:
             raise Mistake(
                 f"{folder.checkpoints} holds no complete checkpoint → a run writes its first one when it ends, or at checkpoints.every"
             )
     describe_checkpoint(checkpoints[-1], console)
-    damaged = [text for path in checkpoints if arguments.check for text in check(path, console)]
-    if arguments.tensors:
+    damaged = [text for path in checkpoints if check_files for text in check(path, console)]
+    if tensors:
         list_tensors(checkpoints[-1], console)
-    if damaged:
-        raise SystemExit(1)
+    return {"run": run, "checkpoint": checkpoint_as_json(checkpoints[-1], tensors)}, damaged
+
+
+def run_as_json(folder: RunFolder, checkpoints: list[Path]) -> dict[str, Any]:
+    """run.json, with the folder, the status as it is now, the checkpoints and the incidents."""
+    run = read_json(folder.run)
+    saved = [{"name": path.name, "bytes": sum(file.stat().st_size for file in path.iterdir())} for path in checkpoints]
+    incidents = [read_json(path) for path in sorted(folder.incidents.glob("*.json"))]
+    return {**run, "folder": str(folder.path), "status": run_folder.status(run, folder), "checkpoints": saved, "incidents": incidents}
+
+
+def checkpoint_as_json(path: Path, tensors: bool) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run, its files' sizes and, if `tensors`, the shape and the files of each tensor."""
+    from parallel.checkpoint.reader import Reader
+
+    with Reader(path) as reader:
+        sizes = {name: file.size for name, file in reader.manifest.files.items()}
+        shown = {**reader.facts, "folder": str(path), "kinds": list(reader.manifest.tensors), "files": sizes}
+        if tensors:
+            placed = {
+                name: {"shape": list(one.shape), "files": [piece.file for piece in one.pieces]} for name, one in reader.tensors.items()
+            }
+            shown["tensors"] = placed
+        return shown
 
 
 def describe_run(folder: RunFolder, checkpoints: list[Path], console: Console) -> None:
@@ -54,7 +91,8 @@ def describe_run(folder: RunFolder, checkpoints: list[Path], console: Console) -
     run = read_json(folder.run)
     title = [folder.title, run_folder.status(run, folder), run.get("layout", "?"), run.get("precision", "?"), str(folder.path)]
     lines = [("", " · ".join(title))]
-    for i, segment in enumerate(run.get("segments", []), 1):
+    segments = run.get("segments", [])  # a stranger's file may hold anything
+    for i, segment in enumerate([one for one in segments if isinstance(one, dict)] if isinstance(segments, list) else [], 1):
         parts = [f"{i}", f"from step {segment.get('from_step')}", str(segment.get("started")), str(segment.get("layout", ""))]
         lines.append(("segment", " · ".join(part for part in parts if part)))
     for path in checkpoints:
@@ -65,6 +103,7 @@ def describe_run(folder: RunFolder, checkpoints: list[Path], console: Console) -
 
 def describe_checkpoint(path: Path, console: Console) -> None:
     """Prints a checkpoint: what its manifest says of the run, and the sizes of its tensors and files."""
+    from parallel.checkpoint.reader import Reader
 
     def table(values: Any) -> str:
         """'world 2, threads 1, …'; anything but a dict as it is."""
@@ -103,6 +142,8 @@ def layout_line(saved: Any) -> str:
 
 def check(path: Path, console: Console) -> list[str]:
     """Prints and returns what is damaged, one text per file; empty if nothing is."""
+    from parallel.checkpoint.reader import Reader
+
     damaged = []
     with Reader(path) as reader:
         count = len(reader.manifest.files)
@@ -122,6 +163,8 @@ def check(path: Path, console: Console) -> list[str]:
 
 def list_tensors(path: Path, console: Console) -> None:
     """Prints every logical tensor of the weights."""
+    from parallel.checkpoint.reader import Reader
+
     with Reader(path) as reader:
         width = max(map(len, reader.tensors))
         for name, tensor in reader.tensors.items():

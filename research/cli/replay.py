@@ -1,14 +1,19 @@
 """`python -m research replay RUN --step N`: runs a step again in one process and shows where it first is not finite."""
 
+from typing import TYPE_CHECKING, Any
+
+from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
 from research.cli.trained_run import find_run
 from research.cli.verbs import Parser
+from research.cluster.environment import choose_accelerator
 from research.config import Experiment, serialization
 from research.data.prepare import Corpus
 from research.tracking.console import Console
 from research.tracking.format import one_line
 from research.tracking.run_folder import RunFolder
-from research.training import anomalies
-from research.training.replay import Examined, FirstNonFinite, batches, replay
+
+if TYPE_CHECKING:  # it imports torch
+    from research.training.replay import Examined, FirstNonFinite
 
 WHAT = """Runs one step of a run again in one process: from the checkpoint before it, first the steps in between, then the step itself, one
 micro-batch at a time, and checks the output and the gradient of every layer. Names the first module and the first logical parameter that is
@@ -20,15 +25,37 @@ def main(argv: list[str]) -> None:
     parser = Parser("replay", WHAT)
     parser.add_argument("run", help="a run's folder (runs/gpt_sotu/latest), its name or its title")
     parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in the rows and in incidents/")
+    add_json_option(parser, "what was found")
     arguments = parser.parse_args(argv)
     folder = find_run(arguments.run)
     experiment, console = serialization.load(folder.config), Console()
-    corpus, examined = replay(folder, experiment, arguments.step, console)
-    show(console, folder, experiment, corpus, arguments.step, examined)
+    choose_accelerator()  # before DeepSpeed is imported, with the next line; torch begins here
+    from research.training.replay import replay
+
+    with only_json_on_stdout(arguments.json):
+        corpus, examined = replay(folder, experiment, arguments.step, console)
+        show(console, folder, experiment, corpus, arguments.step, examined)
+    if arguments.json:
+        print_json(as_json(experiment, arguments.step, examined))
 
 
-def show(console: Console, folder: RunFolder, experiment: Experiment, corpus: Corpus, step: int, examined: Examined) -> None:
+def as_json(experiment: Experiment, step: int, examined: "Examined") -> dict[str, Any]:
+    """The step, its loss and gradient norm, and each culprit with the numbers of its samples."""
+    culprits = [
+        {
+            **{"phase": culprit.phase, "name": culprit.name, "what": culprit.what, "micro_batch": culprit.micro_batch},
+            "samples": _samples(culprit, experiment, step),
+        }
+        for culprit in examined.culprits
+    ]
+    return {"step": step, "loss": examined.loss, "grad_norm": examined.grad_norm, "culprits": culprits}
+
+
+def show(console: Console, folder: RunFolder, experiment: Experiment, corpus: Corpus, step: int, examined: "Examined") -> None:
     """Prints each culprit with its samples, the texts of the first culprit, and the loss and gradient norm of the step."""
+    from research.training import anomalies
+    from research.training.replay import batches
+
     schedule = experiment.schedule
     first = (step - 1) * schedule.batch_size
     console.header([("samples", f"{first}–{first + schedule.batch_size - 1}")])
@@ -50,7 +77,7 @@ def show(console: Console, folder: RunFolder, experiment: Experiment, corpus: Co
         console.header([("finite", f"in one process; what happened lay in a rank or its machine, not in the data or the weights{who}")])
 
 
-def _samples(culprit: FirstNonFinite, experiment: Experiment, step: int) -> list[int]:
+def _samples(culprit: "FirstNonFinite", experiment: Experiment, step: int) -> list[int]:
     """The numbers of the samples in which the culprit is not finite."""
     schedule = experiment.schedule
     first = (step - 1) * schedule.batch_size + culprit.micro_batch * schedule.micro_batch_size

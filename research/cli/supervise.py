@@ -52,7 +52,10 @@ def main(argv: list[str]) -> None:
 
 def _launcher(text: str) -> list[str]:
     """The launcher's command. Its program is looked for beside this Python first: the environment need not be activated."""
-    program, *arguments = shlex.split(text) or [""]
+    try:
+        program, *arguments = shlex.split(text) or [""]
+    except ValueError as error:
+        raise Mistake(f"--launcher {text!r}: {str(error).lower()} → close it") from error
     path = shutil.which(program, path=str(Path(sys.executable).parent)) or shutil.which(program)
     if not path:
         known = suggestion(program, ["deepspeed", "torchrun", "srun", "python"])

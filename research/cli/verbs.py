@@ -50,6 +50,13 @@ class Parser(argparse.ArgumentParser):
         raise Mistake(f"{self.prog}: {message} → see {self.prog} --help")
 
 
+def count(text: str) -> int:
+    """A whole number from 1, as argparse's `type`: argparse reports anything else with the option's name."""
+    if not (text.isdecimal() and len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 1")
+    return int(text)
+
+
 def suggestion(word: str, words: Iterable[str]) -> str:
     """' → did you mean X?' for the closest of `words`, or ' → use one of …' if none is close."""
     words = list(words)

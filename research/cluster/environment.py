@@ -1,4 +1,4 @@
-"""Environment of a process: rank and world from deepspeed, torchrun or srun, cores, master port, git commit.
+"""Environment of a process: rank and world from deepspeed, torchrun or srun, cores and threads, accelerators, master port, git commit.
 
 The environment variables are read here and in few other places (tests/test_arrows.py names them).
 """
@@ -7,10 +7,14 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import socket
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +31,11 @@ FIRST_PORT, PORTS = 15_000, 15_000
 """Master ports lie below Linux's ephemeral range, so that no outgoing connection happens to use one."""
 PORT_OPTION = {"deepspeed": "--master_port N", "srun": "MASTER_PORT=N"}
 """The option by which a launcher takes another master port."""
+RANKS_OPTION = {"deepspeed": "--num_gpus {}", "torchrun": "--nproc_per_node {}", "srun": "--ntasks-per-node {}"}
+"""The option by which each launcher takes the number of ranks per node."""
+THREADS = "OMP_NUM_THREADS"
+MOST_THREADS = 1024
+"""More threads than this are taken for a slip: the OpenMP library ends the process if it cannot create them."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,24 @@ def rank_hint(environ: Mapping[str, str] | None = None) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def threads_per_rank(ranks: Ranks) -> int:
-    """The cores that this process may use, divided by the local ranks; at least 1."""
+def threads_asked_for(environ: Mapping[str, str] | None = None) -> int | None:
+    """The number of threads that OMP_NUM_THREADS sets; None if it is not set. Of a list such as 4,2 the first number counts.
+
+    It may be the user's, or a launcher's: torchrun sets it to 1 on several ranks unless the user has set it, and deepspeed's
+    --bind_cores_to_rank sets it to the cores of a rank.
+    """
+    text = (os.environ if environ is None else environ).get(THREADS, "").partition(",")[0].strip()
+    if not text:
+        return None
+    if not (text.isdecimal() and len(text) < 5 and 1 <= int(text) <= MOST_THREADS):
+        raise Mistake(f"{THREADS} = {text[:20]!r} is not a number of threads → set it to 1 … {MOST_THREADS}, or unset it")
+    return int(text)
+
+
+def threads_per_rank(ranks: Ranks, environ: Mapping[str, str] | None = None) -> int:
+    """OMP_NUM_THREADS, or, where it is not set, the cores that this process may use, divided by the local ranks; at least 1."""
+    if (asked_for := threads_asked_for(environ)) is not None:
+        return asked_for
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(ranks.cores, usable) if ranks.cores else usable // ranks.local_world)
 
@@ -91,15 +116,38 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def choose_accelerator() -> None:
+def choose_accelerator() -> int:
     """Tell DeepSpeed to use the CPU where torch sees no accelerator. It would do the same, but with a warning on every rank.
 
-    Must be called before DeepSpeed is imported. Imports torch.
+    Returns the number of accelerators that this process can use. Must be called before DeepSpeed is imported. Imports torch.
     """
     import torch
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return torch.accelerator.device_count()
+
+
+def refuse_shared_accelerators(ranks: Ranks, accelerators: int) -> None:
+    """Raise a Mistake if this machine has accelerators, but fewer than local ranks: rank i uses accelerator i. On a CPU any number runs."""
+    if 0 < accelerators < ranks.local_world:
+        way_out = f"add `{RANKS_OPTION[ranks.launcher].format(accelerators)}` to the {ranks.launcher} command"
+        if ranks.launcher == "srun":  # these options of srun show each rank one GPU only, as number 0
+            way_out += ", or leave --gpus-per-task and --gpu-bind out"
+        has = f"{accelerators} GPU" + ("s" if accelerators > 1 else "")
+        raise Mistake(f"{ranks.local_world} ranks on this machine need a GPU each, torch sees {has} → {way_out}")
+
+
+def activate_command(prefix: Path = Path(sys.prefix), environ: Mapping[str, str] | None = None) -> str | None:
+    """'source .venv/bin/activate': what a user types before `python` means the Python of the virtual environment `prefix`.
+
+    None if `prefix` is no virtual environment, or if the user's shell has activated it.
+    """
+    script, active = prefix / "bin" / "activate", (os.environ if environ is None else environ).get("VIRTUAL_ENV")
+    if not script.is_file() or (active and Path(active).resolve() == prefix.resolve()):
+        return None
+    near = os.path.relpath(script)
+    return f"source {shlex.quote(str(script) if near.startswith('..') else near)}"
 
 
 def refuse_taken_port(ranks: Ranks) -> None:
@@ -206,6 +254,14 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     if not text.isdecimal():
         raise Mistake(f"{name} = {text!r} in the environment is not a whole number → launch with deepspeed, torchrun or srun")
     return int(text)
+
+
+def versions(root: Path) -> str:
+    """'tessera 0.1.0 · 7f3a2c1 · Python 3.11.9 · torch 2.13.0 · deepspeed 0.19.8', without importing any of them."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    commit, dirty = git_state(root)
+    words = [f"{project['name']} {project['version']}", f"{commit} (changed)" if dirty else commit, f"Python {sys.version.split()[0]}"]
+    return " · ".join([*words, *(f"{package} {version(package).split('+')[0]}" for package in ("torch", "deepspeed"))])
 
 
 def git_state(root: Path) -> tuple[str, bool]:

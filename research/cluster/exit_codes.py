@@ -1,7 +1,10 @@
 """Exit codes of a run, and how a Mistake ends a process: one sentence on standard error, from one rank."""
 
+import contextlib
+import re
 import sys
 import time
+from collections.abc import Iterator
 
 from parallel.errors import Mistake
 
@@ -13,6 +16,8 @@ HUNG = 124
 """Exit code of a run that was ended because it made no progress: the one that timeout(1) returns."""
 SIGNALLED = 128
 """Exit code of a run that a signal ended: 128 + the signal's number, as shells report it."""
+LONGEST = 300
+"""The most characters without a space that an error message shows of a value, such as a path."""
 
 PATIENCE = 20.0
 """Seconds that ranks > 0 wait for rank 0 to report the error, before their own exit makes the launcher end all ranks."""
@@ -26,11 +31,39 @@ def refuse(mistake: Mistake, rank: int, patience: float = PATIENCE) -> None:
     if rank > 0:
         time.sleep(patience)
     prefix = f"(rank {rank}) " if rank > 0 else ""
-    sys.stderr.write(f"error  {prefix}{mistake}\n")
+    sys.stderr.write(f"error  {prefix}{sentence(mistake)}\n")
     sys.stderr.flush()
     raise SystemExit(WRONG)
 
 
 def show_mistake(mistake: Mistake) -> None:
     """`error  <sentence>`: all that a user sees of a Mistake."""
-    print(f"error  {mistake}", file=sys.stderr, flush=True)
+    print(f"error  {sentence(mistake)}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Ends the process with exit code 2 and one sentence if the body raises a Mistake: for programs without a launcher."""
+    try:
+        yield
+    except Mistake as mistake:
+        refuse(mistake, rank=0)
+
+
+def sentence(mistake: Mistake) -> str:
+    """The message on one line. Of a value that is as long as a file, its beginning and its end."""
+    text = str(mistake).replace("\r", "\\r").replace("\n", "\\n")
+    return re.sub(rf"\S{{{LONGEST},}}", lambda value: f"{value[0][:60]}…{value[0][-20:]}", text)
+
+
+@contextlib.contextmanager
+def refused_files() -> Iterator[None]:
+    """Turns an error of the file system that names a file into a Mistake: a user chose the file, its name or its place."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise Mistake(
+            f"{error.filename} cannot be used ({error.strerror}) → check the path, and whether you may read or write it"
+        ) from error

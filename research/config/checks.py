@@ -3,16 +3,15 @@
 Every refusal is a Mistake: one sentence with both numbers and what would work.
 """
 
-import itertools
 import math
 
 from models.config import GPT, VARIANT
 from parallel.errors import Mistake, listed
-from research.cluster.environment import Ranks
+from research.cluster.environment import RANKS_OPTION, Ranks
 from research.config.schema import Experiment
 
-RANKS_OPTION = {"deepspeed": "--num_gpus {}", "torchrun": "--nproc_per_node {}", "srun": "--ntasks-per-node {}"}
-"""The option by which each launcher takes the number of ranks per node."""
+MOST_TRIED = 65_536
+"""The most micro-batch sizes that are tried for a suggestion."""
 
 
 def check(experiment: Experiment, ranks: Ranks) -> None:
@@ -33,7 +32,8 @@ def kv_heads_fit(model: GPT, tensor: int) -> bool:
 def tensor_degrees(model: GPT) -> list[int]:
     """The tensor-parallel degrees over which heads and MLP can be sliced."""
     largest = math.gcd(model.num_heads, model.ffn_size)
-    return [tensor for tensor in range(1, largest + 1) if largest % tensor == 0 and kv_heads_fit(model, tensor)]
+    small = [tensor for tensor in range(1, math.isqrt(largest) + 1) if largest % tensor == 0]  # the other divisors are largest / small
+    return [tensor for tensor in sorted({*small, *(largest // tensor for tensor in small)}) if kv_heads_fit(model, tensor)]
 
 
 def _check_tensor_slicing(experiment: Experiment) -> None:
@@ -113,7 +113,7 @@ def _check_world_and_batch(experiment: Experiment, ranks: Ranks) -> None:
     if batch % unit:
         way_out = f"batch_size {listed(size for size in (batch - batch % unit, batch + -batch % unit) if size)}"
         if batch % data == 0:
-            fitting = [size for size in range(1, min(micro, batch // data + 1)) if batch // data % size == 0] or [1]
+            fitting = [size for size in range(1, min(micro, batch // data + 1, MOST_TRIED)) if batch // data % size == 0] or [1]
             way_out += f", or micro_batch_size {listed(fitting[-4:])}"
         raise Mistake(
             f"schedule.batch_size = {batch} is not a multiple of schedule.micro_batch_size × data ranks = {micro} × {data} = {unit} → "
@@ -124,7 +124,8 @@ def _check_world_and_batch(experiment: Experiment, ranks: Ranks) -> None:
 def _launch_with(unit: int, ranks: Ranks) -> str:
     """'add `--num_gpus 4` to the deepspeed command': the least number of ranks not below today's that `unit` divides."""
     nodes = max(1, ranks.world // ranks.local_world)
-    per_node = next(n for n in itertools.count(ranks.local_world) if n * nodes % unit == 0)
+    least = unit // math.gcd(unit, nodes)
+    per_node = -(-ranks.local_world // least) * least
     if ranks.launcher == "python":
         return f"launch with `deepspeed --num_gpus {per_node}`"
     return f"add `{RANKS_OPTION[ranks.launcher].format(per_node)}` to the {ranks.launcher} command"

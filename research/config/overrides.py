@@ -11,19 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import tyro
+from pydantic import BaseModel, create_model
 from pydantic.fields import FieldInfo
 
-from parallel.errors import Mistake
+from parallel.errors import Mistake, listed, nearest
 from research.config.schema import Experiment
 from research.config.serialization import build
-from research.config.settings import names, needs, unknown
+from research.config.settings import is_group, names, needs, unknown
 
 Override = tuple[str, Any, Any]
 """(dotted name, value in config.py, value on the command line)."""
 
-HELP = ("--help", "-h")
+HELP, VERSION = ("--help", "-h"), "--version"
 FLAGS = ("dry_run", "verbose")
-OPTIONS = ("--resume", "--dry-run", "--verbose", "--help")
+OPTIONS = ("--resume", "--dry-run", "--verbose", "--version", "--help")
 RESUME = "resume"
 LOCAL_RANK = "local_rank"
 TABLE = "deepspeed"
@@ -39,7 +40,8 @@ beside settings:
               one · never (the default): begin a new run. The layout may be another one, the model and the data may not
   --dry-run   resolve everything, print the layout and the batch arithmetic, train nothing
   --verbose   show what DeepSpeed and W&B have to say
-  --help      this text
+  --version   show which code and libraries these are
+  --help      this text; --help GROUP: the settings of one group, such as --help optimizer
 
 Any setting below may follow as --group.name value, with dashes or underscores, and is recorded with the run.
 "default" is its value in this experiment's config.py. The deepspeed table can be changed there only.
@@ -54,7 +56,10 @@ class Options:
     """"auto", "never", or the name of a run or a checkpoint."""
     dry_run: bool = False
     verbose: bool = False
+    version: bool = False
     help: bool = False
+    help_group: str = ""
+    """The one group of settings that --help shows; empty: all of them."""
 
 
 def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list[Override], Options]:
@@ -64,8 +69,11 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
     where a setting is given twice. `--local_rank`, which deepspeed's launcher puts first, is accepted and ignored: the rank comes
     from the environment.
     """
-    if any(word in HELP for word in argv):
-        return experiment, [], Options(help=True)
+    for i, word in enumerate(argv):
+        if word in HELP:
+            return experiment, [], Options(help=True, help_group="".join(argv[i + 1 : i + 2]).removeprefix("--"))
+        if word == VERSION:
+            return experiment, [], Options(version=True)
     options, values = Options(), {}
     for name, words in _grouped(argv):
         if name in FLAGS:
@@ -84,13 +92,21 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
     return changed, [override for override in overrides if override[1] != override[2]], options
 
 
-def show_help(experiment: Experiment, path: str) -> None:
-    """Print the experiment's question, how to start it, and every setting with its value and meaning."""
+def show_help(experiment: Experiment, path: str, group: str = "") -> None:
+    """Print the experiment's question, how to start it, and every setting with its value and meaning; or the settings of one `group`."""
     description = f"{experiment.question}\n\n{usage(experiment, path)}"
-    shown = experiment.model_copy(update={TABLE: {}})  # tyro does not list an empty table
+    shown: BaseModel = experiment.model_copy(update={TABLE: {}})  # tyro does not list an empty table
+    if group:
+        name, groups = group.partition(".")[0], [name for name, field in Experiment.model_fields.items() if is_group(field)]
+        if name not in groups:
+            near = (nearest(group, [*groups, *names(Experiment)]) or "").partition(".")[0]  # of a setting, its group
+            raise Mistake(f"--help {group} is not a group of settings → use {listed([near] if near in groups else groups)}")
+        one_group: dict[str, Any] = {name: (type(getattr(experiment, name)), ...)}
+        shown = create_model(Experiment.__name__, **one_group)(**{name: getattr(experiment, name)})
+        description = f"{Experiment.model_fields[name].description} (--help alone shows all settings)"
     config = (tyro.conf.FlagConversionOff,)  # True and False are written out, on the command line as in the file
     with contextlib.suppress(SystemExit):
-        tyro.cli(Experiment, prog=path, description=description, default=shown, args=["--help"], config=config, use_underscores=True)
+        tyro.cli(type(shown), prog=path, description=description, default=shown, args=["--help"], config=config, use_underscores=True)
 
 
 def usage(experiment: Experiment, path: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from parallel.errors import Mistake, listed, nearest
@@ -28,6 +28,8 @@ LONGEST = 60
 """The most characters of a refused value that are shown."""
 MOST = 20
 """The most names that one sentence lists."""
+LARGEST = 2**32 - 1
+"""The largest whole number that a setting may be. It is also the largest seed that numpy takes."""
 
 
 class Settings(BaseModel):
@@ -38,6 +40,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True, allow_inf_nan=False)
     SECTION: ClassVar[str] = ""
+
+    @field_validator("*")
+    @classmethod
+    def _countable(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses whole numbers that are no size, count or seed: arithmetic with them overflows, or takes for ever."""
+        if isinstance(value, int) and value > LARGEST:
+            name = f"{cls.SECTION}.{info.field_name}" if cls.SECTION else info.field_name
+            shown = f"{value:,}" if value < 10**20 else "a number of more than 20 digits"
+            raise ValueError(f"{name} = {shown} is too large → use at most {LARGEST:,}")
+        return value
 
     def __init__(self, /, **settings: Any) -> None:
         try:

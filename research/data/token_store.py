@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel.errors import Mistake
-from parallel.files import published
+from parallel.files import published, read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -47,7 +47,7 @@ class TokenStore:
         """The content of PREFIX.json: source and tokenizer (with hashes), documents, tokens, bytes."""
         path = _file(self.prefix, ".json")
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
         except (OSError, ValueError) as error:
             raise Mistake(f"{path} is missing or broken: bits per byte needs its count of bytes {AGAIN}") from error
 

@@ -6,7 +6,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -174,7 +173,7 @@ def saved_step(run: RunFolder) -> int:
     """The step of the checkpoint that `latest` names; −1 if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         name = (run.checkpoints / "latest").read_text().strip()
-        return int(json.loads((run.checkpoints / name / "manifest.json").read_bytes())["step"])
+        return int(read_json(run.checkpoints / name / "manifest.json")["step"])
     return -1
 
 

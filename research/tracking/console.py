@@ -6,7 +6,6 @@ the other ranks are quiet.
 """
 
 import functools
-import io
 import os
 import threading
 import time
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from research.tracking import format as fmt
+from research.tracking.streams import escape_unencodable
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -66,9 +66,8 @@ class Console:
         `quiet`: nothing is written.
         """
         self._console = _RichConsole(file=stream, force_terminal=terminal, quiet=quiet, highlight=False, markup=False, emoji=False)
-        file = self._console.file
-        if not quiet and isinstance(file, io.TextIOWrapper) and file.encoding.lower().replace("-", "") != "utf8":
-            file.reconfigure(errors="replace")  # '?' is shown for '▸' where the encoding lacks it: that must not end a run
+        if not quiet:
+            escape_unencodable(self._console.file)  # a sign that the encoding lacks must not end a run
 
     def header(self, lines: Sequence[tuple[str, str]]) -> None:
         """What was resolved, as (label, text) pairs; an empty label makes a title."""
@@ -133,10 +132,11 @@ class Console:
         """What the model writes after `prompt`, on one line."""
         self._labelled("sample", f"{fmt.one_line(prompt)} ▸ {fmt.one_line(text)}", CLOSING_INDENT, "cyan")
 
-    def next(self, commands: Sequence[str]) -> None:
-        """Commands to type next, each on one line, so that it can be copied."""
-        for i, command in enumerate(commands):
-            self._put(Text.assemble((f"{'' if i else 'next':<{CLOSING_INDENT}}", "cyan"), command))
+    def next(self, commands: Sequence[str], first: str | None = None) -> None:
+        """Commands to type next, each on one line, so that it can be copied; `first`: one that the others need, once in a terminal."""
+        labels = ["first"] * bool(first) + ["next"] + [""] * (len(commands) - 1)
+        for label, command in zip(labels, [*filter(None, [first]), *commands], strict=True):
+            self._put(Text.assemble((f"{label:<{CLOSING_INDENT}}", "cyan"), command))
 
     def warn(self, text: str, in_header: bool = False) -> None:
         """A warning: the run goes on. `in_header`: aligned with the lines of the header."""

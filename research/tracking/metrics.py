@@ -45,14 +45,12 @@ def plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decode(line: str) -> dict[str, Any] | None:
-    """The row of one line; None for a line that is not a JSON object, such as one cut short by a kill."""
+    """The row of one line; None for a line that no run writes, such as one cut short by a kill."""
     try:
         row = json.loads(line)
-    except ValueError:
+        return row | {key: float(text) for key, text in row.pop(NON_FINITE, {}).items()}
+    except (ValueError, RecursionError, TypeError, AttributeError):
         return None
-    if not isinstance(row, dict):
-        return None
-    return row | {key: float(text) for key, text in row.pop(NON_FINITE, {}).items()}
 
 
 def read(path: Path, newest_first: bool = False) -> Iterator[dict[str, Any]]:

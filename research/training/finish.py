@@ -10,6 +10,7 @@ from parallel.checkpoint.folder import latest, name_of, newest_complete
 from parallel.checkpoint.reader import Reader
 from parallel.errors import Mistake
 from parallel.grid import Grid
+from research.cluster.environment import activate_command
 from research.config import Experiment
 from research.data.tokenizer import Tokenizer
 from research.generation.generator import GeneratedText, TextGenerator
@@ -84,4 +85,4 @@ def show_next_commands(run: Run) -> None:
     saved, tracked = newest_complete(run.folder.checkpoints), wandb_record.files_of(run.folder)
     generate = [f"python -m research generate {folder} --prompt {prompt}"] if saved else []
     dashboard = [f"wandb leet {folder}/wandb"] if tracked else []
-    run.console.next([*generate, *dashboard, "python -m research runs"])
+    run.console.next([*generate, *dashboard, "python -m research runs"], first=activate_command())

@@ -12,7 +12,7 @@ from models.estimates.parameters import parameters, parameters_on_rank
 from parallel.engines.deepspeed_config import derive
 from parallel.errors import Mistake
 from research import ROOT
-from research.cluster.environment import Ranks, threads_per_rank
+from research.cluster.environment import THREADS, Ranks, threads_asked_for, threads_per_rank
 from research.config import Experiment
 from research.config.checks import check
 from research.config.diff import flatten
@@ -54,6 +54,8 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
     """Checks everything that can be checked without torch and returns the job. Raises a Mistake for what cannot work."""
     experiment = loaded.experiment
     check(experiment, ranks)
+    threads_asked_for()  # a wrong number in the environment is reported here
+    (ROOT / experiment.track.runs).exists()  # raises an OSError for a name that no file system takes
     check_variants(loaded.folder, experiment)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
     check_init_from(experiment, ROOT)
@@ -100,7 +102,7 @@ def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[t
         config += f" + {plural(len(job.overrides), 'override')}: {changes}"
 
     nodes = plural(-(-ranks.world // ranks.local_world), "node")
-    threads = f"{plural(threads_per_rank(ranks), 'thread')} each"
+    threads = f"{plural(threads_per_rank(ranks), 'thread')} each" + (f" ({THREADS})" if threads_asked_for() else "")
     machine = [f"{nodes} × {plural(ranks.local_world, 'rank')}", f"{device}, {threads}" if device else threads, *software]
 
     stage = " · zero_stage 0 always runs as 1" if experiment.parallel.zero_stage == 0 else ""

@@ -21,7 +21,6 @@ from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
 from research import ROOT
-from research.cluster.environment import choose_accelerator
 from research.config import Experiment, Parallel
 from research.config.experiment_folder import load_variants
 from research.config.layout import engine_settings, layout
@@ -97,7 +96,6 @@ def module_before(
     model, variants = experiment.model, load_variants(folder.source, experiment)
     alone = experiment.model_copy(update={"parallel": Parallel()})
     loss = training_loss(experiment, None, variants)
-    choose_accelerator()
     distributed.start(0, 1, 0, None)
     try:
         layers = gpt.layers(model, Grid(), experiment.seed, variants)

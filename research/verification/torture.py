@@ -46,8 +46,8 @@ class Trial:
     lost: str
 
 
-def torture(loaded: LoadedExperiment, place: Path, trials: int, kills: int, seed: int) -> int:
-    """Disturbs `trials` runs, each with up to `kills` kills; the runs lie in `place`. Returns 0 if no run lost anything, else 1."""
+def torture(loaded: LoadedExperiment, place: Path, trials: int, kills: int, seed: int) -> tuple[list[Trial], int]:
+    """Disturbs `trials` runs, each with up to `kills` kills, in the folder `place`. Returns them, and 0 if none lost anything, else 1."""
     console, generator = Console(), random.Random(seed)
     console.header([("", f"torture {loaded.name} · {trials} trials, up to {kills} kills each, seed {seed}"), ("", "")])
     small_run.write_texts(loaded, place)
@@ -65,7 +65,7 @@ def torture(loaded: LoadedExperiment, place: Path, trials: int, kills: int, seed
     lost = sum(bool(trial.lost) for trial in done)
     total_kills, starts = sum(trial.kills for trial in done), sum(trial.starts for trial in done)
     console.header([("", ""), ("done", f"{lost} lost runs of {trials} · {total_kills} kills, {starts} starts")])
-    return 1 if lost else 0
+    return done, 1 if lost else 0
 
 
 def on_layout(loaded: LoadedExperiment, place: Path, layout: str, name: str) -> LoadedExperiment:

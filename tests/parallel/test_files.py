@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from parallel.errors import Mistake
-from parallel.files import staged
+from parallel.files import read_json, staged, write_json
 
 
 def test_a_staged_folder_is_there_whole_or_not_at_all(tmp_path):
@@ -38,3 +38,25 @@ def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path, monkeypatch):
     with pytest.raises(Mistake, match=words), staged(tmp_path / "out") as folder:
         shutil.copyfile(tmp_path / "a", folder / "b")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is not JSON (Expecting value"),
+        (b'{"a": 1, "b"', "is not JSON (Expecting ':'"),
+        (b"\xff", "is not JSON ('utf-8' codec"),
+        (b"[" * 100_000, "is not JSON (maximum recursion depth"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON (Exceeds the limit"),
+        (b"[]", "holds no JSON object but a list"),
+        (b"null", "holds no JSON object but a NoneType"),
+    ],
+)
+def test_a_json_file_that_holds_no_object_is_a_mistake(content: bytes, problem: str, tmp_path) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(Mistake) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"{path} {problem}") and "→ restore it" in str(caught.value)
+    write_json(path, {"é": [1.5]})
+    assert read_json(path) == {"é": [1.5]}

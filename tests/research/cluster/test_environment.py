@@ -5,7 +5,21 @@ import subprocess
 
 import pytest
 
-from research.cluster.environment import ALONE, Ranks, find_ranks, first_host, git_state, rank_hint, tasks_per_node, threads_per_rank
+from research import ROOT
+from research.cluster.environment import (
+    ALONE,
+    Ranks,
+    activate_command,
+    find_ranks,
+    first_host,
+    git_state,
+    rank_hint,
+    refuse_shared_accelerators,
+    tasks_per_node,
+    threads_asked_for,
+    threads_per_rank,
+    versions,
+)
 from tests.research.helpers.example import sentence
 
 DEEPSPEED = {
@@ -136,14 +150,14 @@ def test_tasks_per_node() -> None:
 
 def test_threads_share_the_cores_we_may_use() -> None:
     cores = len(os.sched_getaffinity(0))
-    assert threads_per_rank(ALONE) == cores
-    assert threads_per_rank(Ranks(0, 0, cores, cores, "deepspeed", "a", 1)) == 1
-    assert threads_per_rank(Ranks(0, 0, 999, 999, "deepspeed", "a", 1)) == 1
+    assert threads_per_rank(ALONE, {}) == cores
+    assert threads_per_rank(Ranks(0, 0, cores, cores, "deepspeed", "a", 1), {}) == 1
+    assert threads_per_rank(Ranks(0, 0, 999, 999, "deepspeed", "a", 1), {}) == 1
 
 
 def test_cores_that_slurm_bound_to_this_task_are_not_shared_again() -> None:
     ranks = find_ranks(STEP | {"SLURM_CPUS_PER_TASK": "1"})
-    assert threads_per_rank(ranks) == 1
+    assert threads_per_rank(ranks, {}) == 1
     assert find_ranks(STEP | {"SLURM_CPUS_PER_TASK": "3"}).cores == 3
 
 
@@ -170,3 +184,66 @@ def test_git_state(tmp_path, monkeypatch) -> None:
     assert git_state(tmp_path / "inner") == ("unknown", False)
     monkeypatch.setenv("PATH", "")
     assert git_state(tmp_path) == ("unknown", False)
+
+
+@pytest.mark.parametrize(("text", "threads"), [("1", 1), ("3", 3), (" 4,2", 4), ("1024", 1024)])
+def test_omp_num_threads_is_honoured_before_cores_and_launchers(text: str, threads: int) -> None:
+    environ = {"OMP_NUM_THREADS": text}
+    assert threads_per_rank(ALONE, environ) == threads_per_rank(Ranks(0, 0, 9, 9, "srun", "a", 1, cores=2), environ) == threads
+
+
+def test_without_omp_num_threads_nothing_is_asked_for() -> None:
+    assert threads_asked_for({}) is None and threads_asked_for({"OMP_NUM_THREADS": ""}) is None
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "1025", "9" * 5000, "²"])
+def test_a_wrong_number_of_threads(text: str) -> None:
+    said = sentence(lambda: threads_asked_for({"OMP_NUM_THREADS": text}))
+    assert said.startswith("OMP_NUM_THREADS = '") and said.endswith("is not a number of threads → set it to 1 … 1024, or unset it")
+
+
+@pytest.mark.parametrize(("local", "gpus"), [(2, 0), (64, 0), (1, 1), (2, 2), (2, 8)])
+def test_ranks_that_have_a_gpu_each_or_run_on_the_cpu(local: int, gpus: int) -> None:
+    refuse_shared_accelerators(Ranks(0, 0, local, local, "deepspeed", "a", 1), gpus)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "way_out"),
+    [
+        ("deepspeed", "add `--num_gpus 1` to the deepspeed command"),
+        ("torchrun", "add `--nproc_per_node 1` to the torchrun command"),
+        ("srun", "add `--ntasks-per-node 1` to the srun command, or leave --gpus-per-task and --gpu-bind out"),
+    ],
+)
+def test_two_ranks_on_one_gpu_are_refused(launcher, way_out: str) -> None:
+    """Of 4 ranks on two nodes, two are local."""
+    said = sentence(lambda: refuse_shared_accelerators(Ranks(0, 0, 4, 2, launcher, "a", 1), 1))
+    assert said == f"2 ranks on this machine need a GPU each, torch sees 1 GPU → {way_out}"
+
+
+def test_the_activation_that_a_user_needs(tmp_path, monkeypatch) -> None:
+    """bash runs the command, so that its quotes are tried too."""
+    folder = tmp_path / "a venv"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/activate").write_text("echo active")
+    monkeypatch.chdir(tmp_path)
+    command = activate_command(folder, {})
+    assert command == "source 'a venv/bin/activate'"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout == "active\n"
+    assert activate_command(folder, {"VIRTUAL_ENV": str(folder)}) is None
+    assert activate_command(folder, {"VIRTUAL_ENV": str(tmp_path)}) == command
+    assert activate_command(tmp_path, {}) is None
+
+
+def test_versions_are_those_of_the_installed_packages() -> None:
+    import torch
+
+    said = versions(ROOT).split(" · ")
+    assert said[0].startswith("tessera ") and said[2].startswith("Python 3.")
+    assert said[3] == f"torch {torch.__version__.split('+')[0]}" and said[4] == f"deepspeed {pinned('deepspeed')}"
+
+
+def pinned(package: str) -> str:
+    """The version that requirements.txt names."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return next(line.partition("==")[2].split()[0] for line in lines if line.startswith(f"{package}=="))

@@ -151,3 +151,21 @@ def values() -> list[str]:
     """The dotted name of every setting that may be given on the command line."""
     groups = {name for name, field in Experiment.model_fields.items() if is_group(field)}
     return [name for name in names(Experiment) if name not in groups | {"deepspeed"}]
+
+
+def test_help_of_one_group_lists_its_settings_and_no_other(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["--help", "optimizer"], ["--seed", "3", "-h", "optimizer"], ["--help", "--optimizer"], ["--help", "optimizer.lr"]):
+        options = parse(example(), words)[2]
+        show_help(example(), "x/launch.py", options.help_group)
+        shown = capsys.readouterr().out
+        listed = {word.removeprefix("--") for word in shown.split() if word.startswith("--") and "." in word}
+        assert listed == {name for name in names(Experiment) if name.startswith("optimizer.")}
+        assert max(map(len, shown.splitlines())) <= 80
+    for word, way_out in (("optimizr", "use optimizer"), ("lr", "use optimizer"), ("xyz", "use model, data, ")):
+        said = sentence(lambda word=word: show_help(example(), "x/launch.py", word))  # type: ignore[misc]
+        assert said.startswith(f"--help {word} is not a group of settings → {way_out}")
+
+
+def test_version_is_an_option_and_shows_nothing_else() -> None:
+    assert parse(example(), ["--local_rank=0", "--version", "--nonsense"])[2] == Options(version=True)

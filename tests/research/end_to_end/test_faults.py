@@ -123,5 +123,5 @@ def test_torture_finds_a_run_that_lost_something() -> None:
 def test_twenty_tortured_runs_lose_nothing(tmp_path: Path, capsys) -> None:
     from research.config.experiment_folder import load
 
-    assert torture.torture(load(r.ROOT / "experiments/gpt_sotu"), tmp_path, 20, 2, seed=1) == 0
+    assert torture.torture(load(r.ROOT / "experiments/gpt_sotu"), tmp_path, 20, 2, seed=1)[1] == 0
     assert "0 lost runs of 20" in capsys.readouterr().out

@@ -193,9 +193,14 @@ def test_a_failure_inside_progress_is_the_callers():
 def test_an_old_encoding_costs_a_letter_not_the_run():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     Console(stream).sample("é", "x")
-    assert stream.buffer.getvalue() == "sample é ? x\n".encode("latin-1")
+    assert stream.buffer.getvalue() == "sample é > x\n".encode("latin-1")
 
 
 def test_a_quiet_console_says_nothing(capsys):
     everything(Console(quiet=True))
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_needed_first_comes_before_what_is_next():
+    assert said(lambda r: r.next(["a b", "c"], first="source x")).split("\n")[:3] == ["first  source x", "next   a b", "       c"]
+    assert said(lambda r: r.next(["a b"])).split("\n")[0] == "next   a b"

@@ -59,3 +59,8 @@ def test_the_last_value_of_each_key(tmp_path):
     path.write_text('{"a": 1, "b": 1}\n{"a": 2}\n[1]\n\n')
     assert metrics.last(path, ("a", "b", "c")) == {"a": 2, "b": 1}
     assert metrics.last(tmp_path / "none", ("a",)) == {}
+
+
+def test_a_line_that_no_run_writes_is_no_row():
+    lines = ['{"a": 1}', "[1]", "5", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"non_finite": 5}', '{"non_finite": {"a": "b"}}', "null"]
+    assert [metrics.decode(line) for line in lines] == [{"a": 1}, *[None] * 7]

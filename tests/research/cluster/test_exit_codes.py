@@ -1,0 +1,32 @@
+"""How a Mistake is shown, and which errors of the file system become one."""
+
+import errno
+
+import pytest
+
+from parallel.errors import Mistake
+from research.cluster.exit_codes import refused_files, refusing, sentence
+
+
+def test_a_mistake_is_one_line_whatever_value_it_shows() -> None:
+    assert sentence(Mistake("a\nb\r → c")) == "a\\nb\\r → c"
+    long = sentence(Mistake(f"data.train = {'a' * 4000}z does not exist → use another"))
+    assert long == f"data.train = {'a' * 60}…{'a' * 19}z does not exist → use another"
+    path = "/".join(["folder"] * 40)
+    assert sentence(Mistake(f"{path} → x")) == f"{path} → x"
+
+
+def test_an_error_that_names_a_file_is_a_mistake(tmp_path) -> None:
+    with pytest.raises(Mistake, match="missing cannot be used .No such file or directory. → check the path"), refused_files():
+        (tmp_path / "missing").read_bytes()
+    with pytest.raises(Mistake, match="cannot be used .File name too long."), refused_files():
+        (tmp_path / ("a" * 5000)).is_file()
+    with pytest.raises(OSError) as kept, refused_files():
+        raise OSError(errno.EIO, "broken")
+    assert kept.value.errno == errno.EIO
+
+
+def test_refusing_ends_with_exit_code_2(capsys) -> None:
+    with pytest.raises(SystemExit) as left, refusing():
+        raise Mistake("a → b")
+    assert left.value.code == 2 and capsys.readouterr().err == "error  a → b\n"
