@@ -179,4 +179,4 @@ class Experiment(Settings):
     @classmethod
     def _as_settings(cls, model: Any) -> Any:
         """Turns a plain models.config.GPT into a settings group, whose errors are Mistakes."""
-        return GPT(**dict(model)) if isinstance(model, shapes.GPT) and not isinstance(model, GPT) else model
+        return GPT(**model.model_dump()) if isinstance(model, shapes.GPT) and not isinstance(model, GPT) else model

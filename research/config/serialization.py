@@ -10,7 +10,7 @@ from parallel.errors import Mistake
 from parallel.files import write_json
 from research.config.schema import Experiment
 
-SCHEMA = 5
+SCHEMA = 6
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 
 
@@ -84,10 +84,19 @@ def _without_periodic_tasks(settings: dict[str, Any]) -> dict[str, Any]:
     return {"evaluate": {"every": 0}, "sample": {"every": 0}} | settings
 
 
+def _without_head_size(settings: dict[str, Any]) -> dict[str, Any]:
+    """5 → 6: every head was hidden_size / num_heads wide, and the attention output had a bias as the MLP had.
+
+    This is what model.head_size and model.output_bias are where they are not set.
+    """
+    return settings
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _without_dropout,
     2: _without_watch,
     3: _without_rotary_scaling,
     4: _without_periodic_tasks,
+    5: _without_head_size,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""

@@ -33,7 +33,7 @@ from research import ROOT
 from research.config import Experiment
 from research.config import experiment_folder as folders
 from research.tracking.console import Console
-from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENCES, nearest_multiple, shrunk
+from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENCES, hidden_size_of, nearest_multiple, shrunk
 from research.verification.results import conclude, row_fields
 from research.verification.spmd_collectives import TypeMismatch, typed_collectives, typed_recompute
 from research.verification.spmd_functions import TypeFinder
@@ -130,8 +130,8 @@ def fitted(experiment: Experiment, degree: int) -> Experiment:
         "num_layers": LAYERS,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "hidden_size": heads * HEAD_SIZE,
-        "ffn_size": nearest_multiple(model.ffn_size / model.hidden_size * heads * HEAD_SIZE, degree),
+        "hidden_size": (hidden := hidden_size_of(model, heads)),
+        "ffn_size": nearest_multiple(model.ffn_size / model.hidden_size * hidden, degree),
         "seq_length": nearest_multiple(max(LENGTH, degree), degree),
     }
     return small.model_copy(update={"model": model.model_copy(update=sizes)})

@@ -50,7 +50,7 @@ def verdict(case, model, train=training.on_rank):
 
 
 ALIBI = {"position": "alibi"}
-SHARED = {"num_heads": 4, "num_kv_heads": 1, "qk_norm": True}
+SHARED = {"num_heads": 4, "num_kv_heads": 1, "qk_norm": True, "head_size": 24, "output_bias": False}
 
 
 WRONG = [  # the error, a layout that shows it, the model, a part of the name of a parameter near the damage
