@@ -27,7 +27,7 @@ ROTARY = {
 }
 """Rotary setting -> (the setting it depends on, the values of that with which it has an effect, an example for the error message)."""
 
-FOLLOWING: dict[str, Callable[["GPT"], int]] = {
+FOLLOWING: dict[str, Callable[["GPT"], Any]] = {
     "head_size": lambda model: model.hidden_size // model.num_heads,
     "output_bias": lambda model: model.bias,
 }
@@ -87,7 +87,7 @@ class GPT(BaseModel):
         return any((self.embedding_dropout, self.residual_dropout, self.mlp_dropout, self.attention_dropout))
 
     @field_serializer(*FOLLOWING)
-    def _none_where_it_follows(self, value: int, info: FieldSerializationInfo) -> int | None:
+    def _none_where_it_follows(self, value: Any, info: FieldSerializationInfo) -> Any:
         return value if info.field_name in self.model_fields_set else None
 
     @model_validator(mode="before")

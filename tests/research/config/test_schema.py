@@ -250,7 +250,7 @@ def test_schema_5_had_heads_and_an_output_bias_that_followed(tmp_path) -> None:
 
 def test_what_follows_is_saved_as_not_set_and_what_is_set_is_kept(tmp_path) -> None:
     """So an override of what it follows from is followed, and a head size of one's own is not lost."""
-    for changes, saved, after in (({}, None, 64), ({"head_size": 32}, 32, 32), ({"head_size": 48}, 48, 48)):
+    for changes, saved, after in (({}, None, 64), ({"head_size": 32}, 32, 32), ({"head_size": 48, "output_bias": False}, 48, 48)):
         save(example(model=changes), tmp_path / "config.json")
         assert json.loads((tmp_path / "config.json").read_text())["model"]["head_size"] == saved
         found = load(tmp_path / "config.json")
