@@ -167,12 +167,13 @@ def their_auto_logits(folder: Path) -> Logits:
 
 
 def their_gguf_logits(path: Path, config: dict[str, Any]) -> Logits:
-    """transformers' Llama of a configuration, with the tensors that transformers reads from a GGUF file."""
+    """transformers' model of a configuration, with the tensors that transformers reads from a GGUF file."""
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     def make() -> nn.Module:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, "attn_implementation": "eager"}))
+        settings = transformers.AutoConfig.for_model(**config)
+        model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager", dtype=torch.float32)
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
         missing, unknown = model.load_state_dict(tensors, strict=False)
         if unknown or set(missing) - ({"lm_head.weight"} if config["tie_word_embeddings"] else set()):
