@@ -52,7 +52,9 @@ class GPT(BaseModel):
     hidden_size: Size = Field(description="width of the residual stream")
     num_heads: Size = Field(description="query heads, each head_size wide; distributed over tensor ranks")
     num_kv_heads: Size = Field(description="= num_heads: multi-head; fewer: grouped-query attention; 1: multi-query")
-    head_size: Size = Field(default=None, description="width of one head; not set: hidden_size / num_heads (Qwen3 sets another)")
+    head_size: Size = Field(  # type: ignore[assignment]  # a value that follows is filled in by _consistent
+        default=None, description="width of one head; not set: hidden_size / num_heads (Qwen3 sets another)"
+    )
     ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu)")
     vocab_size: Size = Field(description="as the tokenizer counts it; padding for tensor ranks is added and inert")
     seq_length: Size = Field(description="tokens a sample; longest position of a learned table")
@@ -64,7 +66,9 @@ class GPT(BaseModel):
     init: str = Field(description=f"{', '.join(INITS)} or variant:Class")
     bias: bool = Field(description="biases in the MLP and the layernorms")
     qkv_bias: bool = Field(description="biases of the query, key and value projections")
-    output_bias: bool = Field(default=None, description="bias of attention's output projection; not set: as bias")
+    output_bias: bool = Field(  # type: ignore[assignment]
+        default=None, description="bias of attention's output projection; not set: as bias"
+    )
     qk_norm: bool = Field(description="normalise each head's queries and keys (arXiv:2302.05442, Qwen3)")
     embedding_dropout: Chance = Field(description="of what enters the first block; 0: none, as in all four")
     residual_dropout: Chance = Field(description="of what attention and MLP add to the residual stream")

@@ -57,6 +57,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 """Family -> what transformers takes for a key that config.json does not have."""
+DROPOUT_KEYS = ("embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout")
+QUIET_KEYS = {
+    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map", "quantization_config",
+    "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "n_ctx", "gradient_checkpointing",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "classifier_dropout",
+    "task_specific_params", "id2label", "label2id", "num_labels", "problem_type", "return_dict", "pretraining_tp", "is_decoder",
+    "reorder_and_upcast_attn", "chunk_size_feed_forward", "tokenizer_class", "use_flash_attn", "_attn_implementation",
+    "layer_types",
+}  # fmt: skip
+"""Keys that are about something else than what the model computes, or about its precision only."""
 NULL_HAS_A_MEANING = ("num_key_value_heads", "sliding_window")
 """Keys where null is not the same as a missing key: as many kv heads as heads, and no window."""
 
@@ -69,9 +79,12 @@ class ConfigReader:
 
     def __init__(self, config: Mapping[str, Any], name: str = "the transformers configuration") -> None:
         self.config, self.name = config, name
+        self.read: set[str] = set()
+        """The keys that were asked for."""
 
     def get(self, key: str, *default: Any) -> Any:
         """The value, of any type."""
+        self.read.add(key)
         value = self.config.get(key)
         if value is None and not default:
             raise Mistake(f"{self.name} has no {key} → is it a whole config.json?")
@@ -113,9 +126,20 @@ class ConfigReader:
 def settings(hf_config: Any) -> GPT:
     """Our settings of a transformers configuration, which is an object or the dict of a config.json.
 
-    What GPT cannot express is a Mistake that names it. Keys without an effect on what a model computes are ignored (`unread_keys`).
+    What GPT cannot express is a Mistake that names it. `unread_keys` lists the keys that are ignored.
     """
-    config = ConfigReader(hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict())
+    return _read(hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict())[0]
+
+
+def unread_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a config.json that are set and not read, but for those that tell nothing about what the model computes."""
+    quiet = {*QUIET_KEYS, *DROPOUT_KEYS, *_read(config)[1].read}
+    return [key for key, value in config.items() if value not in (None, False, [], {}) and key not in quiet]
+
+
+def _read(whole: Mapping[str, Any]) -> tuple[GPT, ConfigReader]:
+    """(the settings, the reader, which knows what was read)"""
+    config = ConfigReader(whole)
     family = config.text("model_type")
     if family not in READERS:
         raise Mistake(f"model_type = {family!r:.60} is not a family we can read → use {', '.join(READERS)}")
@@ -125,7 +149,7 @@ def settings(hf_config: Any) -> GPT:
     config = ConfigReader(DEFAULTS[family] | given)
     values = READERS[family](config) | dict(vocab_size=config.count("vocab_size"), init="gpt2", **NO_DROPOUT)
     try:
-        return GPT(**{"qk_norm": False, **values})
+        return GPT(**{"qk_norm": False, **values}), config
     except ValidationError as error:  # each value alone is valid, so this is usually a sentence of GPT's own validator
         first = error.errors(include_url=False)[0]
         other = f"model.{first['loc'][-1]} = {first['input']!r:.60}: {first['msg']} → is it a whole config.json?" if first["loc"] else ""

@@ -181,8 +181,10 @@ def find_template(folder: Path, config: Mapping[str, Any]) -> Any:
     """The chat template of a folder, unchecked: from its own file, or from tokenizer_config.json, which may hold several by name."""
     path = folder / TEMPLATE
     if path.is_file() and path.stat().st_size <= LONGEST_TEMPLATE:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8-sig", errors="replace")
     template = config.get("chat_template")
+    if isinstance(template, dict):
+        return template.get("default")
     if not isinstance(template, list):
         return template
     return next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)

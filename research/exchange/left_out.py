@@ -1,0 +1,108 @@
+"""Says what a Hugging Face folder holds that an import does not take: a sentence for each, and none for what has no effect here."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from models.conversion.read_config import DROPOUT_KEYS, unread_keys
+from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LARGEST, SPECIAL, TEMPLATE, read_table
+from research.exchange.hf_reader import CONFIG as MODEL_CONFIG
+
+OTHER_TEMPLATES = "additional_chat_templates"
+QUIET_TOKENIZER_KEYS = {
+    "tokenizer_class", "tokenizer_type", "model_max_length", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file",
+    "merges_file", "backend", "is_local", "local_files_only", "use_fast", "from_slow", "legacy", "legacy_behaviour", "padding_side",
+    "truncation_side", "truncation_strategy", "max_length", "stride", "pad_token_type_id", "pad_to_multiple_of", "processor_class",
+    "errors", "sp_model_kwargs", "chat_template", "added_tokens_decoder", "split_special_tokens", "add_prefix_space", "add_bos_token",
+    "add_eos_token", "use_default_system_prompt", "model_input_names", "trust_remote_code", "device_map", "_commit_hash",
+    "clean_up_tokenization_spaces", "spaces_between_special_tokens", *SPECIAL,
+}  # fmt: skip
+"""Keys of tokenizer_config.json that are taken, that the comparison of ids covers, or that have no effect on encoding text."""
+QUIET_GENERATION_KEYS = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config", "transformers_version", "do_sample", "use_cache", "max_length",
+    "output_attentions", "output_hidden_states", "return_dict_in_generate", "num_return_sequences", "decoder_start_token_id",
+}  # fmt: skip
+OPTIONS = {
+    "temperature": "--temperature", "top_k": "--top-k", "top_p": "--top-p", "min_p": "--min-p",
+    "repetition_penalty": "--repetition-penalty", "max_new_tokens": "--tokens", "num_beams": "--beams",
+}  # fmt: skip
+"""Key of generation_config.json -> the option of `generate` that does the same."""
+NO_FILES_OF_A_MODEL = {"README.md", "LICENSE", "LICENSE.txt", "NOTICE", ".gitattributes", ".gitignore", "certificate.json"}
+REPEATED = {"vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"}
+"""Files that repeat what tokenizer.json holds. special_tokens_map.json is read."""
+MOST_NAMES = 8
+"""The most names in one sentence."""
+
+
+def of_settings(config: Mapping[str, Any]) -> list[str]:
+    """What of config.json is left out."""
+    sentences = []
+    dropouts = [f"{key} = {config[key]:g}" for key in DROPOUT_KEYS if isinstance(config.get(key), (int, float)) and config[key]]
+    if dropouts:
+        sentences.append(f"{MODEL_CONFIG}: {', '.join(dropouts)}: the model is trained further without dropout")
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings")
+    if window and (config.get("model_type") == "mistral" or config.get("use_sliding_window")):
+        sentences.append(f"{MODEL_CONFIG}: sliding_window = {window}: not kept, because no text of {length} tokens is longer")
+    if code := config.get("auto_map"):
+        sentences.append(f"{MODEL_CONFIG}: auto_map names programs ({_short(code)}), which are not run")
+    if unread := [f"{key} = {_short(config[key])}" for key in unread_keys(config)]:
+        sentences.append(f"{MODEL_CONFIG}: {_listed(unread)}: not read")
+    return sentences
+
+
+def of_tokenizer(folder: Path, length: int) -> list[str]:
+    """What of tokenizer.json and tokenizer_config.json in `folder` is left out. `length`: the longest text that the model reads."""
+    sentences, config = [], _table(folder / CONFIG)
+    if config.get("clean_up_tokenization_spaces") is True:
+        sentences.append(f"{CONFIG}: clean_up_tokenization_spaces = true: here the spaces of a decoded text stay as they are")
+    if config.get("auto_map"):
+        sentences.append(f"{CONFIG}: auto_map names programs ({_short(config['auto_map'])}), which are not run")
+    limit = config.get("model_max_length")
+    if isinstance(limit, int) and 0 < limit < length:
+        sentences.append(f"{CONFIG}: model_max_length = {limit}: here a text may have {length} tokens, as {MODEL_CONFIG} says")
+    if unread := [f"{key} = {_short(config[key])}" for key in config.keys() - QUIET_TOKENIZER_KEYS - {"auto_map"} if config[key]]:
+        sentences.append(f"{CONFIG}: {_listed(sorted(unread))}: not kept; the tokens themselves stay")
+    table = _table(folder / FILE, LARGEST)
+    if off := [f"{name} to {_short(table[name])}" for name in ("truncation", "padding") if table.get(name)]:
+        sentences.append(f"{FILE}: {_listed(off)}: switched off")
+    return sentences
+
+
+def of_generation(folder: Path) -> list[str]:
+    """What of generation_config.json is left out: all but the ids at which a text begins and ends."""
+    config = _table(folder / GENERATION)
+    given = {key: value for key, value in config.items() if value not in (None, False, [], {}) and key not in QUIET_GENERATION_KEYS}
+    sentences = []
+    if options := [f"{option} {given[key]}" for key, option in OPTIONS.items() if isinstance(given.get(key), (int, float))]:
+        sentences.append(f"{GENERATION}: not defaults here → generate … {' '.join(options)}")
+    if unread := [f"{key} = {_short(value)}" for key, value in given.items() if key not in OPTIONS]:
+        sentences.append(f"{GENERATION}: {_listed(unread)}: without a counterpart")
+    return sentences
+
+
+def of_files(folder: Path, read: Iterable[str]) -> list[str]:
+    """The files and folders beside the model that were not opened. `read`: the names of those that were."""
+    known = {*read, *NO_FILES_OF_A_MODEL, *REPEATED, FILE, CONFIG, GENERATION, TEMPLATE, OTHER_TEMPLATES, ".cache", ".git"}
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in known)
+    sentences = []
+    if adapters := [name for name in names if name.startswith("adapter_")]:
+        sentences.append(f"{_listed(adapters)}: an adapter is not merged into the model → peft's merge_and_unload, then import")
+    if others := [name for name in names if not name.startswith("adapter_")]:
+        sentences.append(f"not opened: {_listed(others)}")
+    return sentences
+
+
+def _table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:
+    return read_table(path, largest) if path.is_file() else {}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _listed(words: list[str]) -> str:
+    """The words with commas; the number of those beyond MOST_NAMES instead of these."""
+    rest = len(words) - MOST_NAMES
+    return ", ".join([*words[:MOST_NAMES], *([f"and {rest} more"] if rest > 0 else [])])
