@@ -131,6 +131,12 @@ def settings(hf_config: Any) -> GPT:
     return _read(hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict())[0]
 
 
+def without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without keys that are null where a missing key is meant: transformers has a default for these."""
+    defaults = DEFAULTS.get(str(config.get("model_type")), {}).keys() - {*NULL_HAS_A_MEANING}
+    return {key: value for key, value in config.items() if value is not None or key not in defaults}
+
+
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """The keys of a config.json that are set and not read, but for those that tell nothing about what the model computes."""
     quiet = {*QUIET_KEYS, *DROPOUT_KEYS, *_read(config)[1].read}
@@ -145,8 +151,7 @@ def _read(whole: Mapping[str, Any]) -> tuple[GPT, ConfigReader]:
         raise Mistake(f"model_type = {family!r:.60} is not a family we can read → use {', '.join(READERS)}")
     if config.get("quantization_config", None):
         raise Mistake("quantization_config is set: the weights are packed → take the model in float32, float16 or bfloat16")
-    given = {key: value for key, value in config.config.items() if value is not None or key in NULL_HAS_A_MEANING}
-    config = ConfigReader(DEFAULTS[family] | given)
+    config = ConfigReader(DEFAULTS[family] | without_nulls(whole))
     values = READERS[family](config) | dict(vocab_size=config.count("vocab_size"), init="gpt2", **NO_DROPOUT)
     try:
         return GPT(**{"qk_norm": False, **values}), config

@@ -19,7 +19,7 @@ from research.data import tokenizer_file
 from research.data.tokenizer import Tokenizer
 from research.exchange import hf_tokenizer, left_out, parity, tokenizer_parity
 from research.exchange.gguf import GGUFFile, convert_tokenizer
-from research.exchange.hf_reader import HFFolder
+from research.exchange.hf_reader import CONFIG, HFFolder
 from research.exchange.parity import Certificate
 from research.exchange.source import Source, private_view, weights
 from research.exchange.tokenizer_parity import IdsComparison
@@ -132,7 +132,8 @@ class Import:
         transformers may change what tokenizer.json holds: by add_prefix_space or add_bos_token, or because it makes a class anew.
         """
         source, file = self.source.path, self.staging.path / TOKENIZER / tokenizer_file.FILE
-        with private_view(path for name in hf_tokenizer.READ if (path := source / name).is_file()) as folder:
+        files = [path for name in hf_tokenizer.READ if (path := source / name).is_file()]
+        with private_view(files, {CONFIG: self.source.config}) as folder:
             try:
                 theirs = tokenizer_parity.their_tokenizer(folder, source)
             except Mistake as mistake:
@@ -148,10 +149,8 @@ class Import:
         if self.ids.difference:
             raise Mistake(f"transformers gives other ids: {self.ids.difference} → {way_out}")
         if first.difference:
-            name = type(theirs).__name__
-            self.left_out.append(
-                f"{tokenizer_file.FILE} as it is: transformers' {name} changes it, and is followed: {first.difference} → {way_out}"
-            )
+            other = f"{tokenizer_file.FILE} as it stands: transformers' {type(theirs).__name__} gives other ids, which are taken"
+            self.left_out.append(f"{other}: {first.difference} → {way_out}")
         if self.ids.tail:
             self.left_out.append(
                 f"{tokenizer.decode(self.ids.tail)!r:.40} at the end of a text: training puts end-of-text there, prompts nothing"
@@ -181,7 +180,7 @@ class Import:
         """transformers' model, read from the same files."""
         if isinstance(self.source, GGUFFile):
             return parity.their_gguf_logits(self.source.path, self.source.config)
-        with private_view(self.source.files()) as folder:
+        with private_view(self.source.files(), {CONFIG: self.source.config}) as folder:
             return parity.their_logits(folder, self.source.family.name, self.source.path)
 
     def _write_metadata(self, certificate: Certificate) -> None:

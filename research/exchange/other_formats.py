@@ -10,7 +10,7 @@ from parallel.errors import Mistake
 MOST_NAMES = 10_000
 """The most names of a folder that are looked at."""
 HF_CONFIG = "config.json"
-PICKLES = "pickles, which are programs, and are not opened"
+PICKLES = "in pickles, which are programs and are not opened"
 MEGATRON = (
     "Megatron Bridge (AutoBridge.export_ckpt) writes it as a Hugging Face folder, which can be imported; of an old Megatron-LM, "
     "tools/checkpoint/convert.py makes a new one first"
@@ -52,10 +52,9 @@ def _evidence(path: Path, name: str) -> str:
     return name
 
 
-def _any(pattern: str) -> Callable[[Iterable[str]], str | None]:
-    """A function that returns the first name whose last part matches the whole pattern."""
-    compiled = re.compile(pattern)
-    return lambda names: next((name for name in names if compiled.fullmatch(name.rpartition("/")[2])), None)
+def _any(*patterns: str) -> Callable[[Iterable[str]], str | None]:
+    """A function that returns the first name whose last part matches the first pattern, or else the next one, or None."""
+    return lambda names: next((name for pattern in patterns for name in names if re.fullmatch(pattern, name.rpartition("/")[2])), None)
 
 
 POINTERS = ("latest_checkpointed_iteration.txt", "latest")
@@ -67,18 +66,18 @@ FORMATS: list[tuple[Callable[[Iterable[str]], str | None], str, str]] = [
         "it needs no import: generate, evaluate, serve and export take it as it is, and init_from begins a run with it",
     ),
     (
-        _any(r"layer_\d+-model(_\d+)?-model_states\.pt|layer_\d+-model_states\.pt"),
-        f"a checkpoint of GPT-NeoX or Megatron-DeepSpeed, one file for each layer and tensor rank: {PICKLES}",
+        _any(r"layer_\d+-(model_\d+-)?model_states\.pt"),
+        f"a checkpoint of GPT-NeoX or Megatron-DeepSpeed, one file for each layer and tensor rank, {PICKLES}",
         NEOX,
     ),
     (
-        _any(r"latest_checkpointed_iteration\.txt|iter_\d{7}|model_optim_rng\.pt|mp_rank_\d\d(_\d\d\d)*"),
-        f"a checkpoint of Megatron-LM, cut for one layout: {PICKLES}",
+        _any(r"latest_checkpointed_iteration\.txt", r"iter_\d{7}|model_optim_rng\.pt|mp_rank_\d\d(_\d\d\d)*"),
+        f"a checkpoint of Megatron-LM, cut for one layout, {PICKLES}",
         MEGATRON,
     ),
     (
         _any(r"mp_rank_\d\d_model_states\.pt|(bf16_)?zero_pp_rank_\d+_mp_rank_\d\d_.*\.pt"),
-        f"a checkpoint of DeepSpeed, cut for one layout: {PICKLES}",
+        f"a checkpoint of DeepSpeed, cut for one layout, {PICKLES}",
         ZERO,
     ),
     (

@@ -3,7 +3,7 @@
 import contextlib
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,16 +66,17 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
 
 
 @contextlib.contextmanager
-def private_view(files: Iterable[Path]) -> Iterator[Path]:
+def private_view(files: Iterable[Path], tables: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
     """Yields a temporary folder with these files alone, so that a reader sees no other file that lies beside them.
 
     They are links, except for small tables (JSON): these are written anew, without a byte-order mark and without names of programs.
+    `tables` replaces the contents of files by name.
     """
     with tempfile.TemporaryDirectory() as folder:
         for path in files:
             if path.suffix == ".json" and path.stat().st_size <= LARGEST_TABLE:
-                table = {key: value for key, value in read_table(path, LARGEST_TABLE).items() if key != "auto_map"}
-                write_json(Path(folder) / path.name, table)
+                table = tables.get(path.name) or read_table(path, LARGEST_TABLE)
+                write_json(Path(folder) / path.name, {key: value for key, value in table.items() if key != "auto_map"})
             else:
                 (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)

@@ -189,6 +189,18 @@ def test_files_without_the_prefix_and_with_old_buffers_are_read():
     assert worst(mapping.from_hf(model, "gpt_neox", theirs), our_weights("pythia", torch.float32))[0] == 0
 
 
+def test_a_tied_table_may_be_in_the_files_under_the_head_s_name_alone():
+    """transformers reads the same model from such files."""
+    for case, family in (("gpt2", "gpt2"), ("llama 3.2, tied", "llama")):
+        theirs, model = dict(truth(case, torch.float32).theirs), read_config.settings(CONFIGS[case])
+        table = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[family]
+        del theirs[table]
+        assert "lm_head.weight" in theirs
+        assert worst(mapping.from_hf(model, family, theirs), our_weights(case, torch.float32))[0] == 0
+        with pytest.raises(Mistake, match="hold no (wte|embed_tokens).weight"):
+            mapping.from_hf(model.model_copy(update={"tied": False}), family, theirs)
+
+
 def test_low_precision_weights_keep_their_type():
     theirs = {name: tensor.bfloat16() for name, tensor in truth("llama", torch.float32).theirs.items()}
     assert {tensor.dtype for tensor in mapping.from_hf(read_config.settings(CONFIGS["llama"]), "llama", theirs).values()} == {

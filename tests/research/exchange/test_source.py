@@ -119,7 +119,7 @@ def test_a_view_holds_nothing_but_what_was_named(tmp_path):
     for name in ("model.safetensors", "modeling_evil.py", "adapter_config.json"):
         (tmp_path / name).write_text(name)
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 0.1, "auto_map": {"AutoConfig": "modeling_evil.Config"}}')
-    with source.private_view([tmp_path / "config.json", tmp_path / "model.safetensors"]) as folder:
+    with source.private_view([tmp_path / "config.json", tmp_path / "model.safetensors"], {}) as folder:
         assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
         assert json.loads((folder / "config.json").read_text()) == {"a": 0.1}
         assert (folder / "model.safetensors").resolve() == (tmp_path / "model.safetensors").resolve()
