@@ -90,7 +90,8 @@ TEMPLATES = {
         {"chat_template": [{"name": "tools", "template": "x"}]}, None, None, "chat templates without one called 'default': 'tools': none",
     ),
     "of a table, no default": (
-        {"chat_template": {"tool_use": "x", "rag": "y"}}, None, None, "chat templates without one called 'default': 'rag', 'tool_use': none",
+        {"chat_template": {"tool_use": "x", "rag": "y"}}, None, None,
+        "chat templates without one called 'default': 'rag', 'tool_use': none",
     ),
     "a list of anything": ({"chat_template": [3, None, "x", {"name": "default"}]}, None, None, None),
     "a number": ({"chat_template": 3}, None, None, "chat_template is no text: not taken"),

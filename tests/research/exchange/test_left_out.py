@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers.utils import CHAT_TEMPLATE_DIR, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
+from research.cli import generate
 from research.data.tokenizer_file import CONFIG, FILE, GENERATION
 from research.exchange import left_out
 from research.exchange.hf_tokenizer import OLDER_TEMPLATE, TEMPLATES
@@ -96,13 +98,14 @@ def test_files_that_were_not_opened_are_named(folder):
     assert others == "not opened: 0, 1, 2, 3, 4, 5, 6, 7, and 4 more"
 
 
-def test_the_names_are_those_that_transformers_has():
-    """Of folders and of options of `generate`."""
-    from transformers.utils import CHAT_TEMPLATE_DIR, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
-
-    from research.cli.generate import main
-
-    assert (TEMPLATES, OLDER_TEMPLATE) == (CHAT_TEMPLATE_DIR, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
-    assert left_out.OTHER_TEMPLATES == TEMPLATES and callable(main)
-    known = transformers.GenerationConfig().to_dict()
-    assert left_out.OPTIONS.keys() <= known.keys()
+def test_the_names_are_those_that_transformers_and_generate_have(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    told = capsys.readouterr().out
+    assert [option for option in left_out.OPTIONS.values() if option not in told] == []
+    assert left_out.OPTIONS.keys() <= transformers.GenerationConfig().to_dict().keys()
+    assert (TEMPLATES, left_out.OTHER_TEMPLATES, OLDER_TEMPLATE) == (
+        CHAT_TEMPLATE_DIR,
+        CHAT_TEMPLATE_DIR,
+        LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    )
