@@ -23,11 +23,8 @@ QUIET_GENERATION_KEYS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config", "transformers_version", "do_sample", "use_cache", "max_length",
     "output_attentions", "output_hidden_states", "return_dict_in_generate", "num_return_sequences", "decoder_start_token_id",
 }  # fmt: skip
-OPTIONS = {
-    "temperature": "--temperature", "top_k": "--top-k", "top_p": "--top-p", "min_p": "--min-p",
-    "repetition_penalty": "--repetition-penalty", "max_new_tokens": "--tokens", "num_beams": "--beams",
-}  # fmt: skip
-"""Key of generation_config.json -> the option of `generate` that does the same."""
+OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+"""Keys of generation_config.json that are options of `generate`."""
 NO_FILES_OF_A_MODEL = {"README.md", "LICENSE", "LICENSE.txt", "NOTICE", ".gitattributes", ".gitignore", "certificate.json"}
 REPEATED = {"vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"}
 """Files that repeat what tokenizer.json holds. special_tokens_map.json is read."""
@@ -74,7 +71,7 @@ def of_generation(folder: Path) -> list[str]:
     config = _table(folder / GENERATION)
     given = {key: value for key, value in config.items() if value not in (None, False, [], {}) and key not in QUIET_GENERATION_KEYS}
     sentences = []
-    if options := [f"{option} {given[key]}" for key, option in OPTIONS.items() if isinstance(given.get(key), (int, float))]:
+    if options := [f"--{key} {given[key]}" for key in OPTIONS if isinstance(given.get(key), (int, float))]:
         sentences.append(f"{GENERATION}: not defaults here → generate … {' '.join(options)}")
     if unread := [f"{key} = {_short(value)}" for key, value in given.items() if key not in OPTIONS]:
         sentences.append(f"{GENERATION}: {_listed(unread)}: without a counterpart")

@@ -73,7 +73,7 @@ def test_defaults_of_generation_are_named_with_the_options_that_set_them(folder)
         folder / GENERATION, do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.1, bad_words_ids=[[3]], custom_generate="x.py"
     )
     assert left_out.of_generation(folder) == [
-        "generation_config.json: not defaults here → generate … --temperature 0.6 --top-p 0.9 --repetition-penalty 1.1",
+        "generation_config.json: not defaults here → generate … --temperature 0.6 --top_p 0.9 --repetition_penalty 1.1",
         'generation_config.json: bad_words_ids = [[3]], custom_generate = "x.py": without a counterpart',
     ]
 
@@ -102,8 +102,8 @@ def test_the_names_are_those_that_transformers_and_generate_have(capsys):
     with pytest.raises(SystemExit):
         generate.main(["--help"])
     told = capsys.readouterr().out
-    assert [option for option in left_out.OPTIONS.values() if option not in told] == []
-    assert left_out.OPTIONS.keys() <= transformers.GenerationConfig().to_dict().keys()
+    assert [option for option in left_out.OPTIONS if f"--{option} " not in told] == []
+    assert set(left_out.OPTIONS) <= transformers.GenerationConfig().to_dict().keys()
     assert (TEMPLATES, left_out.OTHER_TEMPLATES, OLDER_TEMPLATE) == (
         CHAT_TEMPLATE_DIR,
         CHAT_TEMPLATE_DIR,
