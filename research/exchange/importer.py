@@ -59,7 +59,9 @@ class Import:
 
     def line(self) -> str:
         """What is imported, as one line for the terminal."""
-        shape = f"{self.model.num_layers} layers, hidden {self.model.hidden_size}, {plural(self.model.num_heads, 'head')}"
+        model, own_size = self.model, self.model.num_heads * self.model.head_size != self.model.hidden_size
+        heads = plural(model.num_heads, "head") + (f" of {model.head_size}" if own_size else "")
+        shape = f"{model.num_layers} layers, hidden {model.hidden_size}, {heads}"
         size = compact(parameters(self.model) or 0)
         return f"import {self.source.path.name} · {self.source.family.name} · {shape} · {size} parameters"
 
@@ -68,8 +70,7 @@ class Import:
         for folder in (self.staging.checkpoints, self.staging.logs, self.staging.path / TOKENIZER):
             folder.mkdir()
         name, tokenizer = self._make_tokenizer(tokenizer_name)
-        if isinstance(self.source, HFFolder):
-            self._list_left_out()
+        self._list_left_out()
         report.header([("left out", sentence) for sentence in self.left_out])
         if self.ids is not None:
             report.header([("ids", self.ids.line())])
@@ -158,7 +159,10 @@ class Import:
         return tokenizer
 
     def _list_left_out(self) -> None:
-        """Adds what of a Hugging Face folder is left out besides its tokenizer."""
+        """Adds what of the source is left out besides its tokenizer."""
+        if isinstance(self.source, GGUFFile):
+            self.left_out += left_out.of_metadata(self.source.metadata)
+            return
         folder, read = self.source.path, [path.name for path in self.source.files()]
         self.left_out = [
             *left_out.of_settings(self.source.config),

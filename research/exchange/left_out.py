@@ -1,4 +1,4 @@
-"""Says what a Hugging Face folder holds that an import does not take: a sentence for each, and none for what has no effect here."""
+"""Lists what a Hugging Face folder or a GGUF file holds and an import does not take: a sentence for each, if it has an effect."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from models.conversion.read_config import DROPOUT_KEYS, unread_keys
-from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LARGEST, SPECIAL, TEMPLATE, read_table
+from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LARGEST, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, read_table
 from research.exchange.hf_reader import CONFIG as MODEL_CONFIG
+from research.exchange.hf_tokenizer import TEMPLATES, is_template
 
-OTHER_TEMPLATES = "additional_chat_templates"
 QUIET_TOKENIZER_KEYS = {
     "tokenizer_class", "tokenizer_type", "model_max_length", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file",
     "merges_file", "backend", "is_local", "local_files_only", "use_fast", "from_slow", "legacy", "legacy_behaviour", "padding_side",
@@ -30,6 +30,15 @@ REPEATED = {"vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.j
 """Files that repeat what tokenizer.json holds. special_tokens_map.json is read."""
 MOST_NAMES = 8
 """The most names in one sentence."""
+
+
+QUIET_METADATA = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "expert_count", "expert_used_count",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.sliding_window",
+    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
+    "model", "pre", "bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id", "add_space_prefix", "add_bos_token",
+}  # fmt: skip
+"""What is read of a GGUF file's metadata, without the name of its architecture or `tokenizer.ggml.` in front."""
 
 
 def of_settings(config: Mapping[str, Any]) -> list[str]:
@@ -80,7 +89,7 @@ def of_generation(folder: Path) -> list[str]:
 
 def of_files(folder: Path, read: Iterable[str]) -> list[str]:
     """The files and folders beside the model that were not opened. `read`: the names of those that were."""
-    known = {*read, *NO_FILES_OF_A_MODEL, *REPEATED, FILE, CONFIG, GENERATION, TEMPLATE, OTHER_TEMPLATES, ".cache", ".git"}
+    known = {*read, *NO_FILES_OF_A_MODEL, *REPEATED, FILE, CONFIG, GENERATION, TEMPLATE, TEMPLATES, ".cache", ".git"}
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in known)
     sentences = []
     if adapters := [name for name in names if name.startswith("adapter_")]:
@@ -90,12 +99,25 @@ def of_files(folder: Path, read: Iterable[str]) -> list[str]:
     return sentences
 
 
+def of_metadata(metadata: Mapping[str, Any]) -> list[str]:
+    """What of a GGUF file's metadata is left out, beyond descriptions (`general.…`)."""
+    sentences, template = [], metadata.get("tokenizer.chat_template")
+    if template and not is_template(template):
+        sentences.append(f"tokenizer.chat_template has {len(str(template))} characters, more than {LONGEST_TEMPLATE}: not taken")
+    prefixes = (f"{metadata.get('general.architecture')}.", "tokenizer.ggml.", "tokenizer.chat_template.")
+    for key in sorted(key for key, value in metadata.items() if key.startswith(prefixes) and value not in (None, False, "")):
+        prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
+        if key.removeprefix(prefix) not in QUIET_METADATA:
+            sentences.append(f"{key} = {_short(metadata[key])}: not read")
+    return sentences
+
+
 def _table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:
     return read_table(path, largest) if path.is_file() else {}
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 

@@ -8,9 +8,11 @@ import transformers
 from transformers.utils import CHAT_TEMPLATE_DIR, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from research.cli import generate
-from research.data.tokenizer_file import CONFIG, FILE, GENERATION
+from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LONGEST_TEMPLATE
 from research.exchange import left_out
+from research.exchange.gguf import GGUFFile
 from research.exchange.hf_tokenizer import OLDER_TEMPLATE, TEMPLATES
+from tests.research.helpers import gguf_files
 from tests.research.helpers.hf_models import CASES, their_tokenizer
 
 
@@ -104,8 +106,15 @@ def test_the_names_are_those_that_transformers_and_generate_have(capsys):
     told = capsys.readouterr().out
     assert [option for option in left_out.OPTIONS if f"--{option} " not in told] == []
     assert set(left_out.OPTIONS) <= transformers.GenerationConfig().to_dict().keys()
-    assert (TEMPLATES, left_out.OTHER_TEMPLATES, OLDER_TEMPLATE) == (
-        CHAT_TEMPLATE_DIR,
-        CHAT_TEMPLATE_DIR,
-        LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
-    )
+    assert (TEMPLATES, OLDER_TEMPLATE) == (CHAT_TEMPLATE_DIR, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
+
+
+def test_of_a_gguf_file_what_is_not_read_is_named(tmp_path):
+    with GGUFFile(gguf_files.write(tmp_path / "m.gguf")) as file:
+        assert left_out.of_metadata(file.metadata) == []
+        more = {"llama.rope.scaling.original_context_length": 8192, "tokenizer.ggml.eot_token_id": 5, "general.name": "x"}
+        assert left_out.of_metadata(file.metadata | more | {"tokenizer.chat_template": "x" * (LONGEST_TEMPLATE + 1)}) == [
+            "tokenizer.chat_template has 1048577 characters, more than 1048576: not taken",
+            "llama.rope.scaling.original_context_length = 8192: not read",
+            "tokenizer.ggml.eot_token_id = 5: not read",
+        ]
