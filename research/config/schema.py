@@ -16,7 +16,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class GPT(Settings, shapes.GPT):
-    """The network: its layers and their sizes. GPT-2, GPT-NeoX/Pythia and Llama are settings of it."""
+    """The network: its layers and their sizes. GPT-2, GPT-NeoX/Pythia, Llama, Mistral, Qwen2 and Qwen3 are settings of it."""
 
     SECTION: ClassVar[str] = "model"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.conversion.read_config import DROPOUT_KEYS, unread_keys
-from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LARGEST, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, read_table
+from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LARGEST, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, read_table, token_text
 from research.exchange.hf_reader import CONFIG as MODEL_CONFIG
 from research.exchange.hf_tokenizer import TEMPLATES, is_template
 
@@ -70,6 +70,9 @@ def of_tokenizer(folder: Path, length: int) -> list[str]:
     if unread := [f"{key} = {_short(config[key])}" for key in config.keys() - QUIET_TOKENIZER_KEYS - {"auto_map"} if config[key]]:
         sentences.append(f"{CONFIG}: {_listed(sorted(unread))}: not kept; the tokens themselves stay")
     table = _table(folder / FILE, LARGEST)
+    if missing := sorted(_added_tokens(config) - _tokens(table)):
+        names = _listed([repr(name) for name in missing])
+        sentences.append(f"{CONFIG}: added_tokens_decoder has {names}, which {FILE} lacks: not added")
     if off := [f"{name} to {_short(table[name])}" for name in ("truncation", "padding") if table.get(name)]:
         sentences.append(f"{FILE}: {_listed(off)}: switched off")
     return sentences
@@ -110,6 +113,22 @@ def of_metadata(metadata: Mapping[str, Any]) -> list[str]:
         if key.removeprefix(prefix) not in QUIET_METADATA:
             sentences.append(f"{key} = {_short(metadata[key])}: not read")
     return sentences
+
+
+def _added_tokens(config: Mapping[str, Any]) -> set[str]:
+    """The tokens that tokenizer_config.json adds to those of tokenizer.json."""
+    added = config.get("added_tokens_decoder")
+    entries = added.values() if isinstance(added, dict) else ()
+    return {text for entry in entries if (text := token_text(entry))}
+
+
+def _tokens(table: Mapping[str, Any]) -> set[str]:
+    """The tokens of a tokenizer.json. A vocabulary is a table, or a list of pairs."""
+    model, added = table.get("model"), table.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    names = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary or ()]
+    names += [entry.get("content") for entry in (added if isinstance(added, list) else []) if isinstance(entry, dict)]
+    return {name for name in names if isinstance(name, str)}
 
 
 def _table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:

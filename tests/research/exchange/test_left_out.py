@@ -56,7 +56,7 @@ def test_of_a_tokenizer_what_does_not_show_in_its_ids_is_named(folder):
     assert left_out.of_tokenizer(folder, 64) == []
     change(
         folder / CONFIG, clean_up_tokenization_spaces=True, model_max_length=32, mask_token="<mask>", extra_special_tokens=["<a>"],
-        sep_token=None, auto_map={"AutoTokenizer": ["x.Y", None]},
+        sep_token=None, added_tokens_decoder={"0": {"content": "<|end|>"}, "300": {"content": "<new>"}}, auto_map={"AutoTokenizer": ["x.Y", None]},
     )  # fmt: skip
     change(folder / FILE, truncation={"max_length": 16}, padding=None)
     assert left_out.of_tokenizer(folder, 64) == [
@@ -64,6 +64,7 @@ def test_of_a_tokenizer_what_does_not_show_in_its_ids_is_named(folder):
         'tokenizer_config.json: auto_map names programs ({"AutoTokenizer": ["x.Y", null]}), which are not run',
         "tokenizer_config.json: model_max_length = 32: here a text may have 64 tokens, as config.json says",
         'tokenizer_config.json: extra_special_tokens = ["<a>"], mask_token = "<mask>": not kept; the tokens themselves stay',
+        "tokenizer_config.json: added_tokens_decoder has '<new>', which tokenizer.json lacks: not added",
         'tokenizer.json: truncation to {"max_length": 16}: switched off',
     ]
 
