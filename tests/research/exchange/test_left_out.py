@@ -56,7 +56,8 @@ def test_of_a_tokenizer_what_does_not_show_in_its_ids_is_named(folder):
     assert left_out.of_tokenizer(folder, 64) == []
     change(
         folder / CONFIG, clean_up_tokenization_spaces=True, model_max_length=32, mask_token="<mask>", extra_special_tokens=["<a>"],
-        sep_token=None, added_tokens_decoder={"0": {"content": "<|end|>"}, "300": {"content": "<new>"}}, auto_map={"AutoTokenizer": ["x.Y", None]},
+        sep_token=None, added_tokens_decoder={"0": {"content": "<|end|>"}, "300": {"content": "<new>"}},
+        auto_map={"AutoTokenizer": ["x.Y", None]},
     )  # fmt: skip
     change(folder / FILE, truncation={"max_length": 16}, padding=None)
     assert left_out.of_tokenizer(folder, 64) == [

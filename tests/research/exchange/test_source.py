@@ -50,7 +50,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("gpt2, untied, n_inner", "llama, grouped", "llama, biases of attention", "neox, no biases of attention")
+"""Cases of which every setting occurs in another case or in tests/models/conversion/test_mapping.py."""
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES])
 def test_there_and_back_is_the_same_to_the_bit(case, there, tmp_path, capsys):
     """Files, logits and token ids of what is loaded by the folder alone; both ways the certificate passes."""
     folder, run = there(case)
