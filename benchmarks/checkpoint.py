@@ -30,14 +30,13 @@ from safetensors.torch import save_file
 from models import gpt
 from models.config import GPT
 from parallel import distributed
-from parallel.checkpoint.manifest import KINDS
 from parallel.checkpoint.reader import Reader
 from parallel.checkpoint.saver import BackgroundSaver, Saver
 from parallel.checkpoint.sharding import assign_writers, gather_shards, parts_of
 from parallel.checkpoint.writer import files_of
 from parallel.engines.deepspeed_config import EngineSettings
 from parallel.engines.engine import Engine, make_engine
-from parallel.engines.optimizer_state import ensure_moments, fragment
+from parallel.engines.optimizer_state import MOMENTS, ensure_moments, fragment
 from parallel.grid import make_grid
 
 
@@ -70,7 +69,7 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
     settings = EngineSettings("fp32", arguments.zero, 1, 1, clip=1.0, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     engine = make_engine(gpt.layers(shape, grid, seed=0), gpt.TokenLoss(shape.vocab_size, 0.0, grid.tensor_group), grid, settings)
     ensure_moments(engine)
-    for kind in KINDS:
+    for kind in ("weights", *MOMENTS):
         for parameter in engine.parameters.values():
             fragment(parameter, kind).values.normal_()
     return engine

@@ -67,7 +67,12 @@ class Attention(nn.Module):
 
     With fewer kv heads K than tensor ranks, tp/K neighbouring ranks use the same kv head. Each of them computes K/tp of the
     head's features, and the head is gathered among them. No weight is replicated, so every gradient exists, and counts, once.
+
+    A subclass in an experiment's variant.py may name a `core_class` of its own, or define `forward`.
     """
+
+    core_class = Core
+    """What computes the heads' outputs from q, k and v. A subclass's own class gets the probability of attention dropout as `p`."""
 
     def __init__(self, name: str, context: BuildContext) -> None:
         super().__init__()
@@ -87,7 +92,7 @@ class Attention(nn.Module):
         self.q_norm = norm(f"{name}.q_norm", e, model, grid.tensor_group)
         self.k_norm = norm(f"{name}.k_norm", e, model, grid.tensor_group)
 
-        core = DroppingCore if model.attention_dropout else Core
+        core = DroppingCore if model.attention_dropout and self.core_class is Core else self.core_class
         make_core = recomputed(core) if context.recompute == "selective" else core
         self.core = make_core(name, model.attention_dropout, context.seed, grid)
 
@@ -99,3 +104,6 @@ class Attention(nn.Module):
         q, k = self.position.rotate(self.q_norm(q), self.k_norm(k))
         y = self.core(q, k, v, self.position.bias(q), samples)
         return self.output(rearrange(y, "b h s e -> b s (h e)"))
+
+
+ATTENTIONS = {"softmax": Attention}

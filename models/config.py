@@ -1,17 +1,20 @@
 """The model config: sizes, norm, MLP, position encoding, … of a GPT. Imports no torch, so that errors come in milliseconds."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FieldSerializationInfo, field_serializer, model_validator
 
+from parallel.errors import Mistake
+
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "none")
+ATTENTIONS = ("softmax",)
 MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu")
 RESIDUALS = ("pre_norm", "post_norm", "parallel")
 INITS = ("gpt2", "small_wang")
-CHOICES = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "residual": RESIDUALS, "init": INITS}
+CHOICES = {"norm": NORMS, "position": POSITIONS, "attention": ATTENTIONS, "mlp": MLPS, "residual": RESIDUALS, "init": INITS}
 VARIANT = "variant:"
 """`norm="variant:MyNorm"` names the class MyNorm of the experiment's variant.py instead of a registered class."""
 
@@ -42,8 +45,9 @@ class GPT(BaseModel):
 
     models/conversion/read_config.py makes them from a transformers configuration.
 
-    Every setting affects results, so none has a default. The exceptions are the rotary settings, which must be set if and only
-    if they have an effect, and those in FOLLOWING, which follow from other settings unless they are set.
+    Every setting affects results, so none has a default. The exceptions are `attention`, which older experiments do not name, the
+    rotary settings, which must be set if and only if they have an effect, and those in FOLLOWING, which follow from other settings
+    unless they are set.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -61,6 +65,7 @@ class GPT(BaseModel):
     norm: str = Field(description=f"{', '.join(NORMS)} or variant:Class")
     norm_eps: float = Field(gt=0, description="added to the variance before its square root")
     position: str = Field(description=f"{', '.join(POSITIONS)} or variant:Class")
+    attention: str = Field(default="softmax", description=f"{', '.join(ATTENTIONS)} or variant:Class")
     mlp: str = Field(description=f"{', '.join(MLPS)} or variant:Class")
     residual: str = Field(description=f"{', '.join(RESIDUALS)} or variant:Class")
     init: str = Field(description=f"{', '.join(INITS)} or variant:Class")
@@ -105,9 +110,7 @@ class GPT(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "GPT":
         for field, names in CHOICES.items():
-            value = getattr(self, field)
-            if value not in names and not (value.startswith(VARIANT) and value.removeprefix(VARIANT).isidentifier()):
-                raise ValueError(f"model.{field} = {value!r} is not known → use {', '.join(names)} or variant:YourClass")
+            refuse_unknown(f"model.{field}", getattr(self, field), names)
 
         # A rotary setting is there if and only if the setting it depends on gives it an effect. Variants decide for themselves.
         for field, (decider, values, example) in ROTARY.items() if not self.position.startswith(VARIANT) else ():
@@ -133,6 +136,24 @@ class GPT(BaseModel):
         # Past pydantic's own assignment, which would count the settings as set, and come here again.
         self.__dict__.update({name: follow(self) for name, follow in FOLLOWING.items() if name not in self.model_fields_set})
         return self
+
+
+def chosen(setting: str, value: str, registered: Mapping[str, Any], variants: Mapping[str, Any]) -> Any:
+    """What `setting` = `value` names: an entry of `registered`, or with 'variant:Name' one of `variants`, those of variant.py by name."""
+    if not value.startswith(VARIANT):
+        return registered[value]
+    name = value.removeprefix(VARIANT)
+    if name not in variants:
+        known = ", ".join(sorted(variants)) or "none"
+        raise Mistake(f"{setting} = {value!r}, but variant.py defines no class {name} → it defines {known}")
+    return variants[name]
+
+
+def refuse_unknown(setting: str, value: str, names: Collection[str]) -> None:
+    """Raises a ValueError unless `value` is one of `names` or 'variant:Name'."""
+    if value not in names and not (value.startswith(VARIANT) and value.removeprefix(VARIANT).isidentifier()):
+        known = f"{', '.join(names)} or " if names else ""
+        raise ValueError(f"{setting} = {value!r} is not known → use {known}variant:YourClass")
 
 
 def _divisors(n: int, near: int) -> str:

@@ -66,7 +66,10 @@ class Position(nn.Module):
         return q, k
 
     def bias(self, q: Tensor) -> Tensor | None:
-        """'h s t' (or 'b h s t') for s queries and t keys, causal mask included, in q's dtype. None: only the causal mask."""
+        """'h s t' (or 'b h s t') for s queries and t keys, causal mask included, in q's dtype. None: only the causal mask.
+
+        A bias that is the same for all heads may have 1 in place of h, or be 's t'.
+        """
         return None
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from models.config import GPT, VARIANT
+from models.config import GPT, chosen
 from models.init import INITS
 from models.mlp import MLPS
 from models.norm import NORMS
@@ -51,14 +51,7 @@ class BuildContext:
 
     def chosen(self, setting: str, registered: Mapping[str, Any] | None = None) -> Any:
         """The class that `model.<setting>` names: a variant, or a class of `registered` (default: the registry of that setting)."""
-        value = getattr(self.model, setting)
-        if not value.startswith(VARIANT):
-            return (registered or REGISTRIES[setting])[value]
-        name = value.removeprefix(VARIANT)
-        if name not in self.variants:
-            known = ", ".join(sorted(self.variants)) or "none"
-            raise Mistake(f"model.{setting} = {value!r}, but variant.py defines no class {name} → it defines {known}")
-        return self.variants[name]
+        return chosen(f"model.{setting}", getattr(self.model, setting), registered or REGISTRIES[setting], self.variants)
 
     def norm(self, name: str, size: int) -> nn.Module:
         """A norm of the residual stream. Under sequence parallelism its gradients are partial sums, one per tensor rank."""

@@ -1,8 +1,16 @@
 """`Mistake`, the error that a user is meant to read, and helpers for its sentence: the nearest name, a list of choices."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
+
+SEPARATORS = re.compile(r"[.:/]")
+"""Between the parts of a name: model.num_heads, builtin:state_of_the_union/train."""
+NEAR, SURELY_NEAR = 0.75, 0.9
+"""difflib's ratio of two spellings from which on one is suggested for the other; and what a beginning or a whole word counts."""
+SHORTEST_PART = 3
+"""Letters from which on a beginning or a word of a name stands for the name."""
 
 
 class Mistake(ValueError):
@@ -13,20 +21,40 @@ class Mistake(ValueError):
     """
 
 
-def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The candidate that `name` most likely stands for: the same last word, else the closest spelling, else None.
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `name` most likely stands for: the same last word, else the closest spelling; None if none is near.
 
-    `cutoff`: how similar two spellings have to be, from 0 to 1 (difflib.get_close_matches).
+    Near is a slip of the fingers (`temprature`), a beginning (`eval`), or a part of the words (`usage` for `include_usage`).
     """
     candidates = list(candidates)
-    leaves = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
     leaf = name.rpartition(".")[2]
-    if leaf in leaves:
-        return leaves[leaf]
-    if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
-        return close[0]
-    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=cutoff)
-    return leaves[close[0]] if close else None
+    same_leaf = (candidate for candidate in candidates if candidate.rpartition(".")[2] == leaf)
+    return next(same_leaf, None) or max(
+        (candidate for candidate in candidates if _similarity(name, candidate) >= NEAR),
+        key=lambda candidate: _similarity(name, candidate),
+        default=None,
+    )
+
+
+def _parts(name: str) -> list[str]:
+    """'--model.num-heads' -> ['model', 'num_heads']."""
+    return SEPARATORS.split(name.lower().strip("-").replace("-", "_"))
+
+
+def _similarity(name: str, candidate: str) -> float:
+    """From 0 to 1. Of names in several parts, every part has to be similar, because long groups in common say nothing of the rest."""
+    own, other = _parts(name), _parts(candidate)
+    if 1 < len(other) < len(own) and own[: len(other)] == other:  # a setting with something behind it
+        return NEAR
+    if len(own) != len(other):
+        own, other = own[-1:], other[-1:]
+    return min(_part_similarity(part, known) for part, known in zip(own, other, strict=True))
+
+
+def _part_similarity(part: str, known: str) -> float:
+    if len(part) >= SHORTEST_PART and (known.startswith(part) or set(part.split("_")) <= set(known.split("_"))):
+        return SURELY_NEAR
+    return difflib.SequenceMatcher(None, known, part).ratio()
 
 
 def listed(items: Iterable[Any], last: str = "or") -> str:

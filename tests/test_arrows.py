@@ -127,6 +127,9 @@ def arrows(source: Source) -> Iterator[Finding]:
         if parts[0] not in FOLDERS:
             continue
         target = "/".join(parts[:2]) if "/".join(parts[:2]) in ROOMS else parts[0]
+        if parts[:2] == ["research", "api"]:
+            yield line, f"imports {name}: research/api.py is for users' own programs, and nothing here may import it"
+            continue
         if name == "research.ROOT" or (source.folder in LIBRARY and target == room_of(source.path)):
             continue
         if not may_import(source, target):
@@ -147,6 +150,8 @@ def may_import(source: Source, target: str) -> bool:
         return top == "research"
     if source.path == "research/launch.py":
         return top == "research" and target not in FRONT
+    if source.path == "research/api.py":
+        return top == "research" and target != "research/cli"
     if source.path == "research/__main__.py":
         return target in ("research/cli", "research/cluster")
     return target in MAY_IMPORT.get(room, set())
@@ -306,6 +311,8 @@ FORBIDDEN_ARROWS = [  # one for each row of MAY_IMPORT, and for the files that h
     ("research/verification/x.py", "research.evaluation.task"),
     ("research/launch.py", "research.verification.small_run"),
     ("research/__main__.py", "research.training.loop"),
+    ("research/api.py", "research.cli.generate"),
+    ("research/cli/x.py", "research.api"),
     ("research/cli/x.py", "tests.harness"),
 ]
 OFFENDERS: list[tuple[Rule, str, str]] = [  # the finding must name the line that ends in "here"
@@ -319,6 +326,7 @@ OFFENDERS: list[tuple[Rule, str, str]] = [  # the finding must name the line tha
     (arrows, "research/tracking/x.py", DOC + "if TYPE_CHECKING:\n    from research.training.job import Job  # here"),
     (arrows, "experiments/a/config.py", DOC + "from models.gpt import layers  # here"),
     (arrows, "experiments/a/variant.py", DOC + "from benchmarks import train  # here"),
+    (arrows, "benchmarks/x.py", DOC + "from research import api  # here"),
     (arrows, "benchmarks/x.py", DOC + "import tests.harness  # here"),
     (experiments_stand_alone, "experiments/a/config.py", DOC + "from experiments.b.config import config  # here"),
     (experiments_stand_alone, "experiments/a/config.py", DOC + "from ..b.config import config  # here"),

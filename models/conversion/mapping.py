@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.config import GPT
+from models.config import ATTENTIONS, GPT
 from models.conversion.families import FAMILIES, Family, Fused, Same, qkv_rows
 from models.conversion.read_config import GATED_MLPS
 from parallel.errors import Mistake
@@ -152,7 +152,7 @@ def family_of(model: GPT) -> str:
 def unlike(model: GPT, family: Family) -> list[str]:
     """A sentence for each setting of the model that the family cannot express."""
     misfits = []
-    for field, values in family.holds.items():
+    for field, values in {"attention": ATTENTIONS, **family.holds}.items():
         if getattr(model, field) not in values:
             allowed = " or ".join(repr(value) for value in dict.fromkeys(values))
             misfits.append(f"model.{field} = {getattr(model, field)!r} is no {family.name} → that has {allowed}")

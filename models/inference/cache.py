@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import Core
-from models.position import T, TokenPositions
+from models.attention import Attention, Core
+from models.position import Position, T, TokenPositions
 
 
 class CacheRows(TokenPositions):
@@ -109,7 +109,7 @@ class CachedCore(nn.Module):
         self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=rows.device) for _ in range(2))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None = None) -> Tensor:
-        """q 'b h s e', k and v 'b k s e', bias 'h s s', 'n h 1 t' or None (causal) -> 'b h s e'."""
+        """q 'b h s e', k and v 'b k s e', bias 'h s s', 'n h 1 t' (or 1 for h) or None (causal) -> 'b h s e'."""
         rows = self.rows
         if rows.prefilling:
             where: tuple = slice(rows.first, len(rows.lengths)), slice(None), slice(k.shape[2])
@@ -127,7 +127,9 @@ class CachedCore(nn.Module):
         # Attend to all keys of each row. The queries of a kv head are put side by side, so that no head is copied.
         heads, e = q.shape[1], q.shape[3]
         grouped = q.reshape(n, kv_heads, -1, e).to(self.dtype)  # n k h/k e
-        mask = rows.mask(grouped) if bias is None else bias.view(n, kv_heads, -1, bias.shape[-1]).to(self.dtype)
+        mask = rows.mask(grouped)
+        if bias is not None:
+            mask = bias.expand(n, heads, 1, -1).reshape(n, kv_heads, heads // kv_heads, -1).to(self.dtype)
         used = slice(len(rows.lengths)), slice(None), slice(max(rows.lengths))
         y = F.scaled_dot_product_attention(grouped, self.keys[used], self.values[used], attn_mask=mask)
         return y.reshape(n, heads, 1, e).to(q.dtype)
@@ -141,3 +143,25 @@ class CachedCore(nn.Module):
         """Copies the first `length` tokens of row parents[i] to row i, for all i at once."""
         for cache in (self.keys, self.values):
             cache[: len(parents), :, :length] = cache[parents, :, :length]
+
+
+def install_cache(module: nn.Module, rows: CacheRows, heads: int) -> list[CachedCore]:
+    """Gives every attention a core with a cache of `heads` kv heads, and every position scheme the positions of the rows."""
+    remove_cache(module)
+    dtype, cores = next(module.parameters()).dtype, []
+    for part in list(module.modules()):
+        if isinstance(part, Position):
+            part.places = rows
+        if isinstance(part, Attention):
+            part.core = CachedCore(part.core, rows, heads, part.head_size, dtype)
+            cores.append(part.core)
+    return cores
+
+
+def remove_cache(module: nn.Module) -> None:
+    """Undoes `install_cache`; without a cache it does nothing."""
+    for part in list(module.modules()):
+        if isinstance(part, Position):
+            part.places = TokenPositions()
+        if isinstance(part, Attention) and isinstance(part.core, CachedCore):
+            part.core = part.core.core

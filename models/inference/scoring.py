@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from models.config import GPT
+from models.estimates.communication import has_closed_form
+from models.inference.variant_check import refuse_dependent_logits
 from parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy
 from parallel.grid import Grid
 from parallel.layers import PlainModule
@@ -16,10 +18,16 @@ ROWS = 1024
 
 
 class TokenScorer:
-    """Scores texts with `module`, which is switched to evaluation. Collective over the grid's tensor ranks."""
+    """Scores texts with `module`, which is switched to evaluation. Collective over the grid's tensor ranks.
+
+    A Mistake is raised if classes of a variant.py let a token's logits depend on more than the tokens before it: its score would
+    depend on the padding and on the other texts of the batch.
+    """
 
     def __init__(self, module: PlainModule, model: GPT, grid: Grid) -> None:
         self.module, self.model, self.grid = module.eval(), model, grid
+        if not has_closed_form(model):
+            refuse_dependent_logits(module, model, grid, model.seq_length)
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:

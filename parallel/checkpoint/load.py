@@ -7,11 +7,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.manifest import KINDS
+from parallel.checkpoint.manifest import WEIGHTS
 from parallel.checkpoint.reader import Reader, check_shape
 from parallel.checkpoint.writer import GENERATORS
 from parallel.engines.engine import Engine
-from parallel.engines.optimizer_state import check_counters, ensure_moments, fragment, publish_weights, set_counters
+from parallel.engines.optimizer_state import check_counters, ensure_moments, fragment, kinds_of, publish_weights, set_counters
 from parallel.engines.process_state import differences, set_generators
 from parallel.errors import Mistake
 from parallel.object_collectives import all_gather_objects, together
@@ -28,14 +28,18 @@ def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
     """
     with _checked(folder, engine) as (reader, names):
         with together(engine.grid):
-            if missing := [kind for kind in KINDS if kind not in reader.manifest.tensors]:
-                raise Mistake(f"{reader.folder} holds weights but no {missing[0]} → resume from a checkpoint that a training run wrote")
+            kinds = kinds_of(engine)
+            if missing := [kind for kind in kinds if kind not in reader.manifest.tensors]:
+                raise Mistake(
+                    f"{reader.folder} holds weights but no {missing[0]} → "
+                    "resume from a checkpoint that a training run wrote, with the same optimizer"
+                )
             _check_model(reader, engine, names)
             counters = check_counters(reader.facts.get("counters"))
             _restore_generators(reader, engine)
         ensure_moments(engine)
         with together(engine.grid):
-            _read_state(reader, engine, KINDS)
+            _read_state(reader, engine, kinds)
         set_counters(engine, counters)
         publish_weights(engine)
         return reader.facts
@@ -63,7 +67,7 @@ def load_initial(folder: Path, engine: Engine) -> dict[str, Any]:
     with _checked(folder, engine) as (reader, names):
         with together(engine.grid):
             _check_model(reader, engine, names)
-            _read_state(reader, engine, ("weights",))
+            _read_state(reader, engine, (WEIGHTS,))
         publish_weights(engine)
         return reader.facts
 

@@ -19,9 +19,12 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from parallel.engines.deepspeed_config import STATE_NAME
+
 FORMAT = 2
-KINDS = ("weights", "exp_avg", "exp_avg_sq")
-"""fp32 master weights, and Adam's two moments. A checkpoint with weights only can be read but not resumed."""
+WEIGHTS = "weights"
+"""fp32 master weights. Any other kind of tensor is a part of the optimizer's state, by the optimizer's own name: Adam's moments are
+exp_avg and exp_avg_sq. A checkpoint with weights only can be read but not resumed."""
 DTYPES = {"float32": 4}
 """dtype -> bytes per element."""
 MAX_BYTES = 256 * 2**20
@@ -138,7 +141,7 @@ def _file(name: str, entry: Any) -> File:
 
 
 def _tensors(kind: str, entries: Any, files: dict[str, File]) -> dict[str, Logical]:
-    _require(kind in KINDS, f"tensors of the unknown kind {kind!r:.80}")
+    _require(STATE_NAME.fullmatch(kind) is not None, f"{kind!r:.80} is not the name of an optimizer's state")
     _require(isinstance(entries, dict) and len(entries) > 0, f"tensors[{kind!r}] is not a table of tensors")
     return {name: _logical(f"{kind} of {name!r:.200}", entry, files) for name, entry in entries.items()}
 
@@ -179,11 +182,11 @@ def _check_tiling(what: str, tensor: Logical) -> None:
 
 
 def _check_kinds(tensors: dict[str, dict[str, Logical]]) -> None:
-    """Requires weights alone, or weights and both moments of the same tensors."""
-    _require(set(tensors) in ({"weights"}, set(KINDS)), f"it holds {', '.join(tensors) or 'nothing'}, not weights or {', '.join(KINDS)}")
+    """Requires weights, and that every part of the optimizer's state is of the same tensors."""
+    _require(WEIGHTS in tensors, f"it holds {', '.join(tensors) or 'nothing'}, but no weights")
     shapes = {kind: {name: tensor.shape for name, tensor in table.items()} for kind, table in tensors.items()}
     for kind, shapes_of_kind in shapes.items():
-        _require(shapes_of_kind == shapes["weights"], f"{kind} are not of the same tensors as the weights")
+        _require(shapes_of_kind == shapes[WEIGHTS], f"{kind} are not of the same tensors as the weights")
 
 
 def _check_room(files: dict[str, File], tensors: dict[str, dict[str, Logical]]) -> None:

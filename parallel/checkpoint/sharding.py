@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.checkpoint.manifest import KINDS
 from parallel.checkpoint.writer import Part
 from parallel.engines.engine import Engine
-from parallel.engines.optimizer_state import fragment
+from parallel.engines.optimizer_state import fragment, kinds_of
 from parallel.slices import Region, slice_of
 
 AHEAD = 128 * 2**20
@@ -68,7 +67,7 @@ def assign_writers(engine: Engine) -> list[Shard]:
 def parts_of(engine: Engine, shards: Sequence[Shard]) -> list[Part]:
     """The parts that this rank writes, in the order in which `gather_shards` yields their tensors."""
     parts = []
-    for kind, shard in itertools.product(KINDS, shards):
+    for kind, shard in itertools.product(kinds_of(engine), shards):
         if shard.writer == engine.grid.data_rank:
             cut = slice_of(shard.parameter)
             parts += [Part(kind, shard.name, cut.shape, cut.dim or 0, r.whole, r.length) for r in _regions(shard, engine)]
@@ -81,7 +80,7 @@ def gather_shards(engine: Engine, shards: Sequence[Shard]) -> Iterator[Tensor]:
     Collective over the data group: all of its ranks iterate to the end, in the same order. Holds one parameter's slice and at most
     AHEAD bytes more: ranks send without waiting and receive ahead, so that no rank waits while another one writes.
     """
-    waiting = deque(itertools.product(KINDS, shards))
+    waiting = deque(itertools.product(kinds_of(engine), shards))
     in_flight: deque[_Transfer] = deque()
     sent: list[_Transfer] = []
     while waiting or in_flight:

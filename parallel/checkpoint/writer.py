@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from parallel.checkpoint.folder import begin, hidden, publish
-from parallel.checkpoint.manifest import KINDS, File, Logical, Manifest, Piece, parse
+from parallel.checkpoint.manifest import File, Logical, Manifest, Piece, parse
 from parallel.checkpoint.tensor_file import Entry, TensorFile
 from parallel.errors import Mistake
 from parallel.files import disk_trouble, write_synced
@@ -31,7 +31,7 @@ GENERATORS = "generators.json"
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [start, start + length) along `dim` of a logical tensor of the shape `whole`, of one of KINDS. A rank writes it at once."""
+    """Rows [start, start + length) along `dim` of a logical tensor of the shape `whole`, of one kind. A rank writes it at once."""
 
     kind: str
     name: str
@@ -165,7 +165,7 @@ def write(folder: Path, shapes: Mapping[str, tuple[int, ...]], weights: Iterable
 def files_of(parts: Sequence[Part], rank: int) -> Plan:
     """Distributes the parts of a rank over files of one kind each and of at most BYTES_PER_FILE."""
     plan: Plan = {}
-    for kind in KINDS:
+    for kind in dict.fromkeys(part.kind for part in parts):
         size = BYTES_PER_FILE
         for part in (part for part in parts if part.kind == kind):
             size += part.entry.size

@@ -1,11 +1,15 @@
 """Derives the DeepSpeed configuration (ds_config) from an experiment's fields. Imports neither torch nor DeepSpeed."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from parallel.errors import Mistake
 
+ADAMW = "adamw"
+STATE_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+"""What an optimizer may call a tensor that it keeps per parameter. Checkpoints name tensors and files by it."""
 BUCKET_ELEMENTS = 5_000_000
 """Elements of a communication bucket. DeepSpeed's default, 5e8, may be allocated whole at each step."""
 
@@ -47,6 +51,8 @@ class EngineSettings:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    optimizer: str = ADAMW
+    """AdamW is derived below. Any other name stands for a class that is passed to the engine."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     explicit: Mapping[str, Any] = field(default_factory=dict)
@@ -63,17 +69,20 @@ def derive(settings: EngineSettings, cuda: bool) -> dict[str, Any]:
         "torch_adam": True,  # DeepSpeed's own Adams are compiled on first use
         "fused": True,  # torch's fused kernel is several times faster than its for-loop
     }
-    derived = {
+    derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.micro_batches,
         "gradient_clipping": settings.clip,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
-        "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": _zero(settings, cuda),
         "zero_allow_untested_optimizer": True,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
     }
+    if settings.optimizer == ADAMW:
+        derived["optimizer"] = {"type": "AdamW", "params": optimizer}
+    else:
+        derived["zero_force_ds_cpu_optimizer"] = False  # with offload, DeepSpeed otherwise accepts no optimizer but its own
     # Gradients are accumulated and communicated in fp32, or the layout would change the sums.
     if settings.precision != "fp32":
         name = {"bf16": "bf16", "fp16": "fp16"}[settings.precision]

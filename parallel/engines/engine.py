@@ -4,6 +4,7 @@ Both take the same micro-batches and return the same token means over the global
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -59,16 +60,33 @@ class Engine:
     fixed_shape = False
     """Whether every micro-batch must have the shape of the training micro-batches."""
 
-    def __init__(self, layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        loss: Loss,
+        grid: Grid,
+        settings: EngineSettings,
+        held_out_loss: Loss | None = None,
+        optimizer_class: type | None = None,
+    ) -> None:
+        """`held_out_loss`: the loss of `evaluate_batch`; None: `loss`. `optimizer_class`: None for AdamW; else it is created as
+
+        optimizer_class(parameter groups, lr=…, betas=…, eps=…, weight_decay=…).
+        """
         refuse_precision(settings.precision)
         self.grid, self.settings, self.loss, self.device = grid, settings, loss, device()
+        self.held_out_loss = held_out_loss or loss
         self.config = derive(settings, cuda=self.device.type == "cuda")
         self.module, mpu = self._build_module(layers)
         self.parameters = dict(unique_parameters(self.module))
         """This rank's parameters by logical name."""
         with quiet():
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
-                model=self.module, model_parameters=_decay_groups(self.parameters.values(), settings), config=self.config, mpu=mpu
+                model=self.module,
+                optimizer=_maker_of(optimizer_class, settings),
+                model_parameters=_decay_groups(self.parameters.values(), settings),
+                config=self.config,
+                mpu=mpu,
             )
         fp16.correct(self.optimizer, settings.precision, grid.data)
 
@@ -82,7 +100,7 @@ class Engine:
         return self._train(iter(batches))
 
     def evaluate_batch(self, batch: MicroBatch) -> float:
-        """The loss of one micro-batch per data rank, averaged over data ranks; equal on every rank. No gradients, no update."""
+        """`held_out_loss` of one micro-batch per data rank, averaged over data ranks; equal on every rank. No gradients, no update."""
         raise NotImplementedError
 
     def observe(self, batch: MicroBatch, function: LogitsFunction, shape: Sequence[int]) -> Tensor:
@@ -172,7 +190,7 @@ class PlainEngine(Engine):
         self.deepspeed.train()
         total = torch.zeros((), device=self.device)
         for _ in range(self.settings.micro_batches):
-            loss = self._forward(next(batches))
+            loss = self._forward(next(batches), self.loss)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += loss.detach()
@@ -181,16 +199,16 @@ class PlainEngine(Engine):
     def evaluate_batch(self, batch: MicroBatch) -> float:
         self.deepspeed.eval()
         with torch.no_grad():
-            loss = self._forward(batch)
+            loss = self._forward(batch, self.held_out_loss)
         return self._mean_over_data(loss)
 
     def _observe(self, batch: MicroBatch, function: LogitsFunction) -> Tensor:
         self.deepspeed.eval()
         return function(self.deepspeed(batch.on(self.device).inputs()))
 
-    def _forward(self, batch: MicroBatch) -> Tensor:
+    def _forward(self, batch: MicroBatch, loss: Loss) -> Tensor:
         here = batch.on(self.device)
-        return self.loss(self.deepspeed(here.inputs()), (here.targets, here.weights))
+        return loss(self.deepspeed(here.inputs()), (here.targets, here.weights))
 
     def _mean_over_data(self, value: Tensor) -> float:
         mean = value.clone()
@@ -204,8 +222,8 @@ class PipeEngine(Engine):
 
     fixed_shape = True  # DeepSpeed's buffers are made once, for the training micro-batch's shape
 
-    def __init__(self, layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings) -> None:
-        super().__init__(layers, loss, grid, settings)
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
         reduce_tied_accumulated(self.deepspeed)
 
     def _build_module(self, layers: Sequence[Layer]) -> tuple[Pipeline, None]:
@@ -219,8 +237,8 @@ class PipeEngine(Engine):
         return float(self.deepspeed.train_batch(_pairs(batches)))
 
     def evaluate_batch(self, batch: MicroBatch) -> float:
-        loss = self.deepspeed.eval_batch(_pairs(iter([batch])), num_micro_batches=1)
-        return float(loss)
+        with instead_of_loss(self.module, self.held_out_loss):
+            return float(self.deepspeed.eval_batch(_pairs(iter([batch])), num_micro_batches=1))
 
     def _observe(self, batch: MicroBatch, function: LogitsFunction) -> Tensor | None:
         hook = LogitsHook(function)
@@ -235,9 +253,16 @@ def _pairs(batches: Iterator[MicroBatch]) -> Iterator[tuple[Tensor | tuple[Tenso
         yield batch.inputs(), (batch.targets, batch.weights)
 
 
-def make_engine(layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings) -> Engine:
+def make_engine(
+    layers: Sequence[Layer],
+    loss: Loss,
+    grid: Grid,
+    settings: EngineSettings,
+    held_out_loss: Loss | None = None,
+    optimizer_class: type | None = None,
+) -> Engine:
     """The engine for this grid: a pipeline engine if pipe > 1, else the plain one. Collective; torch.distributed must be initialised."""
-    return (PipeEngine if grid.pipe > 1 else PlainEngine)(layers, loss, grid, settings)
+    return (PipeEngine if grid.pipe > 1 else PlainEngine)(layers, loss, grid, settings, held_out_loss, optimizer_class)
 
 
 def refuse_precision(precision: str) -> None:
@@ -266,8 +291,15 @@ def gather_from_last_stages(values: Tensor | None, shape: Sequence[int], grid: G
     return torch.stack(pieces)
 
 
+def _maker_of(optimizer_class: type | None, settings: EngineSettings) -> Callable[[Any], Any] | None:
+    """What DeepSpeed calls with the parameter groups; None where it creates AdamW itself."""
+    if optimizer_class is None:
+        return None
+    return partial(optimizer_class, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+
+
 def _decay_groups(parameters: Iterable[nn.Parameter], settings: EngineSettings) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices and tables decay; vectors (biases, norm weights) do not, as in GPT-2 and Megatron-LM.
+    """The optimizer's parameter groups: matrices and tables decay; vectors (biases, norm weights) do not, as in GPT-2 and Megatron-LM.
 
     The logical shape decides: under ZeRO-3 the local one is empty. Every stage holds a block, hence every rank has the same groups;
     otherwise ZeRO-1 hangs (deepspeedai/DeepSpeed#1522).

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.engines.deepspeed_config import STATE_NAME
 from parallel.engines.engine import Engine
 from parallel.errors import Mistake
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two moments, by torch's names. The first kind of state of a parameter is its fp32 "weights"."""
+STATE_NAMES = "state_names"
+"""The attribute in which another optimizer's class names the tensors that it keeps per parameter, of the parameter's shape."""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The state of fp16's dynamic loss scaler; its window and its factor are settings."""
 
@@ -31,8 +34,20 @@ class Fragment:
     values: Tensor
 
 
+def kinds_of(engine: Engine) -> tuple[str, ...]:
+    """The tensors that a checkpoint holds of every parameter: its fp32 "weights", then the optimizer's state by its own names."""
+    inner = engine.optimizer.optimizer
+    names = MOMENTS if isinstance(inner, torch.optim.AdamW) else getattr(inner, STATE_NAMES, None)
+    if not isinstance(names, tuple) or not all(isinstance(name, str) and STATE_NAME.fullmatch(name) for name in names):
+        raise Mistake(
+            f"the optimizer {type(inner).__name__} does not say what it keeps per parameter → give the class an attribute such as "
+            f"{STATE_NAMES} = {MOMENTS[:1]}, names of lower-case letters, or ()"
+        )
+    return ("weights", *names)
+
+
 def fragment(parameter: nn.Parameter, kind: str) -> Fragment:
-    """The part of a parameter's `kind` ("weights" or one of MOMENTS) that this rank's optimizer holds: a view, possibly empty.
+    """The part of a parameter's `kind` (one of `kinds_of` the engine) that this rank's optimizer holds: a view, possibly empty.
 
     The moments exist after `ensure_moments`.
     """
@@ -51,12 +66,12 @@ def fragment(parameter: nn.Parameter, kind: str) -> Fragment:
 
 
 def ensure_moments(engine: Engine) -> None:
-    """Creates Adam's state as its first step would, all zero, if there has been no step yet, and links every parameter to its part."""
-    inner = engine.optimizer.optimizer
+    """Creates the optimizer's state as its first step would, all zero, if there has been none, and links parameters to their parts."""
+    inner, names = engine.optimizer.optimizer, kinds_of(engine)[1:]
     for flat in _flat_partitions(engine):
         if not inner.state.get(flat):
             step = torch.zeros((), dtype=torch.float32, device=flat.device if inner.defaults.get("fused") else "cpu")
-            inner.state[flat] = {"step": step, **{key: torch.zeros_like(flat).detach() for key in MOMENTS}}
+            inner.state[flat] = {"step": step, **{key: torch.zeros_like(flat).detach() for key in names}}
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         # Stages 1 and 2 link each parameter to its part of the state after the step of the first group, when the second has no
         # state yet: the second group's parameters would never be linked (DeepSpeed 0.19.8).
@@ -93,9 +108,9 @@ def counters(engine: Engine) -> dict[str, Any]:
 
     {"steps": attempted, "skipped_steps": …, "adam_steps": applied, "loss_scaler": {} unless fp16}.
     """
-    steps = {int(engine.optimizer.optimizer.state[flat]["step"]) for flat in _flat_partitions(engine)}
+    steps = {int(engine.optimizer.optimizer.state[flat].get("step", 0)) for flat in _flat_partitions(engine)}
     if len(steps) != 1:
-        raise RuntimeError(f"Adam has taken {sorted(steps)} steps on the parts of one rank, where all take the same number")
+        raise RuntimeError(f"the optimizer has taken {sorted(steps)} steps on the parts of one rank, where all take the same number")
     scaler = _dynamic_scaler(engine)
     return {
         "steps": int(engine.deepspeed.global_steps),
@@ -116,7 +131,9 @@ def set_counters(engine: Engine, saved: dict[str, Any]) -> None:
         deepspeed.micro_steps = saved["steps"] * deepspeed.gradient_accumulation_steps()
     deepspeed.global_samples = saved["steps"] * deepspeed.train_batch_size()
     for flat in _flat_partitions(engine):
-        engine.optimizer.optimizer.state[flat]["step"].fill_(saved["adam_steps"])
+        state = engine.optimizer.optimizer.state[flat]
+        if "step" in state:
+            state["step"].fill_(saved["adam_steps"])
     scaler = _dynamic_scaler(engine)
     if scaler and saved["loss_scaler"]:
         for name, value in saved["loss_scaler"].items():

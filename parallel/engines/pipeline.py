@@ -159,10 +159,10 @@ class LogitsHook:
 
 
 @contextlib.contextmanager
-def instead_of_loss(pipeline: Any, hook: LogitsHook) -> Iterator[None]:
-    """Inside the `with` block, a PipelineModule calls `hook` where it would compute its loss."""
-    loss, pipeline.loss_fn = pipeline.loss_fn, hook
+def instead_of_loss(pipeline: Any, loss: Callable[[Tensor, Any], Tensor]) -> Iterator[None]:
+    """Inside the `with` block, a PipelineModule calls `loss` where it would compute its own."""
+    own, pipeline.loss_fn = pipeline.loss_fn, loss
     try:
         yield
     finally:
-        pipeline.loss_fn = loss
+        pipeline.loss_fn = own

@@ -22,7 +22,7 @@ from research.cli.verbs import Parser
 from research.data.prepare import cache_folder, load_tokenizer
 from research.evaluation import lm_eval_task, perplexity, registry
 from research.evaluation.lm_eval_task import LMEvalTask
-from research.evaluation.results import Key, Result, Results
+from research.evaluation.results import Key, Result, Results, code_digest, model_digest, with_digests
 from research.evaluation.task import Settings, Task, TaskContext, evaluate
 from research.tracking import format as fmt
 from research.tracking import run_folder
@@ -54,8 +54,9 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(data, ROOT, say)
     context = TaskContext(tokenizer, command.experiment.model.seq_length + 1, data, ROOT, say)
     precision = _precision(command)
-    keys = {task: Key(task.name, task.settings, task.digest(context), tokenizer.fingerprint, precision) for task in command.tasks}
-    new = {task: key for task, key in keys.items() if arguments.again or results.of(key) is None}
+    determined_by = (tokenizer.fingerprint, model_digest(command.folder, command.experiment.model), code_digest(), precision)
+    keys = {task: Key(task.name, task.settings, task.digest(context), *determined_by) for task in command.tasks}
+    new = {task: key for task, key in keys.items() if arguments.again or not results.known(key)}
 
     console = Console(sys.stderr)  # everything but the metrics goes there
     known = [task.name for task in keys if task not in new]
@@ -173,20 +174,22 @@ def _evaluate(command: Command, context: TaskContext, keys: Mapping[AnyTask, Key
     """Evaluates the tasks one after the other; adds each to `results` and `evaluated` as soon as it is finished."""
     from research.evaluation.session import Session
 
-    arguments, experiment, console = command.arguments, command.experiment, Console(sys.stderr)
-    how = (arguments.precision, arguments.tensor, command.batch)
-    with Session(command.folder.path, command.checkpoint, experiment.model, context.tokenizer, *how) as session:
+    arguments, experiment, console, opened = command.arguments, command.experiment, Console(sys.stderr), set[Path]()
+    machine = (arguments.precision, arguments.tensor, command.batch, console.warn)
+    with Session(command.folder.path, command.checkpoint, experiment.model, context.tokenizer, *machine) as session:
         for task, key in keys.items():
             began = time.monotonic()
             if isinstance(task, LMEvalTask):
                 with console.progress(task.name) as advance, cache_folder(experiment.data.cache, ROOT) as cache:
-                    metrics, examples = task.evaluate(session, cache / "lm_eval", advance)
+                    metrics, examples, files = task.evaluate(session, cache / "lm_eval", advance)
+                opened |= files  # what a helper read for an earlier task, it may have kept for this one
             else:
                 requests = task.requests(context)
                 with console.progress(task.name, len(requests.requests)) as advance:
                     metrics, examples = evaluate(requests, session.scorer, advance), requests.examples
             seconds = round(time.monotonic() - began, 1)
-            results.add(Result(key, tuple(metrics), examples, seconds, arguments.tensor, command.batch, run_folder.now()))
+            read = with_digests(opened if isinstance(task, LMEvalTask) else ())
+            results.add(Result(key, tuple(metrics), examples, seconds, arguments.tensor, command.batch, run_folder.now(), read))
             evaluated.append(task)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from parallel.errors import Mistake
 from parallel.files import megabytes, refuse_existing, staged
+from research.cli.trained_run import say_choice
 from research.cli.verbs import Parser
 from research.tracking import run_folder
 from research.tracking.console import Console
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shard-size", default="4GB", help="largest file of weights: 500MB, 4GB (the default)")
     arguments = parser.parse_args(argv)
     run, checkpoint = run_folder.find_checkpoint(arguments.run, needs="config.json")
+    say_choice(arguments.run, run)
     shard_size = size_of(arguments.shard_size)
     refuse_existing(arguments.folder)
     # imported here because both import torch

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake, listed
+from parallel.text import decoded_line
 from research import ROOT
 from research.cli.trained_run import Trained, find, refuse_launcher, say
 from research.cli.verbs import Parser
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> None:
 
     spec = DecoderSpec(task.folder.path, task.checkpoint, task.arguments.precision, task.slots, task.cache_length)
     with opened(spec, task.arguments.tensor) as decoder:
+        if decoder.uncached:
+            Console(sys.stderr).warn(decoder.uncached)
         generator = TextGenerator(decoder, task.tokenizer, task.experiment.model, task.context, ends_of(task.tokenizer, ROOT))
         write(task, generator)
 
@@ -262,7 +265,11 @@ def _converse(task: Task, generator: "TextGenerator") -> None:
 
 def _input_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        for number, raw in enumerate(sys.stdin.buffer, start=1):
+            try:
+                yield decoded_line(raw, number, "standard input")[1]
+            except Mistake as mistake:
+                show_mistake(mistake)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # its import is what gives input() a history

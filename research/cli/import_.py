@@ -84,7 +84,7 @@ def publish(place: Place) -> None:
     except BaseException:
         shutil.rmtree(place.run.path, ignore_errors=True)
         raise
-    run_folder.point_latest(place.run)
+    run_folder.point_latest(place.run.path.parent)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from parallel.checkpoint.folder import MANIFEST
 from parallel.checkpoint.reader import Reader
 from parallel.errors import Mistake
 from parallel.files import megabytes, read_json
+from research.cli.trained_run import find_run
 from research.cli.verbs import Parser
 from research.tracking import run_folder
 from research.tracking.console import Console
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> None:
     # a checkpoint that is named need not lie in a run's folder; of a run all checkpoints are checked and the newest is shown
     path = Path(arguments.what)
     checkpoints = [path]
-    if not (path / MANIFEST).is_file():
-        folder = run_folder.find(arguments.what)
+    if not run_folder.has_file(path, MANIFEST):
+        folder = find_run(arguments.what)
         checkpoints = checkpoint_folder.steps(folder.checkpoints)
         describe_run(folder, checkpoints, console)
         if not checkpoints:
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> None:
 def describe_run(folder: RunFolder, checkpoints: list[Path], console: Console) -> None:
     """Prints a run: its title, segments, checkpoints and incidents."""
     run = read_json(folder.run)
-    lines = [("", f"{folder.title} · {run_folder.status(run)} · {run.get('layout', '?')} · {run.get('precision', '?')} · {folder.path}")]
+    title = [folder.title, run_folder.status(run, folder), run.get("layout", "?"), run.get("precision", "?"), str(folder.path)]
+    lines = [("", " · ".join(title))]
     for i, segment in enumerate(run.get("segments", []), 1):
         parts = [f"{i}", f"from step {segment.get('from_step')}", str(segment.get("started")), str(segment.get("layout", ""))]
         lines.append(("segment", " · ".join(part for part in parts if part)))

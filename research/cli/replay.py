@@ -1,9 +1,9 @@
 """`python -m research replay RUN --step N`: runs a step again in one process and shows where it first is not finite."""
 
+from research.cli.trained_run import find_run
 from research.cli.verbs import Parser
 from research.config import Experiment, serialization
 from research.data.prepare import Corpus
-from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.format import one_line
 from research.tracking.run_folder import RunFolder
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", help="a run's folder (runs/gpt_sotu/latest), its name or its title")
     parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in the rows and in incidents/")
     arguments = parser.parse_args(argv)
-    folder = run_folder.find(arguments.run)
+    folder = find_run(arguments.run)
     experiment, console = serialization.load(folder.config), Console()
     corpus, examined = replay(folder, experiment, arguments.step, console)
     show(console, folder, experiment, corpus, arguments.step, examined)

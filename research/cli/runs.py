@@ -45,7 +45,7 @@ def summarise(folder: RunFolder) -> dict[str, Any] | None:
     """One run as `--json` prints it; None if its run.json cannot be read."""
     try:
         run = read_json(folder.run)
-        status = run_folder.status(run)
+        status = run_folder.status(run, folder)
     except (OSError, ValueError, AttributeError):
         return None
     last = metrics.last(folder.metrics, ("progress/step", "val/bits_per_byte"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from models.config import GPT
 from parallel.errors import Mistake
+from parallel.text import read_text
 from research import ROOT
 from research.cli.trained_run import Trained, find, refuse_launcher, say
 from research.cli.verbs import Parser
@@ -19,6 +20,7 @@ from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import LONGEST_TEMPLATE, TEMPLATE
 from research.generation.settings import refuse_context
 from research.serving.limits import Limits
+from research.serving.prompts import example_prompts
 from research.tracking.format import compact, memory
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Task(Trained):
             limits=self.limits,
             token=self.token,
             template=self.template,
+            example_prompts=example_prompts(self.experiment.data.validation, ROOT),
             template_name=arguments.chat_template.name if self.template else TEMPLATE,
             listener=self.listener,
         )
@@ -153,11 +156,7 @@ def _read_token(arguments: argparse.Namespace) -> str | None:
 def _read_template(path: Path | None) -> str | None:
     if path is None:
         return None
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST_TEMPLATE + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"--chat_template {path} cannot be read ({error}) → name a file of jinja text") from None
+    text = read_text(path, f"--chat_template {path}", "name a file of jinja text")
     if not 0 < len(text) <= LONGEST_TEMPLATE:
         raise Mistake(f"--chat_template {path} is empty, or longer than {LONGEST_TEMPLATE} characters → name a file of jinja text")
     return text
@@ -173,8 +172,9 @@ def _bind(arguments: argparse.Namespace) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise Mistake(f"--host {host} --port {port} cannot be used ({error.strerror}) → another --port, 0 for any that is free") from None
+    except (OSError, UnicodeError) as error:  # a host name that cannot be encoded is no OSError
+        reason = getattr(error, "strerror", None) or "no such host name"
+        raise Mistake(f"--host {host} --port {port} cannot be used ({reason}) → another --port, 0 for any that is free") from None
     return listener
 
 
@@ -203,7 +203,7 @@ def _announce(task: Task, running: "Running") -> None:
 
     service, decoder = running.service, running.engine.generator.decoder
     assert isinstance(decoder, Decoder)
-    cache = memory(sum(core.keys.nbytes + core.values.nbytes for core in decoder.cores) / 1e6)
+    cache = "none" if decoder.uncached else memory(decoder.cache_bytes / 1e6)
     per_rank = f" on each of {task.arguments.tensor} tensor ranks" if task.arguments.tensor > 1 else ""
     size = compact(parameters(task.experiment.model) or 0)
     template = service.chat_template
@@ -213,6 +213,8 @@ def _announce(task: Task, running: "Running") -> None:
     example = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}'
     _log(f"serve    {service.name} · step {service.step} · {size} parameters · {service.precision}")
     _log(f"cache    {service.slots} slots × {service.context} tokens · {cache}{per_rank} · {task.limits.queue} more may wait")
+    if decoder.uncached:
+        _log(f"warning  {decoder.uncached}")
     _log(f"chat     template: {template.name} · a turn ends at {ends}")
     _log(f"address  {task.address} · {access} · a page to chat: {task.address}/")
     _log(f"try      curl {task.address}/v1/chat/completions{bearer} -H 'Content-Type: application/json' -d '{example}'")

@@ -1,5 +1,6 @@
 """`python -m research supervise experiments/NAME`: launches an experiment, and again after each crash while there are newer checkpoints."""
 
+import contextlib
 import shlex
 import shutil
 import sys
@@ -11,8 +12,10 @@ from research.cli.verbs import Parser, suggestion
 from research.config.experiment_folder import load
 from research.config.overrides import parse
 from research.reliability.supervisor import LaunchRecord, supervise
+from research.tracking.run_folder import RunFolder
+from research.training.resume import differences
 
-WHAT = """Launches an experiment, and launches it again after a crash, with --resume auto if it has saved a checkpoint. Between two
+WHAT = """Launches an experiment, and launches it again after a crash, with --resume RUN if its run has saved a checkpoint. Between two
 launches it waits 1, 2, 4 … at most 60 seconds. It gives up after N restarts in a row without a newer checkpoint. A signal (SIGINT,
 SIGTERM, SIGUSR1, SIGHUP) is passed on to all ranks, and nothing is launched after it. Nor is a launch repeated that refused its
 settings (exit code 2) or stopped itself (3). The exit code is that of the last launch, 128 + n after signal n."""
@@ -36,7 +39,15 @@ def main(argv: list[str]) -> None:
     if options.help or options.dry_run:
         raise Mistake("--help and --dry-run start nothing that could crash → launch with them directly, without supervise")
     command = [*_launcher(arguments.launcher), str(Path(arguments.experiment) / "launch.py")]
-    raise SystemExit(supervise(command, settings, LaunchRecord(ROOT / experiment.track.runs / loaded.name), arguments.restarts))
+
+    def is_ours(folder: RunFolder) -> bool:
+        """Whether the run has our science and seed; where its config.json cannot be read, nothing speaks against it."""
+        with contextlib.suppress(OSError, ValueError):
+            return not differences(folder, loaded.folder, experiment)
+        return True
+
+    record = LaunchRecord(ROOT / experiment.track.runs / loaded.name, is_ours)
+    raise SystemExit(supervise(command, settings, record, arguments.restarts))
 
 
 def _launcher(text: str) -> list[str]:

@@ -30,7 +30,7 @@ def find(arguments: argparse.Namespace) -> Trained:
 
     Raises a Mistake if the run or the checkpoint does not exist, or the model cannot be sliced over so many ranks.
     """
-    folder = run_folder.find(arguments.run)
+    folder = find_run(arguments.run)
     experiment = serialization.load(folder.config)
     model = experiment.model
     check_variants(folder.source, model)
@@ -45,6 +45,19 @@ def find(arguments: argparse.Namespace) -> Trained:
         steps = listed(checkpoints, "and") or "none"
         raise Mistake(f"{folder.title} has no checkpoint of step {arguments.checkpoint} → it has {steps}")
     return Trained(arguments, folder, checkpoints[arguments.checkpoint], experiment)
+
+
+def find_run(handle: str) -> RunFolder:
+    """The run that `handle` names. If it leaves open which one, as an experiment's name does, standard error says which was chosen."""
+    folder = run_folder.find(handle)
+    say_choice(handle, folder)
+    return folder
+
+
+def say_choice(handle: str, folder: RunFolder) -> None:
+    """Says on standard error which run was chosen for `handle`, unless it names that run itself."""
+    if choice := run_folder.choice(handle, folder):
+        sys.stderr.write(f"{choice}\n")
 
 
 def refuse_launcher(verb: str) -> None:

@@ -51,5 +51,5 @@ class Parser(argparse.ArgumentParser):
 def suggestion(word: str, words: Iterable[str]) -> str:
     """' → did you mean X?' for the closest of `words`, or ' → use one of …' if none is close."""
     words = list(words)
-    near = nearest(word, words, cutoff=0.5)
+    near = nearest(word, words)
     return f" → did you mean {near}?" if near else f" → use {', '.join(words)}"

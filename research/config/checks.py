@@ -6,7 +6,7 @@ Every refusal is a Mistake: one sentence with both numbers and what would work.
 import itertools
 import math
 
-from models.config import GPT
+from models.config import GPT, VARIANT
 from parallel.errors import Mistake, listed
 from research.cluster.environment import Ranks
 from research.config.schema import Experiment
@@ -83,6 +83,8 @@ def _check_schedule(experiment: Experiment) -> None:
     warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
     if warmup > steps:
         raise Mistake(f"optimizer.warmup_steps = {warmup} is more than schedule.steps = {steps} → use {steps} or fewer warm-up steps")
+    if optimizer.decay.startswith(VARIANT):
+        return  # it decides for itself what decay_steps means
     if optimizer.decay != "wsd":
         if decay is not None:
             raise Mistake(

@@ -12,6 +12,7 @@ import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.machinery import SourceFileLoader
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from models.config import CHOICES, GPT, VARIANT
 from parallel.errors import Mistake, nearest
-from research.config.schema import Experiment
+from research.config.schema import TRAINING_VARIANTS, Experiment
 from research.config.settings import is_group, refusal
 
 CONFIG, VARIANTS, LAUNCHER = "config.py", "variant.py", "launch.py"
@@ -41,9 +42,9 @@ class LoadedExperiment:
     name: str
 
     @cached_property
-    def variants(self) -> dict[str, type]:
-        """The classes of variant.py that the model names, by name. Imports torch, and only if there are any."""
-        return load_variants(self.folder, self.experiment.model)
+    def variants(self) -> dict[str, Any]:
+        """What the experiment names of its variant.py, by name. Imports torch, and only if there is anything."""
+        return load_variants(self.folder, self.experiment)
 
 
 def load(folder: Path | str) -> LoadedExperiment:
@@ -59,38 +60,39 @@ def load(folder: Path | str) -> LoadedExperiment:
     return LoadedExperiment(config, folder, folder.name)
 
 
-def variant_names(model: GPT) -> dict[str, str]:
-    """setting -> class name, for each setting of the model that says 'variant:Name'."""
-    choices = {setting: getattr(model, setting) for setting in CHOICES}
-    return {setting: choice.removeprefix(VARIANT) for setting, choice in choices.items() if choice.startswith(VARIANT)}
+def variant_names(settings: Experiment | GPT) -> dict[str, str]:
+    """Dotted setting -> name, for each setting that says 'variant:Name': those of a model, or of a whole experiment."""
+    model = settings.model if isinstance(settings, Experiment) else settings
+    choices = {f"model.{setting}": getattr(model, setting) for setting in CHOICES}
+    if isinstance(settings, Experiment):
+        choices |= {setting: attrgetter(setting)(settings) for setting in TRAINING_VARIANTS}
+    return {setting: choice.removeprefix(VARIANT) for setting, choice in choices.items() if choice and choice.startswith(VARIANT)}
 
 
-def check_variants(folder: Path, model: GPT) -> None:
-    """Refuse a model that names a class where the folder has no variant.py. Reads no file, so that it can run before torch is imported."""
-    for setting, name in variant_names(model).items():
+def check_variants(folder: Path, settings: Experiment | GPT) -> None:
+    """Refuses settings that name something of variant.py where there is no such file. Reads no file, and needs no torch."""
+    for setting, name in variant_names(settings).items():
         if not (folder / VARIANTS).is_file():
-            raise Mistake(
-                f"model.{setting} = '{VARIANT}{name}' but {_short(folder)} has no {VARIANTS} → write class {name} in {VARIANTS} there"
-            )
+            raise Mistake(f"{setting} = '{VARIANT}{name}' but {_short(folder)} has no {VARIANTS} → write {name} in {VARIANTS} there")
 
 
-def load_variants(folder: Path, model: GPT) -> dict[str, type]:
-    """The classes of variant.py that the model names, by name. If it names none, the file is not run."""
-    names = variant_names(model)
+def load_variants(folder: Path, settings: Experiment | GPT) -> dict[str, Any]:
+    """The classes and functions of variant.py that the settings name, by name. If they name none, the file is not run."""
+    names = variant_names(settings)
     if not names:
         return {}
-    check_variants(folder, model)
+    check_variants(folder, settings)
     module = _run(folder / VARIANTS)
-    classes = {name: value for name, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__}
+    defined = {name: value for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
     for setting, name in names.items():
-        if name not in classes:
-            near = nearest(name, classes)
-            way_out = f"did you mean {near}?" if near else f"write class {name} there"
+        if name not in defined:
+            near = nearest(name, defined)
+            way_out = f"did you mean {near}?" if near else f"write {name} there"
             raise Mistake(
-                f"model.{setting} = '{VARIANT}{name}' but {_short(folder / VARIANTS)} has no class {name}, "
-                f"it has {', '.join(sorted(classes)) or 'none'} → {way_out}"
+                f"{setting} = '{VARIANT}{name}' but {_short(folder / VARIANTS)} has no {name}, "
+                f"it has {', '.join(sorted(defined)) or 'none'} → {way_out}"
             )
-    return {name: classes[name] for name in names.values()}
+    return {name: defined[name] for name in names.values()}
 
 
 class _NoBytecodeLoader(SourceFileLoader):

@@ -56,6 +56,7 @@ def engine_settings(experiment: Experiment, layout: Layout) -> EngineSettings:
         betas=optimizer.betas,
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
+        optimizer=optimizer.name,
         offload_optimizer=parallel.offload_optimizer,
         offload_parameters=parallel.offload_parameters,
         explicit=experiment.deepspeed,

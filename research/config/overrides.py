@@ -35,8 +35,8 @@ USAGE = """start it, from any folder:
   one rank:        python {path}{uncut}
 
 beside settings:
-  --resume    auto: go on with this experiment's newest unfinished run, or begin one · RUN or CHECKPOINT: go on with that one ·
-              never (the default): begin a new run. The layout may be another one, the model and the data may not
+  --resume    auto: go on with the newest unfinished run that has these settings, or begin one · RUN or CHECKPOINT: go on with that
+              one · never (the default): begin a new run. The layout may be another one, the model and the data may not
   --dry-run   resolve everything, print the layout and the batch arithmetic, train nothing
   --verbose   show what DeepSpeed and W&B have to say
   --help      this text

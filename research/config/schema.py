@@ -5,7 +5,7 @@ Every error is a Mistake: one sentence with the dotted name, the value and what 
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from models import config as shapes
 from research.config.settings import Settings
@@ -13,6 +13,13 @@ from research.config.settings import Settings
 Count = Annotated[int, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+LOSSES = ("cross_entropy",)
+OPTIMIZERS = ("adamw",)
+DECAYS = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+MEASURE = "evaluate.measure"
+TRAINING_VARIANTS = ("loss", "optimizer.name", "optimizer.decay", MEASURE)
+"""The settings outside of `model` that may name a class or function of the experiment's variant.py."""
 
 
 class GPT(Settings, shapes.GPT):
@@ -47,22 +54,29 @@ class Schedule(Settings):
 
 
 class Optimizer(Settings):
-    """AdamW, and the learning rate as a function of the step."""
+    """The optimizer, and the learning rate as a function of the step."""
 
     SECTION: ClassVar[str] = "optimizer"
 
+    name: str = Field(default="adamw", description="adamw or variant:Class, which gets lr, betas, eps and weight_decay")
     lr: float = Field(gt=0, description="peak learning rate, reached after the warm-up")
     betas: tuple[Beta, Beta] = Field(strict=False, description="decay of the running means of gradient and squared gradient")
     eps: float = Field(gt=0, description="added to the square root of the squared gradient's mean")
     weight_decay: float = Field(ge=0, description="decoupled weight decay, per step times the learning rate")
     clip: float = Field(ge=0, description="largest global gradient norm; longer gradients are scaled down to it; 0: no clipping")
-    decay: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
-        description="learning rate after the warm-up; wsd (warm up, stay, decay): constant, then down in the last decay_steps"
+    decay: str = Field(
+        description=f"learning rate after the warm-up: {', '.join(DECAYS)} or variant:function; wsd is constant, then falls in decay_steps"
     )
     warmup_steps: int = Field(ge=0, description="steps in which the learning rate rises linearly from 0 to lr; 0: none")
     min_lr: float = Field(ge=0, description="learning rate (not a fraction of lr) at the end of the decay")
-    decay_steps: Count | None = Field(default=None, description="length of the final decay in steps, with decay = wsd only")
+    decay_steps: Count | None = Field(default=None, description="length of the final decay in steps, for wsd and for a decay of your own")
     label_smoothing: float = Field(ge=0, lt=1, description="probability taken from the true token and spread over the vocabulary; 0: none")
+
+    @model_validator(mode="after")
+    def _known(self) -> "Optimizer":
+        shapes.refuse_unknown("optimizer.name", self.name, OPTIMIZERS)
+        shapes.refuse_unknown("optimizer.decay", self.decay, DECAYS)
+        return self
 
 
 class Parallel(Settings):
@@ -114,7 +128,7 @@ class Watch(Settings):
 
 
 class Evaluate(Settings):
-    """Tasks evaluated during training, logged as eval/TASK/METRIC in metrics.jsonl. They do not change the training."""
+    """Tasks and a measurement during training, logged as eval/TASK/METRIC and measure/NAME. They do not change the training."""
 
     SECTION: ClassVar[str] = "evaluate"
 
@@ -123,7 +137,14 @@ class Evaluate(Settings):
         default=(), strict=False, description="the tasks, named as by `python -m research evaluate --tasks list`"
     )
     limit: int = Field(default=0, ge=0, description="most examples of each task, the first ones; 0: all")
+    measure: str | None = Field(default=None, description="variant:function, called as function(step, model); its numbers are logged")
     data: Text | None = Field(default=None, description="folder with wikitext2/ and lambada/, for the tasks that need these files")
+
+    @model_validator(mode="after")
+    def _known(self) -> "Evaluate":
+        if self.measure is not None:
+            shapes.refuse_unknown(MEASURE, self.measure, ())
+        return self
 
 
 class Sample(Settings):
@@ -164,8 +185,9 @@ class Experiment(Settings):
     )
     data: Data = Field(description="the training and validation text")
     schedule: Schedule = Field(description="number of steps, batch size, intervals")
-    optimizer: Optimizer = Field(description="AdamW and the learning rate")
+    optimizer: Optimizer = Field(description="the optimizer and the learning rate")
     parallel: Parallel = Field(description="the layout on ranks")
+    loss: str = Field(default="cross_entropy", description="what training minimises: cross_entropy or variant:Class")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="number format of the computation; never switched silently")
     checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="when checkpoints are saved, which are kept")
     watch: Watch = Field(default_factory=Watch, description="detection of hangs, non-finite steps and spikes")
@@ -174,6 +196,11 @@ class Experiment(Settings):
     track: Track = Field(default_factory=Track, description="where the run is recorded")
     seed: int = Field(ge=0, description="seed of initial weights and data order, which are the same on every layout")
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="merged last into the derived DeepSpeed JSON; file only")
+
+    @model_validator(mode="after")
+    def _known(self) -> "Experiment":
+        shapes.refuse_unknown("loss", self.loss, LOSSES)
+        return self
 
     @field_validator("model", mode="before")
     @classmethod

@@ -84,12 +84,15 @@ def _without_periodic_tasks(settings: dict[str, Any]) -> dict[str, Any]:
     return {"evaluate": {"every": 0}, "sample": {"every": 0}} | settings
 
 
-def _without_head_size(settings: dict[str, Any]) -> dict[str, Any]:
-    """5 → 6: every head was hidden_size / num_heads wide, and the attention output had a bias as the MLP had.
+def _without_own_training(settings: dict[str, Any]) -> dict[str, Any]:
+    """5 → 6: attention, loss and optimizer could not be chosen.
 
-    This is what model.head_size and model.output_bias are where they are not set.
+    Every head was hidden_size / num_heads wide, and the attention output had a bias as the MLP had: so it is where
+    model.head_size and model.output_bias are not set.
     """
-    return settings
+    added = {"model": {"attention": "softmax"}, "optimizer": {"name": "adamw"}}
+    groups = {group: new | settings[group] for group, new in added.items() if isinstance(settings.get(group), dict)}
+    return {"loss": "cross_entropy"} | settings | groups
 
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -97,6 +100,6 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     2: _without_watch,
     3: _without_rotary_scaling,
     4: _without_periodic_tasks,
-    5: _without_head_size,
+    5: _without_own_training,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""

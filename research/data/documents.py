@@ -3,20 +3,19 @@
 import contextlib
 import gzip
 import hashlib
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from parallel.errors import Mistake, listed, nearest
+from parallel.text import decoded, json_value, lines, refuse_half_characters
 
 BUILTIN = "builtin:"
 FOLDER = Path(__file__).parent / "builtin"
 OPENERS: dict[str, Callable] = {".jsonl": open, ".jsonl.xz": lzma.open, ".jsonl.gz": gzip.open, ".txt": open}
 EXAMPLE = '{"text": "one document"}'
 CONTENT = {suffix: "some text" if suffix == ".txt" else f"one object such as {EXAMPLE} a line" for suffix in OPENERS}
-BOM = b"\xef\xbb\xbf"
 
 
 def documents(spec: str, root: Path) -> Iterator[str]:
@@ -29,10 +28,9 @@ def documents(spec: str, root: Path) -> Iterator[str]:
     suffix, characters = _suffix(path), 0
     with _readable(path), OPENERS[suffix](path, "rb") as file:
         if suffix == ".txt":
-            texts = iter([_decode(file.read().removeprefix(BOM), str(path))])
+            texts = iter([decoded(file.read(), str(path))])
         else:
-            lines = ((line.removeprefix(BOM) if number == 1 else line, number) for number, line in enumerate(file, start=1))
-            texts = (_text(line, f"{path}, line {number}") for line, number in lines if line.strip())
+            texts = (_text(line, place) for place, line in lines(file, str(path)) if line.strip())
         for text in texts:
             characters += len(text)
             yield text
@@ -92,24 +90,10 @@ def _readable(path: Path) -> Iterator[None]:
         raise Mistake(f"{path} cannot be read ({error.strerror or error}) → check the file and its permissions") from error
 
 
-def _text(line: bytes, where: str) -> str:
+def _text(line: str, place: str) -> str:
     """The "text" of one JSON line."""
-    try:
-        value = json.loads(_decode(line, where))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Mistake(f"{where} is not JSON ({error}) → write one object such as {EXAMPLE} a line") from error
+    value = json_value(line, place, f"one object such as {EXAMPLE} a line")
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise Mistake(f'{where} has no "text" → write one object such as {EXAMPLE} a line')
-    text = value["text"]
-    try:  # JSON can spell half a surrogate pair, which no UTF-8 text holds and no byte-level tokenizer can encode
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Mistake(f"{where} has half a surrogate pair at character {error.start} → write the whole character") from error
-    return text
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Mistake(f"{where} is not UTF-8 (byte {error.start}: {error.reason}) → save it as UTF-8") from error
+        raise Mistake(f'{place} has no "text" → write one object such as {EXAMPLE} a line')
+    refuse_half_characters(value["text"], place)
+    return value["text"]

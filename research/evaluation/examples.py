@@ -3,14 +3,14 @@
 Contexts and continuations are split where lm-evaluation-harness splits them, so that the metrics are comparable.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from parallel.errors import Mistake
+from parallel.files import sha256_of
+from parallel.text import json_value, read_lines, refuse_half_characters
 from research.data.tokenizer import Tokenizer
 from research.evaluation import statistics
 from research.evaluation.scorer import ScoreRequest
@@ -36,11 +36,15 @@ class FileTask:
 
     def digest(self, context: TaskContext) -> str:
         """SHA-256 of the file, in hexadecimal."""
-        try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise Mistake(f"{self.path} cannot be read ({error.strerror}) → check the file and its permissions") from error
+        return file_digest(self.path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a user's file, in hexadecimal. A Mistake if it cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read ({error.strerror}) → check the file and its permissions") from error
 
 
 def check_file(path: Path, task: str, suffixes: tuple[str, ...]) -> Path:
@@ -50,14 +54,6 @@ def check_file(path: Path, task: str, suffixes: tuple[str, ...]) -> Path:
     if not path.is_file():
         raise Mistake(f"{task}: {path} {'is a folder' if path.is_dir() else 'does not exist'} → name a {' or '.join(suffixes)} file")
     return path
-
-
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 file with its line ends unchanged."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path} cannot be read ({error}) → check the file; texts are UTF-8") from error
 
 
 @dataclass(frozen=True)
@@ -75,19 +71,18 @@ class Row:
 def rows(path: Path, needs: Mapping[str, type], example: str) -> Iterator[Row]:
     """The objects of a .jsonl file, without blank lines. Each must have the fields in `needs`, with these types."""
     empty = True
-    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1):
+    for place, line in read_lines(path):
         if not line.strip():
             continue
-        empty, where = False, f"{path}, line {number}"
-        try:
-            row = Row(where, json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise Mistake(f"{where} is not JSON ({error}) → write lines such as {example}") from error
+        empty, row = False, Row(place, json_value(line, place, f"lines such as {example}"))
         if not isinstance(row.fields, dict):
             raise row.mistake("is not an object", example)
         for name, required in needs.items():
-            if not isinstance(row.fields.get(name), required) or isinstance(row.fields[name], bool):
+            value = row.fields.get(name)
+            if not isinstance(value, required) or isinstance(value, bool):
                 raise row.mistake(f'has no "{name}" that is {TYPE_NAMES[required]}', example)
+            for text in (part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str)):
+                refuse_half_characters(text, place)
         yield row
     if empty:
         raise Mistake(f"{path} has no examples → write lines such as {example}")

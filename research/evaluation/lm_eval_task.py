@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import Mistake
+from research.evaluation.examples import file_digest
+from research.evaluation.lm_eval_files import TaskFiles, files_of, opened_by
 from research.evaluation.task import Metric, Settings, TaskContext
 
 if TYPE_CHECKING:
@@ -55,33 +57,45 @@ class LMEvalTask:
         return {"limit": self.options.limit, "fewshot": self.fewshot, PACKAGE: importlib.metadata.version(PACKAGE)}
 
     def digest(self, context: TaskContext) -> str:
-        """SHA-256 of the folder's files and their names. The harness' own data have no digest; the settings contain their version."""
-        digest = hashlib.sha256()
-        for path in sorted(path for path in (self.folder.rglob("*") if self.folder else ()) if path.is_file()):
-            digest.update(f"{path.relative_to(self.folder or path)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
-        return digest.hexdigest()
+        """SHA-256 of the files that the folder's tasks read, and of their names. Empty if that cannot be known, see TaskFiles.
 
-    def evaluate(self, session: "Session", cache: Path, progress: Callable[[int], object]) -> tuple[list[Metric], int]:
-        """Runs the harness' own evaluation on the session's model; returns (metrics, number of examples)."""
+        The harness' own data have no digest; the settings contain the version of the harness.
+        """
+        digest, files = hashlib.sha256(), self._files()
+        for path in files.paths:
+            inside = self.folder is not None and path.is_relative_to(self.folder.resolve())
+            name = path.relative_to(self.folder.resolve()) if self.folder and inside else path
+            digest.update(f"{name}\0{file_digest(path)}\0".encode())
+        return digest.hexdigest() if files.complete else ""
+
+    def evaluate(self, session: "Session", cache: Path, progress: Callable[[int], object]) -> tuple[list[Metric], int, set[Path]]:
+        """Runs the harness' own evaluation on the session's model.
+
+        Returns (metrics, number of examples, files that the tasks' Python helpers opened beside those of `digest`).
+        """
         keep_offline(cache)
         logging.getLogger(PACKAGE).setLevel(logging.ERROR)
         from lm_eval import simple_evaluate
 
         from research.evaluation.lm_eval_model import LMEvalModel
 
-        name = self.name.removeprefix(PREFIX)
-        results = simple_evaluate(
-            LMEvalModel(session, progress),
-            tasks=[name],
-            num_fewshot=self.fewshot,
-            limit=self.options.limit,
-            bootstrap_iters=BOOTSTRAP_ITERATIONS,
-            log_samples=False,
-            task_manager=self._task_manager(name),
-        )
+        name, files = self.name.removeprefix(PREFIX), self._files().paths
+        with opened_by(files) as opened:
+            results = simple_evaluate(
+                LMEvalModel(session, progress),
+                tasks=[name],
+                num_fewshot=self.fewshot,
+                limit=self.options.limit,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+                log_samples=False,
+                task_manager=self._task_manager(name),
+            )
         assert results is not None
         examples = sum(count["effective"] for count in results["n-samples"].values())
-        return metrics_of(results["results"], results["higher_is_better"], name), examples
+        return metrics_of(results["results"], results["higher_is_better"], name), examples, opened - set(files)
+
+    def _files(self) -> TaskFiles:
+        return files_of(self.folder) if self.folder else TaskFiles([], True)
 
     def _task_manager(self, name: str) -> Any:
         """Knows the folder's tasks only, if `name` is one of them: the harness' own tasks are thousands of files to read."""

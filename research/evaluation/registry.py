@@ -87,7 +87,7 @@ def create_tasks(names: Sequence[str], settings: Settings | None = None) -> list
             tasks.append(kind.task(name, settings, examples.check_file(path, name, kind.suffixes)))
         else:
             known = [VALIDATION, TEXT, *KINDS]
-            near = nearest(kind_name, known, cutoff=0.5)
+            near = nearest(kind_name, known)
             way_out = f"did you mean {near}?" if near else f"use {', '.join(known)} (--tasks list)"
             raise Mistake(f"there is no task {name!r} → {way_out}")
     return tasks

@@ -1,28 +1,35 @@
 """The results file of a checkpoint, RUN/evaluations/step_000270.json, which is replaced as a whole after every task.
 
 ```
-{"schema": 1, "run": "gpt_sotu-6583c1", "checkpoint": "step_000270", "manifest_sha256": "…",
- "results": [{"task": "lambada", "settings": {"limit": null}, "data_sha256": "…", "tokenizer_sha256": "…", "precision": "fp32",
-              "tensor": 2, "batch": 8, "examples": 5153, "seconds": 61.2, "ended": "2026-01-31T12:00:00+00:00",
+{"schema": 2, "run": "gpt_sotu-6583c1", "checkpoint": "step_000270", "manifest_sha256": "…",
+ "results": [{"task": "lambada", "settings": {"limit": null}, "data_sha256": "…", "tokenizer_sha256": "…", "model_sha256": "…",
+              "code_sha256": "…", "precision": "fp32", "files": {}, "tensor": 2, "batch": 8, "examples": 5153, "seconds": 61.2,
+              "ended": "2026-01-31T12:00:00+00:00",
               "metrics": {"accuracy": {"value": 0.45, "stderr": 0.007, "higher_is_better": true}, …}}, …]}
 ```
-Two results are of the same task if task, settings, data, tokenizer and precision are equal. The layout is recorded but changes nothing.
+Two results are of the same task if everything in `Key` is equal. The layout is recorded but changes nothing. A result is known, and not
+computed again, as long as the files that were opened for it beside its data, `files`, have not changed either. Schema 1 had neither
+`files` nor the SHA-256 of model and code: its results stay in the file, and are not known.
 Numbers that are not finite are the strings "nan", "inf" and "-inf".
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.config import GPT
 from parallel.checkpoint.folder import MANIFEST
 from parallel.errors import Mistake
-from parallel.files import read_json, write_json
+from parallel.files import read_json, sha256_of, write_json
+from research.config.experiment_folder import VARIANTS, variant_names
 from research.evaluation.task import Metric
 from research.tracking.metrics import finite
 from research.tracking.run_folder import RunFolder
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = "evaluations"
 
 
@@ -33,7 +40,12 @@ class Key:
     task: str
     settings: dict[str, Any]
     data_sha256: str
+    """Empty if it is not known what the task reads: its results are then never known."""
     tokenizer_sha256: str
+    model_sha256: str
+    """Of the model's settings and of the variant.py with its classes (`model_digest`)."""
+    code_sha256: str
+    """Of the code that defines tasks and metrics (`code_digest`)."""
     precision: str
 
 
@@ -48,10 +60,17 @@ class Result:
     tensor: int
     batch: int
     ended: str
+    files: dict[str, str] = field(default_factory=dict)
+    """Files that were opened beside the task's data -> SHA-256."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is known what was read, and the other files have not changed since."""
+        return bool(self.key.data_sha256) and all(_digest(Path(path)) == sha256 for path, sha256 in self.files.items())
 
     def row(self) -> dict[str, Any]:
         """The result as JSON data."""
-        how = {name: getattr(self, name) for name in ("tensor", "batch", "examples", "seconds", "ended")}
+        how = {name: getattr(self, name) for name in ("files", "tensor", "batch", "examples", "seconds", "ended")}
         metrics = {
             metric.name: {"value": metric.value, "stderr": metric.stderr, "higher_is_better": metric.higher_is_better}
             for metric in self.metrics
@@ -62,12 +81,38 @@ class Result:
 def _result(row: dict[str, Any]) -> Result:
     """The inverse of Result.row."""
     how = {name: row[name] for name in ("examples", "seconds", "tensor", "batch", "ended")}
-    key = Key(**{name: row[name] for name in Key.__dataclass_fields__})
+    how["files"] = row.get("files", {})  # schema 1
+    key = Key(**{"model_sha256": "", "code_sha256": ""} | {name: row[name] for name in Key.__dataclass_fields__ if name in row})
     metrics = tuple(
         Metric(name, float(one["value"]), None if one["stderr"] is None else float(one["stderr"]), one["higher_is_better"])
         for name, one in row["metrics"].items()
     )
     return Result(key, metrics, **how)
+
+
+def with_digests(paths: Iterable[Path]) -> dict[str, str]:
+    """Path -> SHA-256, in order of the paths, as in `Result.files`."""
+    return {str(path): _digest(path) for path in sorted(paths)}
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file; empty if it cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return ""
+
+
+def model_digest(folder: RunFolder, model: GPT) -> str:
+    """SHA-256 of what a run's folder adds to the weights of its checkpoints: the model's settings, and variant.py if they name it."""
+    settings = json.dumps(model.model_dump(), sort_keys=True)
+    variants = _digest(folder.source / VARIANTS) if variant_names(model) else ""
+    return hashlib.sha256(f"{settings}\0{variants}".encode()).hexdigest()
+
+
+def code_digest() -> str:
+    """SHA-256 of the files of this room: how tasks ask, and how their metrics are computed."""
+    return hashlib.sha256("\0".join(with_digests(Path(__file__).parent.glob("*.py")).values()).encode()).hexdigest()
 
 
 class Results:
@@ -84,7 +129,7 @@ class Results:
             return
         try:
             saved = read_json(self.path)
-            if saved["manifest_sha256"] == manifest and saved["schema"] == SCHEMA:
+            if saved["manifest_sha256"] == manifest and saved["schema"] in (1, SCHEMA):
                 self.results = [_result(row) for row in saved["results"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Mistake(f"{self.path} is not what an evaluation writes ({type(error).__name__}: {error}) → move it away") from error
@@ -92,6 +137,11 @@ class Results:
     def of(self, key: Key) -> Result | None:
         """The result of this key; None if there is none."""
         return next((result for result in self.results if result.key == key), None)
+
+    def known(self, key: Key) -> bool:
+        """Whether there is a result of this key that is still current."""
+        result = self.of(key)
+        return result is not None and result.is_current
 
     def add(self, result: Result) -> None:
         """Adds a result, in place of an older one of the same key, and writes the file."""

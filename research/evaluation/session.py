@@ -1,7 +1,7 @@
 """The model of one evaluation, restored when it is first needed: as a scorer or as a generator, never as both at once."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -59,6 +59,8 @@ class Session:
     precision: str | None
     tensor: int
     batch: int
+    warn: Callable[[str], object] = lambda line: None
+    """Shows a line to the user."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _scorer: RestoredScorer | None = None
     _generator: TextGenerator | None = None
@@ -84,7 +86,10 @@ class Session:
             self.close()
             context = self.model.seq_length
             spec = DecoderSpec(self.run, self.checkpoint, self.precision, self.batch, context)
-            self._generator = TextGenerator(self._stack.enter_context(opened(spec, self.tensor)), self.tokenizer, self.model, context)
+            decoder = self._stack.enter_context(opened(spec, self.tensor))
+            if decoder.uncached:
+                self.warn(decoder.uncached)
+            self._generator = TextGenerator(decoder, self.tokenizer, self.model, context)
         return self._generator
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from research.evaluation import examples, statistics
+from parallel.text import read_text
+from research.evaluation import statistics
 from research.evaluation.examples import FileTask
 from research.evaluation.perplexity import rolling_windows, sliding_windows, window_sizes
 from research.evaluation.scorer import Score, ScoreRequest
@@ -67,7 +68,7 @@ class Wikitext(FileTask):
     def requests(self, context: TaskContext) -> TaskRequests:
         """One or more requests per article."""
         window, stride = window_sizes(self.options, context.length)
-        articles = list(islice(pages(examples.read_text(self.path)), self.options.limit))
+        articles = list(islice(pages(read_text(self.path)), self.options.limit))
         requests: list[ScoreRequest] = []
         ends = []
         for article in articles:
@@ -103,7 +104,7 @@ class WholeWikitext(FileTask):
     def requests(self, context: TaskContext) -> TaskRequests:
         """One request per window."""
         window, stride = window_sizes(self.options, context.length)
-        raw = examples.read_text(self.path)
+        raw = read_text(self.path)
         ids = context.tokenizer.encode(detokenize(raw))
         requests = list(islice(sliding_windows(ids, window, stride), self.options.limit))
         words = len(raw.strip().split(" ")) - 1

@@ -1,13 +1,14 @@
 """Reads prompts from a file or standard input: one per line, or one JSON object per line. Imports no torch."""
 
-import json
 import sys
 from pathlib import Path
 
 from parallel.errors import Mistake
+from parallel.text import json_value, lines, read_lines, refuse_half_characters
 
 JSON_LINES = ".jsonl"
 STANDARD_INPUT = "-"
+EXAMPLE = '{"prompt": "…"}'
 
 
 def read(name: str) -> list[str]:
@@ -15,18 +16,14 @@ def read(name: str) -> list[str]:
 
     In any other file, and from standard input ("-"), each line that is not empty is a prompt.
     """
-    try:
-        content = sys.stdin.buffer.read() if name == STANDARD_INPUT else Path(name).read_bytes()
-        lines = content.decode().replace("\r\n", "\n").split("\n")
-    except OSError as error:
-        raise Mistake(f"--file {name} cannot be read ({error.strerror}) → name a .txt or .jsonl file, or - for standard input") from None
-    except UnicodeDecodeError as error:
-        raise Mistake(f"--file {name} is not UTF-8 at byte {error.start} → convert it") from None
-
-    if Path(name).suffix == JSON_LINES:
-        prompts = [_json_prompt(line, f"{name}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if name == STANDARD_INPUT:
+        placed = lines(sys.stdin.buffer, "standard input")
     else:
-        prompts = [line for line in lines if line]
+        placed = read_lines(Path(name), f"--file {name}", "name a .txt or .jsonl file, or - for standard input")
+    if Path(name).suffix == JSON_LINES:
+        prompts = [_json_prompt(line, place) for place, line in placed if line.strip()]
+    else:
+        prompts = [line for _, line in placed if line]
     if not prompts:
         raise Mistake(f'{name} holds no prompt → write one a line, or in a .jsonl file {{"prompt": "…"}} a line')
     return prompts
@@ -44,12 +41,10 @@ def check(prompt: str) -> str:
     return prompt
 
 
-def _json_prompt(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f'{where} is not JSON ({error}) → write {{"prompt": "…"}}') from None
+def _json_prompt(line: str, place: str) -> str:
+    value = json_value(line, place, EXAMPLE)
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise Mistake(f'{where} has no prompt that is text → write {{"prompt": "…"}}')
-    return check(prompt)
+        raise Mistake(f"{place} has no prompt that is text → write {EXAMPLE}")
+    refuse_half_characters(prompt, place)
+    return prompt

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from research.tracking.run_folder import RunFolder
+from research.tracking.run_folder import HEARTBEATS, RunFolder
 
 STACK_DEPTH = 40
 """How many frames of a stack are kept, the innermost."""
@@ -167,13 +167,31 @@ class Heartbeats:
         """Removes the files of ranks that no longer exist because the run was resumed with fewer."""
         current = {self._folder.heartbeat(rank) for rank in (self._rank, *self.silence)}
         with contextlib.suppress(OSError):
-            for path in set(self._folder.logs.glob("rank_*.alive.json")) - current:
+            for path in set(self._folder.logs.glob(HEARTBEATS)) - current:
                 path.unlink()
 
     def remove(self) -> None:
         """Removes this rank's file: it ends as it should."""
         with contextlib.suppress(OSError):
             self._folder.heartbeat(self._rank).unlink(missing_ok=True)
+
+
+def is_beating(folder: RunFolder, seconds: float) -> bool:
+    """Whether a rank of the run writes heartbeats, on whatever machine: whether the content of its files changes within `seconds`."""
+
+    def contents() -> dict[str, bytes]:
+        read = {}
+        for path in folder.logs.glob(HEARTBEATS):
+            with contextlib.suppress(OSError):
+                read[path.name] = path.read_bytes()
+        return read
+
+    before, ends = contents(), time.monotonic() + seconds
+    while time.monotonic() < ends:
+        time.sleep(min(1.0, seconds))
+        if contents() != before:
+            return True
+    return False
 
 
 def stack_of(thread: int, root: Path) -> list[str]:

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 
@@ -86,10 +87,20 @@ def _ancestors(name: str) -> list[psutil.Process]:
 def _is_orphan(process: psutil.Process) -> bool:
     """Whether its parent died before this was called: the parent it has now belongs to a session that the process was never in.
 
-    A process that has begun a session of its own, as torchrun's do, is recognised as an orphan only if process 1 adopted it.
+    A process that has begun a session of its own, as torchrun's do, is recognised as an orphan only if process 1 adopted it. In a
+    container, process 1 may be a launcher with a name that we do not know: if it runs Python, the process is not taken for an orphan.
     """
     try:
         parent, session = process.ppid(), os.getsid(process.pid)
-        return parent == 1 if session == process.pid else parent > 0 and os.getsid(parent) != session
+        if session != process.pid:
+            return parent > 0 and os.getsid(parent) != session
     except (OSError, psutil.Error):
         return True
+    return parent == 1 and not _runs_python(1)
+
+
+def _runs_python(pid: int) -> bool:
+    """Whether the process is a Python program; False if that cannot be read."""
+    with contextlib.suppress(psutil.Error, IndexError):
+        return Path(psutil.Process(pid).cmdline()[0]).name.startswith("python")
+    return False

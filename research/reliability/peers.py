@@ -4,8 +4,6 @@
 """
 
 import contextlib
-import os
-import socket
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,9 @@ from typing import Any
 import psutil
 
 from parallel.grid import Grid
+from parallel.process_identity import ProcessIdentity
 from research.reliability.heartbeat import Heartbeat, Heartbeats, Progress
 from research.tracking.run_folder import RunFolder
-
-SAME_START = 5.0
-"""Seconds by which two ranks may disagree on when a process began: the machine's clock may have been set in between."""
 
 
 class Lost(RuntimeError):
@@ -31,33 +27,20 @@ class Lost(RuntimeError):
 
 @dataclass(frozen=True)
 class Peer:
-    """One rank's process."""
+    """One rank and its process."""
 
     rank: int
-    host: str
-    machine: str
-    """Equal for two ranks exactly if they can see each other's process: one boot, one namespace of process numbers."""
-    pid: int
-    started: float
-    """Seconds since the epoch; with the pid it identifies a process for good."""
+    process: ProcessIdentity
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.pid} on {self.host})"
-
-
-def this_process(rank: int) -> Peer:
-    """This rank's process."""
-    host = machine = socket.gethostname()
-    with contextlib.suppress(OSError):  # Linux
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    return Peer(rank, host, machine, os.getpid(), psutil.Process().create_time())
+        return f"rank {self.rank} ({self.process})"
 
 
 def all_peers(rank: int, world: int) -> list[Peer]:
     """All ranks in order. Collective."""
     from parallel.object_collectives import all_gather_objects
 
-    return all_gather_objects(this_process(rank), Grid(data=world, rank=rank))
+    return all_gather_objects(Peer(rank, ProcessIdentity.current()), Grid(data=world, rank=rank))
 
 
 class Neighbours:
@@ -65,32 +48,20 @@ class Neighbours:
 
     def __init__(self, peers: list[Peer], rank: int) -> None:
         """Those of `peers` that run on `rank`'s machine; all are alive when this is called."""
-        self._processes = {}
-        for peer in peers:
-            if peer.rank != rank and peer.machine == peers[rank].machine:
-                with contextlib.suppress(psutil.Error):
-                    process = psutil.Process(peer.pid)
-                    if abs(process.create_time() - peer.started) < SAME_START:
-                        self._processes[peer.rank] = process
+        here = peers[rank].process
+        others = {peer.rank: peer.process for peer in peers if peer.rank != rank and peer.process.same_machine(here)}
+        self._processes = {other: process for other, process in others.items() if process.find()}
 
     def gone(self) -> set[int]:
         """Ranks whose process has ended."""
-        return {rank for rank, process in self._processes.items() if not _is_alive(process)}
+        return {rank for rank, process in self._processes.items() if not process.find()}
 
     def kill(self, rank: int) -> bool:
         """Sends SIGKILL to that rank's process; returns False if it is on another machine or has ended."""
-        with contextlib.suppress(psutil.Error):
-            if rank in self._processes:
-                self._processes[rank].kill()  # psutil checks first that it is still the same process
+        if rank in self._processes and (process := self._processes[rank].find()):
+            with contextlib.suppress(psutil.Error):
+                process.kill()  # psutil checks once more that it is still the same process
                 return True
-        return False
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    """False for a zombie, too: a process that has ended but whose parent has not read its exit code yet."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
         return False
 
 

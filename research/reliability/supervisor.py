@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -58,9 +59,13 @@ class Launcher:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
-        if self._child is not None:
+        if self._child is not None and self._child.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, number)
+        elif self._child is not None:  # it has ended, and its number may be another's by now; its ranks may still be saving
+            for process in _descendants():
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
 
     def run(self, command: list[str]) -> int:
         """Runs the command in a session of its own; returns its exit code (−n: ended by signal n) once all its processes are gone.
@@ -88,8 +93,9 @@ class Launcher:
             with contextlib.suppress(ChildProcessError):  # read adopted processes' exit codes, so that they do not stay as zombies
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)  # where orphans are not adopted
+        if sys.platform != "linux":  # orphans are not adopted, so descendants may have been missed
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
 
     def pause(self, seconds: float) -> None:
         """Sleeps until the time is over or a signal comes."""
@@ -111,9 +117,9 @@ def _descendants() -> list[psutil.Process]:
 class LaunchRecord:
     """The runs of one experiment, before and after a launch."""
 
-    def __init__(self, runs: Path) -> None:
-        """`runs` is the folder NAME/ that holds ID/ of each run."""
-        self._runs = runs
+    def __init__(self, runs: Path, is_ours: Callable[[RunFolder], bool]) -> None:
+        """`runs` is the folder NAME/ that holds ID/ of each run; `is_ours` tells the launch's runs from those with other settings."""
+        self._runs, self._is_ours = runs, is_ours
         self._before: dict[Path, tuple[bytes, int]] = {}
         self.run: RunFolder | None = None
         """The run that the last launch has made or resumed; None if it did not come that far."""
@@ -122,12 +128,13 @@ class LaunchRecord:
 
     def begin(self) -> None:
         """A launch begins: every run.json that changes from now on is its own."""
-        self._before = {path: (path.read_bytes(), saved_step(RunFolder(path.parent))) for path in self._files()}
+        self._before = {path: (content, saved_step(RunFolder(path.parent))) for path, content in self._files().items()}
         self.run = None
 
     def end(self) -> bool:
         """The launch is over; returns whether there is a newer checkpoint than before it and than after the launch before."""
-        changed = [path for path in self._files() if path.read_bytes() != self._before.get(path, (b"", -1))[0]]
+        changed = [path for path, content in self._files().items() if content != self._before.get(path, (b"", -1))[0]]
+        changed = [path for path in changed if self._is_ours(RunFolder(path.parent))]
         if not changed:
             return False
         newest = max(changed, key=lambda path: path.stat().st_mtime)
@@ -136,21 +143,23 @@ class LaunchRecord:
         self.last = saved_step(self.run)
         return self.last > known
 
-    def _files(self) -> list[Path]:
-        return [path for path in self._runs.glob("*/run.json") if not path.parent.is_symlink()]
+    def _files(self) -> dict[Path, bytes]:
+        """Every run.json and what it holds. Another launch may just be removing one."""
+        files = {}
+        for folder in run_folder.of_experiment(self._runs):
+            with contextlib.suppress(OSError):
+                files[folder.run] = folder.run.read_bytes()
+        return files
 
     def state(self) -> tuple[str, str]:
         """The run's status and its reason; '' each if there is no run."""
         run: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             run = read_json(self.run.run) if self.run else {}
-        return (run_folder.status(run) if run else "", str(run.get("reason", "")))
+        return (run_folder.status(run, self.run) if self.run and run else "", str(run.get("reason", "")))
 
     def settings(self, settings: list[str]) -> list[str]:
-        """The settings of the next launch: the same, and --resume if there is a checkpoint.
-
-        `--resume auto` resumes the newest run; if another has been started meanwhile, this one is named by its folder.
-        """
+        """The settings of the next launch: the same, and --resume with the run's folder if there is a checkpoint."""
         if self.run is None or self.last < 0:
             return settings
         without_resume, skip = [], False  # drop `--resume X` and `--resume=X`
@@ -158,8 +167,7 @@ class LaunchRecord:
             if not skip and argument.partition("=")[0] != RESUME:
                 without_resume.append(argument)
             skip = argument == RESUME
-        newest = (self._runs / "latest").resolve() == self.run.path.resolve()
-        return [*without_resume, RESUME, "auto" if newest else str(self.run.path)]
+        return [*without_resume, RESUME, str(self.run.path)]
 
 
 def saved_step(run: RunFolder) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import Mistake
+from parallel.text import BYTE_ORDER_MARK
 from research.serving.errors import ApiError
 
 SHORTEST_TOKEN, LONGEST_TOKEN = 16, 512
@@ -57,7 +58,7 @@ def read_token(path: Path) -> str:
     """Reads the token from a file that holds one line of visible ASCII characters."""
     try:
         with path.open("rb") as file:
-            token = file.read(LONGEST_TOKEN + 2).decode("ascii").strip()
+            token = file.read(LONGEST_TOKEN + 5).removeprefix(BYTE_ORDER_MARK).decode("ascii").strip()  # 5: the mark and a line end
     except UnicodeDecodeError:
         raise Mistake(f"--token_file {path} is not ASCII → make one: {MAKE_TOKEN}") from None
     except OSError as error:

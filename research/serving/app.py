@@ -27,7 +27,15 @@ from research.serving.responses import CompletionResponse, Endpoint, RequestLog,
 from research.serving.service import Service
 
 PAGE_FOLDER = Path(__file__).resolve().parent / "page"
-PAGE_FILES = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
+SCRIPTS = ("page.js", "chat.js", "text.js", "turn.js", "settings.js", "server.js")
+PAGE_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    **{f"/{name}": (name, "text/javascript") for name in SCRIPTS},
+}
+"""Path -> file and type."""
+PAGE_DATA = "/page.json"
+"""What the page shows of the model. Unlike the page's files it needs the token, because it holds lines of the held-out text."""
 CONTENT_SECURITY_POLICY = "; ".join(
     [
         "default-src 'none'",
@@ -43,8 +51,10 @@ STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-con
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 OPEN_PATHS = (*PAGE_FILES, "/health")
 """Paths that need no token: the chat page, which asks for it, and the health check."""
-KNOWN_PATHS = (*OPEN_PATHS, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+KNOWN_PATHS = (*OPEN_PATHS, PAGE_DATA, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 """Paths by name in the log and the metrics; all others are `other`."""
+READ = ["GET", "HEAD"]
+"""The methods of everything that can be read. The response to HEAD is that to GET; uvicorn leaves its body out."""
 QUIET_PATHS = ("/health", "/metrics")
 """Paths that monitoring requests every few seconds. Only their errors are logged."""
 
@@ -65,22 +75,27 @@ def make_app(service: Service) -> FastAPI:
     async def chat_completions(request: Request) -> Response:
         return await respond(service, request, lambda body: ChatEndpoint(service, validate(ChatRequest, body)))
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
+    @app.api_route("/v1/models/", methods=READ)
     async def models() -> Response:
         return json_response({"object": "list", "data": [service.model_card()]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def model(name: str) -> Response:
         service.check_model(name)
         return json_response(service.model_card())
 
-    @app.get("/health")
+    @app.api_route(PAGE_DATA, methods=READ)
+    async def page_data() -> Response:
+        return json_response(service.page_data())
+
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         if service.request_queue.closed:
             raise shutting_down()
         return json_response({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         return Response(service.metrics.text(), headers={"content-type": prometheus.CONTENT_TYPE})
 
@@ -94,7 +109,7 @@ def _add_chat_page(app: FastAPI) -> None:
         async def send() -> Response:
             return Response(content, headers=headers)
 
-        app.add_api_route(path, send, methods=["GET"], include_in_schema=False)
+        app.add_api_route(path, send, methods=READ)
 
     for path, (name, content_type) in PAGE_FILES.items():
         headers = {
@@ -113,16 +128,25 @@ def _add_error_handlers(app: FastAPI) -> None:
             api_error = error
         elif isinstance(error, Mistake):  # the library rejects a value that no check of the request's fields has found
             api_error = ApiError(400, str(error), code="invalid_value")
-        elif isinstance(error, HTTPException):  # no such path, or not with this method
-            problem = f"{request.method[:20]} {request.url.path[:100]} is not here"
-            paths = "GET /v1/models /health /metrics, POST /v1/completions /v1/chat/completions"
-            api_error = ApiError(error.status_code, f"{problem} → {paths}", code="not_found", headers=error.headers)
+        elif isinstance(error, HTTPException):
+            api_error = _routing_error(request, error)
         else:
             api_error = ApiError(500, "the server has met an error, which its log shows", code="internal")
         return error_response(api_error)
 
     for error_type in (ApiError, Mistake, HTTPException, Exception):
         app.add_exception_handler(error_type, handle)
+
+
+def _routing_error(request: Request, error: HTTPException) -> ApiError:
+    """No such path (404), or not with this method (405)."""
+    path, headers = request.url.path[:100], dict(error.headers or {})
+    if "Allow" in headers:
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
+        message = f"{path} does not take the method {request.method[:20]} → use {headers['Allow'].replace(', ', ' or ')}"
+        return ApiError(error.status_code, message, code="method_not_allowed", headers=headers)
+    paths = "GET /v1/models /health /metrics, POST /v1/completions /v1/chat/completions"
+    return ApiError(error.status_code, f"{request.method[:20]} {path} is not here → {paths}", code="not_found", headers=headers)
 
 
 def error_response(error: ApiError) -> Response:

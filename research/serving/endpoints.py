@@ -8,6 +8,7 @@ from research.serving.errors import check_unicode, invalid_field
 from research.serving.requests import ChatRequest, CompletionRequest, validate_message
 from research.serving.responses import token_bytes, token_text
 from research.serving.service import Service
+from research.serving.truncation import latest_messages, latest_tokens, prompt_places
 
 DEFAULT_TOKENS = 16
 """OpenAI's default for max_tokens of /v1/completions."""
@@ -23,11 +24,16 @@ class CompletionEndpoint:
         service.check_model(request.model)
         self.service, self.request = service, request
         self.prompts = [self._ids(prompt, place) for place, prompt in _prompts(request.prompt, service.limits.prompts)]
+        self.left_out: dict[str, int] = {}
+        if request.truncation == "auto":
+            self._leave_out_beginnings()
         self.prompt_tokens = sum(map(len, self.prompts))
         """Each prompt counts once, however many texts follow it."""
         self.jobs: list[Job] = []
         for number, ids in enumerate(self.prompts):
-            max_tokens = request.max_tokens or min(DEFAULT_TOKENS, service.tokens_left(ids))
+            max_tokens = request.max_tokens or DEFAULT_TOKENS
+            if request.truncation == "auto" or not request.max_tokens:
+                max_tokens = min(max_tokens, service.tokens_left(ids))
             settings = service.generation_settings(request, (), max_tokens, request.logprobs, number)
             self.jobs += service.jobs(ids, settings, service.end_ids, "prompt", "max_tokens")
 
@@ -36,13 +42,20 @@ class CompletionEndpoint:
         tokenizer = self.service.tokenizer
         if isinstance(prompt, str):
             return tokenizer.prompt(check_unicode(prompt, place))
-        if len(prompt) > self.service.context:
+        if len(prompt) > self.service.context and self.request.truncation != "auto":
             message = f"has {len(prompt)} tokens, the context has {self.service.context} → send fewer"
             raise invalid_field(place, message, "context_length_exceeded")
         for token in prompt:
             if not 0 <= token < tokenizer.vocab_size:
                 raise invalid_field(place, f"holds the id {token}, the tokenizer has 0 to {tokenizer.vocab_size - 1} → send ids of its own")
         return tuple(prompt) or (tokenizer.end_of_text,)
+
+    def _leave_out_beginnings(self) -> None:
+        """Shortens each prompt to its last tokens, so that its text has room."""
+        places = prompt_places(self.service.context, self.request.max_tokens or DEFAULT_TOKENS)
+        whole, begin = sum(map(len, self.prompts)), self.service.tokenizer.begin
+        self.prompts = [latest_tokens(ids, begin, places) for ids in self.prompts]
+        self.left_out = {"tokens_left_out": whole - sum(map(len, self.prompts))}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """A stream begins with the prompt, if the request asks to echo it."""
@@ -101,9 +114,17 @@ class ChatEndpoint:
     def __init__(self, service: Service, request: ChatRequest) -> None:
         service.check_model(request.model)
         self.service, self.request = service, request
-        ids = service.chat_template.ids(_messages(request.messages, service.limits.messages))
+        messages = _messages(request.messages, service.limits.messages)
+        encode, most = service.chat_template.ids, request.max_completion_tokens or request.max_tokens
+        self.left_out: dict[str, int] = {}
+        if request.truncation == "auto":
+            ids, left_out = latest_messages(messages, encode, prompt_places(service.context, most))
+            self.left_out = {"messages_left_out": left_out}
+            max_tokens = min(most or service.context, service.tokens_left(ids))
+        else:
+            ids = encode(messages)
+            max_tokens = most or service.tokens_left(ids)
         self.prompt_tokens = len(ids)
-        max_tokens = request.max_completion_tokens or request.max_tokens or service.tokens_left(ids)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         settings = service.generation_settings(request, service.chat_template.stops, max_tokens, logprobs)
         length_field = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"

@@ -6,6 +6,7 @@ request are accepted and dropped.
 """
 
 import asyncio
+import functools
 import json
 import math
 import re
@@ -14,8 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from parallel.errors import nearest
-from research.serving.errors import ApiError, invalid_field
+from parallel.errors import listed, nearest
+from research.serving.errors import ApiError, check_unicode, invalid_field
 from research.serving.limits import Limits
 
 JSON = "application/json"
@@ -33,6 +34,16 @@ UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "tool_call_id", "audio
 ALTERNATIVES = dict.fromkeys(("presence_penalty", "frequency_penalty"), "repetition_penalty") | {"best_of": "n"}
 SMALLEST_TEMPERATURE = 1e-3
 """A smaller temperature, other than 0, would only overflow."""
+LONGEST_SHOWN = 40
+"""Characters of a wrong value that an error repeats."""
+TYPES = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
+"""What an error calls the types of a JSON schema."""
+BOUNDS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "more than {}",
+    "maximum": "at most {}",
+    "maxLength": "at most {} characters",
+}
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -137,11 +148,15 @@ class CommonFields(BaseModel):
     top_k: int = Field(0, ge=0, le=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.1, le=10)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: int = Field(1, ge=1)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast(), WrapValidator(_one_or_several)] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast(), WrapValidator(_one_or_several)] = Field(
+        [], description="a string that is not empty, or a list of such strings"
+    )
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description='an object such as {"include_usage": true}')
+    truncation: Literal["disabled", "auto"] = "disabled"
+    """What to do with a prompt that is longer than the context: reject it, or leave out its beginning (truncation.py)."""
 
     @model_validator(mode="after")
     def _check_common(self) -> Self:
@@ -187,7 +202,7 @@ class ChatRequest(CommonFields):
         "web_search_options": (),
         "moderation": (),
     }
-    messages: list[Any] = Field(min_length=1)
+    messages: list[Any] = Field(min_length=1, description='a list such as [{"role": "user", "content": "…"}]')
     """Each is checked by `validate_message`."""
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -207,8 +222,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: Any
-    """Text, or a list of {"type": "text", "text": …}."""
+    content: Any = Field(description='a string, or a list of {"type": "text", "text": "…"}')
     name: str | None = Field(None, max_length=256)
 
 
@@ -244,13 +258,35 @@ def _validate_fields(schema: type[Model], fields: dict[str, Any], prefix: str = 
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False)
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-    name = prefix + ".".join(map(str, first["loc"]))[:200]
-    if first["type"] == "missing":
-        raise invalid_field(name, "is missing → send it", "missing_required_parameter")
+    path = [part for part in first["loc"] if isinstance(part, str)]  # the field as a whole, not the entry of a list
+    name = prefix + ".".join(path)[:200]
     if first["type"] == "extra_forbidden":
-        known = (schema if len(first["loc"]) == 1 else StreamOptions).model_fields
-        near = nearest(str(first["loc"][-1])[:60], known, cutoff=0.4)
+        known = (schema if len(path) == 1 else StreamOptions).model_fields
+        near = nearest(path[-1][:60], known)
         raise invalid_field(name, f"is not known → {f'did you mean {near}?' if near else 'leave it out'}", "unknown_parameter")
-    problem, value = first["msg"].removeprefix("Input "), first["input"]
-    shown = f"= {value} " if isinstance(value, int | float) and len(str(value)) < 30 else ""
-    raise invalid_field(name, f"{shown}does not work: it {problem} → send such a value")
+    if first["type"] == "string_unicode":
+        check_unicode(first["input"], name)
+    needed = f"send {needs(schema, path)}"
+    if first["type"] == "missing":
+        raise invalid_field(name, f"is missing → {needed}", "missing_required_parameter")
+    value = json.dumps(functools.reduce(dict.__getitem__, path, fields))
+    shown = f"= {value} " if len(value) <= LONGEST_SHOWN else ""
+    raise invalid_field(name, f"{shown}does not work → {needed}")
+
+
+def needs(schema: type[BaseModel], path: list[str]) -> str:
+    """What the field at `path` accepts, in words: 'a whole number of at least 1'."""
+    owner = schema if len(path) == 1 else StreamOptions
+    return _words(owner.model_json_schema()["properties"][path[-1]])
+
+
+def _words(field: dict[str, Any]) -> str:
+    """The words for a field's JSON schema: its description, or else its type and bounds."""
+    if "description" in field:
+        return field["description"]
+    if "enum" in field:
+        return listed(map(json.dumps, field["enum"]))
+    if "anyOf" in field:
+        return listed(_words(each) for each in field["anyOf"] if each != {"type": "null"})
+    bounds = listed((words.format(field[key]) for key, words in BOUNDS.items() if key in field), "and")
+    return TYPES[field["type"]] + (f" of {bounds}" if bounds else "")

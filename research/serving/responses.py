@@ -29,6 +29,8 @@ class Endpoint(Protocol):
     service: Service
     jobs: list[Job]
     prompt_tokens: int
+    left_out: dict[str, int]
+    """How much of the prompt is left out, in a field of the response; empty if the request does not allow it."""
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """The choices that a stream begins with."""
@@ -109,6 +111,7 @@ class CompletionResponse:
             "created": self.created,
             "model": service.name,
             "system_fingerprint": service.fingerprint,
+            **self.endpoint.left_out,
         }
 
     def _count(self, index: int, count: int, finish: str | None) -> None:

@@ -43,6 +43,8 @@ from research.serving.service import Service
 
 LINGER_SECONDS = 1.0
 """How long a client may go on sending the body of a request that has been answered, so that it gets to read the answer."""
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
 JOIN_SECONDS = 10.0
 """How long the event loop may take to end once every text has ended."""
 TOO_MANY_CONNECTIONS = ApiError(503, "the server has as many connections as it takes → come back later", code="too_many_connections")
@@ -70,13 +72,17 @@ class ServerSpec:
     template: str | None
     """The text of a chat template. None: the run's own one, or a plain layout if it has none."""
     template_name: str
+    example_prompts: tuple[str, ...]
     listener: socket.socket
     """Bound to the address, and not listening yet."""
 
 
 @contextlib.contextmanager
 def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
-    """Restores the model on `spec.tensor` ranks of this machine and yields a server that has not been started."""
+    """Restores the model on `spec.tensor` ranks of this machine and yields a server to which clients can connect.
+
+    They are answered from `run` on. Before the model is restored, connections are refused.
+    """
     end_ids = ends_of(spec.tokenizer, ROOT)
     decoder_spec = DecoderSpec(spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context)
     with chat_template_of(spec, end_ids) as chat_template, opened(decoder_spec, spec.tensor) as decoder:
@@ -94,12 +100,24 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
             slots=spec.slots,
             end_ids=end_ids,
             chat_template=chat_template,
+            example_prompts=spec.example_prompts,
             limits=spec.limits,
             access=Access(spec.token),
             metrics=metrics,
             request_queue=RequestQueue(spec.slots, spec.limits, metrics),
         )
+        _listen(spec.listener)
         yield Running(service, generator, spec.listener, log)
+
+
+def _listen(listener: socket.socket) -> None:
+    """Raises a Mistake if another server has begun to listen at the address since it was bound."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        problem = f"--host {host} --port {port} cannot be used ({error.strerror})"
+        raise Mistake(f"{problem} → another --port, 0 for any that is free") from None
 
 
 @contextlib.contextmanager
@@ -136,8 +154,6 @@ class Running:
         finally:
             self.service.request_queue.closed = self._server.should_exit = True
             thread.join(JOIN_SECONDS)
-        if isinstance(self._error, OSError):
-            raise Mistake(f"the address cannot be listened at ({self._error.strerror}) → another --port, 0 for any that is free")
         if self._error is not None:
             raise self._error
 
@@ -177,6 +193,7 @@ def _uvicorn_config(app: Any, limits: Limits) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        backlog=BACKLOG,
         h11_max_incomplete_event_size=limits.head_bytes,
         timeout_keep_alive=math.ceil(limits.idle_seconds),
         timeout_graceful_shutdown=math.ceil(limits.grace_seconds) + 2,

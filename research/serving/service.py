@@ -39,6 +39,8 @@ class Service:
     end_ids: tuple[int, ...]
     """The tokens that end a text of /v1/completions."""
     chat_template: PlainTemplate | ChatTemplate
+    example_prompts: tuple[str, ...]
+    """The page offers them to begin a text with."""
     limits: Limits
     access: Access
     metrics: Metrics
@@ -61,6 +63,15 @@ class Service:
             "precision": self.precision,
             "slots": self.slots,
             "chat_template": self.chat_template.name,
+        }
+
+    def page_data(self) -> dict[str, Any]:
+        """What the page needs to know: the model, whether it can hold a conversation, and prompts for it to continue."""
+        return {
+            "model": self.model_card(),
+            "has_chat_template": isinstance(self.chat_template, ChatTemplate),
+            "prompts": self.example_prompts,
+            "most_messages": self.limits.messages,
         }
 
     def check_model(self, name: str | None) -> None:

@@ -2,11 +2,11 @@
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from parallel.files import published
 from research.tracking.format import count
 from research.tracking.metrics import read
 
@@ -25,9 +25,8 @@ def loss_curve(metrics: Path, picture: Path, title: str, subtitle: str = "") -> 
     try:
         figure, axes = _canvas(title, subtitle)
         _draw(axes, list(read(metrics)))
-        temporary = picture.with_name(f".{picture.name}.{os.getpid()}")
-        figure.savefig(temporary, format="png")
-        temporary.replace(picture)
+        with published(picture) as temporary:
+            figure.savefig(temporary, format="png")
     except Exception:
         logging.getLogger(__name__).exception("%s could not be drawn", picture)
 

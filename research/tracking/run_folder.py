@@ -1,7 +1,9 @@
-"""The run folder: where a run keeps everything it writes, runs/NAME/ID/, and `runs/NAME/latest`, a link to the newest.
+"""The run folder: where a run keeps everything it writes, runs/NAME/ID/, and `runs/NAME/latest`, a link to one of them.
+
+`latest`, like a bare NAME, means the newest run that has a complete checkpoint; while none has one, the newest run.
 
 ```
-runs/NAME/ID/  run.json        what `python -m research runs` lists: name, id, started, ended, status, layout, precision, steps, host, pid
+runs/NAME/ID/  run.json        what `python -m research runs` lists: name, id, started, ended, status, layout, precision, steps, process
                config.json     the experiment, resolved          deepspeed.json  what DeepSpeed was given
                metrics.jsonl   one row per line (research/tracking/metrics.py)   samples.jsonl   what the model wrote
                loss.png        the loss curve                    source/         config.py, variant.py and SHA256SUMS
@@ -12,26 +14,35 @@ A resumed run goes on in its folder: run.json lists its segments, each from one 
 JSON files are replaced atomically: a reader never sees half of one, whenever the writer was killed.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
-import os
 import secrets
-import socket
-from dataclasses import dataclass
+import shutil
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.folder import MANIFEST, latest
+from parallel.checkpoint.folder import MANIFEST, latest, newest_complete
 from parallel.errors import Mistake
 from parallel.files import published, read_json, write_json
+from parallel.process_identity import ProcessIdentity
 from research.tracking import metrics
 from research.tracking.format import short_path
 
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIED = "running", "finished", "interrupted", "failed", "died"
-"""The status in run.json is one of the first four; `status` returns `died` for a `running` run whose process is gone."""
+"""The status in run.json is one of the first four; `status` returns `died` for a `running` run whose process has ended."""
 IMPORTED = "imported"
 """The status in run.json of weights that another program has trained."""
+LONG_SILENCE = 600.0
+"""Seconds without a heartbeat after which a process that cannot be seen counts as ended. The clocks of two machines differ by less."""
+LATEST = "latest"
+HEARTBEATS = "rank_*.alive.json"
+"""Matches the heartbeat files in logs/."""
 SOURCES = ("config.py", "variant.py")
 STEP = "progress/step"
 DROPPED = "dropped.jsonl"
@@ -85,7 +96,7 @@ class RunFolder:
 
 
 def create(runs: Path, name: str) -> RunFolder:
-    """A new, empty run folder with an unused id, and `runs/NAME/latest` pointing at it. Rank 0 only."""
+    """A new, empty run folder with an unused id. Rank 0 only."""
     folder = RunFolder(Path(runs) / name / secrets.token_hex(3))
     try:
         folder.path.mkdir(parents=True)
@@ -95,26 +106,63 @@ def create(runs: Path, name: str) -> RunFolder:
         raise Mistake(f"track.runs: cannot make {folder.path} ({error.strerror}) → set track.runs to a folder you may write") from None
     for sub in (folder.checkpoints, folder.logs):
         sub.mkdir()
-    point_latest(folder)
     return folder
 
 
-def point_latest(folder: RunFolder) -> None:
-    """`latest` → ID by one rename: the link always exists and always points at a whole run folder."""
-    temporary = folder.path.parent / f".latest-{folder.id}"
-    temporary.symlink_to(folder.id, target_is_directory=True)
-    temporary.replace(folder.path.parent / "latest")
+def newest(runs: Path) -> RunFolder | None:
+    """Of the runs in `runs` (runs/NAME), the one that started last among those with a complete checkpoint, else among all."""
+    in_order = by_start(of_experiment(runs))
+    return next((run for run in reversed(in_order) if newest_complete(run.checkpoints)), in_order[-1] if in_order else None)
+
+
+def by_start(folders: Iterable[RunFolder]) -> list[RunFolder]:
+    """The runs, the one that started last at the end. Those of one second are ordered by their last change of run.json."""
+
+    def started(folder: RunFolder) -> tuple[str, int]:
+        try:
+            return str(read_json(folder.run).get("started", "")), folder.run.stat().st_mtime_ns
+        except (OSError, ValueError, AttributeError):
+            return "", 0
+
+    return sorted(folders, key=started)
+
+
+def point_latest(runs: Path) -> None:
+    """Makes `latest` in `runs` (runs/NAME) a link to the `newest` run, by one rename; there is no link if there is no run."""
+    link, run = runs / LATEST, newest(runs)
+    if link.is_dir() and not _is_latest(link):  # `cp -rL` or `scp -r` has made a folder of it
+        return
+    if run is None:
+        link.unlink(missing_ok=True)
+        return
+    temporary = runs / f".{LATEST}-{uuid.uuid4().hex}"
+    temporary.symlink_to(run.id, target_is_directory=True)
+    temporary.replace(link)
+
+
+def discard(folder: RunFolder) -> None:
+    """Removes the folder of a run that was refused before its first step, and runs/NAME if nothing else is in it. Rank 0 only.
+
+    It is renamed first: until they leave, the run's threads go on writing heartbeats to its old path. A disk that refuses keeps it.
+    """
+    hidden = folder.path.with_name(f".{folder.id}.refused")
+    with contextlib.suppress(OSError):
+        folder.path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+        point_latest(folder.path.parent)
+        folder.path.parent.rmdir()
 
 
 def start(folder: RunFolder, *, layout: str, precision: str, steps: int, **more: Any) -> None:
-    """Writes run.json with status `running`; `layout` and `precision` as a person reads them, `steps` as planned."""
+    """Writes run.json with status `running`, then `latest`; `layout` and `precision` as a person reads them, `steps` as planned."""
     known = {"schema": 1, "name": folder.name, "id": folder.id, "status": RUNNING, "started": now(), "ended": None}
     write_json(folder.run, {**known, "layout": layout, "precision": precision, "steps": steps, **owner(), **more})
+    point_latest(folder.path.parent)
 
 
 def owner() -> dict[str, Any]:
-    """The host and process that write the run: rank 0's."""
-    return {"host": socket.gethostname(), "pid": os.getpid()}
+    """The process that writes the run, rank 0's, as run.json names it: host, pid, and what tells it from others with the same pid."""
+    return asdict(ProcessIdentity.current())
 
 
 def end(folder: RunFolder, status: str, reason: str = "") -> None:
@@ -128,23 +176,34 @@ def end(folder: RunFolder, status: str, reason: str = "") -> None:
 
 
 def end_unless_ended(folder: RunFolder, status: str, reason: str) -> None:
-    """`end`, unless another rank has already written how the run ended. Any rank may call it."""
-    if read_json(folder.run).get("status") == RUNNING:
-        end(folder, status, reason)
+    """`end`, unless another rank has already written how the run ended, or discarded it. Any rank may call it."""
+    with contextlib.suppress(FileNotFoundError):
+        if read_json(folder.run).get("status") == RUNNING:
+            end(folder, status, reason)
 
 
-def status(run: dict[str, Any]) -> str:
-    """run.json's status; `died` for a `running` one of this machine whose process no longer exists."""
-    pid = run.get("pid")
-    if run.get("status") != RUNNING or run.get("host") != socket.gethostname() or not isinstance(pid, int):
-        return str(run.get("status", "unknown"))
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return DIED
-    except PermissionError:  # the process exists, and is another user's
-        pass
-    return RUNNING
+def status(run: dict[str, Any], folder: RunFolder) -> str:
+    """The status in `run`, which is run.json of `folder`; `died` for a `running` one whose process has ended.
+
+    If the process cannot be seen from here (another machine or container), it has died if there has been no heartbeat for long.
+    """
+    written = str(run.get("status", "unknown"))
+    if written != RUNNING:
+        return written
+    process = ProcessIdentity.from_json(run)
+    alive = process.is_alive() if process else None
+    if alive is None:
+        alive = time.time() - _last_heartbeat(folder) < LONG_SILENCE
+    return RUNNING if alive else DIED
+
+
+def _last_heartbeat(folder: RunFolder) -> float:
+    """When a rank has last written its heartbeat, or the run its run.json, in seconds since the epoch; 0: never."""
+    times = [0.0]
+    for path in (folder.run, *folder.logs.glob(HEARTBEATS)):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def now() -> str:
@@ -170,26 +229,76 @@ def keep_source(folder: RunFolder, experiment: Path) -> dict[str, str]:
 
 def every(runs: Path) -> list[RunFolder]:
     """The run folders under `runs`, ordered by name and id (the link `latest` is not counted)."""
-    return [RunFolder(path.parent) for path in sorted(Path(runs).glob("*/*/run.json")) if not path.parent.is_symlink()]
+    return _folders(runs, "*/*/run.json")
+
+
+def of_experiment(runs: Path) -> list[RunFolder]:
+    """The run folders in `runs` (runs/NAME), ordered by id."""
+    return _folders(runs, "*/run.json")
+
+
+def _folders(root: Path, pattern: str) -> list[RunFolder]:
+    """The run folders whose run.json matches, in order; neither `latest`, be it a link or a copy of one, nor hidden ones."""
+    folders = [RunFolder(path.parent) for path in sorted(Path(root).glob(pattern))]
+    return [folder for folder in folders if folder.id != LATEST and not folder.id.startswith(".") and not folder.path.is_symlink()]
 
 
 def find(handle: str, runs: Path = Path("runs")) -> RunFolder:
-    """The run that a person names by a path (runs/gpt_sotu/latest), an experiment's name (its latest) or a title (gpt_sotu-7f3a2c)."""
+    """The run that a person names by a path (runs/gpt_sotu/7f3a2c) or a title (gpt_sotu-7f3a2c).
+
+    An experiment's name, with or without `latest`, names the `newest` of its runs.
+    """
     name, _, ident = handle.rpartition("-")
-    guesses = [Path(handle), Path(runs) / handle, *([Path(runs) / name / ident] if name else [])]
-    for path in [place for guess in guesses for place in (guess, guess / "latest")]:
-        if (path / "run.json").is_file():
-            return RunFolder(path.resolve())
+    for path in [Path(handle), Path(runs) / handle, *([Path(runs) / name / ident] if name else [])]:
+        if folder := _run_at(path):
+            return RunFolder(folder.path.resolve())
 
     # none: the error lists the newest runs
-    runs = Path(runs)
-    newest = sorted(every(runs), key=lambda folder: folder.run.stat().st_mtime, reverse=True)
+    known = by_start(every(runs))[::-1]
     choices = f"{runs} holds no run yet: make one with `deepspeed experiments/gpt_sotu/launch.py`"
-    if newest:
-        choices = "there are " + ", ".join(str(folder.path) for folder in newest[:5])
-    if len(newest) > 5:
-        choices += f" or {len(newest) - 5} more (`python -m research runs`)"
-    raise Mistake(f"there is no run folder {handle} → {choices}")
+    if known:
+        choices = "there are " + ", ".join(str(folder.path) for folder in known[:5])
+    if len(known) > 5:
+        choices += f" or {len(known) - 5} more (`python -m research runs`)"
+    raise Mistake(f"there is no run folder {handle:.100} → {choices}")
+
+
+def _run_at(path: Path) -> RunFolder | None:
+    """The run that the path of a run, of an experiment's runs or of `latest` names."""
+    with contextlib.suppress(OSError):  # no folder can have such a name
+        if has_file(path, "run.json") and not _is_latest(path):
+            return RunFolder(path)
+        return newest(path.parent if path.name == LATEST else path)
+    return None
+
+
+def has_file(folder: Path, name: str) -> bool:
+    """Whether the folder that a person names has this file; False also for a name that no folder can have, such as a whole prompt."""
+    with contextlib.suppress(OSError):
+        return (folder / name).is_file()
+    return False
+
+
+def _is_latest(path: Path) -> bool:
+    """Whether it is the link; a copy of a run may have its name."""
+    return path.name == LATEST and path.is_symlink()
+
+
+def choice(handle: str, folder: RunFolder) -> str:
+    """Which run `find` chose, for a person: 'gpt_sotu is gpt_sotu-7f3a2c, the newest run with a checkpoint'; '' if `handle` names it.
+
+    Newer runs, which have no checkpoint, are named with their status.
+    """
+    path = Path(handle)
+    named = folder.id in (path.resolve().name, handle.rpartition("-")[2]) or folder.path in path.resolve().parents
+    if named and not _is_latest(path):
+        return ""
+    if newest_complete(folder.checkpoints) is None:
+        return f"{handle} is {folder.title}, the newest run; none has a checkpoint"
+    runs = by_start(of_experiment(folder.path.parent))
+    newer = [f"{run.title} ({status(read_json(run.run), run)})" for run in runs[runs.index(folder) + 1 :]]
+    passed_over = f"; {', '.join(newer)} {'is' if len(newer) == 1 else 'are'} newer and {'has' if len(newer) == 1 else 'have'} none"
+    return f"{handle} is {folder.title}, the newest run with a checkpoint{passed_over if newer else ''}"
 
 
 def find_checkpoint(handle: str, runs: Path = Path("runs"), needs: str = "run.json") -> tuple[RunFolder, Path]:
@@ -198,7 +307,7 @@ def find_checkpoint(handle: str, runs: Path = Path("runs"), needs: str = "run.js
     A checkpoint's run is the folder that it lies in; a Mistake if that has no file `needs`.
     """
     path = Path(handle)
-    if not (path / MANIFEST).is_file():
+    if not has_file(path, MANIFEST):
         folder = find(handle, runs)
         return folder, latest(folder.checkpoints)
     path = path.resolve()

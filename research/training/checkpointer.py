@@ -12,6 +12,7 @@ from parallel.errors import Mistake
 from research.cluster.environment import git_state
 from research.config.serialization import config_hash
 from research.reliability.heartbeat import Stage
+from research.tracking import run_folder
 from research.tracking.metrics import finite
 from research.training.anomalies import AnomalyMonitor
 from research.training.periodic import Periodic
@@ -28,6 +29,8 @@ class Checkpointer:
         """The step of the newest checkpoint that was begun or resumed from; −1 for none."""
         self.unreported = False
         """Whether a checkpoint was begun that `poll` has not reported yet; equal on every rank."""
+        self._is_latest = False
+        """Whether runs/NAME/latest has been set since this launch saved its first checkpoint."""
         self.origin = {"config": config_hash(run.job.experiment), "commit": git_state(run.job.root)[0], "data": run.corpus.fingerprint}
 
     def save(self) -> None:
@@ -88,8 +91,12 @@ class Checkpointer:
 
     def _retain(self) -> None:
         keep = self.run.job.experiment.checkpoints
-        if self.run.engine.grid.rank == 0:
-            checkpoint_folder.retain(self.run.folder.checkpoints, keep.keep_last, keep.keep_every)
+        if self.run.engine.grid.rank > 0:
+            return
+        checkpoint_folder.retain(self.run.folder.checkpoints, keep.keep_last, keep.keep_every)
+        if not self._is_latest:
+            run_folder.point_latest(self.run.folder.path.parent)
+            self._is_latest = True
 
 
 def refuse_other_data(facts: dict[str, Any], fingerprint: Any, checkpoint: Path) -> None:

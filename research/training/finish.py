@@ -66,12 +66,11 @@ def write(folder: RunFolder, experiment: Experiment, tokenizer: Tokenizer, promp
         raise Mistake("the whole model is large for this machine's free memory → `python -m research generate` on another")
 
     model = GPT(**experiment.model.model_dump())
-    room = model.seq_length - len(tokenizer.prompt(prompt))
-    spec = DecoderSpec(folder.path, checkpoint, context=model.seq_length)
+    length = len(tokenizer.prompt(prompt))
+    tokens = max(1, min(tokens, model.seq_length - length))
+    spec = DecoderSpec(folder.path, checkpoint, context=min(length + tokens, model.seq_length))
     generator = TextGenerator(spec.on(Grid(), torch.device("cpu")), tokenizer, model, model.seq_length)
-    settings = GenerationSettings(
-        max(1, min(tokens, room)), samples.sampling_params_of(experiment), text_seed(experiment.sample.seed, 0, 0)
-    )
+    settings = GenerationSettings(tokens, samples.sampling_params_of(experiment), text_seed(experiment.sample.seed, 0, 0))
     text = generator.submit(prompt, settings)
     while generator:
         generator.step()

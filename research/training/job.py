@@ -42,13 +42,15 @@ class Job:
     argv: list[str]
     resume: Resume | None = None
     """The run to resume, as rank 0 found it; None on the other ranks."""
+    why_resumed: str = ""
+    """How `--resume` led to this run, or to a new one; '' where it leaves no question."""
 
 
 def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:
     """Checks everything that can be checked without torch and returns the job. Raises a Mistake for what cannot work."""
     experiment = loaded.experiment
     check(experiment, ranks)
-    check_variants(loaded.folder, experiment.model)
+    check_variants(loaded.folder, experiment)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
     check_init_from(experiment, ROOT)
     check_tasks(experiment, ROOT)
@@ -59,6 +61,9 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         derive(settings, cuda=False)
     except Mistake:
         derive(settings, cuda=True)
+    found, why = None, ""
+    if ranks.rank == 0:
+        found, why = find(options.resume, experiment, loaded.folder, ROOT / experiment.track.runs)
     return Job(
         experiment=experiment,
         folder=loaded.folder,
@@ -69,7 +74,8 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         root=ROOT,
         verbose=options.verbose,
         argv=argv,
-        resume=find(options.resume, experiment, loaded.folder, ROOT / experiment.track.runs) if ranks.rank == 0 else None,
+        resume=found,
+        why_resumed=why,
     )
 
 
@@ -93,6 +99,7 @@ def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[t
     batch = f"{plural(schedule.batch_size, 'sequence')} = {product} · {job.layout.tokens_per_step:,} tokens a step"
     return [
         ("config", config),
+        *([("resume", job.why_resumed)] if job.why_resumed else []),
         ("machine", " · ".join(machine)),
         ("layout", layout_line(experiment, job.layout)),
         ("batch", batch),

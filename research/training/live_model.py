@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from models.config import GPT
+from models.estimates.communication import has_closed_form
 from models.inference.sampling_params import SamplingParams
 from models.inference.scoring import token_scores
+from models.inference.variant_check import TOLERANCE, refuse_different, shorter_lengths, trial_ids
 from parallel.collectives import gather_from_tensor_ranks
 from parallel.engines.engine import Engine, MicroBatch
 from research.data.tokenizer import Tokenizer
@@ -26,6 +28,8 @@ from research.generation.settings import GenerationSettings, text_seed
 from research.reliability.signals import CutShort
 
 Ids = Sequence[int]
+LOW_PRECISION_TOLERANCE = 0.05
+"""Largest allowed difference of a log-probability in bf16 and fp16, relative to the largest. `generate` and `evaluate` try in fp32."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,21 @@ class Live:
             return gather_from_tensor_ranks(at_end, group)[:, :size].to(torch.float32)
 
         return self._observe(sequences, shape, logits_at_the_end, (rows, size)).flatten(0, 1)[: len(sequences)]
+
+    def refuse_dependent_logits(self) -> None:
+        """A Mistake if classes of a variant.py let the logits of a token depend on later tokens or on other texts.
+
+        Evaluations and samples pad texts, so that they would then measure the padding. A model without such classes is not tried.
+        """
+        if has_closed_form(self.model):
+            return
+        length, (ids, others) = self.model.seq_length, (trial_ids(self.model, self.model.seq_length + 1, seed) for seed in (0, 1))
+        whole = torch.tensor(self.scores([ids])[0][0])
+        tolerance = TOLERANCE if self.engine.settings.precision == "fp32" else LOW_PRECISION_TOLERANCE
+        for shorter in shorter_lengths(length):
+            texts = [text[: shorter + 1] for text in (ids, others)][: self.room(shorter)]
+            found = torch.tensor(self.scores(texts)[0][0])
+            refuse_different((found - whole[:shorter]).abs() / whole.abs().max(), shorter, length, tolerance)
 
     def _observe(
         self, sequences: Sequence[Ids], shape: tuple[int, int], function: Callable[[Tensor], Tensor], seen: Sequence[int]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from parallel.engines.engine import MicroBatch
+from parallel.errors import Mistake
 from research.cluster.exit_codes import SIGNALLED, WATCHED
 from research.cluster.world import joined
 from research.data.batches import train_micro_batches
@@ -41,7 +42,7 @@ def train(job: Job, parents: Parents) -> None:
     ):
         resumed = setup.agree_on_resume(job)
         folder = setup.open_folder(job, resumed)
-        status, failure = FAILED, ""
+        status, failure, refused = FAILED, "", False
         try:
             leave_when_asked()
             with watch.together(folder):
@@ -52,8 +53,13 @@ def train(job: Job, parents: Parents) -> None:
         except SystemExit:  # a signal came before the first step
             status = INTERRUPTED
             raise
+        except Mistake:
+            refused = resumed is None and not watch.progress.step
+            raise
         finally:
-            if grid.rank == 0:
+            if grid.rank == 0 and refused:  # the run has not begun, and nothing in its folder is worth keeping
+                run_folder.discard(folder)
+            elif grid.rank == 0:
                 run_folder.end(folder, status, failure or watch.reason)
         show_next_commands(run)
         dist.barrier()  # the first rank to leave with an exit code makes a launcher end the others
@@ -92,7 +98,7 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
     while run.step < schedule.steps and not run.failure and not periodic.due and not run.stop.agreed():
         run.progress.stepping(run.step + 1)
         anomalies.begin_step(run.step + 1)
-        lr = learning_rate(run.step, optimizer, schedule.steps)
+        lr = learning_rate(run.step, optimizer, schedule.steps, run.variants)
         loss = run.engine.train_batch(step_batches(run), lr)
         run.step += 1
         run.meter.step(loss)

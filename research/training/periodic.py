@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from models.config import chosen
 from parallel.engines.engine import Engine, MicroBatch
 from parallel.errors import Mistake
 from research.config import Experiment
+from research.config.schema import MEASURE
 from research.data.batches import validation_batches
 from research.data.token_store import TokenStore
 from research.evaluation import in_training
@@ -20,6 +22,7 @@ from research.reliability.signals import CutShort
 from research.tracking.metrics import perplexity
 from research.training import samples
 from research.training.live_model import Live, LiveScorer, write
+from research.training.measurement import MeasuredModel, measured_row
 from research.training.state import Run
 
 VALIDATION, EVALUATION, SAMPLES = KINDS = ("validation", "evaluation", "samples")
@@ -123,21 +126,40 @@ class Periodic:
         run.console.validation(row, is_best)
 
     def _evaluate(self) -> None:
-        """Logs one row with the metrics of all tasks."""
-        run, scorer = self.run, LiveScorer(self._live_model(EVALUATION))
+        """Logs one row with the metrics of all tasks and the numbers of the experiment's own measurement."""
+        run, live = self.run, self._live_model(EVALUATION)
+        try:
+            live.refuse_dependent_logits()
+        except Mistake as mistake:  # the same on every rank: all see the same scores
+            run.console.warn(f"no evaluation after step {run.step}: {mistake}")
+            return
+        scorer = LiveScorer(live)
         found = [(task, in_training.evaluate_task(task, scorer)) for task in self.tasks]
         row = run.axes()
         for task, figures in found:
             row |= in_training.metrics_row(task, figures)
+        shown = [(task.task.name, figures[0].name, figures[0].value) for task, figures in found]
+        measured = self._measured(scorer.live)
+        row |= measured
         run.tracker.log(row)
-        run.console.evaluation(row, [(task.task.name, figures[0].name, figures[0].value) for task, figures in found])
+        shown += [("measure", name.partition("/")[2], value) for name, value in measured.items()]
+        run.console.evaluation(row, shown)
+
+    def _measured(self, live: Live) -> dict[str, float]:
+        """The numbers of `evaluate.measure`; none if the experiment names no function."""
+        run, name = self.run, self.run.job.experiment.evaluate.measure
+        if name is None:
+            return {}
+        return measured_row(chosen(MEASURE, name, {}, run.variants), run.step, MeasuredModel(live, run.corpus.tokenizer))
 
     def _sample(self) -> None:
-        """Logs a row for each prompt, all or none. Logits that are not finite are reported, and end nothing but the sample."""
+        """Logs a row for each prompt, all or none. Logits that are not finite, or not causal, are reported, and end only the sample."""
         run, settings = self.run, self.run.job.experiment.sample
         choice = samples.sampling_params_of(run.job.experiment)
+        live = self._live_model(SAMPLES)
         try:
-            texts = write(self._live_model(SAMPLES), run.corpus.tokenizer, self.prompts, settings.tokens, choice, settings.seed)
+            live.refuse_dependent_logits()
+            texts = write(live, run.corpus.tokenizer, self.prompts, settings.tokens, choice, settings.seed)
         except Mistake as mistake:  # the same on every rank: all see the same logits
             run.console.warn(f"no sample after step {run.step}: {mistake}")
             return

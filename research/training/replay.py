@@ -31,6 +31,7 @@ from research.data.prepare import Corpus
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from research.training import anomalies, resume
+from research.training.components import optimizer_class, training_loss
 from research.training.schedule import learning_rate
 
 Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -72,7 +73,7 @@ def replay(folder: RunFolder, experiment: Experiment, step: int, console: Consol
     console.header([("", f"replay {folder.title} · step {step} · from {start}, {again}")])
     corpus = prepare.load(experiment.data, ROOT, experiment.model.vocab_size)
     module, scale = module_before(folder, experiment, corpus, checkpoint, taken, step, console)
-    loss = gpt.TokenLoss(experiment.model.vocab_size, experiment.optimizer.label_smoothing, None)
+    loss = training_loss(experiment, None, load_variants(folder.source, experiment))
     return corpus, find_non_finite(module, loss, batches(experiment, corpus, step), scale)
 
 
@@ -93,21 +94,21 @@ def module_before(
     folder: RunFolder, experiment: Experiment, corpus: Corpus, checkpoint: Path | None, taken: int, step: int, console: Console
 ) -> tuple[PlainModule, float]:
     """A plain module with the weights from before `step`, in the run's precision, and the loss scale. Trains the steps in between."""
-    model, variants = experiment.model, load_variants(folder.source, experiment.model)
+    model, variants = experiment.model, load_variants(folder.source, experiment)
     alone = experiment.model_copy(update={"parallel": Parallel()})
-    loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, None)
+    loss = training_loss(experiment, None, variants)
     choose_accelerator()
     distributed.start(0, 1, 0, None)
     try:
         layers = gpt.layers(model, Grid(), experiment.seed, variants)
-        engine = make_engine(layers, loss, Grid(), engine_settings(alone, layout(alone, 1)))
+        engine = make_engine(layers, loss, Grid(), engine_settings(alone, layout(alone, 1)), None, optimizer_class(experiment, variants))
         if checkpoint is not None:
             load_checkpoint(checkpoint, engine)
         elif path := resume.init_from_path(experiment, ROOT):
             load_initial(path, engine)
         with console.progress("steps in between", step - 1 - taken) as advance:
             for before in range(taken, step - 1):
-                lr = learning_rate(before, experiment.optimizer, experiment.schedule.steps)
+                lr = learning_rate(before, experiment.optimizer, experiment.schedule.steps, variants)
                 engine.train_batch(batches(experiment, corpus, before + 1), lr)
                 advance()
 

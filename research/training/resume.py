@@ -4,7 +4,7 @@ Everything here is decided before torch is imported.
 """
 
 import hashlib
-import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from parallel.checkpoint.folder import MANIFEST
 from parallel.checkpoint.manifest import MAX_BYTES, parse
 from parallel.errors import Mistake
 from parallel.files import read_json
+from parallel.process_identity import ProcessIdentity
 from research.config import Experiment, serialization
 from research.config.diff import MOST, Change, describe_changes, diff
 from research.config.experiment_folder import VARIANTS, variant_names
+from research.config.schema import MEASURE
+from research.reliability.heartbeat import is_beating
 from research.tracking import run_folder
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
 
@@ -40,19 +43,8 @@ MAY_CHANGE = (
     "deepspeed",
 )
 """Settings, or groups of them, that may change on resume because the run stays the same experiment."""
-
-
-def allowed(then: Experiment, now: Experiment, run: str) -> list[Change]:
-    """The changes between two sets of settings. Raises a Mistake that lists those that are not in MAY_CHANGE."""
-    changes = diff(then, now)
-    refused = [change for change in changes if not any(change[0] == prefix or change[0].startswith(f"{prefix}.") for prefix in MAY_CHANGE)]
-    if refused:
-        more = f" and {len(refused) - MOST} more" if len(refused) > MOST else ""
-        raise Mistake(
-            f"{run} cannot go on with {describe_changes(refused[:MOST])}{more}: its steps so far were taken with the old value → "
-            "put it back, or begin a run of its own (without --resume), in a copy of the experiment's folder"
-        )
-    return [change for change in changes if change[0] != "schema"]
+WATCH_SECONDS = 30.0
+"""How long a run that cannot be seen is watched for a heartbeat, which its ranks write once per second."""
 
 
 def init_from_path(experiment: Experiment, root: Path) -> Path | None:
@@ -95,45 +87,126 @@ class Resume:
         return self.facts["step"]
 
 
-def find(handle: str, experiment: Experiment, source: Path, runs: Path) -> Resume | None:
-    """The run that `handle` (auto, never, a run, a checkpoint) names; None if a new run begins. Rank 0 only.
+def find(handle: str, experiment: Experiment, source: Path, runs: Path) -> tuple[Resume | None, str]:
+    """(the run that `handle` names, why): handle is auto, never, a run or a checkpoint; None if a new run begins. Rank 0 only.
 
     `source` is the experiment's folder, `runs` the folder that holds NAME/ID/. Raises a Mistake if the run cannot be resumed.
     """
     if handle == NEVER:
-        return None
-    folder, checkpoint = _newest(runs, source.name) if handle == AUTO else run_folder.find_checkpoint(handle, runs)
-    if folder is None or checkpoint is None:
-        return None
+        return None, ""
+    if handle == AUTO:
+        folder, why = _newest_match(experiment, source, runs)
+        if folder is None:
+            return None, why
+        _refuse_running(folder)
+        return _resume(folder, checkpoint_folder.latest(folder.checkpoints), experiment), why
+    folder, checkpoint = run_folder.find_checkpoint(handle, runs)
+    _refuse_other_experiment(folder, checkpoint, experiment, source)
+    _refuse_running(folder)
+    return _resume(folder, checkpoint, experiment), run_folder.choice(handle, folder)
+
+
+def _refuse_other_experiment(folder: RunFolder, checkpoint: Path, experiment: Experiment, source: Path) -> None:
+    """Raises a Mistake if the run is not one of this experiment, or has nothing left to do."""
     if folder.name != source.name:
         raise Mistake(
             f"{folder.title} is a run of {folder.name}, this is {source.name} → launch experiments/{folder.name} to go on with it"
         )
-    run = read_json(folder.run)
-    status = run_folder.status(run)
-    if status == RUNNING and run.get("host") == socket.gethostname():
-        raise Mistake(f"{folder.title} is running (process {run['pid']}) → wait for its end, or end it: kill -USR1 {run['pid']}")
+    status = run_folder.status(read_json(folder.run), folder)
     if status == IMPORTED:
         raise Mistake(f"{folder.title} was imported, not trained: it holds weights alone → leave --resume out: init_from begins with them")
     steps = experiment.schedule.steps
-    if handle != AUTO and status == FINISHED and steps <= _facts(checkpoint)["step"]:
+    if status == FINISHED and steps <= _facts(checkpoint)["step"]:
         raise Mistake(
             f"{folder.title} has taken all of its {steps} steps → add --schedule.steps {2 * steps} to go on, or leave --resume out"
         )
-    _refuse_other_variant(folder, source, experiment)
-    return Resume(folder, checkpoint, _facts(checkpoint), allowed(serialization.load(folder.config), experiment, folder.title))
+    then, now = _variant_digests(folder, source, experiment)
+    if then != now:  # a changed class is another model or training, which no setting shows
+        raise Mistake(
+            f"{source / VARIANTS} is not what {folder.title} was trained with (SHA-256 {then[:12]} → {now[:12]}) → "
+            f"put {folder.source / VARIANTS} back, or begin a run of its own"
+        )
+    if refused := science(diff(serialization.load(folder.config), experiment)):
+        raise Mistake(
+            f"{folder.title} cannot go on with {_first(refused)}: its steps so far were taken with the old value → "
+            "put it back, or begin a run of its own (without --resume), in a copy of the experiment's folder"
+        )
 
 
-def _newest(runs: Path, name: str) -> tuple[RunFolder | None, Path | None]:
-    """The newest run of the experiment that has a checkpoint, and its newest checkpoint; (None, None) if that run is finished."""
-    candidates = [(read_json(folder.run), folder) for folder in run_folder.every(runs) if folder.name == name]
-    for run, folder in sorted(candidates, key=lambda pair: str(pair[0].get("started")), reverse=True):
-        if checkpoint_folder.newest_complete(folder.checkpoints) is None or run_folder.status(run) == IMPORTED:
+def science(changes: list[Change]) -> list[Change]:
+    """The changes that make it another experiment: those not in MAY_CHANGE."""
+    return [change for change in changes if not any(change[0] == prefix or change[0].startswith(f"{prefix}.") for prefix in MAY_CHANGE)]
+
+
+def _first(changes: list[Change]) -> str:
+    """The first MOST changes, and how many more there are."""
+    return describe_changes(changes[:MOST]) + (f" and {len(changes) - MOST} more" if len(changes) > MOST else "")
+
+
+def _resume(folder: RunFolder, checkpoint: Path, experiment: Experiment) -> Resume:
+    changed = [change for change in diff(serialization.load(folder.config), experiment) if change[0] != "schema"]
+    return Resume(folder, checkpoint, _facts(checkpoint), changed)
+
+
+def _newest_match(experiment: Experiment, source: Path, runs: Path) -> tuple[RunFolder | None, str]:
+    """The newest unfinished run with a checkpoint whose science and seed are `experiment`'s, and why it, or why there is none."""
+    unfinished: dict[RunFolder, list[Change]] = {}  # run -> its differences
+    damaged: list[str] = []
+    finished: RunFolder | None = None
+    for folder in run_folder.by_start(run_folder.of_experiment(runs / source.name)):
+        if checkpoint_folder.newest_complete(folder.checkpoints) is None:
             continue
-        if run_folder.status(run) == FINISHED:
-            return None, None
-        return folder, checkpoint_folder.latest(folder.checkpoints)
-    return None, None
+        try:
+            status = run_folder.status(read_json(folder.run), folder)
+            changes = differences(folder, source, experiment)
+        except (OSError, ValueError):  # this does not keep another run from being resumed
+            damaged.append(folder.title)
+            continue
+        if status == FINISHED:
+            finished = finished if changes else folder
+        elif status != IMPORTED:
+            unfinished[folder] = changes
+
+    matching = [folder for folder, changes in unfinished.items() if not changes]
+    if len(matching) > 1:
+        others = ", ".join(folder.title for folder in matching[:-1])
+        return matching[-1], f"{matching[-1].title} is the newest unfinished run with these settings; older: {others}"
+    if matching:
+        return matching[0], ""
+
+    # none: what is nearest
+    unread = f"; {', '.join(damaged)} cannot be read" if damaged else ""
+    if finished:
+        return None, f"a new run: {finished.title}, which has these settings, is finished{unread}"
+    if not unfinished:
+        return None, f"a new run: {source.name} has no unfinished run with a checkpoint{unread}"
+    nearest = min(reversed(unfinished), key=lambda folder: len(unfinished[folder]))
+    why = f"no unfinished run has these settings; {nearest.title} is nearest, with {_first(unfinished[nearest])}"
+    return None, f"a new run: {why}{unread}"
+
+
+def differences(folder: RunFolder, source: Path, experiment: Experiment) -> list[Change]:
+    """What makes the run another experiment than `experiment` of the folder `source`."""
+    changes = science(diff(serialization.load(folder.config), experiment))
+    then, now = _variant_digests(folder, source, experiment)
+    return changes if then == now else [*changes, (VARIANTS, then[:12], now[:12])]
+
+
+def _refuse_running(folder: RunFolder) -> None:
+    """Raises a Mistake if the run is running: its process can be seen, or is out of sight and writes heartbeats."""
+    run = read_json(folder.run)
+    if run_folder.status(run, folder) != RUNNING:
+        return
+    process = ProcessIdentity.from_json(run)
+    seen = process is not None and process.is_alive()
+    since = run.get("segments", [run])[-1].get("started")
+    who = f"process {run.get('pid')} on {run.get('host')}, since {since}"
+    if seen:
+        raise Mistake(f"{folder.title} is running ({who}) → wait for its end, or end it: kill -USR1 {run['pid']}")
+    sys.stderr.write(f"resume   {folder.title} says that it is running ({who}): its heartbeat is watched for {WATCH_SECONDS:.0f} s …\n")
+    if is_beating(folder, WATCH_SECONDS):
+        end = f"wait for its end, or end it there: kill -USR1 {run.get('pid')}"
+        raise Mistake(f"{folder.title} is running ({who}): it cannot be seen from here, but its heartbeat goes on → {end}")
 
 
 def _facts(checkpoint: Path) -> dict[str, Any]:
@@ -146,14 +219,12 @@ def _facts(checkpoint: Path) -> dict[str, Any]:
         raise Mistake(f"{path} is not the manifest of a checkpoint: {error} → use another checkpoint of the run") from None
 
 
-def _refuse_other_variant(folder: RunFolder, source: Path, experiment: Experiment) -> None:
-    """Raises a Mistake if variant.py has changed: a changed class is a changed model, which no setting shows."""
-    if not variant_names(experiment.model):
-        return
-    paths = folder.source / VARIANTS, source / VARIANTS
-    then, now = (hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing" for path in paths)
-    if then != now:
-        raise Mistake(
-            f"{source / VARIANTS} is not what {folder.title} was trained with (SHA-256 {then[:12]} → {now[:12]}) → "
-            f"put {folder.source / VARIANTS} back, or begin a run of its own"
-        )
+def _variant_digests(folder: RunFolder, source: Path, experiment: Experiment) -> tuple[str, str]:
+    """The SHA-256 of variant.py then and now; equal if nothing of it changes the model or its training (a measurement does not)."""
+    if not variant_names(experiment).keys() - {MEASURE}:
+        return "", ""
+
+    def digest(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+
+    return digest(folder.source / VARIANTS), digest(source / VARIANTS)

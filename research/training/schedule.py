@@ -1,10 +1,11 @@
-"""The learning-rate schedule: a pure function of the step, warm-up and then one of five decays. It has no state to save or resume.
+"""The learning-rate schedule: a pure function of the step, first a warm-up and then a decay. It has no state to save or resume.
 
 Steps count from 0; `step` is the step about to be taken and `steps` how many the run takes, so the last one is steps - 1.
 
 - **Warm-up** (step < warmup_steps): lr · (step + 1) / warmup_steps. It reaches lr exactly at step warmup_steps - 1, the *peak*;
   with warmup_steps = 0 the peak is step 0.
-- **Decay** (step > peak): the function named by `optimizer.decay`. linear, cosine and wsd are min_lr exactly at the last step;
+- **Decay** (step > peak): the function named by `optimizer.decay`. An experiment may name a function of its
+  own (`variant:Name`). linear, cosine and wsd are min_lr exactly at the last step;
   inverse_sqrt never falls below min_lr; constant stays at lr. A run that ends before its peak has no decay.
 
 With min_lr = 0 and warmup_steps ≥ 1, `learning_rate(step)` is what transformers' schedulers give after step + 1 scheduler
@@ -12,19 +13,24 @@ steps: theirs spend the first step at 0 and never take the one at the end of the
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
+from models.config import chosen
 from parallel.errors import Mistake
 from research.config import Optimizer
 
 
-def learning_rate(step: int, optimizer: Optimizer, steps: int) -> float:
-    """The learning rate of step `step` (from 0) in a run of `steps` steps. Steps past the last get the last one's rate."""
-    if optimizer.decay not in DECAYS:
-        raise Mistake(f"optimizer.decay = {optimizer.decay!r} is not known → use {', '.join(DECAYS)}")
+def learning_rate(step: int, optimizer: Optimizer, steps: int, variants: Mapping[str, Any] = MappingProxyType({})) -> float:
+    """The learning rate of step `step` (from 0) in a run of `steps` steps. Steps past the last get the last one's rate.
+
+    `variants`: what the experiment names of its variant.py. A decay of its own is a function with the arguments of those below.
+    """
     if step < optimizer.warmup_steps:
         return optimizer.lr * ((step + 1) / optimizer.warmup_steps)
-    return DECAYS[optimizer.decay](min(step, steps - 1), optimizer, steps)
+    decay = chosen("optimizer.decay", optimizer.decay, DECAYS, variants)
+    return float(decay(min(step, steps - 1), optimizer, steps))
 
 
 def constant(step: int, optimizer: Optimizer, steps: int) -> float:

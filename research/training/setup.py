@@ -10,7 +10,7 @@ import math
 import random
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from parallel.engines.engine import Engine, make_engine
 from parallel.errors import Mistake
 from parallel.files import free_bytes, megabytes, write_json
 from parallel.grid import Grid
-from parallel.object_collectives import all_gather_objects, broadcast_object
+from parallel.object_collectives import all_gather_objects, broadcast_object, together
 from parallel.slices import slice_of
 from research.cluster.environment import git_state
 from research.cluster.world import software
@@ -47,7 +47,7 @@ from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from research.tracking.tracker import Tracker
 from research.tracking.wandb_mirror import RunDescription
-from research.training import resume, samples
+from research.training import components, resume, samples
 from research.training.anomalies import AnomalyMonitor
 from research.training.checkpointer import Checkpointer, refuse_other_data
 from research.training.job import Job, describe
@@ -129,12 +129,13 @@ def prepare_run(
 ) -> tuple[Run, AnomalyMonitor, Periodic, Checkpointer]:
     """The run before its first step. A signal ends it at once until everything is there; from then on it waits for the end of a step."""
     experiment = job.experiment
-    with watch.progress.work("preparing the text"):
+    with watch.progress.work("preparing the text"), together(grid):  # a rank may be the only one that finds its text wrong
         corpus = load_corpus(job, console)
         prompts = samples.prompts_of(experiment, corpus)
         tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, lambda what: say(console, what))
     watch.progress.advance("building the engine")
-    engine = build_engine(job, grid)
+    variants = load_variants(job.folder, experiment)
+    engine = build_engine(job, grid, variants)
     preflight(job, folder, corpus, engine, tasks)
     seed_generators(experiment.seed, grid)
     facts: dict[str, Any] | None = None
@@ -147,7 +148,8 @@ def prepare_run(
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, folder, engine, console, resumed)
-    run = Run(job, folder, corpus, engine, tracker, console, Meter(job.layout.tokens_per_step), watch.note_signals(), watch.progress)
+    meter = Meter(job.layout.tokens_per_step)
+    run = Run(job, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
     anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console), Periodic(run, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
@@ -171,12 +173,14 @@ def say(console: Console, what: str) -> None:
         pass
 
 
-def build_engine(job: Job, grid: Grid) -> Engine:
-    """The model on its DeepSpeed engine."""
+def build_engine(job: Job, grid: Grid, variants: Mapping[str, Any]) -> Engine:
+    """The model on its DeepSpeed engine. `variants`: what the experiment names of its variant.py."""
     experiment, model = job.experiment, job.experiment.model
-    layers = gpt.layers(model, grid, experiment.seed, load_variants(job.folder, model), experiment.parallel.recompute)
-    loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
-    return make_engine(layers, loss, grid, engine_settings(experiment, job.layout))
+    layers = gpt.layers(model, grid, experiment.seed, variants, experiment.parallel.recompute)
+    loss = components.training_loss(experiment, grid.tensor_group, variants)
+    held_out_loss = components.held_out_loss(experiment, grid.tensor_group)
+    settings = engine_settings(experiment, job.layout)
+    return make_engine(layers, loss, grid, settings, held_out_loss, components.optimizer_class(experiment, variants))
 
 
 def seed_generators(seed: int, grid: Grid) -> None:

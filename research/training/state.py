@@ -1,6 +1,8 @@
 """A training run under way on one rank: what its loop, its periodic work, its checkpoints and its end all need."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from parallel.engines.engine import Engine
 from research.data.prepare import Corpus
@@ -19,6 +21,8 @@ class Run:
 
     job: Job
     folder: RunFolder
+    variants: Mapping[str, Any]
+    """The classes and functions of variant.py that the experiment names."""
     corpus: Corpus
     engine: Engine
     tracker: Tracker

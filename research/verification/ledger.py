@@ -24,6 +24,7 @@ from research.cluster import forked_ranks
 from research.config import Experiment
 from research.config import experiment_folder as folders
 from research.config.experiment_folder import load_variants
+from research.config.schema import LOSSES
 from research.tracking.console import Console
 from research.verification.layouts import LayoutCase, pairwise, shrunk, why_not
 from research.verification.results import conclude, row_fields
@@ -124,7 +125,7 @@ def on_rank(folder: Path) -> None:
     grid = make_grid(case.pipe, case.tensor, case.sequence)
     with (folder / f"ledger_{grid.rank}.jsonl").open("w", buffering=1) as file:  # line-buffered: a killed rank loses no whole line
         book = Ledger(grid, lambda entry: print(json.dumps(entry), file=file))
-        engine = engine_of(experiment, case, grid, variants, book.within("loss", loss_of(experiment, grid)))
+        engine = engine_of(experiment, case, grid, variants, book.within("loss", loss_of(experiment, grid, variants)))
         engine.module.watch(book.within)
         for step in range(steps):
             print(json.dumps("step"), file=file)
@@ -158,7 +159,7 @@ def compared(
     seconds: float,
 ) -> Row:
     """Compares the counted step with the closed forms, rank by rank. With a variant's own class in the model, the tensor axis has none."""
-    closed = communication.has_closed_form(experiment.model)
+    closed = communication.has_closed_form(experiment.model) and experiment.loss in LOSSES
     axes = ("tensor", "pipe", "data") if closed else ("pipe", "data")
     lines = {}
     for rank, entries in enumerate(entries_by_rank):

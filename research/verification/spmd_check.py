@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models import gpt
+from parallel.engines.engine import Loss
 from parallel.errors import Mistake
 from parallel.grid import make_grid
 from parallel.layers import PlainModule, unique_parameters
@@ -33,6 +34,7 @@ from research import ROOT
 from research.config import Experiment
 from research.config import experiment_folder as folders
 from research.tracking.console import Console
+from research.training.components import training_loss
 from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENCES, hidden_size_of, nearest_multiple, shrunk
 from research.verification.results import conclude, row_fields
 from research.verification.spmd_collectives import TypeMismatch, typed_collectives, typed_recompute
@@ -137,12 +139,12 @@ def fitted(experiment: Experiment, degree: int) -> Experiment:
     return small.model_copy(update={"model": model.model_copy(update=sizes)})
 
 
-def fault_of(experiment: Experiment, case: TensorCase, variants: Mapping[str, type], rank: int) -> Fault | None:
+def fault_of(experiment: Experiment, case: TensorCase, variants: Mapping[str, Any], rank: int) -> Fault | None:
     """The first type error in a forward and backward pass on `rank` of the layout; None if there is none."""
     with fake_world(rank, case.tensor), one_thread():
         grid = make_grid(1, case.tensor, case.sequence)
         module = PlainModule(gpt.layers(experiment.model, grid, experiment.seed, variants, case.recompute))
-        loss = gpt.TokenLoss(experiment.model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
+        loss = training_loss(experiment, grid.tensor_group, variants)
         # If several ranks share a kv head, the tensor axis is two axes, so that a type can describe the sharing ranks alone.
         sharers = max(1, grid.tensor // experiment.model.num_kv_heads)
         mesh = {"tensor": spmd.MeshAxis.of(grid.tensor // sharers, sharers), "sharers": spmd.MeshAxis.of(sharers, 1)}
@@ -158,7 +160,7 @@ def fault_of(experiment: Experiment, case: TensorCase, variants: Mapping[str, ty
     return None
 
 
-def typed_pass(experiment: Experiment, module: PlainModule, loss_function: gpt.TokenLoss) -> None:
+def typed_pass(experiment: Experiment, module: PlainModule, loss_function: Loss) -> None:
     """Types the inputs and parameters, runs forward and backward, and checks that the loss is I and that every parameter got a gradient.
 
     A sliced parameter is V, and so is its gradient. A whole one is I: its gradient must be whole too, because nothing sums it later.

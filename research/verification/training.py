@@ -20,6 +20,7 @@ from parallel.slices import slice_of
 from research.config import Experiment, serialization
 from research.config.experiment_folder import load_variants
 from research.config.layout import engine_settings, layout
+from research.training.components import optimizer_class, training_loss
 from research.verification.layouts import BATCH, LayoutCase
 
 
@@ -71,7 +72,7 @@ def on_rank(folder: Path) -> None:
     experiment, case, steps, variants = read_job(folder)
     grid = make_grid(case.pipe, case.tensor, case.sequence)
     record = TrainingRecord()
-    engine = engine_of(experiment, case, grid, variants, loss_of(experiment, grid))
+    engine = engine_of(experiment, case, grid, variants, loss_of(experiment, grid, variants))
     engine.watch_gradients(record.add_gradients)
     for step in range(steps):
         record.losses.append(engine.train_batch(share_of(experiment, step, grid, case), experiment.optimizer.lr))
@@ -81,17 +82,18 @@ def on_rank(folder: Path) -> None:
 
 
 def reference_run(experiment: Experiment, steps: int, variants: Path) -> TrainingRecord:
-    """Trains the reference: one process without DeepSpeed, the whole batch at once, torch's AdamW."""
+    """Trains the reference: one process without DeepSpeed, the whole batch at once, the same optimizer class over whole parameters."""
     model, optimizer = experiment.model, experiment.optimizer
     module = PlainModule(gpt.layers(model, Grid(), experiment.seed, load_variants(variants, model)))
-    loss_function = loss_of(experiment, Grid())
+    loss_function = loss_of(experiment, Grid(), variants)
     parameters = dict(unique_parameters(module))
 
     # Weight decay applies to matrices only, by the shape of the whole parameter.
     matrices = [p for p in parameters.values() if len(slice_of(p).shape) >= 2]
     vectors = [p for p in parameters.values() if len(slice_of(p).shape) < 2]
     groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+    make = optimizer_class(experiment, load_variants(variants, experiment)) or torch.optim.AdamW
+    torch_optimizer = make(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
 
     record = TrainingRecord()
     for step in range(steps):
@@ -101,15 +103,15 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
         record.add_gradients({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()})
         record.losses.append(float(loss.detach()))
         record.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), optimizer.clip or torch.inf)))
-        adam.step()
-        adam.zero_grad()
+        torch_optimizer.step()
+        torch_optimizer.zero_grad()
     record.weights = {name: parameter.detach() for name, parameter in parameters.items()}
     return record
 
 
-def loss_of(experiment: Experiment, grid: Grid) -> Loss:
-    """The experiment's loss function."""
-    return gpt.TokenLoss(experiment.model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
+def loss_of(experiment: Experiment, grid: Grid, variants: Path) -> Loss:
+    """The experiment's loss function. `variants` is the folder of its variant.py."""
+    return training_loss(experiment, grid.tensor_group, load_variants(variants, experiment))
 
 
 def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Path, loss: Loss) -> Engine:
@@ -126,7 +128,8 @@ def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Pa
     schedule = experiment.schedule.model_copy(update={"micro_batch_size": case.micro_batch})
     laid_out = experiment.model_copy(update={"parallel": parallel, "schedule": schedule})
     layers = gpt.layers(model, grid, experiment.seed, load_variants(variants, model), case.recompute)
-    return make_engine(layers, loss, grid, engine_settings(laid_out, layout(laid_out, case.world)))
+    optimizer = optimizer_class(experiment, load_variants(variants, experiment))
+    return make_engine(layers, loss, grid, engine_settings(laid_out, layout(laid_out, case.world)), loss, optimizer)
 
 
 def batch_of(experiment: Experiment, step: int) -> MicroBatch:

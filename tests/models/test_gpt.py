@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from models import gpt
+from models.attention import ATTENTIONS, Attention
 from models.block import RESIDUALS, PreNormBlock
 from models.config import CHOICES, VARIANT
 from models.init import GPT2Init
@@ -136,7 +137,8 @@ def test_a_model_that_drops_everywhere_is_the_dense_one(degree, sequence):
 
 
 def test_the_registries_are_what_the_schema_allows():
-    assert {setting: tuple(classes) for setting, classes in {**REGISTRIES, "residual": RESIDUALS}.items()} == CHOICES
+    registries = {**REGISTRIES, "attention": ATTENTIONS, "residual": RESIDUALS}
+    assert {setting: tuple(classes) for setting, classes in registries.items()} == CHOICES
 
 
 def names(model, grid: Grid = ALONE) -> list[str]:
@@ -210,7 +212,12 @@ class OwnInit(GPT2Init):
         return 7.0
 
 
-OWN = {"norm": OwnNorm, "position": OwnPosition, "mlp": OwnMLP, "residual": OwnResidual, "init": OwnInit}
+class OwnAttention(Attention):
+    def forward(self, x, samples=None):
+        return -super().forward(x, samples)
+
+
+OWN = {"norm": OwnNorm, "position": OwnPosition, "attention": OwnAttention, "mlp": OwnMLP, "residual": OwnResidual, "init": OwnInit}
 
 
 @pytest.mark.parametrize("setting", OWN)

@@ -115,6 +115,7 @@ def test_own_classes_with_dropout_are_recomputed_to_the_bit(recompute):
 def test_own_classes_are_decoded():
     """One token at a time with a KV cache, in rows of different lengths, gives the logits of the full forward pass to 1e-5 in fp32."""
     plain, decoder = filled(MODEL, variants=VARIANTS), Decoder(filled(MODEL, variants=VARIANTS), MODEL, ALONE, 2, LENGTH)
+    assert decoder.uncached is None
     decoder.admit([[1, 2, 3], [4]])
     found = decoder.step([5, 6])
     for row, text in zip(found, ([1, 2, 3, 5], [4, 6]), strict=True):

@@ -61,6 +61,7 @@ def test_dropout_is_theirs_where_they_have_a_word_for_it_and_told_where_not():
 NO_FAMILY = [
     (dict(qk_norm=True), ["model.qk_norm = True is no gpt2 → that has False"]),
     (dict(norm="variant:Mine"), ["model.norm = 'variant:Mine' is no gpt2 → that has 'layernorm'"]),
+    (dict(attention="variant:Mine"), ["model.attention = 'variant:Mine' is no gpt2 → that has 'softmax'"]),
     (dict(mlp="relu2"), ["model.mlp = 'relu2' is no gpt2"]),
     (dict(position="alibi", qk_norm=True), ["model.position = 'alibi' is no", "model.qk_norm = True is no"]),
     (

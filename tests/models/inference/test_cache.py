@@ -110,4 +110,6 @@ def test_the_cache_is_static_and_holds_the_kv_heads_alone():
     decoder.admit(PROMPTS[:2])
     decoder.step([1, 2])
     assert [core.keys.data_ptr() for core in cores] == places
-    assert all(core.keys.dtype == torch.float32 for core in Decoder(filled(model, dtype=torch.bfloat16), model, ALONE, 1, 4).cores)
+    assert all(
+        core.keys.dtype == torch.float32 for core in Decoder(filled(model, dtype=torch.bfloat16), model, ALONE, 1, 4).sequences.cores
+    )

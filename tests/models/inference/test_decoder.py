@@ -12,7 +12,7 @@ from models.conversion import mapping, read_config
 from models.inference.decoder import Decoder
 from models.inference.sampling_params import GREEDY
 from models.norm import RMSNorm
-from models.position import Learned, Position, Rotary
+from models.position import Position
 from parallel.errors import Mistake
 from parallel.layers import PlainModule
 from tests.models.helpers.build import ALONE, fill, whole_model
@@ -116,48 +116,20 @@ class Backwards(Position):
         return q * angle.cos(), k * angle.cos()
 
 
-class Counts(Rotary):
-    """Counts tokens instead of using `self.places`: a single token is always at position 0."""
-
-    def rotate(self, q, k):
-        angle = torch.arange(q.shape[-2])[:, None].to(q.dtype)
-        return q * angle.cos(), k * angle.cos()
-
-
 class OwnNorm(RMSNorm):
     def forward(self, x):
         return 2 * super().forward(x)
-
-
-class OwnTable(Learned):
-    """Adds the first rows of the table instead of those at `self.places`."""
-
-    def forward(self, x):
-        return x + self.weight[: x.shape[1]]
-
-
-class Shifted(RMSNorm):
-    """Looks at the previous token outside attention, which is not there when decoding."""
-
-    def forward(self, x):
-        return super().forward(x + 0.5 * x.roll(1, 1)) if x.dim() == 3 else super().forward(x)
 
 
 @pytest.mark.parametrize(("setting", "own"), [("position", Backwards), ("norm", OwnNorm)])
 def test_an_experiment_s_own_class_is_decoded(setting, own):
     model, variants = longer(**{setting: f"variant:{own.__name__}"}), {own.__name__: own}
     alone, decoder = filled(model, variants=variants), Decoder(filled(model, variants=variants), model, ALONE, 2, LENGTH)
+    assert decoder.uncached is None
     decoder.admit([[1, 2, 3], [4]])
     found = decoder.step([5, 6])
     for row, text in zip(found, ([1, 2, 3, 5], [4, 6]), strict=True):
         assert torch.allclose(row, logits_of(alone, model, text), atol=1e-5)
-
-
-@pytest.mark.parametrize(("setting", "own"), [("position", Counts), ("position", OwnTable), ("norm", Shifted)])
-def test_a_class_that_cannot_be_decoded_is_refused(setting, own):
-    model, variants = longer(**{setting: f"variant:{own.__name__}"}), {own.__name__: own}
-    with pytest.raises(Mistake, match="a token at a time than at once .* → let a position class ask self.places"):
-        Decoder(filled(model, variants=variants), model, ALONE, 2, LENGTH)
 
 
 def test_more_places_than_were_learned_are_refused():

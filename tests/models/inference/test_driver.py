@@ -26,7 +26,8 @@ def test_tensor_ranks_generate_what_one_rank_generates(tensor):
     assert alone[0][0] != alone[0][1]
 
 
-@pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_variants.py and test_variant_check.py make the same calls on two ranks
+@pytest.mark.parametrize("tensor", [2, 4])
 def test_every_call_of_the_driver_reaches_the_workers(tensor):
     """Rows that are admitted, stepped, dropped, reordered and cleared, and a beam search: logits to 1e-5, beams equal."""
     model = longer(position="rotary", num_kv_heads=2)

@@ -17,13 +17,12 @@ import torch
 
 from parallel.checkpoint.folder import MANIFEST
 from parallel.checkpoint.load import load_checkpoint, load_initial
-from parallel.checkpoint.manifest import KINDS
 from parallel.checkpoint.reader import Reader
 from parallel.checkpoint.saver import Saver
 from parallel.distributed import PRECISIONS
 from parallel.engines import process_state
 from parallel.engines.engine import Engine
-from parallel.engines.optimizer_state import ensure_moments, fragment
+from parallel.engines.optimizer_state import MOMENTS, ensure_moments, fragment
 from parallel.errors import Mistake
 from parallel.files import write_synced
 from parallel.slices import slice_of
@@ -33,6 +32,7 @@ from tests.parallel.helpers import training
 from tests.parallel.helpers.checkpoints import all_but_slow, by_another_reader, change_manifest, save
 from tests.parallel.helpers.training import LLAMA
 
+KINDS = ("weights", *MOMENTS)
 HALF, STEPS = 4, 8
 """The rate rises from step to step, the clip binds, everything drops out, and a step takes two micro-batches where nothing is said."""
 LAYOUTS = {

@@ -163,10 +163,9 @@ REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
     "a file that is a number": (lambda told: told["files"].update(b=1), "is not a table of sha256, size"),
     # kinds
     "no tensors": (lambda told: told.pop("tensors"), "its tensors are not a table"),
-    "an unknown kind": (lambda told: told["tensors"].update(secrets={"a": {}}), "unknown kind 'secrets'"),
+    "a path as a kind": (lambda told: told["tensors"].update({"../a": {"a": {}}}), "'../a' is not the name of an optimizer's state"),
     "an empty kind": (lambda told: told["tensors"].update(weights={}), "is not a table of tensors"),
-    "moments only": (lambda told: told["tensors"].update(exp_avg=told["tensors"].pop("weights")), "it holds exp_avg, not weights"),
-    "one moment": (lambda told: told["tensors"].update(exp_avg=copy.deepcopy(told["tensors"]["weights"])), "not weights or weights, exp"),
+    "moments only": (lambda told: told["tensors"].update(exp_avg=told["tensors"].pop("weights")), "it holds exp_avg, but no weights"),
     "a moment less": (
         lambda told: told["tensors"].update(exp_avg={"norm.weight": NORM}, exp_avg_sq={"norm.weight": NORM}),
         "exp_avg are not of the same tensors",

@@ -63,7 +63,7 @@ def micro_batches(step: int, model: GPT, grid: Grid, micro: int) -> Iterator[Mic
 
 
 def build(
-    model=(), pipe=1, tensor=1, sequence=False, recompute="none", precision="fp32", clip=CLIP, micro=MICRO, **settings
+    model=(), pipe=1, tensor=1, sequence=False, recompute="none", precision="fp32", clip=CLIP, micro=MICRO, variants=None, **settings
 ) -> tuple[Engine, GPT, Grid]:
     """An engine on this rank, its model's settings and its grid."""
     if precision == "fp16":
@@ -75,7 +75,7 @@ def build(
         weight_decay=WEIGHT_DECAY, **{"zero_stage": 1, **settings},
     )  # fmt: skip
     loss = gpt.TokenLoss(shape.vocab_size, LABEL_SMOOTHING, grid.tensor_group)
-    return make_engine(gpt.layers(shape, grid, SEED, recompute=recompute), loss, grid, derived), shape, grid
+    return make_engine(gpt.layers(shape, grid, SEED, variants, recompute), loss, grid, derived), shape, grid
 
 
 def evaluate(engine: Engine, shape: GPT, grid: Grid) -> float:

@@ -175,7 +175,7 @@ def test_lm_eval_that_is_not_installed(folder, monkeypatch):
 
 
 def result(task: str, **values: float) -> Result:
-    key = Key(task, {"limit": 5, "stride": None}, "", "", "fp32")
+    key = Key(task, {"limit": 5, "stride": None}, "", "", "", "", "fp32")
     return Result(key, tuple(Metric(name, value, value / 10) for name, value in values.items()), 1200, 61.0, 1, 8, "")
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from research import __main__ as research_main
 from research.cli import generate as generate_file
+from research.data.prepare import load_tokenizer
 from research.tracking.format import printable
 from research.tracking.run_folder import RunFolder
+from tests.models.helpers.decoding import logits_of
 from tests.research.helpers import untrained
 
 DRAWN = ["--temperature", "1", "--seed", "4"]
@@ -91,6 +93,35 @@ def test_beams(generate):
     assert printable("war" + found[0]["text"]) in generate("--prompt", "war", "--beams", "4", "--max_new_tokens", "6")
 
 
+WINDOW = """from tests.models.helpers import undecodable
+
+class WindowBlock(undecodable.WindowBlock):
+    pass
+"""
+
+
+def test_sliding_window_attention_is_generated_as_whole_passes_compute_it(tmp_path, capfd):
+    """Greedy tokens are those of one pass per token; one line says that there is no cache, and why."""
+    from parallel.grid import Grid
+    from research.config import serialization
+    from research.generation.restore import DecoderSpec, restored
+
+    run = untrained.make(tmp_path, variant=WINDOW, residual="variant:WindowBlock", tied=False)
+    assert research_main.main(["generate", str(run.path), "--prompt", "the people", "--max_new_tokens", "20", "--json"]) == 0
+    captured = capfd.readouterr()
+    (row,) = rows(captured.out)
+    module, model = restored(DecoderSpec(run.path, run.checkpoints / "step_000003"), Grid()), serialization.load(run.config).model
+    tokenizer = load_tokenizer(serialization.load(run.config).data, tmp_path)
+    ids = list(tokenizer.prompt("the people"))
+    for token in row["ids"]:
+        assert int(logits_of(module, model, ids)[: tokenizer.vocab_size].argmax()) == token
+        ids.append(token)
+    assert len(set(row["ids"])) > 5 and captured.err.count("\n") == 1
+    assert captured.err.startswith(
+        "warn   no KV cache, so each token costs a pass over the whole text: classes of variant.py compute other"
+    )
+
+
 def test_an_interactive_session_continues_after_a_mistake(generate, folder, monkeypatch, capfd):
     lines = f"war\n{'long ' * 60}\npeace\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
@@ -99,6 +130,15 @@ def test_an_interactive_session_continues_after_a_mistake(generate, folder, monk
     assert captured.err.startswith("error  a prompt of ") and captured.err.count("\n") == 1
     first, last = (generate("--prompt", prompt, "--max_new_tokens", "5") for prompt in ("war", "peace"))
     assert captured.out == first + last
+
+
+def test_an_interactive_session_in_a_pipe_reads_text_as_a_file_is_read(generate, folder, monkeypatch, capfd):
+    """Without a byte-order mark and carriage returns; a line that is not UTF-8 is reported, and the next is read."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfwar\r\n\xff\npeace")))
+    assert research_main.main(["generate", str(folder.path), "--interactive", "--max_new_tokens", "5"]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == "error  standard input, line 2 is not UTF-8 (byte 0: invalid start byte) → save it as UTF-8\n"
+    assert captured.out == "".join(generate("--prompt", prompt, "--max_new_tokens", "5") for prompt in ("war", "peace"))
 
 
 def test_ctrl_c_ends_a_text_and_not_the_session(generate, folder, monkeypatch, capfd):

@@ -77,3 +77,4 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(monkeypatch, capsys):
 
 def test_nearest_word():
     assert suggestion("genrate", VERBS) == " → did you mean generate?"
+    assert suggestion("plan", VERBS) == suggestion("--version", VERBS) == f" → use {', '.join(VERBS)}"

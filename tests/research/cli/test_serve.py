@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
+import dataclasses
 import json
 import re
 import signal
@@ -12,6 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
@@ -65,6 +68,13 @@ def test_a_port_that_is_taken(small):
         prepare(small, "--port", str(other.getsockname()[1]))
 
 
+@pytest.mark.parametrize("host", ["x" * 70, "a..b", "no.such.host.invalid"])
+def test_a_host_that_is_no_name(small, tmp_path, host):
+    (tmp_path / "token").write_text("0123456789abcdefTOKEN")
+    with pytest.raises(Mistake, match=f"--host {re.escape(host)} --port 0 cannot be used .*→"):
+        prepare(small, "--host", host, "--token_file", str(tmp_path / "token"))
+
+
 def test_defaults(small):
     task = prepare(small)
     assert task.context == 128 and task.token is None and task.limits.queue == 64
@@ -88,7 +98,28 @@ def test_the_cache_is_as_large_as_said(small):
 
     task = prepare(small, "--slots", "3")
     decoder = DecoderSpec(small.path, task.checkpoint, slots=3, context=128).on(Grid())
-    assert cache_bytes(task.experiment.model, 3, 128, 1, 4) == sum(core.keys.nbytes + core.values.nbytes for core in decoder.cores)
+    assert cache_bytes(task.experiment.model, 3, 128, 1, 4) == decoder.cache_bytes
+
+
+def test_a_template_file_has_no_byte_order_mark_in_it(small, tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ 1 }}\r\n", encoding="utf-8-sig", newline="")
+    assert prepare(small, "--chat_template", str(tmp_path / "chat.jinja")).template == "{{ 1 }}\r\n"
+
+
+def test_the_announcement_says_that_there_is_no_cache(small, capsys):
+    from parallel.grid import Grid
+    from research.generation.restore import DecoderSpec
+
+    task = prepare(small)
+    decoder = DecoderSpec(small.path, task.checkpoint, context=128).on(Grid())
+    decoder.uncached = "no KV cache, so …: why"
+    template = SimpleNamespace(end_ids=(0,), stops=(), name="plain")
+    service = SimpleNamespace(tokenizer=task.tokenizer, chat_template=template, name="n", step=3, precision="fp32", slots=8, context=128)
+    running: Any = SimpleNamespace(service=service, engine=SimpleNamespace(generator=SimpleNamespace(decoder=decoder)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serve._announce(dataclasses.replace(task, listener=listener), running)
+    said = capsys.readouterr().out
+    assert "cache    8 slots × 128 tokens · none · " in said and "\nwarning  no KV cache, so …: why\n" in said
 
 
 LONG = {"prompt": "war", "max_tokens": 90_000, "temperature": 0, "stream": True}
@@ -181,8 +212,9 @@ def test_a_real_model_holds_a_conversation(smollm2):
         end = server.running.service.tokenizer.backend.token_to_id("<|im_end|>")
         assert ids.count(end) == server.running.service.chat_template.ids(turns[:1]).count(end)
         with browser.opened(server.url) as driver:
-            driver.execute_script("document.getElementById('temperature').value = 0")
             until(lambda: driver.find_element("id", "message").is_displayed())
+            assert driver.find_element("id", "chat").is_displayed(), "a run with a chat template opens as a chat"
+            driver.execute_script("document.getElementById('temperature').value = 0")
             for question, answer in ((QUESTION, "Paris"), ("And of Italy?", "Rome")):
                 driver.find_element("id", "message").send_keys(question, "\ue007")
                 until(lambda answer=answer: answer in driver.find_elements("css selector", ".turn.assistant p")[-1].text)

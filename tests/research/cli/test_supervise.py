@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from research import ROOT
+from research.config import serialization
+from research.config.experiment_folder import load
 from research.reliability.parents import LAUNCHER_GONE
 from research.reliability.supervisor import Outcome, outcome_of, pause_before
 
@@ -41,9 +43,6 @@ if "run" in does:
     step = run / "checkpoints" / f"step_{does.get('step', 0):06d}"
     step.mkdir(parents=True, exist_ok=True)
     run_json(run, "running")
-    link = run.parent / "latest"
-    link.unlink(missing_ok=True)
-    link.symlink_to(run.name)
     if "step" in does:
         (step / "manifest.json").write_text(json.dumps({"step": does["step"]}))
         (step.parent / "latest").write_text(step.name)
@@ -54,11 +53,12 @@ if "run" in does:
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(each, stop)
         time.sleep(does["sleep"])
-    if "newer" in does:
-        (run.parent / does["newer"]).mkdir()
-        link.unlink()
-        link.symlink_to(does["newer"])
     run_json(run, does.get("status", "failed"), does.get("reason", "it was planned"))
+    if "other" in does:
+        other = run.parent / does["other"]
+        other.mkdir()
+        (other / "config.json").write_text((here / "seed_7.json").read_text())
+        run_json(other, "finished")
 if does.get("kill"):
     os.kill(os.getpid(), does["kill"])
 sys.exit(does.get("code", 1))
@@ -73,6 +73,8 @@ class Stub:
         self.folder.mkdir()
         shutil.copy(ROOT / "experiments/gpt_sotu/config.py", self.folder)
         (self.folder / "launch.py").write_text(STUB)
+        serialization.save(load(self.folder).experiment.model_copy(update={"seed": 7}), self.folder / "seed_7.json")
+        self.resumed = ["--resume", str(self.runs / "stub/a")]
 
     def start(self, *plan: dict[str, Any], options: tuple[str, ...] = (), settings: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         """`supervise` under way. The last entry of the plan is for all launches that follow."""
@@ -115,7 +117,6 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-RESUMED = ["--resume", "auto"]
 FINISHED = {"run": "a", "step": 9, "status": "finished", "code": 0}
 
 
@@ -124,7 +125,7 @@ def test_a_crash_is_launched_again_from_its_checkpoint(stub: Stub) -> None:
     at_3 = {"run": "a", "step": 3}
     done = stub.run(at_3, at_3, {"run": "a", "step": 6}, FINISHED, options=("--restarts", "2"), settings=("--seed", "5"))
     assert done.returncode == 0
-    assert stub.arguments == [["--seed", "5"], *[["--seed", "5", *RESUMED]] * 3]
+    assert stub.arguments == [["--seed", "5"], *[["--seed", "5", *stub.resumed]] * 3]
     assert done.stdout == "".join(f"launch {number}\n" for number in range(4))
     said = [line for line in done.stderr.splitlines() if line.startswith("supervise  ")]
     assert [line.split(" (restart ")[1][0] for line in said] == ["1", "2", "1"]
@@ -135,7 +136,7 @@ def test_a_crash_is_launched_again_from_its_checkpoint(stub: Stub) -> None:
 def test_it_gives_up_where_no_checkpoint_is_newer(stub: Stub) -> None:
     done = stub.run({"run": "a", "step": 3, "code": 7}, options=("--restarts", "2"))
     assert done.returncode == 7
-    assert stub.arguments == [[], RESUMED, RESUMED]
+    assert stub.arguments == [[], stub.resumed, stub.resumed]
     assert "supervise  gives up: exit code 7 after a checkpoint at step 3" in done.stderr.splitlines()[-1]
     assert "2 restarts have brought no newer checkpoint" in done.stderr
 
@@ -154,11 +155,11 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(stub: Stub) -> None:
     assert "exit code 1 before any checkpoint → launched again" in done.stderr
 
 
-def test_a_run_that_is_not_the_newest_any_more_is_named(stub: Stub) -> None:
-    """Somebody else has started another run of the experiment meanwhile: `auto` would go on with that one."""
-    done = stub.run({"run": "a", "step": 3, "newer": "b"}, FINISHED)
+def test_a_run_with_another_seed_is_not_this_launchs(stub: Stub) -> None:
+    """Somebody else trains the experiment with seed 7 meanwhile, and finishes first. It would be taken for ours, and nothing relaunched."""
+    done = stub.run({"run": "a", "step": 3, "other": "b"}, FINISHED)
     assert done.returncode == 0
-    assert stub.arguments == [[], ["--resume", str(stub.runs / "stub/a")]]
+    assert stub.arguments == [[], stub.resumed]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_what_would_only_happen_again_and_what_was_asked_to_stop_is_not_launched
 def test_a_launcher_that_was_killed_is_a_crash_whatever_it_returns(stub: Stub) -> None:
     """DeepSpeed gives 0 when its launch.py was killed; the ranks have saved and say why they ended."""
     done = stub.run({"run": "a", "step": 3, "status": "interrupted", "reason": LAUNCHER_GONE, "code": 0}, FINISHED)
-    assert done.returncode == 0 and stub.arguments == [[], RESUMED]
+    assert done.returncode == 0 and stub.arguments == [[], stub.resumed]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -7,6 +7,7 @@ import pytest
 from parallel.errors import Mistake
 from research.cli import trained_run
 from research.config import serialization
+from research.tracking import run_folder
 from tests.research.helpers import untrained
 from tests.research.helpers.example import sentence
 
@@ -26,6 +27,17 @@ def test_the_newest_or_the_named_checkpoint(folder, step, name):
     trained = trained_run.find(parsed)
     assert (trained.arguments, trained.folder, trained.checkpoint) == (parsed, folder, folder.checkpoints / name)
     assert trained.experiment == serialization.load(folder.config)
+
+
+def test_an_experiments_name_means_its_newest_run_with_a_checkpoint_which_is_said(folder, capsys):
+    failed = run_folder.create(folder.path.parent.parent, folder.name)
+    run_folder.start(failed, layout="", precision="fp32", steps=6)
+    run_folder.end(failed, run_folder.FAILED, "no text")
+    assert trained_run.find(argparse.Namespace(run=str(folder.path.parent), checkpoint=None, tensor=1)).folder == folder
+    said = capsys.readouterr()
+    which = f"{folder.path.parent} is {folder.title}, the newest run with a checkpoint; {failed.title} (failed) is newer and has none\n"
+    assert (said.out, said.err) == ("", which)
+    assert trained_run.find(arguments(folder)).folder == folder and capsys.readouterr() == ("", "")
 
 
 def test_errors_are_one_sentence(folder):

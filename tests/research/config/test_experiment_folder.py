@@ -97,13 +97,13 @@ def test_loaded_experiments_bring_their_variants(folder: Path) -> None:
 
 def test_variants_that_are_missing(folder: Path) -> None:
     named = example(model={"mlp": "variant:MyNrom"}).model
-    no_file = "model.mlp = 'variant:MyNrom' but my_idea has no variant.py → write class MyNrom in variant.py there"
+    no_file = "model.mlp = 'variant:MyNrom' but my_idea has no variant.py → write MyNrom in variant.py there"
     assert sentence(lambda: check_variants(folder, named)) == no_file
     assert sentence(lambda: load_variants(folder, named)) == no_file
     (folder / "variant.py").write_text(VARIANT)
     check_variants(folder, named)
     assert sentence(lambda: load_variants(folder, named)) == (
-        "model.mlp = 'variant:MyNrom' but my_idea/variant.py has no class MyNrom, it has MyNorm → did you mean MyNorm?"
+        "model.mlp = 'variant:MyNrom' but my_idea/variant.py has no MyNrom, it has MyNorm → did you mean MyNorm?"
     )
     (folder / "variant.py").write_text("import nowhere_at_all")
     assert sentence(lambda: load_variants(folder, named)).startswith("my_idea/variant.py:1: ModuleNotFoundError")

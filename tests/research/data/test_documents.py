@@ -54,8 +54,9 @@ def test_every_kind_of_lines_file(tmp_path, name, raw):
 
 
 def test_a_txt_file_is_one_document_unchanged(tmp_path):
-    (tmp_path / "a.txt").write_bytes("é\r\n\n\tend\n".encode())
-    assert list(documents.documents("a.txt", tmp_path)) == ["é\r\n\n\tend\n"]
+    for codec in ("utf-8", "utf-8-sig"):
+        (tmp_path / "a.txt").write_bytes("é\r\n\n\tend\n".encode(codec))
+        assert list(documents.documents("a.txt", tmp_path)) == ["é\r\n\n\tend\n"]
 
 
 LINE = b'{"text": "fine"}\n'
@@ -74,7 +75,9 @@ LINE = b'{"text": "fine"}\n'
         ("a.jsonl", b"\n\n", ["holds no text"]),
         ("a.jsonl", b'{"text": ""}\n', ["holds no text"]),
         ("a.jsonl", b"", ["is empty", "builtin:state_of_the_union/train"]),
-        ("a.txt", b"ab\xffcd", ["a.txt is not UTF-8", "byte 2"]),
+        ("a.txt", b"ab\xffcd", ["a.txt, line 1 is not UTF-8", "byte 2"]),
+        ("a.txt", "ab".encode("utf-16"), ["a.txt is UTF-16 → save it as UTF-8"]),
+        ("a.jsonl", LINE + b'{"text": "x", "number": ' + b"9" * 5000 + b"}", ["a.jsonl, line 2 is not JSON"]),
         ("a.jsonl.xz", b"not compressed", ["is not a whole .jsonl.xz file"]),
         ("a.jsonl.xz", lzma.compress(JSONL)[:-8], ["is not a whole .jsonl.xz file"]),
         ("a.jsonl.gz", b"not compressed", ["is not a whole .jsonl.gz file"]),

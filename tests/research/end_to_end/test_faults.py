@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from parallel.checkpoint.folder import latest
+from parallel.files import read_json
 from research.tracking.run_folder import RunFolder
 from research.verification import torture
 from tests.research.helpers import small_runs as r
@@ -73,15 +74,25 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_from_before(stage: St
     ("prelude", "said"),
     [
         (r.other_seed_on_rank_1, "rank 1 disagrees about the seed: 99, rank 0 has 1 → "),
+        (r.other_text_on_rank_1, "(rank 0) data.train = 'train.txt' is damaged → copy it again"),
         (r.no_room, "the disk of "),
-        (r.folder_is_read_only, "cannot be written (Read-only file system) → set track.runs"),
+        pytest.param(r.folder_is_read_only, "cannot be written (Read-only file system) → set track.runs", marks=pytest.mark.slow),
     ],
 )
-def test_preflight_refuses_before_the_first_step(stage: Stage, prelude, said: str) -> None:
-    ended = stage.run(f"preflight_{prelude.__name__}", 2, prelude=prelude)
+def test_preflight_refuses_before_the_first_step_and_leaves_no_run(stage: Stage, prelude, said: str) -> None:
+    """Every rank says the same, whichever has found it."""
+    name = f"preflight_{prelude.__name__}"
+    ended = stage.run(name, 2, prelude=prelude)
     assert set(ended.codes) == {2} and said in ended.said
-    assert ended.rows() == {}
+    assert ended.run is None and list((stage.place / name).iterdir()) == []
     assert "needs 0.4 MB" in ended.said or prelude is not r.no_room
+
+
+def test_a_crash_before_the_first_step_leaves_its_run(stage: Stage) -> None:
+    ended = stage.run("crash", prelude=r.crash_before_step_1)
+    run = read_json(ended.folder.run)
+    assert ended.codes == [1] and (run["status"], run["reason"]) == ("failed", "RuntimeError: a fault of ours")
+    assert (ended.folder.path.parent / "latest").resolve() == ended.folder.path
 
 
 @pytest.mark.slow

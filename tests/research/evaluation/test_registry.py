@@ -9,7 +9,7 @@ import pytest
 
 from research.evaluation import registry
 from research.evaluation.examples import context_and_continuation, continuation
-from research.evaluation.scorer import ScoreRequest
+from research.evaluation.scorer import Score, ScoreRequest
 from research.evaluation.task import Settings, Stopped, TaskContext, evaluate
 from tests.research.evaluation.helpers import agreement
 from tests.research.evaluation.helpers.fake import Bigram
@@ -57,6 +57,9 @@ def test_every_task_is_described():
     ("kind", "line", "message"),
     [
         ("pairs", "{", "line 2 is not JSON"),
+        ("pairs", "1" * 5000, "line 2 is not JSON"),
+        ("pairs", '{"sentence_good": "a", "sentence_bad": "a\\ud800"}', "line 2 has half a surrogate pair at character 1"),
+        ("choice", '{"query": "a", "choices": ["b", "\\udfff"], "gold": 0}', "line 2 has half a surrogate pair at character 0"),
         ("pairs", "[1]", "line 2 is not an object"),
         ("pairs", '{"sentence_good": "a"}', 'line 2 has no "sentence_bad" that is a text → write lines such as {"sentence_good"'),
         (
@@ -77,6 +80,29 @@ def test_lines_that_are_not_right(tmp_path, context, kind, line, message):
     path.write_text(f"\n{line}\n", encoding="utf-8")
     (task,) = registry.create_tasks([f"{kind}:{path}"])
     assert message in sentence(lambda: task.requests(context))
+
+
+FILES = {
+    "pairs": ("x.jsonl", json.dumps(PAIR)),
+    "choice": ("x.jsonl", '{"query": "a", "choices": ["b", "c"], "gold": 1}'),
+    "lambada": ("x.jsonl", '{"text": "the people of the union"}'),
+    "wikitext": ("x.txt", " = Heading = \n \n the people , of the union . \n"),
+    "wikitext_megatron": ("x.txt", " = Heading = \n \n the people , of the union . \n"),
+    "perplexity": ("x.txt", "the people of the union\n"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_byte_order_mark_is_no_part_of_a_task(tmp_path, context, kind):
+    name, content = FILES[kind]
+    found = []
+    for codec in ("utf-8", "utf-8-sig"):
+        (tmp_path / name).write_text(content, encoding=codec)
+        (task,) = registry.create_tasks([f"{kind}:{tmp_path / name}"])
+        requests = task.requests(context)
+        scores = [Score((-1.0,) * request.scored, (True,) * request.scored) for request in requests.requests]
+        found.append((requests.requests, requests.metrics(scores)))
+    assert found[0] == found[1]
 
 
 def test_a_file_without_examples(tmp_path, context):

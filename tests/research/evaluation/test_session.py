@@ -9,9 +9,11 @@ from models.config import GPT
 from parallel.grid import Grid
 from research.cluster.tensor_ranks import opened
 from research.config import serialization
+from research.data.prepare import load_tokenizer
 from research.evaluation.scorer import Score, ScoreRequest
-from research.evaluation.session import RestoredScorer, batches
+from research.evaluation.session import RestoredScorer, Session, batches
 from research.generation.restore import DecoderSpec, ScorerSpec, restored
+from tests.research.helpers import untrained
 
 REQUESTS = [ScoreRequest(tuple(range(3, 3 + n)), scored) for n, scored in ((2, 1), (33, 32), (7, 1), (33, 1), (12, 11), (7, 6))]
 
@@ -61,6 +63,22 @@ def test_batches_are_bounded_and_hold_all():
     assert split == [[1, 3], [4, 2, 5, 0, 6], [7, 8]]
     assert [len(batch) for batch in batches([50, 40, 2], 10)] == [1, 1, 1]  # one that is too long goes alone
     assert list(batches([], 10)) == []
+
+
+WINDOW = """from tests.models.helpers import undecodable
+
+class WindowBlock(undecodable.WindowBlock):
+    pass
+"""
+
+
+def test_a_generator_without_a_cache_says_so_once(tmp_path: Path):
+    run, lines = untrained.make(tmp_path, variant=WINDOW, residual="variant:WindowBlock"), list[str]()
+    experiment = serialization.load(run.config)
+    model, tokenizer = GPT(**experiment.model.model_dump()), load_tokenizer(experiment.data, tmp_path)
+    with Session(run.path, run.checkpoints / "step_000003", model, tokenizer, None, 1, 2, lines.append) as session:
+        assert session.generator is session.generator
+    assert len(lines) == 1 and lines[0].startswith("no KV cache")
 
 
 def test_a_scorer_is_the_same_object_for_a_task(tmp_path: Path, folder):

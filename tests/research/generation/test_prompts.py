@@ -21,6 +21,14 @@ def test_json_lines(tmp_path):
     assert prompts.read(str(path)) == ["two\nlines", "bare", ""]
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "My fellow\r\n½"), ("a.jsonl", '"My fellow"\r\n{"prompt": "½"}\r\n')])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, monkeypatch, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig", newline="")
+    assert prompts.read(str(tmp_path / name)) == ["My fellow", "½"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfMy fellow\r\n")))
+    assert prompts.read("-") == ["My fellow"]
+
+
 def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a\nb €".encode())))
     assert prompts.read("-") == ["a", "b €"]
@@ -31,13 +39,14 @@ def test_standard_input(monkeypatch):
     [
         (b"", "holds no prompt"),
         (b"\n\n", "holds no prompt"),
-        (b'{"prompt": 5}', ":1 has no prompt that is text"),
-        (b'{"text": "x"}', ":1 has no prompt that is text"),
-        (b'{"prompt": "x"}\n[1]', ":2 has no prompt that is text"),
-        (b'{"prompt": "x"}\n{"prompt"', ":2 is not JSON"),
-        (b"[" * 100_000, ":1 is not JSON"),
-        (b'{"prompt": "\\ud800"}', "is not UTF-8"),
-        (b"\xff", "is not UTF-8 at byte 0"),
+        (b'{"prompt": 5}', "line 1 has no prompt that is text"),
+        (b'{"text": "x"}', "line 1 has no prompt that is text"),
+        (b'{"prompt": "x"}\n[1]', "line 2 has no prompt that is text"),
+        (b'{"prompt": "x"}\n{"prompt"', "line 2 is not JSON"),
+        (b"[" * 100_000, "line 1 is not JSON"),
+        (b'{"prompt": "\\ud800"}', "line 1 has half a surrogate pair at character 0"),
+        (b'{"prompt": "x"}\n\xff', "line 2 is not UTF-8 (byte 0"),
+        (b"9" * 5000, "line 1 is not JSON"),
     ],
 )
 def test_what_is_no_prompt_is_said(content, words, tmp_path):

@@ -32,7 +32,7 @@ def test_weights_are_those_of_the_checkpoint(tmp_path):
 def test_classes_of_the_run_s_own_copy_are_used(variant, settings, tmp_path):
     folder = untrained.make(tmp_path, variant=variant, **settings)
     decoder = spec(folder, slots=2, context=8).on(Grid(), CPU)
-    assert not isinstance(decoder, DriverDecoder) and decoder.rows.slots == 2 and decoder.rows.length == 8
+    assert not isinstance(decoder, DriverDecoder) and decoder.slots == 2 and decoder.length == 8
     named = {type(part).__name__ for part in decoder.module.modules()}
     assert ("Own" in named) == ("norm" in settings)
     decoder.admit([[1, 2], [3]])

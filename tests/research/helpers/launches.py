@@ -19,6 +19,7 @@ import psutil
 from research import ROOT
 from research.tracking import metrics
 from research.tracking.run_folder import RunFolder
+from tests.parallel.test_process_identity import IN_A_NAMESPACE
 
 MARK = "TESSERA_TEST_LAUNCH"
 """An environment variable that all processes of one launch inherit. Its value is unique to the launch."""
@@ -206,6 +207,8 @@ def free_port() -> int:
 def _launcher(name: str, ranks: int, port: int) -> list[str]:
     if name == "python":
         return [sys.executable]
+    if name == "container":
+        return [*IN_A_NAMESPACE, sys.executable]
     if name == "torchrun":
         return [*_command("torchrun", "torch.distributed.run"), "--nproc_per_node", str(ranks), "--master_port", str(port)]
     return [*_command("deepspeed", "deepspeed.launcher.runner"), "--num_gpus", str(ranks), "--master_port", str(port)]

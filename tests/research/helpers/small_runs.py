@@ -12,11 +12,12 @@ from typing import Any
 
 from safetensors import safe_open
 
+from parallel.errors import Mistake
 from research import ROOT
 from research.cluster import forked_ranks
 from research.config.experiment_folder import LoadedExperiment, load
 from research.tracking import metrics
-from research.tracking.run_folder import RunFolder
+from research.tracking.run_folder import RunFolder, every
 from research.verification import small_run
 from tests.harness import start_server
 
@@ -31,7 +32,13 @@ class Ended:
 
     codes: list[int]
     said: str
-    folder: RunFolder
+    run: RunFolder | None
+    """None if it was refused before its first step."""
+
+    @property
+    def folder(self) -> RunFolder:
+        assert self.run is not None, self.said
+        return self.run
 
     def rows(self, key: str = "train/loss") -> dict[int, float]:
         """step -> value; the last one if a step has several rows."""
@@ -64,7 +71,8 @@ class Stage:
         finally:
             forked_ranks.end(ranks)
         said = output.read_bytes()[before:].decode(errors="replace")
-        return Ended(codes, said, small_run.newest_run(loaded.experiment))
+        made = every(Path(loaded.experiment.track.runs))
+        return Ended(codes, said, small_run.newest_run(loaded.experiment) if made else None)
 
 
 def _wait_for(ranks: list) -> None:
@@ -207,6 +215,27 @@ def other_seed_on_rank_1(rank: int) -> None:
     claims = setup.claims
     if rank == 1:
         setup.claims = lambda job, corpus: claims(job, corpus) | {"the seed": "99"}
+
+
+def other_text_on_rank_1(rank: int) -> None:
+    """The training text of rank 1's machine is damaged; rank 0's is not."""
+    from research.training import setup
+
+    def damaged(*arguments: Any) -> Any:
+        raise Mistake("data.train = 'train.txt' is damaged → copy it again")
+
+    if rank == 1:
+        setup.load_corpus = damaged
+
+
+def crash_before_step_1(rank: int) -> None:
+    """An error that is no user's."""
+    from research.training import setup
+
+    def fails(*arguments: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    setup.build_engine = fails
 
 
 def no_room(rank: int) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from parallel.process_identity import ProcessIdentity
 from research.cluster.exit_codes import HUNG
 from research.reliability.diagnosis import (
     CLOSING_SECONDS,
@@ -22,7 +23,7 @@ from research.reliability.parents import LAUNCHER_GONE
 from research.reliability.peers import Peer
 
 HANG_SECONDS = 60.0
-PEERS = [Peer(rank, "node7", "m", 4000 + rank, 0.0) for rank in range(4)]
+PEERS = [Peer(rank, ProcessIdentity("node7", 4000 + rank, "boot", "namespace", 0.0)) for rank in range(4)]
 
 
 def diagnoser(hang_seconds: float = HANG_SECONDS, gone: bool = False) -> tuple[Diagnoser, Progress]:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from research import ROOT
+from tests.parallel.test_process_identity import IN_A_NAMESPACE, can_unshare
 
 LIMIT = 60.0
 STARTS = """
@@ -129,3 +130,12 @@ def test_what_no_such_launcher_has_started_outlives_its_parent(chain) -> None:
         until(lambda begun=begun: psutil.Process(begun.pid("rank")).ppid() != begun.process.pid)
     time.sleep(2.0)  # the thread checks once per second, if there is one
     assert not [names for begun, (_, names) in zip(chains, cases, strict=True) if gone(begun.pid("rank"))]
+
+
+@pytest.mark.skipif(not can_unshare(), reason="a pid namespace may not be made here")
+def test_a_launcher_that_is_process_1_of_its_container_is_not_taken_for_init() -> None:
+    """It starts its ranks in sessions of their own, as torchrun does, under a name that we do not know."""
+    rank = "from research.reliability.parents import Parents; import os; print(os.getppid(), Parents('torchrun').gone)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
+    done = subprocess.run([*IN_A_NAMESPACE, sys.executable, "-c", launcher], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.stdout == "1 False\n", done.stderr

@@ -10,47 +10,54 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from research.reliability.peers import Neighbours, Peer, all_peers, this_process
+from parallel.process_identity import ProcessIdentity
+from research.reliability.peers import Neighbours, Peer, all_peers
 from tests.harness import run_ranks
+
+
+def this_process() -> Peer:
+    return Peer(0, ProcessIdentity.current())
 
 
 @pytest.fixture
 def other() -> Iterator[Peer]:
     """A process that sleeps, as rank 1 of this machine."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-    yield replace(this_process(1), pid=process.pid, started=psutil.Process(process.pid).create_time())
+    yield Peer(1, ProcessIdentity.of(psutil.Process(process.pid)))
     process.kill()
     process.wait()
 
 
 def test_a_rank_that_has_ended_is_gone_before_anybody_asks_for_its_exit_code(other: Peer) -> None:
-    neighbours = Neighbours([this_process(0), other], 0)
+    neighbours = Neighbours([this_process(), other], 0)
     assert neighbours.gone() == set()
     assert neighbours.kill(1)
-    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    os.waitid(os.P_PID, other.process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
     assert neighbours.gone() == {1}
 
 
 def test_a_process_that_has_inherited_the_number_is_left_alone(other: Peer) -> None:
-    neighbours = Neighbours([this_process(0), replace(other, started=other.started - 3600)], 0)
+    earlier = replace(other.process, started_after_boot=other.process.started_after_boot - 3600)
+    neighbours = Neighbours([this_process(), replace(other, process=earlier)], 0)
     assert neighbours.gone() == set() and not neighbours.kill(1)
-    assert psutil.Process(other.pid).is_running()
+    assert psutil.Process(other.process.pid).is_running()
 
 
 def test_another_machines_process_is_left_alone(other: Peer) -> None:
-    neighbours = Neighbours([this_process(0), replace(other, machine="another")], 0)
+    neighbours = Neighbours([this_process(), replace(other, process=replace(other.process, boot_id="another"))], 0)
     assert not neighbours.kill(1) and not neighbours.kill(0)
-    os.kill(other.pid, signal.SIGKILL)
+    os.kill(other.process.pid, signal.SIGKILL)
     assert neighbours.gone() == set()
 
 
-def who() -> list[tuple[int, int, str]]:
+def who() -> list[Peer]:
     from torch import distributed
 
-    return [(peer.rank, peer.pid, peer.machine) for peer in all_peers(distributed.get_rank(), distributed.get_world_size())]
+    return all_peers(distributed.get_rank(), distributed.get_world_size())
 
 
 def test_all_ranks_know_all() -> None:
     first, second = run_ranks(who, 2)
-    assert first == second and [rank for rank, _, _ in first] == [0, 1]
-    assert first[0][1] != first[1][1] and first[0][2] == first[1][2] == this_process(0).machine
+    assert first == second and [peer.rank for peer in first] == [0, 1]
+    assert first[0].process != first[1].process
+    assert all(peer.process.same_machine(ProcessIdentity.current()) for peer in first)

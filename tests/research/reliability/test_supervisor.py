@@ -14,10 +14,10 @@ from research.tracking import run_folder
 from research.tracking.run_folder import RunFolder
 
 
-def script(launch: str, then: str) -> subprocess.CompletedProcess[str]:
-    """A process that launches `launch` and then does `then`."""
+def script(launch: str, then: str, first: str = "") -> subprocess.CompletedProcess[str]:
+    """A process that does `first`, launches `launch` and then does `then`."""
     head = "import sys\nfrom research.reliability import supervisor\nsupervisor.GRACE_SECONDS = 2.0\nlauncher = supervisor.Launcher()\n"
-    code = f"{head}code = launcher.run({launch})\n{then}"
+    code = f"{head}{first}code = launcher.run({launch})\n{then}"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -50,6 +50,28 @@ def test_what_ends_by_itself_in_time_is_let_end(tmp_path: Path) -> None:
     assert done == "0\n" and (tmp_path / "saved").exists()
 
 
+SAVES = """
+import os, signal, sys, time
+signal.signal(15, lambda *_: (open(sys.argv[1], "w").close(), sys.exit()))
+launcher = os.getppid()
+print("ready", flush=True)
+while os.getppid() == launcher:
+    time.sleep(0.01)
+time.sleep(0.2)  # until its exit code is read
+os.kill(os.getppid(), 15)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
+def test_a_signal_after_the_launchers_end_reaches_the_ranks_it_has_left(tmp_path: Path) -> None:
+    """The launcher's number may be another process's by then, so nothing is sent to its group."""
+    leaves = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.PIPE).stdout.readline()"
+    command = f"[sys.executable, '-c', {leaves!r}, '-c', {SAVES!r}, {str(tmp_path / 'told')!r}]"
+    done = script(command, "print(code, launcher.signal)", first="supervisor.os.killpg = None\n")
+    assert done.stdout == "0 15\n" and (tmp_path / "told").exists(), done.stderr
+
+
 @pytest.mark.parametrize(("number", "code"), [(9, -9), (15, -15)])
 def test_the_exit_code_tells_of_a_signal(number: int, code: int) -> None:
     assert script(f"[sys.executable, '-c', 'import os; os.kill(os.getpid(), {number})']", "print(code)").stdout == f"{code}\n"
@@ -68,19 +90,23 @@ def save(folder: RunFolder, step: int) -> None:
     (folder.checkpoints / "latest").write_text(checkpoint.name)
 
 
+def record_of(runs: Path, *strangers: RunFolder) -> LaunchRecord:
+    return LaunchRecord(runs, lambda folder: folder not in strangers)
+
+
 def test_a_launch_that_made_nothing_has_no_run(tmp_path: Path) -> None:
     save(run(tmp_path), 5)
-    record = LaunchRecord(tmp_path / "gpt")
+    record = record_of(tmp_path / "gpt")
     record.begin()
     assert not record.end() and record.run is None and record.state() == ("", "")
     assert record.settings(["--seed", "3"]) == ["--seed", "3"]
-    nowhere = LaunchRecord(tmp_path / "none")
+    nowhere = record_of(tmp_path / "none")
     nowhere.begin()
     assert not nowhere.end()
 
 
 def test_only_a_newer_checkpoint_than_before_is_progress(tmp_path: Path) -> None:
-    record, folder = LaunchRecord(tmp_path / "gpt"), run(tmp_path)
+    record, folder = record_of(tmp_path / "gpt"), run(tmp_path)
     save(folder, 5)
     found = []
     for step in (None, 7, None, 9):
@@ -94,7 +120,7 @@ def test_only_a_newer_checkpoint_than_before_is_progress(tmp_path: Path) -> None
 
 
 def test_runs_that_begin_anew_and_get_no_further_are_no_progress(tmp_path: Path) -> None:
-    record, found = LaunchRecord(tmp_path / "gpt"), []
+    record, found = record_of(tmp_path / "gpt"), []
     for step in (3, 3, 4):
         record.begin()
         save(run(tmp_path), step)
@@ -104,16 +130,26 @@ def test_runs_that_begin_anew_and_get_no_further_are_no_progress(tmp_path: Path)
 
 @pytest.mark.parametrize("given", [["--resume", "never", "--seed", "3"], ["--resume=runs/x", "--seed", "3"], ["--seed", "3"]])
 def test_the_next_launch_goes_on_from_the_checkpoint(given: list[str], tmp_path: Path) -> None:
-    record = LaunchRecord(tmp_path / "gpt")
+    record = record_of(tmp_path / "gpt")
     record.begin()
     mine = run(tmp_path)
     record.end()
     assert record.settings(given) == given
     save(mine, 2)
     record.end()
-    assert record.settings(given) == ["--seed", "3", "--resume", "auto"]
-    run(tmp_path)  # somebody else's
     assert record.settings(given) == ["--seed", "3", "--resume", str(mine.path)]
+
+
+def test_a_run_with_other_settings_is_not_this_launchs(tmp_path: Path) -> None:
+    """Two seeds of an experiment side by side: the other one is newer, and finished."""
+    mine, other = run(tmp_path), run(tmp_path)
+    record = record_of(tmp_path / "gpt", other)
+    record.begin()
+    run_folder.end(mine, run_folder.FAILED, "crash")
+    save(mine, 2)
+    run_folder.end(other, run_folder.FINISHED)
+    save(other, 9)
+    assert record.end() and (record.run, record.last, record.state()) == (mine, 2, ("failed", "crash"))
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"step": null}', "nonsense"])

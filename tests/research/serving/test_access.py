@@ -55,8 +55,9 @@ def test_a_name_that_was_pointed_here_is_refused(host):
 
 def test_a_token_file(tmp_path):
     path = tmp_path / "token"
-    path.write_text(f"{TOKEN}\n")
-    assert read_token(path) == TOKEN
+    for content in (f"{TOKEN}\n", f"\ufeff{TOKEN}\r\n", "a" * 512 + "\r\n"):
+        path.write_bytes(content.encode())
+        assert read_token(path) == content.strip("\ufeff\r\n")
     for wrong in (b"", b"short", b"two words of some length", b"\xff" * 30, b"x" * 600, "½".encode() * 20):
         path.write_bytes(wrong)
         with pytest.raises(Mistake, match="secrets.token_urlsafe"):

@@ -136,7 +136,7 @@ def test_a_chat_without_a_template_is_plain_text(client, alone):
 def test_64_clients_at_once_get_what_one_alone_gets(client, server):
     """Greedy or drawn with a seed, in four slots."""
     kinds = [{"temperature": 0}, {"temperature": 0.9, "seed": 5}]
-    asks = [{"model": None, "prompt": word, "max_tokens": 16} | kind for word in WORDS for kind in kinds]
+    asks = [{"model": None, "prompt": word, "max_tokens": 10} | kind for word in WORDS for kind in kinds]
     single = [client.completions.create(**ask).choices[0].text for ask in asks]
 
     async def everybody():
@@ -156,10 +156,81 @@ def test_models_health_metrics(client, server):
         assert plain.get("/health").json() == {"status": "ok"}
         metrics = plain.get("/metrics")
         assert "tessera_tokens_total" in metrics.text and "process_resident_memory_bytes" in metrics.text
-        assert plain.get("/v1/nothing").json()["error"]["code"] == "not_found"
-        assert plain.get("/v1/completions").status_code == 405
         page = plain.get("/")
     assert "default-src 'none'" in page.headers["content-security-policy"] and page.headers["x-content-type-options"] == "nosniff"
+
+
+def test_head_and_addresses_as_http_says(server):
+    """HEAD is GET without a body; an address that does not take a method says which it takes; an empty model name is the list."""
+    with server.client() as plain:
+        for path in ("/", "/page.css", "/page.js", "/page.json", "/health", "/v1/models", "/v1/models/", "/metrics"):
+            head, get = plain.head(path), plain.get(path)
+            assert (head.status_code, head.content) == (get.status_code, b"") == (200, b""), path
+            assert path == "/metrics" or int(head.headers["content-length"]) == len(get.content)
+            assert head.headers["content-type"] == get.headers["content-type"]
+        assert plain.get("/v1/models/").json() == plain.get("/v1/models").json()
+        for method, path, allowed in (
+            ("POST", "/health", "GET, HEAD"),
+            ("DELETE", "/v1/models", "GET, HEAD"),
+            ("HEAD", "/v1/completions", "POST"),
+            ("GET", "/v1/completions", "POST"),
+            ("OPTIONS", "/v1/chat/completions", "POST"),
+        ):
+            refused = plain.request(method, path)
+            assert (refused.status_code, refused.headers["allow"]) == (405, allowed), path
+        error = plain.get("/v1/completions").json()["error"]
+        assert error["message"] == "/v1/completions does not take the method GET → use POST" and error["code"] == "method_not_allowed"
+        assert plain.get("/v1/nothing").json()["error"]["code"] == "not_found" and plain.head("/v1/nothing").status_code == 404
+        page = plain.get("/page.json").json()
+    assert page["prompts"] == ["the people of the union — ½ of them,"] and not page["has_chat_template"] and page["model"]["context"] == 128
+
+
+def test_a_conversation_longer_than_the_context(client, server):
+    """An error, unless the request asks to leave out the oldest turns: then what is left is answered as if it had been sent alone."""
+    turns = [{"role": "system", "content": "Be kind."}]
+    for i in range(9):
+        turns += [{"role": "user", "content": f"war {i} " * 5}, {"role": "assistant", "content": "peace " * 5}]
+    turns.append({"role": "user", "content": "jobs?"})
+    asked = dict(model=None, messages=turns, temperature=0, max_tokens=20)
+    with pytest.raises(openai.BadRequestError, match="does not slide") as refused:
+        client.chat.completions.create(**asked)
+    assert refused.value.code == "context_length_exceeded"
+    auto = {"truncation": "auto"}
+    found = client.chat.completions.create(**asked, extra_body=auto)
+    left_out = found.messages_left_out
+    assert 0 < left_out < 18 and left_out % 2 == 0
+    rest = turns[:1] + turns[1 + left_out :]
+    alone = client.chat.completions.create(**asked | {"messages": rest})
+    assert (found.choices[0].message.content, found.usage) == (alone.choices[0].message.content, alone.usage)
+    assert found.usage.total_tokens <= 128
+    one_more = turns[:1] + turns[1 + left_out - 2 :]
+    template = server.running.service.chat_template
+    assert len(template.ids(rest)) + 20 <= 128 < len(template.ids(one_more)) + 20
+    stream = client.chat.completions.create(**asked, stream=True, extra_body=auto)
+    assert {chunk.messages_left_out for chunk in stream} == {left_out}
+
+
+def test_an_answer_is_bounded_by_what_is_left(client):
+    """With truncation, more tokens than the context has are no error; half of the context at least is left to a conversation."""
+    asked = dict(model=None, temperature=0, max_tokens=5000, extra_body={"truncation": "auto"})
+    found = client.chat.completions.create(messages=[{"role": "user", "content": "war and peace " * 5}], **asked)
+    assert found.usage.total_tokens == 128 and found.messages_left_out == 0
+    with pytest.raises(openai.BadRequestError, match="shorten the prompt"):
+        client.chat.completions.create(messages=[{"role": "user", "content": "war and peace " * 200}], **asked)
+
+
+def test_a_text_longer_than_the_context(client, server):
+    """Without truncation an error; with it the model reads the last tokens, and the response says how many it did not."""
+    ids = server.running.service.tokenizer.encode("the people of the union, in peace and in war: jobs, health. " * 9)
+    asked = dict(model=None, temperature=0, max_tokens=28)
+    for prompt in (ids, server.running.service.tokenizer.decode(ids)):
+        with pytest.raises(openai.BadRequestError, match="context"):
+            client.completions.create(prompt=prompt, **asked)
+        found = client.completions.create(prompt=prompt, **asked, extra_body={"truncation": "auto"})
+        alone = client.completions.create(prompt=ids[-100:], **asked)
+        assert (found.choices[0].text, found.tokens_left_out) == (alone.choices[0].text, len(ids) - 100)
+        assert (found.usage.prompt_tokens, found.usage.total_tokens) == (100, 128)
+    assert not hasattr(alone, "tokens_left_out")
 
 
 def test_a_client_that_leaves_frees_its_slot(small):

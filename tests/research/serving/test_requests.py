@@ -101,6 +101,7 @@ def hostility(client: httpx.Client, count: int, seed: int) -> None:
         assert set(error) == {"message", "type", "param", "code"} and "→" in error["message"], (case, error)
         assert case.param is None or (error["param"] or "").startswith(case.param), (case, error)
         assert case.param is None or error["message"].startswith(error["param"]), (case, error)
+        assert " should " not in error["message"] and "it " not in error["message"].split("→")[0].split(), (case, error)
 
 
 ASKED = {"prompt": "the people", "max_tokens": 8, "temperature": 0}
@@ -169,7 +170,18 @@ def test_what_is_not_there_is_refused_by_its_name(name, value):
         ({"top_logprobs": 3}, "top_logprobs", "logprobs = true"),
         ({"temperature": 2.5}, "temperature", "= 2.5 does not work"),
         ({"temperature": 1e-9}, "temperature", "greedy"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": 0}, "top_p", "= 0 does not work → send a number of more than 0 and at most 1"),
+        ({"ignore_eos": True}, "ignore_eos", "is not known → leave it out"),
+        ({"stop": ""}, "stop", 'stop = "" does not work → send a string that is not empty, or a list of such strings'),
+        ({"stop": ["x", ""]}, "stop", 'stop = ["x", ""] does not work → send a string that is not empty'),
+        ({"max_tokens": "5"}, "max_tokens", 'max_tokens = "5" does not work → send a whole number of at least 1'),
+        ({"n": True}, "n", "n = true does not work → send a whole number of at least 1"),
+        ({"stream_options": "x"}, "stream_options", 'send an object such as {"include_usage": true}'),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "= 1 does not work → send true or"),
+        ({"messages": []}, "messages", 'messages = [] does not work → send a list such as [{"role": "user", "content": "…"}]'),
+        ({"truncation": "on"}, "truncation", 'truncation = "on" does not work → send "disabled" or "auto"'),
+        ({"seed": 2**63}, "seed", f"at most {2**63 - 1}"),
+        ({"model": ["x" * 100]}, "model", "model does not work → send a string"),
     ],
 )
 def test_the_sentence_names_the_field_and_the_way_out(asked, param, says):
@@ -189,7 +201,13 @@ def test_messages():
     assert (
         validate_message({"role": "assistant", "content": "x", "tool_calls": None, "refusal": None, "annotations": []}, "m").content == "x"
     )
-    for wrong, param in (({"role": "tool", "content": "x"}, "m.role"), ({"role": "user"}, "m.content"), ({"content": "x"}, "m.role")):
+    roles = '"system", "developer", "user" or "assistant"'
+    for wrong, param, says in (
+        ({"role": "tool", "content": "x"}, "m.role", f'm.role = "tool" does not work → send {roles}'),
+        ({"role": "user"}, "m.content", 'm.content is missing → send a string, or a list of {"type": "text", "text": "…"}'),
+        ({"content": "x"}, "m.role", f"m.role is missing → send {roles}"),
+        ({"role": "user", "content": "x", "name": "x" * 300}, "m.name", "m.name does not work → send a string of at most 256 characters"),
+    ):
         with pytest.raises(ApiError) as refused:
             validate_message(wrong, "m")
-        assert refused.value.param == param
+        assert (refused.value.param, refused.value.message) == (param, says)

@@ -15,7 +15,36 @@ import time
 
 import pytest
 
+from parallel.errors import Mistake
+from research.cli.serve import checked_task, parser
+from research.serving.server import make_server
 from tests.research.serving.helpers.servers import PATIENCE, served, until
+
+
+def test_one_can_connect_before_the_address_is_printed_and_not_before_the_model_is_there(small):
+    """What connects is answered once the server runs. An address that another server has taken meanwhile is one sentence."""
+    task = checked_task(parser().parse_args([str(small.path), "--port", "0"]))
+    address = task.listener.getsockname()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=PATIENCE)
+    with make_server(task.spec(), print) as running, socket.create_connection(address, timeout=PATIENCE) as line:
+        line.send(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        thread = threading.Thread(target=running.run)
+        thread.start()
+        assert line.recv(4000).startswith(b"HTTP/1.1 200")
+        running.stop()
+        running.stop()
+        thread.join(PATIENCE)
+    task = checked_task(parser().parse_args([str(small.path), "--port", "0"]))
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(task.listener.getsockname())
+        other.listen()
+        taken = pytest.raises(Mistake, match=r"--port \d+ cannot be used \(Address already in use\) → another --port")
+        with taken, make_server(task.spec(), print):
+            pass
+    task.listener.close()
+
 
 HEAD = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 LONG = {"prompt": "war", "max_tokens": 90_000, "temperature": 0, "stream": True, "logprobs": 20}
@@ -196,7 +225,7 @@ def test_a_stream_that_does_not_end_in_time_ends_with_an_error_and_done(small):
 
 def test_one_that_ends_in_time_ends_as_ever(small):
     with served(small, "--context", "100000", "--grace_seconds", "60") as server:
-        lines = reading(server, LONG_TEXT | {"max_tokens": 200}, 5)
+        lines = reading(server, LONG_TEXT | {"max_tokens": 100}, 5)
         assert lines[-1] == "data: [DONE]" and json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
         begun = time.monotonic()
         server.thread.join(PATIENCE)

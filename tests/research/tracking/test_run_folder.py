@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-import socket
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,13 +28,49 @@ def started(runs, name):
     return folder
 
 
-def test_a_new_folder_has_its_rooms_and_latest_points_at_it(tmp_path):
+def save(folder, step=3):
+    """Something that looks like a complete checkpoint."""
+    checkpoint = folder.checkpoints / f"step_{step:06d}"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("{}")
+    checkpoint_folder.point_latest(checkpoint)
+
+
+def latest(folder):
+    return os.readlink(folder.path.parent / "latest")
+
+
+def test_a_new_folder_has_its_rooms(tmp_path):
     first, second = run_folder.create(tmp_path, "a"), run_folder.create(tmp_path, "a")
     assert first.id != second.id and len(first.id) == 6 and int(first.id, 16) >= 0
     assert (first.name, first.title) == ("a", f"a-{first.id}")
     assert second.checkpoints.is_dir() and second.rank_log(3).parent.is_dir() and second.rank_log(3).name == "rank_3.txt"
-    assert os.readlink(tmp_path / "a" / "latest") == second.id  # relative: runs/ may be moved
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([first.id, second.id, "latest"])
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([first.id, second.id])
+
+
+def test_latest_is_the_newest_run_with_a_checkpoint_and_until_there_is_one_the_newest(tmp_path):
+    first, second, third = (started(tmp_path, "a") for _ in range(3))
+    assert latest(third) == third.id  # relative: runs/ may be moved
+    for saved in (first, second):
+        save(saved)
+        run_folder.point_latest(tmp_path / "a")
+        assert latest(saved) == saved.id
+    save(first, 6)  # the older run goes on
+    run_folder.point_latest(tmp_path / "a")
+    assert latest(first) == second.id and latest(started(tmp_path, "a")) == second.id
+
+
+def test_a_run_that_was_refused_leaves_nothing(tmp_path):
+    first = started(tmp_path, "a")
+    run_folder.discard(first)
+    assert list(tmp_path.iterdir()) == []
+    first, second = started(tmp_path, "a"), started(tmp_path, "a")
+    held = second.rank_log(0).open("w")  # as its logger does
+    run_folder.discard(second)
+    held.close()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([first.id, "latest"]) and latest(first) == first.id
+    run_folder.end_unless_ended(second, run_folder.FAILED, "said by another rank, too late")
+    assert not second.path.exists()
 
 
 def test_an_id_that_is_taken_is_drawn_again(tmp_path, monkeypatch):
@@ -46,16 +82,19 @@ def test_an_id_that_is_taken_is_drawn_again(tmp_path, monkeypatch):
 def point(folders, times):
     for _ in range(times):
         for folder in folders:
-            run_folder.point_latest(folder)
+            os.utime(folder.run)  # of runs that started in one second, this one is the newest now
+            run_folder.point_latest(folder.path.parent)
 
 
 def test_latest_is_never_missing_while_it_moves(tmp_path):
-    folders = [run_folder.create(tmp_path, "a") for _ in range(2)]
-    mover = multiprocessing.get_context("fork").Process(target=point, args=(folders, 2000))
+    folders = [started(tmp_path, "a") for _ in range(2)]
+    for folder in folders:
+        write_json(folder.run, read_json(folder.run) | {"started": "2026-01-31T12:00:00+00:00"})
+    mover = multiprocessing.get_context("fork").Process(target=point, args=(folders, 150))
     mover.start()
     seen = set()
     while mover.is_alive():
-        seen.add(os.readlink(tmp_path / "a" / "latest"))
+        seen.add(latest(folders[0]))
     assert mover.exitcode == 0 and seen == {folder.id for folder in folders}
 
 
@@ -110,10 +149,10 @@ BIG = {str(i): "x" * 100 for i in range(500)}
 
 
 def test_the_status_of_a_run(folder):
-    assert run_folder.status(read_json(folder.run)) == "running"
+    assert run_folder.status(read_json(folder.run), folder) == "running"
     run_folder.end(folder, run_folder.INTERRUPTED)
     run = read_json(folder.run)
-    assert run_folder.status(run) == "interrupted" and run["started"] <= run["ended"] and run["steps"] == 300
+    assert run_folder.status(run, folder) == "interrupted" and run["started"] <= run["ended"] and run["steps"] == 300
 
 
 def test_why_a_run_ended_is_said_until_it_is_finished(folder):
@@ -125,13 +164,26 @@ def test_why_a_run_ended_is_said_until_it_is_finished(folder):
     assert "reason" not in read_json(folder.run)
 
 
-def test_a_running_run_whose_process_is_gone_has_died(folder):
+def test_a_running_run_whose_process_has_ended_has_died(folder):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    run = read_json(folder.run) | {"pid": gone.pid}
-    assert run_folder.status(run) == "died"
-    assert run_folder.status(run | {"host": socket.gethostname() + "-other"}) == "running"  # another machine's processes cannot be seen
-    assert run_folder.status({}) == "unknown"
+    run = read_json(folder.run)
+    assert run_folder.status(run | {"pid": gone.pid}, folder) == "died"
+    earlier = {"started_after_boot": run["started_after_boot"] - 100}  # the number is a stranger's now: this process's
+    assert run_folder.status(run | earlier, folder) == "died"
+    assert run_folder.status({}, folder) == "unknown"
+
+
+@pytest.mark.parametrize("elsewhere", [{"boot_id": "another"}, {"pid_namespace": "pid:[1]"}, {"started_after_boot": None}])
+def test_a_run_whose_process_cannot_be_seen_has_died_when_its_heartbeat_is_old(folder, elsewhere):
+    """On another machine, in another container, or begun by an older version, which wrote host and pid only."""
+    run = read_json(folder.run) | elsewhere
+    heartbeat = folder.heartbeat(1)
+    heartbeat.write_text("{}")
+    assert run_folder.status(run, folder) == "running"
+    for path in (folder.run, heartbeat):
+        os.utime(path, (0, 0))
+    assert run_folder.status(run, folder) == "died"
 
 
 @pytest.mark.parametrize("variant", [True, False])
@@ -171,8 +223,50 @@ def test_a_run_that_is_not_there_lists_those_that_are(tmp_path, monkeypatch):
     with pytest.raises(Mistake, match="there are runs/a/.* or 2 more") as refused:
         run_folder.find("a-nope")
     assert sum(folder.id in str(refused.value) for folder in made) == 5
-    with pytest.raises(Mistake):
-        run_folder.find("runs/unstarted/latest")
+    for handle in ("runs/unstarted/latest", "a whole prompt " * 100, "", "/", "nothing\0"):
+        with pytest.raises(Mistake, match="there is no run folder"):
+            run_folder.find_checkpoint(handle)
+
+
+@pytest.mark.parametrize("handle", ["gpt_sotu", "runs/gpt_sotu", "runs/gpt_sotu/latest", "gpt_sotu/latest"])
+def test_a_name_means_the_newest_run_with_a_checkpoint_and_which_is_said(folder, tmp_path, monkeypatch, handle):
+    """Whatever the link says: a version before this one let it point to runs that failed before their first step."""
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.choice(handle, folder) == f"{handle} is {folder.title}, the newest run; none has a checkpoint"
+    save(folder)
+    assert run_folder.choice(handle, folder) == f"{handle} is {folder.title}, the newest run with a checkpoint"
+    failed, under_way = (started(tmp_path / "runs", "gpt_sotu") for _ in range(2))
+    run_folder.end(failed, run_folder.FAILED, "no text")
+    os.utime(under_way.run)
+    (tmp_path / "runs/gpt_sotu/latest").unlink()
+    (tmp_path / "runs/gpt_sotu/latest").symlink_to(failed.id)
+    assert run_folder.find(handle) == folder and run_folder.find_checkpoint(handle) == (folder, folder.checkpoints / "step_000003")
+    said = run_folder.choice(handle, folder)
+    assert said.startswith(f"{handle} is {folder.title}, the newest run with a checkpoint; ")
+    assert said.endswith(f"{failed.title} (failed), {under_way.title} (running) are newer and have none")
+
+
+def test_nothing_is_said_of_a_run_that_is_named_itself(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(folder)
+    checkpoint = f"runs/gpt_sotu/{folder.id}/checkpoints/step_000003"
+    for handle in (folder.title, str(folder.path), f"runs/gpt_sotu/{folder.id}/", f"gpt_sotu/{folder.id}", checkpoint):
+        assert run_folder.choice(handle, folder) == "", handle
+    (tmp_path / "best").symlink_to(folder.path)
+    shutil.copytree(folder.path, tmp_path / "copy" / "latest")  # scp -r of the link
+    for handle in ("best", "copy/latest"):
+        assert run_folder.choice(handle, run_folder.find(handle)) == "" and run_folder.find(handle).id in (folder.id, "latest")
+    monkeypatch.chdir(folder.path)
+    assert run_folder.find(".") == folder and run_folder.choice(".", folder) == ""
+
+
+def test_a_copy_of_the_link_is_left_alone_and_is_no_run_of_its_own(folder):
+    copy = folder.path.parent / "latest"
+    copy.unlink()
+    shutil.copytree(folder.path, copy)
+    second = started(folder.path.parent.parent, folder.name)
+    assert copy.is_dir() and not copy.is_symlink()
+    assert {run.id for run in run_folder.every(folder.path.parent.parent)} == {folder.id, second.id}
 
 
 def test_a_handle_names_a_checkpoint_or_a_run_with_its_newest_one(folder, tmp_path, monkeypatch):

@@ -9,11 +9,12 @@ from models.config import GPT
 from models.inference.sampling import Row, next_tokens
 from models.inference.sampling_params import GREEDY, SamplingParams
 from parallel.engines.engine import Engine
+from parallel.errors import Mistake
 from research.evaluation.scorer import ScoreRequest
 from research.reliability.signals import CutShort
 from research.training.live_model import Live, LiveDecoder, LiveScorer
 from tests.harness import run_ranks
-from tests.models.helpers import reference
+from tests.models.helpers import reference, undecodable
 from tests.parallel.helpers import training
 from tests.parallel.helpers.training import MODEL
 
@@ -166,3 +167,31 @@ def asked_to_stop(settings: dict) -> tuple[int, str]:
 
 def test_who_asks_to_stop_is_heard_before_the_next_pass() -> None:
     assert run_ranks(asked_to_stop, 2, dict(pipe=2, micro=2, model=SMALL)) == [(3, "CutShort")] * 2
+
+
+def refused(name: str, settings: dict) -> str:
+    """What is said of a model with this block of a variant.py on this layout; "" if nothing is refused."""
+    block = {"residual": f"variant:{name}", **SMALL}
+    engine, shape, _ = training.build(model=block, variants={name: getattr(undecodable, name)}, micro=2, **settings)
+    try:
+        Live(engine, shape).refuse_dependent_logits()
+    except Mistake as mistake:
+        return str(mistake)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("LookAheadBlock", {"pipe": 2}, "token 1 of a text gets other logits among 16 tokens than among 1 (off by 0."),
+        pytest.param("LookAheadBlock", {}, "among 16 tokens than among 1 (off by 0.", marks=pytest.mark.slow),
+        pytest.param("LookAheadBlock", {"tensor": 2, "sequence": True}, "among 16 tokens than among 1 (off", marks=pytest.mark.slow),
+        pytest.param("WindowBlock", {}, "", marks=pytest.mark.slow),
+        pytest.param("WindowBlock", {"pipe": 2}, "", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_model_that_looks_ahead_is_not_evaluated_and_a_window_is(name: str, settings: dict, said: str) -> None:
+    """On every rank alike. A model that looks ahead sees padding: its scores and samples would be those of the padding."""
+    first, second = run_ranks(refused, 2, name, settings)
+    assert first == second and said in first and bool(said) == bool(first)

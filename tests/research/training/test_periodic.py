@@ -1,5 +1,6 @@
 """A run that is evaluated and sampled on the way trains as one that is not, bit for bit, on every layout and over a resume."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from parallel.errors import Mistake
 from parallel.files import read_json
 from research import __main__ as research_main
 from research.tracking import metrics
+from research.training.live_model import Live
 from research.training.periodic import Periodic
 from tests.research.helpers import small_runs as r
 from tests.research.helpers.example import example
@@ -191,6 +194,24 @@ def test_what_a_checkpoint_says_is_due(told: dict, due: list[str]) -> None:
     periodic = Periodic(SimpleNamespace(job=SimpleNamespace(experiment=example())), [], [])  # type: ignore[arg-type]
     periodic.restore({"best": [2.5, 3], **told})
     assert periodic.due == due and periodic.best == (2.5, 3)
+
+
+def test_nothing_is_measured_of_a_model_that_looks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is logged, a line says why, and training goes on."""
+
+    def refuse(live: Live) -> None:
+        raise Mistake("token 1 of a text gets other logits")
+
+    monkeypatch.setattr(Live, "refuse_dependent_logits", refuse)
+    warned: list[str] = []
+    run: Any = SimpleNamespace(
+        job=SimpleNamespace(experiment=example(**ASKED)), engine=None, step=4, corpus=None,
+        console=SimpleNamespace(warn=warned.append), meter=SimpleNamespace(paused=contextlib.nullcontext),
+    )  # fmt: skip
+    periodic = Periodic(run, [], PROMPTS)
+    periodic.carry_out(["evaluation", "samples"])
+    assert warned == [f"no {what} after step 4: token 1 of a text gets other logits" for what in ("evaluation", "sample")]
+    assert periodic.due == []
 
 
 def other_task_data_on_rank_1(rank: int) -> None:

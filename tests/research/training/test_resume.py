@@ -1,8 +1,12 @@
 """A run that goes on is the run that was never stopped: bit for bit on its layout, within rounding on another, or refused in words."""
 
+import contextlib
 import json
 import math
+import os
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +16,7 @@ from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from research.config import serialization
 from research.tracking import metrics, run_folder
-from research.tracking.run_folder import IMPORTED, RunFolder
+from research.tracking.run_folder import FAILED, FINISHED, IMPORTED, INTERRUPTED, RUNNING, RunFolder
 from research.training import resume
 from research.training.anomalies import load as incident_of
 from research.training.resume import AUTO, find
@@ -55,18 +59,146 @@ def test_ranks_compare_the_weights_they_begin_with(tmp_path: Path) -> None:
 
 def test_what_was_imported_is_begun_with_not_resumed(tmp_path: Path) -> None:
     folder = imported(tmp_path / "runs", example())
-    assert find(AUTO, example(), Path("mine"), tmp_path / "runs") is None
+    assert find(AUTO, example(), Path("mine"), tmp_path / "runs") == (None, "a new run: mine has no unfinished run with a checkpoint")
     said = sentence(lambda: find(str(folder.path), example(), Path("mine"), tmp_path / "runs"))
     assert said.startswith(f"{folder.title} was imported, not trained: it holds weights alone → leave --resume out")
 
 
-def test_other_weights_to_begin_with_are_another_run(tmp_path: Path) -> None:
-    folder = run_folder.create(tmp_path / "runs", "mine")
-    serialization.save(example(init_from="a"), folder.config)
+# Which run `--resume auto` takes.
+
+
+def made(runs: Path, status: str = INTERRUPTED, **settings) -> RunFolder:
+    """A run of `mine` with a checkpoint after step 1 that has ended like this."""
+    folder = run_folder.create(runs, "mine")
+    experiment = example(**settings)
+    serialization.save(experiment, folder.config)
     save(folder.checkpoints / "step_000001")
     run_folder.start(folder, layout="", precision="fp32", steps=2)
-    run_folder.end(folder, run_folder.INTERRUPTED)
-    assert "init_from a → b" in sentence(lambda: find(AUTO, example(init_from="b"), Path("mine"), tmp_path / "runs"))
+    if status != RUNNING:
+        run_folder.end(folder, status)
+    return folder
+
+
+def auto(runs: Path, **settings) -> tuple[RunFolder | None, str]:
+    found, why = find(AUTO, example(**settings), Path("mine"), runs)
+    return (found.folder if found else None), why
+
+
+def test_an_unfinished_run_is_found_behind_a_finished_one_with_another_seed(tmp_path: Path) -> None:
+    first, second = made(tmp_path, seed=1), made(tmp_path, FINISHED, seed=2)
+    assert auto(tmp_path, seed=1) == (first, "")
+    assert auto(tmp_path, seed=2) == (None, f"a new run: {second.title}, which has these settings, is finished")
+
+
+def test_what_is_no_science_may_differ(tmp_path: Path) -> None:
+    """Another length, layout and place of the cache; the newest of two that match is taken, and said."""
+    older, newer = made(tmp_path, schedule={"steps": 600}), made(tmp_path, FAILED, parallel={"tensor": 2})
+    made(tmp_path, seed=7)
+    run_folder.create(tmp_path, "mine")  # begun, and killed at once
+    assert auto(tmp_path) == (newer, f"{newer.title} is the newest unfinished run with these settings; older: {older.title}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "differs"),
+    [
+        ({"optimizer": {"lr": 1.0}}, "optimizer.lr 0.003 → 1.0"),
+        ({"init_from": "b"}, "init_from None → b"),
+        ({"optimizer": {"lr": 1.0}, "seed": 3}, "optimizer.lr 0.003 → 1.0, seed 1 → 3"),
+    ],
+)
+def test_a_new_run_begins_where_none_matches_and_the_nearest_is_named(tmp_path: Path, settings: dict, differs: str) -> None:
+    nearest = made(tmp_path)
+    made(tmp_path, model={"num_layers": 6}, optimizer={"eps": 1e-7}, seed=9)
+    none, why = auto(tmp_path, **settings)
+    assert none is None
+    assert why == f"a new run: no unfinished run has these settings; {nearest.title} is nearest, with {differs}"
+
+
+def test_another_variant_is_another_experiment(tmp_path: Path) -> None:
+    mine, source = {"model": {"norm": "variant:Mine"}}, tmp_path / "experiments" / "mine"
+    source.mkdir(parents=True)
+    (source / "config.py").write_text("")
+    (source / "variant.py").write_text("class Mine: ...")
+    folder = made(tmp_path, **mine)
+    run_folder.keep_source(folder, source)
+    found, _ = find(AUTO, example(**mine), source, tmp_path)
+    assert found is not None and found.folder == folder
+    (source / "variant.py").write_text("class Mine: pass")
+    found, why = find(AUTO, example(**mine), source, tmp_path)
+    assert found is None and f"{folder.title} is nearest, with variant.py " in why
+
+
+def test_a_run_that_cannot_be_read_keeps_no_other_from_being_found(tmp_path: Path) -> None:
+    damaged, other = made(tmp_path), made(tmp_path, seed=5)
+    damaged.config.write_text("{")
+    assert auto(tmp_path, seed=5) == (other, "")
+    assert auto(tmp_path)[1].endswith(f"; {damaged.title} cannot be read")
+
+
+# A run that is running, or says so.
+
+
+def beats(folder: RunFolder) -> contextlib.AbstractContextManager[None]:
+    """Its ranks write heartbeats meanwhile, on whatever machine."""
+
+    @contextlib.contextmanager
+    def beating() -> Iterator[None]:
+        over = threading.Event()
+
+        def write() -> None:
+            beat = 0
+            while not over.wait(0.02):
+                beat += 1
+                folder.heartbeat(1).write_text(f'{{"beat": {beat}}}')
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        yield
+        over.set()
+        thread.join()
+
+    return beating()
+
+
+def test_a_run_that_is_running_is_refused_with_its_process_and_since_when(tmp_path: Path) -> None:
+    folder = made(tmp_path, RUNNING)
+    run = read_json(folder.run)
+    said = f"{folder.title} is running (process {os.getpid()} on {run['host']}, since {run['started']}) → wait for its end, or end it: "
+    for handle in (AUTO, folder.title):
+        assert sentence(lambda: find(handle, example(), Path("mine"), tmp_path)) == f"{said}kill -USR1 {os.getpid()}"  # noqa: B023
+
+
+def test_a_strangers_process_with_the_number_is_not_the_run(tmp_path: Path) -> None:
+    """The run was killed, and its number is now this process's."""
+    folder = made(tmp_path, RUNNING)
+    run = read_json(folder.run)
+    write_json(folder.run, run | {"started_after_boot": run["started_after_boot"] - 100})
+    assert auto(tmp_path) == (folder, "")
+
+
+ELSEWHERE = [{"boot_id": "another", "host": "node7"}, {"pid_namespace": "pid:[1]", "host": "node7"}, {"boot_id": None, "host": "node7"}]
+"""On another machine, in another container, and in a run.json of an older version, which had host and pid only."""
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_a_process_out_of_sight_is_known_by_its_heartbeat(
+    tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed as process 1 of its container, it can be resumed; while it lives, it is refused, whatever process 1 is here."""
+    monkeypatch.setattr(resume, "WATCH_SECONDS", 0.5)
+    folder = made(tmp_path, RUNNING)
+    run = read_json(folder.run) | elsewhere | {"pid": 1}
+    write_json(folder.run, {key: value for key, value in run.items() if value is not None})
+    folder.heartbeat(0).write_text("{}")
+    who = f"process 1 on node7, since {run['started']}"
+    with beats(folder):
+        said = sentence(lambda: find(AUTO, example(), Path("mine"), tmp_path))
+    end = "it cannot be seen from here, but its heartbeat goes on → wait for its end, or end it there: kill -USR1 1"
+    assert said == f"{folder.title} is running ({who}): {end}"
+    capsys.readouterr()
+    assert auto(tmp_path) == (folder, "")
+    watched = f"resume   {folder.title} says that it is running ({who}): its heartbeat is watched for 0 s …\n"
+    assert capsys.readouterr() == ("", watched)
 
 
 @pytest.mark.slow
@@ -164,7 +296,11 @@ def test_another_layout_goes_on_within_rounding(stage: Stage, whole: Ended, firs
 
 
 def test_a_background_save_is_the_same_checkpoint(stage: Stage, whole: Ended) -> None:
+    older = run_folder.create(stage.place / "behind", "gpt_sotu")
+    run_folder.start(older, layout="", precision="", steps=1)
+    save(older.checkpoints / "step_000001")
     behind = go(stage, "behind", "1", checkpoints={"background": True})
+    assert (older.path.parent / "latest").resolve() == behind.folder.path  # since its first checkpoint
     assert behind.codes == [0] and behind.hexes() == whole.hexes() and bits(behind.folder) == bits(whole.folder)
 
 
@@ -190,7 +326,7 @@ def kept(stage: Stage) -> RunFolder:
     return go(stage, "kept", "1", prelude=r.stopped_in_step_6).folder
 
 
-def refused(stage: Stage, name: str = "kept", asked: str = "auto", source: str = "gpt_sotu", **changes) -> str:
+def refused(stage: Stage, name: str = "kept", asked: str = "gpt_sotu", source: str = "gpt_sotu", **changes) -> str:
     loaded = stage.small(name, {**SCIENCE, **changes})
     with pytest.raises(Mistake) as caught:
         resume.find(asked, loaded.experiment, loaded.folder.with_name(source), Path(loaded.experiment.track.runs))
@@ -214,7 +350,7 @@ def test_other_science_is_refused_with_the_difference(stage: Stage, kept: RunFol
 
 def test_other_plumbing_is_allowed_and_listed(stage: Stage, kept: RunFolder) -> None:
     loaded = stage.small("kept", {**SCIENCE, "schedule": {"steps": 20, "log_every": 5}, "parallel": {"tensor": 2}, "precision": "bf16"})
-    found = resume.find("auto", loaded.experiment, loaded.folder, Path(loaded.experiment.track.runs))
+    found, _ = resume.find("auto", loaded.experiment, loaded.folder, Path(loaded.experiment.track.runs))
     assert found is not None and found.step == 6
     assert {name: now for name, _, now in found.changed} == {
         "schedule.steps": 20, "schedule.log_every": 5, "parallel.tensor": 2, "precision": "bf16",
@@ -224,9 +360,11 @@ def test_other_plumbing_is_allowed_and_listed(stage: Stage, kept: RunFolder) -> 
 def test_a_checkpoint_a_run_or_never(stage: Stage, kept: RunFolder) -> None:
     loaded = stage.small("kept", SCIENCE)
     runs = Path(loaded.experiment.track.runs)
-    assert resume.find("never", loaded.experiment, loaded.folder, runs) is None
-    by_run = resume.find(str(kept.path), loaded.experiment, loaded.folder, runs)
-    by_checkpoint = resume.find(str(kept.checkpoints / "step_000003"), loaded.experiment, loaded.folder, runs)
+    assert resume.find("never", loaded.experiment, loaded.folder, runs) == (None, "")
+    by_name, said = resume.find("gpt_sotu", loaded.experiment, loaded.folder, runs)
+    assert by_name is not None and by_name.step == 6 and said == f"gpt_sotu is {kept.title}, the newest run with a checkpoint"
+    by_run, _ = resume.find(str(kept.path), loaded.experiment, loaded.folder, runs)
+    by_checkpoint, _ = resume.find(str(kept.checkpoints / "step_000003"), loaded.experiment, loaded.folder, runs)
     assert by_run is not None and by_checkpoint is not None and (by_run.step, by_checkpoint.step) == (6, 3)
     assert "there is no run folder" in refused(stage, asked="nothing_here")
     assert "is a run of gpt_sotu, this is llama_sotu" in refused(stage, asked=str(kept.path), source="llama_sotu")
@@ -247,12 +385,8 @@ def test_a_latest_that_leads_nowhere_is_named_with_the_way_out(stage: Stage, kep
     assert "latest names" in said and "step_000006" in said
 
 
-def test_a_run_that_runs_or_is_finished_is_refused(stage: Stage, kept: RunFolder, tmp_path: Path) -> None:
-    import os
-
-    folder = copied(kept, tmp_path, status="running", pid=os.getpid())
-    assert f"is running (process {os.getpid()})" in refused(stage, asked=str(folder.path))
-    write_json(folder.run, {**read_json(folder.run), "status": "finished"})
+def test_a_run_that_is_finished_is_refused(stage: Stage, kept: RunFolder, tmp_path: Path) -> None:
+    folder = copied(kept, tmp_path, status="finished")
     assert "has taken all of its 6 steps → add --schedule.steps 12" in refused(stage, asked=str(folder.path), schedule={"steps": 6})
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from parallel.errors import Mistake
+from research.config import schema
 from research.training.schedule import DECAYS, learning_rate
 
 LR, MIN = 3e-3, 3e-4
@@ -76,9 +77,15 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up(decay):
     assert curve(1, decay=decay, warmup_steps=0, decay_steps=1) == [LR]
 
 
-def test_unknown_decay_lists_the_known_ones():
-    with pytest.raises(Mistake, match="optimizer.decay = 'step' is not known → use constant, linear, cosine, wsd, inverse_sqrt"):
-        learning_rate(0, optimizer("step"), 10)
+def test_an_experiment_s_own_decay_follows_the_warm_up():
+    own = {"halves": lambda step, optimizer, steps: optimizer.lr * 0.5 ** (step - optimizer.warmup_steps + 1)}
+    rates = [learning_rate(step, optimizer("variant:halves"), 14, own) for step in range(16)]
+    assert rates[:10] == curve(14, decay="cosine")[:10]
+    assert rates[10:] == [LR / 2, LR / 4, LR / 8, LR / 16, LR / 16, LR / 16]  # steps past the last get the last one's rate
+
+
+def test_the_decays_are_what_the_schema_allows():
+    assert tuple(DECAYS) == schema.DECAYS
 
 
 def theirs(build, steps: int) -> list[float]:

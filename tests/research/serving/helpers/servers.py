@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -55,7 +54,7 @@ def number(metrics: str, name: str) -> float:
 
 @contextlib.contextmanager
 def served(folder: RunFolder, *words: str) -> Iterator[Served]:
-    """A server in this process; at the end its thread is gone."""
+    """A server in this process, to which one can connect at once; at the end its thread is gone."""
     task = checked_task(parser().parse_args([str(folder.path), "--port", "0", *words]))
     begun, failed = threading.Event(), []
     found: list[Running] = []
@@ -75,7 +74,6 @@ def served(folder: RunFolder, *words: str) -> Iterator[Served]:
     assert begun.wait(PATIENCE)
     if failed:
         raise failed[0]
-    await_listening(task.listener.getsockname()[1])
     try:
         yield Served(task.address, found[0], thread)
     finally:
@@ -85,17 +83,6 @@ def served(folder: RunFolder, *words: str) -> Iterator[Served]:
         assert not thread.is_alive()
     if failed:
         raise failed[0]
-
-
-def await_listening(port: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=5).close()
-            return
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 def until(what, seconds: float = PATIENCE) -> None:
@@ -108,7 +95,7 @@ def until(what, seconds: float = PATIENCE) -> None:
 
 @contextlib.contextmanager
 def typed(run: str, *words: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
-    """`python -m research serve RUN`: (the process, its address, its first lines)."""
+    """`python -m research serve RUN`: (the process, its address, its first lines). Once the address is printed, one can connect."""
     command = [sys.executable, "-m", "research", "serve", run, "--port", "0", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -117,7 +104,6 @@ def typed(run: str, *words: str) -> Iterator[tuple[subprocess.Popen, str, list[s
             lines.append(process.stdout.readline())
             assert lines[-1], "".join(lines)
         url = next(re.search(r"http://\S+:\d+", line)[0] for line in lines if line.startswith("address"))
-        await_listening(int(url.rpartition(":")[2]))
         yield process, url, lines
     finally:
         process.kill()

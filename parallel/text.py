@@ -1,0 +1,79 @@
+"""Reads the text that users hand over: UTF-8 with or without a byte-order mark, lines that end in LF or CR LF, JSON lines.
+
+Every reader of a corpus, a file of prompts, a task or a chat template is built on these functions, so that a mark is never part of
+a text and an error names file and line. Imports no torch.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import Mistake
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_text(path: Path, name: str = "", way_out: str = "check the file and its permissions") -> str:
+    """The content of a file with its line ends unchanged. A Mistake calls it `name`, if that is given, and ends in `way_out`."""
+    return decoded(_read(path, name, way_out), name or str(path))
+
+
+def read_lines(path: Path, name: str = "", way_out: str = "check the file and its permissions") -> Iterator[tuple[str, str]]:
+    """`lines` of a whole file."""
+    return lines(_read(path, name, way_out).split(b"\n"), name or str(path))
+
+
+def _read(path: Path, name: str, way_out: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Mistake(f"{name or path} cannot be read ({error.strerror or error}) → {way_out}") from error
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """A whole text, its line ends unchanged. A Mistake names the line that is not UTF-8."""
+    raw = raw.removeprefix(BYTE_ORDER_MARK)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].split(b"\n")
+        raise _not_utf8(raw, f"{where}, line {len(before)}", len(before[-1]), error.reason) from None
+
+
+def lines(raw_lines: Iterable[bytes], where: str) -> Iterator[tuple[str, str]]:
+    """(place, line) of each line of a file that is open in binary mode; the place is '`where`, line 3'. Lines have no line end."""
+    return (decoded_line(raw, number, where) for number, raw in enumerate(raw_lines, start=1))
+
+
+def decoded_line(raw: bytes, number: int, where: str) -> tuple[str, str]:
+    """(place, line) of line `number`, counted from 1."""
+    place = f"{where}, line {number}"
+    raw = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+    try:
+        return place, raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(raw, place, error.start, error.reason) from None
+
+
+def json_value(line: str, place: str, example: str) -> Any:
+    """The value on a line of JSON; `example` is what a Mistake says that one should write."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # a ValueError also for a whole number of more than 4,300 digits
+        raise Mistake(f"{place} is not JSON ({error}) → write {example}") from error
+
+
+def refuse_half_characters(text: str, place: str) -> None:
+    """A Mistake if JSON has spelled half a surrogate pair, which no UTF-8 text holds and no tokenizer can encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Mistake(f"{place} has half a surrogate pair at character {error.start} → write the whole character") from error
+
+
+def _not_utf8(raw: bytes, place: str, byte: int, reason: str) -> Mistake:
+    if raw.startswith(UTF16_MARKS):
+        return Mistake(f"{place.rpartition(', line ')[0]} is UTF-16 → save it as UTF-8")
+    return Mistake(f"{place} is not UTF-8 (byte {byte}: {reason}) → save it as UTF-8")
