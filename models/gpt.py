@@ -12,7 +12,7 @@ from models.config import GPT
 from models.dropout import Dropout
 from models.recompute import recomputed
 from models.registry import BuildContext
-from parallel.cross_entropy import vocab_parallel_cross_entropy
+from parallel.cross_entropy import LOGITS_AT_ONCE, vocab_parallel_cross_entropy
 from parallel.grid import Grid
 from parallel.layers import Layer
 from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead
@@ -59,9 +59,11 @@ class TokenLoss:
     vocab_size: int
     label_smoothing: float
     group: ProcessGroup | None
+    logits_at_once: int = LOGITS_AT_ONCE
 
     def __call__(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         """logits 'b s v', labels (targets 'b s', weights 'b s')."""
         targets, weights = labels
-        losses = vocab_parallel_cross_entropy(logits, targets, self.group, self.vocab_size, self.label_smoothing)  # b s
+        settings = (self.group, self.vocab_size, self.label_smoothing, self.logits_at_once)
+        losses = vocab_parallel_cross_entropy(logits, targets, *settings)  # b s
         return (weights * losses).sum()

@@ -10,16 +10,23 @@ LOGITS_AT_ONCE = 2**19
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, group: ProcessGroup | None, vocab_size: int, label_smoothing: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    group: ProcessGroup | None,
+    vocab_size: int,
+    label_smoothing: float = 0.0,
+    logits_at_once: int = LOGITS_AT_ONCE,
 ) -> Tensor:
     """−log p(target) per token, as F.cross_entropy(…, reduction="none"); equal on every tensor rank, fp32 (fp64 for fp64 logits).
 
     logits: 'b s v', this rank's rows of the padded vocabulary, neither gathered nor written to; targets: 'b s' in [0, vocab_size).
     Two all-reduces of O(b·s): the maximum, then three stacked sums. Label smoothing ε mixes in the mean over the
     *whole, unpadded* vocabulary: (1 − ε)·nll − ε/V · Σ_v log p_v (NVIDIA/Megatron-LM#737 takes the mean over a rank's own rows).
+
+    Rows are processed in blocks of about `logits_at_once` logits, at least one row at a time.
     """
     flat = logits.reshape(-1, logits.shape[-1])
-    loss = _CrossEntropy.apply(flat, targets.reshape(-1), group, vocab_size, label_smoothing)
+    loss = _CrossEntropy.apply(flat, targets.reshape(-1), group, vocab_size, label_smoothing, logits_at_once)
     return loss.view(targets.shape)
 
 
@@ -49,20 +56,20 @@ class _CrossEntropy(torch.autograd.Function):
     """Saves the logits themselves and one number per token; the backward pass computes the probabilities again."""
 
     @staticmethod
-    def forward(ctx, logits, targets, group, vocab_size, smoothing):
+    def forward(ctx, logits, targets, group, vocab_size, smoothing, logits_at_once):
         start, real = _own_columns(logits, group, vocab_size)
         local = targets - start
         inside = (local >= 0) & (local < real)
         local = local.clamp(0, max(real - 1, 0))
 
         highest = _maximum(logits, real, group)
-        summed, total = _sums(logits, real, highest, smoothing)
+        summed, total = _sums(logits, real, highest, smoothing, logits_at_once)
         target = (logits.gather(1, local.unsqueeze(1)).squeeze(1) - highest).masked_fill(~inside, 0.0)
         sums = torch.stack([summed, target, total])
         if group is not None:
             dist.all_reduce(sums, group=group)
         ctx.save_for_backward(logits, local, inside, highest, sums[0])
-        ctx.real, ctx.vocab_size, ctx.smoothing = real, vocab_size, smoothing
+        ctx.real, ctx.vocab_size, ctx.smoothing, ctx.logits_at_once = real, vocab_size, smoothing, logits_at_once
         return sums[0].log() - (1 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
 
     @staticmethod
@@ -71,17 +78,17 @@ class _CrossEntropy(torch.autograd.Function):
         grad = torch.zeros_like(logits) if ctx.real < logits.shape[1] else torch.empty_like(logits)
         at_target = gradient.masked_fill(~inside, 0.0) * -(1 - ctx.smoothing)
         scale = gradient / summed
-        for rows in _row_blocks(logits) if ctx.real else ():
+        for rows in _row_blocks(logits, ctx.logits_at_once) if ctx.real else ():
             p = (logits[rows, : ctx.real] - highest[rows, None]).exp_().mul_(scale[rows, None])
             if ctx.smoothing:
                 p.sub_(ctx.smoothing / ctx.vocab_size * gradient[rows, None])
             p.scatter_add_(1, local[rows, None], at_target[rows, None])
             grad[rows, : ctx.real] = p
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
-def _row_blocks(logits: Tensor) -> list[slice]:
-    size = max(1, LOGITS_AT_ONCE // logits.shape[1])
+def _row_blocks(logits: Tensor, logits_at_once: int) -> list[slice]:
+    size = max(1, logits_at_once // logits.shape[1])
     return [slice(i, i + size) for i in range(0, len(logits), size)]
 
 
@@ -94,13 +101,13 @@ def _maximum(logits: Tensor, real: int, group: ProcessGroup | None) -> Tensor:
     return highest
 
 
-def _sums(logits: Tensor, real: int, highest: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+def _sums(logits: Tensor, real: int, highest: Tensor, smoothing: float, logits_at_once: int) -> tuple[Tensor, Tensor]:
     """Per row: Σ exp(logit − highest) and, where smoothing needs it, Σ (logit − highest); over this rank's real columns.
 
     Logits are taken relative to the highest one, so that a large common offset costs no precision.
     """
     summed, total = torch.zeros_like(highest), torch.zeros_like(highest)
-    for rows in _row_blocks(logits) if real else ():
+    for rows in _row_blocks(logits, logits_at_once) if real else ():
         below = logits[rows, :real] - highest[rows, None]  # promotes: never in low precision
         if smoothing:
             total[rows] = below.sum(1)

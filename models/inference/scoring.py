@@ -14,18 +14,18 @@ from parallel.grid import Grid
 from parallel.layers import PlainModule
 
 ROWS = 1024
-"""The number of positions whose logits are held at once. Those of all positions of long texts would not fit into memory."""
+"""The number of positions whose logits are held at once by default. Those of all positions of long texts would not fit into memory."""
 
 
 class TokenScorer:
     """Scores texts with `module`, which is switched to evaluation. Collective over the grid's tensor ranks.
 
-    A Mistake is raised if classes of a variant.py let a token's logits depend on more than the tokens before it: its score would
-    depend on the padding and on the other texts of the batch.
+    The logits of at most `at_once` positions are held at a time. A Mistake is raised if classes of a variant.py let a token's logits
+    depend on more than the tokens before it: its score would depend on the padding and on the other texts of the batch.
     """
 
-    def __init__(self, module: PlainModule, model: GPT, grid: Grid) -> None:
-        self.module, self.model, self.grid = module.eval(), model, grid
+    def __init__(self, module: PlainModule, model: GPT, grid: Grid, at_once: int = ROWS) -> None:
+        self.module, self.model, self.grid, self.at_once = module.eval(), model, grid, at_once
         if not has_closed_form(model):
             refuse_dependent_logits(module, model, grid, model.seq_length)
 
@@ -42,7 +42,7 @@ class TokenScorer:
         x = self.module.hidden(ids[:, :-1].to(device)).flatten(0, 1)[positions.to(device)]  # n d
         targets = torch.tensor([token for row, count in zip(rows, counts, strict=True) for token in row[-count:]], device=device)
         scores = []
-        for part, part_targets in zip(x.split(ROWS), targets.split(ROWS), strict=True):
+        for part, part_targets in zip(x.split(self.at_once), targets.split(self.at_once), strict=True):
             logits = self.module.logits(part[None])  # 1 n v
             scores.append(token_scores(logits, part_targets[None], self.grid.tensor_group, self.model.vocab_size))
         logp, greedy = (torch.cat(parts, dim=1)[0].cpu() for parts in zip(*scores, strict=True))

@@ -6,7 +6,7 @@
     if rank == 0: folder.retain(run / "checkpoints", keep_last=3, keep_every=1000)
 
     facts = load_checkpoint(folder.latest(run / "checkpoints"), engine)     # all ranks, before the next step
-    changed = differences(facts, engine)                   # {} if the run continues bit for bit
+    changed = differences(facts, engine)                   # {}: layout and machine keep the run bit for bit
     load_initial(other / "checkpoints/step_000300", engine)                 # a new run that begins with another run's weights
 
     with Reader(path) as reader:                           # one process, any layout's checkpoint

@@ -23,8 +23,8 @@ def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
 
     The SHA-256 of every file is checked first, each rank checking some of the files. Nothing is set before all files are checked;
     if one rank finds damage, all ranks raise a Mistake that names the file. Then each rank reads its own part. On the layout and
-    machine that wrote the checkpoint, training continues bit for bit. The ranks' random generators are set only if the layout is
-    the same.
+    machine that wrote the checkpoint, training on CPUs continues bit for bit. The ranks' random generators are set only if the
+    layout is the same.
     """
     with _checked(folder, engine) as (reader, names):
         with together(engine.grid):

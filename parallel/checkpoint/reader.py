@@ -22,18 +22,18 @@ from parallel.slices import Slice, slice_of
 Box = Sequence[tuple[int, int]]
 """Begin and end of a region along each dim of a logical tensor."""
 OPEN_AT_ONCE = 16
-"""The largest number of files kept open. Each takes address space, not memory."""
+"""The largest number of files that a reader keeps open by default. Each takes address space, not memory."""
 
 
 class Reader:
     """An open checkpoint. While it is open, `retain` in any process keeps the folder; close it, or use it in a `with` statement.
 
     A Mistake if the folder is not a checkpoint. Tensors are checked against the manifest in shape and dtype when they are read;
-    `check` reads all files and compares their hashes.
+    `check` reads all files and compares their hashes. At most `open_at_once` files are open at a time.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, open_at_once: int = OPEN_AT_ONCE) -> None:
+        self.folder, self.open_at_once = folder, open_at_once
         try:
             self._held = hold(folder)
         except OSError as error:
@@ -172,7 +172,7 @@ class Reader:
     def _opened(self, name: str) -> Any:
         """The file `name`, open with safetensors; the one opened first is closed if there are too many."""
         if name not in self._open:
-            while len(self._open) >= OPEN_AT_ONCE:
+            while len(self._open) >= self.open_at_once:
                 del self._open[next(iter(self._open))]
             self._open[name] = safe_open(self._path(name), framework="pt")
             if not still_there(self.folder, self._held):

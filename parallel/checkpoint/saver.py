@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.checkpoint.sharding import assign_writers, gather_shards, parts_of
-from parallel.checkpoint.writer import CheckpointWriter, Saved
+from parallel.checkpoint.sharding import AHEAD, assign_writers, gather_shards, parts_of
+from parallel.checkpoint.writer import BYTES_PER_FILE, CheckpointWriter, Saved
 from parallel.distributed import device
 from parallel.engines.engine import Engine
 from parallel.engines.optimizer_state import counters, ensure_moments
@@ -21,9 +21,14 @@ ENGINE_FACTS = ("layout", "machine", "counters")
 
 
 class Saver:
-    """Saves on the calling thread: the checkpoint exists when `save` returns. Every method is collective over all ranks."""
+    """Saves on the calling thread: the checkpoint exists when `save` returns. Every method is collective over all ranks.
 
-    def __init__(self) -> None:
+    A file has at most `bytes_per_file` bytes unless it holds a single part that is larger. A rank may receive `ahead` bytes of slices
+    before it writes them.
+    """
+
+    def __init__(self, bytes_per_file: int = BYTES_PER_FILE, ahead: int = AHEAD) -> None:
+        self.bytes_per_file, self.ahead = bytes_per_file, ahead
         self._published: list[Saved] = []
 
     def save(self, folder: Path, engine: Engine, facts: dict[str, Any]) -> None:
@@ -31,9 +36,9 @@ class Saver:
 
         `facts` are the caller's own entries of the manifest: they include `step`, but not layout, machine and counters, which are
         taken from the engine. If one rank cannot write, all ranks raise a Mistake and nothing is left of the checkpoint.
-        Besides the engine, each rank needs memory for one parameter's slice and 128 MiB. Only one saver may write beside `folder`.
+        Besides the engine, each rank needs memory for one parameter's slice and `ahead` bytes. Only one saver may write beside `folder`.
         """
-        writer, tensors = start_transfer(folder, engine, facts)
+        writer, tensors = self._start_transfer(folder, engine, facts)
         for tensor in tensors:
             writer.write(tensor)
         self._published.append(writer.finish())
@@ -47,6 +52,17 @@ class Saver:
         """Waits until every checkpoint is published, then returns as `poll` does. The last call of a run."""
         return self.poll()
 
+    def _start_transfer(self, folder: Path, engine: Engine, facts: dict[str, Any]) -> tuple[CheckpointWriter, Iterable[Tensor]]:
+        """The writer of a checkpoint of `engine`, and the tensors to write, in order. Collective, and so is iterating over the tensors."""
+        step = facts.get("step")
+        if not isinstance(step, int) or set(ENGINE_FACTS) & set(facts):
+            raise ValueError(f"a checkpoint's facts have a step, which is {step!r}, and none of {', '.join(ENGINE_FACTS)}")
+        ensure_moments(engine)
+        shards = assign_writers(engine)
+        facts = {**facts, "counters": counters(engine), **arithmetic(engine)}
+        writer = CheckpointWriter(folder, parts_of(engine, shards), facts, engine.grid, generators(), self.bytes_per_file)
+        return writer, gather_shards(engine, shards, self.ahead)
+
 
 class BackgroundSaver(Saver):
     """Copies this rank's share into host memory, then writes it on a separate thread during training.
@@ -56,14 +72,14 @@ class BackgroundSaver(Saver):
     collective. If a process ends earlier, a hidden folder remains, which the next save removes.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, bytes_per_file: int = BYTES_PER_FILE, ahead: int = AHEAD) -> None:
+        super().__init__(bytes_per_file, ahead)
         self._writing: tuple[CheckpointWriter, threading.Thread] | None = None
 
     def save(self, folder: Path, engine: Engine, facts: dict[str, Any]) -> None:
         """See Saver.save. Waits for an earlier checkpoint, then returns as soon as the state is copied and may change."""
         self._finish()
-        writer, tensors = start_transfer(folder, engine, facts)
+        writer, tensors = self._start_transfer(folder, engine, facts)
         copies: list[Tensor] = []
         for tensor in tensors:  # without memory for a copy the walk goes on, because other ranks walk along
             with writer.keeping_error():
@@ -93,18 +109,6 @@ class BackgroundSaver(Saver):
             (writer, thread), self._writing = self._writing, None
             thread.join()
             self._published.append(writer.finish())
-
-
-def start_transfer(folder: Path, engine: Engine, facts: dict[str, Any]) -> tuple[CheckpointWriter, Iterable[Tensor]]:
-    """The writer of a checkpoint of `engine`, and the tensors to write, in order. Collective, and so is iterating over the tensors."""
-    step = facts.get("step")
-    if not isinstance(step, int) or set(ENGINE_FACTS) & set(facts):
-        raise ValueError(f"a checkpoint's facts have a step, which is {step!r}, and none of {', '.join(ENGINE_FACTS)}")
-    ensure_moments(engine)
-    shards = assign_writers(engine)
-    facts = {**facts, "counters": counters(engine), **arithmetic(engine)}
-    writer = CheckpointWriter(folder, parts_of(engine, shards), facts, engine.grid, generators())
-    return writer, gather_shards(engine, shards)
 
 
 def _write(copies: list[Tensor], writer: CheckpointWriter) -> None:

@@ -21,7 +21,7 @@ from parallel.engines.optimizer_state import fragment, kinds_of
 from parallel.slices import Region, slice_of
 
 AHEAD = 128 * 2**20
-"""Bytes of slices that a rank may receive before it writes them."""
+"""Bytes of slices that a rank may by default receive before it writes them."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def parts_of(engine: Engine, shards: Sequence[Shard]) -> list[Part]:
     return parts
 
 
-def gather_shards(engine: Engine, shards: Sequence[Shard]) -> Iterator[Tensor]:
+def gather_shards(engine: Engine, shards: Sequence[Shard], ahead: int = AHEAD) -> Iterator[Tensor]:
     """The tensors of `parts_of`, fp32, on the CPU; each may be the optimizer's own memory.
 
     Collective over the data group: all of its ranks iterate to the end, in the same order. Holds one parameter's slice and at most
-    AHEAD bytes more: ranks send without waiting and receive ahead, so that no rank waits while another one writes.
+    `ahead` bytes more: ranks send without waiting and receive ahead, so that no rank waits while another one writes.
     """
     waiting = deque(itertools.product(kinds_of(engine), shards))
     in_flight: deque[_Transfer] = deque()
@@ -87,7 +87,7 @@ def gather_shards(engine: Engine, shards: Sequence[Shard]) -> Iterator[Tensor]:
         # Start as many transfers as there is room for, at least one.
         while waiting:
             cost = _cost(*waiting[0], engine)
-            if in_flight and cost and cost + sum(transfer.held for transfer in in_flight) > AHEAD:
+            if in_flight and cost and cost + sum(transfer.held for transfer in in_flight) > ahead:
                 break
             in_flight.append(_start_exchange(*waiting.popleft(), engine))
 

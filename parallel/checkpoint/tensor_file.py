@@ -40,10 +40,10 @@ class Entry:
 
 
 class TensorFile:
-    """Writes the new file `path` with `entries` in this order."""
+    """Writes the new file `path` with `entries` in this order, `at_once` bytes at a time."""
 
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        self.path, self.waiting = path, list(entries)
+    def __init__(self, path: Path, entries: Sequence[Entry], at_once: int = AT_ONCE) -> None:
+        self.path, self.waiting, self.at_once = path, list(entries), at_once
         self.hash, self.size = hashlib.sha256(), 0
         self.file = path.open("xb", buffering=0)  # an error if it exists
         self._write(header(entries))
@@ -72,8 +72,8 @@ class TensorFile:
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        for start in range(0, len(view), AT_ONCE):
-            part = view[start : start + AT_ONCE]
+        for start in range(0, len(view), self.at_once):
+            part = view[start : start + self.at_once]
             self.hash.update(part)
             while part:  # a disk that fills up accepts a part before it refuses the rest
                 part = part[self.file.write(part) :]

@@ -24,7 +24,7 @@ from parallel.grid import Grid
 from parallel.object_collectives import all_gather_objects, gather_objects, together
 
 BYTES_PER_FILE = 256 * 2**20
-"""The largest size of a file, unless it holds a single part that is larger."""
+"""The largest size of a file by default, unless it holds a single part that is larger."""
 GENERATORS = "generators.json"
 """The random generators of every rank, in rank order."""
 
@@ -68,10 +68,18 @@ class CheckpointWriter:
     The constructor, which checks that all ranks' parts fit on the disk, and `finish` are collective; `write` is not.
     """
 
-    def __init__(self, folder: Path, parts: Sequence[Part], facts: dict[str, Any], grid: Grid, generators: Any = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        facts: dict[str, Any],
+        grid: Grid,
+        generators: Any = None,
+        bytes_per_file: int = BYTES_PER_FILE,
+    ) -> None:
         self.folder, self.facts, self.grid, self.generators = folder, facts, grid, generators
         self.partial, self.started = hidden(folder, "partial"), time.monotonic()
-        self.plan = files_of(parts, grid.rank)
+        self.plan = files_of(parts, grid.rank, bytes_per_file)
         self.need = sum(all_gather_objects(sum(part.entry.size for part in parts), grid))
         self.files: dict[str, File] = {}
         self.error: Exception | None = None
@@ -145,14 +153,20 @@ class CheckpointWriter:
         publish(self.partial, self.folder, manifest)
 
 
-def write(folder: Path, shapes: Mapping[str, tuple[int, ...]], weights: Iterable[Tensor], facts: dict[str, Any]) -> Saved:
+def write(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Iterable[Tensor],
+    facts: dict[str, Any],
+    bytes_per_file: int = BYTES_PER_FILE,
+) -> Saved:
     """Writes a checkpoint of whole fp32 tensors from one process. It can be read, or begun with, but not resumed.
 
     `shapes` are by logical name; `weights` are in that order and taken one at a time. `facts` contain `step`. If taking a tensor
     raises, nothing is left of the checkpoint.
     """
     parts = [Part("weights", name, shape, 0, 0, shape[0]) for name, shape in shapes.items()]
-    writer = CheckpointWriter(folder, parts, facts, Grid())
+    writer = CheckpointWriter(folder, parts, facts, Grid(), bytes_per_file=bytes_per_file)
     try:
         for tensor in weights:
             writer.write(tensor)
@@ -162,14 +176,14 @@ def write(folder: Path, shapes: Mapping[str, tuple[int, ...]], weights: Iterable
     return writer.finish()
 
 
-def files_of(parts: Sequence[Part], rank: int) -> Plan:
-    """Distributes the parts of a rank over files of one kind each and of at most BYTES_PER_FILE."""
+def files_of(parts: Sequence[Part], rank: int, bytes_per_file: int = BYTES_PER_FILE) -> Plan:
+    """Distributes the parts of a rank over files of one kind each and of at most `bytes_per_file`, unless one part is larger."""
     plan: Plan = {}
     for kind in dict.fromkeys(part.kind for part in parts):
-        size = BYTES_PER_FILE
+        size = bytes_per_file
         for part in (part for part in parts if part.kind == kind):
             size += part.entry.size
-            if size > BYTES_PER_FILE:
+            if size > bytes_per_file:
                 number = sum(name.startswith(f"{kind}-") for name in plan)
                 name, size = f"{kind}-rank{rank:05d}-{number:03d}.safetensors", part.entry.size
                 plan[name] = []

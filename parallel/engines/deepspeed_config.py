@@ -11,7 +11,7 @@ ADAMW = "adamw"
 STATE_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 """What an optimizer may call a tensor that it keeps per parameter. Checkpoints name tensors and files by it."""
 BUCKET_ELEMENTS = 5_000_000
-"""Elements of a communication bucket. DeepSpeed's default, 5e8, may be allocated whole at each step."""
+"""Elements of a communication bucket by default. DeepSpeed's own, 5e8, may be allocated whole at each step."""
 
 SAME = {
     "train_micro_batch_size_per_gpu": "schedule.micro_batch_size",
@@ -55,6 +55,8 @@ class EngineSettings:
     """AdamW is derived below. Any other name stands for a class that is passed to the engine."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    bucket_elements: int = BUCKET_ELEMENTS
+    """Elements of a bucket in which gradients are reduced and weights gathered. It changes speed and memory only."""
     explicit: Mapping[str, Any] = field(default_factory=dict)
     """The experiment's own `deepspeed={…}` table, merged last."""
 
@@ -95,8 +97,8 @@ def _zero(settings: EngineSettings, cuda: bool) -> dict[str, Any]:
         "stage": max(1, settings.zero_stage),  # at stage 0 the gradient norm is wrong or missing: docs/deepspeed.md
         "overlap_comm": cuda,
         "contiguous_gradients": cuda,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": settings.bucket_elements,
+        "allgather_bucket_size": settings.bucket_elements,
     }
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}

@@ -44,7 +44,7 @@ def set_generators(states: Any) -> None:
 
 
 def arithmetic(engine: Engine) -> dict[str, Any]:
-    """What the bits of a step depend on besides the experiment: two runs for which this is equal continue bit for bit alike."""
+    """What the bits of a step on CPUs depend on besides the settings and the code: where all are equal, runs continue bit for bit alike."""
     grid, settings = engine.grid, engine.settings
     cuda = engine.device.type == "cuda"
     return {
@@ -74,7 +74,7 @@ def arithmetic(engine: Engine) -> dict[str, Any]:
 def differences(facts: dict[str, Any], engine: Engine) -> dict[str, tuple[Any, Any]]:
     """Why a run that resumes from a checkpoint with `facts` is not bit for bit the same: {"machine.threads": (then, now), …}.
 
-    Empty if it is. Only the layout and the machine are compared here, not the learning rate or the data.
+    Only the layout and the machine are compared here, not the settings, the code or the data (research/training/resume.py).
     """
     changed = {}
     for table, entries in arithmetic(engine).items():

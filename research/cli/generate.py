@@ -221,11 +221,11 @@ def _generate(task: Task, generator: "TextGenerator", texts: tuple[str, ...]) ->
 
 
 def _write_json_lines(task: Task, generator: "TextGenerator") -> None:
-    """One JSON line per text on standard output, and a progress bar on standard error if that is a terminal."""
+    """One JSON line per text on standard output, and how far it is on standard error: a bar, or in a pipe a line each half minute."""
     from research.generation.generator import as_json
 
     count = len(task.prompts) * task.arguments.n
-    with Console(sys.stderr, quiet=not sys.stderr.isatty()).progress(f"writing {count} texts", count) as advance:
+    with Console(sys.stderr).progress(f"writing {count} texts", count, announced=False) as advance:
         for text in _generate(task, generator, task.prompts):
             _put(json_line(as_json(text, task.tokenizer)) + "\n")
             advance()

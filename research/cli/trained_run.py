@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from research.config import Experiment, serialization
 from research.config.checks import tensor_degrees
 from research.config.experiment_folder import check_variants
 from research.tracking import run_folder
+from research.tracking.console import Advance, Console
 from research.tracking.run_folder import RunFolder
 
 
@@ -66,6 +68,6 @@ def refuse_launcher(verb: str) -> None:
         raise Mistake(f"{verb} starts its ranks itself → run it without a launcher: python -m research {verb} RUN --tensor 2")
 
 
-def say(what: str) -> None:
-    """Reports slow work on standard error, such as training a tokenizer that is not in the cache."""
-    sys.stderr.write(f"{what} …\n")
+def say(what: str) -> AbstractContextManager[Advance]:
+    """Shows slow work on standard error, such as training a tokenizer that is not in the cache."""
+    return Console(sys.stderr).progress(what, unit="characters")

@@ -4,6 +4,7 @@ The environment variables are read here and in few other places (tests/test_arro
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -17,6 +18,8 @@ from parallel.errors import Mistake
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
 LOCALHOST = "127.0.0.1"
+LIBRARY = ("parallel", "models", "research")
+"""The folders whose code computes a step."""
 STEP_SIGNS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
 FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 """From this number on, Slurm's steps were not started by srun: the batch script, an interactive shell, external processes."""
@@ -213,6 +216,15 @@ def git_state(root: Path) -> tuple[str, bool]:
         return _git(root, "rev-parse", "--short", "HEAD"), bool(_git(root, "status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return "unknown", False
+
+
+def code_digest(root: Path) -> str:
+    """A digest of the library's Python files, whether they are committed or not: equal digests mean equal code."""
+    sha256 = hashlib.sha256()
+    for path in sorted(path for folder in LIBRARY for path in (root / folder).rglob("*.py")):
+        content = path.read_bytes()
+        sha256.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return sha256.hexdigest()[:16]
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -12,6 +12,7 @@ from research.config.settings import Settings
 
 Count = Annotated[int, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
+Label = Annotated[str, Field(min_length=1, max_length=64)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 LOSSES = ("cross_entropy",)
@@ -50,6 +51,7 @@ class Schedule(Settings):
     batch_size: Count = Field(description="sequences per step, over all ranks")
     micro_batch_size: Count = Field(description="sequences that a rank passes through the model at once; changes speed and memory only")
     validate_every: int = Field(ge=0, description="steps between validations; 0: only at the end")
+    validate_tokens: int = Field(default=0, ge=0, description="held-out tokens predicted in each validation, the first ones; 0: all")
     log_every: Count = Field(default=10, description="steps between lines in the terminal and rows in metrics.jsonl")
 
 
@@ -70,7 +72,9 @@ class Optimizer(Settings):
     warmup_steps: int = Field(ge=0, description="steps in which the learning rate rises linearly from 0 to lr; 0: none")
     min_lr: float = Field(ge=0, description="learning rate (not a fraction of lr) at the end of the decay")
     decay_steps: Count | None = Field(default=None, description="length of the final decay in steps, for wsd and for a decay of your own")
-    label_smoothing: float = Field(ge=0, lt=1, description="probability taken from the true token and spread over the vocabulary; 0: none")
+    label_smoothing: float = Field(
+        ge=0, lt=1, description="probability taken in training from the true token and spread over the vocabulary; 0: none"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> "Optimizer":
@@ -171,6 +175,8 @@ class Track(Settings):
     project: Text = Field(default="tessera", description="Weights & Biases project")
     mode: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", description="auto: online with an API key, else offline")
     group: Text | None = Field(default=None, description="Weights & Biases group; None: the experiment folder's name")
+    tags: tuple[Label, ...] = Field(default=(), strict=False, description="Weights & Biases tags, beside the layout and the precision")
+    job_type: Label = Field(default="train", description="Weights & Biases job type")
     runs: Text = Field(default="runs", description="folder that receives NAME/ID/ of every run, relative to the repository")
 
 

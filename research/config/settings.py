@@ -138,6 +138,8 @@ def _bounds(constraints: Iterable[Any]) -> Iterator[str]:
                 yield f"{words} {getattr(bound, attribute)}"
         if isinstance(bound, annotated_types.MinLen):  # the schema uses no other length than 1
             yield "that is not empty"
+        if isinstance(bound, annotated_types.MaxLen):
+            yield f"has at most {bound.max_length} characters"
 
 
 def _rank(problem: Any) -> int:

@@ -80,34 +80,31 @@ def train_micro_batches(
     weight = len(numbers) * data_size / tokens
     windows = num_samples(store, seq_length)
     for samples in numbers:
-        yield _batch(store, order.sample(samples, windows, seed), samples, seq_length, weight)
+        yield _batch(store.tokens, order.sample(samples, windows, seed), samples, seq_length, weight)
 
 
 def validation_batches(
-    store: TokenStore, seq_length: int, micro_batch_size: int, data_rank: int, data_size: int
+    ids: np.ndarray, seq_length: int, micro_batch_size: int, data_rank: int, data_size: int
 ) -> Iterator[tuple[Batch, int]]:
     """This data rank's part of every validation batch, and the number of tokens of that batch over all data ranks.
 
-    Every token but the first is predicted once. All parts have the same shape, padded with weight 0. The mean over data ranks
-    of Σ weights · loss is the batch's token mean, so Σ mean · tokens over the batches is the split's total loss in nats.
+    Every token of `ids` but the first is predicted once. All parts have the same shape, padded with weight 0. The mean over data ranks
+    of Σ weights · loss is the batch's token mean, so Σ mean · tokens over the batches is the total loss of `ids` in nats.
     """
-    predicted = store.num_tokens - 1
-    if predicted < 1:
-        raise Mistake(f"the validation corpus {store.prefix.name} has {store.num_tokens} token, nothing to predict → use more text")
-    unit = micro_batch_size * data_size
+    predicted, unit = len(ids) - 1, micro_batch_size * data_size
     for first in range(0, math.ceil(predicted / seq_length), unit):
         tokens = min(predicted - first * seq_length, unit * seq_length)
         windows = first + data_rank * micro_batch_size + np.arange(micro_batch_size)
-        yield _batch(store, windows, windows, seq_length, data_size / tokens), tokens
+        yield _batch(ids, windows, windows, seq_length, data_size / tokens), tokens
 
 
-def _batch(store: TokenStore, windows: np.ndarray, samples: np.ndarray, seq_length: int, weight: float) -> Batch:
-    """The tokens of the windows. Beyond the end of the store are id 0, target 0, weight 0."""
+def _batch(ids: np.ndarray, windows: np.ndarray, samples: np.ndarray, seq_length: int, weight: float) -> Batch:
+    """The tokens of the windows of a stream. Beyond its end are id 0, target 0, weight 0."""
     shape = (len(windows), seq_length)
     batch = Batch(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32), samples)
     for row, window in enumerate(windows):
         start = int(window) * seq_length
-        tokens = store.tokens[start : start + seq_length + 1]
+        tokens = ids[start : start + seq_length + 1]
         count = max(len(tokens) - 1, 0)
         batch.ids[row, :count] = tokens[:count]
         batch.targets[row, :count] = tokens[1 : count + 1]

@@ -2,11 +2,14 @@
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,14 +17,24 @@ from parallel.errors import Mistake
 from parallel.files import locked
 from research.data import documents, token_store, tokenizer_file
 from research.data.token_store import TokenStore
-from research.data.tokenizer import GPT2, Tokenizer, declared_vocab_size, gpt2, kept, trained
+from research.data.tokenizer import GPT2, TRAINED, Tokenizer, declared_vocab_size, gpt2, kept, pieces, trained
 
 RECIPE = 1
 """Part of every store's name. Raise it whenever the same text would give other tokens."""
 GROUP = 1 << 22
 """Characters tokenized at a time: enough for all cores, little enough for any memory."""
 
-Progress = Callable[[str], None]
+CHARACTER = 4
+"""The most tokens that one character can have: a byte each."""
+
+Advance = Callable[[int], object]
+Progress = Callable[[str], AbstractContextManager[Advance]]
+"""Called with what begins; the context lasts as long as it does, and is told how many more characters are done."""
+
+
+def silent(what: str) -> AbstractContextManager[Advance]:
+    """The Progress that shows nothing."""
+    return contextlib.nullcontext(lambda characters: None)
 
 
 class DataSettings(Protocol):
@@ -31,6 +44,14 @@ class DataSettings(Protocol):
     validation: str
     tokenizer: str
     cache: str
+
+
+class HeldOut(NamedTuple):
+    """What a validation predicts: `tokens` tokens of the store, from the second on, and the UTF-8 bytes of the text up to the last."""
+
+    store: TokenStore
+    tokens: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -43,11 +64,11 @@ class Corpus:
     fingerprint: str
 
 
-def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress | None = None) -> Corpus:
+def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress = silent) -> Corpus:
     """The corpus that `data` describes, for a model with `vocab_size` tokens (it may have more than the tokenizer).
 
     Every rank calls this at the same time: the first one prepares what is not in data.cache (a relative path starts at `root`),
-    the others wait. In the process that does the work, `progress` is called with what is being done.
+    the others wait. `progress` is called in the process that does the work.
     """
     check(data, root, vocab_size)
     tokenizer = load_tokenizer(data, root, progress)
@@ -62,19 +83,26 @@ def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress | N
     return Corpus(tokenizer, train, validation, _join(*digests, tokenizer.fingerprint))
 
 
-def load_tokenizer(data: DataSettings, root: Path, progress: Progress | None = None) -> Tokenizer:
+def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent) -> Tokenizer:
     """The tokenizer alone, made as in `load` if it is not cached. Generation needs no more: no text is tokenized."""
     if tokenizer_file.is_file(data.tokenizer):
         return tokenizer_file.load(data.tokenizer, root)
     if data.tokenizer == GPT2:
         return gpt2()
     digest = documents.digest(data.train, root)
-    texts = _announced(documents.documents(data.train, root), f"training {data.tokenizer} on {data.train}", progress)
-    with cache_folder(data.cache, root) as cache:
-        return trained(data.tokenizer, texts, digest, cache)
+    with contextlib.ExitStack() as work, cache_folder(data.cache, root) as cache:
+
+        def texts() -> Iterator[str]:  # taken only if there is no tokenizer yet
+            advance = work.enter_context(progress(f"training {data.tokenizer} on {data.train}"))
+            for text in documents.documents(data.train, root):
+                for piece in pieces(text):
+                    yield piece
+                    advance(len(piece))
+
+        return trained(data.tokenizer, texts(), digest, cache)
 
 
-def split(data: DataSettings, spec: str, root: Path, tokenizer: Tokenizer, progress: Progress | None = None) -> TokenStore:
+def split(data: DataSettings, spec: str, root: Path, tokenizer: Tokenizer, progress: Progress = silent) -> TokenStore:
     """The token store of another text, tokenized as the run's own corpus and made as in `load` if it is not cached."""
     digest = documents.digest(spec, root)
     with cache_folder(data.cache, root) as cache:
@@ -90,6 +118,19 @@ def tokenizer_at_hand(data: DataSettings, root: Path) -> Tokenizer | None:
     return kept(data.tokenizer, documents.digest(data.train, root), Path(root) / Path(data.cache).expanduser())
 
 
+def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:
+    """Whether two settings name one tokenizer, as far as its file, or the text that it is trained on, can be found."""
+    paths = [tokenizer_file.path_of(data.tokenizer, root) for data in (then, now)]
+    if then.tokenizer != now.tokenizer:
+        return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
+    if not now.tokenizer.startswith(TRAINED) or then.train == now.train:
+        return True
+    try:
+        return documents.digest(then.train, root) == documents.digest(now.train, root)
+    except Mistake:  # the text is not there any more
+        return False
+
+
 def check(data: DataSettings, root: Path, vocab_size: int) -> None:
     """Refuse, in milliseconds and before torch is imported, missing files, unknown names and a vocabulary that is too small."""
     documents.check_exists(data.train, root, "data.train")
@@ -103,6 +144,41 @@ def check(data: DataSettings, root: Path, vocab_size: int) -> None:
         )
 
 
+def held_out(corpus: Corpus, tokens: int) -> HeldOut:
+    """The first `tokens` tokens to predict of the held-out text, of which the very first is only read; 0, or too many: all of them."""
+    store = corpus.validation
+    there = store.num_tokens - 1
+    if there < 1:
+        raise Mistake(f"the validation corpus {store.prefix.name} has {store.num_tokens} token, nothing to predict → use more text")
+    tokens = min(tokens, there) if tokens else there
+    return HeldOut(store, tokens, leading_bytes(store, corpus.tokenizer, tokens + 1))
+
+
+def refuse_same_text(data: DataSettings, corpus: Corpus) -> None:
+    """Raises a Mistake if training and held-out text are copies of one file, whatever their names."""
+    if corpus.train.facts.get("source_sha256") == corpus.validation.facts.get("source_sha256"):
+        raise Mistake(
+            f"data.validation = {data.validation!r} has the same content as data.train = {data.train!r} → "
+            "name a text that is not trained on"
+        )
+
+
+def leading_bytes(store: TokenStore, tokenizer: Tokenizer, count: int) -> int:
+    """UTF-8 bytes of the text of the store's first `count` tokens: a character counts with its last token, end-of-text with none."""
+    if count >= store.num_tokens:
+        return store.num_bytes
+    total = 0
+    for start, end in pairwise(store.document_offsets.tolist()):
+        if start >= count:
+            break
+        ids, here = store.tokens[start : end - 1], count - start
+        text = tokenizer.decode(ids[:here])
+        if here < len(ids):  # a character that is not complete is decoded as U+FFFD, which a few more tokens change (unless it is one)
+            text = os.path.commonprefix([text, tokenizer.decode(ids[: here + CHARACTER])])
+        total += len(text.encode("utf-8"))
+    return total
+
+
 @contextlib.contextmanager
 def cache_folder(name: str, root: Path) -> Iterator[Path]:
     """The folder data.cache, created if it is missing. An error of the file system inside is a Mistake that names data.cache."""
@@ -114,7 +190,7 @@ def cache_folder(name: str, root: Path) -> Iterator[Path]:
         raise Mistake(f"data.cache = {name!r} cannot be used ({error}) → name a folder that you may write to") from error
 
 
-def _prepared(spec: str, digest: str, tokenizer: Tokenizer, root: Path, cache: Path, progress: Progress | None) -> TokenStore:
+def _prepared(spec: str, digest: str, tokenizer: Tokenizer, root: Path, cache: Path, progress: Progress) -> TokenStore:
     """The token store of one split, from the cache or made now. A damaged one in the cache is made again."""
     # the file name tells a person which corpus and tokenizer it is; the hash beside them is what counts
     labels = (re.sub(r"[^A-Za-z0-9_.]+", "-", name.removeprefix(documents.BUILTIN)).strip("-.")[-60:] for name in (spec, tokenizer.name))
@@ -124,9 +200,10 @@ def _prepared(spec: str, digest: str, tokenizer: Tokenizer, root: Path, cache: P
         return store
     with locked(Path(f"{prefix}.lock")):
         if _open(prefix) is None:
-            texts = _announced(documents.documents(spec, root), f"tokenizing {spec}", progress)
             facts = {"source": spec, "source_sha256": digest, "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.fingerprint}
-            token_store.write(prefix, _encoded(texts, tokenizer), tokenizer.vocab_size, facts)
+            with progress(f"tokenizing {spec}") as advance:
+                encoded = _encoded(documents.documents(spec, root), tokenizer, advance)
+                token_store.write(prefix, encoded, tokenizer.vocab_size, facts)
     return TokenStore(prefix)
 
 
@@ -139,14 +216,7 @@ def _open(prefix: Path) -> TokenStore | None:
         return None
 
 
-def _announced(texts: Iterator[str], what: str, progress: Progress | None) -> Iterator[str]:
-    """The texts. `progress` is called when the first one is taken, so only where there is work to do."""
-    if progress:
-        progress(what)
-    yield from texts
-
-
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer, advance: Advance) -> Iterator[tuple[np.ndarray, int]]:
     """Each text's ids, end-of-text last, and its UTF-8 bytes. Works on GROUP characters at a time, however long a text is."""
     ids, num_bytes = [], 0
     for group in _groups(texts, tokenizer):
@@ -157,6 +227,7 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.nd
             if is_last:
                 yield np.concatenate([*ids, [tokenizer.end_of_text]]), num_bytes
                 ids, num_bytes = [], 0
+        advance(sum(len(piece) for piece, _ in group))
 
 
 def _groups(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[str, bool]]]:

@@ -1,12 +1,12 @@
 """The tasks of `evaluate.tasks`, which are evaluated periodically during training: checked before torch, tokenized before step 1."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
 from research.config import Experiment
+from research.data.prepare import Progress, silent
 from research.data.tokenizer import Tokenizer
 from research.evaluation import registry
 from research.evaluation.scorer import Scorer
@@ -42,9 +42,7 @@ def create_tasks(experiment: Experiment, root: Path) -> list[Task]:
     return registry.create_tasks(settings.tasks, Settings(limit=settings.limit or None, data=data, root=root))
 
 
-def prepare_tasks(
-    experiment: Experiment, root: Path, tokenizer: Tokenizer, progress: Callable[[str], None] = lambda what: None
-) -> list[PreparedTask]:
+def prepare_tasks(experiment: Experiment, root: Path, tokenizer: Tokenizer, progress: Progress = silent) -> list[PreparedTask]:
     """Reads and tokenizes the experiment's tasks, the same on every rank. Empty if evaluate.every is 0."""
     if not experiment.evaluate.every:
         return []

@@ -61,7 +61,8 @@ def rolling_windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Sc
 class Perplexity:
     """The documents of a corpus, joined by end-of-text; every token but the first is scored once.
 
-    Without window and stride, `loss`, `perplexity` and `bits_per_byte` of the validation split equal the run's own val/… metrics.
+    Without window and stride, `loss`, `perplexity` and `bits_per_byte` of the validation split equal the run's own val/… metrics of all
+    held-out tokens (schedule.validate_tokens = 0).
     """
 
     name: str

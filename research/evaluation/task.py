@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from research.data.prepare import DataSettings as Data
+from research.data.prepare import Progress, silent
 from research.data.tokenizer import Tokenizer
 from research.evaluation.scorer import Score, Scorer, ScoreRequest
 
@@ -45,8 +46,8 @@ class TaskContext:
     """The scorer's maximum length of a request."""
     data: Data
     root: Path
-    progress: Callable[[str], None] | None = None
-    """Called before slow work such as tokenizing a text, with a description of it."""
+    progress: Progress = silent
+    """Shows slow work such as tokenizing a text."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Prints what a person reads while a run trains: the header, one table row per interval, validations, the end.
 
 The characters are the same in a terminal and in a pipe. A terminal also gets colour and a progress bar; a pipe gets no escape
-sequences and no wrapping, so that grep works. Rank 0's `Console` prints; those of the other ranks are quiet.
+sequences and no wrapping, so that grep works, and instead of the bar a line every half minute. Rank 0's `Console` prints; those of
+the other ranks are quiet.
 """
 
 import functools
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO, TypeVar
 
@@ -21,6 +24,8 @@ Row = Mapping[str, Any]
 Item = TypeVar("Item")
 WIDTHS = {"step": 5, "tokens": 9, "loss": 7, "ppl": 8, "lr": 9, "|g|": 6, "tokens/s": 10, "memory": 9, "eta": 7}
 HEADER_INDENT, CLOSING_INDENT = 9, 7
+PIPE_SECONDS = 30.0
+"""Time between two lines of progress where there is no terminal for a bar."""
 Figure = tuple[str, str, float]
 """(task, metric, value)."""
 
@@ -133,16 +138,25 @@ class Console:
         for i, command in enumerate(commands):
             self._put(Text.assemble((f"{'' if i else 'next':<{CLOSING_INDENT}}", "cyan"), command))
 
-    def warn(self, text: str) -> None:
-        """A warning: the run goes on."""
-        self._labelled("warn", fmt.one_line(text), CLOSING_INDENT, "bold yellow")
+    def warn(self, text: str, in_header: bool = False) -> None:
+        """A warning: the run goes on. `in_header`: aligned with the lines of the header."""
+        self._labelled("warn", fmt.one_line(text), HEADER_INDENT if in_header else CLOSING_INDENT, "bold yellow")
 
     @contextmanager
-    def progress(self, label: str, total: int | None = None) -> Iterator[Advance]:
-        """Around slow work: a bar that is removed at the end, or one plain line. Yields `advance(n)`; `total` None: unknown."""
-        if self._console.quiet or not self._console.is_terminal:
-            self._put(Text(f"{label} …"))
+    def progress(self, label: str, total: int | None = None, unit: str = "", announced: bool = True) -> Iterator[Advance]:
+        """Around slow work: a bar that is removed at the end, or in a pipe a plain line at the beginning and one every half minute.
+
+        Yields `advance(n)`; `total` None: unknown, then `unit` says what is counted, if anything is.
+        `announced` False: in a pipe nothing is said of work that takes less than half a minute.
+        """
+        if self._console.quiet:
             yield nothing
+            return
+        if not self._console.is_terminal:
+            if announced:
+                self._put(Text(f"{label} …"))
+            with _progress_lines(lambda line: self._put(Text(line)), label, total, unit) as advance:
+                yield advance
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*(columns if total else columns[:2]), console=self._console, transient=True) as bar:
@@ -165,6 +179,32 @@ class Console:
             self._console.file.flush()
         except OSError:  # the terminal is gone
             self._console.on_broken_pipe()
+
+
+@contextmanager
+def _progress_lines(put: Callable[[str], None], label: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """Calls `put` every PIPE_SECONDS with how far the work is: 'tokenizing a.txt … 41.0 M characters · 1:30'. Yields `advance(n)`.
+
+    A thread does it: some work, such as the training of a tokenizer, does not say how far it is.
+    """
+    began, over, done = time.monotonic(), threading.Event(), 0
+
+    def advance(n: int = 1, /) -> None:
+        nonlocal done
+        done += n
+
+    def report() -> None:
+        while not over.wait(PIPE_SECONDS):
+            counted = f"{done:,} of {total:,} · " if total else f"{fmt.count(done)} {unit} · " if unit else ""
+            put(f"{label} … {counted}{fmt.duration(time.monotonic() - began)}")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield advance
+    finally:
+        over.set()
+        thread.join()
 
 
 def _aligned(cells: Iterable[str]) -> str:

@@ -37,7 +37,7 @@ START_SECONDS, PROBE_SECONDS, INIT_SECONDS, FINISH_SECONDS = 9.5, 2.5, 3.0, 7.0
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What W&B shows of a run: the resolved settings, the DeepSpeed JSON derived from them, the code, project, group and tags."""
+    """What W&B shows of a run: the resolved settings, the DeepSpeed JSON derived from them, the code, project, group, tags and job type."""
 
     config: Mapping[str, Any]
     deepspeed: Mapping[str, Any]
@@ -46,6 +46,7 @@ class RunDescription:
     project: str
     group: str
     tags: Sequence[str] = field(default=())
+    job_type: str | None = None
 
 
 class WandbMirror:
@@ -219,6 +220,7 @@ def _start(mode: Literal["online", "offline"], folder: RunFolder, description: R
         id=folder.title,
         name=folder.title,
         tags=list(description.tags),
+        job_type=description.job_type,
         # the experiment's fields are on top: W&B's columns are then model.num_layers, optimizer.lr, …
         config={**description.config, "derived_deepspeed": dict(description.deepspeed), "git": git},
         resume="allow" if mode == "online" else None,

@@ -64,5 +64,6 @@ def _description(folder: RunFolder, config: Mapping[str, Any]) -> RunDescription
         bool(run.get("dirty")),
         project=config["track"]["project"],
         group=config["track"]["group"] or folder.name,
-        tags=[str(run["layout"]), str(run["precision"])],
+        tags=list(dict.fromkeys([str(run["layout"]), str(run["precision"]), *config["track"].get("tags", [])])),
+        job_type=config["track"].get("job_type"),
     )

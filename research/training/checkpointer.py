@@ -9,7 +9,7 @@ from parallel.checkpoint.folder import name_of
 from parallel.checkpoint.saver import BackgroundSaver, Saver
 from parallel.checkpoint.writer import Saved
 from parallel.errors import Mistake
-from research.cluster.environment import git_state
+from research.cluster.environment import code_digest, git_state
 from research.config.serialization import config_hash
 from research.reliability.heartbeat import Stage
 from research.tracking import run_folder
@@ -31,12 +31,19 @@ class Checkpointer:
         """Whether a checkpoint was begun that `poll` has not reported yet; equal on every rank."""
         self._is_latest = False
         """Whether runs/NAME/latest has been set since this launch saved its first checkpoint."""
-        self.origin = {"config": config_hash(run.job.experiment), "commit": git_state(run.job.root)[0], "data": run.corpus.fingerprint}
+        root = run.job.root
+        self.origin = {
+            "config": config_hash(run.job.experiment),
+            "commit": git_state(root)[0],
+            "code": code_digest(root),
+            "data": run.corpus.fingerprint,
+        }
 
     def save(self) -> None:
         """Begins (or writes) the checkpoint of this step. The time it takes is not counted as training time."""
         run = self.run
-        with run.progress.work("saving", Stage.SAVING), run.meter.paused("saving"):
+        shown = run.console.progress("saving", announced=False)
+        with run.progress.work("saving", Stage.SAVING), run.meter.paused("saving"), shown:
             self.saver.save(run.folder.checkpoints / name_of(run.step), run.engine, self.facts())
         self.saved_step, self.unreported = run.step, True
 
@@ -65,6 +72,7 @@ class Checkpointer:
             "run": {
                 "seconds": run.meter.seconds(),
                 "best": self.periodic.best,
+                "validate_tokens": run.job.experiment.schedule.validate_tokens,
                 "interval_losses": finite(run.meter.losses),
                 **self.anomalies.state(),
                 "due": list(self.periodic.due),

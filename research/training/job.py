@@ -19,11 +19,12 @@ from research.config.diff import flatten
 from research.config.experiment_folder import LoadedExperiment, check_variants
 from research.config.layout import Layout, engine_settings, layout
 from research.config.overrides import Options, Override
+from research.config.plausibility import contradictions, doubts, refused_by_wandb
 from research.config.serialization import resolved
 from research.data.prepare import check as check_data
 from research.evaluation.in_training import check_tasks
 from research.tracking.format import compact, plural
-from research.training.resume import Resume, check_init_from, find
+from research.training.resume import NEVER, Resume, check_init_from, doubts_of_init_from, find
 from research.training.samples import check_samples
 
 
@@ -40,6 +41,8 @@ class Job:
     root: Path
     verbose: bool
     argv: list[str]
+    warnings: list[str]
+    """Settings that are probably not meant, each a sentence."""
     resume: Resume | None = None
     """The run to resume, as rank 0 found it; None on the other ranks."""
     why_resumed: str = ""
@@ -55,6 +58,9 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
     check_init_from(experiment, ROOT)
     check_tasks(experiment, ROOT)
     check_samples(experiment, ROOT)
+    wrong = [*contradictions(experiment, ROOT), *refused_by_wandb(experiment, loaded.name)]
+    if wrong and options.resume == NEVER:  # a run that is resumed has begun with these settings, and may not change all of them
+        raise Mistake(wrong[0])
     job_layout = layout(experiment, ranks.world)
     settings = engine_settings(experiment, job_layout)
     try:  # a deepspeed={…} table must not contradict the experiment on a CPU and on a GPU: which one this is, only torch knows
@@ -76,6 +82,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         argv=argv,
         resume=found,
         why_resumed=why,
+        warnings=[*wrong, *doubts(experiment), *doubts_of_init_from(experiment, ROOT)],
     )
 
 
@@ -146,6 +153,7 @@ def dry_run(job: Job, commit: str, dirty: bool) -> str:
         ("data", f"{experiment.data.train} · held out {experiment.data.validation} · {experiment.data.tokenizer}"),
         ("schedule", f"{plural(schedule.steps, 'step')} = {tokens} tokens · {rate}{warmup}"),
     ]
+    described += [("warn", warning) for warning in job.warnings]
     lines = [f"{job.name} · dry run · {tree}", *(f"{label:<9}{text}" for label, text in described), ""]
 
     settings = flatten(resolved(experiment))

@@ -15,10 +15,11 @@ from parallel.errors import Mistake
 from research.config import Experiment
 from research.config.schema import MEASURE
 from research.data.batches import validation_batches
-from research.data.token_store import TokenStore
+from research.data.prepare import HeldOut
 from research.evaluation import in_training
 from research.evaluation.in_training import PreparedTask
 from research.reliability.signals import CutShort
+from research.tracking.console import Advance, nothing
 from research.tracking.metrics import perplexity
 from research.training import samples
 from research.training.live_model import Live, LiveScorer, write
@@ -31,10 +32,11 @@ VALIDATION, EVALUATION, SAMPLES = KINDS = ("validation", "evaluation", "samples"
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean nats a token, and the same per UTF-8 byte in bits."""
+    """Mean nats a token, and the same per UTF-8 byte in bits; over how many tokens."""
 
     loss: float
     bits_per_byte: float
+    tokens: int
 
     @property
     def perplexity(self) -> float:
@@ -43,27 +45,32 @@ class Validation:
 
     def row(self) -> dict[str, float]:
         """The keys of metrics.jsonl."""
-        return {"val/loss": self.loss, "val/ppl": self.perplexity, "val/bits_per_byte": self.bits_per_byte}
+        return {"val/loss": self.loss, "val/ppl": self.perplexity, "val/bits_per_byte": self.bits_per_byte, "val/tokens": self.tokens}
 
 
 def validate(
-    engine: Engine, split: TokenStore, seq_length: int, numbered: bool = False, should_continue: Callable[[], bool] = lambda: True
+    engine: Engine,
+    text: HeldOut,
+    seq_length: int,
+    numbered: bool = False,
+    should_continue: Callable[[], bool] = lambda: True,
+    advance: Advance = nothing,
 ) -> Validation | None:
-    """Every token of `split` but the first, predicted once from at most seq_length tokens before it. Collective.
+    """Every held-out token, predicted once from at most seq_length tokens before it. Collective.
 
     `numbered`: batches carry context, as the training ones do (nothing is dropped, but a pipeline's shapes are fixed).
     `should_continue()` is called before each batch and must return the same on every rank. Returns None if it was False.
     Bits per byte = Σ nats / (ln 2 · bytes): end-of-text's loss counts, its bytes do not.
     """
     grid, settings = engine.grid, engine.settings
-    nats = tokens = 0.0
-    for batch, count in validation_batches(split, seq_length, settings.micro_batch_size, grid.data_rank, grid.data):
+    nats, ids = 0.0, text.store.tokens[: text.tokens + 1]
+    for batch, count in validation_batches(ids, seq_length, settings.micro_batch_size, grid.data_rank, grid.data):
         if not should_continue():
             return None
         micro_batch = MicroBatch.of(batch.ids, batch.targets, batch.weights, batch.samples if numbered else None)
         nats += engine.evaluate_batch(micro_batch) * count
-        tokens += count
-    return Validation(loss=nats / tokens, bits_per_byte=nats / math.log(2) / split.num_bytes)
+        advance(count)
+    return Validation(loss=nats / text.tokens, bits_per_byte=nats / math.log(2) / text.num_bytes, tokens=text.tokens)
 
 
 def intervals(experiment: Experiment) -> dict[str, int]:
@@ -76,9 +83,9 @@ def intervals(experiment: Experiment) -> dict[str, int]:
 class Periodic:
     """Carries out what is due between two steps. All methods but `state` and `restore` are collective."""
 
-    def __init__(self, run: Run, tasks: Sequence[PreparedTask], prompts: Sequence[str]) -> None:
-        """`tasks` are evaluated every evaluate.every steps, `prompts` are continued every sample.every steps."""
-        self.run, self.tasks, self.prompts = run, tasks, prompts
+    def __init__(self, run: Run, text: HeldOut, tasks: Sequence[PreparedTask], prompts: Sequence[str]) -> None:
+        """`text` is validated on every schedule.validate_every steps; `tasks` and `prompts` have intervals of their own."""
+        self.run, self.text, self.tasks, self.prompts = run, text, tasks, prompts
         self.intervals = intervals(run.job.experiment)
         self.best: tuple[float, int] | None = None
         """The lowest bits per byte so far and its step."""
@@ -105,9 +112,13 @@ class Periodic:
             del self.due[0]
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Sets `best` and `due` as a checkpoint has them. Older checkpoints knew of no other work than validations."""
+        """Sets `best` and `due` as a checkpoint has them. Older checkpoints knew of no other work than validations, of all tokens.
+
+        A best validation on another part of the held-out text is not one to compare with: it is forgotten.
+        """
         best, step = saved["best"] or (math.nan, 0)
-        self.best = (float(best), int(step)) if math.isfinite(best) else None
+        comparable = saved.get("validate_tokens", 0) == self.run.job.experiment.schedule.validate_tokens
+        self.best = (float(best), int(step)) if math.isfinite(best) and comparable else None
         if "due" in saved:
             self.due = [kind for kind in KINDS if kind in saved["due"]]
         else:
@@ -115,7 +126,8 @@ class Periodic:
 
     def _validate(self) -> None:
         run, model = self.run, self.run.job.experiment.model
-        found = validate(run.engine, run.corpus.validation, model.seq_length, model.drops, lambda: goes_on(run, VALIDATION))
+        with run.console.progress(VALIDATION, self.text.tokens, announced=False) as advance:
+            found = validate(run.engine, self.text, model.seq_length, model.drops, lambda: goes_on(run, VALIDATION), advance)
         if found is None:
             raise CutShort
         is_best = self.best is None or found.bits_per_byte < self.best[0]
@@ -134,7 +146,10 @@ class Periodic:
             run.console.warn(f"no evaluation after step {run.step}: {mistake}")
             return
         scorer = LiveScorer(live)
-        found = [(task, in_training.evaluate_task(task, scorer)) for task in self.tasks]
+        found = []
+        for task in self.tasks:
+            with run.console.progress(f"evaluating {task.task.name}", announced=False):
+                found.append((task, in_training.evaluate_task(task, scorer)))
         row = run.axes()
         for task, figures in found:
             row |= in_training.metrics_row(task, figures)
@@ -159,7 +174,8 @@ class Periodic:
         live = self._live_model(SAMPLES)
         try:
             live.refuse_dependent_logits()
-            texts = write(live, run.corpus.tokenizer, self.prompts, settings.tokens, choice, settings.seed)
+            with run.console.progress("writing samples", announced=False):
+                texts = write(live, run.corpus.tokenizer, self.prompts, settings.tokens, choice, settings.seed)
         except Mistake as mistake:  # the same on every rank: all see the same logits
             run.console.warn(f"no sample after step {run.step}: {mistake}")
             return

@@ -5,23 +5,27 @@ Everything here is decided before torch is imported.
 
 import hashlib
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import MANIFEST
 from parallel.checkpoint.manifest import MAX_BYTES, parse
-from parallel.errors import Mistake
+from parallel.errors import Mistake, listed
 from parallel.files import read_json
 from parallel.process_identity import ProcessIdentity
 from research.config import Experiment, serialization
 from research.config.diff import MOST, Change, describe_changes, diff
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import MEASURE
+from research.data.prepare import same_tokenizer
 from research.reliability.heartbeat import is_beating
 from research.tracking import run_folder
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
+from research.training.schedule import learning_rate
 
 AUTO, NEVER = "auto", "never"
 MAY_CHANGE = (
@@ -31,6 +35,7 @@ MAY_CHANGE = (
     "schedule.steps",
     "schedule.micro_batch_size",
     "schedule.validate_every",
+    "schedule.validate_tokens",
     "schedule.log_every",
     "data.cache",
     "parallel",
@@ -45,6 +50,62 @@ MAY_CHANGE = (
 """Settings, or groups of them, that may change on resume because the run stays the same experiment."""
 WATCH_SECONDS = 30.0
 """How long a run that cannot be seen is watched for a heartbeat, which its ranks write once per second."""
+RECORDED = {
+    "schedule.validate_every": "validations",
+    "schedule.validate_tokens": "validations",
+    "schedule.log_every": "rows of metrics.jsonl",
+    "evaluate": "evaluations",
+    "sample": "samples",
+    "watch": "checks of each step",
+}
+"""Settings that change no step, but what is recorded of it or what an anomaly leads to -> what they change."""
+
+
+def continuation(
+    step: int,
+    changes: Sequence[Change],
+    now: Experiment,
+    differences: Mapping[str, tuple[Any, Any]],
+    same_code: bool,
+    device: str,
+    variants: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """How far a run that resumes at `step` is the run that was never stopped, in words that say no more than is true.
+
+    `changes` are the settings that differ, `differences` those of layout and machine (parallel/engines/process_state.py).
+    `variants`: what the experiment names of its variant.py, for a decay of its own.
+    'bit for bit as if it had never stopped' needs that nothing differs, and a CPU: some GPU kernels add in no fixed order.
+    """
+    rounding = [f"{name.partition('.')[2]} {then} → {to}" for name, (then, to) in differences.items()]
+    rounding += ["other DeepSpeed settings"] * any(_is_of(name, ["deepspeed"]) for name, _, _ in changes)
+    rounding += ["GPU kernels"] * (device != "cpu")
+    exact = f"within rounding ({', '.join(rounding)})" if rounding else "bit for bit"
+
+    then, to = next(((then, to) for name, then, to in changes if name == "schedule.steps"), (now.schedule.steps,) * 2)
+    if not _same_rates(now, then, to, range(step), variants):
+        said = f"same state, other learning rates from here on ({now.optimizer.decay} over {to} steps, not {then})"
+        said += f", {exact}" if rounding else ""
+    elif not _same_rates(now, then, to, range(step, min(then, to)), variants):
+        said = f"{exact} as if it had been begun with {to} steps"
+    else:
+        said = f"{exact} as if it had never stopped"
+
+    other = dict.fromkeys(what for prefix, what in RECORDED.items() if any(_is_of(name, [prefix]) for name, _, _ in changes))
+    said += f", with other {listed(other, 'and')}" if other else ""
+    return said if same_code else f"{said}, if the code, which has changed, still computes the same"
+
+
+def _same_rates(experiment: Experiment, then: int, to: int, steps: Iterable[int], variants: Mapping[str, Any]) -> bool:
+    """Whether a run of `then` and one of `to` steps have the same learning rate in each of `steps`."""
+    optimizer = experiment.optimizer
+    if then == to:
+        return True
+    return all(learning_rate(step, optimizer, then, variants) == learning_rate(step, optimizer, to, variants) for step in steps)
+
+
+def _is_of(name: str, prefixes: Iterable[str]) -> bool:
+    """Whether the dotted name is one of `prefixes`, or a setting in such a group."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def init_from_path(experiment: Experiment, root: Path) -> Path | None:
@@ -60,6 +121,21 @@ def check_init_from(experiment: Experiment, root: Path) -> None:
     newest = checkpoint_folder.newest_complete(path / "checkpoints") if (path / "checkpoints").is_dir() else None
     such = f"{experiment.init_from}/checkpoints/{newest.name}" if newest else "runs/NAME/ID/checkpoints/step_N"
     raise Mistake(f"init_from = {experiment.init_from!r}: {path} is not a checkpoint, it has no {MANIFEST} → name {such}")
+
+
+def doubts_of_init_from(experiment: Experiment, root: Path) -> Iterator[str]:
+    """A warning if the weights that a run begins with know other tokens, as far as the folder of their run tells."""
+    path, now = init_from_path(experiment, root), experiment.data
+    config = path.parent.parent / "config.json" if path else None
+    if config is None or not config.is_file():
+        return
+    then = serialization.load(config).data
+    if not same_tokenizer(then, now, root):
+        trained = f" trained on {then.train!r}, not on {now.train!r}" if then.tokenizer == now.tokenizer else f", not {now.tokenizer!r}"
+        yield (
+            f"init_from = {experiment.init_from!r}: its weights know the tokens of {then.tokenizer!r}{trained}, so that the ids mean "
+            "other text → set data.tokenizer to the tokenizer.json that `python -m research export` writes for that run"
+        )
 
 
 def init_from_digest(experiment: Experiment, root: Path) -> str:

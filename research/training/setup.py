@@ -4,6 +4,7 @@ Every function is collective. `prepare_run` is the whole of it; the preflight re
 train, or whose disk has no room for the first checkpoint.
 """
 
+import functools
 import json
 import logging
 import math
@@ -28,16 +29,17 @@ from parallel.files import free_bytes, megabytes, write_json
 from parallel.grid import Grid
 from parallel.object_collectives import all_gather_objects, broadcast_object, together
 from parallel.slices import slice_of
-from research.cluster.environment import git_state
+from research.cluster.environment import code_digest, git_state
 from research.cluster.world import software
 from research.config import serialization
-from research.config.diff import describe_changes
+from research.config.diff import Change, describe_changes
 from research.config.experiment_folder import load_variants
 from research.config.layout import Layout, engine_settings
+from research.config.plausibility import doubts_of_text
 from research.config.serialization import config_hash
 from research.data import prepare
 from research.data.batches import epochs
-from research.data.prepare import Corpus
+from research.data.prepare import Corpus, HeldOut
 from research.evaluation import in_training
 from research.evaluation.in_training import PreparedTask
 from research.reliability.watchdog import Watchdog
@@ -66,24 +68,27 @@ class Resumed:
     folder: RunFolder
     checkpoint: Path
     step: int
-    changed: str
-    """The settings that differ from the checkpoint's, as a person reads them."""
+    changes: list[Change]
+    """The settings that differ from the checkpoint's."""
 
-    def line(self, step: int, differences: dict[str, tuple[Any, Any]]) -> str:
-        """'step 120 of gpt_sotu-7f3a2c, step_000120 · bit for bit as if it had never stopped', or why it is only within rounding."""
-        why = ", ".join(f"{name.partition('.')[2]} {then} → {now}" for name, (then, now) in differences.items())
-        exact = f"within rounding ({why})" if why else "bit for bit as if it had never stopped"
-        words = [f"step {step} of {self.folder.title}, {self.checkpoint.name}", exact, *([self.changed] if self.changed else [])]
-        return " · ".join(words)
+    def line(self, facts: dict[str, Any], job: Job, engine: Engine, variants: Mapping[str, Any]) -> str:
+        """'step 120 of gpt_sotu-7f3a2c, step_000120 · bit for bit as if it had never stopped', or what else it is, and the changes."""
+        differences, same_code = process_state.differences(facts, engine), facts.get("code") == code_digest(job.root)
+        how = resume.continuation(facts["step"], self.changes, job.experiment, differences, same_code, engine.device.type, variants)
+        words = [f"step {facts['step']} of {self.folder.title}, {self.checkpoint.name}", how]
+        return " · ".join([*words, *([describe_changes(self.changes)] if self.changes else [])])
 
 
 def agree_on_resume(job: Job) -> Resumed | None:
     """What rank 0 decided before torch was imported, on every rank."""
     resume, decided = job.resume, None
     if resume:
-        decided = [str(resume.folder.path), str(resume.checkpoint), resume.step, describe_changes(resume.changed)]
+        decided = [str(resume.folder.path), str(resume.checkpoint), resume.step, resume.changed]
     decided = json.loads(broadcast_object(json.dumps(decided)))
-    return Resumed(RunFolder(Path(decided[0])), Path(decided[1]), decided[2], decided[3]) if decided else None
+    if not decided:
+        return None
+    folder, checkpoint, step, changes = decided
+    return Resumed(RunFolder(Path(folder)), Path(checkpoint), step, [(name, then, now) for name, then, now in changes])
 
 
 def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
@@ -122,6 +127,8 @@ def header(job: Job, folder: RunFolder, console: Console) -> None:
     commit, dirty = git_state(job.root)
     title = f"{job.name} · run {folder.title} · {commit} ({'dirty' if dirty else 'clean'}) · {folder.shown}"
     console.header([("", title), *describe(job, device().type, software())])
+    for warning in job.warnings:
+        console.warn(warning, in_header=True)
 
 
 def prepare_run(
@@ -130,9 +137,14 @@ def prepare_run(
     """The run before its first step. A signal ends it at once until everything is there; from then on it waits for the end of a step."""
     experiment = job.experiment
     with watch.progress.work("preparing the text"), together(grid):  # a rank may be the only one that finds its text wrong
-        corpus = load_corpus(job, console)
+        show = functools.partial(console.progress, unit="characters")
+        corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, show)
+        text = prepare.held_out(corpus, experiment.schedule.validate_tokens)
+        if not resumed:
+            prepare.refuse_same_text(experiment.data, corpus)
+        show_data(job, corpus, text, console)
         prompts = samples.prompts_of(experiment, corpus)
-        tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, lambda what: say(console, what))
+        tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, show)
     watch.progress.advance("building the engine")
     variants = load_variants(job.folder, experiment)
     engine = build_engine(job, grid, variants)
@@ -141,36 +153,33 @@ def prepare_run(
     facts: dict[str, Any] | None = None
     with watch.progress.work("reading the checkpoint"):
         if resumed:
-            facts = load_checkpoint(resumed.checkpoint, engine)
+            with console.progress("reading the checkpoint", announced=False):
+                facts = load_checkpoint(resumed.checkpoint, engine)
             refuse_other_data(facts, corpus.fingerprint, resumed.checkpoint)
-            console.header([("resume", resumed.line(facts["step"], process_state.differences(facts, engine)))])
+            console.header([("resume", resumed.line(facts, job, engine, variants))])
         elif path := resume.init_from_path(experiment, job.root):
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, folder, engine, console, resumed)
     meter = Meter(job.layout.tokens_per_step)
     run = Run(job, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
-    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console), Periodic(run, tasks, prompts)
+    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
         checkpointer.restore(facts)
     return run, anomalies, periodic, checkpointer
 
 
-def load_corpus(job: Job, console: Console) -> Corpus:
-    """The tokenizer and both token stores, prepared by whichever rank of a node comes first."""
+def show_data(job: Job, corpus: Corpus, text: HeldOut, console: Console) -> None:
+    """Shows the texts, the tokenizer and their sizes, and warns of what does not fit together and only the texts can tell."""
     data, schedule = job.experiment.data, job.experiment.schedule
-    corpus = prepare.load(data, job.root, job.experiment.model.vocab_size, lambda what: say(console, what))
     seen = epochs(corpus.train, job.experiment.model.seq_length, schedule.steps * schedule.batch_size)
     sizes = f"{fmt.count(corpus.train.num_tokens)} train, {fmt.count(corpus.validation.num_tokens)} validation tokens"
+    if text.tokens < corpus.validation.num_tokens - 1:
+        sizes += f" (of which the first {fmt.count(text.tokens)} are predicted)"
     console.header([("data", f"{data.train} · {corpus.tokenizer.name} · {sizes} · {schedule.steps} steps = {seen:.2f} epochs")])
-    return corpus
-
-
-def say(console: Console, what: str) -> None:
-    """Says that slow work begins."""
-    with console.progress(what):
-        pass
+    for warning in doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, text.tokens, job.layout.tokens_per_step):
+        console.warn(warning, in_header=True)
 
 
 def build_engine(job: Job, grid: Grid, variants: Mapping[str, Any]) -> Engine:
@@ -208,7 +217,8 @@ def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, 
         dirty,
         project=track.project,
         group=track.group or job.name,
-        tags=[layout_tag(job.layout), job.experiment.precision],
+        tags=list(dict.fromkeys([layout_tag(job.layout), job.experiment.precision, *track.tags])),
+        job_type=track.job_type,
     )
     tracker = Tracker(folder, description, track.mode, after=resumed.step if resumed else 0, quiet=quiet)
     console.header([("tracking", tracker.line)])

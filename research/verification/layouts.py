@@ -10,12 +10,28 @@ from itertools import product
 from typing import Any
 
 from models.config import GPT
+from parallel.engines.deepspeed_config import OWNED
 from research.config import Experiment, serialization
 from research.config.checks import kv_heads_fit
 
 BATCH, LENGTH, HEAD_SIZE, VOCABULARY = 16, 16, 8, 83
 """Sizes of the shrunk experiment. 8 data ranks divide the batch; no tensor degree divides the vocabulary."""
-STAGES, SEQUENCES, RECOMPUTES, ACCUMULATIONS = (1, 2, 3), (False, True), ("none", "selective", "full"), (1, 2)
+STAGES, SEQUENCES, RECOMPUTES = (1, 2, 3), (False, True), ("none", "selective", "full")
+LEAST = 0.1
+"""The least weight decay and label smoothing: an experiment without them would not notice that an engine leaves them out."""
+OPTIMIZER = {"lr": 1e-2, "min_lr": 2.5e-3, "warmup_steps": 2, "eps": 1e-3}
+"""A few steps change the weights by much, each at another learning rate. With a small eps, Adam would turn the rounding noise of gradients
+that are zero in theory (a key bias without rotary positions) into full steps."""
+LOGITS_AT_ONCE, BUCKET_ELEMENTS = 500, 1000
+"""Sizes so small that the cross entropy has several blocks of rows, and the engines several buckets and parameters larger than a bucket."""
+ZERO_3 = {
+    "sub_group_size": 1000,
+    "stage3_param_persistence_threshold": 40,
+    "stage3_prefetch_bucket_size": 1000,
+    "stage3_max_live_parameters": 4000,
+    "stage3_max_reuse_distance": 1000,
+}
+"""The same for ZeRO-3: only the smallest parameters stay gathered, and the optimizer updates the others in several groups."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,11 @@ def grids(world: int) -> Iterator[tuple[int, int, int]]:
     return ((p, d, t) for p, d, t in product(sizes, repeat=3) if p * d * t == world)
 
 
+def accumulations(pipe: int) -> tuple[int, int]:
+    """Micro-batches per step: one, or several. Twice as many as stages, so that a pipeline uses each of its buffers more than once."""
+    return 1, 2 * pipe
+
+
 def pairwise(world: int) -> list[LayoutCase]:
     """Up to three layouts per grid, such that every setting occurs at least once together with every axis larger than 1."""
     cases = []
@@ -60,7 +81,7 @@ def pairwise(world: int) -> list[LayoutCase]:
         for i in range(3 if world > 1 else 1):
             stage = 1 if pipe > 1 else STAGES[i]
             sequence = tensor > 1 and SEQUENCES[i % 2]
-            cases.append(LayoutCase(pipe, data, tensor, stage, sequence, RECOMPUTES[i], ACCUMULATIONS[(i + 1) % 2]))
+            cases.append(LayoutCase(pipe, data, tensor, stage, sequence, RECOMPUTES[i], accumulations(pipe)[(i + 1) % 2]))
     return cases
 
 
@@ -69,7 +90,7 @@ def full(world: int) -> list[LayoutCase]:
     return [
         LayoutCase(*grid, stage, sequence, recompute, accumulated)
         for grid in grids(world)
-        for stage, sequence, recompute, accumulated in product(STAGES, SEQUENCES, RECOMPUTES, ACCUMULATIONS)
+        for stage, sequence, recompute, accumulated in product(STAGES, SEQUENCES, RECOMPUTES, accumulations(grid[0]))
         if grid[2] > 1 or not sequence
     ]
 
@@ -85,16 +106,17 @@ def why_not(case: LayoutCase, experiment: Experiment) -> str | None:
     return None
 
 
-def shrunk(experiment: Experiment, ranks: int) -> Experiment:
-    """The experiment with its own structure and small sizes that every grid of up to `ranks` ranks divides, in fp32, with Adam's eps 1e-3.
+def shrunk(experiment: Experiment, ranks: int, steps: int = 3) -> Experiment:
+    """The experiment with its own structure and small sizes that every grid of up to `ranks` ranks divides, in fp32, for `steps` steps.
 
-    The eps is large because some gradients are zero in theory (a key bias without rotary positions): with a small eps, Adam would turn
-    their rounding noise into full steps.
+    Warm-up, weight decay and label smoothing are such that each changes the result. `training.binding_clip` finds a clip that does.
     """
     model = experiment.model
     groups = model.num_heads // model.num_kv_heads
-    # Grouped queries: fewer kv heads than the largest tensor degree, so that ranks share one.
-    kv_heads = ranks if groups == 1 else max(1, min(model.num_kv_heads, ranks // 2))
+    # Several heads on each of two tensor ranks. Grouped queries: two kv heads at least, which two tensor ranks divide, and fewer than the
+    # largest degree from four on, so that ranks share one.
+    fewest = 2 ** int(math.log2(min(model.num_kv_heads, max(2, ranks // 2))))
+    kv_heads = ranks * max(1, 4 // ranks) if groups == 1 else fewest
     heads = math.lcm(groups * kv_heads, ranks)
     sizes: dict[str, Any] = {
         "num_layers": max(2, ranks),
@@ -109,9 +131,16 @@ def shrunk(experiment: Experiment, ranks: int) -> Experiment:
     settings = serialization.resolved(experiment)
     del settings["schema"]
     settings["model"] |= sizes
-    settings["schedule"] |= {"batch_size": BATCH, "micro_batch_size": 1}
-    settings["optimizer"] |= {"eps": 1e-3}
-    return serialization.build(settings | {"precision": "fp32", "deepspeed": {}})
+    # Two steps more than are taken: the learning rate has not reached the end of its decay.
+    settings["schedule"] |= {"steps": steps + 2, "batch_size": BATCH, "micro_batch_size": 1}
+    own = experiment.optimizer
+    settings["optimizer"] |= OPTIMIZER | {"weight_decay": max(LEAST, own.weight_decay), "label_smoothing": max(LEAST, own.label_smoothing)}
+    settings["optimizer"] |= {"decay_steps": steps} if own.decay == "wsd" else {}
+
+    # The experiment's own table, without what belongs to its precision.
+    deepspeed: dict[str, Any] = {key: value for key, value in experiment.deepspeed.items() if OWNED.get(key) != "precision"}
+    deepspeed["zero_optimization"] = deepspeed.get("zero_optimization", {}) | ZERO_3
+    return serialization.build(settings | {"precision": "fp32", "deepspeed": deepspeed})
 
 
 def hidden_size_of(model: GPT, heads: int) -> int:

@@ -1,56 +1,69 @@
 """Compares the training of every layout's real engine with a serial reference run in plain torch.
 
-Compared are the losses, the gradient norms, every gradient and every weight, by logical name.
+Compared are the outputs of every layer, the losses, the gradient norms, every gradient and every weight, by logical name.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from parallel.grid import Grid
 from research import ROOT
 from research.cluster import forked_ranks
 from research.config import Experiment
 from research.config import experiment_folder as folders
 from research.tracking import metrics
 from research.tracking.console import Console
+from research.verification.hangs import describe_hang, hung_ranks
 from research.verification.layouts import LayoutCase, full, pairwise, shrunk, why_not
 from research.verification.results import conclude, row_fields
-from research.verification.training import TrainingRecord, on_rank, reference_run, write_job
+from research.verification.threads import one_thread
+from research.verification.training import HANG_SECONDS, TrainingRecord, binding_clip, on_rank, reference_run, write_job
 
 TOLERANCE = 1e-5
-"""Largest allowed error of losses, norms, gradients and weights in fp32. The error of a tensor is the relative 2-norm error of the whole
-logical parameter."""
+"""Largest allowed error of outputs, losses, norms, gradients and weights in fp32. The error of a tensor is the relative 2-norm error of the
+whole logical tensor."""
 NEGLIGIBLE = 1e-6
 """A gradient smaller than this fraction of the global norm is compared relative to the global norm: its own digits are noise."""
+PATIENCE = 120.0
+"""Seconds for a whole layout. Ranks that make no progress end much sooner (research/verification/hangs.py)."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The verdict on one layout, with the largest relative errors and the parameters where they occur."""
+    """The verdict on one layout, with the largest relative errors and the layers and parameters where they occur."""
 
     case: LayoutCase
     verdict: str
     """pass, FAILED or cannot."""
     loss: float = 0.0
     norm: float = 0.0
+    output: float = 0.0
+    output_at: str = ""
     gradient: float = 0.0
     gradient_at: str = ""
     weight: float = 0.0
     weight_at: str = ""
+    first: str = ""
+    """The first thing that differs, in the order in which training computes: where to look. Empty if nothing does."""
     seconds: float = 0.0
     why: str = ""
+    """Why there is nothing to compare."""
+    stacks: dict[int, list[str]] = field(default_factory=dict)
+    """The stack of each rank of a layout that hangs, innermost frame last."""
 
     def __str__(self) -> str:
         if self.why:
             return f"{self.case} · {self.why}"
-        scalars = f"loss {self.loss:.0e} · norm {self.norm:.0e}"
+        scalars = f"loss {self.loss:.0e} · norm {self.norm:.0e} · output {self.output:.0e} ({self.output_at})"
         tensors = f"gradient {self.gradient:.0e} ({self.gradient_at}) · weight {self.weight:.0e} ({self.weight_at})"
-        return f"{self.case} · {scalars} · {tensors} · {self.seconds:.1f} s"
+        first = f"\n{self.first}" if self.first else ""
+        return f"{self.case} · {scalars} · {tensors} · {self.seconds:.1f} s{first}"
 
 
 def verify(folder: Path, world: int, everything: bool, steps: int) -> int:
@@ -60,7 +73,9 @@ def verify(folder: Path, world: int, everything: bool, steps: int) -> int:
     """
     loaded = folders.load(folder)
     largest = 8 if everything else world
-    experiment = shrunk(loaded.experiment, largest)
+    with one_thread():
+        experiment = binding_clip(shrunk(loaded.experiment, largest, steps), steps, loaded.folder)
+        reference = reference_run(experiment, steps, loaded.folder)
     cases = [case for w in (1, 2, 4, 8) if w <= largest for case in (full(w) if everything else pairwise(w) if w in (2, world) else [])]
 
     # The reference: one process, no DeepSpeed.
@@ -68,13 +83,13 @@ def verify(folder: Path, world: int, everything: bool, steps: int) -> int:
     model = experiment.model
     shape = f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads ({model.num_kv_heads} kv)"
     console.header([("", f"verify {loaded.name}"), ("model", f"shrunk to {shape}, vocabulary {model.vocab_size} · fp32 · {steps} steps")])
-    reference = reference_run(experiment, steps, loaded.folder)
     console.header([("serial", f"plain torch, no DeepSpeed · loss {reference.losses[0]:.6f} → {reference.losses[-1]:.6f}"), ("", "")])
 
     rows = []
     for case in cases:
         row = row_of(case, experiment, steps, loaded.folder, reference)
-        console.header([(row.verdict, str(row))])
+        first, *more = str(row).splitlines()
+        console.header([(row.verdict, first), *((" ", line) for line in more)])
         rows.append(row)
     failed, ran = sum(row.verdict == "FAILED" for row in rows), sum(row.verdict != "cannot" for row in rows)
     results = {"tolerance": TOLERANCE, "rows": [row_fields(row) for row in rows]}
@@ -94,23 +109,80 @@ def row_of(
         folder = Path(name)
         write_job(folder, experiment, case, steps, variants)
         try:
-            forked_ranks.run(train, case.world, folder)
+            forked_ranks.run(train, case.world, folder, PATIENCE)
         except forked_ranks.RankFailed as failure:
-            return Row(case, "FAILED", seconds=time.monotonic() - began, why=str(failure))
+            hung = hung_ranks(folder, case.world)
+            why = describe_hang(HANG_SECONDS, hung, case.world) if hung else str(failure)
+            stacks = {rank: heartbeat.stack for rank, heartbeat in hung.items()}
+            return Row(case, "FAILED", seconds=time.monotonic() - began, why=why, stacks=stacks)
         records = [TrainingRecord.load(folder, rank) for rank in range(case.world)]
-    loss = max(metrics.relative(a, b) for record in records for a, b in zip(record.losses, reference.losses, strict=True))
-    norm = max(metrics.relative(a, b) for record in records for a, b in zip(record.norms, reference.norms, strict=True))
-    gradient, gradient_at = worst([record.gradients for record in records], reference.gradients)
-    weight, weight_at = worst([record.weights for record in records], reference.weights)
-    verdict = "pass" if max(loss, norm, gradient, weight) <= TOLERANCE else "FAILED"
-    return Row(case, verdict, loss, norm, gradient, gradient_at, weight, weight_at, time.monotonic() - began)
+    return compared(case, experiment, records, reference, time.monotonic() - began)
 
 
-def worst(by_rank: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> tuple[float, str]:
-    """(largest ‖a − b‖/‖b‖ over ranks and parameters, the parameter's name).
+def compared(case: LayoutCase, experiment: Experiment, records: list[TrainingRecord], reference: TrainingRecord, seconds: float) -> Row:
+    """The row of a layout from what its ranks recorded."""
+    losses = [max(metrics.relative(record.losses[i], loss) for record in records) for i, loss in enumerate(reference.losses)]
+    norms = [max(metrics.relative(record.norms[i], norm) for record in records) for i, norm in enumerate(reference.norms)]
+    outputs = errors_of(whole_outputs(records, case, experiment), reference.outputs)
+    gradients = errors_of([record.gradients for record in records], reference.gradients)
+    weights = errors_of([record.weights for record in records], reference.weights)
+    tables = [worst(errors) for errors in (outputs, gradients, weights)]
+    passes = max(*losses, *norms, *(error for error, _ in tables)) <= TOLERANCE
+    first = "" if passes else first_difference(outputs, losses, gradients, norms, weights)
+    (output, output_at), (gradient, gradient_at), (weight, weight_at) = tables
+    errors = (max(losses), max(norms), output, output_at, gradient, gradient_at, weight, weight_at)
+    return Row(case, "pass" if passes else "FAILED", *errors, first, seconds)
 
-    The error of a parameter that no rank holds, or that is not finite, is infinite.
+
+def first_difference(
+    outputs: dict[str, float], losses: list[float], gradients: dict[str, float], norms: list[float], weights: dict[str, float]
+) -> str:
+    """What differs first, in the order of the computation: by step, the outputs of the layers, the loss, the gradients, the norm; weights.
+
+    Gradients are taken in the order of the backward pass, the last layer's first.
     """
+    for step in range(len(losses)):
+        forward = [(f"the output of {name}", error) for name, error in outputs.items()]
+        backward = [(f"the gradient of {name}", error) for name, error in reversed(gradients.items())]
+        own = [(what.removesuffix(f"@{step}"), error) for what, error in (*forward, *backward) if what.endswith(f"@{step}")]
+        count = sum(what.startswith("the output") for what, _ in own)
+        in_order = [*own[:count], ("the loss", losses[step]), *own[count:], ("the gradient norm", norms[step])]
+        for what, error in in_order:
+            if not error <= TOLERANCE:
+                after = f", after the update of step {step}" if step and what.startswith("the output") else ""
+                return f"first different: {what} in step {step + 1} (by {error:.0e}){after}"
+    name = next(name for name, error in weights.items() if not error <= TOLERANCE)
+    return f"first different: the weight {name} after the last update (by {weights[name]:.0e}); everything before it is equal"
+
+
+def whole_outputs(records: list[TrainingRecord], case: LayoutCase, experiment: Experiment) -> list[dict[str, Tensor]]:
+    """Each layer's output for the whole batch, by layer@step, joined from the ranks. One table for each copy that tensor ranks hold.
+
+    A layer's output is cut over data ranks by samples. Over tensor ranks the logits are cut by vocabulary rows, other outputs by
+    positions under sequence parallelism, and are otherwise equal.
+    """
+    by_place: dict[tuple[str, int], list[Tensor]] = {}
+    for rank, record in enumerate(records):
+        place = Grid(case.pipe, case.data, case.tensor, rank)
+        for name, output in record.outputs.items():
+            by_place.setdefault((name, place.data_rank), []).append(output)  # in the order of tensor ranks
+    tables: list[dict[str, Tensor]] = [{} for _ in range(case.tensor)]
+    for name in dict.fromkeys(name for name, _ in by_place):
+        for copy, table in enumerate(tables):
+            by_data_rank = []
+            for data_rank in range(case.data):
+                pieces = by_place.get((name, data_rank), [])
+                if name.startswith("head@"):
+                    pieces = [torch.cat(pieces, dim=-1)[..., : experiment.model.vocab_size]] * case.tensor
+                elif pieces and pieces[0].shape[1] < experiment.model.seq_length:
+                    pieces = [torch.cat(pieces, dim=1)] * case.tensor
+                by_data_rank.append(pieces[copy])
+            table[name] = torch.cat(by_data_rank)
+    return tables
+
+
+def errors_of(by_rank: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> dict[str, float]:
+    """name -> largest ‖a − b‖/‖b‖ over ranks. The error of a tensor that no rank holds, or that is not finite, is infinite."""
     global_norm = torch.stack([tensor.norm() for tensor in reference.values()]).norm()
     errors = dict.fromkeys(reference, torch.inf)
     for name, b in reference.items():
@@ -119,5 +191,10 @@ def worst(by_rank: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> tup
         if copies:
             errors[name] = max(float((a - b).norm() / scale) for a in copies)
             errors[name] = errors[name] if errors[name] == errors[name] else torch.inf  # NaN
+    return errors
+
+
+def worst(errors: dict[str, float]) -> tuple[float, str]:
+    """(the largest error, its name)."""
     name = max(errors, key=lambda key: errors[key])
     return errors[name], name

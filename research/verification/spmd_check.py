@@ -39,6 +39,7 @@ from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENC
 from research.verification.results import conclude, row_fields
 from research.verification.spmd_collectives import TypeMismatch, typed_collectives, typed_recompute
 from research.verification.spmd_functions import TypeFinder
+from research.verification.threads import one_thread
 
 DEGREES = (2, 4, 8, 64)
 """The tensor degrees that `verify --types` checks."""
@@ -126,7 +127,8 @@ def fitted(experiment: Experiment, degree: int) -> Experiment:
     model = small.model
     heads = kv_heads = degree
     if model.num_kv_heads < model.num_heads:
-        kv_heads = next(k for k in range(model.num_kv_heads, degree + 1) if degree % k == 0 and HEAD_SIZE % (degree // k) == 0)
+        fewest = max(1, min(model.num_kv_heads, degree // 2))
+        kv_heads = next(k for k in range(fewest, degree + 1) if degree % k == 0 and HEAD_SIZE % (degree // k) == 0)
         heads = degree if kv_heads < degree else 2 * degree
     sizes: dict[str, Any] = {
         "num_layers": LAYERS,
@@ -198,14 +200,3 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Lets torch compute with one thread: matrices this small are slower with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

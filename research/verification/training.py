@@ -1,35 +1,47 @@
 """Trains a few steps of the shrunk experiment for `verify`: on one layout's real engine, or serially in plain torch as the reference.
 
-Both read the same batches and return the same record: every step's loss and gradients, and the final weights, by logical name.
+Both read the same batches and return the same record: every step's layer outputs, loss and gradients, and the final weights, by logical
+name.
 """
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from models import gpt
 from parallel.engines.engine import Engine, Loss, MicroBatch, make_engine
 from parallel.grid import Grid, make_grid
-from parallel.layers import PlainModule, unique_parameters
+from parallel.layers import Call, PlainModule, unique_parameters
 from parallel.slices import slice_of
 from research.config import Experiment, serialization
 from research.config.experiment_folder import load_variants
 from research.config.layout import engine_settings, layout
+from research.config.schema import LOSSES
 from research.training.components import optimizer_class, training_loss
-from research.verification.layouts import BATCH, LayoutCase
+from research.training.schedule import learning_rate
+from research.verification.hangs import ended_if_hung
+from research.verification.layouts import BATCH, BUCKET_ELEMENTS, LOGITS_AT_ONCE, LayoutCase
+
+HANG_SECONDS = 30.0
+"""Seconds without progress after which a layout is taken to hang. A whole layout takes about one."""
 
 
 @dataclass
 class TrainingRecord:
-    """The results of a training run: losses and gradient norms by step, gradients by name@step, final weights by logical name."""
+    """The results of a training run: losses and gradient norms by step, outputs by layer@step, gradients by name@step, final weights."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """What each layer returned for this rank's samples, 'b s d', or this rank's positions or vocabulary rows of it."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -37,17 +49,30 @@ class TrainingRecord:
         """Adds the gradients of the current step, whose number is `len(self.losses)`."""
         self.gradients |= {f"{name}@{len(self.losses)}": gradient for name, gradient in gradients.items()}
 
+    def keep_output(self, layer: str, call: Call) -> Call:
+        """A CallHook that keeps what the layer returns. The outputs of a step's micro-batches are joined in their order."""
+
+        def kept(*arguments: Any) -> Any:
+            result = call(*arguments)
+            key = f"{layer}@{len(self.losses)}"
+            earlier = [self.outputs[key]] if key in self.outputs else []
+            self.outputs[key] = torch.cat([*earlier, result.detach()])
+            return result
+
+        return kept
+
     def save(self, folder: Path, rank: int) -> None:
         """Writes rank_i.json and rank_i.safetensors."""
-        tensors = {f"gradients/{k}": v for k, v in self.gradients.items()} | {f"weights/{k}": v for k, v in self.weights.items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"rank_{rank}.safetensors")
+        groups = {"outputs": self.outputs, "gradients": self.gradients, "weights": self.weights}
+        tensors = {f"{group}/{name}": tensor.contiguous() for group, found in groups.items() for name, tensor in found.items()}
+        save_file(tensors, folder / f"rank_{rank}.safetensors")
         (folder / f"rank_{rank}.json").write_text(json.dumps({"losses": self.losses, "norms": self.norms}))
 
     @staticmethod
     def load(folder: Path, rank: int) -> "TrainingRecord":
         """Reads what `save` wrote."""
         scalars = json.loads((folder / f"rank_{rank}.json").read_text())
-        tensors: dict[str, dict[str, Tensor]] = {"gradients": {}, "weights": {}}
+        tensors: dict[str, dict[str, Tensor]] = {"outputs": {}, "gradients": {}, "weights": {}}
         for key, tensor in load_file(folder / f"rank_{rank}.safetensors").items():
             group, _, name = key.partition("/")
             tensors[group][name] = tensor
@@ -67,38 +92,80 @@ def read_job(folder: Path) -> tuple[Experiment, LayoutCase, int, Path]:
     return serialization.build(settings), LayoutCase(**job["case"]), job["steps"], Path(job["variants"])
 
 
-def on_rank(folder: Path) -> None:
+def on_rank(folder: Path, hang_seconds: float = HANG_SECONDS) -> None:
     """Trains `folder`'s job on this rank's engine and saves the record in the folder. Collective."""
     experiment, case, steps, variants = read_job(folder)
     grid = make_grid(case.pipe, case.tensor, case.sequence)
     record = TrainingRecord()
-    engine = engine_of(experiment, case, grid, variants, loss_of(experiment, grid, variants))
-    engine.watch_gradients(record.add_gradients)
-    for step in range(steps):
-        record.losses.append(engine.train_batch(share_of(experiment, step, grid, case), experiment.optimizer.lr))
-        record.norms.append(engine.gradient_norm())
-    record.weights = dict(engine.full_weights())
+    with ended_if_hung(folder, grid.rank, hang_seconds) as progress:
+
+        def advancing(layer: str, call: Call) -> Call:
+            def advanced(*arguments: Any) -> Any:
+                progress.advance(f"forward from {layer} on")
+                return call(*arguments)
+
+            return advanced
+
+        progress.advance("building the engine")
+        engine = engine_of(experiment, case, grid, variants, loss_of(experiment, grid, variants))
+        engine.watch_gradients(record.add_gradients)
+        engine.module.watch(record.keep_output)
+        engine.module.watch(advancing)
+        for step in range(steps):
+            progress.stepping(step + 1)
+            lr = learning_rate(step, experiment.optimizer, experiment.schedule.steps, load_variants(variants, experiment))
+            record.losses.append(engine.train_batch(share_of(experiment, step, grid, case), lr))
+            record.norms.append(engine.gradient_norm())
+        progress.advance("gathering the weights")
+        record.weights = dict(engine.full_weights())
     record.save(folder, grid.rank)
 
 
+def binding_clip(experiment: Experiment, steps: int, variants: Path) -> Experiment:
+    """The experiment with a clip that binds in some steps and not in others, or in all if their gradients are of about one length."""
+    free = experiment.model_copy(update={"optimizer": experiment.optimizer.model_copy(update={"clip": 0.0})})
+    norms = reference_run(free, steps, variants).norms
+    least, most = min(norms), max(norms)
+    clip = math.sqrt(least * most) if most > 1.2 * least else least / 2
+    return experiment.model_copy(update={"optimizer": experiment.optimizer.model_copy(update={"clip": clip})})
+
+
 def reference_run(experiment: Experiment, steps: int, variants: Path) -> TrainingRecord:
-    """Trains the reference: one process without DeepSpeed, the whole batch at once, the same optimizer class over whole parameters."""
-    model, optimizer = experiment.model, experiment.optimizer
-    module = PlainModule(gpt.layers(model, Grid(), experiment.seed, load_variants(variants, model)))
-    loss_function = loss_of(experiment, Grid(), variants)
+    """Trains the reference: one process without DeepSpeed, the whole batch at once, torch's cross entropy, clipping and AdamW.
+
+    A loss or an optimizer of variant.py stands for its own reference, on whole logits and whole parameters.
+    """
+    model, optimizer, own = experiment.model, experiment.optimizer, load_variants(variants, experiment)
+    module = PlainModule(gpt.layers(model, Grid(), experiment.seed, own))
+    loss_function = training_loss(experiment, None, own)
     parameters = dict(unique_parameters(module))
 
     # Weight decay applies to matrices only, by the shape of the whole parameter.
     matrices = [p for p in parameters.values() if len(slice_of(p).shape) >= 2]
     vectors = [p for p in parameters.values() if len(slice_of(p).shape) < 2]
     groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    make = optimizer_class(experiment, load_variants(variants, experiment)) or torch.optim.AdamW
+    make = optimizer_class(experiment, own) or torch.optim.AdamW
     torch_optimizer = make(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
 
     record = TrainingRecord()
+    module.watch(record.keep_output)
     for step in range(steps):
+        # The warm-up is written out again here, so that a schedule that leaves it out is noticed.
+        warming = step < optimizer.warmup_steps
+        later = learning_rate(step, optimizer, experiment.schedule.steps, own)
+        lr = optimizer.lr * (step + 1) / optimizer.warmup_steps if warming else later
+        for group in torch_optimizer.param_groups:
+            group["lr"] = lr
+
         batch = batch_of(experiment, step)
-        loss = loss_function(module(batch.inputs()), (batch.targets, batch.weights))
+        logits = module(batch.inputs())
+        assert isinstance(logits, Tensor)
+        if experiment.loss in LOSSES:
+            smoothing = optimizer.label_smoothing
+            losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none", label_smoothing=smoothing)
+            loss = (batch.weights.flatten() * losses).sum()
+        else:
+            loss = loss_function(logits, (batch.targets, batch.weights))
         loss.backward()
         record.add_gradients({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()})
         record.losses.append(float(loss.detach()))
@@ -110,36 +177,42 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
 
 
 def loss_of(experiment: Experiment, grid: Grid, variants: Path) -> Loss:
-    """The experiment's loss function. `variants` is the folder of its variant.py."""
-    return training_loss(experiment, grid.tensor_group, load_variants(variants, experiment))
+    """The experiment's loss function, ours with several blocks of rows in a micro-batch. `variants` is the folder of its variant.py."""
+    loss = training_loss(experiment, grid.tensor_group, load_variants(variants, experiment))
+    return replace(loss, logits_at_once=LOGITS_AT_ONCE) if isinstance(loss, gpt.TokenLoss) else loss
 
 
 def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Path, loss: Loss) -> Engine:
-    """The engine that trains the experiment's model on this layout."""
-    model = experiment.model
+    """The engine that trains the experiment's model on this layout, with small buckets."""
+    model, parallel = experiment.model, experiment.parallel
     changes = {
         "pipe": case.pipe,
         "tensor": case.tensor,
         "zero_stage": case.zero_stage,
         "sequence": case.sequence,
         "recompute": case.recompute,
+        # An experiment's offload takes part on the layouts that can have it.
+        "offload_optimizer": parallel.offload_optimizer and case.zero_stage >= 2,
+        "offload_parameters": parallel.offload_parameters and case.zero_stage == 3,
     }
-    parallel = experiment.parallel.model_copy(update=changes)
     schedule = experiment.schedule.model_copy(update={"micro_batch_size": case.micro_batch})
-    laid_out = experiment.model_copy(update={"parallel": parallel, "schedule": schedule})
+    laid_out = experiment.model_copy(update={"parallel": parallel.model_copy(update=changes), "schedule": schedule})
+    settings = replace(engine_settings(laid_out, layout(laid_out, case.world)), bucket_elements=BUCKET_ELEMENTS)
     layers = gpt.layers(model, grid, experiment.seed, load_variants(variants, model), case.recompute)
-    optimizer = optimizer_class(experiment, load_variants(variants, experiment))
-    return make_engine(layers, loss, grid, engine_settings(laid_out, layout(laid_out, case.world)), loss, optimizer)
+    return make_engine(layers, loss, grid, settings, loss, optimizer_class(experiment, load_variants(variants, experiment)))
 
 
 def batch_of(experiment: Experiment, step: int) -> MicroBatch:
     """The global batch of a step: random tokens. In its second half every third token is masked.
 
-    So the mean over all tokens differs from the mean of the micro-batches' means.
+    So the mean over all tokens differs from the mean of the micro-batches' means. In every second step the tokens are the first few of
+    the vocabulary, which makes the gradient longer.
     """
     model = experiment.model
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, model.vocab_size, (BATCH, model.seq_length + 1), generator=generator)
+    if step % 2:
+        tokens = tokens % 5
     mask = torch.ones(BATCH, model.seq_length)
     mask[BATCH // 2 :, ::3] = 0
     samples = step * BATCH + torch.arange(BATCH)

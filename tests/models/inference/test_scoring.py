@@ -64,12 +64,11 @@ def with_greedy(module: PlainModule, model: GPT) -> tuple[list, list]:
 
 @pytest.mark.parametrize("model", models(), ids=lambda model: model.position)
 @pytest.mark.parametrize("at_once", [5, 1024])
-def test_a_batch_is_each_text_by_itself(model, at_once, monkeypatch):
-    monkeypatch.setattr("models.inference.scoring.ROWS", at_once)
+def test_a_batch_is_each_text_by_itself(model, at_once):
     module = filled(model)
     expected = dense(module, model)
     rows, counts = with_greedy(module, model)
-    logp, greedy = TokenScorer(module, model, ALONE).score(rows, counts)
+    logp, greedy = TokenScorer(module, model, ALONE, at_once).score(rows, counts)
     assert logp.shape == greedy.shape == (sum(counts),) and logp.dtype == torch.float32
     assert (logp[:-1].double() - torch.tensor([one for one, _ in expected])).abs().max() < 1e-5
     assert greedy.tolist() == [*(flag for _, flag in expected), True]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from parallel.checkpoint.folder import MANIFEST, retain
 from parallel.checkpoint.manifest import MAX_BYTES
-from parallel.checkpoint.reader import OPEN_AT_ONCE, Reader, load_weights
+from parallel.checkpoint.reader import Reader, load_weights
 from parallel.checkpoint.writer import CheckpointWriter, Part
 from parallel.errors import Mistake
 from parallel.grid import Grid
@@ -112,17 +112,16 @@ def test_a_kind_that_is_not_there_is_refused(tmp_path: Path) -> None:
         reader.read("layer.0.weight", "exp_avg")
 
 
-def test_many_files_are_not_open_at_once(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("parallel.checkpoint.writer.BYTES_PER_FILE", 1)
-    parts = [Part("weights", f"t{i}", (1,), 0, 0, 1) for i in range(3 * OPEN_AT_ONCE)]
-    writing = CheckpointWriter(tmp_path / "step_1", parts, {"step": 1}, Grid())
+def test_many_files_are_not_open_at_once(tmp_path: Path) -> None:
+    parts = [Part("weights", f"t{i}", (1,), 0, 0, 1) for i in range(8)]
+    writing = CheckpointWriter(tmp_path / "step_1", parts, {"step": 1}, Grid(), bytes_per_file=1)
     for i in range(len(parts)):
         writing.write(torch.tensor([float(i)]))
     writing.finish()
-    with Reader(tmp_path / "step_1") as reader:
+    with Reader(tmp_path / "step_1", open_at_once=3) as reader:
         for _ in range(2):
-            assert [float(reader.read(name)) for name in reader] == list(range(3 * OPEN_AT_ONCE))
-            assert len(reader._open) == OPEN_AT_ONCE
+            assert [float(reader.read(name)) for name in reader] == list(range(8))
+            assert len(reader._open) == 3
 
 
 # Damage.
@@ -168,9 +167,8 @@ def test_a_file_that_is_not_what_was_written_is_found_and_not_read(name: str, tm
                 reader.read("layer.0.weight")
 
 
-def test_ranks_share_the_checking(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("parallel.checkpoint.writer.BYTES_PER_FILE", 100)
-    folder = save(tmp_path / "step_1")
+def test_ranks_share_the_checking(tmp_path: Path) -> None:
+    folder = save(tmp_path / "step_1", bytes_per_file=100)
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) == 6
     os.truncate(files[3], 10)

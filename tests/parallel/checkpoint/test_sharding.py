@@ -11,7 +11,6 @@ import torch
 
 from models import gpt
 from models.config import GPT
-from parallel.checkpoint import sharding
 from parallel.checkpoint.sharding import assign_writers, gather_shards, parts_of
 from parallel.checkpoint.writer import Part
 from parallel.engines.optimizer_state import ensure_moments
@@ -131,13 +130,12 @@ def test_a_key_says_which_rows(part: Part, key: str, shape: tuple) -> None:
 
 def slow_writer(settings: dict, ahead: int) -> bool:
     """Ranks that dawdle in turn, with little room to receive ahead: the order of sends and receives must not matter."""
-    sharding.AHEAD = ahead
     engine, _, grid = training.build(model={"num_layers": 1}, **settings)
     ensure_moments(engine)
     shares = assign_writers(engine)
     expected = dict(engine.full_weights())
     parts = parts_of(engine, shares)
-    for i, (part, tensor) in enumerate(zip(parts, gather_shards(engine, shares), strict=True)):
+    for i, (part, tensor) in enumerate(zip(parts, gather_shards(engine, shares, ahead), strict=True)):
         if i % 3 == grid.data_rank:
             time.sleep(0.01)
         if part.kind == "weights" and not torch.equal(tensor, expected[part.name].narrow(part.dim, part.start, part.length)):

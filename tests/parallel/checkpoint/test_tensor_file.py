@@ -9,19 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parallel.checkpoint.tensor_file import AT_ONCE, Entry, TensorFile, header
+from parallel.checkpoint.tensor_file import Entry, TensorFile, header
 from parallel.files import sha256_of, write_synced
 
 TENSORS = {
     "small": torch.arange(6.0).view(2, 3),
     "odd.name[0:3]": torch.randn(3, generator=torch.Generator().manual_seed(0)),
-    "more than is written at once": torch.randn(AT_ONCE // 4 + 7, 1, generator=torch.Generator().manual_seed(1)),
+    "more than is written at once": torch.randn(57, 1, generator=torch.Generator().manual_seed(1)),
     "signed zero": torch.tensor([-0.0, 0.0, torch.inf, torch.nan]),
 }
+AT_ONCE = 100
+"""Bytes: three parts, the last of which is short, of the larger tensor; one of each other."""
 
 
 def written(path: Path, tensors: dict[str, torch.Tensor]):
-    file = TensorFile(path, [Entry(key, tuple(tensor.shape)) for key, tensor in tensors.items()])
+    file = TensorFile(path, [Entry(key, tuple(tensor.shape)) for key, tensor in tensors.items()], AT_ONCE)
     for tensor in tensors.values():
         file.add(tensor)
     return file.close()
@@ -37,7 +39,7 @@ def test_safetensors_reads_every_bit_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_files_for_other_programs_may_be_of_half_the_size(dtype: str, tmp_path: Path) -> None:
     tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in TENSORS.items()}
-    file = TensorFile(tmp_path / "a", [Entry(key, tuple(tensor.shape), dtype) for key, tensor in tensors.items()])
+    file = TensorFile(tmp_path / "a", [Entry(key, tuple(tensor.shape), dtype) for key, tensor in tensors.items()], AT_ONCE)
     for tensor in tensors.values():
         file.add(tensor)
     told, found = file.close(), load_file(tmp_path / "a")

@@ -47,19 +47,17 @@ def test_it_tells_what_it_has_written(tmp_path: Path) -> None:
     assert latest(tmp_path / "run") == saved.folder
 
 
-def test_files_are_cut_at_their_size(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(writer, "BYTES_PER_FILE", 200)  # two tensors of 80 bytes
-    folder = save(tmp_path / "step_1")
+def test_files_are_cut_at_their_size(tmp_path: Path) -> None:
+    folder = save(tmp_path / "step_1", bytes_per_file=200)  # two tensors of 80 bytes
     assert [len(load_file(file)) for file in sorted(folder.glob("*.safetensors"))] == [2, 2, 2]
     with Reader(folder) as reader:
         assert list(reader) == list(TENSORS) and all(torch.equal(reader.read(name), tensor) for name, tensor in TENSORS.items())
 
 
-def test_a_part_larger_than_a_file_has_one_of_its_own(monkeypatch) -> None:
-    monkeypatch.setattr(writer, "BYTES_PER_FILE", 100)
+def test_a_part_larger_than_a_file_has_one_of_its_own() -> None:
     sizes = {"weights": [10, 10, 30, 5, 20], "exp_avg": [25]}  # elements of four bytes
     parts = [Part(kind, f"{kind}{i}", (size,), 0, 0, size) for kind, found in sizes.items() for i, size in enumerate(found)]
-    plan = {name: [part.length for part in held] for name, held in files_of(parts, 7).items()}
+    plan = {name: [part.length for part in held] for name, held in files_of(parts, 7, bytes_per_file=100).items()}
     assert list(plan.values()) == [[10, 10], [30], [5, 20], [25]]
     assert list(plan) == [
         *(f"weights-rank00007-{i:03d}.safetensors" for i in range(3)),

@@ -205,9 +205,9 @@ def test_stage_zero_is_run_as_stage_one() -> None:
 # One rank against plain torch.
 
 
-def token_mean(logits: torch.Tensor, batch) -> torch.Tensor:
+def token_mean(logits: torch.Tensor, batch, smoothing: float) -> torch.Tensor:
     """The mean over unmasked tokens, from the mask itself."""
-    losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none", label_smoothing=LABEL_SMOOTHING)
+    losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none", label_smoothing=smoothing)
     mask = batch.weights.flatten() > 0
     return losses[mask].sum() / mask.sum()
 
@@ -223,7 +223,7 @@ def trained_by_torch_alone(subject: str) -> dict:
     found: dict = {"loss": [], "norm": []}
     for step in range(STEPS):
         batch = training.batch_of(step, shape)
-        loss = token_mean(module(batch.inputs()), batch)
+        loss = token_mean(module(batch.inputs()), batch, LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         found["norm"].append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)))
@@ -234,7 +234,7 @@ def trained_by_torch_alone(subject: str) -> dict:
     held_out = training.batch_of(training.EVALUATION, shape)
     module.eval()
     with torch.no_grad():
-        found["eval"] = [float(token_mean(module(held_out.ids), held_out))]
+        found["eval"] = [float(token_mean(module(held_out.ids), held_out, 0.0))]  # labels are not smoothed in an evaluation
     return found | {"weights": {name: p.detach() for name, p in module.named_parameters()}}
 
 

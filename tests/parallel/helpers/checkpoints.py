@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from parallel.checkpoint.writer import CheckpointWriter, Part, Saved, write
+from parallel.checkpoint.writer import BYTES_PER_FILE, CheckpointWriter, Part, Saved, write
 from parallel.grid import Grid
 
 TENSORS = {f"layer.{i}.weight": torch.full((4, 5), float(i)) for i in range(6)}
@@ -34,10 +34,10 @@ def by_another_reader(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-def save(folder: Path, offset: float = 0.0, step: int = 1) -> Path:
+def save(folder: Path, offset: float = 0.0, step: int = 1, bytes_per_file: int = BYTES_PER_FILE) -> Path:
     """Weights alone, from one process: no process group is needed."""
     shapes = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
-    write(folder, shapes, (tensor + offset for tensor in TENSORS.values()), {"step": step})
+    write(folder, shapes, (tensor + offset for tensor in TENSORS.values()), {"step": step}, bytes_per_file)
     return folder
 
 

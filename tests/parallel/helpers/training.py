@@ -29,6 +29,16 @@ LLAMA = dict(
 
 SEED, BATCH, MICRO, STEPS = 7, 8, 4, 20
 CLIP, BETAS, EPS, WEIGHT_DECAY, LABEL_SMOOTHING = 0.25, (0.9, 0.95), 1e-3, 0.1, 0.1
+LOGITS_AT_ONCE, BUCKET_ELEMENTS = 500, 3000
+"""Several blocks of rows and several buckets, the last of each not full; some parameters are larger than a bucket."""
+ZERO_3 = {
+    "sub_group_size": 2000,
+    "stage3_param_persistence_threshold": 50,
+    "stage3_prefetch_bucket_size": 2000,
+    "stage3_max_live_parameters": 6000,
+    "stage3_max_reuse_distance": 3000,
+}
+"""Most parameters are gathered at each use and released after it, and the optimizer updates them in several groups."""
 EVALUATION = 1000
 """The number of the batch that is never trained on."""
 
@@ -70,12 +80,14 @@ def build(
         get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any CPU, if slowly; DeepSpeed asks for kernels
     shape = GPT(**MODEL | dict(model))
     grid = make_grid(pipe, tensor, sequence)
+    explicit = {"zero_optimization": ZERO_3, **settings.pop("explicit", {})}
     derived = EngineSettings(
         precision=precision, micro_batch_size=micro, micro_batches=BATCH // grid.data // micro, clip=clip, lr=1.0, betas=BETAS, eps=EPS,
-        weight_decay=WEIGHT_DECAY, **{"zero_stage": 1, **settings},
+        weight_decay=WEIGHT_DECAY, bucket_elements=BUCKET_ELEMENTS, **{"zero_stage": 1, **settings, "explicit": explicit},
     )  # fmt: skip
-    loss = gpt.TokenLoss(shape.vocab_size, LABEL_SMOOTHING, grid.tensor_group)
-    return make_engine(gpt.layers(shape, grid, SEED, variants, recompute), loss, grid, derived), shape, grid
+    loss = gpt.TokenLoss(shape.vocab_size, LABEL_SMOOTHING, grid.tensor_group, LOGITS_AT_ONCE)
+    held_out_loss = gpt.TokenLoss(shape.vocab_size, 0.0, grid.tensor_group, LOGITS_AT_ONCE)
+    return make_engine(gpt.layers(shape, grid, SEED, variants, recompute), loss, grid, derived, held_out_loss), shape, grid
 
 
 def evaluate(engine: Engine, shape: GPT, grid: Grid) -> float:

@@ -1,5 +1,6 @@
 """`verify` passes correct layouts, and names the layout and a parameter for each of many errors, one at a time."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -14,9 +15,11 @@ from research import ROOT
 from research.cli import verify
 from research.config.experiment_folder import load
 from research.tracking.metrics import JsonLines
+from research.training.schedule import learning_rate
 from research.verification import layouts, numbers, training
 from research.verification.layouts import LayoutCase
-from research.verification.numbers import TOLERANCE, row_of, worst
+from research.verification.numbers import TOLERANCE, errors_of, row_of, worst
+from research.verification.threads import one_thread
 from tests.harness import start_server
 from tests.research.helpers import mutations as m
 from tests.research.helpers.example import example, sentence
@@ -33,69 +36,90 @@ TP2, SP2 = LayoutCase(tensor=2, accumulated=2), LayoutCase(tensor=2, sequence=Tr
 DP2, PP2 = LayoutCase(data=2, accumulated=2), LayoutCase(pipe=2, accumulated=2)
 
 
+STEPS = 2
+
+
 def subject(**model):
-    """A shrunk experiment with a clip that binds and a smoothed loss."""
-    return layouts.shrunk(example(model=model, optimizer={"clip": 0.05, "label_smoothing": 0.1, "lr": 1e-2}), 2)
+    """The example as `verify` shrinks it."""
+    return layouts.shrunk(example(model=model), 2, STEPS)
 
 
-REFERENCES: dict[str, training.TrainingRecord] = {}
+@functools.cache
+def subject_and_reference(model: str):
+    """The shrunk example with a clip that binds, and its serial reference run."""
+    with one_thread():
+        experiment = training.binding_clip(subject(**json.loads(model)), STEPS, ROOT)
+        return experiment, training.reference_run(experiment, STEPS, ROOT)
 
 
 def verdict(case, model, train=training.on_rank):
-    experiment = subject(**model)
-    key = json.dumps(model)
-    if key not in REFERENCES:
-        REFERENCES[key] = training.reference_run(experiment, 2, ROOT)
-    return row_of(case, experiment, 2, ROOT, REFERENCES[key], train)
+    experiment, reference = subject_and_reference(json.dumps(model))
+    return row_of(case, experiment, STEPS, ROOT, reference, train)
 
 
 ALIBI = {"position": "alibi"}
-SHARED = {"num_heads": 4, "num_kv_heads": 1, "qk_norm": True, "head_size": 24, "output_bias": False}
+SHARED = {"num_heads": 4, "num_kv_heads": 1, "qk_norm": True}
+GROUPED = {"num_heads": 6, "num_kv_heads": 3}
+DP2_ZERO_3 = LayoutCase(data=2, zero_stage=3, accumulated=2)
 
 
-WRONG = [  # the error, a layout that shows it, the model, a part of the name of a parameter near the damage
-    (m.no_sum_on_entry, TP2, {}, "norm"),
-    (m.slices_unmarked, TP2, {}, ""),
-    (m.row_bias_not_summed_over_positions, SP2, {}, ""),
-    (m.means_of_means, DP2, {}, ""),
-    (m.smoothing_over_own_rows, TP2, {}, ""),
-    (m.dropout_by_local_position, SP2, DROPS, ""),
-    (m.tied_copies_not_summed, PP2, {"tied": True}, "embedding"),
-    (m.context_lost_on_the_way, PP2, DROPS, ""),
-    (m.shared_head_counted_twice, TP2, SHARED, ""),
-    (m.summed_again_on_exit, TP2, {}, ""),
-    (m.bias_before_the_sum, TP2, {}, ""),
-    (m.norms_not_summed_over_positions, SP2, {}, "norm"),
-    (m.positions_of_rank_one_shifted, SP2, {}, "position"),
-    (m.drawn_per_rank, TP2, {}, ""),
-    (m.accumulation_forgotten, PP2, {}, ""),
-    (m.everyone_reads_the_first_share, DP2, {}, ""),
-    (m.padding_gets_probability, TP2, {}, ""),
-    (m.dropout_by_local_feature, TP2, DROPS, ""),
-    (m.slopes_of_the_first_heads, TP2, ALIBI, "attention"),
-    (m.shared_head_of_own_queries, TP2, SHARED, ""),
+WRONG = [  # the error, a layout that shows it, the model, what differs first: a layer's output, a gradient, the norm, a weight
+    (m.no_sum_on_entry, TP2, {}, "the gradient of final_norm.bias in step 1"),
+    (m.slices_unmarked, TP2, {}, "the gradient norm in step 1"),
+    (m.row_bias_not_summed_over_positions, SP2, {}, "the gradient of blocks.1.mlp.down.bias in step 1"),
+    (m.means_of_means, DP2, {}, "the loss in step 1"),
+    (m.smoothing_over_own_rows, TP2, {}, "the loss in step 1"),
+    (m.smoothing_forgotten, DP2, {}, "the loss in step 1"),
+    (m.last_rows_of_the_loss_lost, PP2, {}, "the loss in step 1"),
+    (m.last_rows_of_the_gradient_lost, TP2, {}, "the gradient of final_norm.bias in step 1"),
+    (m.only_the_first_bucket_reduced, DP2, {}, "the gradient of "),
+    (m.only_the_first_sub_group_updated, DP2_ZERO_3, {}, "the output of "),
+    (m.clip_forgotten, DP2, {}, "the weight "),
+    (m.weight_decay_forgotten, PP2, {}, "the output of embedding in step 2"),
+    (m.vectors_decay_too, DP2, {}, "the output of blocks.0 in step 2"),
+    (m.warm_up_forgotten, TP2, {}, "the output of embedding in step 2"),
+    (m.queries_dealt_out_in_turn, DP2, GROUPED, "the output of blocks.0 in step 1"),
+    (m.slopes_a_head_early, TP2, ALIBI, "the output of blocks.0 in step 1"),
+    (m.table_rows_shifted, TP2, {}, "the output of embedding in step 1"),
+    (m.dropout_by_local_position, SP2, DROPS, "the output of embedding_dropout in step 1"),
+    (m.tied_copies_not_summed, PP2, {"tied": True}, "the gradient of embedding.weight in step 1"),
+    (m.context_lost_on_the_way, PP2, DROPS, "the output of blocks.0 in step 1"),
+    (m.shared_head_counted_twice, TP2, SHARED, "the gradient of blocks.1.attention.qkv.bias in step 1"),
+    (m.summed_again_on_exit, TP2, {}, "the gradient of blocks.1.mlp.down.weight in step 1"),
+    (m.bias_before_the_sum, TP2, {}, "in step 2"),
+    (m.norms_not_summed_over_positions, SP2, {}, "the gradient of final_norm.bias in step 1"),
+    (m.positions_of_rank_one_shifted, SP2, {}, "the output of position in step 1"),
+    (m.drawn_per_rank, TP2, {}, "the output of blocks.0 in step 1"),
+    (m.accumulation_forgotten, PP2, {}, "the loss in step 1"),
+    (m.everyone_reads_the_first_share, DP2, {}, "the output of embedding in step 1"),
+    (m.padding_gets_probability, TP2, {}, "the loss in step 1"),
+    (m.dropout_by_local_feature, TP2, DROPS, "the output of blocks.0 in step 1"),
+    (m.slopes_of_the_first_heads, TP2, ALIBI, "the output of blocks.0 in step 1"),
+    (m.shared_head_of_own_queries, TP2, SHARED, "the gradient of blocks.1.attention.qkv.bias in step 1"),
 ]
 FAST_WRONG = (
-    *("no_sum_on_entry", "slices_unmarked", "row_bias_not_summed_over_positions", "means_of_means", "smoothing_over_own_rows"),
-    *("dropout_by_local_position", "tied_copies_not_summed", "context_lost_on_the_way", "shared_head_counted_twice"),
+    *("no_sum_on_entry", "slices_unmarked", "means_of_means", "clip_forgotten", "last_rows_of_the_gradient_lost"),
+    *("only_the_first_bucket_reduced", "table_rows_shifted", "dropout_by_local_position", "tied_copies_not_summed"),
+    "context_lost_on_the_way",
 )
 """At least one error along every axis and in every quantity that is compared. The others are slow."""
 
 
 @pytest.mark.parametrize(
-    ("mutation", "case", "model", "near"),
+    ("mutation", "case", "model", "first"),
     [pytest.param(*row, id=row[0].__name__, marks=[] if row[0].__name__ in FAST_WRONG else pytest.mark.slow) for row in WRONG],
 )
-def test_what_is_wrong_is_found_and_named(mutation, case, model, near):
+def test_what_is_wrong_is_found_and_named(mutation, case, model, first):
     row = verdict(case, model, m.mutated(mutation))
     assert row.verdict == "FAILED"
     assert not row.why, row.why
-    assert max(row.loss, row.norm, row.gradient, row.weight) > 10 * TOLERANCE
-    assert near in row.gradient_at or near in row.weight_at, (row.gradient_at, row.weight_at)
+    assert max(row.loss, row.norm, row.output, row.gradient, row.weight) > 10 * TOLERANCE
+    assert first in row.first
+    assert str(row).splitlines()[1] == row.first
 
 
 CASES = {"TP2": TP2, "SP2": SP2, "DP2": DP2, "PP2": PP2}
-MODELS = {"plain": {}, "dropout": DROPS, "alibi": ALIBI, "shared kv head": SHARED}
+MODELS = {"plain": {}, "dropout": DROPS, "alibi": ALIBI, "shared kv head": SHARED | {"head_size": 24, "output_bias": False}}
 FAST_RIGHT = {("TP2", "shared kv head"), ("SP2", "dropout"), ("SP2", "alibi"), ("DP2", "plain"), ("PP2", "dropout")}
 """Every layout once, every model once. The others are slow."""
 
@@ -111,7 +135,7 @@ FAST_RIGHT = {("TP2", "shared kv head"), ("SP2", "dropout"), ("SP2", "alibi"), (
 def test_what_is_right_passes(case, model):
     row = verdict(case, model)
     assert row.verdict == "pass", row
-    assert 0 < max(row.gradient, row.weight) <= TOLERANCE
+    assert 0 < max(row.output, row.gradient, row.weight) <= TOLERANCE and not row.first
 
 
 def test_a_rank_that_raises_is_shown(tmp_path):
@@ -119,6 +143,34 @@ def test_a_rank_that_raises_is_shown(tmp_path):
     assert row.verdict == "FAILED"
     assert "rank 0" in row.why
     assert "KeyError" in row.why
+
+
+@pytest.mark.slow
+def test_a_layout_that_hangs_says_so_soon_and_where_each_rank_stands(tmp_path, capsys, monkeypatch):
+    """The other layouts follow."""
+    monkeypatch.setattr(numbers, "pairwise", lambda world: [TP2, DP2])
+    hanging = m.mutated(m.rank_one_waits_for_a_message, hang_seconds=15.0)
+    monkeypatch.setattr(numbers, "row_of", functools.partial(row_of, train=hanging))
+    with pytest.raises(SystemExit) as left:
+        verify.main([str(copied("gpt_sotu", tmp_path)), "--ranks", "2", "--steps", "1"])
+    lines, rows = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "runs/gpt_sotu/verify.json").read_text())["rows"]
+    assert left.value.code == 1 and [row["verdict"] for row in rows] == ["FAILED", "pass"]
+    assert sum(line.startswith(f"FAILED   {TP2} · hangs: no rank made progress for") for line in lines) == 1
+    assert sum(line.strip().startswith("rank 0 in step 1, forward from embedding on, waits in all_reduce") for line in lines) == 1
+    assert sum(line.strip().startswith("rank 1 in step 1, forward from embedding on, waits in recv") for line in lines) == 1
+    assert any(line.strip().startswith("parallel/") for line in lines)
+    assert rows[0]["seconds"] < 60 and set(rows[0]["stacks"]) == {"0", "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [DP2, DP2_ZERO_3, PP2, LayoutCase(data=2, zero_stage=2)], ids=str)
+def test_an_experiment_with_offload_passes_also_where_there_is_none(case):
+    parallel = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
+    experiment = layouts.shrunk(example(parallel=parallel), 2, STEPS)
+    _, reference = subject_and_reference("{}")
+    clip = subject_and_reference("{}")[0].optimizer.clip
+    experiment = experiment.model_copy(update={"optimizer": experiment.optimizer.model_copy(update={"clip": clip})})
+    assert row_of(case, experiment, STEPS, ROOT, reference).verdict == "pass"
 
 
 def test_every_way_of_running_stands_beside_every_axis():
@@ -129,7 +181,7 @@ def test_every_way_of_running_stands_beside_every_axis():
         for axis in ("pipe", "data", "tensor"):
             along = [case for case in found if getattr(case, axis) > 1]
             assert {case.recompute for case in along} == set(layouts.RECOMPUTES)
-            assert {case.accumulated for case in along} == set(layouts.ACCUMULATIONS)
+            assert {case.accumulated for case in along} == {n for case in along for n in (1, 2 * case.pipe)}
             assert {case.zero_stage for case in along} >= ({1} if axis == "pipe" else {1, 2, 3})
         assert any(case.sequence for case in found if case.tensor > 1)
         assert all(layouts.why_not(case, layouts.shrunk(example(), world)) is None for case in found)
@@ -147,16 +199,47 @@ def test_shrinking_keeps_the_structure():
     assert (shrunk.num_heads % shrunk.num_kv_heads, shrunk.mlp, shrunk.num_heads % 4, shrunk.vocab_size % 2) == (0, "swiglu", 0, 1)
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("heads", [(6, 6), (6, 3), (8, 2), (7, 1)], ids=str)
+def test_heads_stay_grouped_and_several_lie_on_each_of_two_ranks(heads, ranks):
+    shrunk = layouts.shrunk(example(model={"hidden_size": 336, "num_heads": heads[0], "num_kv_heads": heads[1]}), ranks)
+    ours, theirs = shrunk.model.num_kv_heads, heads[1]
+    assert shrunk.model.num_heads >= 4 and (ours == shrunk.model.num_heads) == (theirs == heads[0])
+    assert (ours == 1) == (theirs == 1)
+    assert all(layouts.why_not(LayoutCase(tensor=tensor), shrunk) is None for tensor in (2, 4, 8) if tensor <= ranks)
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine", "wsd", "inverse_sqrt"])
+def test_every_term_counts_in_the_shrunk_experiment(decay):
+    """Whatever the experiment's own values are: each step has another learning rate, and the clip binds in one step and not in another."""
+    own = {"lr": 1e-6, "weight_decay": 0.0, "label_smoothing": 0.0, "clip": 0.0, "warmup_steps": 0, "decay": decay, "min_lr": 0.0}
+    written = example(optimizer=own | ({"decay_steps": 9} if decay == "wsd" else {}))
+    with one_thread():
+        shrunk = training.binding_clip(layouts.shrunk(written, 2, 4), 4, ROOT)
+        norms = training.reference_run(shrunk, 4, ROOT).norms
+    assert min(norms) < 0.9 * shrunk.optimizer.clip and 1.1 * shrunk.optimizer.clip < max(norms)
+    rates = [learning_rate(step, shrunk.optimizer, shrunk.schedule.steps) for step in range(4)]
+    assert rates[0] < rates[1] == shrunk.optimizer.lr and min(rates) > 0 and (rates[3] < rates[1] or decay == "constant")
+    assert shrunk.optimizer.weight_decay == shrunk.optimizer.label_smoothing == 0.1
+
+
+def test_an_experiments_own_deepspeed_table_is_kept_but_for_its_precision():
+    table = {"zero_optimization": {"round_robin_gradients": True}, "data_types": {"grad_accum_dtype": "fp32"}, "fp16": {"hysteresis": 3}}
+    shrunk = layouts.shrunk(example(deepspeed=table), 2)
+    assert shrunk.deepspeed["zero_optimization"]["round_robin_gradients"] and shrunk.deepspeed["data_types"] == table["data_types"]
+    assert "fp16" not in shrunk.deepspeed and shrunk.precision == "fp32"
+
+
 def test_a_missing_or_infinite_parameter_is_infinitely_wrong():
     truth = {"a": torch.ones(2), "b": torch.ones(2)}
-    assert worst([{"a": torch.ones(2)}], truth) == (torch.inf, "b")
-    assert worst([{"a": torch.ones(2), "b": torch.full((2,), torch.nan)}], truth) == (torch.inf, "b")
-    assert worst([truth, {"b": torch.tensor([1.0, 1.5])}], truth)[1] == "b"
+    assert worst(errors_of([{"a": torch.ones(2)}], truth)) == (torch.inf, "b")
+    assert worst(errors_of([{"a": torch.ones(2), "b": torch.full((2,), torch.nan)}], truth)) == (torch.inf, "b")
+    assert worst(errors_of([truth, {"b": torch.tensor([1.0, 1.5])}], truth))[1] == "b"
 
 
 def test_a_negligible_gradient_is_measured_against_the_whole():
     truth = {"big": torch.full((4,), 100.0), "zero": torch.tensor([1e-9])}
-    assert worst([{"big": truth["big"], "zero": torch.tensor([3e-9])}], truth)[0] < 1e-10
+    assert worst(errors_of([{"big": truth["big"], "zero": torch.tensor([3e-9])}], truth))[0] < 1e-10
 
 
 def test_two_checks_at_once_are_refused():
@@ -208,8 +291,9 @@ def test_the_command_prints_a_row_per_layout_and_writes_verify_json(tmp_path, ca
     written = json.loads((tmp_path / "runs/gpt_sotu_dyt/verify.json").read_text())
     assert [row["verdict"] for row in written["rows"]] == ["pass"] * 2
     assert list(written["rows"][0]) == [
-        "cut", "verdict", "loss", "norm", "gradient", "gradient_at", "weight", "weight_at", "seconds", "why"
-    ]  # fmt: skip
+        *("cut", "verdict", "loss", "norm", "output", "output_at", "gradient", "gradient_at", "weight", "weight_at"),
+        *("first", "seconds", "why", "stacks"),
+    ]
 
 
 @pytest.mark.slow

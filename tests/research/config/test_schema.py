@@ -58,6 +58,9 @@ REFUSED = [
     ("evaluate", "tasks", ("",), f"evaluate.tasks[0] = '' does not work → {TEXTS} that is not empty"),
     ("sample", "prompts", (3,), f"sample.prompts[0] = 3 does not work → {TEXTS}"),
     ("sample", "top_p", 0.0, "sample.top_p = 0.0 does not work → use a finite number greater than 0 and at most 1"),
+    ("schedule", "validate_tokens", -1, "schedule.validate_tokens = -1 does not work → use a whole number at least 0"),
+    ("track", "tags", ("a", ""), f"track.tags[1] = '' does not work → {TEXTS} that is not empty and has at most 64 characters"),
+    ("track", "job_type", "", "track.job_type = '' does not work → use text that is not empty and has at most 64 characters"),
     ("track", "mode", "of", "track.mode = 'of' does not work → use auto, online, offline or disabled"),
 ]
 
@@ -106,7 +109,7 @@ ADDED = {GPT: {"attention"}, Optimizer: {"name"}}
 def test_science_has_no_defaults() -> None:
     for kind in (GPT, Data, Schedule, Optimizer):
         optional = {name for name, field in kind.model_fields.items() if not field.is_required()}
-        assert optional <= {*ROTARY, *FOLLOWING, "cache", "log_every", "decay_steps", *ADDED.get(kind, ())}
+        assert optional <= {*ROTARY, *FOLLOWING, "cache", "log_every", "validate_tokens", "decay_steps", *ADDED.get(kind, ())}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -166,6 +169,13 @@ def kept(now: dict, then: dict, *but: str) -> dict:
     }
 
 
+def without_schema_6(settings: dict) -> dict:
+    """The settings without those that schema 6 has added, which must have their old meaning."""
+    added = settings["schedule"].pop("validate_tokens"), settings["track"].pop("tags"), settings["track"].pop("job_type")
+    assert added == (0, [], "train")
+    return settings
+
+
 def test_schema_1_had_no_dropout_sequence_parallelism_or_recomputation(tmp_path) -> None:
     path = tmp_path / "config.json"
     path.write_text(SCHEMA_1)
@@ -173,7 +183,7 @@ def test_schema_1_had_no_dropout_sequence_parallelism_or_recomputation(tmp_path)
     rates = {name: value for name, value in found.model if name.endswith("_dropout")}
     assert rates == {f"{place}_dropout": 0.0 for place in ("embedding", "residual", "mlp", "attention")} and not found.model.drops
     assert (found.parallel.sequence, found.parallel.recompute) == (False, "none")
-    now, then = resolved(found), json.loads(SCHEMA_1)
+    now, then = without_schema_6(resolved(found)), json.loads(SCHEMA_1)
     for section in ("model", "parallel"):
         assert {name: now[section][name] for name in then[section]} == then[section]  # the rest is as it was
     assert kept(now, then, "schema", "model", "parallel") == kept(then, then, "schema", "model", "parallel")
@@ -242,7 +252,7 @@ def test_schema_4_asked_nothing_on_the_way(tmp_path) -> None:
     path.write_text(SCHEMA_4)
     found = load(path)
     assert (found.evaluate.every, found.sample.every) == (0, 0)
-    now = resolved(found)
+    now = without_schema_6(resolved(found))
     assert kept(now, then, "schema") == kept(then, then, "schema")
     assert now.keys() - then.keys() == {"evaluate", "sample", "loss"} and now["schema"] == serialization.SCHEMA
     assert (now["loss"], now["model"]["attention"], now["optimizer"]["name"]) == ("cross_entropy", "softmax", "adamw")
@@ -272,8 +282,17 @@ def test_what_follows_is_saved_as_not_set_and_what_is_set_is_kept(tmp_path) -> N
         assert found.model.head_size == after
 
 
+def test_schema_5_validated_on_all_of_the_held_out_text(tmp_path) -> None:
+    settings = resolved(example()) | {"schema": 5}
+    for group, name in (("schedule", "validate_tokens"), ("track", "tags"), ("track", "job_type")):
+        del settings[group][name]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load(tmp_path / "config.json") == example()
+
+
 HOSTILE = ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}']
 HOSTILE += ['{"schema": 2, "watch": 3}', '{"schema": 3, "watch": []}']
+HOSTILE += ['{"schema": 5, "schedule": 3}', '{"schema": 5}']
 HOSTILE += ['{"schema": 4, "sample": 3}', '{"schema": 4, "evaluate": {"tasks": "x"}}']
 HOSTILE += ['{"schema": 1, "model": 3}', '{"schema": 1, "model": null}', '{"schema": 2}', '{"schema": 2, "model": [1]}']
 

@@ -86,14 +86,14 @@ def test_a_window_has_another_number_in_every_epoch(token_store):
 
 def test_validation_batches_name_their_windows(token_store):
     """They drop nothing, but a pipeline wants the same shapes as in training."""
-    for batch, _ in batches.validation_batches(token_store(101), 10, 3, 1, 2):
+    for batch, _ in batches.validation_batches(token_store(101).tokens, 10, 3, 1, 2):
         assert batch.samples.dtype == np.int64 and batch.samples.shape == (3,)
 
 
 def evaluate(store, s, data_size, micro):
     """What the engines and the loop make of it: Σ (mean over ranks of Σ weights·loss) · tokens, and who predicted what."""
     nats, seen = 0.0, []
-    for parts in zip(*(batches.validation_batches(store, s, micro, r, data_size) for r in range(data_size)), strict=True):
+    for parts in zip(*(batches.validation_batches(store.tokens, s, micro, r, data_size) for r in range(data_size)), strict=True):
         (tokens,) = {count for _, count in parts}
         mean = np.mean([(batch.weights * np.float64(np.sin(batch.targets))).sum() for batch, _ in parts])
         nats += mean * tokens
@@ -116,11 +116,6 @@ def test_a_corpus_shorter_than_a_sequence_is_refused_for_training_with_both_numb
     with pytest.raises(Mistake, match=r"model.seq_length = 128 is longer .* 128 tokens → use model.seq_length = 127 or less"):
         list(batches.train_micro_batches(token_store(128), 128, 4, 1, 0, 1, 0, 0))
     assert batches.num_samples(token_store(129, "longer"), 128) == 1
-
-
-def test_one_token_cannot_be_validated(token_store):
-    with pytest.raises(Mistake, match="nothing to predict"):
-        list(batches.validation_batches(token_store(1), 10, 1, 0, 1))
 
 
 def test_an_uneven_batch_is_refused_with_what_would_work():

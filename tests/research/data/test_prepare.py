@@ -1,5 +1,6 @@
 """From text to stores: right, once, atomically, and by real processes that all start at the same moment."""
 
+import contextlib
 import fcntl
 import select
 import signal
@@ -17,6 +18,19 @@ from research.data import documents, prepare, tokenizer
 from research.data.token_store import TokenStore
 
 PATIENCE = 60
+
+
+def noting(said):
+    """A Progress that appends what begins to `said`, and after it how many characters were done."""
+
+    @contextlib.contextmanager
+    def progress(what):
+        done = []
+        said.append(what)
+        yield done.append
+        said.append(sum(done))
+
+    return progress
 
 
 def files(folder):
@@ -42,12 +56,13 @@ def test_the_tokenizer_has_seen_the_training_text_only(settings, tmp_path):
 
 def test_a_second_load_writes_nothing_and_says_nothing(settings, tmp_path):
     said = []
-    first = prepare.load(settings, tmp_path, 300, said.append)
-    assert [message.split()[0] for message in said] == ["training", "tokenizing", "tokenizing"]
+    first = prepare.load(settings, tmp_path, 300, noting(said))
+    sizes = [sum(map(len, documents.documents(spec, tmp_path))) for spec in (settings.train, settings.validation)]
+    assert [str(word).split()[0] for word in said] == ["training", str(sizes[0]), "tokenizing", str(sizes[0]), "tokenizing", str(sizes[1])]
     before = files(tmp_path / "cache")
-    again = prepare.load(settings, tmp_path, 300, said.append)
-    assert len(said) == 3 and files(tmp_path / "cache") == before and again.fingerprint == first.fingerprint
-    assert prepare.load_tokenizer(settings, tmp_path, said.append).fingerprint == first.tokenizer.fingerprint and len(said) == 3
+    again = prepare.load(settings, tmp_path, 300, noting(said))
+    assert len(said) == 6 and files(tmp_path / "cache") == before and again.fingerprint == first.fingerprint
+    assert prepare.load_tokenizer(settings, tmp_path, noting(said)).fingerprint == first.tokenizer.fingerprint and len(said) == 6
 
 
 def test_long_documents_and_many_small_ones_are_grouped_without_a_trace(settings, tmp_path, lines, monkeypatch):
@@ -74,6 +89,50 @@ def test_fingerprint_follows_text_and_tokenizer(settings, tmp_path, lines):
     assert changed.fingerprint not in prints and changed.train.num_documents == 9
     elsewhere = types.SimpleNamespace(**vars(settings) | {"cache": str(tmp_path / "absolute")})
     assert prepare.load(elsewhere, tmp_path, 300).fingerprint == changed.fingerprint
+
+
+MIXED = ["the cat — 猫猫 sat 🐈 on it", "", "é" * 9, "🐈", "the end"]
+"""Characters of one to four bytes, which this small a tokenizer cuts into as many tokens."""
+
+
+def test_the_first_tokens_have_the_bytes_of_their_whole_characters(settings, tmp_path, lines):
+    """At every count. A letter of GPT-2's alphabet is one byte: so many bytes of the text are cut off, and decoded without a rest."""
+    settings.validation = lines("mixed.jsonl", MIXED)
+    found = prepare.load(settings, tmp_path, 300)
+    store, words = found.validation, found.tokenizer
+    expected, earlier, size, texts = [0], 0, 0, iter(MIXED)
+    text = next(texts).encode()
+    for token in store.tokens.tolist():
+        if token == words.end_of_text:
+            earlier, size, text = earlier + len(text), 0, next(texts, "").encode()
+        else:
+            size += len(words.backend.id_to_token(token))
+        expected.append(earlier + len(text[:size].decode("utf-8", errors="ignore").encode()))
+    assert len(store.tokens) > 50 and expected[-1] == store.num_bytes == sum(len(text.encode()) for text in MIXED)
+    assert [prepare.leading_bytes(store, words, count) for count in range(len(expected))] == expected
+
+
+def test_what_a_validation_predicts_is_bounded_and_never_nothing(settings, tmp_path, lines):
+    found = prepare.load(settings, tmp_path, 300)
+    store = found.validation
+    there = store.num_tokens - 1
+    for bound, tokens in ((0, there), (5, 5), (there - 1, there - 1), (there, there), (10**9, there)):
+        text = prepare.held_out(found, bound)
+        assert text == (store, tokens, prepare.leading_bytes(store, found.tokenizer, tokens + 1))
+    assert prepare.held_out(found, 0).num_bytes == store.num_bytes
+    settings.validation, settings.tokenizer = lines("one.jsonl", ["", "a"]), "builtin:bpe-300"
+    alone = prepare.load(settings, tmp_path, 300)
+    alone.validation.num_tokens = 1
+    with pytest.raises(Mistake, match="nothing to predict → use more text"):
+        prepare.held_out(alone, 0)
+
+
+def test_a_copy_of_the_training_text_is_not_held_out(settings, tmp_path):
+    prepare.refuse_same_text(settings, prepare.load(settings, tmp_path, 300))
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    settings.validation = "copy.jsonl"
+    with pytest.raises(Mistake, match=r"'copy.jsonl' has the same content as data.train = 'train.jsonl' → name a text"):
+        prepare.refuse_same_text(settings, prepare.load(settings, tmp_path, 300))
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
@@ -111,9 +170,9 @@ def test_a_larger_model_vocabulary_is_fine(settings, tmp_path):
 
 def test_gpt2_needs_no_training(settings, tmp_path):
     settings.tokenizer, said = "builtin:gpt2", []
-    found = prepare.load(settings, tmp_path, 50257, said.append)
+    found = prepare.load(settings, tmp_path, 50257, noting(said))
     assert found.tokenizer.end_of_text == 50256 == found.train.tokens[-1]
-    assert not any("training" in message for message in said)
+    assert not any("training" in str(message) for message in said)
 
 
 def test_a_cache_that_cannot_be_used_is_named(settings, tmp_path):
@@ -131,14 +190,18 @@ def test_a_broken_line_leaves_no_half_made_file(settings, tmp_path):
 
 
 LOAD = """
-import pathlib, sys, time, types
+import contextlib, pathlib, sys, time, types
 from research.data import load
 data = types.SimpleNamespace(train="train.jsonl", validation="val.jsonl", tokenizer="builtin:bpe-400", cache="cache")
 root = pathlib.Path(sys.argv[1])
 (root / f"ready{sys.argv[2]}").touch()
 while not (root / "go").exists():
     time.sleep(0.001)
-found = load(data, root, 400, lambda message: print("did", message))
+@contextlib.contextmanager
+def progress(message):
+    print("did", message)
+    yield lambda characters: None
+found = load(data, root, 400, progress)
 print(found.fingerprint, int(found.train.tokens.astype("int64").sum()), found.validation.num_bytes)
 """
 

@@ -99,6 +99,16 @@ def test_a_text_is_never_cut_for_a_pattern_that_is_not_ours(tmp_path):
     assert isinstance(store, TokenStore) and store.tokens.tolist() == [*found.encode(text), found.end_of_text]
 
 
+def test_bytes_of_the_first_documents_are_those_of_their_text(tmp_path):
+    """Spaces are three-byte letters in this vocabulary, and one byte in the text."""
+    saved(tmp_path, sentencepiece())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXT, "the the", TEXT)))
+    settings = types.SimpleNamespace(train="a.jsonl", validation="a.jsonl", tokenizer="tokenizer.json", cache="cache")
+    found = prepare.load(settings, tmp_path, 300)
+    sizes = [prepare.leading_bytes(found.train, found.tokenizer, int(end)) for end in found.train.document_offsets]
+    assert sizes == [0, len(TEXT.encode()), len(TEXT.encode()) + 7, 2 * len(TEXT.encode()) + 7]
+
+
 @pytest.mark.parametrize("eos", ["<|stop|>", {"content": "<|stop|>", "lstrip": False}])
 def test_the_end_of_a_text_is_the_one_that_the_config_names(eos, tmp_path):
     backend = byte_level()

@@ -23,6 +23,7 @@ from parallel.grid import Grid, make_grid
 from research.cli import export
 from research.config import serialization
 from research.data import token_store, tokenizer_file
+from research.data.prepare import HeldOut
 from research.data.token_store import TokenStore
 from research.data.tokenizer_file import TEMPLATE
 from research.exchange import parity
@@ -92,7 +93,8 @@ def perplexity_of_an_engine(settings: dict, folder: str, prefix: str, pipe: int)
     loss = gpt.TokenLoss(model.vocab_size, 0.0, grid.tensor_group)
     engine = make_engine(gpt.layers(model, grid, seed=3), loss, grid, derived)
     load_initial(Path(folder), engine)
-    found = validate(engine, TokenStore(Path(prefix)), TOKENS - 1)
+    store = TokenStore(Path(prefix))
+    found = validate(engine, HeldOut(store, store.num_tokens - 1, store.num_bytes), TOKENS - 1)
     assert found is not None
     return found.perplexity, sum(parameter.numel() for parameter in engine.parameters.values())
 

@@ -1,5 +1,6 @@
 """Errors that one can make in composed parallelism, one function each. A test applies one inside every rank before the rank trains."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -112,7 +113,7 @@ def padding_gets_probability() -> None:
 
     def padded(self, logits, labels):
         size = logits.shape[-1] * (self.group.size() if self.group else 1)
-        return call(TokenLoss(size, self.label_smoothing, self.group), logits, labels)
+        return call(dataclasses.replace(self, vocab_size=size), logits, labels)
 
     TokenLoss.__call__ = padded
 
@@ -121,8 +122,8 @@ def smoothing_over_own_rows() -> None:
     """NVIDIA/Megatron-LM#737: the smoothed mean runs over a rank's own rows of the vocabulary."""
     sums = cross_entropy._sums
 
-    def own_rows(logits, real, highest, smoothing):
-        summed, total = sums(logits, real, highest, smoothing)
+    def own_rows(logits, real, highest, smoothing, logits_at_once):
+        summed, total = sums(logits, real, highest, smoothing, logits_at_once)
         return summed, total / 2
 
     cross_entropy._sums = own_rows
@@ -172,6 +173,158 @@ def tied_copies_not_summed() -> None:
     PipelineEngine._INSTRUCTION_MAP[ReduceTiedGrads] = lambda self: None
 
 
+def clip_forgotten() -> None:
+    """The engine is told of no clip."""
+    from parallel.engines import engine
+
+    derive = engine.derive
+    engine.derive = lambda settings, cuda: {**derive(settings, cuda), "gradient_clipping": 0.0}
+
+
+def weight_decay_forgotten() -> None:
+    """No group of parameters decays."""
+    from parallel.engines import engine
+
+    groups = engine._decay_groups
+    engine._decay_groups = lambda *arguments: [{**group, "weight_decay": 0.0} for group in groups(*arguments)]
+
+
+def vectors_decay_too() -> None:
+    """Biases and norms decay as matrices do."""
+    from parallel.engines import engine
+
+    groups = engine._decay_groups
+    engine._decay_groups = lambda parameters, settings: [
+        {**group, "weight_decay": settings.weight_decay} for group in groups(parameters, settings)
+    ]
+
+
+def smoothing_forgotten() -> None:
+    """The loss is that of the true token alone."""
+    call = TokenLoss.__call__
+    TokenLoss.__call__ = lambda self, logits, labels: call(dataclasses.replace(self, label_smoothing=0.0), logits, labels)
+
+
+def warm_up_forgotten() -> None:
+    """The learning rate begins at its peak."""
+    rate = training.learning_rate
+    training.learning_rate = lambda step, optimizer, steps: rate(step, optimizer.model_copy(update={"warmup_steps": 0}), steps)
+
+
+def last_rows_of_the_loss_lost() -> None:
+    """The forward pass of the cross entropy forgets the last block of rows, which is not a whole one."""
+    sums = cross_entropy._sums
+
+    def without_last(logits, real, highest, smoothing, logits_at_once):
+        summed, total = sums(logits, real, highest, smoothing, logits_at_once)
+        summed[cross_entropy._row_blocks(logits, logits_at_once)[-1]] = 1.0
+        return summed, total
+
+    cross_entropy._sums = only_with_several_blocks(without_last, sums)
+
+
+def last_rows_of_the_gradient_lost() -> None:
+    """The backward pass of the cross entropy forgets the last block of rows."""
+    whole = cross_entropy._CrossEntropy.backward
+
+    def without_last(ctx, gradient):
+        grad, *others = whole(ctx, gradient)
+        blocks = cross_entropy._row_blocks(grad, ctx.logits_at_once)
+        if len(blocks) > 1:
+            grad[blocks[-1]] = 0.0
+        return grad, *others
+
+    cross_entropy._CrossEntropy.backward = staticmethod(without_last)
+
+
+def only_with_several_blocks(broken: Callable, whole: Callable) -> Callable:
+    """`broken` where there are several blocks of rows; otherwise `whole`."""
+
+    def either(logits, real, highest, smoothing, logits_at_once):
+        several = len(cross_entropy._row_blocks(logits, logits_at_once)) > 1
+        return (broken if several else whole)(logits, real, highest, smoothing, logits_at_once)
+
+    return either
+
+
+def only_the_first_bucket_reduced() -> None:
+    """ZeRO-1 and 2 average the first bucket of a step over data ranks, and forget the others."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    reduce, step, reduced = DeepSpeedZeroOptimizer.buffered_reduce_fallback, DeepSpeedZeroOptimizer.step, []
+
+    def once(self, *arguments, **settings):
+        if not reduced:
+            reduce(self, *arguments, **settings)
+        reduced.append(True)
+
+    def next_step(self, *arguments, **settings):
+        reduced.clear()
+        return step(self, *arguments, **settings)
+
+    DeepSpeedZeroOptimizer.buffered_reduce_fallback, DeepSpeedZeroOptimizer.step = once, next_step
+
+
+def only_the_first_sub_group_updated() -> None:
+    """ZeRO-3 updates the first sub-group of each group of parameters, and forgets the others."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    update = DeepSpeedZeroOptimizer_Stage3._optimizer_step
+
+    def first(self, number):
+        group = self.sub_group_to_group_id
+        if number == 0 or group[number] != group[number - 1]:
+            update(self, number)
+
+    DeepSpeedZeroOptimizer_Stage3._optimizer_step = first
+
+
+def queries_dealt_out_in_turn() -> None:
+    """Query head h attends to kv head h mod K, where its group has kv head h // (H / K)."""
+    forward = attention.Core.forward
+
+    def in_turn(self, q, k, v, bias, samples):
+        times = q.shape[1] // k.shape[1]
+        return forward(self, q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1), bias, samples)
+
+    attention.Core.forward = in_turn
+
+
+def slopes_a_head_early() -> None:
+    """The alibi slopes of a rank begin at the head with the rank's number, not at its first head."""
+    from models import position
+
+    slopes = position.alibi_slopes
+
+    def early(heads):
+        rank, own = dist.get_rank(), heads // dist.get_world_size()
+        return [0.0] * (rank * own - rank) + slopes(heads)  # slice [rank · own : …] then begins at head `rank`
+
+    position.alibi_slopes = early
+
+
+def table_rows_shifted() -> None:
+    """Rank 1 looks up the row before each of its own rows of the vocabulary."""
+    forward = vocab.VocabParallelEmbedding.forward
+
+    def shifted(self, ids):
+        return forward(self, (ids - int(dist.get_rank() == 1)).clamp(min=0))
+
+    vocab.VocabParallelEmbedding.forward = shifted
+
+
+def rank_one_waits_for_a_message() -> None:
+    """Rank 1 waits for a message that nobody sends, and so does not take part in the sum in which rank 0 waits for it."""
+    leave = region.TensorParallelRegion.leave
+
+    def wait_first(self, x):
+        if dist.get_rank() == 1:
+            dist.recv(torch.empty(1), src=0)
+        return leave(self, x)
+
+    region.TensorParallelRegion.leave = wait_first
+
+
 def context_lost_on_the_way() -> None:
     """The sample numbers that a block reads are not those of its batch."""
     step = layers.apply_layer
@@ -201,12 +354,12 @@ def shared_head_of_own_queries() -> None:
     attention.gather_shared = collectives.conjugate(collectives.all_gather(-1), collectives.split(-1))
 
 
-def train_mutated(name: str, folder: Path) -> None:
+def train_mutated(name: str, folder: Path, hang_seconds: float = training.HANG_SECONDS) -> None:
     """The function that a rank runs: the mutation, then the training of `verify`."""
     globals()[name]()
-    training.on_rank(folder)
+    training.on_rank(folder, hang_seconds)
 
 
-def mutated(mutation: Callable[[], None]) -> Callable[[Path], None]:
+def mutated(mutation: Callable[[], None], **settings) -> Callable[[Path], None]:
     """The training of `verify` with one mutation."""
-    return functools.partial(train_mutated, mutation.__name__)
+    return functools.partial(train_mutated, mutation.__name__, **settings)

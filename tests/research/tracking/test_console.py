@@ -6,10 +6,12 @@ import os
 import pty
 import subprocess
 import sys
+import time
 
 import pytest
 
 from research import ROOT
+from research.tracking import console as console_module
 from research.tracking import format as fmt
 from research.tracking.console import Console
 
@@ -128,6 +130,31 @@ def test_a_pipe_gets_one_line_a_thing_and_no_escape():
     assert lines[13] == "warn   careful now"
     tokens = lines[8][:14].removeprefix("  val")
     assert lines[14:] == [f" eval{tokens}  agreement accuracy 0.612 · perplexity:a b.txt loss nan · w word_perplexity 812", ""]
+
+
+def test_long_work_says_in_a_pipe_how_far_it_is(monkeypatch):
+    """A line every PIPE_SECONDS while the work is not done, also if nothing tells how far it is; none after it."""
+    monkeypatch.setattr(console_module, "PIPE_SECONDS", 0.01)
+
+    def lines(act, *arguments, **settings):
+        stream = io.StringIO()
+        with Console(stream).progress(*arguments, **settings) as advance:
+            act(advance)
+            deadline = time.monotonic() + 60
+            while stream.getvalue().count("·") + stream.getvalue().count("0:0") < 2 and time.monotonic() < deadline:
+                time.sleep(0.005)
+        told = stream.getvalue()
+        time.sleep(0.03)
+        assert stream.getvalue() == told
+        return told.splitlines()
+
+    assert lines(lambda advance: advance(1200), "validation", 2000)[:2] == ["validation …", "validation … 1,200 of 2,000 · 0:00"]
+    assert lines(lambda advance: advance(41_000_000), "tokenizing a", unit="characters")[1] == "tokenizing a … 41.0 M characters · 0:00"
+    assert lines(lambda advance: None, "saving", announced=False)[0] == "saving … 0:00"
+
+
+def test_short_work_that_is_not_announced_leaves_no_line():
+    assert said(lambda console: console.progress("saving", announced=False).__enter__()(1)) == ""
 
 
 PROGRAM = "from tests.research.tracking.test_console import Console, everything; everything(Console())"

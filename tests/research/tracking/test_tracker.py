@@ -30,7 +30,7 @@ CONFIG = {
     "question": "does it?",
     "model": {"num_layers": 4, "norm": "layernorm"},
     "optimizer": {"betas": [0.9, 0.95]},
-    "track": {"project": "tessera", "mode": "auto", "group": None},
+    "track": {"project": "tessera", "mode": "auto", "group": None, "tags": ["mine"], "job_type": "ablation"},
 }
 DEEPSPEED = {"train_batch_size": 16, "zero_optimization": {"stage": 1}}
 ROWS = [
@@ -51,7 +51,14 @@ LATER = {"train/loss": 5.5, "progress/step": 20, "progress/tokens": 40960}
 
 
 DESCRIPTION = RunDescription(
-    CONFIG, DEEPSPEED, commit="1a2b3c4", dirty=True, project="tessera", group="gpt_sotu", tags=["tensor 2", "fp32"]
+    CONFIG,
+    DEEPSPEED,
+    commit="1a2b3c4",
+    dirty=True,
+    project="tessera",
+    group="gpt_sotu",
+    tags=["tensor 2", "fp32", "mine"],
+    job_type="ablation",
 )
 
 
@@ -181,7 +188,8 @@ def test_the_offline_run_has_config_group_tags_and_name(offline):
     (record,) = of(inspected(offline[0]["folder"]), "run")
     config = {key: value for key, value in record["config"]["update"].items() if key != "_wandb"}
     assert config == {**CONFIG, "derived_deepspeed": DEEPSPEED, "git": {"commit": "1a2b3c4", "dirty": True}}
-    assert (record["project"], record["run_group"], record["tags"]) == ("tessera", "gpt_sotu", ["tensor 2", "fp32"])
+    assert (record["project"], record["run_group"], record["tags"]) == ("tessera", "gpt_sotu", ["tensor 2", "fp32", "mine"])
+    assert record["job_type"] == "ablation"
     assert record["run_id"] == record["display_name"] == offline[0]["folder"].title
 
 
@@ -296,7 +304,12 @@ def test_online_mirrors_every_row(tmp_path, working):
     seen = [{key: value for key, value in row.items() if not key.startswith("_")} for row in servers.Works.rows]
     assert [row.get("progress/step") for row in seen] == [10, 20, 20, 20, 20, 20] and seen[0] == ROWS[0] and seen[2] == ROWS[2]
     first = servers.Works.runs[0]
-    assert first["groupName"] == "gpt_sotu" and first["tags"] == ["tensor 2", "fp32"] and KEY not in errors
+    assert (
+        first["groupName"] == "gpt_sotu"
+        and first["tags"] == ["tensor 2", "fp32", "mine"]
+        and first["jobType"] == "ablation"
+        and KEY not in errors
+    )
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ def test_an_offline_run_has_a_second_segment(tmp_path):
     trained, evaluated = segments(folder)
     (run,) = training.of(evaluated, "run")
     assert run["run_id"] == training.of(trained, "run")[0]["run_id"] == folder.title and run["run_group"] == "gpt_sotu"
+    assert (run["tags"], run["job_type"]) == (["tensor 2", "fp32", "mine"], "ablation")
     told: dict = {}
     for record in training.of(evaluated, "summary"):
         told |= record["update"]

@@ -26,7 +26,7 @@ from tests.research.tracking.test_tracker import inspected, of
 
 STEPS, TOKENS_PER_STEP, BATCH = 6, 256, 8
 TRAIN = {"train/loss", "train/ppl", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/memory_mb"}
-VALIDATION = {"val/loss", "val/ppl", "val/bits_per_byte"}
+VALIDATION = {"val/loss", "val/ppl", "val/bits_per_byte", "val/tokens"}
 PROGRESS = {"progress/step", "progress/tokens", "progress/samples", "progress/applied_steps", "progress/seconds"}
 LABELS = ["gpt_sotu", "config", "machine", "layout", "batch", "model", "data", "tracking", "", "step", *"123", "val", *"456", "val"]
 ENDING = ["saved", "done", "sample", "next", "wandb", "python"]
@@ -135,28 +135,47 @@ def test_torchrun_adds_its_note_on_threads_only(pipe_2: Ended) -> None:
 
 def test_the_last_validation_is_what_a_dense_model_finds(ended: Ended, place: Place) -> None:
     """Σ nats / (ln 2 · bytes) over every token but the first, from the checkpoint's files, in fp64, without code of ours."""
-    nats, tokens, num_bytes = dense_evaluation(ended, place)
-    last = ended.rows("val/loss")[-1]
+    assert_validated(ended, place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "layout", "bound"),
+    [(1, {}, 203), (2, {"parallel__tensor": 2}, 203), (2, {"parallel__pipe": 2}, 203), (2, {}, 203), (1, {}, 1), (1, {}, 10**6)],
+)
+def test_a_bounded_validation_is_what_a_dense_model_finds_on_the_first_tokens(place: Place, ranks: int, layout: dict, bound: int) -> None:
+    """The same, trained with smoothed labels, which are no part of a validation. 203 tokens fill six windows and a part."""
+    ended = run(place, "torchrun", ranks, schedule__validate_tokens=bound, optimizer__label_smoothing=0.1, **layout)
+    assert ended.code == 0, ended.err
+    assert_validated(ended, place, bound)
+    assert ("(of which the first " in ended.out) == (bound < 10**6)
+
+
+def assert_validated(ended: Ended, place: Place, bound: int = 10**9) -> None:
+    nats, tokens, num_bytes = dense_evaluation(ended, place, bound)
+    first, last = ended.rows("val/loss")
+    assert first["val/tokens"] == last["val/tokens"] == tokens
     assert last["val/loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert last["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert last["val/ppl"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
-def dense_evaluation(ended: Ended, place: Place) -> tuple[float, int, int]:
-    """(Σ nats, tokens predicted, bytes of the text)."""
+def dense_evaluation(ended: Ended, place: Place, bound: int) -> tuple[float, int, int]:
+    """(Σ nats, tokens predicted, bytes of the text up to the last of them); at most `bound` tokens."""
     weights = weights_of(ended.folder.checkpoints / "step_000006")
     (table,) = (place.path / "cache").glob("bpe-384-*.json")
     words = tokenizers.Tokenizer.from_file(str(table))
     texts = [json.loads(line)["text"] for line in place.validation.read_text().splitlines()]
     end = words.token_to_id("<|endoftext|>")
-    stream = torch.tensor([i for text in texts for i in [*words.encode(text).ids, end]])
-    length = 32
+    tokens = [i for text in texts for i in [*words.encode(text).ids, end]][: bound + 1]
+    num_bytes = sum(len(words.id_to_token(i)) for i in tokens if i != end)  # a letter of a byte-level token is a byte
+    stream, length = torch.tensor(tokens), 32
     nats = 0.0
     for start in range(0, len(stream) - 1, length):
         ids, targets = stream[start : start + length], stream[start + 1 : start + 1 + length]
         log_p = dense_logits(ids[: len(targets)], weights).log_softmax(-1)
         nats -= float(log_p[torch.arange(len(targets)), targets].sum())
-    return nats, len(stream) - 1, sum(len(text.encode()) for text in texts)
+    return nats, len(stream) - 1, num_bytes
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -233,6 +252,7 @@ def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> Non
     assert rows == written and len(written) == STEPS + 2 and table["samples.path"].endswith(".table.json")
     assert one_line(sample["sample/text"]) in alone.out
     (about,) = of(records, "run")
+    assert about["job_type"] == "train"
     saved, told = json.loads(alone.folder.config.read_text()), about["config"]["update"]
     assert {key: told[key] for key in saved} == saved
     assert told["derived_deepspeed"] == json.loads(alone.folder.deepspeed.read_text())

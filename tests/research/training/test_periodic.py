@@ -191,9 +191,11 @@ def test_what_is_asked_may_change_on_resume_and_what_is_due_with_it(stage: Stage
 )
 def test_what_a_checkpoint_says_is_due(told: dict, due: list[str]) -> None:
     """The first two were written before there was anything but validations."""
-    periodic = Periodic(SimpleNamespace(job=SimpleNamespace(experiment=example())), [], [])  # type: ignore[arg-type]
+    periodic = Periodic(SimpleNamespace(job=SimpleNamespace(experiment=example())), None, [], [])  # type: ignore[arg-type]
     periodic.restore({"best": [2.5, 3], **told})
     assert periodic.due == due and periodic.best == (2.5, 3)
+    periodic.restore({"best": [2.5, 3], "validate_tokens": 100, **told})  # it was the best on other tokens
+    assert periodic.due == due and periodic.best is None
 
 
 def test_nothing_is_measured_of_a_model_that_looks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from parallel.errors import Mistake
 from parallel.files import read_json, write_json
-from research.config import serialization
+from research.config import Experiment, schema, serialization
 from research.tracking import metrics, run_folder
 from research.tracking.run_folder import FAILED, FINISHED, IMPORTED, INTERRUPTED, RUNNING, RunFolder
 from research.training import resume
@@ -25,7 +25,7 @@ from tests.research.helpers import small_runs as r
 from tests.research.helpers.example import example, sentence
 from tests.research.helpers.launches import Ended, Place, run
 from tests.research.helpers.small_runs import DROPS, Stage, bits
-from tests.research.tracking.test_tracker import logged
+from tests.research.tracking.test_tracker import inspected, logged, of
 
 
 def imported(runs: Path, experiment) -> RunFolder:
@@ -48,6 +48,33 @@ def test_a_checkpoint_is_taken_whatever_else_is_refused_with_the_one_meant(tmp_p
     assert sentence(lambda: resume.check_init_from(example(init_from="nothing"), tmp_path)).endswith(
         "→ name runs/NAME/ID/checkpoints/step_N"
     )
+
+
+def test_weights_that_know_other_tokens_are_doubtful(tmp_path: Path) -> None:
+    """A built-in tokenizer of one name is another one if it is trained on another text; copies of a text or a file are the same."""
+    for name, text in (("a.txt", "text"), ("copy.txt", "text"), ("b.txt", "other"), ("t.json", "{}"), ("u.json", "{}"), ("v.json", "[]")):
+        (tmp_path / name).write_text(text)
+    folder = tmp_path / "runs" / "old" / "aaaaaa"
+    folder.mkdir(parents=True)
+
+    def said(then: dict, now: dict) -> list[str]:
+        texts = {"train": "a.txt", "validation": "b.txt", "tokenizer": "builtin:bpe-300"}
+        serialization.save(example(data=schema.Data(**texts | then)), folder / "config.json")
+        name = "runs/old/aaaaaa/checkpoints/step_000006"
+        return list(resume.doubts_of_init_from(example(data=schema.Data(**texts | now), init_from=name), tmp_path))
+
+    for then, now in (({}, {}), ({}, {"train": "copy.txt"}), ({"tokenizer": "t.json"}, {"tokenizer": "u.json", "train": "b.txt"})):
+        assert said(then, now) == []
+    assert said({}, {"train": "b.txt"}) == [
+        "init_from = 'runs/old/aaaaaa/checkpoints/step_000006': its weights know the tokens of 'builtin:bpe-300' trained on 'a.txt', not "
+        "on 'b.txt', so that the ids mean other text → set data.tokenizer to the tokenizer.json that `python -m research export` writes "
+        "for that run"
+    ]
+    (other,) = said({"tokenizer": "t.json"}, {"tokenizer": "v.json"})
+    assert "know the tokens of 't.json', not 'v.json', so that" in other
+    assert len(said({"train": "gone.txt"}, {})) == 1
+    (folder / "config.json").unlink()
+    assert list(resume.doubts_of_init_from(example(init_from="runs/old/aaaaaa/checkpoints/step_000006"), tmp_path)) == []
 
 
 def test_ranks_compare_the_weights_they_begin_with(tmp_path: Path) -> None:
@@ -216,6 +243,73 @@ def test_a_run_begins_with_the_weights_of_another_on_another_layout(place: Place
     assert json.loads(ended.folder.config.read_text())["init_from"] == str(start)
 
 
+# What the header says of a resumed run.
+
+EXACT = "bit for bit as if it had never stopped"
+WSD = {"decay": "wsd", "decay_steps": 50}
+AT_120 = [  # settings then, settings now, differences of layout and machine, what is said at step 120
+    ({}, {}, {}, EXACT),
+    ({}, {"checkpoints": {"every": 7}, "track": {"group": "x"}, "data": {"cache": "elsewhere"}}, {}, EXACT),
+    ({}, {"parallel": {"recompute": "full"}}, {}, EXACT),
+    (
+        {},
+        {},
+        {"layout.tensor": (1, 2), "machine.threads": (4, 2)},
+        "within rounding (tensor 1 → 2, threads 4 → 2) as if it had never stopped",
+    ),
+    ({}, {"deepspeed": {"x": 1}}, {}, "within rounding (other DeepSpeed settings) as if it had never stopped"),
+    ({}, {"schedule": {"steps": 600}}, {}, "same state, other learning rates from here on (cosine over 600 steps, not 300)"),
+    (
+        {"optimizer": {"decay": "linear"}},
+        {"optimizer": {"decay": "linear"}, "schedule": {"steps": 200}},
+        {"layout.precision": ("fp32", "bf16")},
+        "same state, other learning rates from here on (linear over 200 steps, not 300), within rounding (precision fp32 → bf16)",
+    ),
+    ({"optimizer": WSD}, {"optimizer": WSD, "schedule": {"steps": 600}}, {}, "bit for bit as if it had been begun with 600 steps"),
+    (
+        {"optimizer": WSD, "schedule": {"steps": 150}},
+        {"optimizer": WSD},
+        {},
+        "same state, other learning rates from here on (wsd over 300 steps, not 150)",
+    ),
+    ({"optimizer": {"decay": "constant"}}, {"optimizer": {"decay": "constant"}, "schedule": {"steps": 600}}, {}, EXACT),
+    ({"optimizer": {"decay": "inverse_sqrt"}}, {"optimizer": {"decay": "inverse_sqrt"}, "schedule": {"steps": 600}}, {}, EXACT),
+    (
+        {},
+        {"schedule": {"validate_every": 5, "log_every": 7}, "sample": {"every": 3}, "watch": {"spike": 6.0}},
+        {},
+        f"{EXACT}, with other validations, rows of metrics.jsonl, samples and checks of each step",
+    ),
+]
+
+
+def settled(changes: dict) -> Experiment:
+    """The example with changes by group, of groups that have defaults too."""
+    groups = {"checkpoints": schema.Checkpoints, "track": schema.Track, "sample": schema.Sample, "watch": schema.Watch}
+    settings = {name: groups[name](**values) if name in groups else values for name, values in changes.items()}
+    if "data" in settings:
+        settings["data"] = schema.Data(**{**example().data.model_dump(), **settings["data"]})
+    return example(**settings)
+
+
+@pytest.mark.parametrize(("then", "now", "differences", "said"), AT_120)
+def test_bit_for_bit_is_said_only_where_nothing_that_matters_has_changed(then: dict, now: dict, differences: dict, said: str) -> None:
+    changes = resume.allowed(settled(then), settled(now), "the run")
+    assert resume.continuation(120, changes, settled(now), differences, True, "cpu") == said
+    assert (
+        resume.continuation(120, changes, settled(now), differences, False, "cpu")
+        == f"{said}, if the code, which has changed, still computes the same"
+    )
+    assert "bit for bit" not in resume.continuation(120, changes, settled(now), differences, True, "cuda")
+
+
+def test_every_setting_that_may_change_is_known_to_change_steps_or_not() -> None:
+    """A new group in MAY_CHANGE must be put in one of these lists, or the header would promise too much."""
+    nothing = {"schema", "question", "parent", "data.cache", "checkpoints", "track"}
+    by_arithmetic = {"schedule.micro_batch_size", "parallel", "precision"}  # parallel/engines/process_state.py compares these
+    assert nothing | by_arithmetic | {"schedule.steps", "deepspeed"} | resume.RECORDED.keys() == set(resume.MAY_CHANGE)
+
+
 SCIENCE = {"model": DROPS, "optimizer": {"clip": 0.5, "warmup_steps": 4}}
 """Dropout everywhere, a clip that binds, a warm-up; batches of 8 in micro-batches of 2 are accumulated."""
 LAYOUTS = {  # name: ranks, settings of parallel
@@ -240,11 +334,11 @@ def go(stage: Stage, name: str, layout: str, precision: str = "fp32", **more) ->
     return stage.run(name, world, **{**SCIENCE, "parallel": parallel, "precision": precision, **more})
 
 
-EXACT = [("PP2", "fp32"), ("DP2", "bf16")]
-EXACT_SLOW = [(layout, precision) for layout in LAYOUTS for precision in ("fp32", "bf16") if (layout, precision) not in EXACT]
+FAST = [("PP2", "fp32"), ("DP2", "bf16")]
+EXACT_SLOW = [(layout, precision) for layout in LAYOUTS for precision in ("fp32", "bf16") if (layout, precision) not in FAST]
 
 
-@pytest.mark.parametrize(("layout", "precision"), [*EXACT, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in EXACT_SLOW)])
+@pytest.mark.parametrize(("layout", "precision"), [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in EXACT_SLOW)])
 def test_stopped_and_resumed_is_never_stopped(stage: Stage, layout: str, precision: str) -> None:
     """Losses, norms and validations as hexadecimal floats, and every bit of the last checkpoint's weights and moments."""
     name = f"exact_{layout}_{precision}"
@@ -255,10 +349,26 @@ def test_stopped_and_resumed_is_never_stopped(stage: Stage, layout: str, precisi
     resumed = go(stage, name, layout, precision, resume="auto")
     assert set(resumed.codes) == {0}, resumed.said
     assert resumed.folder == stopped.folder
-    assert "step 6 of" in resumed.said and "bit for bit as if it had never stopped" in resumed.said
+    assert "step 6 of" in resumed.said and EXACT in resumed.said
     for key in ("train/loss", "train/grad_norm", "train/lr", "val/loss"):
         assert resumed.hexes(key) == whole.hexes(key)
     assert bits(resumed.folder) == bits(whole.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("decay", "exact"),
+    [("constant", EXACT), ("wsd", "bit for bit as if it had been begun with 20 steps"), ("cosine", "other learning rates")],
+)
+def test_a_longer_run_is_what_the_header_says(stage: Stage, decay: str, exact: str) -> None:
+    """12 steps, stopped after 6, go on to 20: compared with 20 steps from the beginning, as hexadecimal floats."""
+    optimizer = {"clip": 0.5, "warmup_steps": 4, "decay": decay, "decay_steps": 3 if decay == "wsd" else None}
+    longer = {"optimizer": optimizer, "schedule": {"steps": 20}}
+    begun = go(stage, f"begun_{decay}", "1", **longer)
+    go(stage, f"longer_{decay}", "1", prelude=r.stopped_in_step_6, optimizer=optimizer)
+    resumed = go(stage, f"longer_{decay}", "1", resume="auto", **longer)
+    assert set(resumed.codes) == {0} and exact in resumed.said
+    assert (resumed.hexes() == begun.hexes()) == ("bit for bit" in exact)
 
 
 @pytest.fixture(scope="module")
@@ -307,11 +417,15 @@ def test_a_background_save_is_the_same_checkpoint(stage: Stage, whole: Ended) ->
 @pytest.mark.slow
 def test_wandb_gets_a_second_offline_segment_with_the_same_id(stage: Stage) -> None:
     """Read back by W&B's own reader: each segment has its own rows, the second says where it began."""
-    go(stage, "tracked", "1", prelude=r.stopped_in_step_6, track={"mode": "offline"})
-    resumed = go(stage, "tracked", "1", resume="auto", track={"mode": "offline"})
+    track = {"mode": "offline", "tags": ("mine", "fp32"), "job_type": "ablation"}
+    go(stage, "tracked", "1", prelude=r.stopped_in_step_6, track=track)
+    resumed = go(stage, "tracked", "1", resume="auto", track=track)
     first, second = sorted(resumed.folder.wandb.glob("offline-run-*"))
     assert {path.name.rpartition("-")[2] for path in (first, second)} == {resumed.folder.id}
     rows = {path: logged(SimpleNamespace(wandb=path)) for path in (first, second)}
+    for path in (first, second):
+        (about,) = of(inspected(SimpleNamespace(wandb=path)), "run")
+        assert (about["tags"], about["job_type"]) == (["pp1·dp1·tp1·zero1", "fp32", "mine"], "ablation")
     steps = [{row["progress/step"] for row in rows[path] if "train/loss" in row} for path in (first, second)]
     assert steps == [set(range(1, 7)), set(range(7, 13))]
     assert any(row.get("progress/resumed_at") == 6 for row in rows[second])

@@ -1,0 +1,136 @@
+"""Settings that are right alone and wrong together: contradictions, which a new run refuses, and doubts, of which it warns.
+
+Each finding is one sentence with both numbers and the way out. Imports no torch and reads no text.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from parallel.errors import listed
+from research.config.schema import DECAYS, Checkpoints, Experiment, Optimizer
+
+BUILTIN = "builtin:"
+LONGEST_NAME = 128
+"""The most characters of a project, a group and a run id that W&B's server takes."""
+WANDB_REFUSES = {"project": "/\\#?%:", "run id": "/\\#?%:;,'"}
+"""Characters that wandb.Settings and W&B's server refuse."""
+LEAST_USED = 0.5
+"""The part of model.vocab_size below which the tokenizer's size gives a warning. Published models are padded by 2 % at most."""
+FORWARD = 3
+"""How many times longer a token takes in training (forward and backward pass) than in validation."""
+
+
+def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
+    """What cannot be meant. Relative paths start at `root`."""
+    model, optimizer, data, watch = experiment.model, experiment.optimizer, experiment.data, experiment.watch
+    if optimizer.decay in DECAYS[1:] and optimizer.min_lr > optimizer.lr:
+        yield (
+            f"optimizer.min_lr = {optimizer.min_lr:g} is above optimizer.lr = {optimizer.lr:g}, so that {optimizer.decay} would raise "
+            f"the learning rate → use min_lr {optimizer.lr / 10:g} (a tenth of lr), or decay 'constant'"
+        )
+    if model.rotary_fraction is not None and model.position == "rotary" and int(model.head_size * model.rotary_fraction) < 2:
+        instead = f"use {math.ceil(200 / model.head_size) / 100:g} or more" if model.head_size > 1 else "use fewer heads"
+        yield (
+            f"model.rotary_fraction = {model.rotary_fraction:g} of heads of {model.head_size} features is less than the two that are "
+            f"rotated together, so that no position is encoded → {instead}, or position 'none'"
+        )
+    texts = [root / Path(text).expanduser() for text in (data.train, data.validation) if not text.startswith(BUILTIN)]
+    if data.train == data.validation or (len(texts) == 2 and texts[0].samefile(texts[1])):
+        yield f"data.validation = {data.validation!r} is the text of data.train → name a text that is not trained on"
+    if watch.on_spike == "stop" and not watch.spike:
+        yield "watch.on_spike = 'stop' has no effect with watch.spike = 0, which detects no spike → set watch.spike, for example to 6"
+    if experiment.checkpoints.keep_every and not experiment.checkpoints.every:
+        keep = experiment.checkpoints.keep_every
+        yield f"checkpoints.keep_every = {keep} has no effect with checkpoints.every = 0 → set checkpoints.every, for example to {keep}"
+
+
+def doubts(experiment: Experiment) -> Iterator[str]:
+    """What works, but is probably not meant."""
+    data, evaluate, sample = experiment.data, experiment.evaluate, experiment.sample
+    yield from _doubts_of_optimizer(experiment.optimizer, experiment.schedule.steps)
+    yield from _doubts_of_checkpoints(experiment.checkpoints, experiment.schedule.steps)
+    if data.validation.startswith(BUILTIN) and not data.train.startswith(BUILTIN):
+        yield (
+            f"data.validation = {data.validation!r} is not held out of data.train = {data.train!r}: the validation loss is that of "
+            "another text → set data.validation to a part of your text that is not trained on"
+        )
+    if evaluate.tasks and not evaluate.every:
+        yield f"evaluate.tasks has {listed(evaluate.tasks, 'and')}, which evaluate.every = 0 never evaluates → set evaluate.every"
+    if sample.prompts and not sample.every:
+        yield "sample.prompts is not used with sample.every = 0: the sample at the end continues the held-out text → set sample.every"
+    if experiment.precision == "fp16" and 0 < experiment.watch.most_skips < 16:
+        yield (
+            f"watch.most_skips = {experiment.watch.most_skips} may stop a run in fp16 while it looks for its loss scale, which begins at "
+            "2^16 and is halved where steps are skipped → use 20, or 0 for no limit"
+        )
+
+
+def _doubts_of_optimizer(optimizer: Optimizer, steps: int) -> Iterator[str]:
+    fast, slow = optimizer.betas
+    if fast > slow:
+        yield (
+            f"optimizer.betas = {fast:g}, {slow:g}: the gradient's mean is longer than that of its square, the usual order is the "
+            f"other → use {slow:g}, {fast:g}"
+        )
+    if optimizer.lr * optimizer.weight_decay >= 1:
+        factor = 1 - optimizer.lr * optimizer.weight_decay
+        yield (
+            f"optimizer.lr × optimizer.weight_decay = {optimizer.lr:g} × {optimizer.weight_decay:g} multiplies every weight by {factor:g} "
+            "in each step → use a smaller one of the two"
+        )
+    if optimizer.decay not in DECAYS[1:]:  # a decay of variant.py decides for itself
+        return
+    if optimizer.min_lr == optimizer.lr:
+        yield f"optimizer.min_lr = optimizer.lr = {optimizer.lr:g}, so that {optimizer.decay} decays nothing → use a smaller min_lr"
+    if optimizer.warmup_steps == steps > 1:
+        yield (
+            f"optimizer.warmup_steps = {steps} are all of schedule.steps = {steps}, so that {optimizer.decay} has no step left → "
+            "use fewer warm-up steps"
+        )
+
+
+def _doubts_of_checkpoints(checkpoints: Checkpoints, steps: int) -> Iterator[str]:
+    if checkpoints.every > steps:
+        yield f"checkpoints.every = {checkpoints.every} is more than schedule.steps = {steps}: there is none before the end → use fewer"
+    if checkpoints.every and checkpoints.keep_every % checkpoints.every:
+        kept = math.lcm(checkpoints.every, checkpoints.keep_every)
+        yield (
+            f"checkpoints.keep_every = {checkpoints.keep_every} is not a multiple of checkpoints.every = {checkpoints.every}: only every "
+            f"{kept}th step's checkpoint is kept → use a multiple"
+        )
+
+
+def doubts_of_text(experiment: Experiment, tokenizer_size: int, validation_tokens: int, tokens_per_step: int) -> Iterator[str]:
+    """What is probably not meant, and is known only with the tokenizer and the texts: `validation_tokens` are predicted each time."""
+    size, schedule = experiment.model.vocab_size, experiment.schedule
+    if tokenizer_size < LEAST_USED * size:
+        yield (
+            f"model.vocab_size = {size}, but data.tokenizer = {experiment.data.tokenizer!r} has {tokenizer_size} tokens on this text: "
+            f"{size - tokenizer_size} rows of the embedding are never used → use model.vocab_size {tokenizer_size}"
+        )
+    times = math.ceil(schedule.steps / (schedule.validate_every or schedule.steps))
+    trained, validated = schedule.steps * tokens_per_step, times * validation_tokens
+    if validated > FORWARD * trained:
+        fair = max(tokens_per_step, FORWARD * trained // (10 * times))
+        yield (
+            f"{times} validation{'s' * (times > 1)} of {validation_tokens:,} tokens will take about {validated / FORWARD / trained:.1f} "
+            f"times as long as the training on {trained:,} → use schedule.validate_tokens {fair}, or validate less often"
+        )
+
+
+def refused_by_wandb(experiment: Experiment, name: str) -> Iterator[str]:
+    """What W&B does not take as project or group, or as the id of a run of the experiment folder `name`."""
+    track = experiment.track
+    if track.mode == "disabled":
+        return
+    if wrong := sorted(set(track.project) & set(WANDB_REFUSES["project"])):
+        yield f"track.project = {track.project!r}: W&B takes no {listed(wrong)} in the name of a project → leave it out"
+    if wrong := sorted(set(name) & set(WANDB_REFUSES["run id"])):
+        yield f"the experiment's folder {name!r} names its runs, and W&B takes no {listed(wrong)} in the id of a run → rename the folder"
+    if name != name.lstrip():
+        yield f"the experiment's folder {name!r} names its runs, and W&B takes no space at the beginning of an id → rename the folder"
+    lengths = {"track.project": track.project, "track.group": track.group or "", "the experiment's folder": f"{name}-000000"}
+    for what, text in lengths.items():
+        if len(text) > LONGEST_NAME:
+            yield f"{what} gives W&B a name of {len(text)} characters, it takes {LONGEST_NAME} → use a shorter one"
