@@ -77,11 +77,11 @@ class Attention(nn.Module):
     def __init__(self, name: str, context: BuildContext) -> None:
         super().__init__()
         model, init, grid = context.model, context.init, context.grid
-        e, q_size, kv_size = model.head_size, model.hidden_size, model.num_kv_heads * model.head_size
+        e, q_size, kv_size = model.head_size, model.num_heads * model.head_size, model.num_kv_heads * model.head_size
         refuse_uneven((model.num_heads,), grid, f"{name}'s heads")  # a size that is divisible could still cut through a head
         self.head_size, self.kv_group = e, context.kv_group
         self.qkv = ColumnParallelLinear(f"{name}.qkv", model.hidden_size, (q_size, kv_size, kv_size), model.qkv_bias, init.inner, grid)
-        self.output = RowParallelLinear(f"{name}.output", q_size, model.hidden_size, model.bias, init.residual, grid)
+        self.output = RowParallelLinear(f"{name}.output", q_size, model.hidden_size, model.output_bias, init.residual, grid)
 
         # A position scheme of the input is a layer of its own; inside attention there is then none.
         scheme = context.chosen("position")

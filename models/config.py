@@ -1,10 +1,10 @@
 """The model config: sizes, norm, MLP, position encoding, … of a GPT. Imports no torch, so that errors come in milliseconds."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FieldSerializationInfo, field_serializer, model_validator
 
 from parallel.errors import Mistake
 
@@ -30,25 +30,35 @@ ROTARY = {
 }
 """Rotary setting -> (the setting it depends on, the values of that with which it has an effect, an example for the error message)."""
 
+FOLLOWING: dict[str, Callable[["GPT"], Any]] = {
+    "head_size": lambda model: model.hidden_size // model.num_heads,
+    "output_bias": lambda model: model.bias,
+}
+"""Setting -> its value where it is not set. It is saved as None then, and follows when the settings it depends on are overridden."""
+
 Size = Annotated[int, Field(gt=0)]
 Chance = Annotated[float, Field(ge=0, lt=1)]
 
 
 class GPT(BaseModel):
-    """The settings of a decoder-only transformer. GPT-2, GPT-NeoX/Pythia and Llama are special cases.
+    """The settings of a decoder-only transformer. GPT-2, GPT-NeoX/Pythia, Llama, Mistral, Qwen2 and Qwen3 are special cases.
 
     models/conversion/read_config.py makes them from a transformers configuration.
 
-    Every setting affects results, so none has a default. The exceptions are `attention`, which older experiments do not name, and
-    the rotary settings, which must be set if and only if they have an effect.
+    Every setting affects results, so none has a default. The exceptions are `attention`, which older experiments do not name, the
+    rotary settings, which must be set if and only if they have an effect, and those in FOLLOWING, which follow from other settings
+    unless they are set.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     num_layers: Size = Field(description="transformer blocks; distributed over pipeline stages")
     hidden_size: Size = Field(description="width of the residual stream")
-    num_heads: Size = Field(description="query heads, each hidden_size / num_heads wide; distributed over tensor ranks")
+    num_heads: Size = Field(description="query heads, each head_size wide; distributed over tensor ranks")
     num_kv_heads: Size = Field(description="= num_heads: multi-head; fewer: grouped-query attention; 1: multi-query")
+    head_size: Size = Field(  # type: ignore[assignment]  # a value that follows is filled in by _consistent
+        default=None, description="width of one head; not set: hidden_size / num_heads (Qwen3 sets another)"
+    )
     ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu)")
     vocab_size: Size = Field(description="as the tokenizer counts it; padding for tensor ranks is added and inert")
     seq_length: Size = Field(description="tokens a sample; longest position of a learned table")
@@ -59,9 +69,12 @@ class GPT(BaseModel):
     mlp: str = Field(description=f"{', '.join(MLPS)} or variant:Class")
     residual: str = Field(description=f"{', '.join(RESIDUALS)} or variant:Class")
     init: str = Field(description=f"{', '.join(INITS)} or variant:Class")
-    bias: bool = Field(description="biases in the attention output, the MLP and the layernorms")
+    bias: bool = Field(description="biases in the MLP and the layernorms")
     qkv_bias: bool = Field(description="biases of the query, key and value projections")
-    qk_norm: bool = Field(description="normalise each head's queries and keys (arXiv:2302.05442)")
+    output_bias: bool = Field(  # type: ignore[assignment]
+        default=None, description="bias of attention's output projection; not set: as bias"
+    )
+    qk_norm: bool = Field(description="normalise each head's queries and keys (arXiv:2302.05442, Qwen3)")
     embedding_dropout: Chance = Field(description="of what enters the first block; 0: none, as in all four")
     residual_dropout: Chance = Field(description="of what attention and MLP add to the residual stream")
     mlp_dropout: Chance = Field(description="of the MLP's inner activations")
@@ -78,14 +91,21 @@ class GPT(BaseModel):
     rotary_original_length: Size | None = Field(default=None, description="llama3: tokens a sample before the scaling")
 
     @property
-    def head_size(self) -> int:
-        """Width of one attention head: hidden_size / num_heads."""
-        return self.hidden_size // self.num_heads
-
-    @property
     def drops(self) -> bool:
         """Whether any dropout is above 0. Batches then carry global sample indices as context."""
         return any((self.embedding_dropout, self.residual_dropout, self.mlp_dropout, self.attention_dropout))
+
+    @field_serializer(*FOLLOWING)
+    def _none_where_it_follows(self, value: Any, info: FieldSerializationInfo) -> Any:
+        return value if info.field_name in self.model_fields_set else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_none(cls, settings: Any) -> Any:
+        """Takes out what a saved model holds None for."""
+        if not isinstance(settings, dict):
+            return settings
+        return {name: value for name, value in settings.items() if value is not None or name not in FOLLOWING}
 
     @model_validator(mode="after")
     def _consistent(self) -> "GPT":
@@ -103,16 +123,18 @@ class GPT(BaseModel):
         if low is not None and high is not None and low >= high:
             raise ValueError(f"model.rotary_low_factor = {low} is not below model.rotary_high_factor = {high} → Llama 3.1 has 1.0 and 4.0")
 
-        if self.hidden_size % self.num_heads:
+        if "head_size" not in self.model_fields_set and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.num_heads = {self.num_heads} does not divide model.hidden_size = {self.hidden_size} → "
-                f"use {_divisors(self.hidden_size, near=self.num_heads)}"
+                f"use {_divisors(self.hidden_size, near=self.num_heads)}, or set model.head_size"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads} → "
                 f"use {_divisors(self.num_heads, near=self.num_kv_heads)}"
             )
+        # Past pydantic's own assignment, which would count the settings as set, and come here again.
+        self.__dict__.update({name: follow(self) for name, follow in FOLLOWING.items() if name not in self.model_fields_set})
         return self
 
 

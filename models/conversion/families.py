@@ -1,4 +1,4 @@
-"""How transformers stores GPT-2, GPT-NeoX (Pythia) and Llama: for each a table from our modules to theirs."""
+"""How transformers stores GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2 and Qwen3: for each a table from our modules to theirs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +96,30 @@ class Family:
     """Our setting -> the values that the family can express."""
     grouped: bool
     """Whether it can have fewer kv heads than query heads."""
+    equal: tuple[tuple[str, str], ...] = ()
+    """Pairs of our settings for which the family has one setting."""
+    free_head_size: bool = False
+    """Whether head_size may be other than hidden_size / num_heads."""
+    free_hidden_size: bool = False
+    """Whether num_heads need not divide hidden_size."""
+
+
+LLAMA_MODULES: dict[str, Same | Fused] = {
+    "embedding": Same("embed_tokens"),
+    "blocks.*.attention_norm": Same("layers.*.input_layernorm"),
+    "blocks.*.attention.qkv": Fused(tuple(f"layers.*.self_attn.{part}_proj" for part in "qkv"), qkv_rows),
+    "blocks.*.attention.output": Same("layers.*.self_attn.o_proj"),
+    "blocks.*.mlp_norm": Same("layers.*.post_attention_layernorm"),
+    "blocks.*.mlp.up": Fused(("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"), lambda model: [model.ffn_size] * 2),
+    "blocks.*.mlp.down": Same("layers.*.mlp.down_proj"),
+    "final_norm": Same("norm"),
+}
+"""The names that Llama, Mistral, Qwen2 and Qwen3 share."""
+QK_NORMS: dict[str, Same | Fused] = {f"blocks.*.attention.{part}_norm": Same(f"layers.*.self_attn.{part}_norm") for part in "qk"}
+LLAMA_HOLDS: dict[str, tuple] = {
+    "norm": ("rmsnorm",), "position": ("rotary",), "rotary_fraction": (1.0,), "residual": ("pre_norm",),
+    "mlp": tuple(GATED_MLPS.values()),
+}  # fmt: skip
 
 
 FAMILIES = {
@@ -115,7 +139,7 @@ FAMILIES = {
             "final_norm": Same("ln_f"),
         },
         holds={"norm": ("layernorm",), "position": ("learned",), "residual": ("pre_norm",), "bias": (True,), "qkv_bias": (True,),
-               "mlp": tuple(PLAIN_MLPS.values()), "qk_norm": (False,)},
+               "output_bias": (True,), "mlp": tuple(PLAIN_MLPS.values()), "qk_norm": (False,)},
         grouped=False,
     ),
     "gpt_neox": Family(
@@ -132,27 +156,51 @@ FAMILIES = {
             "blocks.*.mlp.down": Same("layers.*.mlp.dense_4h_to_h"),
             "final_norm": Same("final_layer_norm"),
         },
-        holds={"norm": ("layernorm",), "position": ("rotary",), "residual": ("parallel", "pre_norm"), "bias": (True,), "qkv_bias": (True,),
+        holds={"norm": ("layernorm",), "position": ("rotary",), "residual": ("parallel", "pre_norm"), "bias": (True,),
                "mlp": tuple(PLAIN_MLPS.values()), "qk_norm": (False,)},
         grouped=False,
+        equal=(("qkv_bias", "output_bias"),),
     ),
     "llama": Family(
         name="llama",
         prefix="model.",
         heads=("lm_head",),
-        modules={
-            "embedding": Same("embed_tokens"),
-            "blocks.*.attention_norm": Same("layers.*.input_layernorm"),
-            "blocks.*.attention.qkv": Fused(tuple(f"layers.*.self_attn.{part}_proj" for part in "qkv"), qkv_rows),
-            "blocks.*.attention.output": Same("layers.*.self_attn.o_proj"),
-            "blocks.*.mlp_norm": Same("layers.*.post_attention_layernorm"),
-            "blocks.*.mlp.up": Fused(("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"), lambda model: [model.ffn_size] * 2),
-            "blocks.*.mlp.down": Same("layers.*.mlp.down_proj"),
-            "final_norm": Same("norm"),
-        },
-        holds={"norm": ("rmsnorm",), "position": ("rotary",), "rotary_fraction": (1.0,), "residual": ("pre_norm",),
-               "mlp": tuple(GATED_MLPS.values()), "qk_norm": (False,)},
+        modules=LLAMA_MODULES,
+        holds=LLAMA_HOLDS | {"qk_norm": (False,)},
         grouped=True,
+        equal=(("qkv_bias", "output_bias"),),
+        free_head_size=True,
+    ),
+    "mistral": Family(
+        name="mistral",
+        prefix="model.",
+        heads=("lm_head",),
+        modules=LLAMA_MODULES,
+        holds=LLAMA_HOLDS | {"bias": (False,), "qkv_bias": (False,), "output_bias": (False,), "qk_norm": (False,)},
+        grouped=True,
+        free_head_size=True,
+        free_hidden_size=True,
+    ),
+    "qwen2": Family(
+        name="qwen2",
+        prefix="model.",
+        heads=("lm_head",),
+        modules=LLAMA_MODULES,
+        holds=LLAMA_HOLDS | {"bias": (False,), "qkv_bias": (True,), "output_bias": (False,), "qk_norm": (False,)},
+        grouped=True,
+        free_head_size=True,
+        free_hidden_size=True,
+    ),
+    "qwen3": Family(
+        name="qwen3",
+        prefix="model.",
+        heads=("lm_head",),
+        modules=LLAMA_MODULES | QK_NORMS,
+        holds=LLAMA_HOLDS | {"bias": (False,), "qk_norm": (True,)},
+        grouped=True,
+        equal=(("qkv_bias", "output_bias"),),
+        free_head_size=True,
+        free_hidden_size=True,
     ),
 }  # fmt: skip
 """transformers' `model_type` -> family."""

@@ -1,11 +1,12 @@
-"""Llama in llama.cpp's GGUF files: their metadata as a transformers configuration, their tensors as a family. Reads no files.
+"""Llama, Qwen2 and Qwen3 in llama.cpp's GGUF files: their metadata as a transformers configuration, their tensors as a family.
 
-llama.cpp rotates neighbouring features (2i, 2i + 1) where transformers and this program rotate (i, i + half), so the rows of its
-q and k are in another order. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Reads no files. In a Llama, llama.cpp rotates neighbouring features (2i, 2i + 1) where transformers and this program rotate
+(i, i + half), so the rows of its q and k are in another order. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,10 @@ from einops import rearrange
 from torch import Tensor
 
 from models.config import GPT
-from models.conversion.families import Family, Fused, Same, qkv_rows
-from models.conversion.read_config import GATED_MLPS, ConfigReader
+from models.conversion.families import FAMILIES, Family, Fused, Same, qkv_rows
+from models.conversion.read_config import ConfigReader
 from parallel.errors import Mistake
 
-ARCHITECTURE = "llama"
 ROTARY_FACTORS = "rope_freqs.weight"
 """The tensor that the rotary frequencies are divided by. This is how a GGUF file stores Llama 3.1's scaling."""
 LLAMA_3 = (1.0, 4.0, 8192)
@@ -39,24 +39,27 @@ class Interleaved(Fused):
         return [q, k, v]
 
 
-FAMILY = Family(
-    name="GGUF llama",
-    prefix="",
-    heads=("output",),
-    modules={
+def _family(architecture: str, qkv: type[Fused], more: dict[str, Same | Fused]) -> Family:
+    modules: dict[str, Same | Fused] = {
         "embedding": Same("token_embd"),
         "blocks.*.attention_norm": Same("blk.*.attn_norm"),
-        "blocks.*.attention.qkv": Interleaved(("blk.*.attn_q", "blk.*.attn_k", "blk.*.attn_v"), qkv_rows),
+        "blocks.*.attention.qkv": qkv(("blk.*.attn_q", "blk.*.attn_k", "blk.*.attn_v"), qkv_rows),
         "blocks.*.attention.output": Same("blk.*.attn_output"),
         "blocks.*.mlp_norm": Same("blk.*.ffn_norm"),
         "blocks.*.mlp.up": Fused(("blk.*.ffn_gate", "blk.*.ffn_up"), lambda model: [model.ffn_size] * 2),
         "blocks.*.mlp.down": Same("blk.*.ffn_down"),
         "final_norm": Same("output_norm"),
-    },
-    holds={"norm": ("rmsnorm",), "position": ("rotary",), "rotary_fraction": (1.0,), "residual": ("pre_norm",),
-           "mlp": tuple(GATED_MLPS.values()), "qk_norm": (False,)},
-    grouped=True,
-)  # fmt: skip
+    }
+    return replace(FAMILIES[architecture], name=f"GGUF {architecture}", prefix="", heads=("output",), modules=modules | more)
+
+
+HEAD_NORMS: dict[str, Same | Fused] = {f"blocks.*.attention.{part}_norm": Same(f"blk.*.attn_{part}_norm") for part in "qk"}
+GGUF_FAMILIES = {
+    "llama": _family("llama", Interleaved, {}),
+    "qwen2": _family("qwen2", Fused, {}),
+    "qwen3": _family("qwen3", Fused, HEAD_NORMS),
+}
+"""`general.architecture` -> the names of its tensors. It expresses what transformers' family of the same name does. Mistral is llama."""
 
 
 def config(metadata: Mapping[str, Any], tensors: Collection[str], factors: Tensor | None) -> dict[str, Any]:
@@ -65,27 +68,32 @@ def config(metadata: Mapping[str, Any], tensors: Collection[str], factors: Tenso
     `factors`: the values of the tensor ROTARY_FACTORS; None if the file has none.
     """
     fields = ConfigReader(metadata, "the GGUF file")
-    if (architecture := fields.text("general.architecture")) != ARCHITECTURE:
-        raise Mistake(f"general.architecture = {architecture!r:.60} has no counterpart here → only {ARCHITECTURE!r} can be read")
-    if fields.get("llama.expert_count", 0):
-        raise Mistake("llama.expert_count is set: a mixture of experts has no counterpart here → take a model without")
-    width, heads = fields.count("llama.embedding_length"), fields.count("llama.attention.head_count")
-    for key in ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length"):
-        if (size := fields.count(key, width // heads)) != width // heads:
-            raise Mistake(f"{key} = {size} has no counterpart here → only {width // heads} can be read")
-    base = fields.number("llama.rope.freq_base", 10_000.0)
+    if (kind := fields.text("general.architecture")) not in GGUF_FAMILIES:
+        raise Mistake(f"general.architecture = {kind!r:.60} has no counterpart here → only {', '.join(GGUF_FAMILIES)} can be read")
+    if fields.get(f"{kind}.expert_count", 0):
+        raise Mistake(f"{kind}.expert_count is set: a mixture of experts has no counterpart here → take a model without")
+    width, heads = fields.count(f"{kind}.embedding_length"), fields.count(f"{kind}.attention.head_count")
+    head_size = fields.count(f"{kind}.attention.key_length", width // heads or 1)
+    for key in (f"{kind}.rope.dimension_count", f"{kind}.attention.value_length"):
+        if (size := fields.count(key, head_size)) != head_size:
+            raise Mistake(f"{key} = {size} has no counterpart here → only {head_size} can be read")
+    base, length = fields.number(f"{kind}.rope.freq_base", 10_000.0), fields.count(f"{kind}.context_length")
+    if (window := fields.count(f"{kind}.attention.sliding_window", length)) < length:
+        key = f"{kind}.attention.sliding_window"
+        raise Mistake(f"{key} = {window} is shorter than {kind}.context_length = {length} → take a model without a window")
     return {
-        "model_type": "llama",
-        "num_hidden_layers": fields.count("llama.block_count"),
+        "model_type": kind,
+        "num_hidden_layers": fields.count(f"{kind}.block_count"),
         "hidden_size": width,
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.count("llama.attention.head_count_kv", heads),
-        "intermediate_size": fields.count("llama.feed_forward_length"),
-        "max_position_embeddings": fields.count("llama.context_length"),
-        "vocab_size": fields.count("llama.vocab_size", len(fields.get("tokenizer.ggml.tokens", [])) or 1),
-        "rms_norm_eps": _shortest_decimal(fields.number("llama.attention.layer_norm_rms_epsilon")),
+        "num_key_value_heads": fields.count(f"{kind}.attention.head_count_kv", heads),
+        "head_dim": head_size,
+        "intermediate_size": fields.count(f"{kind}.feed_forward_length"),
+        "max_position_embeddings": length,
+        "vocab_size": fields.count(f"{kind}.vocab_size", len(fields.get("tokenizer.ggml.tokens", [])) or 1),
+        "rms_norm_eps": _shortest_decimal(fields.number(f"{kind}.attention.layer_norm_rms_epsilon")),
         "rope_theta": base,
-        "rope_scaling": _scaling(fields, factors, base, width // heads),
+        "rope_scaling": _scaling(fields, kind, factors, base, head_size),
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
@@ -100,13 +108,13 @@ def _shortest_decimal(value: float) -> float:
     return next(candidate for candidate in candidates if torch.tensor(candidate, dtype=torch.float32) == stored)
 
 
-def _scaling(fields: ConfigReader, factors: Tensor | None, base: float, head_size: int) -> dict[str, Any] | None:
+def _scaling(fields: ConfigReader, kind: str, factors: Tensor | None, base: float, head_size: int) -> dict[str, Any] | None:
     """The configuration's `rope_scaling`."""
-    scaling = fields.text("llama.rope.scaling.type", "none")
+    scaling = fields.text(f"{kind}.rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
-        raise Mistake(f"llama.rope.scaling.type = {scaling!r:.60} has no counterpart here → only none and linear can be read")
+        raise Mistake(f"{kind}.rope.scaling.type = {scaling!r:.60} has no counterpart here → only none and linear can be read")
     if factors is None:
-        return {"rope_type": "linear", "factor": fields.number("llama.rope.scaling.factor")} if scaling == "linear" else None
+        return {"rope_type": "linear", "factor": fields.number(f"{kind}.rope.scaling.factor")} if scaling == "linear" else None
 
     # Only the factors of Llama 3.1's scaling can be expressed.
     factor = float(factors.max()) if tuple(factors.shape) == (head_size // 2,) else None

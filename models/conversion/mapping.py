@@ -1,4 +1,4 @@
-"""Weight conversion: parameter names and shapes from and to transformers' GPT-2, GPT-NeoX (Pythia) and Llama.
+"""Weight conversion: parameter names and shapes from and to the families of transformers in families.py.
 
 A ParameterMapping says which tensors of a file make up one of our parameters, so that a model is converted one parameter at a time.
 Tensors are whole, as in checkpoints; a layout cuts them with each parameter's Slice. Results may share memory with the arguments.
@@ -59,7 +59,7 @@ class Plan:
 
     parameters: list[ParameterMapping]
     copy: str | None
-    """The key of a tied head that is in the files nevertheless. It must be equal to the embedding."""
+    """The key of a tied head that is in the files beside the embedding. It must be equal to the embedding."""
 
 
 def plan(model: GPT, family: Family, shapes_in_files: Mapping[str, tuple[int, ...]]) -> Plan:
@@ -70,6 +70,9 @@ def plan(model: GPT, family: Family, shapes_in_files: Mapping[str, tuple[int, ..
     if model.num_layers > len(shapes_in_files):
         raise Mistake(f"the weights hold {len(shapes_in_files)} tensors, too few for a {family.name} of {model.num_layers} layers{OTHER}")
     keys, head = _keys_in_files(family, shapes_in_files)
+    table = f"{family.modules['embedding'].names[0]}.weight"
+    if model.tied and head and table not in keys:  # the files hold the one table under the head's name, where it may stand as well
+        keys[table], head = head, None
     parameters = []
     for parameter in parameter_mappings(model, family):
         bare = [key.removeprefix(family.prefix) for key in parameter.keys]
@@ -156,9 +159,16 @@ def unlike(model: GPT, family: Family) -> list[str]:
     if not family.grouped and model.num_kv_heads != model.num_heads:
         has = f"that has as many as num_heads = {model.num_heads}"
         misfits.append(f"model.num_kv_heads = {model.num_kv_heads} is no {family.name} → {has}")
-    if "bias" not in family.holds and model.bias != model.qkv_bias:
-        both = f"model.bias = {model.bias} with model.qkv_bias = {model.qkv_bias}"
-        misfits.append(f"{both} is no {family.name} → that has both or neither")
+    for first, second in family.equal:
+        if getattr(model, first) != getattr(model, second):
+            both = f"model.{first} = {getattr(model, first)} with model.{second} = {getattr(model, second)}"
+            misfits.append(f"{both} is no {family.name} → that has both or neither")
+    if not family.free_head_size and model.head_size * model.num_heads != model.hidden_size:
+        has = f"that has hidden_size / num_heads = {model.hidden_size} / {model.num_heads}"
+        misfits.append(f"model.head_size = {model.head_size} is no {family.name} → {has}")
+    if family.free_head_size and not family.free_hidden_size and model.hidden_size % model.num_heads:
+        sizes = f"model.num_heads = {model.num_heads} with model.hidden_size = {model.hidden_size}"
+        misfits.append(f"{sizes} is no {family.name} → there the one divides the other")
     if model.position == "rotary" and int(model.head_size * (model.rotary_fraction or 0)) % 2:
         what = f"model.rotary_fraction = {model.rotary_fraction} of {model.head_size} features, an odd number,"
         misfits.append(f"{what} is no {family.name} → that turns an even number of them")
@@ -176,7 +186,7 @@ def shapes(model: GPT) -> dict[str, tuple[int, ...]]:
 
 
 def _modules(model: GPT) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """(name, shape of its weight, whether it has a bias) of each module with parameters, for models of the three families."""
+    """(name, shape of its weight, whether it has a bias) of each module with parameters, for models of these families."""
     d, f, table = model.hidden_size, model.ffn_size, (model.vocab_size, model.hidden_size)
     norm_bias, gates = model.norm == "layernorm" and model.bias, 2 if model.mlp in GATED_MLPS.values() else 1
     yield "embedding", table, False
@@ -185,7 +195,9 @@ def _modules(model: GPT) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     for block in (f"blocks.{i}" for i in range(model.num_layers)):
         yield f"{block}.attention_norm", (d,), norm_bias
         yield f"{block}.attention.qkv", (sum(qkv_rows(model)), d), model.qkv_bias
-        yield f"{block}.attention.output", (d, d), model.bias
+        yield f"{block}.attention.output", (d, model.num_heads * model.head_size), model.output_bias
+        for part in "qk" if model.qk_norm else "":
+            yield f"{block}.attention.{part}_norm", (model.head_size,), norm_bias
         yield f"{block}.mlp_norm", (d,), norm_bias
         yield f"{block}.mlp.up", (gates * f, d), model.bias
         yield f"{block}.mlp.down", (d, f), model.bias

@@ -1,4 +1,6 @@
-"""Reads a transformers config.json of GPT-2, GPT-NeoX (Pythia) or Llama as our model settings. Does not import transformers.
+"""Reads a transformers config.json of GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2 or Qwen3 as our model settings.
+
+Does not import transformers.
 
 The file may come from an untrusted source: a value of the wrong type or out of range is a Mistake that names it.
 """
@@ -27,6 +29,46 @@ ROPE = {
 """The keys of a table of rotary settings that are read. Others are refused."""
 SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
 """Their rope_type -> our rotary_scaling."""
+_LLAMA = dict(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False
+)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": dict(
+        vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True,
+    ),
+    "gpt_neox": dict(
+        vocab_size=50432, hidden_size=6144, num_hidden_layers=44, num_attention_heads=64, intermediate_size=24576, hidden_act="gelu",
+        max_position_embeddings=2048, layer_norm_eps=1e-5, tie_word_embeddings=False, use_parallel_residual=True, attention_bias=True,
+    ),
+    "llama": _LLAMA | dict(
+        vocab_size=32000, intermediate_size=11008, max_position_embeddings=2048, attention_bias=False, mlp_bias=False
+    ),
+    "mistral": _LLAMA | dict(
+        vocab_size=32000, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096
+    ),
+    "qwen2": _LLAMA | dict(
+        vocab_size=151_936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768, use_sliding_window=False,
+        sliding_window=4096, max_window_layers=28,
+    ),
+    "qwen3": _LLAMA | dict(
+        vocab_size=151_936, intermediate_size=22016, num_key_value_heads=32, head_dim=128, max_position_embeddings=32768,
+        attention_bias=False, use_sliding_window=False, sliding_window=4096, max_window_layers=28,
+    ),
+}  # fmt: skip
+"""Family -> what transformers takes for a key that config.json does not have."""
+DROPOUT_KEYS = ("embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout")
+QUIET_KEYS = {
+    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map", "quantization_config",
+    "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "n_ctx", "gradient_checkpointing",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "classifier_dropout",
+    "task_specific_params", "id2label", "label2id", "num_labels", "problem_type", "return_dict", "pretraining_tp", "is_decoder",
+    "reorder_and_upcast_attn", "chunk_size_feed_forward", "tokenizer_class", "use_flash_attn", "_attn_implementation",
+    "layer_types",
+}  # fmt: skip
+"""Keys that are about something else than what the model computes, or about its precision only."""
+NULL_HAS_A_MEANING = ("num_key_value_heads", "sliding_window")
+"""Keys where null is not the same as a missing key: as many kv heads as heads, and no window."""
 
 
 class ConfigReader:
@@ -35,12 +77,15 @@ class ConfigReader:
     Each method takes the default as an optional second argument. Without one, a missing value is a Mistake.
     """
 
-    def __init__(self, config: Any, name: str = "the transformers configuration") -> None:
+    def __init__(self, config: Mapping[str, Any], name: str = "the transformers configuration") -> None:
         self.config, self.name = config, name
+        self.read: set[str] = set()
+        """The keys that were asked for."""
 
     def get(self, key: str, *default: Any) -> Any:
         """The value, of any type."""
-        value = self.config.get(key) if isinstance(self.config, Mapping) else getattr(self.config, key, None)
+        self.read.add(key)
+        value = self.config.get(key)
         if value is None and not default:
             raise Mistake(f"{self.name} has no {key} → is it a whole config.json?")
         return default[0] if value is None else value
@@ -81,18 +126,35 @@ class ConfigReader:
 def settings(hf_config: Any) -> GPT:
     """Our settings of a transformers configuration, which is an object or the dict of a config.json.
 
-    What GPT cannot express is a Mistake that names it. Ignored are dropout, `initializer_range`, special token ids, and settings
-    for generation only.
+    What GPT cannot express is a Mistake that names it. `unread_keys` lists the keys that are ignored.
     """
-    config = ConfigReader(hf_config)
+    return _read(hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict())[0]
+
+
+def without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without keys that are null where a missing key is meant: transformers has a default for these."""
+    defaults = DEFAULTS.get(str(config.get("model_type")), {}).keys() - {*NULL_HAS_A_MEANING}
+    return {key: value for key, value in config.items() if value is not None or key not in defaults}
+
+
+def unread_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a config.json that are set and not read, but for those that tell nothing about what the model computes."""
+    quiet = {*QUIET_KEYS, *DROPOUT_KEYS, *_read(config)[1].read}
+    return [key for key, value in config.items() if value not in (None, False, [], {}) and key not in quiet]
+
+
+def _read(whole: Mapping[str, Any]) -> tuple[GPT, ConfigReader]:
+    """(the settings, the reader, which knows what was read)"""
+    config = ConfigReader(whole)
     family = config.text("model_type")
     if family not in READERS:
         raise Mistake(f"model_type = {family!r:.60} is not a family we can read → use {', '.join(READERS)}")
     if config.get("quantization_config", None):
         raise Mistake("quantization_config is set: the weights are packed → take the model in float32, float16 or bfloat16")
-    values = READERS[family](config) | dict(vocab_size=config.count("vocab_size"), init="gpt2", qk_norm=False, **NO_DROPOUT)
+    config = ConfigReader(DEFAULTS[family] | without_nulls(whole))
+    values = READERS[family](config) | dict(vocab_size=config.count("vocab_size"), init="gpt2", **NO_DROPOUT)
     try:
-        return GPT(**values)
+        return GPT(**{"qk_norm": False, **values}), config
     except ValidationError as error:  # each value alone is valid, so this is usually a sentence of GPT's own validator
         first = error.errors(include_url=False)[0]
         other = f"model.{first['loc'][-1]} = {first['input']!r:.60}: {first['msg']} → is it a whole config.json?" if first["loc"] else ""
@@ -100,71 +162,116 @@ def settings(hf_config: Any) -> GPT:
 
 
 def _gpt2(config: ConfigReader) -> dict[str, Any]:
-    for key, value in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}.items():
-        _require(key, config.get(key, value), value)
+    for key in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        _require(key, config.get(key), DEFAULTS["gpt2"][key])
     width, heads = config.count("n_embd"), config.count("n_head")
     return dict(
         num_layers=config.count("n_layer"), hidden_size=width, num_heads=heads, num_kv_heads=heads,
         ffn_size=config.count("n_inner", 4 * width), seq_length=config.count("n_positions"), norm="layernorm",
         norm_eps=config.number("layer_norm_epsilon"), position="learned", mlp=_mlp("activation_function", config, PLAIN_MLPS),
-        residual="pre_norm", bias=True, qkv_bias=True, tied=config.flag("tie_word_embeddings", True),
+        residual="pre_norm", bias=True, qkv_bias=True, tied=config.flag("tie_word_embeddings"),
     )  # fmt: skip
 
 
 def _neox(config: ConfigReader) -> dict[str, Any]:
-    _require("attention_bias", config.get("attention_bias", True), True)  # False takes the biases from attention, not from the MLP
     width, heads = config.count("hidden_size"), config.count("num_attention_heads")
-    rotary = _rotary(config, config.number("rotary_pct", 0.25))
-    fraction = rotary["rotary_fraction"]
+    attention_bias = config.flag("attention_bias")  # of q, k, v and the output; the MLP and the norms always have biases
+    table = _rotary_table(config)
+    fraction = table.number("partial_rotary_factor", config.number("rotary_pct", 0.25))
     turned = int(width // heads * fraction)
     if turned % 2:
         raise Mistake(f"partial_rotary_factor = {fraction} turns {turned} features of a head, an odd number → only pairs turn here")
     return dict(
         num_layers=config.count("num_hidden_layers"), hidden_size=width, num_heads=heads, num_kv_heads=heads,
         ffn_size=config.count("intermediate_size"), seq_length=config.count("max_position_embeddings"),
-        norm="layernorm", norm_eps=config.number("layer_norm_eps"), **rotary,
-        mlp=_mlp("hidden_act", config, PLAIN_MLPS), residual="parallel" if config.flag("use_parallel_residual", True) else "pre_norm",
-        bias=True, qkv_bias=True, tied=config.flag("tie_word_embeddings", False),
+        norm="layernorm", norm_eps=config.number("layer_norm_eps"), **_rotary(config, table, "rotary_emb_base"), rotary_fraction=fraction,
+        mlp=_mlp("hidden_act", config, PLAIN_MLPS), residual="parallel" if config.flag("use_parallel_residual") else "pre_norm",
+        bias=True, qkv_bias=attention_bias, output_bias=attention_bias, tied=config.flag("tie_word_embeddings"),
     )  # fmt: skip
 
 
 def _llama(config: ConfigReader) -> dict[str, Any]:
-    width, heads, bias = config.count("hidden_size"), config.count("num_attention_heads"), config.flag("attention_bias", False)
-    _require("head_dim", config.get("head_dim", width // heads), width // heads)
-    _require("mlp_bias", config.get("mlp_bias", False), bias)  # attention_bias is of q, k, v *and* the output: the MLP must be like it
-    rotary = _rotary(config, 1.0)
-    _require("partial_rotary_factor", rotary["rotary_fraction"], 1.0)
-    return dict(
-        num_layers=config.count("num_hidden_layers"), hidden_size=width, num_heads=heads,
-        num_kv_heads=config.count("num_key_value_heads", heads), ffn_size=config.count("intermediate_size"),
-        seq_length=config.count("max_position_embeddings"), norm="rmsnorm", norm_eps=config.number("rms_norm_eps"), **rotary,
-        mlp=_mlp("hidden_act", config, GATED_MLPS), residual="pre_norm", bias=bias, qkv_bias=bias,
-        tied=config.flag("tie_word_embeddings", False),
-    )  # fmt: skip
+    attention_bias = config.flag("attention_bias")  # of q, k, v and the output
+    return _llama_like(config) | dict(bias=config.flag("mlp_bias"), qkv_bias=attention_bias, output_bias=attention_bias)
 
 
-READERS: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {"gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama}
+def _mistral(config: ConfigReader) -> dict[str, Any]:
+    _refuse_window(config)
+    return _llama_like(config) | dict(bias=False, qkv_bias=False)
+
+
+def _qwen2(config: ConfigReader) -> dict[str, Any]:
+    _refuse_window_of_qwen(config)
+    return _llama_like(config) | dict(bias=False, qkv_bias=True)
+
+
+def _qwen3(config: ConfigReader) -> dict[str, Any]:
+    _refuse_window_of_qwen(config)
+    attention_bias = config.flag("attention_bias")
+    return _llama_like(config) | dict(bias=False, qkv_bias=attention_bias, output_bias=attention_bias, qk_norm=True)
+
+
+READERS: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
+    "gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3,
+}  # fmt: skip
 """transformers' `model_type` -> the function that reads its configuration."""
 
 
-def _rotary(config: ConfigReader, fraction: float) -> dict[str, Any]:
-    """All rotary settings, from the one table of transformers 5 or the single settings of earlier files."""
-    table = config.table("rope_parameters" if config.get("rope_parameters", None) else "rope_scaling")
+def _llama_like(config: ConfigReader) -> dict[str, Any]:
+    """The settings that Llama, Mistral, Qwen2 and Qwen3 have in common: all but biases and the norms of q and k."""
+    width, heads, table = config.count("hidden_size"), config.count("num_attention_heads"), _rotary_table(config)
+    if table.text("rope_type", table.text("type", "default")) != "default":  # else transformers does not read it in these families
+        partial = table.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+        _require("partial_rotary_factor", partial, 1.0)
+    head_size = config.count("head_dim", width // heads or 1)
+    return dict(
+        num_layers=config.count("num_hidden_layers"), hidden_size=width, num_heads=heads,
+        num_kv_heads=config.count("num_key_value_heads", heads), head_size=None if head_size * heads == width else head_size,
+        ffn_size=config.count("intermediate_size"), seq_length=config.count("max_position_embeddings"), norm="rmsnorm",
+        norm_eps=config.number("rms_norm_eps"), **_rotary(config, table, "rope_theta"), rotary_fraction=1.0,
+        mlp=_mlp("hidden_act", config, GATED_MLPS), residual="pre_norm", tied=config.flag("tie_word_embeddings"),
+    )  # fmt: skip
+
+
+def _refuse_window(config: ConfigReader) -> None:
+    """A Mistake if a sliding window hides tokens. One that is no shorter than the longest text hides none."""
+    window, length = config.count("sliding_window", LARGEST - 1), config.count("max_position_embeddings")
+    if window < length:
+        raise Mistake(
+            f"sliding_window = {window} is shorter than max_position_embeddings = {length}: attention within a window has no counterpart "
+            f"here → set max_position_embeddings to {window} in config.json, for texts from which the window hides nothing"
+        )
+
+
+def _refuse_window_of_qwen(config: ConfigReader) -> None:
+    """The same, where a window counts only if use_sliding_window is set, and only in some layers."""
+    layers, first = config.count("num_hidden_layers"), config.get("max_window_layers")
+    kinds = config.get("layer_types", None)
+    slides = "sliding_attention" in kinds if isinstance(kinds, (list, tuple)) else not isinstance(first, int) or first < layers
+    if config.flag("use_sliding_window") and slides:
+        _refuse_window(config)
+
+
+def _rotary_table(config: ConfigReader) -> ConfigReader:
+    """The table of rotary settings. If a file has both names for it, transformers reads the older one."""
+    return config.table("rope_scaling" if config.get("rope_scaling", None) else "rope_parameters")
+
+
+def _rotary(config: ConfigReader, table: ConfigReader, base: str) -> dict[str, Any]:
+    """All rotary settings but the fraction, from the table or from single settings. `base`: the key of the family's base beside it."""
     scaling = table.text("rope_type", table.text("type", "default"))
     if scaling not in SCALINGS:
         raise Mistake(f"rope_type = {scaling!r:.60} has no counterpart here → only {', '.join(SCALINGS)} can be read")
-    if unknown := sorted(map(str, set(table.config) - ROPE)):
+    if unknown := sorted(str(key) for key, value in table.config.items() if key not in ROPE and value is not None):
         raise Mistake(f"{table.name} has {unknown[0]!r:.60}, which has no counterpart here → only {', '.join(sorted(ROPE))} can be read")
     rotary: dict[str, Any] = dict(
-        position="rotary",
-        rotary_fraction=table.number("partial_rotary_factor", config.number("partial_rotary_factor", fraction)),
-        rotary_base=table.number("rope_theta", config.number("rope_theta", config.number("rotary_emb_base", 10_000.0))),
-        rotary_scaling=SCALINGS[scaling],
+        position="rotary", rotary_base=table.number("rope_theta", config.number(base, 10_000.0)), rotary_scaling=SCALINGS[scaling]
     )
     if scaling == "linear":
         rotary |= dict(rotary_factor=table.number("factor"))
     if scaling == "llama3":
-        length = table.count("original_max_position_embeddings", config.count("max_position_embeddings"))
+        beside = config if config.get("original_max_position_embeddings", None) else table  # what stands beside the table goes first
+        length = beside.count("original_max_position_embeddings", config.count("max_position_embeddings"))
         low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
         rotary |= dict(rotary_factor=table.number("factor"), rotary_low_factor=low, rotary_high_factor=high, rotary_original_length=length)
     return rotary

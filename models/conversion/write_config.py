@@ -8,12 +8,19 @@ from typing import Any
 from models.config import GPT
 from models.conversion.read_config import GATED_MLPS, NO_DROPOUT, PLAIN_MLPS
 
-ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 """Family -> transformers' class of a language model."""
 DROPOUTS = {
     "gpt2": {"embedding_dropout": "embd_pdrop", "residual_dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
     "gpt_neox": {"residual_dropout": "hidden_dropout", "attention_dropout": "attention_dropout"},
-    "llama": {"attention_dropout": "attention_dropout"},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), {"attention_dropout": "attention_dropout"}),
 }
 """Family -> {our dropout setting: theirs}."""
 
@@ -33,7 +40,7 @@ def config(model: GPT, family: str, dtype: str, bos: int | None, eos: int | list
         "initializer_range": 0.02,
     }
     dropouts = {theirs: getattr(model, ours) for ours, theirs in DROPOUTS[family].items()}
-    return common | {"gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama}[family](model) | dropouts
+    return common | WRITERS[family](model) | dropouts
 
 
 def left_behind(model: GPT, family: str) -> list[str]:
@@ -61,7 +68,7 @@ def _neox(model: GPT) -> dict[str, Any]:
         "layer_norm_eps": model.norm_eps,
         "hidden_act": _activation(model.mlp, PLAIN_MLPS),
         "use_parallel_residual": model.residual == "parallel",
-        "attention_bias": True,
+        "attention_bias": model.qkv_bias,
         "rotary_pct": model.rotary_fraction,
         "rotary_emb_base": model.rotary_base,
         "rope_scaling": _scaling(model),
@@ -69,13 +76,31 @@ def _neox(model: GPT) -> dict[str, Any]:
 
 
 def _llama(model: GPT) -> dict[str, Any]:
+    return _llama_like(model) | {"attention_bias": model.qkv_bias, "mlp_bias": model.bias}
+
+
+def _mistral(model: GPT) -> dict[str, Any]:
+    return _llama_like(model) | {"sliding_window": None}
+
+
+def _qwen2(model: GPT) -> dict[str, Any]:
+    return _llama_like(model) | {"use_sliding_window": False}
+
+
+def _qwen3(model: GPT) -> dict[str, Any]:
+    return _llama_like(model) | {"attention_bias": model.qkv_bias, "use_sliding_window": False}
+
+
+WRITERS = {"gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+"""Family -> the function that writes its own settings."""
+
+
+def _llama_like(model: GPT) -> dict[str, Any]:
     return _sizes(model) | {
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_size,
         "rms_norm_eps": model.norm_eps,
         "hidden_act": _activation(model.mlp, GATED_MLPS),
-        "attention_bias": model.qkv_bias,
-        "mlp_bias": model.bias,
         "rope_theta": model.rotary_base,
         "rope_scaling": _scaling(model),
     }

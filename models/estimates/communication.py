@@ -76,7 +76,7 @@ def block_calls(model: GPT, tensor: int, sequence: bool, recompute: str, micro_b
 
     # Parameters that every rank holds whole but uses on its own part of the activations: both norms, both row biases, head norms.
     if sequence:
-        calls.append(_call("", BACKWARD, "all_reduce", "h", model.hidden_size, 2 * norm_parameters(model) + 2 * model.bias))
+        calls.append(_call("", BACKWARD, "all_reduce", "h", model.hidden_size, 2 * norm_parameters(model) + model.output_bias + model.bias))
     if model.qk_norm:
         calls.append(_call("", BACKWARD, "all_reduce", "e", model.head_size, 2 * norm_parameters(model)))
     return calls

@@ -33,10 +33,11 @@ def _sliced_and_replicated(model: GPT, vocab_rows: int) -> tuple[int, int]:
     h, f = model.hidden_size, model.ffn_size
     norm, head_norm = h * norm_parameters(model), model.head_size * norm_parameters(model)
 
-    # Attention: qkv h (h + 2 kv), output h², cut by heads. The bias of the output and the norms of one head are held whole.
-    qkv_rows = h + 2 * model.num_kv_heads * model.head_size
-    attention_sliced = qkv_rows * (h + model.qkv_bias) + h * h
-    attention_replicated = h * model.bias + (2 * head_norm if model.qk_norm else 0)
+    # Attention: qkv h (q + 2 kv), output q h, cut by heads. The bias of the output and the norms of one head are held whole.
+    q_rows = model.num_heads * model.head_size
+    qkv_rows = q_rows + 2 * model.num_kv_heads * model.head_size
+    attention_sliced = qkv_rows * (h + model.qkv_bias) + h * q_rows
+    attention_replicated = h * model.output_bias + (2 * head_norm if model.qk_norm else 0)
 
     # MLP: up (and gate) h f each, down f h, cut over f. The bias of down is held whole.
     up_rows = f * (2 if model.mlp in GATED else 1)

@@ -12,13 +12,15 @@ from parallel.errors import Mistake
 from parallel.files import refuse_existing, staged
 from research.cli.verbs import Parser
 from research.config import experiment_folder, serialization
+from research.exchange.other_formats import refuse_other_formats
 from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 
-DESCRIPTION = """Reads GPT-2, GPT-NeoX (Pythia) and Llama from a Hugging Face folder (safetensors), and Llama from a .gguf file. Makes a
-run folder with a checkpoint, which every layout can read, and an experiment whose runs begin with it (init_from). Compares transformers'
-model with ours on the same text: if they differ by more than rounding, the exit code is 1 and both folders are removed."""
+DESCRIPTION = """Reads GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2 and Qwen3 from a Hugging Face folder (safetensors), and all but the
+first two from a .gguf file. Makes a run folder with a checkpoint, which every layout can read, and an experiment whose runs begin with it
+(init_from). Says what of the folder it leaves out. Compares transformers' tokenizer and model with ours on the same text: if the models
+differ by more than rounding, the exit code is 1 and both folders are removed."""
 GGUF = ".gguf"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 
@@ -67,6 +69,8 @@ def check_exists(model: Path) -> None:
         raise Mistake(f"there is no {model} → name a Hugging Face folder or a .gguf file on this machine: nothing is downloaded")
     if not model.is_dir() and model.suffix != GGUF:
         raise Mistake(f"{model} is neither a folder nor a {GGUF} file → name the folder that holds the model's config.json")
+    if model.is_dir():
+        refuse_other_formats(model)
 
 
 def publish(place: Place) -> None:
@@ -101,7 +105,7 @@ def _staged(experiment: Path, runs: Path | None) -> Iterator[Place]:
     try:
         yield Place(tree, folder, RunFolder(root / folder.name / run_id), RunFolder(hidden))
     except OSError as error:
-        where = error.filename2 or error.filename or hidden
+        where = str(error.filename2 or error.filename or hidden).replace(str(hidden), str(root / folder.name / run_id))
         raise Mistake(f"{where} cannot be written ({error.strerror or error}) → make room, or name another folder: --runs") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -159,10 +159,10 @@ def source_of(config: Experiment) -> str:
 
 
 def _written_settings(group: BaseModel) -> list[tuple[str, Any]]:
-    """(name, value) of the settings that have no default, or a value other than the default."""
+    """(name, value) of the settings that were set, and have no default or a value other than the default."""
     fields = type(group).model_fields
     default = {name: field.get_default(call_default_factory=True) for name, field in fields.items() if not field.is_required()}
-    return [(name, value) for name, value in group if name not in default or value != default[name]]
+    return [(name, value) for name, value in group if name in group.model_fields_set and (name not in default or value != default[name])]
 
 
 def _code(value: Any, depth: int) -> str:

@@ -24,7 +24,7 @@ TRAINING_VARIANTS = ("loss", "optimizer.name", "optimizer.decay", MEASURE)
 
 
 class GPT(Settings, shapes.GPT):
-    """The network: its layers and their sizes. GPT-2, GPT-NeoX/Pythia and Llama are settings of it."""
+    """The network: its layers and their sizes. GPT-2, GPT-NeoX/Pythia, Llama, Mistral, Qwen2 and Qwen3 are settings of it."""
 
     SECTION: ClassVar[str] = "model"
 
@@ -212,4 +212,4 @@ class Experiment(Settings):
     @classmethod
     def _as_settings(cls, model: Any) -> Any:
         """Turns a plain models.config.GPT into a settings group, whose errors are Mistakes."""
-        return GPT(**dict(model)) if isinstance(model, shapes.GPT) and not isinstance(model, GPT) else model
+        return GPT(**model.model_dump()) if isinstance(model, shapes.GPT) and not isinstance(model, GPT) else model

@@ -85,7 +85,11 @@ def _without_periodic_tasks(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_own_training(settings: dict[str, Any]) -> dict[str, Any]:
-    """5 → 6: attention, loss and optimizer could not be chosen; a validation read all of the held-out text."""
+    """5 → 6: attention, loss and optimizer could not be chosen; a validation read all of the held-out text.
+
+    Every head was hidden_size / num_heads wide, and the attention output had a bias as the MLP had: so it is where
+    model.head_size and model.output_bias are not set.
+    """
     added = {"model": {"attention": "softmax"}, "optimizer": {"name": "adamw"}, "schedule": {"validate_tokens": 0}}
     groups = {group: new | settings[group] for group, new in added.items() if isinstance(settings.get(group), dict)}
     return {"loss": "cross_entropy"} | settings | groups

@@ -183,6 +183,8 @@ def find_template(folder: Path, config: Mapping[str, Any]) -> Any:
     if path.is_file() and path.stat().st_size <= LONGEST_TEMPLATE:
         return path.read_text(encoding="utf-8-sig", errors="replace")
     template = config.get("chat_template")
+    if isinstance(template, dict):
+        return template.get("default")
     if not isinstance(template, list):
         return template
     return next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)

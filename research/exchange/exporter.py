@@ -14,7 +14,7 @@ from research import ROOT
 from research.config import Experiment, serialization
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
-from research.exchange import hf_tokenizer, hf_writer, parity
+from research.exchange import hf_tokenizer, hf_writer, parity, tokenizer_parity
 from research.exchange.hf_reader import CONFIG
 from research.exchange.importer import CERTIFICATE
 from research.exchange.parity import Certificate
@@ -64,6 +64,11 @@ class Export:
 
         ids 'b s'; `advance` is called with 1 for each window and model. Writes certificate.json.
         """
+        compared = tokenizer_parity.compare(self.tokenizer, tokenizer_parity.their_tokenizer(folder, folder))
+        if compared.difference:
+            raise Mistake(
+                f"transformers reads another tokenizer from this export: {compared.difference} → report this, with data.tokenizer"
+            )
         dtype = getattr(torch, self.dtype)
         certificate = parity.certify(
             ids,
@@ -72,5 +77,5 @@ class Export:
             advance,
         )
         origin = {"run": self.run.title, "checkpoint": self.checkpoint.name, "dtype": self.dtype}
-        write_json(folder / CERTIFICATE, origin | certificate.table())
+        write_json(folder / CERTIFICATE, origin | certificate.table() | {"ids": compared.table()})
         return certificate

@@ -1,4 +1,4 @@
-"""Reads a Llama from a GGUF file (llama.cpp's format): settings, tensors dequantised one by one, and the tokenizer.
+"""Reads a Llama, Qwen2 or Qwen3 from a GGUF file (llama.cpp's format): settings, tensors dequantised one by one, and the tokenizer.
 
 The `gguf` package (llama.cpp's own, pure Python) maps the file into memory and knows every quantisation. The file may come from a
 stranger.
@@ -16,7 +16,7 @@ from models.conversion.read_config import settings
 from parallel.errors import Mistake
 from research.exchange.source import check_finite, check_regular_file
 
-WAY_OUT = "take a whole GGUF file of a Llama"
+WAY_OUT = "take a whole GGUF file"
 CONVERSION_NAMES = {
     "tokenizer.ggml.model": "tokenizer_type",
     "tokenizer.ggml.pre": "pre_tokenizer_type",
@@ -49,7 +49,7 @@ class GGUFFile:
     """A Source that reads a GGUF file. `metadata` holds its fields without arrays, which may be long: `array` reads one."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.family = check_regular_file(path), names.FAMILY
+        self.path = check_regular_file(path)
         try:
             self._reader = _library().GGUFReader(str(path))
             self._tensors = {str(tensor.name): tensor for tensor in self._reader.tensors}
@@ -63,8 +63,9 @@ class GGUFFile:
         if (count := self.metadata.get("split.count", 1)) != 1:
             raise Mistake(f"{path} is one of {count!r:.20} files → join them first: llama-gguf-split --merge FIRST WHOLE")
         factors = self.read(names.ROTARY_FACTORS) if names.ROTARY_FACTORS in self.shapes else None
-        metadata = {"llama.vocab_size": len(tokens.data) if tokens else None} | self.metadata
-        self.config = names.config(metadata, self.shapes, factors)
+        vocab_size = {f"{self.metadata.get('general.architecture')}.vocab_size": len(tokens.data) if tokens else None}
+        self.config = names.config(vocab_size | self.metadata, self.shapes, factors)
+        self.family = names.GGUF_FAMILIES[self.config["model_type"]]
         self.shapes.pop(names.ROTARY_FACTORS, None)
         settings(self.config)
 

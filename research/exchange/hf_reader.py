@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.conversion.families import FAMILIES
-from models.conversion.read_config import settings
+from models.conversion.read_config import settings, without_nulls
 from parallel.errors import Mistake
 from research.data.tokenizer_file import read_table
 from research.exchange.source import check_finite, check_regular_file
@@ -32,7 +32,7 @@ class HFFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = read_table(path / CONFIG)
+        self.config = without_nulls(read_table(path / CONFIG))
         settings(self.config)  # raises a Mistake for a family or a setting that is not supported
         self.family = FAMILIES[self.config["model_type"]]
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -17,11 +17,12 @@ from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule
 from research.data import tokenizer as tokenizers
 from research.data import tokenizer_file
 from research.data.tokenizer import Tokenizer
-from research.exchange import hf_tokenizer, parity
+from research.exchange import hf_tokenizer, left_out, parity, tokenizer_parity
 from research.exchange.gguf import GGUFFile, convert_tokenizer
-from research.exchange.hf_reader import HFFolder
+from research.exchange.hf_reader import CONFIG, HFFolder
 from research.exchange.parity import Certificate
-from research.exchange.source import Source, symlink_view, weights
+from research.exchange.source import Source, private_view, weights
+from research.exchange.tokenizer_parity import IdsComparison
 from research.tracking import run_folder
 from research.tracking.console import Advance, Console, counted
 from research.tracking.format import compact, one_line, plural
@@ -50,11 +51,17 @@ class Import:
         self.source, self.staging, self.final, self.tree = source, staging, final, tree
         self.model: Shape = read_config.settings(source.config)
         self.plan: Plan = mapping.plan(self.model, source.family, source.shapes)
+        self.left_out: list[str] = []
+        """A sentence for each thing that the source holds and that is not taken."""
+        self.ids: IdsComparison | None = None
+        """The comparison of token ids with transformers' tokenizer; None if the tokenizer is not the folder's own."""
         source.check([key for link in self.plan.parameters for key in link.keys])
 
     def line(self) -> str:
         """What is imported, as one line for the terminal."""
-        shape = f"{self.model.num_layers} layers, hidden {self.model.hidden_size}, {plural(self.model.num_heads, 'head')}"
+        model, own_size = self.model, self.model.num_heads * self.model.head_size != self.model.hidden_size
+        heads = plural(model.num_heads, "head") + (f" of {model.head_size}" if own_size else "")
+        shape = f"{model.num_layers} layers, hidden {model.hidden_size}, {heads}"
         size = compact(parameters(self.model) or 0)
         return f"import {self.source.path.name} · {self.source.family.name} · {shape} · {size} parameters"
 
@@ -63,6 +70,10 @@ class Import:
         for folder in (self.staging.checkpoints, self.staging.logs, self.staging.path / TOKENIZER):
             folder.mkdir()
         name, tokenizer = self._make_tokenizer(tokenizer_name)
+        self._list_left_out()
+        report.header([("left out", sentence) for sentence in self.left_out])
+        if self.ids is not None:
+            report.header([("ids", self.ids.line())])
         runs = self.final.path.parent.parent
         relative_runs = runs.relative_to(self.tree) if runs.is_relative_to(self.tree) else runs
         checkpoint = self.named(self.staging.checkpoints / CHECKPOINT)
@@ -92,18 +103,74 @@ class Import:
             target.rmdir()
             tokenizer = tokenizers.gpt2()
         else:
+            file = Path(name).expanduser() if name else self.source.path / tokenizer_file.FILE
             if name is None and isinstance(self.source, GGUFFile):
                 backend, config = convert_tokenizer(self.source)
                 hf_tokenizer.save_tokenizer(target, backend, config, config["chat_template"], length)
             else:
-                file = Path(name).expanduser() if name else self.source.path / tokenizer_file.FILE
-                hf_tokenizer.copy_tokenizer(file, target, length, self.source.config)
+                self.left_out += hf_tokenizer.copy_tokenizer(file, target, length, self.source.config, self.model.vocab_size)
+            tokenizer = self._loaded(file.parent)
+            if name is None and isinstance(self.source, HFFolder):
+                tokenizer = self._matched(tokenizer)
             name = self.named(target / tokenizer_file.FILE)
-            tokenizer = tokenizer_file.load(str(target / tokenizer_file.FILE), Path())
-        if tokenizer.vocab_size > self.model.vocab_size:
-            sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {self.model.vocab_size}"
+        if tokenizer.vocab_size > self.model.vocab_size or max(tokenizer.begin, default=0) >= self.model.vocab_size:
+            last = tokenizer.backend.id_to_token(tokenizer.vocab_size - 1)
+            sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {self.model.vocab_size} (the last token is {last!r:.40})"
             raise Mistake(f"{sizes} → name the one it was trained with: --tokenizer PATH")
         return name, tokenizer
+
+    def _loaded(self, origin: Path) -> Tokenizer:
+        """The staged tokenizer. An error about it names the folder that it was copied from."""
+        target = self.staging.path / TOKENIZER
+        try:
+            return tokenizer_file.load(str(target / tokenizer_file.FILE), Path())
+        except Mistake as mistake:
+            raise Mistake(str(mistake).replace(str(target), str(origin))) from None
+
+    def _matched(self, tokenizer: Tokenizer) -> Tokenizer:
+        """A tokenizer that gives the ids of transformers' tokenizer: the staged one, or else transformers' own backend in its place.
+
+        transformers may change what tokenizer.json holds: by add_prefix_space or add_bos_token, or because it makes a class anew.
+        """
+        source, file = self.source.path, self.staging.path / TOKENIZER / tokenizer_file.FILE
+        files = [path for name in hf_tokenizer.READ if (path := source / name).is_file()]
+        with private_view(files, {CONFIG: self.source.config}) as folder:
+            try:
+                theirs = tokenizer_parity.their_tokenizer(folder, source)
+            except Mistake as mistake:
+                self.left_out.append(f"token ids were not compared: {str(mistake).partition(' → ')[0]}")
+                return tokenizer
+        first = self.ids = tokenizer_parity.compare(tokenizer, theirs)
+        if first.difference and hasattr(theirs, "backend_tokenizer"):
+            file.write_text(theirs.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+            hf_tokenizer.leave_out_tokens(file, self.model.vocab_size)
+            tokenizer = self._loaded(source)
+            self.ids = tokenizer_parity.compare(tokenizer, theirs)
+        way_out = f"--tokenizer {source / tokenizer_file.FILE} takes the file as it is"
+        if self.ids.difference:
+            raise Mistake(f"transformers gives other ids: {self.ids.difference} → {way_out}")
+        if first.difference:
+            other = f"{tokenizer_file.FILE} as it stands: transformers' {type(theirs).__name__} gives other ids, which are taken"
+            self.left_out.append(f"{other}: {first.difference} → {way_out}")
+        if self.ids.tail:
+            self.left_out.append(
+                f"{tokenizer.decode(self.ids.tail)!r:.40} at the end of a text: training puts end-of-text there, prompts nothing"
+            )
+        return tokenizer
+
+    def _list_left_out(self) -> None:
+        """Adds what of the source is left out besides its tokenizer."""
+        if isinstance(self.source, GGUFFile):
+            self.left_out += left_out.of_metadata(self.source.metadata)
+            return
+        folder, read = self.source.path, [path.name for path in self.source.files()]
+        self.left_out = [
+            *left_out.of_settings(self.source.config),
+            *self.left_out,
+            *left_out.of_tokenizer(folder, self.model.seq_length),
+            *left_out.of_generation(folder),
+            *left_out.of_files(folder, read),
+        ]
 
     def _write_checkpoint(self, advance: Advance) -> None:
         """Converts the weights one parameter at a time. `advance` is called with 1 for each."""
@@ -117,12 +184,13 @@ class Import:
         """transformers' model, read from the same files."""
         if isinstance(self.source, GGUFFile):
             return parity.their_gguf_logits(self.source.path, self.source.config)
-        with symlink_view(self.source.files()) as folder:
-            return parity.their_logits(folder, self.source.family.name)
+        with private_view(self.source.files(), {CONFIG: self.source.config}) as folder:
+            return parity.their_logits(folder, self.source.family.name, self.source.path)
 
     def _write_metadata(self, certificate: Certificate) -> None:
         """Writes certificate.json, and run.json, which makes the folder a run."""
-        write_json(self.staging.path / CERTIFICATE, certificate.table())
+        ids = {"ids": self.ids.table()} if self.ids else {}
+        write_json(self.staging.path / CERTIFICATE, certificate.table() | ids)
         times = {"started": run_folder.now(), "ended": run_folder.now()}
         run = {"name": self.final.name, "id": self.final.id, "status": IMPORTED, **times}
         source = {"source": str(self.source.path.name), "family": self.source.family.name}

@@ -151,12 +151,12 @@ def our_logits(model: GPT, checkpoint: Path, dtype: torch.dtype = torch.float32)
     return module.eval()
 
 
-def their_logits(folder: Path, family: str) -> Logits:
-    """transformers' model of a folder in fp32, loaded by the class of `family`."""
+def their_logits(folder: Path, family: str, shown: Path | None = None) -> Logits:
+    """transformers' model of a folder in fp32, loaded by the class of `family`. `shown`: the path that an error names instead."""
     import transformers
 
     architecture = getattr(transformers, ARCHITECTURES[family])
-    return _load(lambda: architecture.from_pretrained(folder, **LOAD_OPTIONS), folder)
+    return _load(lambda: architecture.from_pretrained(folder, **LOAD_OPTIONS), folder, shown)
 
 
 def their_auto_logits(folder: Path) -> Logits:
@@ -167,12 +167,13 @@ def their_auto_logits(folder: Path) -> Logits:
 
 
 def their_gguf_logits(path: Path, config: dict[str, Any]) -> Logits:
-    """transformers' Llama of a configuration, with the tensors that transformers reads from a GGUF file."""
+    """transformers' model of a configuration, with the tensors that transformers reads from a GGUF file."""
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     def make() -> nn.Module:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, "attn_implementation": "eager"}))
+        settings = transformers.AutoConfig.for_model(**config)
+        model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager", dtype=torch.float32)
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
         missing, unknown = model.load_state_dict(tensors, strict=False)
         if unknown or set(missing) - ({"lm_head.weight"} if config["tie_word_embeddings"] else set()):
@@ -182,15 +183,14 @@ def their_gguf_logits(path: Path, config: dict[str, Any]) -> Logits:
     return _load(make, path)
 
 
-def _load(make: Callable[[], Any], path: Path) -> Logits:
-    """Makes a model of transformers; whatever it raises becomes a Mistake about `path`."""
+def _load(make: Callable[[], Any], path: Path, shown: Path | None = None) -> Logits:
+    """Makes a model of transformers; whatever it raises becomes a Mistake about `path`, or about `shown` in its place."""
     with quiet_transformers():
         try:
             model = make().eval()
         except Exception as error:
-            raise Mistake(
-                f"transformers cannot read {path} ({type(error).__name__}: {' '.join(str(error).split())[:160]}) → fetch it again"
-            ) from None
+            said = " ".join(str(error).split()).replace(str(path), str(shown or path))[:160]
+            raise Mistake(f"transformers cannot read {shown or path} ({type(error).__name__}: {said}) → fetch it again") from None
     return lambda ids: model(ids, use_cache=False).logits
 
 

@@ -1,9 +1,9 @@
-"""The interface of a model that is imported (Source), read one tensor at a time, and checks that its readers share."""
+"""The interface of a model that is imported (Source), read one tensor at a time, and what its readers share."""
 
 import contextlib
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,11 @@ from models.config import GPT
 from models.conversion.families import Family
 from models.conversion.mapping import Plan, check_copy
 from parallel.errors import Mistake
+from parallel.files import write_json
+from research.data.tokenizer_file import read_table
+
+LARGEST_TABLE = 64 * 2**20
+"""The most bytes of a table that is written anew."""
 
 
 class Source(Protocol):
@@ -61,9 +66,17 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
 
 
 @contextlib.contextmanager
-def symlink_view(files: Iterable[Path]) -> Iterator[Path]:
-    """Yields a temporary folder with links to these files, so that a reader sees no other file that lies beside them."""
+def private_view(files: Iterable[Path], tables: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+    """Yields a temporary folder with these files alone, so that a reader sees no other file that lies beside them.
+
+    They are links, except for small tables (JSON): these are written anew, without a byte-order mark and without names of programs.
+    `tables` replaces the contents of files by name.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for path in files:
-            (Path(folder) / path.name).symlink_to(path.resolve())
+            if path.suffix == ".json" and path.stat().st_size <= LARGEST_TABLE:
+                table = tables.get(path.name) or read_table(path, LARGEST_TABLE)
+                write_json(Path(folder) / path.name, {key: value for key, value in table.items() if key != "auto_map"})
+            else:
+                (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)

@@ -134,9 +134,10 @@ def layout_line(experiment: Experiment, layout: Layout) -> str:
 
 
 def model_line(experiment: Experiment, layout: Layout) -> str:
-    """'gpt 4 layers, hidden 192, 6 heads · 3.4 M parameters (1.7 M on each rank)'."""
+    """'gpt 4 layers, hidden 192, 6 heads · 3.4 M parameters (1.7 M on each rank)'; '6 heads of 48' if that is not 192 / 6."""
     model = experiment.model
     heads = plural(model.num_heads, "head") + (f" ({model.num_kv_heads} kv)" if model.num_kv_heads != model.num_heads else "")
+    heads += f" of {model.head_size}" if model.num_heads * model.head_size != model.hidden_size else ""
     shape = f"gpt {plural(model.num_layers, 'layer')}, hidden {model.hidden_size}, {heads}"
     total, own = parameters(model), parameters_on_rank(model, layout.tensor)
     if total is None or own is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from models.config import GPT
 from parallel.engines.deepspeed_config import OWNED
 from research.config import Experiment, serialization
 from research.config.checks import kv_heads_fit
@@ -121,8 +122,9 @@ def shrunk(experiment: Experiment, ranks: int, steps: int = 3) -> Experiment:
         "num_layers": max(2, ranks),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "hidden_size": heads * HEAD_SIZE,
-        "ffn_size": nearest_multiple(model.ffn_size / model.hidden_size * heads * HEAD_SIZE, ranks),
+        "hidden_size": (hidden := hidden_size_of(model, heads)),
+        "head_size": HEAD_SIZE,
+        "ffn_size": nearest_multiple(model.ffn_size / model.hidden_size * hidden, ranks),
         "vocab_size": VOCABULARY,
         "seq_length": LENGTH,
     }
@@ -139,6 +141,11 @@ def shrunk(experiment: Experiment, ranks: int, steps: int = 3) -> Experiment:
     deepspeed: dict[str, Any] = {key: value for key, value in experiment.deepspeed.items() if OWNED.get(key) != "precision"}
     deepspeed["zero_optimization"] = deepspeed.get("zero_optimization", {}) | ZERO_3
     return serialization.build(settings | {"precision": "fp32", "deepspeed": deepspeed})
+
+
+def hidden_size_of(model: GPT, heads: int) -> int:
+    """The hidden size for `heads` heads of HEAD_SIZE features, in proportion to their sum as in `model`."""
+    return nearest_multiple(model.hidden_size / (model.num_heads * model.head_size) * heads * HEAD_SIZE, 2)
 
 
 def nearest_multiple(size: float, unit: int) -> int:

@@ -36,7 +36,7 @@ from research.config import experiment_folder as folders
 from research.tracking import format as fmt
 from research.tracking.console import Console
 from research.training.components import training_loss
-from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENCES, nearest_multiple, shrunk
+from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENCES, hidden_size_of, nearest_multiple, shrunk
 from research.verification.results import conclude, row_fields
 from research.verification.spmd_collectives import TypeMismatch, typed_collectives, typed_recompute
 from research.verification.spmd_functions import TypeFinder
@@ -134,8 +134,8 @@ def fitted(experiment: Experiment, degree: int) -> Experiment:
         "num_layers": LAYERS,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "hidden_size": heads * HEAD_SIZE,
-        "ffn_size": nearest_multiple(model.ffn_size / model.hidden_size * heads * HEAD_SIZE, degree),
+        "hidden_size": (hidden := hidden_size_of(model, heads)),
+        "ffn_size": nearest_multiple(model.ffn_size / model.hidden_size * hidden, degree),
         "seq_length": nearest_multiple(max(LENGTH, degree), degree),
     }
     return small.model_copy(update={"model": model.model_copy(update=sizes)})

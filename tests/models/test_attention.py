@@ -16,7 +16,7 @@ MODELS = {
     "grouped": shape(num_heads=8, num_kv_heads=2),
     "no biases": shape(bias=False, qkv_bias=False),
     "biases of qkv only": shape(bias=False, num_kv_heads=2),
-    "qk layernorm": shape(qk_norm=True),
+    "qk layernorm": shape(qk_norm=True, head_size=12, output_bias=False),
     "qk rmsnorm, grouped": shape(qk_norm=True, norm="rmsnorm", num_heads=8, num_kv_heads=4),
 }
 

@@ -3,11 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
-from models.config import CHOICES, GPT
+from models.config import CHOICES, FOLLOWING, GPT
 from tests.models.helpers.build import LLAMA_3, ROTARY, SHAPE, shape
 
 SENTENCES = [
-    (dict(num_heads=5), "model.num_heads = 5 does not divide model.hidden_size = 32 → use 1, 2, 4, 8, 16 or 32"),
+    (dict(num_heads=5), "model.num_heads = 5 does not divide model.hidden_size = 32 → use 1, 2, 4, 8, 16 or 32, or set model.head_size"),
     (dict(num_kv_heads=3), "model.num_kv_heads = 3 does not divide model.num_heads = 4 → use 1, 2 or 4"),
     (dict(num_kv_heads=8), "model.num_kv_heads = 8 does not divide model.num_heads = 4 → use 1, 2 or 4"),
     (dict(norm="batchnorm"), "model.norm = 'batchnorm' is not known → use layernorm, rmsnorm or variant:YourClass"),
@@ -107,5 +107,16 @@ def test_an_own_position_may_use_the_rotary_numbers_or_not():
 
 
 def test_it_survives_json():
-    for model in (shape(), shape(position="rotary"), shape(norm="variant:Mine")):
-        assert GPT.model_validate_json(model.model_dump_json()) == model
+    for model in (shape(), shape(position="rotary"), shape(norm="variant:Mine"), shape(head_size=6, output_bias=False)):
+        found = GPT.model_validate_json(model.model_dump_json())
+        assert found == model and found.model_fields_set & {*FOLLOWING} == model.model_fields_set & {*FOLLOWING}
+
+
+def test_head_size_and_output_bias_follow_unless_they_are_set():
+    model = shape(bias=False)
+    assert (model.head_size, model.output_bias, model.model_dump()["head_size"]) == (8, False, None)
+    model = shape(bias=False, head_size=6, output_bias=True, hidden_size=30)  # 4 heads do not divide 30
+    assert (model.head_size, model.output_bias, model.model_dump()["head_size"]) == (6, True, 6)
+    model.num_kv_heads = 2
+    model.num_heads, model.bias = 2, True
+    assert (model.head_size, model.output_bias) == (6, True)

@@ -29,6 +29,8 @@ SETTINGS = {
     **CHOICES,
     "bias": (True, False),
     "qkv_bias": (True, False),
+    "output_bias": (True, False),
+    "head_size": (8, 12),
     "qk_norm": (True, False),
     "tied": (True, False),
     "num_kv_heads": (4, 2, 1),

@@ -21,17 +21,18 @@ METADATA = {
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 """transformers' module -> GGUF's, as llama.cpp's gguf-py has them."""
 
 
-def converted(theirs, model):
-    """A transformers state dict as llama.cpp's convert_hf_to_gguf.py names and permutes it."""
+def converted(theirs, model, architecture="llama"):
+    """A transformers state dict as llama.cpp's convert_hf_to_gguf.py names it, and permutes q and k of a Llama."""
     found = {}
     for name, tensor in theirs.items():
         heads = {"q_proj": model.num_heads, "k_proj": model.num_kv_heads}.get(name.split(".")[-2])
-        if heads:
+        if heads and architecture == "llama":
             tensor = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
         module, _, kind = name.rpartition(".")
         if module.startswith("model.layers."):
@@ -42,13 +43,23 @@ def converted(theirs, model):
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"bias": True, "qkv_bias": True}], ids=str)
-def test_weights_of_llama_cpp_s_conversion_are_those_it_was_made_from(changes):
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tied": False, "head_size": 12}),
+        ("llama", {"bias": True, "qkv_bias": True}),
+        ("qwen2", {"qkv_bias": True}),
+        ("qwen3", {"qk_norm": True, "head_size": 12}),
+    ],
+    ids=str,
+)
+def test_weights_of_llama_cpp_s_conversion_are_those_it_was_made_from(architecture, changes):
     model = shape(**LLAMA | changes)
     g = torch.Generator().manual_seed(0)
     ours = {name: torch.randn(size, generator=g) for name, size in mapping.shapes(model).items()}
-    file = converted(to_hf(model, "llama", ours), model)
-    plan = mapping.plan(model, gguf.FAMILY, {name: tuple(tensor.shape) for name, tensor in file.items()})
+    file = converted(to_hf(model, architecture, ours), model, architecture)
+    plan = mapping.plan(model, gguf.GGUF_FAMILIES[architecture], {name: tuple(tensor.shape) for name, tensor in file.items()})
     found = {one.name: one.ours([file[key] for key in one.keys], model) for one in plan.parameters}
     assert worst(found, ours)[0] == 0
     back = {key: tensor for one in plan.parameters for key, tensor in one.theirs(found[one.name], model).items()}
@@ -104,11 +115,13 @@ def test_linear_scaling():
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("general.architecture", "qwen2", "general.architecture = 'qwen2' has no counterpart here → only 'llama'"),
+        ("general.architecture", "phi3", "general.architecture = 'phi3' has no counterpart here → only llama, qwen2, qwen3 can be read"),
         ("general.architecture", 3, "general.architecture = 3, which is not text"),
         ("llama.expert_count", 8, "a mixture of experts has no counterpart"),
         ("llama.rope.dimension_count", 32, "llama.rope.dimension_count = 32 has no counterpart here → only 64"),
         ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type = 'yarn' has no counterpart"),
+        ("llama.attention.value_length", 32, "llama.attention.value_length = 32 has no counterpart here → only 64"),
+        ("llama.attention.sliding_window", 4096, "llama.attention.sliding_window = 4096 is shorter than llama.context_length = 8192"),
         ("llama.block_count", 10**30, "llama.block_count = 10+, which is not a count"),
         ("llama.embedding_length", None, "the GGUF file has no llama.embedding_length"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from models.conversion import mapping, read_config
 from parallel.errors import Mistake
@@ -50,7 +50,17 @@ CONFIGS = {
         },
     ),
     "llama, tied, biases": LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, hidden_act="gelu"),
+    "pythia, no biases of attention": GPTNeoXConfig(**NEOX, attention_bias=False),
+    "llama, biases of attention, wide heads": LlamaConfig(**LLAMA | dict(head_dim=12), attention_bias=True),
+    "llama, biases of the mlp": LlamaConfig(**LLAMA | dict(num_key_value_heads=1), mlp_bias=True),
+    "mistral, odd width": MistralConfig(**LLAMA | dict(hidden_size=36, head_dim=6), sliding_window=None),
+    "qwen2, a window that hides nothing": Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=LENGTH, max_window_layers=1),
+    "qwen3, one kv head, odd width": Qwen3Config(
+        **LLAMA | dict(num_key_value_heads=1, hidden_size=36, head_dim=16), tie_word_embeddings=True
+    ),
+    "qwen3, biases of attention": Qwen3Config(**LLAMA | dict(head_dim=8), attention_bias=True),
 }  # fmt: skip
+LLAMA_LIKE = dict(position="rotary", norm="rmsnorm", mlp="swiglu")
 LAYOUTS = [(1, False), (2, False), (4, False), (2, True), (4, True)]
 """(tensor ranks, sequence parallelism)"""
 IN_DOUBLE = ("gpt2", "gpt2, untied, n_inner", "pythia", "pythia, sequential residual")
@@ -179,6 +189,18 @@ def test_files_without_the_prefix_and_with_old_buffers_are_read():
     assert worst(mapping.from_hf(model, "gpt_neox", theirs), our_weights("pythia", torch.float32))[0] == 0
 
 
+def test_a_tied_table_may_be_in_the_files_under_the_head_s_name_alone():
+    """transformers reads the same model from such files."""
+    for case, family in (("gpt2", "gpt2"), ("llama 3.2, tied", "llama")):
+        theirs, model = dict(truth(case, torch.float32).theirs), read_config.settings(CONFIGS[case])
+        table = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[family]
+        del theirs[table]
+        assert "lm_head.weight" in theirs
+        assert worst(mapping.from_hf(model, family, theirs), our_weights(case, torch.float32))[0] == 0
+        with pytest.raises(Mistake, match="hold no (wte|embed_tokens).weight"):
+            mapping.from_hf(model.model_copy(update={"tied": False}), family, theirs)
+
+
 def test_low_precision_weights_keep_their_type():
     theirs = {name: tensor.bfloat16() for name, tensor in truth("llama", torch.float32).theirs.items()}
     assert {tensor.dtype for tensor in mapping.from_hf(read_config.settings(CONFIGS["llama"]), "llama", theirs).values()} == {
@@ -220,7 +242,11 @@ def test_fused_parts_of_the_wrong_heights_are_refused():
         ("gpt2", dict(norm="variant:Mine"), "model.norm = 'variant:Mine' is no gpt2"),
         ("gpt_neox", dict(position="rotary", residual="post_norm"), "model.residual = 'post_norm' is no gpt_neox → that has 'parallel' or"),
         ("llama", dict(position="rotary", rotary_fraction=0.5, norm="rmsnorm", mlp="swiglu"), "model.rotary_fraction = 0.5 is no llama"),
-        ("llama", dict(position="rotary", norm="rmsnorm", mlp="swiglu", bias=False), "model.bias = False with model.qkv_bias = True is no"),
+        ("llama", LLAMA_LIKE | dict(bias=False), "model.qkv_bias = True with model.output_bias = False is no llama → that has both or"),
+        ("llama", LLAMA_LIKE | dict(hidden_size=30, head_size=8), "model.num_heads = 4 with model.hidden_size = 30 is no llama"),
+        ("gpt2", dict(head_size=16), "model.head_size = 16 is no gpt2 → that has hidden_size / num_heads = 32 / 4"),
+        ("gpt2", dict(output_bias=False), "model.output_bias = False is no gpt2 → that has True"),
+        ("qwen3", LLAMA_LIKE | dict(bias=False, qkv_bias=False), "model.qk_norm = False is no qwen3 → that has True"),
     ],
 )  # fmt: skip
 def test_a_model_that_the_family_cannot_hold_is_refused(family, changes, words):

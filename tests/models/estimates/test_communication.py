@@ -58,6 +58,9 @@ def test_only_sequence_parallelism_sums_norms_and_biases() -> None:
     assert (partial.times, partial.elements, partial.operation) == (6, 192, "all_reduce")  # 2 weights, 2 + 2 biases
     (partial,) = [call for call in block_calls(model(**four, norm="rmsnorm", bias=False), 4, True, "none", 1) if call.formula == "h"]
     assert partial.times == 2
+    attention_bias = model(**four, norm="rmsnorm", bias=False, output_bias=True)
+    (partial,) = [call for call in block_calls(attention_bias, 4, True, "none", 1) if call.formula == "h"]
+    assert partial.times == 3
 
 
 def test_shared_kv_heads_are_gathered_among_those_that_share() -> None:

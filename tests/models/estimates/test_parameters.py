@@ -116,6 +116,7 @@ CHOICES = list(
 @pytest.mark.parametrize(("norm", "position", "mlp", "residual", "flag", "tied"), CHOICES)
 def test_the_built_model_has_as_many(norm: str, position: str, mlp: str, residual: str, flag: bool, tied: bool) -> None:
     settings = {"norm": norm, "position": position, "mlp": mlp, "residual": residual, "bias": flag, "qk_norm": flag, "qkv_bias": not flag}
+    settings |= {"head_size": 10, "output_bias": not flag} if tied else {}
     model = shape(2, 24, 4, 11, 8, GPT2, **settings, tied=tied, num_kv_heads=2, ffn_size=40)
     built = PlainModule(layers(model, Grid(), seed=0))
     assert parameters(model) == sum(parameter.numel() for _, parameter in unique_parameters(built))

@@ -40,7 +40,7 @@ def mlp(x: Tensor, weights: Weights, name: str, activate: Callable[[Tensor], Ten
 
 def attention(x: Tensor, weights: Weights, name: str, model: GPT, slopes: Tensor | None = None) -> Tensor:
     """Head by head: softmax over the past of q·k/√e (− slope · distance), then v. Key head i serves queries [i·g, (i+1)·g)."""
-    e, q_size, group = model.head_size, model.hidden_size, model.num_heads // model.num_kv_heads
+    e, q_size, group = model.head_size, model.num_heads * model.head_size, model.num_heads // model.num_kv_heads
     kv_size = model.num_kv_heads * e
     q, k, v = linear(x, weights, f"{name}.qkv").split([q_size, kv_size, kv_size], dim=-1)
     t = torch.arange(x.shape[1])

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from models import config as shapes
-from models.config import ROTARY
+from models.config import FOLLOWING, ROTARY
 from research.config import GPT, Data, Experiment, Optimizer, Schedule, schema, serialization
+from research.config.overrides import parse
 from research.config.serialization import build, load, resolved, save
 from research.config.settings import is_group, needs
 from tests.research.helpers.example import MODEL, OPTIMIZER, SCHEDULE, example, sentence
@@ -34,7 +35,12 @@ REFUSED = [
     ("model", "bias", 1, "model.bias = 1 does not work → use True or False"),
     ("model", "norm_eps", float("inf"), "model.norm_eps = inf does not work → use a finite number greater than 0"),
     ("model", "norm", "batch", "model.norm = 'batch' is not known → use layernorm, rmsnorm or variant:YourClass"),
-    ("model", "num_heads", 5, "model.num_heads = 5 does not divide model.hidden_size = 192 → use 1, 2, 3, 4, 6 or 8"),
+    (
+        "model",
+        "num_heads",
+        5,
+        "model.num_heads = 5 does not divide model.hidden_size = 192 → use 1, 2, 3, 4, 6 or 8, or set model.head_size",
+    ),
     ("optimizer", "lr", float("nan"), "optimizer.lr = nan does not work → use a finite number greater than 0"),
     ("optimizer", "decay", "cos", f"optimizer.decay = 'cos' is not known → use {', '.join(schema.DECAYS)} or variant:YourClass"),
     ("optimizer", "betas", (0.9, 1.0), f"optimizer.betas[1] = 1.0 does not work → {BETAS}"),
@@ -103,7 +109,7 @@ ADDED = {GPT: {"attention"}, Optimizer: {"name"}}
 def test_science_has_no_defaults() -> None:
     for kind in (GPT, Data, Schedule, Optimizer):
         optional = {name for name, field in kind.model_fields.items() if not field.is_required()}
-        assert optional <= {*ROTARY, "cache", "log_every", "validate_tokens", "decay_steps", *ADDED.get(kind, ())}
+        assert optional <= {*ROTARY, *FOLLOWING, "cache", "log_every", "validate_tokens", "decay_steps", *ADDED.get(kind, ())}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -161,6 +167,8 @@ def kept(now: dict, then: dict, *but: str) -> dict:
         name: {key: value[key] for key in then[name]} if isinstance(value, dict) and name != "deepspeed" else value
         for name, value in groups.items()
     }
+
+
 def without_schema_6(settings: dict) -> dict:
     """The settings without those that schema 6 has added, which must have their old meaning."""
     added = settings["schedule"].pop("validate_tokens"), settings["track"].pop("tags"), settings["track"].pop("job_type")
@@ -250,6 +258,28 @@ def test_schema_4_asked_nothing_on_the_way(tmp_path) -> None:
     assert (now["loss"], now["model"]["attention"], now["optimizer"]["name"]) == ("cross_entropy", "softmax", "adamw")
     save(found, path)
     assert load(path) == found
+
+
+def test_schema_5_had_heads_and_an_output_bias_that_followed(tmp_path) -> None:
+    settings = resolved(example()) | {"schema": 5}
+    for name in FOLLOWING:
+        del settings["model"][name]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = load(tmp_path / "config.json")
+    assert found == example() and (found.model.head_size, found.model.output_bias) == (32, True)
+
+
+def test_what_follows_is_saved_as_not_set_and_what_is_set_is_kept(tmp_path) -> None:
+    """So an override of what it follows from is followed, and a head size of one's own is not lost."""
+    for changes, saved, after in (({}, None, 64), ({"head_size": 32}, 32, 32), ({"head_size": 48, "output_bias": False}, 48, 48)):
+        save(example(model=changes), tmp_path / "config.json")
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["head_size"] == saved
+        found = load(tmp_path / "config.json")
+        assert found == example(model=changes)
+        assert parse(found, ["--model.hidden_size", "384"])[0].model.head_size == after
+        found.model.num_kv_heads = 3
+        found.model.num_heads = 3
+        assert found.model.head_size == after
 
 
 def test_schema_5_validated_on_all_of_the_held_out_text(tmp_path) -> None:

@@ -67,9 +67,8 @@ def test_settings_without_a_counterpart_are_refused_with_the_list(tmp_path):
     run = untrained(tmp_path, position="alibi", qk_norm=True)
     with pytest.raises(Mistake) as caught:
         export.main([str(run.path), str(tmp_path / "out")])
-    assert "no family of transformers that we write (gpt2, gpt_neox, llama) is this model: model.position = 'alibi' is no" in str(
-        caught.value
-    )
+    families = "gpt2, gpt_neox, llama, mistral, qwen2, qwen3"
+    assert f"no family of transformers that we write ({families}) is this model: model.position = 'alibi' is no" in str(caught.value)
     assert "; model.qk_norm = True is no" in str(caught.value) and not (tmp_path / "out").exists()
 
 

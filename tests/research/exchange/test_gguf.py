@@ -39,10 +39,10 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def expected(case: str) -> dict[str, torch.Tensor]:
     theirs = their_model(case)
-    return mapping.from_hf(read_config.settings(theirs.config), "llama", theirs.state_dict())
+    return mapping.from_hf(read_config.settings(theirs.config), theirs.config.model_type, theirs.state_dict())
 
 
-@pytest.mark.parametrize("case", [CASE, "llama 3, tied"])
+@pytest.mark.parametrize("case", [CASE, "llama 3, tied", "qwen2", "qwen3, one kv head, wide"])
 def test_weights_and_settings_are_those_of_the_model_that_was_converted(case, tmp_path):
     """Llama 3's scaling is in no field but in a tensor, which only a model of its original length has: left out here."""
     found, true = weights(write(tmp_path / "m.gguf", case)), expected(case)
@@ -81,6 +81,13 @@ def test_a_packed_file_is_imported_with_a_certificate_and_exported(packing, tmp_
     assert tokenizer(text).input_ids == words.encode(text) and words.decode(words.encode(text)) == text
     assert (tokenizer.eos_token, tokenizer.bos_token, words.end_of_text) == ("<|end|>", "<|begin|>", 0)
     assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_a_qwen3_is_imported_with_a_certificate(tmp_path, capsys):
+    """One kv head, heads wider than hidden / heads, norms of q and k; transformers reads the same file."""
+    run = imported(write(tmp_path / "m.gguf", "qwen3, one kv head, wide"), tmp_path, "mine")
+    assert "import m.gguf · GGUF qwen3 · " in (said := capsys.readouterr().out) and "parity   passed" in said
+    assert (serialization.load(run.config).model.head_size, serialization.load(run.config).model.qk_norm) == (16, True)
 
 
 def test_llama_3_s_factors_are_read_from_their_tensor(tmp_path):
@@ -139,7 +146,7 @@ def test_every_byte_of_the_header_may_be_wrong(tmp_path):
 
 
 OTHERS = {
-    "architecture": ({"general.architecture": "qwen2"}, {}, "general.architecture = 'qwen2' has no counterpart"),
+    "architecture": ({"general.architecture": "phi3"}, {}, "general.architecture = 'phi3' has no counterpart"),
     "split": ({"split.count": 3}, {}, "is one of 3 files → join them first"),
     "experts": ({"llama.expert_count": 8}, {}, "mixture of experts"),
     "left over": ({}, {"blk.0.attn_q_norm.weight": torch.ones(8)}, "hold 1 tensors that this model lacks, the first is blk.0.attn_q_norm"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,34 +75,81 @@ def test_a_name_that_is_no_token_of_it_adds_none(source):
     assert len(transformers.AutoTokenizer.from_pretrained(target)) == 300
 
 
+LONG = "x" * (LONGEST_TEMPLATE + 1)
 TEMPLATES = {
-    "in the table": ({"chat_template": CHAT}, None, CHAT),
+    "in the table": ({"chat_template": CHAT}, None, CHAT, None),
     "of several, the default": (
         {"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT}]}, None, CHAT,
+        "chat templates other than the default: 'tools'",
     ),
-    "a file of its own goes first": ({"chat_template": "other"}, CHAT, CHAT),
-    "of several, no default": ({"chat_template": [{"name": "tools", "template": "x"}]}, None, None),
-    "a list of anything": ({"chat_template": [3, None, "x", {"name": "default"}]}, None, None),
-    "a number": ({"chat_template": 3}, None, None),
-    "empty": ({"chat_template": ""}, None, None),
-    "endless": ({"chat_template": "x" * (LONGEST_TEMPLATE + 1)}, None, None),
-    "an endless file": ({}, "x" * (LONGEST_TEMPLATE + 1), None),
+    "of a table, the default": (
+        {"chat_template": {"tools": "x", "default": CHAT}}, None, CHAT, "chat templates other than the default: 'tools'",
+    ),
+    "a file of its own goes first": ({"chat_template": "other"}, CHAT, CHAT, None),
+    "of several, no default": (
+        {"chat_template": [{"name": "tools", "template": "x"}]}, None, None, "chat templates without one called 'default': 'tools': none",
+    ),
+    "of a table, no default": (
+        {"chat_template": {"tool_use": "x", "rag": "y"}}, None, None,
+        "chat templates without one called 'default': 'rag', 'tool_use': none",
+    ),
+    "a list of anything": ({"chat_template": [3, None, "x", {"name": "default"}]}, None, None, None),
+    "a number": ({"chat_template": 3}, None, None, "chat_template is no text: not taken"),
+    "empty": ({"chat_template": ""}, None, None, None),
+    "endless": ({"chat_template": LONG}, None, None, f"chat_template has {len(LONG)} characters, more than {LONGEST_TEMPLATE}: not taken"),
+    "an endless file": ({}, LONG, None, f"{TEMPLATE}: {len(LONG)} bytes, more than {LONGEST_TEMPLATE}: not taken"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
-def test_a_chat_template_is_kept_as_text(case, source):
-    table, file, expected = TEMPLATES[case]
+def test_a_chat_template_is_kept_as_text_or_a_sentence_says_that_it_is_not(case, source):
+    table, file, expected, said = TEMPLATES[case]
     change(source / CONFIG, **table)
     if file:
         (source / TEMPLATE).write_text(file)
-    target, config, _ = taken(source)
-    assert "chat_template" not in config
+    target = source.parent / "target"
+    target.mkdir()
+    sentences = copy_tokenizer(source / FILE, target, 64, {})
+    assert "chat_template" not in json.loads((target / CONFIG).read_text())
     assert ((target / TEMPLATE).read_text() if (target / TEMPLATE).exists() else None) == expected
+    assert len(sentences) == (said is not None) and (said or "") in "".join(sentences)
     if expected:
         theirs = transformers.AutoTokenizer.from_pretrained(target)
-        said = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-        assert said == "<|end|>user: Hi"
+        text = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        assert text == "<|end|>user: Hi"
+
+
+def test_templates_in_files_of_their_own_are_named(source):
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("x")
+    (source.parent / "target").mkdir()
+    assert copy_tokenizer(source / FILE, source.parent / "target", 64, {}) == [
+        "chat templates without one called 'default': 'rag': none is taken → serve RUN --chat_template FILE"
+    ]
+
+
+def test_an_older_file_names_special_tokens_where_transformers_reads_it(source):
+    """special_tokens_map.json goes before tokenizer_config.json, unless that lists the added tokens."""
+    change(source / CONFIG, eos_token="<|end|>")
+    change(source / "special_tokens_map.json", eos_token={"content": "a"})
+    assert transformers.AutoTokenizer.from_pretrained(source).eos_token == "a"
+    assert taken(source)[1]["eos_token"] == "a"
+    change(source / CONFIG, added_tokens_decoder={"0": {"content": "<|end|>", "special": True}})
+    shutil.rmtree(source.parent / "target")
+    assert transformers.AutoTokenizer.from_pretrained(source).eos_token == taken(source)[1]["eos_token"] == "<|end|>"
+
+
+def test_ids_that_are_none_are_named(source):
+    """Beyond the model's table, or no ids at all; a name that is no token."""
+    change(source / GENERATION, eos_token_id=[0, 300], pad_token_id="x")
+    change(source / CONFIG, unk_token="<nobody>")
+    (source.parent / "target").mkdir()
+    assert copy_tokenizer(source / FILE, source.parent / "target", 64, {}, 300) == [
+        "eos_token_id = [0, 300]: no ids of this model",
+        "pad_token_id = 'x': no ids of this model",
+        "tokenizer_config.json: unk_token = '<nobody>': no token of tokenizer.json that this model has a row for",
+    ]
+    assert json.loads((source.parent / "target" / GENERATION).read_text()) == {"bos_token_id": 0, "eos_token_id": 0}
 
 
 def test_a_template_is_never_rendered_on_the_way(source, tmp_path):

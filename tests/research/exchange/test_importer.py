@@ -3,11 +3,17 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from models.conversion import read_config
 from models.estimates.parameters import parameters
@@ -17,10 +23,11 @@ from parallel.errors import Mistake
 from research.cli import import_
 from research.config import serialization
 from research.data import tokenizer_file
-from research.exchange import parity
+from research.exchange import parity, tokenizer_parity
 from research.exchange.gguf import GGUFFile
 from research.exchange.hf_reader import HFFolder
 from research.exchange.importer import CERTIFICATE, CHECKPOINT, Import, opened
+from research.exchange.tokenizer_parity import IdsComparison
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import gguf_files
@@ -106,7 +113,8 @@ def test_the_folder_is_filled_and_the_certificate_says_from_what(folder, tmp_pat
         found = begun(source, tmp_path)
         certificate = found.fill(None, Console())
         staged = found.staging
-        assert certificate.passed and json.loads((staged.path / CERTIFICATE).read_text()) == certificate.table()
+        told = json.loads((staged.path / CERTIFICATE).read_text())
+        assert certificate.passed and told.pop("ids") == {"tokens": found.ids.tokens, "equal": True} and told == certificate.table()
         with Reader(latest(staged.checkpoints)) as reader:
             assert reader.facts["imported"].keys() == {path.name for path in source.files()}
             assert len(reader.facts["imported"]) > 3  # the index, the settings and every shard
@@ -150,6 +158,103 @@ def test_a_certificate_that_fails_is_returned_not_raised(folder, tmp_path, monke
     with opened(folder) as source:
         certificate = begun(source, tmp_path).fill(None, Console())
     assert not certificate.passed and certificate.table()["passed"] is False
+
+
+def changed(folder: Path, place: Path, case: str, **tables: dict) -> Path:
+    """A folder of a case with keys of its JSON files set."""
+    target = place / "changed"
+    shutil.copytree(folder, target) if case == CASE else their_folder(target, case)
+    for name, changes in tables.items():
+        path = target / f"{name}.json"
+        table = (json.loads(path.read_text()) if path.exists() else {}) | changes
+        path.write_text(json.dumps(table), encoding="utf-8-sig")  # with a byte-order mark, which transformers does not read
+    return target
+
+
+def test_what_transformers_reads_is_imported_whatever_is_not_said_there(folder, tmp_path, capsys):
+    """Tables with byte-order marks, keys that are null for a missing key, and a tied table under its head's name alone."""
+    model = changed(folder, tmp_path, "qwen3, one kv head, wide", config={"hidden_act": None, "rms_norm_eps": None}, generation_config={})
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with opened(model) as source:
+        found = begun(source, tmp_path)
+        assert found.fill(None, Console()).passed and found.left_out == []
+    assert "ids      equal to those of transformers' tokenizer" in capsys.readouterr().out
+
+
+def test_a_token_that_the_model_has_no_row_for_is_left_out_and_named(folder, tmp_path):
+    """As it is where somebody added a [PAD] and no row. One of the vocabulary itself is a Mistake that names it."""
+    model = changed(folder, tmp_path, CASE, tokenizer_config={"pad_token": "[PAD]"}, generation_config={"pad_token_id": 331})
+    table = json.loads((model / "tokenizer.json").read_text())
+    table["added_tokens"].append({**table["added_tokens"][0], "id": 331, "content": "[PAD]"})
+    (model / "tokenizer.json").write_text(json.dumps(table))
+    with opened(model) as source:
+        found = begun(source, tmp_path)
+        (found.staging.path / "tokenizer").mkdir()
+        _, tokenizer = found._make_tokenizer(None)
+    assert tokenizer.vocab_size == 300 and found.ids.difference is None
+    assert found.left_out[0] == "tokenizer.json: '[PAD]' (331): the model's table has no row for it, only 331"
+    assert "pad_token" not in (found.staging.path / "tokenizer" / "tokenizer_config.json").read_text()
+
+    table["added_tokens"].pop()
+    table["model"]["vocab"]["[LAST]"] = 331
+    (model / "tokenizer.json").write_text(json.dumps(table))
+    with opened(model) as source, pytest.raises(Mistake, match=r"has 332 tokens, the model 331 \(the last token is '\[LAST\]'\)"):
+        found = begun(source, tmp_path, tmp_path / "other")
+        (found.staging.path / "tokenizer").mkdir()
+        found._make_tokenizer(None)
+
+
+PREFIXED = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+
+
+def test_ids_are_those_of_transformers_also_where_it_changes_the_tokenizer(folder, tmp_path):
+    """add_prefix_space stands in tokenizer_config.json alone. What tokenizer.json puts behind a text is told and left out."""
+    model = changed(folder, tmp_path, CASE, tokenizer_config=PREFIXED)
+    backend = Tokenizer.from_file(str(model / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="<|end|> $A <|end|>", special_tokens=[("<|end|>", 0)])
+    backend.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_bytes((model / "tokenizer_config.json").read_bytes()[3:])  # for transformers itself, below
+    with opened(model) as source:
+        found = begun(source, tmp_path)
+        (found.staging.path / "tokenizer").mkdir()
+        _, tokenizer = found._make_tokenizer(None)
+    theirs = transformers.AutoTokenizer.from_pretrained(model)("Mr. Speaker,").input_ids
+    assert theirs == [*tokenizer.prompt("Mr. Speaker,"), 0] and tokenizer.begin == (0,)
+    assert theirs != their_tokenizer()("Mr. Speaker,").input_ids
+    told, tail = found.left_out
+    assert told.startswith(
+        "tokenizer.json as it stands: transformers' GPT2Tokenizer gives other ids, which are taken: token 1 of the text is"
+    )
+    assert told.endswith(f"→ --tokenizer {model}/tokenizer.json takes the file as it is") and tail.startswith(
+        "'<|end|>' at the end of a text"
+    )
+
+
+def test_ids_that_cannot_be_made_equal_are_refused_with_the_way_out(folder, tmp_path, monkeypatch):
+    different = IdsComparison(3, "token 2 of the text is [1] ('a') there and [2] ('b') here", ())
+    monkeypatch.setattr(tokenizer_parity, "compare", lambda *arguments: different)
+    words = r"transformers gives other ids: token 2 .* → --tokenizer .*/tokenizer.json takes the file as it is"
+    with opened(folder) as source, pytest.raises(Mistake, match=words):
+        begun(source, tmp_path).fill(None, Console())
+
+
+def test_no_message_names_a_temporary_path(folder, tmp_path):
+    """Neither where transformers cannot read the tokenizer or the model, nor where the staged tokenizer is of no use."""
+    model = changed(folder, tmp_path, CASE, tokenizer_config={"added_tokens_decoder": {"0": 3}, "eos_token": "<nobody>"})
+    with opened(model) as source:
+        found = begun(source, tmp_path)
+        (found.staging.path / "tokenizer").mkdir()
+        found._make_tokenizer(None)
+        assert any(sentence.startswith("token ids were not compared: transformers cannot read") for sentence in found.left_out)
+        (model / "model-00001-of-00008.safetensors").unlink(missing_ok=True)
+        for path in model.glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(Mistake) as caught:
+            found._their_logits()
+    for sentence in (*found.left_out, str(caught.value)):
+        assert str(found.staging.path) not in sentence and tempfile.gettempdir() not in sentence.replace(str(tmp_path), "")
 
 
 FULL = """

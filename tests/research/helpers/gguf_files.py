@@ -1,11 +1,10 @@
-"""GGUF files as llama.cpp's converter writes them, by its own writer: a small Llama with a tokenizer."""
+"""GGUF files as llama.cpp's converter writes them, by its own writer: a small model with a tokenizer."""
 
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from transformers import LlamaConfig
 
 from research.data import documents
 from tests.models.conversion.test_gguf import converted
@@ -36,12 +35,12 @@ def write(
 ) -> Path:
     """The model `case` of tests.research.hf_models; matrices packed as `packing`. `fields` replace metadata, `more` adds tensors."""
     theirs = their_model(case)
-    model: LlamaConfig = theirs.config
+    model: Any = theirs.config
     tokens, merges = tokens_and_merges()
     told = {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": "{{ messages }}"} | (
         fields or {}
     )
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, model.model_type)
     writer.add_block_count(model.num_hidden_layers)
     writer.add_context_length(model.max_position_embeddings)
     writer.add_embedding_length(model.hidden_size)
@@ -51,7 +50,9 @@ def write(
     writer.add_rope_freq_base(model.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(model.rms_norm_eps)
     writer.add_vocab_size(model.vocab_size)
-    writer.add_rope_dimension_count(model.hidden_size // model.num_attention_heads)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_merges(merges)
@@ -62,7 +63,7 @@ def write(
         {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
     weights = {name: tensor for name, tensor in theirs.state_dict().items() if not (name == "lm_head.weight" and model.tie_word_embeddings)}
     shape = type("Shape", (), {"num_heads": model.num_attention_heads, "num_kv_heads": model.num_key_value_heads})
-    for name, tensor in {**converted(weights, shape), **(more or {})}.items():
+    for name, tensor in {**converted(weights, shape, model.model_type), **(more or {})}.items():
         array = tensor.numpy()
         if packing is not None and array.ndim == 2:
             writer.add_tensor(name, gguf.quantize(array, packing), raw_dtype=packing)

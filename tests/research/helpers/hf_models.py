@@ -1,4 +1,4 @@
-"""Small models of all three families as transformers writes them to a folder, with a tokenizer, and what an import makes of them."""
+"""Small models of all families as transformers writes them to a folder, with a tokenizer, and what an import makes of them."""
 
 import copy
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from research.cli import import_
 from research.data import documents
@@ -40,6 +40,11 @@ CASES = {
     "llama, one kv head, biases": LlamaConfig(
         **LLAMA | dict(num_key_value_heads=1), attention_bias=True, mlp_bias=True, hidden_act="gelu"
     ),
+    "llama, biases of attention": LlamaConfig(**LLAMA, attention_bias=True),
+    "neox, no biases of attention": GPTNeoXConfig(**NEOX, attention_bias=False),
+    "mistral, odd width": MistralConfig(**LLAMA | dict(hidden_size=36, head_dim=6), sliding_window=LENGTH),
+    "qwen2": Qwen2Config(**LLAMA, head_dim=8),
+    "qwen3, one kv head, wide": Qwen3Config(**LLAMA | dict(num_key_value_heads=1, head_dim=16), tie_word_embeddings=True),
 }  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def test_zero_on_a_real_engine(stage: int) -> None:
     assert counted.sent["data"] == 4 * whole * {1: 1.5, 2: 2.5, 3: 1.5}[stage]
 
 
-SHARED = (("num_heads", 4), ("num_kv_heads", 1), ("qk_norm", True))
+SHARED = (("num_heads", 4), ("num_kv_heads", 1), ("qk_norm", True), ("head_size", 24), ("output_bias", False))
 ROTARY = (("position", "rotary"), ("rotary_fraction", 1.0), ("rotary_base", 1e4), ("rotary_scaling", "none"))
 POST = (("residual", "post_norm"), *ROTARY, ("tied", False))
 

@@ -25,7 +25,7 @@ DROPS = {f"{place}_dropout": 0.1 for place in ("embedding", "residual", "mlp", "
 ROTARY = {"position": "rotary", "rotary_fraction": 1.0, "rotary_base": 1e4, "rotary_scaling": "none"}
 LLAMA = {**ROTARY, "norm": "rmsnorm", "mlp": "swiglu", "num_kv_heads": 2, "bias": False, "qkv_bias": False}
 ALIBI = {"position": "alibi"}
-SHARED = {"num_kv_heads": 1, "qk_norm": True}
+SHARED = {"num_kv_heads": 1, "qk_norm": True, "head_size": 48, "output_bias": False}
 TP2, SP2, TP4 = TensorCase(2, False, "none"), TensorCase(2, True, "none"), TensorCase(4, False, "none")
 
 
