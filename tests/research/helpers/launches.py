@@ -228,9 +228,10 @@ def slurm(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def _environment(place: Place) -> dict[str, str]:
-    """The environment of a new terminal, with an empty home and no W&B account."""
+    """The environment of a new terminal in which .venv is active, with an empty home and no W&B account."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
-    return kept | {"HOME": str(place.home), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"HOME": str(place.home), "VIRTUAL_ENV": sys.prefix, "PATH": path}
 
 
 def _role(process: psutil.Process) -> str:

@@ -28,7 +28,23 @@ STEPS, TOKENS_PER_STEP, BATCH = 6, 256, 8
 TRAIN = {"train/loss", "train/ppl", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/memory_mb"}
 VALIDATION = {"val/loss", "val/ppl", "val/bits_per_byte", "val/tokens"}
 PROGRESS = {"progress/step", "progress/tokens", "progress/samples", "progress/applied_steps", "progress/seconds"}
-LABELS = ["gpt_sotu", "config", "machine", "layout", "batch", "model", "data", "tracking", "", "step", *"123", "val", *"456", "val"]
+LABELS = [
+    "starting",
+    "gpt_sotu",
+    "config",
+    "machine",
+    "layout",
+    "batch",
+    "model",
+    "data",
+    "tracking",
+    "",
+    "step",
+    *"123",
+    "val",
+    *"456",
+    "val",
+]
 ENDING = ["saved", "done", "sample", "next", "wandb", "python"]
 DEEPSPEED_SAYS = re.compile(r"^\[[\d :,-]+\] \[(INFO|WARNING)\] \[(runner|launch|real_accelerator)\.py:")
 LAYOUTS = ["alone", "tensor_2", "pipe_2", "data_2"]
@@ -104,6 +120,7 @@ def test_what_is_read_in_a_pipe(alone: Ended) -> None:
     prepared = [line for line in lines if line.startswith(("training ", "tokenizing ")) and line.endswith(" …")]
     labels = [line.split()[0] if line else "" for line in lines if line not in prepared]
     assert labels == LABELS + ENDING
+    assert lines.pop(0) == "starting gpt_sotu on 1 rank …"
     assert len(prepared) == 3
     assert "\x1b" not in alone.out and "\r" not in alone.out
     assert re.match(r"gpt_sotu · run gpt_sotu-[0-9a-f]{6} · (unknown|[0-9a-f]{7,}) \((clean|dirty)\) · \S+$", lines[0])
@@ -126,11 +143,11 @@ def test_deepspeed_adds_its_launchers_lines_only(tensor_2: Ended) -> None:
     assert tensor_2.err == ""
     ours = [line for line in tensor_2.out.splitlines() if not DEEPSPEED_SAYS.match(line)]
     assert [line.split()[0] if line else "" for line in ours] == [label for label in LABELS + ENDING if label != "wandb"]
-    assert ours[0].startswith("gpt_sotu · run ")
+    assert ours[0] == "starting gpt_sotu on 2 ranks …" and ours[1].startswith("gpt_sotu · run ")
 
 
 def test_torchrun_adds_its_note_on_threads_only(pipe_2: Ended) -> None:
-    assert pipe_2.out.startswith("gpt_sotu · run ")
+    assert pipe_2.out.startswith("starting gpt_sotu on 2 ranks …\ngpt_sotu · run ")
     assert all("torch/distributed/run.py" in line for line in pipe_2.err.splitlines())
 
 
