@@ -67,7 +67,8 @@ def test_a_run_without_w_b_gets_a_whole_one_and_only_once(folder: RunFolder) -> 
 
     records = inspected(folder)
     (about,) = of(records, "run")
-    assert (about["run_id"], about["project"], about["run_group"], about["tags"]) == (folder.title, "tessera", "gpt", ["tensor 2", "fp32"])
+    assert (about["run_id"], about["project"], about["run_group"]) == (folder.title, "tessera", "gpt")
+    assert (about["tags"], about["job_type"]) == (["tensor 2", "fp32", "mine"], "ablation")
     assert about["config"]["update"]["model"] == CONFIG["model"] and about["config"]["update"]["git"]["commit"] == "1a2b3c4"
     *rows, table, picture = [row["item"] for row in of(records, "history")]
     assert [row["progress/step"] for row in rows] == [10, 20, 20, 20, 20, 20] and rows[2]["val/bits_per_byte"] == 2.17

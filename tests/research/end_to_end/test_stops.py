@@ -110,7 +110,7 @@ def test_ctrl_c_while_python_imports_torch(launched) -> None:
     launch = launched("python", **LONG)
     until(lambda: "libtorch" in Path(f"/proc/{launch.processes[0].pid}/maps").read_text())
     ended = stopped(launch, gone_within=10.0)
-    assert (ended.code, ended.out, ended.err) == (-signal.SIGINT, "", "")
+    assert (ended.code, ended.out, ended.err) == (-signal.SIGINT, "starting gpt_sotu on 1 rank …\n", "")
 
 
 def test_ctrl_c_while_a_rank_waits_for_the_others(launched) -> None:
@@ -119,7 +119,7 @@ def test_ctrl_c_while_a_rank_waits_for_the_others(launched) -> None:
     launch = launched("python", environ=slurm(0, 2, port), **LONG)
     until(lambda: listening(port))
     ended = stopped(launch, gone_within=10.0)
-    assert (ended.code, ended.out, ended.err) == (-signal.SIGINT, "", "")
+    assert (ended.code, ended.out, ended.err) == (-signal.SIGINT, "starting gpt_sotu on 2 ranks …\n", "")
 
 
 def listening(port: int) -> bool:

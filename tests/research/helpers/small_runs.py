@@ -219,13 +219,13 @@ def other_seed_on_rank_1(rank: int) -> None:
 
 def other_text_on_rank_1(rank: int) -> None:
     """The training text of rank 1's machine is damaged; rank 0's is not."""
-    from research.training import setup
+    from research.data import prepare
 
     def damaged(*arguments: Any) -> Any:
         raise Mistake("data.train = 'train.txt' is damaged → copy it again")
 
     if rank == 1:
-        setup.load_corpus = damaged
+        prepare.load = damaged
 
 
 def crash_before_step_1(rank: int) -> None:

@@ -50,7 +50,7 @@ def test_next_names_only_what_there_is(tmp_path, monkeypatch):
     folder = run_folder.create(tmp_path, "gpt")
     folder.wandb.mkdir()
     shown: list[str] = []
-    run = SimpleNamespace(folder=folder, corpus=None, console=SimpleNamespace(next=lambda commands: shown.extend(commands)))
+    run = SimpleNamespace(folder=folder, corpus=None, console=SimpleNamespace(next=lambda commands, first: shown.extend(commands)))
     finish.show_next_commands(run)
     assert shown == ["python -m research runs"]
 

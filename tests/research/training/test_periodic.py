@@ -210,7 +210,7 @@ def test_nothing_is_measured_of_a_model_that_looks_ahead(monkeypatch: pytest.Mon
         job=SimpleNamespace(experiment=example(**ASKED)), engine=None, step=4, corpus=None,
         console=SimpleNamespace(warn=warned.append), meter=SimpleNamespace(paused=contextlib.nullcontext),
     )  # fmt: skip
-    periodic = Periodic(run, [], PROMPTS)
+    periodic = Periodic(run, None, [], PROMPTS)
     periodic.carry_out(["evaluation", "samples"])
     assert warned == [f"no {what} after step 4: token 1 of a text gets other logits" for what in ("evaluation", "sample")]
     assert periodic.due == []

@@ -15,6 +15,7 @@ import pytest
 from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from research.config import Experiment, schema, serialization
+from research.config.diff import diff
 from research.tracking import metrics, run_folder
 from research.tracking.run_folder import FAILED, FINISHED, IMPORTED, INTERRUPTED, RUNNING, RunFolder
 from research.training import resume
@@ -294,7 +295,8 @@ def settled(changes: dict) -> Experiment:
 
 @pytest.mark.parametrize(("then", "now", "differences", "said"), AT_120)
 def test_bit_for_bit_is_said_only_where_nothing_that_matters_has_changed(then: dict, now: dict, differences: dict, said: str) -> None:
-    changes = resume.allowed(settled(then), settled(now), "the run")
+    changes = diff(settled(then), settled(now))
+    assert resume.science(changes) == []
     assert resume.continuation(120, changes, settled(now), differences, True, "cpu") == said
     assert (
         resume.continuation(120, changes, settled(now), differences, False, "cpu")
