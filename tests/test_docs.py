@@ -31,9 +31,31 @@ SMALL = {
 NOT_RUN = {
     r"make (train|test)\b.*": "sets up a virtual environment; its commands are run by CI",
     r"pip install .*": "the packages are there",
+    r"source \.venv/bin/activate.*": "the tests' interpreter is first on the PATH",
     r".*\bwandb login\b.*": "needs an account",
     r"wandb leet .*": "is a program for a terminal, and ends at a key",
 }
+QUESTION = '{"query": "Is snow warm?", "choices": ["no", "yes"], "gold": 0}\n'
+FILES = {
+    "prompts.jsonl": '{"prompt": "My fellow citizens"}\n{"prompt": "We"}\n',
+    "data/wikitext2/test.txt": " = Title = \n \n The cats sleep , and the union of the states is strong . \n",
+    "data/lambada/test.jsonl": '{"text": "The state of the union is strong"}\n',
+    "my_pairs.jsonl": '{"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."}\n',
+    "my_questions.jsonl": QUESTION,
+    "my_tasks/test.jsonl": QUESTION,
+    "my_tasks/my_task.yaml": """
+task: my_task
+dataset_path: json
+dataset_kwargs: {data_files: {test: my_tasks/test.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{query}}"
+doc_to_choice: choices
+doc_to_target: "{{gold}}"
+metric_list: [{metric: acc}]
+""",
+}
+"""Files of the reader's own that pages name."""
 SERVERS = re.compile(r"^(python -m research serve .*?)(\s+#.*)?$", re.MULTILINE)
 PREAMBLE = r"""
 set -euo pipefail
@@ -78,11 +100,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if (ROOT / ".cache").is_dir():  # tokenizers and token stores
         shutil.copytree(ROOT / ".cache", folder / ".cache")
     run(folder, "deepspeed --num_gpus 2 experiments/gpt_sotu/launch.py --parallel.tensor 2 --checkpoints.every 20")
+    run(folder, "python experiments/gpt_sotu_dyt/launch.py")
     their_folder(folder / "hf_model", "llama, grouped")
-    (folder / "prompts.jsonl").write_text('{"prompt": "My fellow citizens"}\n{"prompt": "We"}\n')
     words = (ROOT / "README.md").read_text("utf-8").split()
-    (folder / "book.txt").write_text("\n".join(" ".join(words[i % 500 :][:40]) for i in range(3000)))
-    shutil.copyfile(folder / "book.txt", folder / "held_out.txt")
+    book = "\n".join(" ".join(words[i % 500 :][:40]) for i in range(3000))
+    for name, text in {**FILES, "book.txt": book}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, "utf-8")
     return folder
 
 

@@ -205,7 +205,7 @@ def _announce(task: Task, running: "Running") -> None:
     assert isinstance(decoder, Decoder)
     cache = "none" if decoder.uncached else memory(decoder.cache_bytes / 1e6)
     per_rank = f" on each of {task.arguments.tensor} tensor ranks" if task.arguments.tensor > 1 else ""
-    size = compact(parameters(task.experiment.model) or 0)
+    size = compact(parameters(task.experiment.model) or sum(p.numel() for p in decoder.module.parameters()) * task.arguments.tensor)
     template = service.chat_template
     ends = " ".join(repr(end) for end in (*map(service.tokenizer.backend.id_to_token, template.end_ids), *template.stops))
     access = "with the token" if task.token else "this machine only"
