@@ -205,13 +205,14 @@ def _announce(task: Task, running: "Running") -> None:
     assert isinstance(decoder, Decoder)
     cache = "none" if decoder.uncached else memory(decoder.cache_bytes / 1e6)
     per_rank = f" on each of {task.arguments.tensor} tensor ranks" if task.arguments.tensor > 1 else ""
-    size = compact(parameters(task.experiment.model) or sum(p.numel() for p in decoder.module.parameters()) * task.arguments.tensor)
+    counted = parameters(task.experiment.model)  # None with classes of variant.py
+    size = f" · {compact(counted)} parameters" if counted else ""
     template = service.chat_template
     ends = " ".join(repr(end) for end in (*map(service.tokenizer.backend.id_to_token, template.end_ids), *template.stops))
     access = "with the token" if task.token else "this machine only"
     bearer = f' -H "Authorization: Bearer $(cat {task.arguments.token_file})"' if task.token else ""
     example = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}'
-    _log(f"serve    {service.name} · step {service.step} · {size} parameters · {service.precision}")
+    _log(f"serve    {service.name} · step {service.step}{size} · {service.precision}")
     _log(f"cache    {service.slots} slots × {service.context} tokens · {cache}{per_rank} · {task.limits.queue} more may wait")
     if decoder.uncached:
         _log(f"warning  {decoder.uncached}")
