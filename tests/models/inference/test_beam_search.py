@@ -58,8 +58,12 @@ def their_beams(case: str, seed: int, prompt: list[int], beams: int, **settings)
     return list(zip([tuple(text[:end]) for text, end in zip(texts, ends, strict=True)], found.sequences_scores.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    # The settings are tried quickly with one family, the families with one setting.
+    [pytest.param(c, s, marks=() if c == "gpt2" or not s else pytest.mark.slow) for c in CONFIGS for s in SETTINGS],
+    ids=str,
+)
 def test_beams_are_those_of_transformers(case, settings):
     """Every beam, best first, with scores to 1e-4. Three models, two prompts, two and four beams."""
     ended = set()

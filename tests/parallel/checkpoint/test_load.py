@@ -97,7 +97,7 @@ def resumed(folder: Path, layout: str, subject: str = "dropping", precision: str
 SAME = [(layout, "dropping", precision) for layout in LAYOUTS for precision in ("fp32", "bf16") if layout not in ("PP4", "ZeRO-3 on three")]
 SAME += [("PP4", "dropping, four blocks", "bf16"), ("TP2", "llama", "fp32"), ("TP2·PP2", "llama", "bf16")]
 SAME += [(layout, "dropping", "fp16") for layout in ("one rank", "TP2", "PP2", "ZeRO-2", "ZeRO-3")]
-SOON = {("TP2·PP2", "fp32"), ("ZeRO-3", "fp32"), ("DP2", "bf16"), ("one rank", "fp16")}
+SOON = {("ZeRO-3", "fp32"), ("DP2", "bf16"), ("one rank", "fp16")}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_comparison_can_fail(what: str, uninterrupted, tmp_path: Path) -> No
 # Another layout.
 
 PAIRS = [(a, b) for a in MATRIX for b in MATRIX]
-SHORT = [("one rank", "TP2·PP2"), ("ZeRO-3", "TP2"), ("TP2·PP2", "ZeRO-3")]
+SHORT = [("one rank", "TP2·PP2"), ("ZeRO-3", "TP2")]
 OTHER = [("dropping", *pair) for pair in PAIRS]
 OTHER += [("llama", "TP2·PP2", "ZeRO-3"), ("llama", "ZeRO-3", "TP2"), ("dropping", "TP4", "ZeRO-3"), ("dropping", "ZeRO-3", "TP4")]
 OTHER += [("dropping, four blocks", "PP4", "TP2"), ("dropping, four blocks", "ZeRO-3, all offloaded", "PP4")]

@@ -94,6 +94,10 @@ COSTLY = {  # seconds each, and others show the same in the quick tests: these r
     ("tied", "TP2·ZeRO-2"),
     ("untied", "ZeRO-3"),
     ("llama", "TP2·ZeRO-3"),
+    ("tied", "TP2·DP2"),  # in the quick tests: DP2 and TP2·PP2
+    ("untied", "TP2·PP2"),  # likewise: with the tied and the llama model
+    ("dropping", "TP2·SP, selective"),  # likewise: TP2·SP of the llama model, and TP2·PP2·SP, selective, of it
+    ("dropping", "DP2, selective"),
 }
 GRIDS_OF_FOUR = {
     "TP4": dict(tensor=4, micro=8),
@@ -121,7 +125,7 @@ FOUR = on_four_ranks()
 LAYOUTS |= {name: (4, {"micro": 2, **settings}) for name, settings in FOUR.items()}
 LOW = [("tied", layout) for layout in ("TP2", "PP2", "DP2", "TP2·PP2", "ZeRO-2", "ZeRO-3")] + [("untied", "TP2·PP2")]
 LOW += [("dropping", "TP2·SP, selective")]
-COSTLY_IN_BF16 = {pair for pair in LOW if pair not in (("tied", "TP2·PP2"), ("tied", "ZeRO-3"))}
+COSTLY_IN_BF16 = {pair for pair in LOW if pair != ("tied", "TP2·PP2")}
 
 
 def cases(pairs: list[tuple[str, str]], costly: set[tuple[str, str]]) -> list:
@@ -247,7 +251,7 @@ def test_one_rank_trains_as_torch_alone_does(subject: str) -> None:
 # Evaluation in between.
 
 
-@pytest.mark.parametrize("layout", ["one rank", "PP2", "ZeRO-3"])
+@pytest.mark.parametrize("layout", ["one rank", "PP2", pytest.param("ZeRO-3", marks=pytest.mark.slow)])
 def test_evaluation_does_not_disturb_training(layout: str) -> None:
     world, settings = LAYOUTS[layout]
     between = run_ranks(training.call, world, dict(settings, steps=5, evaluate_every=1, weights=True))

@@ -223,7 +223,7 @@ def unclipped(layout: str, window: int, spoil: Callable | None = None) -> dict:
     return run_ranks(training.call, LAYOUTS[layout][0], settings(layout, NEVER, window, clip=0.0, spoil=spoil))[0]
 
 
-@pytest.mark.parametrize("layout", ["one rank", "ZeRO-3"])
+@pytest.mark.parametrize("layout", ["one rank", pytest.param("ZeRO-3", marks=pytest.mark.slow)])
 def test_a_growing_scale_changes_neither_norms_nor_updates(layout: str) -> None:
     """Nothing clipped, which would hide it: against a scale that stays."""
     grown, stays = unclipped(layout, WINDOW), unclipped(layout, NO_GROWTH)

@@ -177,7 +177,7 @@ def test_a_launcher_that_was_killed_is_a_crash_whatever_it_returns(stub: Stub) -
     assert done.returncode == 0 and stub.arguments == [[], stub.resumed]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGTERM)), signal.SIGUSR1])
 def test_a_signal_goes_on_to_the_launch_and_ends_it(number: int, stub: Stub) -> None:
     process = stub.start({"run": "a", "sleep": 1000})
     until(lambda: (stub.runs / "stub/a/run.json").exists())

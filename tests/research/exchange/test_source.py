@@ -90,7 +90,7 @@ def logits_on_this_rank(jobs: list[tuple[dict, str]]) -> list:
     return found
 
 
-@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("tensor", [pytest.param(degree, marks=pytest.mark.slow) for degree in (1, 2, 4)])
 def test_an_imported_model_has_transformers_logits_on_every_degree(tensor, there):
     """Largest difference of a logit ≤ 1e-5 of the largest logit, fp32, read from the run's folder by each rank."""
     runs = {case: there(case)[1] for case in CASES}

@@ -100,7 +100,8 @@ def test_an_offline_run_whose_process_died_is_written_again(number: int, tmp_pat
     assert [ended["exit_code"] for ended in of(inspected(folder), "exit")] == [0]
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_dead_wandb_process_costs_the_mirror_at_most(number: int, tmp_path: Path) -> None:
     told, errors = launch(tmp_path, kill=int(number), again=False)
     assert len(told["notes"]) == 1 and "metrics.jsonl has every row" in told["notes"][0] and "Traceback" not in errors

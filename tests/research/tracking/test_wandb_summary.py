@@ -43,6 +43,7 @@ def segments(folder: RunFolder) -> list[list[dict]]:
     return found
 
 
+@pytest.mark.slow
 def test_an_offline_run_has_a_second_segment(tmp_path):
     """Within a sweep, where W&B draws the run's id, too; `wandb leet` then still opens the segment that has the rows."""
     sweep = {"WANDB_SWEEP_ID": "abcd1234"}
