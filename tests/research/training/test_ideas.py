@@ -203,4 +203,4 @@ def test_an_optimizer_that_does_not_say_what_it_keeps_is_refused(stage: IdeaStag
     finally:
         (loaded.folder / "variant.py").write_text(examples())
     assert silent.codes == [2] and "the optimizer Momentum does not say what it keeps per parameter" in silent.said
-    assert not silent.rows(), "refused before the first step"
+    assert silent.run is None, "refused before its first step"
