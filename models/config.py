@@ -138,6 +138,11 @@ class GPT(BaseModel):
         return self
 
 
+def has_variants(model: GPT) -> bool:
+    """Whether a setting of the model names a class of the experiment's variant.py."""
+    return any(getattr(model, setting).startswith(VARIANT) for setting in CHOICES)
+
+
 def chosen(setting: str, value: str, registered: Mapping[str, Any], variants: Mapping[str, Any]) -> Any:
     """What `setting` = `value` names: an entry of `registered`, or with 'variant:Name' one of `variants`, those of variant.py by name."""
     if not value.startswith(VARIANT):

@@ -30,6 +30,7 @@ from research.config import Experiment, serialization
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of
+from research.generation.batching import CANCELLED
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec, restored
 from research.generation.settings import DEFAULT_TOKENS, GenerationSettings, text_seed
@@ -154,19 +155,24 @@ class Model:
     def attention(self, ids: Ids, layer: str | int) -> Tensor:
         """The attention probabilities 'h s s' (query head, query, key) of a block, `3` or `blocks.3`. A batch: 'b h s s'.
 
-        The block's own core is called with the identity as values, so that this is what an attention class of a variant.py does, too.
+        The block's own core is called with the identity as values, so that this is what a `core_class` of a variant.py does, too. A
+        Mistake if the block has no `attention.core`, or does not call it.
         """
         name = f"blocks.{layer}" if isinstance(layer, int) else layer
         blocks = [layer.name for layer, _ in self.module.steps if layer.is_block]
         if name not in blocks:
             raise Mistake(f"{name} is not a block of {self.folder.title} → use {nearest(name, blocks) or listed(blocks)}")
-        core = self.module.get_submodule(f"{name}.attention.core")
+        core = next((part for path, part in self.module.named_modules() if path == f"{name}.attention.core"), None)
+        if core is None:
+            raise Mistake(f"{name} has no attention.core, whose probabilities could be read → use a block with an Attention and its core")
         found: list[Tensor] = []
         hook = core.register_forward_pre_hook(lambda core, inputs: found.append(_probabilities(core.forward, inputs)))
         try:
             self.module(self._batch(ids))
         finally:
             hook.remove()
+        if not found:
+            raise Mistake(f"{name}.attention does not call its core → let its forward call self.core, or write a core_class instead")
         return _result(found[0], ids)
 
     def generate(
@@ -181,16 +187,21 @@ class Model:
     def stream(
         self, prompt: str, max_new_tokens: int | None = None, seed: int = 0, stop: str | Iterable[str] = (), **sampling: Any
     ) -> Iterator[str]:
-        """The pieces of the text of `generate`, as they become certain."""
+        """The pieces of the text of `generate`, as they become certain. One stream at a time: a later text ends an unfinished stream.
+
+        The ended stream raises a Mistake when it is continued.
+        """
         room = self._generator.context - len(self.tokenizer.prompt(prompt))
         tokens = max(1, min(DEFAULT_TOKENS, room)) if max_new_tokens is None else max_new_tokens
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         settings = GenerationSettings(tokens, SamplingParams(**sampling), text_seed(seed, 0, 0), stops)
         self._generator.clear()
-        self._generator.submit(prompt, settings)
-        while self._generator:
-            for stepped in self._generator.step():
-                yield stepped.fresh
+        text = self._generator.submit(prompt, settings)
+        while text.finish is None:
+            if text in self._generator.step():
+                yield text.fresh
+        if text.finish == CANCELLED:
+            raise Mistake("this stream was ended by a later text of the same model → read one stream to its end, or load the model twice")
 
     @cached_property
     def _generator(self) -> TextGenerator:

@@ -7,7 +7,7 @@ no closed form.
 
 from dataclasses import replace
 
-from models.config import CHOICES, GPT, VARIANT
+from models.config import GPT, has_variants
 from parallel.traffic import Call
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -16,8 +16,8 @@ CONJUGATE = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "al
 
 
 def has_closed_form(model: GPT) -> bool:
-    """Whether no setting of the model names a class of a variant.py."""
-    return not any(getattr(model, setting).startswith(VARIANT) for setting in CHOICES)
+    """Whether the model's communication and parameters can be computed from its settings: not with classes of a variant.py."""
+    return not has_variants(model)
 
 
 def tensor_calls(model: GPT, tensor: int, sequence: bool, recompute: str, micro_batch: int) -> list[Call]:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.config import GPT
-from models.estimates.communication import has_closed_form
+from models.config import GPT, has_variants
 from models.inference.packed_weights import pack_weights
 from models.inference.sequences import CachedSequences, Sequences, UncachedSequences
 from models.inference.variant_check import full_logits, refuse_dependent_logits, why_uncached
@@ -36,12 +35,11 @@ class Decoder:
         self.module, self.model, self.grid, self.slots, self.length = module.eval(), model, grid, slots, length
         self.uncached: str | None = None
         """Why there is no KV cache, as a sentence without a full stop; None if there is one."""
-        has_variants = not has_closed_form(model)
-        if has_variants:
+        if has_variants(model):
             refuse_dependent_logits(module, model, grid, length)
-            if reason := why_uncached(module, model, grid, slots, length):
+            if reason := why_uncached(module, model, grid, length):
                 self.uncached = f"no KV cache, so each token costs a pass over the whole text: {reason}"
-        pack_weights(module, slots, release=not has_variants)
+        pack_weights(module, slots, release=not has_variants(model))
         self.sequences: Sequences = UncachedSequences(module) if self.uncached else CachedSequences(module, model, grid, slots, length)
 
     @property

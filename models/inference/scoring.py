@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from models.config import GPT
-from models.estimates.communication import has_closed_form
+from models.config import GPT, has_variants
 from models.inference.variant_check import refuse_dependent_logits
 from parallel.cross_entropy import vocab_parallel_argmax, vocab_parallel_cross_entropy
 from parallel.grid import Grid
@@ -26,7 +25,7 @@ class TokenScorer:
 
     def __init__(self, module: PlainModule, model: GPT, grid: Grid, at_once: int = ROWS) -> None:
         self.module, self.model, self.grid, self.at_once = module.eval(), model, grid, at_once
-        if not has_closed_form(model):
+        if has_variants(model):
             refuse_dependent_logits(module, model, grid, model.seq_length)
 
     @torch.inference_mode()

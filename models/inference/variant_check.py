@@ -22,7 +22,8 @@ from parallel.layers import PlainModule
 TOLERANCE = 1e-4
 """Largest allowed difference of a logit, relative to the largest logit of the same token."""
 ROWS = 8
-"""Rows of the cache that are used at once; each is tried on its part of the context."""
+"""Rows of the trial's cache, whatever number of rows the decoder will have. Each is tried on its part of the context, so that the
+number of steps, which are sequential, is an eighth of the context."""
 CHUNK = 1024
 """The number of positions whose logits are held at once."""
 
@@ -70,12 +71,12 @@ def refuse_different(errors: Tensor, shorter: int, length: int, tolerance: float
         )
 
 
-def why_uncached(module: PlainModule, model: GPT, grid: Grid, slots: int, length: int) -> str | None:
+def why_uncached(module: PlainModule, model: GPT, grid: Grid, length: int) -> str | None:
     """None if every position of `length` gets the logits of a whole pass when it is decoded with a KV cache; else what is different."""
     with _at_least_fp32(module), torch.inference_mode():
         ids = trial_ids(model, length)
         whole = module.hidden(torch.tensor([ids], device=next(module.parameters()).device))[0]
-        sequences = CachedSequences(module, model, grid, min(slots, ROWS), length)
+        sequences = CachedSequences(module, model, grid, min(ROWS, length), length)
         try:
             errors = _cached_errors(sequences, model, grid, ids, whole)
         except torch.OutOfMemoryError:
@@ -124,10 +125,12 @@ def difference(found: Tensor, expected: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _at_least_fp32(module: PlainModule) -> Iterator[None]:
-    """Makes the module's parameters and buffers at least fp32. They return to their own precision without a change of a value."""
-    dtype = next(module.parameters()).dtype
-    module.to(torch.promote_types(dtype, torch.float32))
+    """Makes the module's parameters and buffers at least fp32. Each returns to its own precision without a change of a value."""
+    own = [(tensor, tensor.dtype) for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    for tensor, dtype in own:
+        tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32))
     try:
         yield
     finally:
-        module.to(dtype)
+        for tensor, dtype in own:
+            tensor.data = tensor.data.to(dtype)

@@ -69,9 +69,9 @@ class Engine:
         held_out_loss: Loss | None = None,
         optimizer_class: type | None = None,
     ) -> None:
-        """`held_out_loss`: the loss of `evaluate_batch`; None: `loss`. `optimizer_class`: None for AdamW; else it is created as
+        """`held_out_loss` is the loss of `evaluate_batch`; None: `loss`. `optimizer_class` is None for AdamW; any other is created as
 
-        optimizer_class(parameter groups, lr=…, betas=…, eps=…, weight_decay=…).
+        optimizer_class(parameter groups, lr=…, betas=…, eps=…, weight_decay=…)
         """
         refuse_precision(settings.precision)
         self.grid, self.settings, self.loss, self.device = grid, settings, loss, device()
@@ -222,8 +222,16 @@ class PipeEngine(Engine):
 
     fixed_shape = True  # DeepSpeed's buffers are made once, for the training micro-batch's shape
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        loss: Loss,
+        grid: Grid,
+        settings: EngineSettings,
+        held_out_loss: Loss | None = None,
+        optimizer_class: type | None = None,
+    ) -> None:
+        super().__init__(layers, loss, grid, settings, held_out_loss, optimizer_class)
         reduce_tied_accumulated(self.deepspeed)
 
     def _build_module(self, layers: Sequence[Layer]) -> tuple[Pipeline, None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parallel.engines.deepspeed_config import STATE_NAME
 from parallel.engines.engine import Engine
-from parallel.errors import Mistake
+from parallel.errors import Mistake, listed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two moments, by torch's names. The first kind of state of a parameter is its fp32 "weights"."""
@@ -36,14 +36,23 @@ class Fragment:
 
 def kinds_of(engine: Engine) -> tuple[str, ...]:
     """The tensors that a checkpoint holds of every parameter: its fp32 "weights", then the optimizer's state by its own names."""
-    inner = engine.optimizer.optimizer
-    names = MOMENTS if isinstance(inner, torch.optim.AdamW) else getattr(inner, STATE_NAMES, None)
+    return ("weights", *state_names_of(type(engine.optimizer.optimizer)))
+
+
+def state_names_of(optimizer: type) -> tuple[str, ...]:
+    """The tensors that an optimizer's class says it keeps per parameter; a Mistake if it does not say so in a usable form."""
+    names = getattr(optimizer, STATE_NAMES, MOMENTS if issubclass(optimizer, torch.optim.AdamW) else None)
     if not isinstance(names, tuple) or not all(isinstance(name, str) and STATE_NAME.fullmatch(name) for name in names):
         raise Mistake(
-            f"the optimizer {type(inner).__name__} does not say what it keeps per parameter → give the class an attribute such as "
+            f"the optimizer {optimizer.__name__} does not say what it keeps per parameter → give the class an attribute such as "
             f"{STATE_NAMES} = {MOMENTS[:1]}, names of lower-case letters, or ()"
         )
-    return ("weights", *names)
+    if len(set(names)) < len(names) or set(names) & {"weights", "step"}:
+        raise Mistake(
+            f"{STATE_NAMES} = {names} of the optimizer {optimizer.__name__} → name each tensor once, and none of them weights or step, "
+            "which every checkpoint holds"
+        )
+    return names
 
 
 def fragment(parameter: nn.Parameter, kind: str) -> Fragment:
@@ -66,10 +75,20 @@ def fragment(parameter: nn.Parameter, kind: str) -> Fragment:
 
 
 def ensure_moments(engine: Engine) -> None:
-    """Creates the optimizer's state as its first step would, all zero, if there has been none, and links parameters to their parts."""
+    """Creates the optimizer's state as its first step would, all zero, if there has been none, and links parameters to their parts.
+
+    A Mistake if the optimizer keeps other state than its class says: a checkpoint would lack it. All ranks' optimizers keep the same.
+    """
     inner, names = engine.optimizer.optimizer, kinds_of(engine)[1:]
     for flat in _flat_partitions(engine):
-        if not inner.state.get(flat):
+        if kept := inner.state.get(flat):
+            if set(kept) - {"step"} != set(names):
+                raise Mistake(
+                    f"the optimizer {type(inner).__name__} keeps {listed(sorted(set(kept) - {'step'}), 'and') or 'nothing'} per parameter, "
+                    f"but says {listed(sorted(names), 'and') or 'nothing'} → let {STATE_NAMES} name exactly what it keeps, which must be "
+                    "tensors of the parameter's shape"
+                )
+        else:
             step = torch.zeros((), dtype=torch.float32, device=flat.device if inner.defaults.get("fused") else "cpu")
             inner.state[flat] = {"step": step, **{key: torch.zeros_like(flat).detach() for key in names}}
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):

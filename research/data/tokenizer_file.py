@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
+from parallel.text import read_text
 from research.data import documents
 from research.data.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -181,7 +182,7 @@ def find_template(folder: Path, config: Mapping[str, Any]) -> Any:
     """The chat template of a folder, unchecked: from its own file, or from tokenizer_config.json, which may hold several by name."""
     path = folder / TEMPLATE
     if path.is_file() and path.stat().st_size <= LONGEST_TEMPLATE:
-        return path.read_text(encoding="utf-8-sig", errors="replace")
+        return read_text(path)
     template = config.get("chat_template")
     if isinstance(template, dict):
         return template.get("default")

@@ -97,8 +97,14 @@ def every(folder: RunFolder) -> list[Result]:
         try:
             found += [_result(row) for row in read_json(path)["results"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Mistake(f"{path} is not what an evaluation writes ({type(error).__name__}: {error}) → move it away") from error
+            raise _damaged(path, error) from error
     return found
+
+
+def _damaged(path: Path, error: Exception) -> Mistake:
+    """The Mistake of a file that cannot be read as results. Of a Mistake it repeats what is wrong, but not the way out."""
+    problem = str(error).partition(" → ")[0] if isinstance(error, Mistake) else f"{type(error).__name__}: {error}"
+    return Mistake(f"{path} is not what an evaluation writes ({problem}) → move it away")
 
 
 def with_digests(paths: Iterable[Path]) -> dict[str, str]:
@@ -143,7 +149,7 @@ class Results:
             if saved["manifest_sha256"] == manifest and saved["schema"] in (1, SCHEMA):
                 self.results = [_result(row) for row in saved["results"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Mistake(f"{self.path} is not what an evaluation writes ({type(error).__name__}: {error}) → move it away") from error
+            raise _damaged(self.path, error) from error
 
     def of(self, key: Key) -> Result | None:
         """The result of this key; None if there is none."""

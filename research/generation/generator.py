@@ -142,9 +142,11 @@ class TextGenerator:
         return self._texts[generation]
 
     def clear(self) -> None:
-        """Drops every text and empties the decoder, also after a step that failed."""
+        """Drops every text, whose end is then CANCELLED, and empties the decoder, also after a step that failed."""
         assert isinstance(self.decoder, Decoder)
         self.decoder.clear()
+        for generation in self._texts:
+            generation.finish = CANCELLED
         self.scheduler, self._texts = BatchScheduler(self.decoder, self.tokenizer.vocab_size), {}
 
     def cancel(self, text: GeneratedText) -> None:

@@ -11,6 +11,8 @@ from torch.distributed import ProcessGroup
 from models.config import chosen
 from models.gpt import TokenLoss
 from parallel.engines.engine import Loss
+from parallel.engines.optimizer_state import state_names_of
+from parallel.errors import Mistake
 from research.config import Experiment
 from research.config.schema import LOSSES, OPTIMIZERS
 
@@ -36,6 +38,12 @@ def optimizer_class(experiment: Experiment, variants: Mapping[str, Any]) -> type
         Class(groups, lr=…, betas=…, eps=…, weight_decay=…)
 
     with parameter groups that bring their own weight_decay. It must work element by element, because ZeRO passes it flattened
-    parts of the parameters, and its attribute `state_names` names the tensors that it keeps per parameter.
+    parts of the parameters, and its attribute `state_names` names the tensors that it keeps per parameter; a Mistake if it does not.
     """
-    return chosen("optimizer.name", experiment.optimizer.name, OPTIMIZER_CLASSES, variants)
+    found = chosen("optimizer.name", experiment.optimizer.name, OPTIMIZER_CLASSES, variants)
+    if found is None:
+        return None
+    if not isinstance(found, type):
+        raise Mistake(f"optimizer.name = {experiment.optimizer.name!r} names no class → write a subclass of torch.optim.Optimizer")
+    state_names_of(found)
+    return found

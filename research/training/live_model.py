@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.config import GPT
-from models.estimates.communication import has_closed_form
+from models.config import GPT, has_variants
 from models.inference.sampling_params import SamplingParams
 from models.inference.scoring import token_scores
 from models.inference.variant_check import TOLERANCE, refuse_different, shorter_lengths, trial_ids
@@ -85,7 +84,7 @@ class Live:
 
         Evaluations and samples pad texts, so that they would then measure the padding. A model without such classes is not tried.
         """
-        if has_closed_form(self.model):
+        if not has_variants(self.model):
             return
         length, (ids, others) = self.model.seq_length, (trial_ids(self.model, self.model.seq_length + 1, seed) for seed in (0, 1))
         whole = torch.tensor(self.scores([ids])[0][0])

@@ -37,6 +37,27 @@ class WindowCore(Core):
 class Window(Attention):
     core_class = WindowCore
 """
+OWN_ATTENTION = """
+from models.attention import Attention
+
+
+class Own(Attention):
+    def forward(self, x, samples=None):
+        return self.output(self.qkv(x)[..., : x.shape[-1]])
+"""
+NO_ATTENTION = """
+from models.block import PreNormBlock
+
+
+class Own(PreNormBlock):
+    def __init__(self, name, context):
+        super().__init__(name, context)
+        self.mixer = self.attention
+        del self.attention
+
+    def forward(self, x, samples=None):
+        return x + self.feed_forward(self.mlp_norm(x), samples)
+"""
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -89,6 +110,17 @@ def test_a_text_is_that_of_the_generate_verb(model: api.Model, capsys: pytest.Ca
     assert model.generate("the people", stop=model.generate("the people")[3:5]) == model.generate("the people")[:3]
 
 
+def test_a_later_text_ends_an_open_stream(model: api.Model) -> None:
+    """The later text is whole, the earlier stream says why it goes no further, and a stream that has ended is not disturbed."""
+    whole = model.generate("the people", 9)
+    open_stream = model.stream("in peace", 9)
+    next(open_stream)
+    assert "".join(model.stream("the people", 9)) == whole
+    assert "this stream was ended by a later text of the same model → read one stream" in sentence(lambda: next(open_stream))
+    almost = model.stream("the people", 1)
+    assert next(almost) == model.generate("the people", 1) and list(almost) == []
+
+
 def test_ids_and_text_are_each_other(model: api.Model) -> None:
     ids = model.encode("the people of the union")
     assert model.decode(ids) == model.decode(torch.tensor(ids)) == "the people of the union"
@@ -113,6 +145,18 @@ def test_attention_of_a_variant_is_its_own(tmp_path: Path) -> None:
     outside = (i > i[:, None]) | (i[:, None] - i >= 4)
     assert float(probabilities.masked_fill(~outside, 0).abs().max()) == 0 and float(probabilities.masked_fill(outside, 1).min()) > 0
     assert torch.allclose(probabilities.sum(-1), torch.ones(4, 7))
+
+
+@pytest.mark.parametrize(
+    ("setting", "own", "said"),
+    [
+        ("attention", OWN_ATTENTION, "blocks.1.attention does not call its core → let its forward call self.core"),
+        ("residual", NO_ATTENTION, "blocks.1 has no attention.core, whose probabilities could be read → use a block with"),
+    ],
+)
+def test_attention_without_a_core_is_refused(tmp_path: Path, setting: str, own: str, said: str) -> None:
+    model = api.load(untrained.make(tmp_path, variant=own, **{setting: "variant:Own"}).path)
+    assert said in sentence(lambda: model.attention([5, 3, 8], 1))
 
 
 def test_a_window_is_generated_without_a_cache_and_a_warning_says_so_once(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A model of classes that a cache does not decode is decoded without one, token for token like whole passes, or refused in words."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from models.inference.decoder import Decoder
 from models.inference.sampling import Row, next_tokens
 from models.inference.sampling_params import GREEDY
 from models.inference.scoring import TokenScorer
-from models.inference.variant_check import why_uncached
+from models.inference.sequences import CachedSequences
+from models.inference.variant_check import ROWS, why_uncached
 from parallel.errors import Mistake
 from parallel.layers import PlainModule
 from tests.harness import run_ranks
@@ -82,15 +85,53 @@ def test_what_a_cache_does_not_decode_is_decoded_without_one(setting, own):
         assert any(len(set(text)) > 1 for text in expected), "texts that repeat one token compare little"
 
 
-@pytest.mark.parametrize("slots", [1, 3, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_position_of_the_context_is_tried(slots, dtype):
+def test_every_position_of_the_context_is_tried(dtype):
     """A window of WINDOW tokens is not noticed in a context as long, and is in one that is longer by one, in any precision."""
     module = filled(WINDOWED, dtype=dtype, variants=VARIANTS)
     before = [parameter.clone() for parameter in module.parameters()]
-    assert why_uncached(module, WINDOWED, ALONE, slots, WINDOW) is None
-    assert f"(token {WINDOW + 1} of {WINDOW + 1} is" in (why_uncached(module, WINDOWED, ALONE, slots, WINDOW + 1) or "")
+    assert why_uncached(module, WINDOWED, ALONE, WINDOW) is None
+    assert f"(token {WINDOW + 1} of {WINDOW + 1} is" in (why_uncached(module, WINDOWED, ALONE, WINDOW + 1) or "")
     assert all(torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 100])
+def test_a_trial_takes_an_eighth_of_the_context_s_steps_and_frees_its_cache(slots, monkeypatch):
+    """Whatever the number of slots is. Of the caches that were made, only the decoder's own is left, without a garbage collection."""
+    steps, caches = [], []
+    step, create = CachedSequences.step, CachedSequences.__init__
+
+    def counted(self, ids):
+        steps.append(len(ids))
+        return step(self, ids)
+
+    def noted(self, *arguments):
+        create(self, *arguments)
+        caches.extend((core.rows.slots, weakref.ref(core.keys)) for core in self.cores)
+
+    monkeypatch.setattr(CachedSequences, "step", counted), monkeypatch.setattr(CachedSequences, "__init__", noted)
+    model = longer(residual="variant:SandwichBlock")
+    gc.disable()
+    try:
+        decoder = Decoder(filled(model, variants={"SandwichBlock": SandwichBlock}), model, ALONE, slots, LENGTH)
+        left = [rows for rows, keys in caches if keys() is not None]
+    finally:
+        gc.enable()
+    assert decoder.uncached is None and left == [slots] * model.num_layers and len(caches) == 2 * model.num_layers
+    assert len(steps) <= -(-(LENGTH - 1) // ROWS) and sum(steps) == LENGTH - 1
+
+
+def test_each_tensor_returns_in_its_own_precision():
+    """A bf16 model with a buffer in fp64, one in fp16 and one of integers, as classes of a variant.py may have."""
+    module = filled(WINDOWED, dtype=torch.bfloat16, variants=VARIANTS)
+    own = {"in_fp64": torch.rand(3, dtype=torch.float64), "in_fp16": torch.rand(3).half(), "in_int64": torch.arange(3)}
+    for name, tensor in own.items():
+        module.register_buffer(name, tensor.clone())
+    assert why_uncached(module, WINDOWED, ALONE, WINDOW) is None
+    for name, tensor in own.items():
+        found = module.get_buffer(name)
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
 
 
 def test_the_window_of_the_page_keeps_its_cache():

@@ -182,6 +182,26 @@ def test_skipped_steps_and_the_loss_scale_are_counted_and_set(layout: tuple[int,
         assert before["loss_scaler"]["cur_iter"] == 12 and before["loss_scaler"]["cur_scale"] < 2**24
 
 
+class ForgetfulNAdam(torch.optim.NAdam):
+    """Does not name mu_product, the product of the momenta so far."""
+
+    state_names = MOMENTS
+
+
+def refused_after_a_step(settings: dict) -> str:
+    """What ensure_moments says on this rank."""
+    engine, shape, grid = training.build(model=SMALL, optimizer_class=ForgetfulNAdam, **settings)
+    step_once(engine, shape, grid)
+    with pytest.raises(Mistake) as caught:
+        ensure_moments(engine)
+    return str(caught.value)
+
+
+def test_state_that_the_class_does_not_name_is_refused_on_every_rank() -> None:
+    said = "ForgetfulNAdam keeps exp_avg, exp_avg_sq and mu_product per parameter, but says exp_avg and exp_avg_sq → let state_names name"
+    assert all(said in sentence for sentence in run_ranks(refused_after_a_step, 2, dict(micro=2)))
+
+
 GOOD = {"steps": 3, "skipped_steps": 0, "adam_steps": 3, "loss_scaler": {}}
 SCALER = {"cur_scale": 4.0, "cur_iter": 3, "last_overflow_iter": -1, "cur_hysteresis": 1}
 STRANGE = [None, [], {}, GOOD | {"steps": -1}, GOOD | {"adam_steps": 2.5}, GOOD | {"skipped_steps": True}, GOOD | {"steps": 10**12}]

@@ -12,6 +12,7 @@ import pytest
 
 from research.cli import evaluate
 from research.cli.evaluate import format_value, summary_rows, table_rows
+from research.evaluation import results
 from research.evaluation import task as task_file
 from research.evaluation.results import Key, Result
 from research.evaluation.task import Metric
@@ -158,7 +159,10 @@ def test_a_damaged_results_file(folder, capsys):
     path = folder.path / "evaluations" / "step_000003.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text("{")
-    assert "step_000003.json is not what an evaluation writes" in sentence(lambda: evaluate.main([str(folder.path), "--checkpoint", "3"]))
+    said = sentence(lambda: evaluate.main([str(folder.path), "--checkpoint", "3"]))
+    assert f"{path} is not what an evaluation writes ({path} is not JSON (" in said
+    assert said.endswith(" → move it away") and said.count("→") == 1
+    assert sentence(lambda: results.every(folder)) == said
     path.unlink()
 
 

@@ -12,6 +12,7 @@ from parallel.errors import Mistake
 from research.data import tokenizer, tokenizer_file
 from research.data.tokenizer_file import FILE, GENERATION, LONGEST_TEMPLATE, TEMPLATE, ends_of, special_tokens_of, template_of
 from research.exchange.hf_tokenizer import copy_tokenizer, export_tokenizer, save_tokenizer
+from tests.research.helpers.example import sentence
 from tests.research.helpers.hf_models import their_tokenizer
 
 CONFIG = "tokenizer_config.json"
@@ -260,6 +261,13 @@ def test_a_text_ends_where_generation_config_says_and_at_end_of_text(source, tol
     if told is not None:
         (source / "generation_config.json").write_text(json.dumps({"eos_token_id": told}))
     assert ends_of(words(source), source) == ends
+
+
+def test_a_template_that_is_not_utf8_names_its_line_and_a_mark_is_no_part_of_it(source):
+    (source / TEMPLATE).write_bytes(b"\xef\xbb\xbf{{ bos_token }}\n{{ '\xc3\xa9' }}")
+    assert template_of(words(source), source) == "{{ bos_token }}\n{{ 'é' }}"
+    (source / TEMPLATE).write_bytes(b"{{ bos_token }}\n{{ '\xe9' }}")
+    assert f"{source / TEMPLATE}, line 2 is not UTF-8" in sentence(lambda: template_of(words(source), source))
 
 
 def test_the_template_and_its_tokens(source):

@@ -16,7 +16,7 @@ from research.config.experiment_folder import LoadedExperiment, load, load_varia
 from research.tracking import metrics
 from research.training import components
 from research.training.measurement import measured_row
-from tests.research.helpers.example import example
+from tests.research.helpers.example import example, sentence
 from tests.research.helpers.small_runs import Ended, Stage, bits, stopped_in_step_6
 
 IDEAS = {
@@ -80,6 +80,27 @@ def test_the_examples_define_what_the_settings_name(tmp_path: Path) -> None:
     assert components.optimizer_class(idea, found) is found["Momentum"]
     assert type(components.training_loss(idea, None, found)) is found["FocalLoss"]
     assert components.optimizer_class(example(), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (None, "does not say what it keeps per parameter → give the class an attribute such as state_names"),
+        ("momentum_buffer", "does not say what it keeps"),
+        (("Momentum",), "does not say what it keeps"),
+        (("weights",), "→ name each tensor once, and none of them weights or step"),
+        (("momentum_buffer", "step"), "none of them weights or step"),
+        (("momentum_buffer", "momentum_buffer"), "name each tensor once"),
+    ],
+)
+def test_an_optimizer_without_usable_state_names_is_refused_when_it_is_chosen(names: object, said: str) -> None:
+    silent = type("Silent", (torch.optim.SGD,), {} if names is None else {"state_names": names})
+    assert said in sentence(lambda: components.optimizer_class(example(optimizer={"name": "variant:Silent"}), {"Silent": silent}))
+
+
+def test_a_function_is_no_optimizer_class() -> None:
+    idea = example(optimizer={"name": "variant:make"})
+    assert "names no class → write a subclass" in sentence(lambda: components.optimizer_class(idea, {"make": lambda groups, **_: None}))
 
 
 def test_the_focal_loss_is_the_formula(tmp_path: Path) -> None:
@@ -182,3 +203,4 @@ def test_an_optimizer_that_does_not_say_what_it_keeps_is_refused(stage: IdeaStag
     finally:
         (loaded.folder / "variant.py").write_text(examples())
     assert silent.codes == [2] and "the optimizer Momentum does not say what it keeps per parameter" in silent.said
+    assert silent.run is None, "refused before its first step"
