@@ -1,5 +1,6 @@
 """`verify` passes correct layouts, and names the layout and a parameter for each of many errors, one at a time."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -249,9 +250,9 @@ REPEATED = [  # tables that repeat what is derived for the example's own trainin
 def test_a_table_that_repeats_what_training_derives_does_not_contradict_what_verify_derives(table):
     own = example(deepspeed=table)
     derive(engine_settings(own, layout(own, 1)), cuda=True)  # the experiment's own training accepts it
-    for case in (LayoutCase(data=2, zero_stage=stage, accumulated=2) for stage in layouts.STAGES):
+    for case in (LayoutCase(data=2, zero_stage=stage, accumulated=4) for stage in layouts.STAGES):
         settings = training.settings_of(layouts.shrunk(own, 2), case)
-        derived = derive(settings, cuda=False)
+        derived = derive(dataclasses.replace(settings, clip=0.5), cuda=False)  # as binding_clip changes it
         assert derived["zero_optimization"]["stage"] == case.zero_stage
         assert derived["zero_optimization"]["reduce_bucket_size"] == layouts.BUCKET_ELEMENTS
 
