@@ -18,7 +18,7 @@ WHAT = """Takes the experiment's own config and classes, shrinks sizes but not s
 every layout's real DeepSpeed engine, and compares losses, gradient norms, every gradient and every weight by logical name."""
 STEP = "progress/step"
 LOSS_TOLERANCE = 2e-5
-"""Largest relative difference of the losses of two real runs in fp32 (DESIGN.md, promise 1)."""
+"""Largest relative difference of the losses of two real runs in fp32 (docs/layouts.md)."""
 
 
 def main(argv: list[str]) -> None:

@@ -39,7 +39,7 @@ def layout(experiment: Experiment, world: int) -> Layout:
 
 
 def effective_zero_stage(parallel: Parallel) -> int:
-    """The stage that runs: 0 runs as 1, because DeepSpeed's stage 0 computes a wrong gradient norm or none (DESIGN.md)."""
+    """The stage that runs: 0 runs as 1, because DeepSpeed's stage 0 computes a wrong gradient norm or none (docs/deepspeed.md)."""
     return max(parallel.zero_stage, 1)
 
 

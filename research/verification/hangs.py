@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from parallel.layers import Call, CallHook
 from research import ROOT
 from research.cluster.exit_codes import HUNG
 from research.reliability.diagnosis import odd_ones
@@ -47,6 +49,19 @@ def ended_if_hung(folder: Path, rank: int, seconds: float) -> Iterator[Progress]
         yield progress
     finally:
         closed.set()
+
+
+def advance_at_layers(progress: Progress) -> CallHook:
+    """A hook that moves `progress` whenever the forward pass of a layer begins."""
+
+    def advancing(layer: str, call: Call) -> Call:
+        def advanced(*arguments: Any) -> Any:
+            progress.advance(f"forward from {layer} on")
+            return call(*arguments)
+
+        return advanced
+
+    return advancing
 
 
 def hung_ranks(folder: Path, world: int) -> dict[int, Heartbeat]:

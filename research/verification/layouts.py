@@ -4,13 +4,13 @@ A layout is a grid of ranks together with a ZeRO stage, sequence parallelism, gr
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from models.config import GPT
-from parallel.engines.deepspeed_config import OWNED
+from parallel.engines.deepspeed_config import OWNED, SAME
 from research.config import Experiment, serialization
 from research.config.checks import kv_heads_fit
 from research.tracking import format as fmt
@@ -33,6 +33,13 @@ ZERO_3 = {
     "stage3_max_reuse_distance": 1000,
 }
 """The same for ZeRO-3: only the smallest parameters stay gathered, and the optimizer updates the others in several groups."""
+CHANGED_KEYS = {
+    *SAME,
+    *OWNED,
+    *(f"zero_optimization.{name}" for name in ("reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "contiguous_gradients")),
+}
+"""Keys of the DeepSpeed configuration whose derived value differs here, by the sizes above, by layout or because ranks run on the CPU. An
+experiment's own table may repeat the value derived for its training, which would contradict the one derived here."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +144,19 @@ def shrunk(experiment: Experiment, ranks: int, steps: int = 3) -> Experiment:
     settings["optimizer"] |= OPTIMIZER | {"weight_decay": max(LEAST, own.weight_decay), "label_smoothing": max(LEAST, own.label_smoothing)}
     settings["optimizer"] |= {"decay_steps": steps} if own.decay == "wsd" else {}
 
-    # The experiment's own table, without what belongs to its precision.
-    deepspeed: dict[str, Any] = {key: value for key, value in experiment.deepspeed.items() if OWNED.get(key) != "precision"}
+    deepspeed = without_keys(experiment.deepspeed, CHANGED_KEYS)
     deepspeed["zero_optimization"] = deepspeed.get("zero_optimization", {}) | ZERO_3
     return serialization.build(settings | {"precision": "fp32", "deepspeed": deepspeed})
+
+
+def without_keys(table: Mapping[str, Any], keys: Collection[str], path: str = "") -> dict[str, Any]:
+    """The table without `keys`, which are dotted as in "zero_optimization.stage", and without tables of which nothing is left."""
+    kept: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = without_keys(value, keys, f"{path}{key}.") if isinstance(value, Mapping) else value
+        if f"{path}{key}" not in keys and inner != {}:
+            kept[key] = inner
+    return kept
 
 
 def hidden_size_of(model: GPT, heads: int) -> int:

@@ -7,10 +7,10 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models import gpt
 from models.estimates import communication
@@ -26,14 +26,15 @@ from research.config import experiment_folder as folders
 from research.config.experiment_folder import load_variants
 from research.config.schema import LOSSES
 from research.tracking.console import Console
+from research.verification.hangs import advance_at_layers, describe_hang, ended_if_hung, hung_ranks
 from research.verification.layouts import LayoutCase, pairwise, shrunk, why_not
 from research.verification.results import conclude, row_fields
-from research.verification.training import engine_of, loss_of, read_job, share_of, write_job
+from research.verification.training import HANG_SECONDS, engine_of, loss_of, read_job, share_of, write_job
 
 STEPS = 2
 """The second step is counted. In the first, the stages of DeepSpeed's pipeline also send each other the shapes."""
-PATIENCE = 120.0
-"""Seconds after which ranks that have not finished are taken to be deadlocked."""
+PATIENCE = 300.0
+"""Seconds for a whole layout. Ranks that make no progress end much sooner (research/verification/hangs.py)."""
 
 
 class Kind(NamedTuple):
@@ -112,24 +113,33 @@ def row_of(case: LayoutCase, experiment: Experiment, variants: Path, train: Call
         try:
             forked_ranks.run(train or on_rank, case.world, folder, patience)
         except forked_ranks.RankFailed as error:
-            failure = str(error)
+            hung = hung_ranks(folder, case.world)
+            failure = describe_hang(HANG_SECONDS, hung, case.world) if hung else str(error)
         records = [read(folder, rank) for rank in range(case.world)]
         shapes = [] if failure else [json.loads((folder / f"shapes_{rank}.json").read_text()) for rank in range(case.world)]
     difference = first_difference([[entry for step in steps for entry in step] for steps in records])
     if failure or difference:
         return Row(case, "FAILED", why=difference or failure, seconds=time.monotonic() - began)
-    return compared(case, experiment, [steps[-1] for steps in records], shapes, variants, time.monotonic() - began)
+    last = [steps[-1] for steps in records]
+    return compared(case, experiment, last, shapes, load_variants(variants, experiment), time.monotonic() - began)
 
 
-def on_rank(folder: Path) -> None:
+def on_rank(folder: Path, hang_seconds: float = HANG_SECONDS) -> None:
     """Trains the folder's job and writes every collective to a file before it is issued, one line each. Collective."""
-    experiment, case, steps, variants = read_job(folder)
+    experiment, case, steps, source = read_job(folder)
     grid = make_grid(case.pipe, case.tensor, case.sequence)
-    with (folder / f"ledger_{grid.rank}.jsonl").open("w", buffering=1) as file:  # line-buffered: a killed rank loses no whole line
+    with (
+        ended_if_hung(folder, grid.rank, hang_seconds) as progress,
+        (folder / f"ledger_{grid.rank}.jsonl").open("w", buffering=1) as file,  # line-buffered: a killed rank loses no whole line
+    ):
+        progress.advance("building the engine")
+        variants = load_variants(source, experiment)  # once: the classes of a variant.py may share its module's state
         book = Ledger(grid, lambda entry: print(json.dumps(entry), file=file))
         engine = engine_of(experiment, case, grid, variants, book.within("loss", loss_of(experiment, grid, variants)))
         engine.module.watch(book.within)
+        engine.module.watch(advance_at_layers(progress))
         for step in range(steps):
+            progress.stepping(step + 1)
             print(json.dumps("step"), file=file)
             book.between_steps()
             with book:
@@ -157,7 +167,7 @@ def compared(
     experiment: Experiment,
     entries_by_rank: Sequence[Sequence[Entry]],
     shapes: list[list[list[int]]],
-    variants: Path,
+    variants: Mapping[str, Any],
     seconds: float,
 ) -> Row:
     """Compares the counted step with the closed forms, rank by rank. With a variant's own class in the model, the tensor axis has none."""
@@ -174,11 +184,13 @@ def compared(
     return Row(case, "pass" if agrees else "FAILED", lines, seconds=seconds, sent=sent, counted=closed)
 
 
-def calls(experiment: Experiment, case: LayoutCase, place: Grid, shapes: Sequence[tuple[int, ...]], variants: Path) -> list[Call]:
+def calls(
+    experiment: Experiment, case: LayoutCase, place: Grid, shapes: Sequence[tuple[int, ...]], variants: Mapping[str, Any]
+) -> list[Call]:
     """The calls that the closed forms give for one step of the rank at `place`. `shapes` are those of its parameters."""
     model = experiment.model
     # The layers of this rank's stage.
-    layers = gpt.layers(model, Grid(), experiment.seed, load_variants(variants, model))
+    layers = gpt.layers(model, Grid(), experiment.seed, variants)
     bounds = stage_bounds(layers, case.pipe)
     names = {layer.name for layer in layers[bounds[place.pipe_rank] : bounds[place.pipe_rank + 1]]}
     names |= {"loss"} if place.is_last_stage else set()

@@ -30,7 +30,7 @@ TOLERANCE = 1e-5
 whole logical tensor."""
 NEGLIGIBLE = 1e-6
 """A gradient smaller than this fraction of the global norm is compared relative to the global norm: its own digits are noise."""
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds for a whole layout. Ranks that make no progress end much sooner (research/verification/hangs.py)."""
 
 
@@ -159,7 +159,8 @@ def whole_outputs(records: list[TrainingRecord], case: LayoutCase, experiment: E
     """Each layer's output for the whole batch, by layer@step, joined from the ranks. One table for each copy that tensor ranks hold.
 
     A layer's output is cut over data ranks by samples. Over tensor ranks the logits are cut by vocabulary rows, other outputs by
-    positions under sequence parallelism, and are otherwise equal.
+    positions under sequence parallelism, and are otherwise equal. An output that a rank lacks, or that has another shape there, is in no
+    table.
     """
     by_place: dict[tuple[str, int], list[Tensor]] = {}
     for rank, record in enumerate(records):
@@ -168,28 +169,29 @@ def whole_outputs(records: list[TrainingRecord], case: LayoutCase, experiment: E
             by_place.setdefault((name, place.data_rank), []).append(output)  # in the order of tensor ranks
     tables: list[dict[str, Tensor]] = [{} for _ in range(case.tensor)]
     for name in dict.fromkeys(name for name, _ in by_place):
+        by_data_rank = [by_place.get((name, data_rank), []) for data_rank in range(case.data)]
+        shapes = [piece.shape for pieces in by_data_rank for piece in pieces]
+        if len(shapes) < case.data * case.tensor or len(set(shapes)) > 1:
+            continue
+        if name.startswith("head@"):
+            whole = [torch.cat(pieces, dim=-1)[..., : experiment.model.vocab_size] for pieces in by_data_rank]
+            by_data_rank = [[logits] * case.tensor for logits in whole]
+        elif shapes[0][1] < experiment.model.seq_length:
+            by_data_rank = [[torch.cat(pieces, dim=1)] * case.tensor for pieces in by_data_rank]
         for copy, table in enumerate(tables):
-            by_data_rank = []
-            for data_rank in range(case.data):
-                pieces = by_place.get((name, data_rank), [])
-                if name.startswith("head@"):
-                    pieces = [torch.cat(pieces, dim=-1)[..., : experiment.model.vocab_size]] * case.tensor
-                elif pieces and pieces[0].shape[1] < experiment.model.seq_length:
-                    pieces = [torch.cat(pieces, dim=1)] * case.tensor
-                by_data_rank.append(pieces[copy])
-            table[name] = torch.cat(by_data_rank)
+            table[name] = torch.cat([pieces[copy] for pieces in by_data_rank])
     return tables
 
 
 def errors_of(by_rank: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> dict[str, float]:
-    """name -> largest ‖a − b‖/‖b‖ over ranks. The error of a tensor that no rank holds, or that is not finite, is infinite."""
+    """name -> largest ‖a − b‖/‖b‖ over ranks. It is infinite if no rank holds the tensor, or one holds NaN or another shape."""
     global_norm = torch.stack([tensor.norm() for tensor in reference.values()]).norm()
     errors = dict.fromkeys(reference, torch.inf)
     for name, b in reference.items():
         copies = [tensors[name] for tensors in by_rank if name in tensors]
         scale = b.norm() if b.norm() >= NEGLIGIBLE * global_norm else global_norm
         if copies:
-            errors[name] = max(float((a - b).norm() / scale) for a in copies)
+            errors[name] = max(float((a - b).norm() / scale) if a.shape == b.shape else torch.inf for a in copies)
             errors[name] = errors[name] if errors[name] == errors[name] else torch.inf  # NaN
     return errors
 

@@ -6,7 +6,7 @@ name.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import gpt
+from parallel.engines.deepspeed_config import EngineSettings
 from parallel.engines.engine import Engine, Loss, MicroBatch, make_engine
 from parallel.grid import Grid, make_grid
 from parallel.layers import Call, PlainModule, unique_parameters
@@ -27,7 +28,7 @@ from research.config.layout import engine_settings, layout
 from research.config.schema import LOSSES
 from research.training.components import optimizer_class, training_loss
 from research.training.schedule import learning_rate
-from research.verification.hangs import ended_if_hung
+from research.verification.hangs import advance_at_layers, ended_if_hung
 from research.verification.layouts import BATCH, BUCKET_ELEMENTS, LOGITS_AT_ONCE, LayoutCase
 
 HANG_SECONDS = 30.0
@@ -94,26 +95,19 @@ def read_job(folder: Path) -> tuple[Experiment, LayoutCase, int, Path]:
 
 def on_rank(folder: Path, hang_seconds: float = HANG_SECONDS) -> None:
     """Trains `folder`'s job on this rank's engine and saves the record in the folder. Collective."""
-    experiment, case, steps, variants = read_job(folder)
+    experiment, case, steps, source = read_job(folder)
     grid = make_grid(case.pipe, case.tensor, case.sequence)
     record = TrainingRecord()
     with ended_if_hung(folder, grid.rank, hang_seconds) as progress:
-
-        def advancing(layer: str, call: Call) -> Call:
-            def advanced(*arguments: Any) -> Any:
-                progress.advance(f"forward from {layer} on")
-                return call(*arguments)
-
-            return advanced
-
         progress.advance("building the engine")
+        variants = load_variants(source, experiment)  # once: the classes of a variant.py may share its module's state
         engine = engine_of(experiment, case, grid, variants, loss_of(experiment, grid, variants))
         engine.watch_gradients(record.add_gradients)
         engine.module.watch(record.keep_output)
-        engine.module.watch(advancing)
+        engine.module.watch(advance_at_layers(progress))
         for step in range(steps):
             progress.stepping(step + 1)
-            lr = learning_rate(step, experiment.optimizer, experiment.schedule.steps, load_variants(variants, experiment))
+            lr = learning_rate(step, experiment.optimizer, experiment.schedule.steps, variants)
             record.losses.append(engine.train_batch(share_of(experiment, step, grid, case), lr))
             record.norms.append(engine.gradient_norm())
         progress.advance("gathering the weights")
@@ -176,15 +170,21 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
     return record
 
 
-def loss_of(experiment: Experiment, grid: Grid, variants: Path) -> Loss:
-    """The experiment's loss function, ours with several blocks of rows in a micro-batch. `variants` is the folder of its variant.py."""
-    loss = training_loss(experiment, grid.tensor_group, load_variants(variants, experiment))
+def loss_of(experiment: Experiment, grid: Grid, variants: Mapping[str, Any]) -> Loss:
+    """The experiment's loss function, ours with several blocks of rows in a micro-batch. `variants`: what it names of its variant.py."""
+    loss = training_loss(experiment, grid.tensor_group, variants)
     return replace(loss, logits_at_once=LOGITS_AT_ONCE) if isinstance(loss, gpt.TokenLoss) else loss
 
 
-def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Path, loss: Loss) -> Engine:
-    """The engine that trains the experiment's model on this layout, with small buckets."""
-    model, parallel = experiment.model, experiment.parallel
+def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Mapping[str, Any], loss: Loss) -> Engine:
+    """The engine that trains the experiment's model on this layout."""
+    layers = gpt.layers(experiment.model, grid, experiment.seed, variants, case.recompute)
+    return make_engine(layers, loss, grid, settings_of(experiment, case), optimizer_class=optimizer_class(experiment, variants))
+
+
+def settings_of(experiment: Experiment, case: LayoutCase) -> EngineSettings:
+    """The settings of the engine that trains the experiment on this layout, with small buckets."""
+    parallel = experiment.parallel
     changes = {
         "pipe": case.pipe,
         "tensor": case.tensor,
@@ -197,9 +197,7 @@ def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Pa
     }
     schedule = experiment.schedule.model_copy(update={"micro_batch_size": case.micro_batch})
     laid_out = experiment.model_copy(update={"parallel": parallel.model_copy(update=changes), "schedule": schedule})
-    settings = replace(engine_settings(laid_out, layout(laid_out, case.world)), bucket_elements=BUCKET_ELEMENTS)
-    layers = gpt.layers(model, grid, experiment.seed, load_variants(variants, model), case.recompute)
-    return make_engine(layers, loss, grid, settings, loss, optimizer_class(experiment, load_variants(variants, experiment)))
+    return replace(engine_settings(laid_out, layout(laid_out, case.world)), bucket_elements=BUCKET_ELEMENTS)
 
 
 def batch_of(experiment: Experiment, step: int) -> MicroBatch:

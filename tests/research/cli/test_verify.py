@@ -1,5 +1,6 @@
 """`verify` passes correct layouts, and names the layout and a parameter for each of many errors, one at a time."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -10,16 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallel.engines.deepspeed_config import derive
 from parallel.errors import Mistake
 from research import ROOT
 from research.cli import verify
 from research.config.experiment_folder import load
+from research.config.layout import engine_settings, layout
 from research.tracking.metrics import JsonLines
 from research.training.schedule import learning_rate
 from research.verification import layouts, numbers, training
 from research.verification.layouts import LayoutCase
-from research.verification.numbers import TOLERANCE, errors_of, row_of, worst
+from research.verification.numbers import TOLERANCE, errors_of, row_of, whole_outputs, worst
 from research.verification.threads import one_thread
+from research.verification.training import TrainingRecord
 from tests.harness import start_server
 from tests.research.helpers import mutations as m
 from tests.research.helpers.example import example, sentence
@@ -230,11 +234,99 @@ def test_an_experiments_own_deepspeed_table_is_kept_but_for_its_precision():
     assert "fp16" not in shrunk.deepspeed and shrunk.precision == "fp32"
 
 
+ADAMW = {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+REPEATED = [  # tables that repeat what is derived for the example's own training
+    {"gradient_clipping": 1.0},
+    {"train_micro_batch_size_per_gpu": 8},
+    {"gradient_accumulation_steps": 2},
+    {"optimizer": {"type": "AdamW", "params": ADAMW}},
+    {"zero_optimization": {"stage": 1}},
+    {"zero_optimization": {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}},
+    {"zero_optimization": {"overlap_comm": True, "contiguous_gradients": True}},
+]
+
+
+@pytest.mark.parametrize("table", REPEATED, ids=str)
+def test_a_table_that_repeats_what_training_derives_does_not_contradict_what_verify_derives(table):
+    own = example(deepspeed=table)
+    derive(engine_settings(own, layout(own, 1)), cuda=True)  # the experiment's own training accepts it
+    for case in (LayoutCase(data=2, zero_stage=stage, accumulated=4) for stage in layouts.STAGES):
+        settings = training.settings_of(layouts.shrunk(own, 2), case)
+        derived = derive(dataclasses.replace(settings, clip=0.5), cuda=False)  # as binding_clip changes it
+        assert derived["zero_optimization"]["stage"] == case.zero_stage
+        assert derived["zero_optimization"]["reduce_bucket_size"] == layouts.BUCKET_ELEMENTS
+
+
+SHARING = """
+import torch
+from models.gpt import TokenLoss
+from models.norm import LayerNorm
+
+BUILT = set()
+
+
+class Counted(LayerNorm):
+    def __init__(self, name, *arguments, **settings):
+        super().__init__(name, *arguments, **settings)
+        BUILT.add(name)
+
+
+class Scaled(TokenLoss):
+    def __call__(self, logits, labels):
+        return super().__call__(logits, labels) * len(BUILT)
+
+
+class Adam(torch.optim.AdamW):
+    state_names = ("exp_avg", "exp_avg_sq")
+
+
+def constant(step, optimizer, steps):
+    return optimizer.lr / len(BUILT)
+"""
+
+
+def test_the_classes_of_a_variant_py_share_their_modules_state(tmp_path):
+    """A loss and a learning rate that depend on how many norms were built, and are 0 or fail if the file is run again for them."""
+    (tmp_path / "variant.py").write_text(SHARING)
+    named = {"name": "variant:Adam", "decay": "variant:constant"}
+    written = example(model={"norm": "variant:Counted"}, loss="variant:Scaled", optimizer=named)
+    experiment = layouts.shrunk(written, 2, 1)
+    with one_thread():
+        reference = training.reference_run(experiment, 1, tmp_path)
+    row = row_of(LayoutCase(data=2), experiment, 1, tmp_path, reference)
+    assert row.verdict == "pass", row
+    assert reference.losses[0] > 10  # several norms times log(vocabulary)
+
+
 def test_a_missing_or_infinite_parameter_is_infinitely_wrong():
     truth = {"a": torch.ones(2), "b": torch.ones(2)}
     assert worst(errors_of([{"a": torch.ones(2)}], truth)) == (torch.inf, "b")
     assert worst(errors_of([{"a": torch.ones(2), "b": torch.full((2,), torch.nan)}], truth)) == (torch.inf, "b")
     assert worst(errors_of([truth, {"b": torch.tensor([1.0, 1.5])}], truth))[1] == "b"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4), (2, 4), (2, 8, 4), (2, 16, 4, 1)], ids=str)
+def test_a_tensor_of_another_shape_is_infinitely_wrong(shape):
+    assert errors_of([{"a": torch.ones(shape)}], {"a": torch.ones(2, 16, 4)}) == {"a": torch.inf}
+
+
+@pytest.mark.parametrize("case", [TP2, SP2, DP2], ids=str)
+@pytest.mark.parametrize("name", ["blocks.0@0", "head@0"])
+def test_an_output_that_one_rank_lacks_or_has_in_another_shape_is_infinitely_wrong(case, name):
+    experiment = subject()
+    model = experiment.model
+    width = -(-model.vocab_size // case.tensor) if name == "head@0" else model.hidden_size
+    length = model.seq_length // case.tensor if case.sequence and name != "head@0" else model.seq_length
+    rows = layouts.BATCH // case.data
+    reference = {name: torch.ones(layouts.BATCH, model.seq_length, model.vocab_size if name == "head@0" else width)}
+
+    def errors(*by_rank):
+        return errors_of(whole_outputs([TrainingRecord(outputs=outputs) for outputs in by_rank], case, experiment), reference)
+
+    right = {name: torch.ones(rows, length, width)}
+    assert errors(right, right) == {name: 0.0}
+    for wrong in ({}, {name: torch.ones(rows, length, width - 1)}, {name: torch.ones(rows, length - 1, width)}):
+        assert errors(right, wrong) == errors(wrong, right) == {name: torch.inf}
 
 
 def test_a_negligible_gradient_is_measured_against_the_whole():

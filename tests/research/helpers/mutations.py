@@ -208,7 +208,7 @@ def smoothing_forgotten() -> None:
 def warm_up_forgotten() -> None:
     """The learning rate begins at its peak."""
     rate = training.learning_rate
-    training.learning_rate = lambda step, optimizer, steps: rate(step, optimizer.model_copy(update={"warmup_steps": 0}), steps)
+    training.learning_rate = lambda step, optimizer, *others: rate(step, optimizer.model_copy(update={"warmup_steps": 0}), *others)
 
 
 def last_rows_of_the_loss_lost() -> None:

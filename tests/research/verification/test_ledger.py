@@ -148,10 +148,19 @@ def other_size_on_rank_1() -> None:
         region.TensorParallelRegion.leave = lambda self, x: gathered(x, self.group)
 
 
-def train(name: str, folder: Path) -> None:
+def asleep_on_all_ranks() -> None:
+    """Every rank stands still before its first all-reduce of a forward pass, so that their collectives are equal."""
+    import time
+
+    from parallel import region
+
+    region.TensorParallelRegion.leave = lambda self, x: time.sleep(600)
+
+
+def train(name: str, folder: Path, **settings: float) -> None:
     mutation = globals().get(name) or getattr(m, name)
     mutation()
-    ledger.on_rank(folder)
+    ledger.on_rank(folder, **settings)
 
 
 @pytest.mark.parametrize("mutation", [skipped_by_rank_1, pytest.param(other_size_on_rank_1, marks=pytest.mark.slow)])
@@ -160,6 +169,15 @@ def test_ranks_that_disagree_are_found_and_named_instead_of_hanging(mutation) ->
     assert wrong.verdict == "FAILED"
     assert "ranks 0, 1 differ at their call" in wrong.why
     assert "rank 0: " in wrong.why and "rank 1: " in wrong.why and "parallel/collectives.py" in wrong.why
+
+
+@pytest.mark.slow
+def test_ranks_that_stand_still_without_disagreeing_are_ended_and_described() -> None:
+    train_asleep = functools.partial(train, asleep_on_all_ranks.__name__, hang_seconds=10.0)
+    wrong = row_of(LayoutCase(tensor=2), subject(2), ROOT, train_asleep)
+    first, rank_0, *_ = wrong.why.splitlines()
+    assert wrong.verdict == "FAILED" and first.startswith("hangs: no rank made progress for")
+    assert rank_0.startswith("rank 0 in step 1, forward from embedding on")
 
 
 @pytest.mark.parametrize(
