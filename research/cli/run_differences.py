@@ -3,31 +3,26 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from parallel.files import read_json
-from research.config.diff import flatten
+from research.config import serialization
+from research.config.diff import belongs, flatten
 from research.tracking.run_folder import RunFolder
 
 OF_THE_RECORD = ("schema", "question", "parent", "track", "data.cache")
 """Settings, or groups of them, that say nothing about what a run computes."""
-OF_THE_WATCH = ("evaluate", "sample", "checkpoints", "watch", "schedule.log_every", "schedule.validate_every")
+OF_THE_WATCH = ("evaluate", "sample", "checkpoints", "watch", "schedule.log_every", "schedule.validate_every", "schedule.validate_tokens")
 """Further ones that do not change the training."""
 
 Settings = Mapping[str, Any]
-"""By dotted name, as in config.json."""
+"""By dotted name, as a config.json of the newest schema has them."""
 
 
 def settings_of(folder: RunFolder) -> Settings:
     """The settings of a run that may change its training; none if its config.json cannot be read."""
     try:
-        settings = flatten(read_json(folder.config))
-    except (OSError, ValueError, AttributeError):
+        settings = flatten(serialization.resolved(serialization.load(folder.config)))
+    except ValueError:  # a Mistake is one
         return {}
     return {name: value for name, value in settings.items() if not belongs(name, (*OF_THE_RECORD, *OF_THE_WATCH))}
-
-
-def belongs(name: str, groups: Sequence[str]) -> bool:
-    """Whether a setting is one of these, or in one of these groups."""
-    return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def differing(runs: Sequence[Settings]) -> list[str]:

@@ -5,7 +5,6 @@ In a terminal, the columns that do not fit into its width go to further lines of
 
 import contextlib
 import datetime
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,10 @@ from rich.text import Text
 from parallel.checkpoint.folder import newest_complete
 from parallel.errors import Mistake, nearest
 from parallel.files import read_json
-from research.cli.run_differences import OF_THE_RECORD, Settings, belongs, differing, settings_of
+from research.cli.json_output import print_json
+from research.cli.run_differences import OF_THE_RECORD, Settings, differing, settings_of
 from research.cli.verbs import Parser
+from research.config.diff import belongs
 from research.tracking import format as fmt
 from research.tracking import metrics, run_folder
 from research.tracking.run_folder import RunFolder
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
     tell_apart(found)
     runs = in_order([run for _, run in found], SORTED_BY[arguments.sort], arguments.reverse)
     if arguments.json:
-        print(json.dumps(runs, indent=2, ensure_ascii=False))
+        print_json(runs)
     elif not runs:
         print(f"no runs in {arguments.root} yet · deepspeed experiments/gpt_sotu/launch.py makes one")
     elif sys.stdout.isatty():

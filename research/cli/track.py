@@ -1,6 +1,7 @@
 """`python -m research track RUN …`: writes complete Weights & Biases runs from the run folders' files. Imports no torch."""
 
 import argparse
+from pathlib import Path
 
 from parallel.errors import Mistake
 from parallel.files import read_json
@@ -56,20 +57,29 @@ def track(folder: RunFolder, asked: str | None, console: Console) -> None:
 
     configured = wandb_client.describe(folder).config["track"]["mode"]
     mode = asked or ("auto" if configured == "disabled" else configured)
-    if known.files:  # what is there may be on a server already: the rows must not be there twice
-        mode = "offline"
-    opened = write(folder, mode, 0 if status == FINISHED else 1, figures, known)
-    where = f"online · {opened.run.url}" if opened.mode == "online" else f"{opened.mode} ({opened.why})"
-    instead = " · in place of an incomplete record" if known.files else ""
+    twice = "rows of it may be on W&B's server already" if was_sent(folder, known) else ""
+    if twice and asked == "online":
+        way_out = "leave --mode online out: then it is written to RUN/wandb"
+        raise Mistake(f"{folder.title}: {twice}, and would be there twice → {way_out}")
+    old = [path.parent for path in known.files if path.parent.name.startswith("offline-")]
+    opened = write(folder, "offline" if twice else mode, 0 if status == FINISHED else 1, figures, old)
+    why = twice if twice and mode != "offline" else opened.why
+    where = f"online · {opened.run.url}" if opened.mode == "online" else f"{opened.mode} ({why})"
+    instead = " · in place of an incomplete record" if old else ""
     console.header([("", f"{folder.title} · W&B {where} · {what}{instead}")])
     if opened.run is not None:
         console.header(ways(folder, opened.mode == "online"))
 
 
-def write(folder: RunFolder, mode: str, exit_code: int, figures: dict[str, float], known: wandb_record.Known) -> wandb_client.Opened:
-    """The new W&B run, in place of the offline ones that there are."""
+def was_sent(folder: RunFolder, known: wandb_record.Known) -> bool:
+    """Whether W&B's server may have rows of the run: it was online, if only as wandb.json says, or `wandb sync` has left its mark."""
+    synced = any(path.with_suffix(".wandb.synced").exists() for path in known.files)
+    return known.online or synced or wandb_client.recorded(folder).get("mode") == "online"
+
+
+def write(folder: RunFolder, mode: str, exit_code: int, figures: dict[str, float], old: list[Path]) -> wandb_client.Opened:
+    """The new W&B run, in place of the offline ones in the folders `old`."""
     description = wandb_client.describe(folder)
-    old = [path.parent for path in known.files if path.parent.name.startswith("offline-")]
     try:
         with wandb_record.replacing(folder.wandb, old):
             return wandb_record.write(folder, description, mode, exit_code, figures=figures, finish_seconds=FINISH_SECONDS)

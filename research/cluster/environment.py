@@ -14,7 +14,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -144,7 +144,8 @@ def activate_command(prefix: Path = Path(sys.prefix), environ: Mapping[str, str]
     None if `prefix` is no virtual environment, or if the user's shell has activated it.
     """
     script, active = prefix / "bin" / "activate", (os.environ if environ is None else environ).get("VIRTUAL_ENV")
-    if not script.is_file() or (active and Path(active).resolve() == prefix.resolve()):
+    is_virtual = script.is_file() and (prefix / "pyvenv.cfg").is_file()  # conda's base has bin/activate too
+    if not is_virtual or (active and Path(active).resolve() == prefix.resolve()):
         return None
     near = os.path.relpath(script)
     return f"source {shlex.quote(str(script) if near.startswith('..') else near)}"
@@ -257,11 +258,22 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def versions(root: Path) -> str:
-    """'tessera 0.1.0 · 7f3a2c1 · Python 3.11.9 · torch 2.13.0 · deepspeed 0.19.8', without importing any of them."""
+    """'tessera 0.1.0 · 7f3a2c1 · Python 3.11.9 · torch 2.13.0 · deepspeed 0.19.8', without importing any of them.
+
+    A package that this Python lacks has a dash for its version.
+    """
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     commit, dirty = git_state(root)
     words = [f"{project['name']} {project['version']}", f"{commit} (changed)" if dirty else commit, f"Python {sys.version.split()[0]}"]
-    return " · ".join([*words, *(f"{package} {version(package).split('+')[0]}" for package in ("torch", "deepspeed"))])
+    return " · ".join([*words, *(f"{package} {_version_of(package)}" for package in ("torch", "deepspeed"))])
+
+
+def _version_of(package: str) -> str:
+    """'2.13.0' of '2.13.0+cpu'; '–' if this Python lacks the package."""
+    try:
+        return version(package).split("+")[0]
+    except PackageNotFoundError:
+        return "–"
 
 
 def git_state(root: Path) -> tuple[str, bool]:

@@ -1,5 +1,6 @@
 """Differences between two experiments' settings, by dotted name: what resuming compares and a run reports."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from research.config.schema import Experiment
@@ -21,6 +22,11 @@ def diff(then: Experiment, now: Experiment) -> list[Change]:
 def describe_changes(changes: list[Change]) -> str:
     """'schedule.steps 300 → 600, parallel.tensor 1 → 2'."""
     return ", ".join(f"{name} {then} → {now}" for name, then, now in changes)
+
+
+def belongs(name: str, groups: Iterable[str]) -> bool:
+    """Whether the dotted name is one of `groups`, or a setting in one of these groups."""
+    return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -71,7 +71,8 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
     """
     for i, word in enumerate(argv):
         if word in HELP:
-            return experiment, [], Options(help=True, help_group="".join(argv[i + 1 : i + 2]).removeprefix("--"))
+            group = next((after for after in argv[i + 1 : i + 2] if not after.startswith("--")), "")
+            return experiment, [], Options(help=True, help_group=group)
         if word == VERSION:
             return experiment, [], Options(version=True)
     options, values = Options(), {}

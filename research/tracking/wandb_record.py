@@ -6,6 +6,7 @@ end of a run whose W&B process has died. What is there already is read from W&B'
 
 import collections
 import datetime
+import functools
 import json
 import shutil
 import subprocess
@@ -102,16 +103,19 @@ def write(
     opened = open_run(folder, description, mode, finish_seconds=finish_seconds)
     if (run := opened.run) is None:
         return opened
-    for row in with_times(rows(folder, after), read_json(folder.run)):
-        run.log(row)
     late = TimeoutError(f"the server did not take everything within {finish_seconds:.0f} s")
-    if samples := list(metrics.read(folder.samples)):
-        if opened.mode == "offline":
-            run.log(table(samples))
-        elif not call_with_timeout(lambda: run.log(table(samples)) or True, finish_seconds):  # W&B waits for its server here
-            raise late
-    if row := pictures(folder):
+    samples, picture = list(metrics.read(folder.samples)), pictures(folder)
+    whole = [*rows(folder, after), *([table(samples)] if samples else []), *([picture] if picture else [])]
+
+    def log(row: Row) -> bool:
         run.log(row)
+        return True
+
+    for row in with_times(whole, read_json(folder.run)):
+        if TABLE not in row or opened.mode == "offline":
+            log(row)
+        elif not call_with_timeout(functools.partial(log, row), finish_seconds):  # W&B waits for its server here
+            raise late
     if figures:
         run.summary.update(dict(figures))
     done = finish_run(run, exit_code)
@@ -124,13 +128,21 @@ def write(
 def with_times(rows: Sequence[Row], run_json: Mapping[str, Any]) -> Iterator[Row]:
     """The rows with the time at which they were logged, so that W&B's own time axis is the run's and not that of writing.
 
-    That time is the run's start plus its seconds so far: exact for a run that was never stopped.
+    That time is the run's start plus its seconds so far: exact for a run that was never stopped. Rows of samples, of their table and of
+    the loss curve have no seconds: they get those of the last row before them at the same step, or else at any.
     """
     started = None
     with suppress(KeyError, TypeError, ValueError):
         started = datetime.datetime.fromisoformat(run_json["started"]).timestamp()
+    at_step: dict[int, float] = {}
+    last: float | None = None
     for row in rows:
-        yield {**row, TIMESTAMP: started + row[SECONDS]} if started is not None and SECONDS in row else row
+        seconds = row.get(SECONDS, at_step.get(row[STEP], last))
+        if started is None or seconds is None:
+            yield row
+            continue
+        at_step[row[STEP]] = last = seconds
+        yield {**row, TIMESTAMP: started + seconds}
 
 
 @contextmanager

@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import Mistake
-from parallel.files import write_json
 from research import ROOT
 from research.cli import plot
+from research.config import serialization
 from research.tracking import run_folder
 from research.tracking.metrics import JsonLines
 from research.tracking.run_folder import RunFolder
+from tests.research.helpers.example import example
 
 
 def run_of(place: Path, name: str, lr: float, seed: int, rows: int = 3) -> RunFolder:
     folder = run_folder.create(place, name)
     run_folder.start(folder, layout="tensor 2", precision="fp32", steps=rows)
-    write_json(folder.config, {"question": f"{lr}?", "seed": seed, "optimizer": {"lr": lr}, "track": {"runs": str(seed)}})
+    own = {"question": f"{lr}?", "track": {"project": f"project {seed}"}}
+    serialization.save(example(optimizer={"lr": lr, "min_lr": 0.0}, seed=seed, **own), folder.config)
     file = JsonLines(folder.metrics)
     for step in range(1, rows + 1):
         axes = {"progress/step": step, "progress/tokens": 9 * step, "progress/seconds": 1.0 * step}
@@ -42,7 +44,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_names_say_what_differs(place: Path) -> None:
     a, b, c = run_of(place, "gpt", 0.003, 1), run_of(place, "gpt", 0.001, 1), run_of(place, "gpt", 0.001, 2)
     assert [curve.label for curve in plot.curves([a, b, c])] == [
-        f"{a.id} · seed 1 · lr 0.003", f"{b.id} · seed 1 · lr 0.001", f"{c.id} · seed 2 · lr 0.001"
+        f"{a.id} · lr 0.003 · seed 1", f"{b.id} · lr 0.001 · seed 1", f"{c.id} · lr 0.001 · seed 2"
     ]  # fmt: skip
     assert [curve.label for curve in plot.curves([b, run_of(place, "llama", 0.001, 1)])][0] == b.title
     assert [curve.label for curve in plot.curves([a])] == [a.title]

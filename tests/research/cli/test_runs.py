@@ -1,6 +1,8 @@
 """`python -m research runs`: what is on the disk, nothing more, whatever else lies there, and what tells the runs apart."""
 
+import io
 import json
+import sys
 
 import pytest
 from rich.cells import cell_len
@@ -8,8 +10,11 @@ from rich.cells import cell_len
 from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from research.cli import runs
+from research.config import serialization
 from research.tracking import run_folder
 from research.tracking.metrics import JsonLines
+from research.tracking.streams import ESCAPING
+from tests.research.helpers.example import example
 
 LAYOUT = "pipe 1 × data 1 × tensor 2 · ZeRO-1"
 OVERRIDES = [
@@ -22,8 +27,9 @@ OVERRIDES = [
 
 
 def settings(lr=0.003, seed=1, norm="layernorm"):
-    """A config.json as a run has it, with few settings."""
-    return {"question": f"{lr}?", "seed": seed, "model": {"norm": norm}, "optimizer": {"lr": lr}, "track": {"mode": f"mode {seed}"}}
+    """An experiment. Its question, where it is recorded and how much text a validation reads differ between seeds, but tell nothing."""
+    own = {"question": f"{lr}?", "track": {"project": f"project {seed}"}, "schedule": {"validate_tokens": 4096 * seed}}
+    return example(model={"norm": norm}, optimizer={"lr": lr}, seed=seed, **own)
 
 
 @pytest.fixture
@@ -35,8 +41,8 @@ def root(tmp_path, monkeypatch):
     for day, folder in enumerate((done, edited, fresh), 1):
         run_folder.start(folder, layout=LAYOUT, precision="bf16", steps=300, overrides=OVERRIDES if folder == done else [])
         write_json(folder.run, read_json(folder.run) | {"started": f"2026-01-0{day}T10:00:00+00:00"})
-    write_json(done.config, settings(lr=0.001, seed=7))
-    write_json(edited.config, settings(norm="rmsnorm"))
+    serialization.save(settings(lr=0.001, seed=7), done.config)
+    serialization.save(settings(norm="rmsnorm"), edited.config)
     file = JsonLines(done.metrics)
     for step, bits in ((150, 2.5), (300, 2.0213)):
         file.write({"progress/step": step, "progress/tokens": 100 * step, "train/loss": 5.0})
@@ -61,11 +67,35 @@ def test_json_says_everything(root, capsys):
     assert done["started"] < done["ended"] and fresh["ended"] is None
 
 
+def test_json_comes_back_equal_where_the_output_is_ascii(root, monkeypatch):
+    reason = 'a callback said “x” · loss é → 3 × "y"'
+    (folder,) = [folder for folder in run_folder.every(root) if folder.name == "llama"]
+    run_folder.end(folder, run_folder.FAILED, reason)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=ESCAPING)
+    monkeypatch.setattr(sys, "stdout", stream)
+    runs.main(["--json"])
+    last = json.loads(stream.buffer.getvalue().decode("ascii"))[-1]
+    assert last["reason"] == reason and last["layout"] == LAYOUT
+
+
 def test_what_differs_are_overrides_and_what_config_py_has_changed(root, capsys):
     """Without what another column shows, and without where the run is recorded; a run of another experiment is not compared."""
     done, edited, fresh = [run["differs"] for run in json.loads(listed(capsys, "--json"))]
     assert done == ["model.norm layernorm", "optimizer.lr 0.003 → 0.001", "schedule.log_every 10 → 2"]
     assert edited == ["model.norm rmsnorm", "optimizer.lr 0.003"] and fresh == []
+
+
+def test_a_run_of_an_older_schema_is_compared_as_it_would_be_resumed(root):
+    """Schema 5 knew no `loss`: such a run had cross-entropy."""
+    old, new = (run_folder.create(root, "focal") for _ in range(2))
+    serialization.save(example(), old.config)
+    written = read_json(old.config)
+    del written["loss"]
+    write_json(old.config, written | {"schema": 5})
+    serialization.save(example(loss="variant:Focal"), new.config)
+    found = [(folder, {"overrides": []}) for folder in (old, new)]
+    runs.tell_apart(found)
+    assert [run["differs"] for _, run in found] == [["loss cross_entropy"], ["loss variant:Focal"]]
 
 
 def test_a_pipe_gets_tabs(root, capsys):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from research.tracking import run_folder, wandb_record
 from research.tracking.metrics import JsonLines
 from research.tracking.plot import loss_curve
 from research.tracking.run_folder import RunFolder
+from research.tracking.wandb_client import Opened
 from tests.research.helpers import wandb_servers as servers
 from tests.research.tracking.test_tracker import CONFIG, KEY, ROWS, SAMPLES, inspected, of
 
@@ -110,6 +112,57 @@ def test_online_it_is_written_to_the_server_once(folder: RunFolder) -> None:
     assert [row["progress/step"] for row in servers.Works.rows] == [10, 20, 20]
     assert tracked(folder, **online)[0] == f"{folder.title} · W&B has all of it already: {len(ROWS)} rows"
     assert len(servers.Works.rows) == len(ROWS)
+
+
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes in which W&B runs are written, while none really is, and nothing is found in the files of W&B."""
+    asked: list[str] = []
+
+    def write(folder: RunFolder, description: object, mode: str, *_: object, **__: object) -> Opened:
+        asked.append(mode)
+        return Opened(mode, "as asked", SimpleNamespace(url="http://w/b"))
+
+    monkeypatch.setattr(wandb_record, "write", write)
+    monkeypatch.setattr(wandb_record, "inspect", lambda _: iter(()))
+    return asked
+
+
+def record(folder: RunFolder, name: str) -> Path:
+    """An empty file of W&B."""
+    file = folder.wandb / name / "run-a.wandb"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    return file
+
+
+def test_an_incomplete_offline_record_is_replaced_by_an_online_run(folder: RunFolder, modes: list[str], capsys) -> None:
+    record(folder, "offline-run-20260101_100000-a")
+    track.main([str(folder.path), "--mode", "online"])
+    assert modes == ["online"]
+    head = f"{folder.title} · W&B online · http://w/b · {len(ROWS) + len(SAMPLES)} rows · in place of an incomplete record"
+    assert capsys.readouterr().out.splitlines()[0] == head
+    assert list(folder.wandb.glob("*")) == []
+
+
+@pytest.mark.parametrize("sign", ["an online record", "wandb.json alone", "a record that was synced"])
+def test_what_may_be_on_a_server_is_not_sent_there_again(sign: str, folder: RunFolder, modes: list[str], capsys) -> None:
+    instead = ""
+    if sign == "an online record":
+        record(folder, "run-20260101_100000-a")
+    elif sign == "wandb.json alone":  # as where RUN/wandb was removed to make room
+        write_json(folder.wandb_json, {"id": "a", "project": "p", "entity": None, "mode": "online", "url": "http://w/b"})
+    else:
+        record(folder, "offline-run-20260101_100000-a").with_suffix(".wandb.synced").touch()
+        instead = " · in place of an incomplete record"
+
+    way_out = "leave --mode online out: then it is written to RUN/wandb"
+    with pytest.raises(Mistake, match=f"rows of it may be on W&B's server already, and would be there twice → {way_out}"):
+        track.main([str(folder.path), "--mode", "online"])
+    track.main([str(folder.path)])
+    why = "rows of it may be on W&B's server already"
+    head = f"{folder.title} · W&B offline ({why}) · {len(ROWS) + len(SAMPLES)} rows{instead}"
+    assert capsys.readouterr().out.splitlines()[0] == head and modes == ["offline"]
 
 
 def test_what_cannot_be_tracked_is_refused_in_words(folder: RunFolder) -> None:

@@ -227,6 +227,8 @@ def test_the_activation_that_a_user_needs(tmp_path, monkeypatch) -> None:
     (folder / "bin").mkdir(parents=True)
     (folder / "bin/activate").write_text("echo active")
     monkeypatch.chdir(tmp_path)
+    assert activate_command(folder, {}) is None  # as conda's base is
+    (folder / "pyvenv.cfg").touch()
     command = activate_command(folder, {})
     assert command == "source 'a venv/bin/activate'"
     assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout == "active\n"

@@ -73,6 +73,7 @@ def test_options(local: list[str]) -> None:
     assert parse(example(), [*local, "--dry-run", "--verbose"])[1:] == ([], Options(dry_run=True, verbose=True))
     assert parse(example(), [*local, "--dry_run"])[2] == Options(dry_run=True)
     assert parse(example(), [*local, "--nonsense", "--help"])[2] == Options(help=True)
+    assert parse(example(), [*local, "--help", "--verbose"])[2] == Options(help=True)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def values() -> list[str]:
 
 def test_help_of_one_group_lists_its_settings_and_no_other(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for words in (["--help", "optimizer"], ["--seed", "3", "-h", "optimizer"], ["--help", "--optimizer"], ["--help", "optimizer.lr"]):
+    for words in (["--help", "optimizer"], ["--seed", "3", "-h", "optimizer"], ["--help", "optimizer.lr"]):
         options = parse(example(), words)[2]
         show_help(example(), "x/launch.py", options.help_group)
         shown = capsys.readouterr().out

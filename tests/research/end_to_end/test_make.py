@@ -43,6 +43,12 @@ def test_a_python_without_the_packages_says_how_to_get_them(command: list[str]) 
     assert done.stderr.endswith(" → source .venv/bin/activate, or pip install -r requirements.txt\n")
 
 
+def test_a_python_without_the_packages_still_says_which_code_this_is() -> None:
+    done = finished(sys.executable, "-S", "-m", "research", "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(" · torch – · deepspeed –\n")
+
+
 def test_an_experiment_outside_of_the_tree(tmp_path) -> None:
     shutil.copytree(ROOT / "experiments/gpt_sotu", tmp_path / "mine")
     done = finished(sys.executable, "-S", "mine/launch.py", cwd=tmp_path)

@@ -60,10 +60,18 @@ def test_the_broken_one_is_back_where_the_new_one_fails(name: str, broken: Path)
 
 def test_a_row_gets_the_time_at_which_it_was_logged() -> None:
     started = "2026-01-31T12:00:00+00:00"
-    timed, untimed = with_times([row(1, **{"progress/seconds": 90.5}), row(2)], {"started": started})
+    untimed, timed = with_times([row(0), row(1, **{"progress/seconds": 90.5})], {"started": started})
     assert datetime.datetime.fromtimestamp(timed["_timestamp"], datetime.UTC).isoformat() == "2026-01-31T12:01:30.500000+00:00"
-    assert untimed == row(2)
+    assert untimed == row(0)
     assert list(with_times([row(1, **{"progress/seconds": 90.5})], {})) == [row(1, **{"progress/seconds": 90.5})]
+
+
+def test_a_row_without_seconds_gets_the_time_of_its_step() -> None:
+    """A sample after the metrics of its step, one at a step without metrics, and the table, which comes last but is of step 2."""
+    metric = [row(step, **{"progress/seconds": 10.0 * step}) for step in (1, 2, 4)]
+    logged = [*metric[:2], row(2, sample=1), row(3, sample=2), metric[2], row(2, samples="table"), row(4, loss_curve="picture")]
+    times = [timed["_timestamp"] for timed in with_times(logged, {"started": "1970-01-01T00:00:00+00:00"})]
+    assert times == [10.0, 20.0, 20.0, 20.0, 40.0, 20.0, 40.0]
 
 
 def test_the_summary_has_the_last_values_and_the_lowest_validation(tmp_path: Path) -> None:
