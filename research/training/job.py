@@ -73,7 +73,8 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         derive(settings, cuda=True)
     found, why = None, ""
     if ranks.rank == 0:
-        found, why = find(options.resume, experiment, loaded.folder, ROOT / experiment.track.runs)
+        runs = ROOT / experiment.track.runs
+        found, why = find(options.resume, experiment, loaded.folder, runs, watch=not options.dry_run)
     # A run that is resumed has begun with these settings, and may not change all of them. Only rank 0 knows whether `auto` found one.
     if wrong and (options.resume == NEVER or (ranks.rank == 0 and found is None)):
         raise Mistake(wrong[0])

@@ -166,10 +166,11 @@ class Resume:
         return self.facts["step"]
 
 
-def find(handle: str, experiment: Experiment, source: Path, runs: Path) -> tuple[Resume | None, str]:
+def find(handle: str, experiment: Experiment, source: Path, runs: Path, watch: bool = True) -> tuple[Resume | None, str]:
     """(the run that `handle` names, why): handle is auto, never, a run or a checkpoint; None if a new run begins. Rank 0 only.
 
     `source` is the experiment's folder, `runs` the folder that holds NAME/ID/. Raises a Mistake if the run cannot be resumed.
+    `watch`: whether to wait for heartbeats of a run that says that it is running and cannot be seen; a dry run does not.
     """
     if handle == NEVER:
         return None, ""
@@ -177,11 +178,11 @@ def find(handle: str, experiment: Experiment, source: Path, runs: Path) -> tuple
         folder, why = _newest_match(experiment, source, runs)
         if folder is None:
             return None, why
-        _refuse_running(folder)
+        _refuse_running(folder, watch)
         return _resume(folder, checkpoint_folder.latest(folder.checkpoints), experiment), why
     folder, checkpoint = run_folder.find_checkpoint(handle, runs)
     _refuse_other_experiment(folder, checkpoint, experiment, source)
-    _refuse_running(folder)
+    _refuse_running(folder, watch)
     return _resume(folder, checkpoint, experiment), run_folder.choice(handle, folder)
 
 
@@ -271,8 +272,8 @@ def science_changes(folder: RunFolder, source: Path, experiment: Experiment) -> 
     return changes if then == now else [*changes, (VARIANTS, then[:12], now[:12])]
 
 
-def _refuse_running(folder: RunFolder) -> None:
-    """Raises a Mistake if the run is running: its process can be seen, or is out of sight and writes heartbeats."""
+def _refuse_running(folder: RunFolder, watch: bool) -> None:
+    """Raises a Mistake if the run is running: its process can be seen, or is out of sight and writes heartbeats while they are watched."""
     run = read_json(folder.run)
     if run_folder.status(run, folder) != RUNNING:
         return
@@ -282,8 +283,9 @@ def _refuse_running(folder: RunFolder) -> None:
     who = f"process {run.get('pid')} on {run.get('host')}, since {since}"
     if seen:
         raise Mistake(f"{folder.title} is running ({who}) → wait for its end, or end it: kill -USR1 {run['pid']}")
-    sys.stderr.write(f"resume   {folder.title} says that it is running ({who}): its heartbeat is watched for {WATCH_SECONDS:.0f} s …\n")
-    if is_beating(folder, WATCH_SECONDS):
+    watched = f"its heartbeat is watched for {WATCH_SECONDS:.0f} s …" if watch else "a dry run does not watch its heartbeat"
+    sys.stderr.write(f"resume   {folder.title} says that it is running ({who}): {watched}\n")
+    if watch and is_beating(folder, WATCH_SECONDS):
         end = f"wait for its end, or end it there: kill -USR1 {run.get('pid')}"
         raise Mistake(f"{folder.title} is running ({who}): it cannot be seen from here, but its heartbeat goes on → {end}")
 

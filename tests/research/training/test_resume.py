@@ -227,6 +227,9 @@ def test_a_process_out_of_sight_is_known_by_its_heartbeat(
     assert auto(tmp_path) == (folder, "")
     watched = f"resume   {folder.title} says that it is running ({who}): its heartbeat is watched for 0 s …\n"
     assert capsys.readouterr() == ("", watched)
+    monkeypatch.setattr(resume, "WATCH_SECONDS", 1e9)
+    found, _ = find(AUTO, example(), Path("mine"), tmp_path, watch=False)
+    assert found and found.folder == folder and capsys.readouterr().err.endswith("): a dry run does not watch its heartbeat\n")
 
 
 @pytest.mark.slow
