@@ -28,6 +28,10 @@ CHUNK = 1024
 """The number of positions whose logits are held at once."""
 
 
+class UnusableLogits(Mistake):
+    """A model with classes of a variant.py cannot be evaluated or sampled from: it can still be trained."""
+
+
 def full_logits(module: PlainModule, model: GPT, grid: Grid, x: Tensor) -> Tensor:
     """'n d' -> 'n v', at least fp32, of the whole vocabulary, gathered over the tensor ranks."""
     logits = gather_from_tensor_ranks(module.logits(x[:, None])[:, 0], grid.tensor_group)[:, : model.vocab_size]
@@ -47,24 +51,47 @@ def shorter_lengths(length: int) -> list[int]:
 def refuse_dependent_logits(module: PlainModule, model: GPT, grid: Grid, length: int) -> None:
     """A Mistake if the logits of a token depend on anything but the tokens before it: on later ones, their number, or other rows.
 
-    A text of `length` tokens is compared with its beginnings, each of which is read together with another text.
+    A text of `length` tokens is compared with its beginnings, each of which is read together with another text. A Mistake too if
+    the classes raise on one of them.
     """
     with _at_least_fp32(module), torch.inference_mode():
         device = next(module.parameters()).device
         ids, others = (torch.tensor([trial_ids(model, length, seed)], device=device) for seed in (0, 1))
-        whole = module.hidden(ids)[0]
+        with errors_of_variants(length):
+            whole = module.hidden(ids)[0]
         for shorter in shorter_lengths(length):
-            found = module.hidden(torch.cat([ids, others])[:, :shorter])[0]
+            with errors_of_variants(shorter):
+                found = module.hidden(torch.cat([ids, others])[:, :shorter])[0]
             pairs = zip(found.split(CHUNK), whole[:shorter].split(CHUNK), strict=True)
             errors = torch.cat([difference(*(full_logits(module, model, grid, x) for x in pair)) for pair in pairs])
             refuse_different(errors, shorter, length)
+
+
+@contextlib.contextmanager
+def errors_of_variants(length: int, *passing: type[Exception]) -> Iterator[None]:
+    """Makes what classes of a variant.py raise for a text of `length` tokens a Mistake. `passing` are errors that are not theirs."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, Mistake, *passing):
+        raise  # one rank alone may have run out of memory
+    except Exception as error:  # on every rank alike, because all compute the same text
+        tokens = f"{length} token" + "s" * (length != 1)
+        raise UnusableLogits(
+            f"classes of variant.py cannot compute a text of {tokens} ({problem(error)}) → let them take texts of every length up to "
+            "model.seq_length, because evaluation and generation read short ones too"
+        ) from error
+
+
+def problem(error: Exception) -> str:
+    """'ValueError: a table of 9 places does not fit', on one line and not too long."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
 
 def refuse_different(errors: Tensor, shorter: int, length: int, tolerance: float = TOLERANCE) -> None:
     """A Mistake if the error of a token is above the tolerance. `errors` 's' compares a text of `length` tokens with its beginning."""
     if (errors > tolerance).any():  # not if they are NaN, which generation reports itself
         token = int((errors > tolerance).nonzero()[0])
-        raise Mistake(
+        raise UnusableLogits(
             f"token {token + 1} of a text gets other logits among {length} tokens than among {shorter} (off by {float(errors[token]):.1g} "
             "of the largest) → let classes of variant.py depend only on the tokens up to each position: on no later ones, not on how many "
             "there are, and on no other text of the batch"
@@ -82,8 +109,7 @@ def why_uncached(module: PlainModule, model: GPT, grid: Grid, length: int) -> st
         except torch.OutOfMemoryError:
             raise  # one rank alone may have run out of memory
         except Exception as error:  # what a variant's class raises when it gets one token, on every rank alike
-            problem = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            return f"classes of variant.py cannot compute one token at a time ({problem})"
+            return f"classes of variant.py cannot compute one token at a time ({problem(error)})"
         finally:
             remove_cache(module)
     wrong = (~(errors <= TOLERANCE)).nonzero()

@@ -13,7 +13,7 @@ from research.config.experiment_folder import load
 from research.config.overrides import parse
 from research.reliability.supervisor import LaunchRecord, supervise
 from research.tracking.run_folder import RunFolder
-from research.training.resume import differences
+from research.training.resume import science_changes
 
 WHAT = """Launches an experiment, and launches it again after a crash, with --resume RUN if its run has saved a checkpoint. Between two
 launches it waits 1, 2, 4 … at most 60 seconds. It gives up after N restarts in a row without a newer checkpoint. A signal (SIGINT,
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     def is_ours(folder: RunFolder) -> bool:
         """Whether the run has our science and seed; where its config.json cannot be read, nothing speaks against it."""
         with contextlib.suppress(OSError, ValueError):
-            return not differences(folder, loaded.folder, experiment)
+            return not science_changes(folder, loaded.folder, experiment)
         return True
 
     record = LaunchRecord(ROOT / experiment.track.runs / loaded.name, is_ours)

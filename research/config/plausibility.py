@@ -57,6 +57,8 @@ def doubts(experiment: Experiment) -> Iterator[str]:
         )
     if evaluate.tasks and not evaluate.every:
         yield f"evaluate.tasks has {listed(evaluate.tasks, 'and')}, which evaluate.every = 0 never evaluates → set evaluate.every"
+    if evaluate.measure and not evaluate.every:
+        yield f"evaluate.measure is {evaluate.measure!r}, which evaluate.every = 0 never calls → set evaluate.every, for example to 50"
     if sample.prompts and not sample.every:
         yield "sample.prompts is not used with sample.every = 0: the sample at the end continues the held-out text → set sample.every"
     if experiment.precision == "fp16" and 0 < experiment.watch.most_skips < 16:

@@ -24,10 +24,8 @@ class PreparedTask:
 
 
 def check_tasks(experiment: Experiment, root: Path) -> None:
-    """Raises a Mistake for unknown tasks, missing files, and an interval without anything to do or the reverse. Reads no file."""
+    """Raises a Mistake for unknown tasks, missing files, and an interval without anything to do. Reads no file."""
     settings = experiment.evaluate
-    if settings.measure and not settings.every:
-        raise Mistake(f"evaluate.measure = {settings.measure!r}, but evaluate.every = 0 → set evaluate.every, for example to 50 steps")
     if settings.every and not settings.tasks and not settings.measure:
         raise Mistake(
             f"evaluate.every = {settings.every}, but evaluate.tasks is empty → name some, e.g. {registry.VALIDATION}, or use every 0"

@@ -189,7 +189,7 @@ def is_beating(folder: RunFolder, seconds: float) -> bool:
     before, ends = contents(), time.monotonic() + seconds
     while time.monotonic() < ends:
         time.sleep(min(1.0, seconds))
-        if contents() != before:
+        if any(before.get(name) != content for name, content in contents().items()):  # a removed file is no sign of life
             return True
     return False
 

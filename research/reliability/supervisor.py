@@ -127,27 +127,28 @@ class LaunchRecord:
 
     def begin(self) -> None:
         """A launch begins: every run.json that changes from now on is its own."""
-        self._before = {path: (content, saved_step(RunFolder(path.parent))) for path, content in self._files().items()}
+        self._before = {path: (content, saved_step(RunFolder(path.parent))) for path, (content, _) in self._files().items()}
         self.run = None
 
     def end(self) -> bool:
         """The launch is over; returns whether there is a newer checkpoint than before it and than after the launch before."""
-        changed = [path for path, content in self._files().items() if content != self._before.get(path, (b"", -1))[0]]
+        files = self._files()
+        changed = [path for path, (content, _) in files.items() if content != self._before.get(path, (b"", -1))[0]]
         changed = [path for path in changed if self._is_ours(RunFolder(path.parent))]
         if not changed:
             return False
-        newest = max(changed, key=lambda path: path.stat().st_mtime)
+        newest = max(changed, key=lambda path: files[path][1])
         self.run = RunFolder(newest.parent)
         known = max(self._before.get(newest, (b"", -1))[1], self.last)
         self.last = saved_step(self.run)
         return self.last > known
 
-    def _files(self) -> dict[Path, bytes]:
-        """Every run.json and what it holds. Another launch may just be removing one."""
+    def _files(self) -> dict[Path, tuple[bytes, int]]:
+        """Every run.json, what it holds, and when it was written, in nanoseconds. Another launch may just be removing one."""
         files = {}
         for folder in run_folder.of_experiment(self._runs):
             with contextlib.suppress(OSError):
-                files[folder.run] = folder.run.read_bytes()
+                files[folder.run] = (folder.run.read_bytes(), folder.run.stat().st_mtime_ns)
         return files
 
     def state(self) -> tuple[str, str]:

@@ -3,6 +3,8 @@
 `resolve` is what a launch does before torch. `describe` gives the lines that a run's header and `--dry-run` show.
 """
 
+import contextlib
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,15 +57,14 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
     experiment = loaded.experiment
     check(experiment, ranks)
     threads_asked_for()  # a wrong number in the environment is reported here
-    (ROOT / experiment.track.runs).exists()  # raises an OSError for a name that no file system takes
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # any other OSError is a name that no file system takes
+        os.stat(ROOT / experiment.track.runs)
     check_variants(loaded.folder, experiment)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
     check_init_from(experiment, ROOT)
     check_tasks(experiment, ROOT)
     check_samples(experiment, ROOT)
     wrong = [*contradictions(experiment, ROOT), *refused_by_wandb(experiment, loaded.name)]
-    if wrong and options.resume == NEVER:  # a run that is resumed has begun with these settings, and may not change all of them
-        raise Mistake(wrong[0])
     job_layout = layout(experiment, ranks.world)
     settings = engine_settings(experiment, job_layout)
     try:  # a deepspeed={…} table must not contradict the experiment on a CPU and on a GPU: which one this is, only torch knows
@@ -72,7 +73,11 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         derive(settings, cuda=True)
     found, why = None, ""
     if ranks.rank == 0:
-        found, why = find(options.resume, experiment, loaded.folder, ROOT / experiment.track.runs)
+        runs = ROOT / experiment.track.runs
+        found, why = find(options.resume, experiment, loaded.folder, runs, watch=not options.dry_run)
+    # A run that is resumed has begun with these settings, and may not change all of them. Only rank 0 knows whether `auto` found one.
+    if wrong and (options.resume == NEVER or (ranks.rank == 0 and found is None)):
+        raise Mistake(wrong[0])
     return Job(
         experiment=experiment,
         folder=loaded.folder,

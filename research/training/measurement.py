@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.inference.variant_check import UnusableLogits
 from parallel.engines.engine import Engine
 from parallel.errors import Mistake
 from parallel.object_collectives import all_gather_objects
@@ -27,6 +28,8 @@ class MeasuredModel:
 
     def __init__(self, live: Live, tokenizer: Tokenizer) -> None:
         self._live, self.tokenizer = live, tokenizer
+        self._checked = False
+        """Whether the logits are known to depend on earlier tokens alone."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(logical name, whole fp32 weight on the CPU) of every parameter, in the order of the layers, one at a time.
@@ -43,7 +46,13 @@ class MeasuredModel:
                 yield name, _broadcast_from(stage, weight, engine)
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """For each sequence of at least two ids, the natural log-probability of every id but the first, given all ids before it."""
+        """For each sequence of at least two ids, the natural log-probability of every id but the first, given all ids before it.
+
+        Raises UnusableLogits if classes of a variant.py let them depend on anything else: they would then measure the padding.
+        """
+        if not self._checked:
+            self._live.refuse_dependent_logits()
+            self._checked = True
         scores: list[list[float]] = []
         for ids in sequences:
             scores += [found for found, _ in self._live.scores([ids])]
@@ -61,9 +70,14 @@ def _broadcast_from(stage: int, weight: Tensor, engine: Engine) -> Tensor:
 
 
 def measured_row(measure: Measure, step: int, model: MeasuredModel) -> dict[str, float]:
-    """{'measure/NAME': number} of what `measure` returns. A Mistake if it raises, or returns anything but numbers by name."""
+    """{'measure/NAME': number} of what `measure` returns. A Mistake if it raises, or returns anything but numbers by name.
+
+    UnusableLogits passes: it is the model that cannot be measured like this, not the function that is wrong.
+    """
     try:
         found = measure(step, model)
+    except UnusableLogits:
+        raise
     except Exception as error:
         raise Mistake(f"{MEASURE} failed at step {step}: {type(error).__name__}: {' '.join(str(error).split())} → correct it") from error
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):

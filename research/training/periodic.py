@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import chosen
+from models.inference.variant_check import UnusableLogits
 from parallel.engines.engine import Engine, MicroBatch
 from parallel.errors import Mistake
 from research.config import Experiment
@@ -18,6 +19,7 @@ from research.data.batches import validation_batches
 from research.data.prepare import HeldOut
 from research.evaluation import in_training
 from research.evaluation.in_training import PreparedTask
+from research.evaluation.task import Metric
 from research.reliability.signals import CutShort
 from research.tracking.console import Advance, nothing
 from research.tracking.metrics import perplexity
@@ -138,34 +140,47 @@ class Periodic:
         run.console.validation(row, is_best)
 
     def _evaluate(self) -> None:
-        """Logs one row with the metrics of all tasks and the numbers of the experiment's own measurement."""
+        """Logs one row with the metrics of all tasks and the numbers of the experiment's own measurement, if there are any."""
         run, live = self.run, self._live_model(EVALUATION)
-        try:
-            live.refuse_dependent_logits()
-        except Mistake as mistake:  # the same on every rank: all see the same scores
-            run.console.warn(f"no evaluation after step {run.step}: {mistake}")
+        found = self._evaluated(live)
+        measured = self._measured(live)
+        if not found and not measured:
             return
-        scorer = LiveScorer(live)
-        found = []
-        for task in self.tasks:
-            with run.console.progress(f"evaluating {task.task.name}", announced=False):
-                found.append((task, in_training.evaluate_task(task, scorer)))
         row = run.axes()
         for task, figures in found:
             row |= in_training.metrics_row(task, figures)
         shown = [(task.task.name, figures[0].name, figures[0].value) for task, figures in found]
-        measured = self._measured(scorer.live)
         row |= measured
         run.tracker.log(row)
         shown += [("measure", name.partition("/")[2], value) for name, value in measured.items()]
         run.console.evaluation(row, shown)
 
+    def _evaluated(self, live: Live) -> list[tuple[PreparedTask, list[Metric]]]:
+        """The metrics of every task; none, and a warning, if the model's logits cannot be used."""
+        run = self.run
+        if not self.tasks:
+            return []
+        try:
+            live.refuse_dependent_logits()
+        except UnusableLogits as reason:  # the same on every rank: all see the same scores
+            run.console.warn(f"no evaluation after step {run.step}: {reason}")
+            return []
+        found = []
+        for task in self.tasks:
+            with run.console.progress(f"evaluating {task.task.name}", announced=False):
+                found.append((task, in_training.evaluate_task(task, LiveScorer(live))))
+        return found
+
     def _measured(self, live: Live) -> dict[str, float]:
-        """The numbers of `evaluate.measure`; none if the experiment names no function."""
+        """The numbers of `evaluate.measure`; none if the experiment names no function, or if it needs logits that cannot be used."""
         run, name = self.run, self.run.job.experiment.evaluate.measure
         if name is None:
             return {}
-        return measured_row(chosen(MEASURE, name, {}, run.variants), run.step, MeasuredModel(live, run.corpus.tokenizer))
+        try:
+            return measured_row(chosen(MEASURE, name, {}, run.variants), run.step, MeasuredModel(live, run.corpus.tokenizer))
+        except UnusableLogits as reason:
+            run.console.warn(f"no measurement after step {run.step}: {reason}")
+            return {}
 
     def _sample(self) -> None:
         """Logs a row for each prompt, all or none. Logits that are not finite, or not causal, are reported, and end only the sample."""

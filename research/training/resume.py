@@ -65,18 +65,19 @@ def continuation(
     step: int,
     changes: Sequence[Change],
     now: Experiment,
-    differences: Mapping[str, tuple[Any, Any]],
-    same_code: bool,
+    layout_and_machine: Mapping[str, tuple[Any, Any]],
+    same_code: bool | None,
     device: str,
     variants: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """How far a run that resumes at `step` is the run that was never stopped, in words that say no more than is true.
 
-    `changes` are the settings that differ, `differences` those of layout and machine (parallel/engines/process_state.py).
+    `changes` are the settings that differ, `layout_and_machine` what differs of these (parallel/engines/process_state.py).
+    `same_code`: None if the checkpoint does not say with which code it was saved, as older ones do not.
     `variants`: what the experiment names of its variant.py, for a decay of its own.
     'bit for bit as if it had never stopped' needs that nothing differs, and a CPU: some GPU kernels add in no fixed order.
     """
-    rounding = [f"{name.partition('.')[2]} {then} → {to}" for name, (then, to) in differences.items()]
+    rounding = [f"{name.partition('.')[2]} {then} → {to}" for name, (then, to) in layout_and_machine.items()]
     rounding += ["other DeepSpeed settings"] * any(_is_of(name, ["deepspeed"]) for name, _, _ in changes)
     rounding += ["GPU kernels"] * (device != "cpu")
     exact = f"within rounding ({', '.join(rounding)})" if rounding else "bit for bit"
@@ -92,6 +93,8 @@ def continuation(
 
     other = dict.fromkeys(what for prefix, what in RECORDED.items() if any(_is_of(name, [prefix]) for name, _, _ in changes))
     said += f", with other {listed(other, 'and')}" if other else ""
+    if same_code is None:
+        return f"{said}, if the code is the one that saved it, which this checkpoint does not say"
     return said if same_code else f"{said}, if the code, which has changed, still computes the same"
 
 
@@ -163,10 +166,11 @@ class Resume:
         return self.facts["step"]
 
 
-def find(handle: str, experiment: Experiment, source: Path, runs: Path) -> tuple[Resume | None, str]:
+def find(handle: str, experiment: Experiment, source: Path, runs: Path, watch: bool = True) -> tuple[Resume | None, str]:
     """(the run that `handle` names, why): handle is auto, never, a run or a checkpoint; None if a new run begins. Rank 0 only.
 
     `source` is the experiment's folder, `runs` the folder that holds NAME/ID/. Raises a Mistake if the run cannot be resumed.
+    `watch`: whether to wait for heartbeats of a run that says that it is running and cannot be seen; a dry run does not.
     """
     if handle == NEVER:
         return None, ""
@@ -174,11 +178,11 @@ def find(handle: str, experiment: Experiment, source: Path, runs: Path) -> tuple
         folder, why = _newest_match(experiment, source, runs)
         if folder is None:
             return None, why
-        _refuse_running(folder)
+        _refuse_running(folder, watch)
         return _resume(folder, checkpoint_folder.latest(folder.checkpoints), experiment), why
     folder, checkpoint = run_folder.find_checkpoint(handle, runs)
     _refuse_other_experiment(folder, checkpoint, experiment, source)
-    _refuse_running(folder)
+    _refuse_running(folder, watch)
     return _resume(folder, checkpoint, experiment), run_folder.choice(handle, folder)
 
 
@@ -211,7 +215,7 @@ def _refuse_other_experiment(folder: RunFolder, checkpoint: Path, experiment: Ex
 
 def science(changes: list[Change]) -> list[Change]:
     """The changes that make it another experiment: those not in MAY_CHANGE."""
-    return [change for change in changes if not any(change[0] == prefix or change[0].startswith(f"{prefix}.") for prefix in MAY_CHANGE)]
+    return [change for change in changes if not _is_of(change[0], MAY_CHANGE)]
 
 
 def _first(changes: list[Change]) -> str:
@@ -234,7 +238,7 @@ def _newest_match(experiment: Experiment, source: Path, runs: Path) -> tuple[Run
             continue
         try:
             status = run_folder.status(read_json(folder.run), folder)
-            changes = differences(folder, source, experiment)
+            changes = science_changes(folder, source, experiment)
         except (OSError, ValueError):  # this does not keep another run from being resumed
             damaged.append(folder.title)
             continue
@@ -261,15 +265,15 @@ def _newest_match(experiment: Experiment, source: Path, runs: Path) -> tuple[Run
     return None, f"a new run: {why}{unread}"
 
 
-def differences(folder: RunFolder, source: Path, experiment: Experiment) -> list[Change]:
+def science_changes(folder: RunFolder, source: Path, experiment: Experiment) -> list[Change]:
     """What makes the run another experiment than `experiment` of the folder `source`."""
     changes = science(diff(serialization.load(folder.config), experiment))
     then, now = _variant_digests(folder, source, experiment)
     return changes if then == now else [*changes, (VARIANTS, then[:12], now[:12])]
 
 
-def _refuse_running(folder: RunFolder) -> None:
-    """Raises a Mistake if the run is running: its process can be seen, or is out of sight and writes heartbeats."""
+def _refuse_running(folder: RunFolder, watch: bool) -> None:
+    """Raises a Mistake if the run is running: its process can be seen, or is out of sight and writes heartbeats while they are watched."""
     run = read_json(folder.run)
     if run_folder.status(run, folder) != RUNNING:
         return
@@ -279,8 +283,9 @@ def _refuse_running(folder: RunFolder) -> None:
     who = f"process {run.get('pid')} on {run.get('host')}, since {since}"
     if seen:
         raise Mistake(f"{folder.title} is running ({who}) → wait for its end, or end it: kill -USR1 {run['pid']}")
-    sys.stderr.write(f"resume   {folder.title} says that it is running ({who}): its heartbeat is watched for {WATCH_SECONDS:.0f} s …\n")
-    if is_beating(folder, WATCH_SECONDS):
+    watched = f"its heartbeat is watched for {WATCH_SECONDS:.0f} s …" if watch else "a dry run does not watch its heartbeat"
+    sys.stderr.write(f"resume   {folder.title} says that it is running ({who}): {watched}\n")
+    if watch and is_beating(folder, WATCH_SECONDS):
         end = f"wait for its end, or end it there: kill -USR1 {run.get('pid')}"
         raise Mistake(f"{folder.title} is running ({who}): it cannot be seen from here, but its heartbeat goes on → {end}")
 

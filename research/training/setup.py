@@ -73,8 +73,10 @@ class Resumed:
 
     def line(self, facts: dict[str, Any], job: Job, engine: Engine, variants: Mapping[str, Any]) -> str:
         """'step 120 of gpt_sotu-7f3a2c, step_000120 · bit for bit as if it had never stopped', or what else it is, and the changes."""
-        differences, same_code = process_state.differences(facts, engine), facts.get("code") == code_digest(job.root)
-        how = resume.continuation(facts["step"], self.changes, job.experiment, differences, same_code, engine.device.type, variants)
+        layout_and_machine = process_state.differences(facts, engine)
+        same_code = facts["code"] == code_digest(job.root) if "code" in facts else None
+        kind = engine.device.type
+        how = resume.continuation(facts["step"], self.changes, job.experiment, layout_and_machine, same_code, kind, variants)
         words = [f"step {facts['step']} of {self.folder.title}, {self.checkpoint.name}", how]
         return " · ".join([*words, *([describe_changes(self.changes)] if self.changes else [])])
 

@@ -85,6 +85,21 @@ class LookAheadBlock(PreNormBlock):
         self.attention.core = MaskedCore(-2, 1 << 30)
 
 
+class NeedsFour(MaskedCore):
+    """Causal attention that cannot read fewer than four tokens."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
+        if q.shape[2] < 4:
+            raise ValueError(f"{q.shape[2]} tokens\nare fewer than 4")
+        return super().forward(q, k, v, bias, samples)
+
+
+class NeedsFourBlock(PreNormBlock):
+    def __init__(self, name, context):
+        super().__init__(name, context)
+        self.attention.core = NeedsFour(0, 1 << 30)
+
+
 class LengthScaled(Position):
     """q · log(number of tokens in the sequence)."""
 

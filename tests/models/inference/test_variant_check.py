@@ -15,14 +15,14 @@ from models.inference.sampling import Row, next_tokens
 from models.inference.sampling_params import GREEDY
 from models.inference.scoring import TokenScorer
 from models.inference.sequences import CachedSequences
-from models.inference.variant_check import ROWS, why_uncached
+from models.inference.variant_check import ROWS, errors_of_variants, why_uncached
 from parallel.errors import Mistake
 from parallel.layers import PlainModule
 from tests.harness import run_ranks
 from tests.models.helpers import decoding
 from tests.models.helpers.build import ALONE, ROTARY
 from tests.models.helpers.decoding import DRAWN, LENGTH, PROMPTS, filled, logits_of, longer, written
-from tests.models.helpers.undecodable import REFUSED, UNCACHED, WINDOW, WindowBlock
+from tests.models.helpers.undecodable import REFUSED, UNCACHED, WINDOW, NeedsFourBlock, WindowBlock
 from tests.models.helpers.variants import SandwichBlock
 
 WINDOWED = longer(residual="variant:WindowBlock", num_kv_heads=2, position="rotary")
@@ -157,6 +157,20 @@ def test_logits_that_are_not_causal_are_refused(setting, own, kind):
     model, variants = model_of(setting, own)
     with pytest.raises(Mistake, match=r"token \d+ of a text gets other logits among 24 tokens .* → let classes of variant.py depend only"):
         kind(filled(model, variants=variants), model, ALONE, *(() if kind is TokenScorer else (2, LENGTH)))
+
+
+@pytest.mark.parametrize("kind", [Decoder, TokenScorer])
+def test_a_class_that_cannot_compute_a_short_text_is_refused(kind):
+    model, variants = model_of("residual", NeedsFourBlock)
+    with pytest.raises(Mistake) as refused:
+        kind(filled(model, variants=variants), model, ALONE, *(() if kind is TokenScorer else (2, LENGTH)))
+    said = "classes of variant.py cannot compute a text of 1 token (ValueError: 1 tokens are fewer than 4) → let them take texts of every"
+    assert str(refused.value).startswith(said)
+
+
+def test_running_out_of_memory_is_not_a_variants_mistake():
+    with pytest.raises(torch.OutOfMemoryError), errors_of_variants(1):
+        raise torch.OutOfMemoryError
 
 
 @pytest.mark.parametrize("own", [WindowBlock, SandwichBlock], ids=lambda own: own.__name__)

@@ -71,6 +71,10 @@ DOUBTS = [
         "evaluate.tasks has validation and agreement, which evaluate.every = 0 never evaluates → set evaluate.every",
     ),
     (
+        {"evaluate": {"measure": "variant:own"}},
+        "evaluate.measure is 'variant:own', which evaluate.every = 0 never calls → set evaluate.every, for example to 50",
+    ),
+    (
         {"sample": {"prompts": ("peace",)}},
         "sample.prompts is not used with sample.every = 0: the sample at the end continues the held-out text → set sample.every",
     ),

@@ -36,6 +36,7 @@ def test_tasks_that_can_be_evaluated_are_not(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
     in_training.check_tasks(experiment(every=5, tasks=("validation", "agreement", "pairs:own.jsonl")), tmp_path)
     in_training.check_tasks(experiment(tasks=("agreement",)), tmp_path)
+    in_training.check_tasks(experiment(measure="variant:own"), tmp_path)  # a warning, like tasks without an interval
     in_training.check_tasks(experiment(), tmp_path)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from research import ROOT
-from research.reliability.heartbeat import Heartbeats, Progress, Stage, stack_of
+from research.reliability import heartbeat
+from research.reliability.heartbeat import Heartbeats, Progress, Stage, is_beating, stack_of
 from research.tracking.run_folder import RunFolder
 
 
@@ -120,3 +121,19 @@ def test_the_stack_is_another_threads_innermost_last() -> None:
     assert any(frame.startswith("tests/research/reliability/test_heartbeat.py:") and frame.endswith(" waits_here") for frame in found)
     assert found[-1].endswith(" wait") or sys.version_info >= (3, 13)
     assert stack_of(-1, ROOT) == []
+
+
+@pytest.mark.parametrize(("change", "beats"), [("write", True), ("add", True), ("remove", False)])
+def test_a_file_that_is_removed_is_no_heartbeat(change: str, beats: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person or a clean-up removes the files of a run that is dead; only a rank writes one."""
+    folder = RunFolder(tmp_path / "mine" / "aaaaaa")
+    folder.logs.mkdir(parents=True)
+    for rank in (0, 1):
+        folder.heartbeat(rank).write_text("{}")
+    changes = {
+        "write": lambda: folder.heartbeat(1).write_text('{"beat": 1}'),
+        "add": lambda: folder.heartbeat(2).write_text("{}"),
+        "remove": lambda: folder.heartbeat(1).unlink(missing_ok=True),
+    }
+    monkeypatch.setattr(heartbeat.time, "sleep", lambda seconds: changes[change]())
+    assert is_beating(folder, 0.02) == beats

@@ -105,6 +105,20 @@ def test_a_launch_that_made_nothing_has_no_run(tmp_path: Path) -> None:
     assert not nowhere.end()
 
 
+def test_a_run_that_another_launch_removes_meanwhile_is_no_error(tmp_path: Path) -> None:
+    """It is removed after its run.json was read, while the runs are compared."""
+    gone = run(tmp_path)
+
+    def is_ours(folder: RunFolder) -> bool:
+        folder.run.unlink()
+        return True
+
+    record = LaunchRecord(tmp_path / "gpt", is_ours)
+    record.begin()
+    run_folder.end(gone, run_folder.FAILED, "crash")
+    assert not record.end() and record.run == gone and record.state() == ("", "")
+
+
 def test_only_a_newer_checkpoint_than_before_is_progress(tmp_path: Path) -> None:
     record, folder = record_of(tmp_path / "gpt"), run(tmp_path)
     save(folder, 5)

@@ -6,10 +6,14 @@ import pytest
 
 from research import ROOT
 from research.cluster.environment import ALONE
-from research.config import schema
+from research.config import schema, serialization
 from research.config.experiment_folder import LoadedExperiment
 from research.config.overrides import Options
+from research.tracking import run_folder
+from research.tracking.run_folder import INTERRUPTED
 from research.training.job import dry_run, resolve
+from research.training.resume import AUTO
+from tests.parallel.helpers.checkpoints import save
 from tests.research.helpers.example import example, sentence
 
 
@@ -26,6 +30,14 @@ def test_a_contradiction_is_refused_in_a_new_run_and_a_warning_in_one_that_goes_
     experiment.track.runs = str(tmp_path)
     loaded = LoadedExperiment(experiment, ROOT / "experiments" / "gpt_sotu", "gpt_sotu")
     assert sentence(lambda: resolve(loaded, [], ALONE, Options(), [])).startswith(said)
-    job = resolve(loaded, [], ALONE, Options(resume="auto"), [])
+    assert sentence(lambda: resolve(loaded, [], ALONE, Options(resume=AUTO), [])).startswith(said)  # there is none yet
+
+    folder = run_folder.create(tmp_path, "gpt_sotu")
+    serialization.save(experiment, folder.config)
+    save(folder.checkpoints / "step_000001")
+    run_folder.start(folder, layout="", precision="fp32", steps=2)
+    run_folder.end(folder, INTERRUPTED)
+    job = resolve(loaded, [], ALONE, Options(resume=AUTO), [])
+    assert job.resume and job.resume.folder == folder
     assert [warning.startswith(said) for warning in job.warnings] == [True]
     assert f"\nwarn     {job.warnings[0]}\n" in dry_run(job, "unknown", False)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from parallel.errors import Mistake
+from models.inference.variant_check import UnusableLogits
 from parallel.files import read_json
 from research import __main__ as research_main
 from research.tracking import metrics
 from research.training.live_model import Live
-from research.training.periodic import Periodic
+from research.training.periodic import EVALUATION, Periodic
 from tests.research.helpers import small_runs as r
 from tests.research.helpers.example import example
 from tests.research.helpers.small_runs import DROPS, Ended, Stage, bits
@@ -198,22 +198,36 @@ def test_what_a_checkpoint_says_is_due(told: dict, due: list[str]) -> None:
     assert periodic.due == due and periodic.best is None
 
 
-def test_nothing_is_measured_of_a_model_that_looks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is logged, a line says why, and training goes on."""
+@pytest.mark.parametrize(
+    ("measure", "tasks", "unmeasured", "logged"),
+    [
+        (lambda step, model: {"step": step}, 1, [EVALUATION, "sample"], [{"measure/step": 4.0}]),
+        (lambda step, model: {"step": step}, 0, ["sample"], [{"measure/step": 4.0}]),
+        (lambda step, model: {"loss": model.log_probabilities([[1, 2]])[0][0]}, 1, [EVALUATION, "measurement", "sample"], []),
+    ],
+    ids=["of no logits", "no tasks", "of logits"],
+)
+def test_a_model_that_looks_ahead_is_measured_only_without_its_logits(
+    measure: Any, tasks: int, unmeasured: list[str], logged: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else is logged, a line says why, and training goes on."""
 
     def refuse(live: Live) -> None:
-        raise Mistake("token 1 of a text gets other logits")
+        raise UnusableLogits("token 1 of a text gets other logits")
 
     monkeypatch.setattr(Live, "refuse_dependent_logits", refuse)
     warned: list[str] = []
+    rows: list[dict] = []
+    asked = ASKED | {"evaluate": ASKED["evaluate"] | {"measure": "variant:own"}}
     run: Any = SimpleNamespace(
-        job=SimpleNamespace(experiment=example(**ASKED)), engine=None, step=4, corpus=None,
-        console=SimpleNamespace(warn=warned.append), meter=SimpleNamespace(paused=contextlib.nullcontext),
+        job=SimpleNamespace(experiment=example(**asked)), engine=None, step=4, corpus=SimpleNamespace(tokenizer=None), axes=dict,
+        console=SimpleNamespace(warn=warned.append, evaluation=lambda row, shown: None), variants={"own": measure},
+        meter=SimpleNamespace(paused=contextlib.nullcontext), tracker=SimpleNamespace(log=rows.append),
     )  # fmt: skip
-    periodic = Periodic(run, None, [], PROMPTS)
-    periodic.carry_out(["evaluation", "samples"])
-    assert warned == [f"no {what} after step 4: token 1 of a text gets other logits" for what in ("evaluation", "sample")]
-    assert periodic.due == []
+    periodic = Periodic(run, None, [None] * tasks, PROMPTS)  # type: ignore[list-item]
+    periodic.carry_out([EVALUATION, "samples"])
+    assert warned == [f"no {what} after step 4: token 1 of a text gets other logits" for what in unmeasured]
+    assert rows == logged and periodic.due == []
 
 
 def other_task_data_on_rank_1(rank: int) -> None:

@@ -227,6 +227,9 @@ def test_a_process_out_of_sight_is_known_by_its_heartbeat(
     assert auto(tmp_path) == (folder, "")
     watched = f"resume   {folder.title} says that it is running ({who}): its heartbeat is watched for 0 s …\n"
     assert capsys.readouterr() == ("", watched)
+    monkeypatch.setattr(resume, "WATCH_SECONDS", 1e9)
+    found, _ = find(AUTO, example(), Path("mine"), tmp_path, watch=False)
+    assert found and found.folder == folder and capsys.readouterr().err.endswith("): a dry run does not watch its heartbeat\n")
 
 
 @pytest.mark.slow
@@ -247,6 +250,11 @@ def test_a_run_begins_with_the_weights_of_another_on_another_layout(place: Place
 # What the header says of a resumed run.
 
 EXACT = "bit for bit as if it had never stopped"
+SAME_CODE = {
+    True: "",
+    False: ", if the code, which has changed, still computes the same",
+    None: ", if the code is the one that saved it, which this checkpoint does not say",
+}
 WSD = {"decay": "wsd", "decay_steps": 50}
 AT_120 = [  # settings then, settings now, differences of layout and machine, what is said at step 120
     ({}, {}, {}, EXACT),
@@ -297,12 +305,24 @@ def settled(changes: dict) -> Experiment:
 def test_bit_for_bit_is_said_only_where_nothing_that_matters_has_changed(then: dict, now: dict, differences: dict, said: str) -> None:
     changes = diff(settled(then), settled(now))
     assert resume.science(changes) == []
-    assert resume.continuation(120, changes, settled(now), differences, True, "cpu") == said
-    assert (
-        resume.continuation(120, changes, settled(now), differences, False, "cpu")
-        == f"{said}, if the code, which has changed, still computes the same"
-    )
+    for same_code, condition in SAME_CODE.items():
+        assert resume.continuation(120, changes, settled(now), differences, same_code, "cpu") == f"{said}{condition}"
     assert "bit for bit" not in resume.continuation(120, changes, settled(now), differences, True, "cuda")
+
+
+@pytest.mark.parametrize(("facts", "same_code"), [({"code": "a"}, True), ({"code": "b"}, False), ({}, None)])
+def test_a_checkpoint_that_does_not_say_its_code_is_not_said_to_be_of_another(
+    facts: dict, same_code: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints had no such fact once, and nothing speaks for a change of the code since then."""
+    from research.training import setup
+
+    monkeypatch.setattr(setup, "code_digest", lambda root: "a")
+    monkeypatch.setattr(setup.process_state, "differences", lambda facts, engine: {})
+    resumed = setup.Resumed(RunFolder(tmp_path / "mine" / "aaaaaa"), tmp_path / "step_000120", 120, [])
+    job, engine = SimpleNamespace(root=tmp_path, experiment=example()), SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    line = resumed.line({"step": 120, **facts}, job, engine, {})  # type: ignore[arg-type]
+    assert line == f"step 120 of mine-aaaaaa, step_000120 · {EXACT}{SAME_CODE[same_code]}"
 
 
 def test_every_setting_that_may_change_is_known_to_change_steps_or_not() -> None:
