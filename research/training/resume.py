@@ -18,7 +18,7 @@ from parallel.errors import Mistake, listed
 from parallel.files import read_json
 from parallel.process_identity import ProcessIdentity
 from research.config import Experiment, serialization
-from research.config.diff import MOST, Change, describe_changes, diff
+from research.config.diff import MOST, Change, belongs, describe_changes, diff
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import MEASURE
 from research.data.prepare import same_tokenizer
@@ -78,7 +78,7 @@ def continuation(
     'bit for bit as if it had never stopped' needs that nothing differs, and a CPU: some GPU kernels add in no fixed order.
     """
     rounding = [f"{name.partition('.')[2]} {then} → {to}" for name, (then, to) in layout_and_machine.items()]
-    rounding += ["other DeepSpeed settings"] * any(_is_of(name, ["deepspeed"]) for name, _, _ in changes)
+    rounding += ["other DeepSpeed settings"] * any(belongs(name, ["deepspeed"]) for name, _, _ in changes)
     rounding += ["GPU kernels"] * (device != "cpu")
     exact = f"within rounding ({', '.join(rounding)})" if rounding else "bit for bit"
 
@@ -91,7 +91,7 @@ def continuation(
     else:
         said = f"{exact} as if it had never stopped"
 
-    other = dict.fromkeys(what for prefix, what in RECORDED.items() if any(_is_of(name, [prefix]) for name, _, _ in changes))
+    other = dict.fromkeys(what for prefix, what in RECORDED.items() if any(belongs(name, [prefix]) for name, _, _ in changes))
     said += f", with other {listed(other, 'and')}" if other else ""
     if same_code is None:
         return f"{said}, if the code is the one that saved it, which this checkpoint does not say"
@@ -104,11 +104,6 @@ def _same_rates(experiment: Experiment, then: int, to: int, steps: Iterable[int]
     if then == to:
         return True
     return all(learning_rate(step, optimizer, then, variants) == learning_rate(step, optimizer, to, variants) for step in steps)
-
-
-def _is_of(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether the dotted name is one of `prefixes`, or a setting in such a group."""
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def init_from_path(experiment: Experiment, root: Path) -> Path | None:
@@ -215,7 +210,7 @@ def _refuse_other_experiment(folder: RunFolder, checkpoint: Path, experiment: Ex
 
 def science(changes: list[Change]) -> list[Change]:
     """The changes that make it another experiment: those not in MAY_CHANGE."""
-    return [change for change in changes if not _is_of(change[0], MAY_CHANGE)]
+    return [change for change in changes if not belongs(change[0], MAY_CHANGE)]
 
 
 def _first(changes: list[Change]) -> str:
