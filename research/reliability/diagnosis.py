@@ -74,7 +74,7 @@ class Diagnoser:
         if self.signal and self._since_signal >= self._patience():
             return Diagnosis(SIGNALLED + self.signal, SIGNAL, f"{self.reason_of(self.signal)}, but {self._describe_hang()}")
         # a hang: nothing moves here, or another rank is silent, even while this one waits for work of unknown length
-        idle = self.idle >= self._hang_seconds and not self._progress.busy
+        idle = self.idle >= self._hang_seconds and not self._progress.busy and self._can_tell_who_is_stopped()
         if self._hang_seconds and (idle or self._silent(self._hang_seconds)):
             return Diagnosis(HUNG, HANG, self._describe_hang())
         return None
@@ -85,7 +85,15 @@ class Diagnoser:
 
     def stopped(self) -> set[int]:
         """Other ranks that are taken for stopped, now that this one has to leave."""
-        return self._silent(min(SILENT_SECONDS, self._hang_seconds / 2 or SILENT_SECONDS))
+        return self._silent(self._silence_of_stopped())
+
+    def _can_tell_who_is_stopped(self) -> bool:
+        """Whether the others have been watched for longer than it takes to take one for stopped: if not, it would be left behind."""
+        return self.peers is None or self.peers.heartbeats.watched > self._silence_of_stopped()
+
+    def _silence_of_stopped(self) -> float:
+        """Seconds without a heartbeat after which a rank is taken for stopped."""
+        return min(SILENT_SECONDS, self._hang_seconds / 2 or SILENT_SECONDS)
 
     def _silent(self, seconds: float) -> set[int]:
         return self.peers.silent(seconds) if self.peers else set()

@@ -127,6 +127,9 @@ class Heartbeats:
         """The last heartbeat read of each other rank that has one."""
         self.silence = dict.fromkeys((other for other in range(world) if other != rank), 0.0)
         """For each other rank, the seconds of watching since its heartbeat last changed."""
+        self.watched = 0.0
+        """The seconds for which the others have been watched without a pause."""
+        self._is_watching = False
 
     def next(self, progress: Progress, main: int, **departure: Any) -> Heartbeat:
         """A new heartbeat of this rank. `main`: the main thread's identifier; `departure`: left, why and code, if the rank leaves."""
@@ -156,12 +159,15 @@ class Heartbeats:
         """Reads the other ranks' heartbeats; `seconds` have passed since the last call."""
         read = {other: heartbeat for other in self.silence if (heartbeat := self.read(other))}
         changed = {other for other, heartbeat in read.items() if heartbeat != self.latest.get(other)}
+        # How long a heartbeat has been there is not known before the second look.
+        self.watched, self._is_watching = self.watched + seconds if self._is_watching else 0.0, True
         self.silence = {other: 0.0 if other in changed else before + seconds for other, before in self.silence.items()}
         self.latest = self.latest | read  # replaced, not changed: another thread may be reading it
 
     def reset_silence(self) -> None:
         """Nobody reads for a while: how long the others have been silent is unknown."""
         self.silence = dict.fromkeys(self.silence, 0.0)
+        self.watched, self._is_watching = 0.0, False
 
     def remove_stale(self) -> None:
         """Removes the files of ranks that no longer exist because the run was resumed with fewer."""

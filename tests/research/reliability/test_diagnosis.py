@@ -12,6 +12,7 @@ from research.reliability.diagnosis import (
     LOST_PEER_SECONDS,
     PATIENCE,
     PATIENCE_STEPS,
+    SILENT_SECONDS,
     Diagnoser,
     describe_hang,
     diagnose_error,
@@ -122,6 +123,16 @@ def test_a_silent_rank_is_a_hang_even_in_work_of_any_length() -> None:
         rank.peers = Missed(silence=HANG_SECONDS)
         assert checks(rank) == 1
         assert rank.check(1.0).why.endswith("rank 1 (process 4001 on node7) has given no sign of life")
+
+
+def test_a_hang_is_not_told_before_one_can_tell_which_rank_is_stopped() -> None:
+    """Otherwise the rank that stands still would be left behind: on a busy machine heartbeats are read late."""
+    rank, _ = diagnoser()
+    rank.peers = Missed()
+    rank.peers.heartbeats = SimpleNamespace(silence={}, latest={}, watched=SILENT_SECONDS)
+    assert checks(rank) == 1000
+    rank.peers.heartbeats.watched = SILENT_SECONDS + 1
+    assert rank.check(1.0).why.startswith("no progress for ")
 
 
 @pytest.mark.parametrize(("stage", "seconds"), [(Stage.TRAINING, LOST_PEER_SECONDS), (Stage.LEAVING, CLOSING_SECONDS)])
