@@ -208,6 +208,7 @@ def test_a_run_whose_reader_has_left_goes_on_to_its_end(place: Place) -> None:
     """As in `launch.py | head -1`, and in `launch.py | tee log` after a Ctrl-C."""
     command = [sys.executable, "experiments/gpt_sotu/launch.py", *place.settings({})]
     with subprocess.Popen(command, cwd=ROOT, env=_environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "starting gpt_sotu on 1 rank …\n".encode()
         assert process.stdout.readline().startswith(b"gpt_sotu")
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0

@@ -171,7 +171,8 @@ def test_it_is_trained_further_from_its_weights(smollm2: RunFolder, tmp_path: Pa
 
     short = ["--model.seq_length", "64", "--schedule.batch_size", "2", "--schedule.steps", "2", "--optimizer.warmup_steps", "0"]
     (tmp_path / "text.txt").write_text("The capital of France is Paris, which lies on the river Seine. It is a large city.\n" * 20)
-    text = ["--data.train", str(tmp_path / "text.txt"), "--data.validation", str(tmp_path / "text.txt")]
+    (tmp_path / "held_out.txt").write_text("The capital of Italy is Rome, which lies on the river Tiber. It is a large city.\n" * 20)
+    text = ["--data.train", str(tmp_path / "text.txt"), "--data.validation", str(tmp_path / "held_out.txt")]
     quick = [*text, "--schedule.log_every", "1", "--track.mode", "disabled"]
     command = [sys.executable, str(folder / "launch.py"), *short, *quick]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)

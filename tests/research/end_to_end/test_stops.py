@@ -15,6 +15,7 @@ from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import latest
 from parallel.checkpoint.reader import Reader
 from research.tracking import metrics
+from research.tracking.wandb_record import PICTURE
 from tests.research.helpers import small_runs
 from tests.research.helpers.launches import LIMIT, Ended, Launch, free_port, slurm
 from tests.research.tracking.test_tracker import logged
@@ -93,7 +94,9 @@ def assert_mirrored(ended: Ended) -> None:
     """There is one offline W&B run with every row of the run's files, although the launcher ended W&B's process together with the ranks."""
     (offline,) = ended.folder.wandb.glob("offline-run-*")
     rows, samples = list(metrics.read(ended.folder.metrics)), list(metrics.read(ended.folder.samples))
-    assert [row["progress/step"] for row in logged(ended.folder)] == [row["progress/step"] for row in [*rows, *samples]]
+    *told, picture = logged(ended.folder)
+    assert [row["progress/step"] for row in told] == [row["progress/step"] for row in [*rows, *samples]]
+    assert picture[f"{PICTURE}.path"].endswith(".png")
     assert "\nwarn " not in ended.out
 
 

@@ -447,7 +447,7 @@ def test_wandb_gets_a_second_offline_segment_with_the_same_id(stage: Stage) -> N
     rows = {path: logged(SimpleNamespace(wandb=path)) for path in (first, second)}
     for path in (first, second):
         (about,) = of(inspected(SimpleNamespace(wandb=path)), "run")
-        assert (about["tags"], about["job_type"]) == (["pp1·dp1·tp1·zero1", "fp32", "mine"], "ablation")
+        assert (about["tags"], about["job_type"]) == (["pipe 1 × data 1 × tensor 1", "ZeRO-1", "fp32", "mine"], "ablation")
     steps = [{row["progress/step"] for row in rows[path] if "train/loss" in row} for path in (first, second)]
     assert steps == [set(range(1, 7)), set(range(7, 13))]
     assert any(row.get("progress/resumed_at") == 6 for row in rows[second])
