@@ -285,6 +285,7 @@ def constant(step, optimizer, steps):
 """
 
 
+@pytest.mark.slow
 def test_the_classes_of_a_variant_py_share_their_modules_state(tmp_path):
     """A loss and a learning rate that depend on how many norms were built, and are 0 or fail if the file is run again for them."""
     (tmp_path / "variant.py").write_text(SHARING)

@@ -84,6 +84,7 @@ def test_it_is_refused_within_two_seconds() -> None:
     assert min(times) < 2
 
 
+@pytest.mark.slow
 def test_rank_1_leaves_the_error_message_to_rank_0() -> None:
     command = [sys.executable, str(LAUNCH), "--local_rank=1", "--model.num_head", "3"]
     process = subprocess.Popen(command, env=environment(**RANK_1), stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -266,6 +266,7 @@ sys.exit(main(["import", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [pytest.param(500, marks=pytest.mark.slow), pytest.param(4000, marks=pytest.mark.slow), 100_000])
 def test_a_disk_that_fills_is_one_sentence_and_leaves_nothing(size, folder, tmp_path):
     """In a table, in the tokenizer's file, and in the weights'."""

@@ -79,6 +79,7 @@ def test_smoothing_keeps_a_line_and_averages_the_middle():
     assert smooth([1.0, math.nan, 4.0], 1)[1] == 2.5 and math.isnan(smooth([math.nan], 1)[0])
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_where_home_cannot_be_written(tmp_path):
     imports = "from pathlib import Path; from research.tracking.plot import loss_curve"
     code = f"{imports}; p = Path({str(tmp_path)!r}); loss_curve(p, p / 'a.png', 'a')"

@@ -82,7 +82,8 @@ def test_an_online_address_that_comes_late_is_shown_at_the_end(tracker: Tracker,
     assert tracker.notes == ["W&B started late · online · https://example.org/run"]
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_offline_run_whose_process_died_is_written_again(number: int, tmp_path: Path) -> None:
     told, errors = launch(tmp_path, kill=int(number))
     folder = told["folder"]

@@ -54,6 +54,7 @@ def test_a_hang_is_ended_and_described(tmp_path: Path) -> None:
     assert any(line.startswith("rank 1 in step 3, forward from blocks.0 on, waits in recv") for line in others)
 
 
+@pytest.mark.slow
 def test_slow_ranks_are_no_hang(tmp_path: Path) -> None:
     forked_ranks.run(slow_but_moving, 1, tmp_path)
     assert hung_ranks(tmp_path, 1) == {}
