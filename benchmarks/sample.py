@@ -33,16 +33,18 @@ from research.config import Experiment
 from research.config.checks import check
 from research.config.experiment_folder import load, load_variants
 from research.config.layout import engine_settings, layout
+from research.training.components import optimizer_class, training_loss
 from research.training.live_model import Live, LiveDecoder
 
 
 def engine_of(experiment: Experiment, folder: Path) -> Engine:
     """As a run builds it."""
-    cut, model = experiment.parallel, experiment.model
+    cut = experiment.parallel
     grid = make_grid(cut.pipe, cut.tensor, cut.sequence)
-    layers = gpt.layers(model, grid, experiment.seed, load_variants(folder, model), cut.recompute)
-    loss = gpt.TokenLoss(model.vocab_size, experiment.optimizer.label_smoothing, grid.tensor_group)
-    return make_engine(layers, loss, grid, engine_settings(experiment, layout(experiment, dist.get_world_size())))
+    variants = load_variants(folder, experiment)
+    layers = gpt.layers(experiment.model, grid, experiment.seed, variants, cut.recompute)
+    settings = engine_settings(experiment, layout(experiment, dist.get_world_size()), optimizer_class(experiment, variants))
+    return make_engine(layers, training_loss(experiment, grid.tensor_group, variants), grid, settings)
 
 
 def batches(experiment: Experiment, count: int) -> Iterator[MicroBatch]:

@@ -57,6 +57,12 @@ def _part_similarity(part: str, known: str) -> float:
     return difflib.SequenceMatcher(None, known, part).ratio()
 
 
+def listed_up_to(items: Iterable[Any], most: int) -> str:
+    """The first `most` items, and how many more there are: 'a, b and 3 more'."""
+    words = [str(item) for item in items]
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
 def listed(items: Iterable[Any], last: str = "or") -> str:
     """The items as an English list: '1, 2, 4 or 8'."""
     words = [str(item) for item in items]

@@ -72,9 +72,7 @@ class BackgroundSaver(Saver):
     collective. If a process ends earlier, a hidden folder remains, which the next save removes.
     """
 
-    def __init__(self, bytes_per_file: int = BYTES_PER_FILE, ahead: int = AHEAD) -> None:
-        super().__init__(bytes_per_file, ahead)
-        self._writing: tuple[CheckpointWriter, threading.Thread] | None = None
+    _writing: tuple[CheckpointWriter, threading.Thread] | None = None
 
     def save(self, folder: Path, engine: Engine, facts: dict[str, Any]) -> None:
         """See Saver.save. Waits for an earlier checkpoint, then returns as soon as the state is copied and may change."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from parallel.errors import Mistake
 
-ADAMW = "adamw"
 STATE_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 """What an optimizer may call a tensor that it keeps per parameter. Checkpoints name tensors and files by it."""
 BUCKET_ELEMENTS = 5_000_000
@@ -51,8 +50,8 @@ class EngineSettings:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    optimizer: str = ADAMW
-    """AdamW is derived below. Any other name stands for a class that is passed to the engine."""
+    optimizer_class: type | None = None
+    """None for AdamW, which DeepSpeed creates. Another is created as Class(parameter groups, lr=…, betas=…, eps=…, weight_decay=…)."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     bucket_elements: int = BUCKET_ELEMENTS
@@ -81,7 +80,7 @@ def derive(settings: EngineSettings, cuda: bool) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
     }
-    if settings.optimizer == ADAMW:
+    if settings.optimizer_class is None:
         derived["optimizer"] = {"type": "AdamW", "params": optimizer}
     else:
         derived["zero_force_ds_cpu_optimizer"] = False  # with offload, DeepSpeed otherwise accepts no optimizer but its own

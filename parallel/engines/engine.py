@@ -67,12 +67,8 @@ class Engine:
         grid: Grid,
         settings: EngineSettings,
         held_out_loss: Loss | None = None,
-        optimizer_class: type | None = None,
     ) -> None:
-        """`held_out_loss` is the loss of `evaluate_batch`; None: `loss`. `optimizer_class` is None for AdamW; any other is created as
-
-        optimizer_class(parameter groups, lr=…, betas=…, eps=…, weight_decay=…)
-        """
+        """`held_out_loss` is the loss of `evaluate_batch`; None: `loss`."""
         refuse_precision(settings.precision)
         self.grid, self.settings, self.loss, self.device = grid, settings, loss, device()
         self.held_out_loss = held_out_loss or loss
@@ -83,12 +79,12 @@ class Engine:
         with quiet():
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=self.module,
-                optimizer=_maker_of(optimizer_class, settings),
+                optimizer=_optimizer_maker(settings),
                 model_parameters=_decay_groups(self.parameters.values(), settings),
                 config=self.config,
                 mpu=mpu,
             )
-        fp16.correct(self.optimizer, settings.precision, grid.data)
+        self._correct_deepspeed()
 
     def train_batch(self, batches: Iterable[MicroBatch], lr: float) -> float:
         """One optimizer step at learning rate `lr` on the step's `settings.micro_batches` micro-batches of this data rank.
@@ -164,6 +160,10 @@ class Engine:
             group = self.grid.tensor_group if cut.dim is not None else None
             yield name, gathered(piece.view(cut.local_shape(self.grid.tensor)), cut, group).cpu()
 
+    def _correct_deepspeed(self) -> None:
+        """Mends what DeepSpeed's engine does wrong, once it is there."""
+        fp16.correct(self.optimizer, self.settings.precision, self.grid.data)
+
     def _build_module(self, layers: Sequence[Layer]) -> tuple[Any, Mpu | None]:
         """The module on this rank, and the `mpu` that DeepSpeed takes beside it."""
         raise NotImplementedError
@@ -222,16 +222,8 @@ class PipeEngine(Engine):
 
     fixed_shape = True  # DeepSpeed's buffers are made once, for the training micro-batch's shape
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        loss: Loss,
-        grid: Grid,
-        settings: EngineSettings,
-        held_out_loss: Loss | None = None,
-        optimizer_class: type | None = None,
-    ) -> None:
-        super().__init__(layers, loss, grid, settings, held_out_loss, optimizer_class)
+    def _correct_deepspeed(self) -> None:
+        super()._correct_deepspeed()
         reduce_tied_accumulated(self.deepspeed)
 
     def _build_module(self, layers: Sequence[Layer]) -> tuple[Pipeline, None]:
@@ -262,15 +254,10 @@ def _pairs(batches: Iterator[MicroBatch]) -> Iterator[tuple[Tensor | tuple[Tenso
 
 
 def make_engine(
-    layers: Sequence[Layer],
-    loss: Loss,
-    grid: Grid,
-    settings: EngineSettings,
-    held_out_loss: Loss | None = None,
-    optimizer_class: type | None = None,
+    layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings, held_out_loss: Loss | None = None
 ) -> Engine:
     """The engine for this grid: a pipeline engine if pipe > 1, else the plain one. Collective; torch.distributed must be initialised."""
-    return (PipeEngine if grid.pipe > 1 else PlainEngine)(layers, loss, grid, settings, held_out_loss, optimizer_class)
+    return (PipeEngine if grid.pipe > 1 else PlainEngine)(layers, loss, grid, settings, held_out_loss)
 
 
 def refuse_precision(precision: str) -> None:
@@ -299,11 +286,11 @@ def gather_from_last_stages(values: Tensor | None, shape: Sequence[int], grid: G
     return torch.stack(pieces)
 
 
-def _maker_of(optimizer_class: type | None, settings: EngineSettings) -> Callable[[Any], Any] | None:
+def _optimizer_maker(settings: EngineSettings) -> Callable[[Any], Any] | None:
     """What DeepSpeed calls with the parameter groups; None where it creates AdamW itself."""
-    if optimizer_class is None:
+    if settings.optimizer_class is None:
         return None
-    return partial(optimizer_class, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    return partial(settings.optimizer_class, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
 
 
 def _decay_groups(parameters: Iterable[nn.Parameter], settings: EngineSettings) -> list[dict[str, Any]]:

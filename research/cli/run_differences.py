@@ -6,11 +6,12 @@ from typing import Any
 from research.config import serialization
 from research.config.diff import belongs, flatten
 from research.tracking.run_folder import RunFolder
+from research.training.resume import RECORDED
 
-OF_THE_RECORD = ("schema", "question", "parent", "track", "data.cache")
+DESCRIPTIVE = ("schema", "question", "parent", "track", "data.cache")
 """Settings, or groups of them, that say nothing about what a run computes."""
-OF_THE_WATCH = ("evaluate", "sample", "checkpoints", "watch", "schedule.log_every", "schedule.validate_every", "schedule.validate_tokens")
-"""Further ones that do not change the training."""
+UNCHANGING = ("checkpoints", *RECORDED)
+"""Further ones that do not change the training, only what is recorded of it."""
 
 Settings = Mapping[str, Any]
 """By dotted name, as a config.json of the newest schema has them."""
@@ -22,7 +23,7 @@ def settings_of(folder: RunFolder) -> Settings:
         settings = flatten(serialization.resolved(serialization.load(folder.config)))
     except ValueError:  # a Mistake is one
         return {}
-    return {name: value for name, value in settings.items() if not belongs(name, (*OF_THE_RECORD, *OF_THE_WATCH))}
+    return {name: value for name, value in settings.items() if not belongs(name, (*DESCRIPTIVE, *UNCHANGING))}
 
 
 def differing(runs: Sequence[Settings]) -> list[str]:

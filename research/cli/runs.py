@@ -18,7 +18,7 @@ from parallel.checkpoint.folder import newest_complete
 from parallel.errors import Mistake, nearest
 from parallel.files import read_json
 from research.cli.json_output import print_json
-from research.cli.run_differences import OF_THE_RECORD, Settings, differing, settings_of
+from research.cli.run_differences import DESCRIPTIVE, Settings, differing, settings_of
 from research.cli.verbs import Parser
 from research.config.diff import belongs
 from research.tracking import format as fmt
@@ -120,7 +120,7 @@ def tell_apart(runs: Sequence[tuple[RunFolder, dict[str, Any]]]) -> None:
 
 def differences(overrides: Sequence[Sequence[str]], settings: Settings, names: Sequence[str]) -> list[str]:
     """['optimizer.lr 0.003 → 0.001', 'model.norm rmsnorm', …]: `names`, which tell the runs apart, and then all other overrides."""
-    changed = {name: f"{name} {old} → {new}" for name, old, new in overrides if not belongs(name, OF_THE_RECORD)}
+    changed = {name: f"{name} {old} → {new}" for name, old, new in overrides if not belongs(name, DESCRIPTIVE)}
     telling = {name: changed.get(name, f"{name} {settings[name]}") for name in names if name in settings}
     return [text for name, text in (telling | changed).items() if not belongs(name, OWN_COLUMN)]
 

@@ -43,8 +43,8 @@ def effective_zero_stage(parallel: Parallel) -> int:
     return max(parallel.zero_stage, 1)
 
 
-def engine_settings(experiment: Experiment, layout: Layout) -> EngineSettings:
-    """The settings from which the DeepSpeed JSON is derived."""
+def engine_settings(experiment: Experiment, layout: Layout, optimizer_class: type | None = None) -> EngineSettings:
+    """The settings from which the DeepSpeed JSON is derived. `optimizer_class`: what `optimizer.name` names; None for AdamW."""
     optimizer, parallel = experiment.optimizer, experiment.parallel
     return EngineSettings(
         precision=experiment.precision,
@@ -56,7 +56,7 @@ def engine_settings(experiment: Experiment, layout: Layout) -> EngineSettings:
         betas=optimizer.betas,
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
-        optimizer=optimizer.name,
+        optimizer_class=optimizer_class,
         offload_optimizer=parallel.offload_optimizer,
         offload_parameters=parallel.offload_parameters,
         explicit=experiment.deepspeed,

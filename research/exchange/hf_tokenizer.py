@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import Mistake
+from parallel.errors import Mistake, listed_up_to
 from parallel.files import write_json
 from research.data import tokenizer_file
 from research.data.tokenizer import END_OF_TEXT, Tokenizer
@@ -84,9 +84,8 @@ def leave_out_tokens(file: Path, rows: int) -> list[str]:
     if not beyond:
         return []
     write_json(file, table | {"added_tokens": [entry for entry in added if entry not in beyond]})
-    names = ", ".join(f"{entry.get('content')!r:.40} ({entry['id']})" for entry in beyond[:MOST_NAMES])
-    rest = f" and {len(beyond) - MOST_NAMES} more" if len(beyond) > MOST_NAMES else ""
-    return [f"{FILE}: {names}{rest}: the model's table has no row for {'it' if len(beyond) == 1 else 'them'}, only {rows}"]
+    names = listed_up_to((f"{entry.get('content')!r:.40} ({entry['id']})" for entry in beyond), MOST_NAMES)
+    return [f"{FILE}: {names}: the model's table has no row for {'it' if len(beyond) == 1 else 'them'}, only {rows}"]
 
 
 def _is_beyond(entry: Mapping[str, Any], rows: int) -> bool:
@@ -105,7 +104,7 @@ def _templates_left_out(folder: Path, config: Mapping[str, Any], template: Any) 
     names = sorted(named) if isinstance(named, dict) else []
     if (folder / TEMPLATES).is_dir():
         names += sorted(path.stem for path in (folder / TEMPLATES).glob("*.jinja"))
-    others = ", ".join(repr(name)[:40] for name in names[:MOST_NAMES] if name != "default")
+    others = listed_up_to((repr(name)[:40] for name in names if name != "default"), MOST_NAMES)
     file = folder / TEMPLATE
     if file.is_file() and file.stat().st_size > LONGEST_TEMPLATE:
         return [f"{TEMPLATE}: {file.stat().st_size} bytes, more than {LONGEST_TEMPLATE}: not taken"]

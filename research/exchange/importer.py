@@ -32,6 +32,7 @@ TEXT = ("builtin:state_of_the_union/train", "builtin:state_of_the_union/val")
 CERTIFICATE = "certificate.json"
 TOKENIZER = "tokenizer"
 CHECKPOINT = "step_000000"
+OTHER_TOKENIZER = "the folder's own tokenizer: --tokenizer takes its place, and token ids are not compared"
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ class Import:
         for folder in (self.staging.checkpoints, self.staging.logs, self.staging.path / TOKENIZER):
             folder.mkdir()
         name, tokenizer = self._make_tokenizer(tokenizer_name)
-        self._list_left_out()
+        self._list_left_out(tokenizer_name)
         report.header([("left out", sentence) for sentence in self.left_out])
         if self.ids is not None:
             report.header([("ids", self.ids.line())])
@@ -158,8 +159,8 @@ class Import:
             )
         return tokenizer
 
-    def _list_left_out(self) -> None:
-        """Adds what of the source is left out besides its tokenizer."""
+    def _list_left_out(self, tokenizer_name: str | None) -> None:
+        """Adds what of the source is left out. `tokenizer_name`: the tokenizer that takes the place of the source's own, if one does."""
         if isinstance(self.source, GGUFFile):
             self.left_out += left_out.of_metadata(self.source.metadata)
             return
@@ -167,7 +168,7 @@ class Import:
         self.left_out = [
             *left_out.of_settings(self.source.config),
             *self.left_out,
-            *left_out.of_tokenizer(folder, self.model.seq_length),
+            *(left_out.of_tokenizer(folder, self.model.seq_length) if tokenizer_name is None else [OTHER_TOKENIZER]),
             *left_out.of_generation(folder),
             *left_out.of_files(folder, read),
         ]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from models.conversion.read_config import DROPOUT_KEYS, unread_keys
+from parallel.errors import listed_up_to
 from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LARGEST, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, read_table, token_text
 from research.exchange.hf_reader import CONFIG as MODEL_CONFIG
-from research.exchange.hf_tokenizer import TEMPLATES, is_template
+from research.exchange.hf_tokenizer import MOST_NAMES, TEMPLATES, is_template
 
 QUIET_TOKENIZER_KEYS = {
     "tokenizer_class", "tokenizer_type", "model_max_length", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file",
@@ -28,10 +29,6 @@ OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_
 NO_FILES_OF_A_MODEL = {"README.md", "LICENSE", "LICENSE.txt", "NOTICE", ".gitattributes", ".gitignore", "certificate.json"}
 REPEATED = {"vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"}
 """Files that repeat what tokenizer.json holds. special_tokens_map.json is read."""
-MOST_NAMES = 8
-"""The most names in one sentence."""
-
-
 QUIET_METADATA = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "expert_count", "expert_used_count",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.sliding_window",
@@ -53,7 +50,7 @@ def of_settings(config: Mapping[str, Any]) -> list[str]:
     if code := config.get("auto_map"):
         sentences.append(f"{MODEL_CONFIG}: auto_map names programs ({_short(code)}), which are not run")
     if unread := [f"{key} = {_short(config[key])}" for key in unread_keys(config)]:
-        sentences.append(f"{MODEL_CONFIG}: {_listed(unread)}: not read")
+        sentences.append(f"{MODEL_CONFIG}: {listed_up_to(unread, MOST_NAMES)}: not read")
     return sentences
 
 
@@ -68,13 +65,13 @@ def of_tokenizer(folder: Path, length: int) -> list[str]:
     if isinstance(limit, int) and 0 < limit < length:
         sentences.append(f"{CONFIG}: model_max_length = {limit}: here a text may have {length} tokens, as {MODEL_CONFIG} says")
     if unread := [f"{key} = {_short(config[key])}" for key in config.keys() - QUIET_TOKENIZER_KEYS - {"auto_map"} if config[key]]:
-        sentences.append(f"{CONFIG}: {_listed(sorted(unread))}: not kept; the tokens themselves stay")
+        sentences.append(f"{CONFIG}: {listed_up_to(sorted(unread), MOST_NAMES)}: not kept; the tokens themselves stay")
     table = _table(folder / FILE, LARGEST)
     if missing := sorted(_added_tokens(config) - _tokens(table)):
-        names = _listed([repr(name) for name in missing])
+        names = listed_up_to([repr(name) for name in missing], MOST_NAMES)
         sentences.append(f"{CONFIG}: added_tokens_decoder has {names}, which {FILE} lacks: not added")
     if off := [f"{name} to {_short(table[name])}" for name in ("truncation", "padding") if table.get(name)]:
-        sentences.append(f"{FILE}: {_listed(off)}: switched off")
+        sentences.append(f"{FILE}: {listed_up_to(off, MOST_NAMES)}: switched off")
     return sentences
 
 
@@ -86,7 +83,7 @@ def of_generation(folder: Path) -> list[str]:
     if options := [f"--{key} {given[key]}" for key in OPTIONS if isinstance(given.get(key), (int, float))]:
         sentences.append(f"{GENERATION}: not defaults here → generate … {' '.join(options)}")
     if unread := [f"{key} = {_short(value)}" for key, value in given.items() if key not in OPTIONS]:
-        sentences.append(f"{GENERATION}: {_listed(unread)}: without a counterpart")
+        sentences.append(f"{GENERATION}: {listed_up_to(unread, MOST_NAMES)}: without a counterpart")
     return sentences
 
 
@@ -96,9 +93,10 @@ def of_files(folder: Path, read: Iterable[str]) -> list[str]:
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in known)
     sentences = []
     if adapters := [name for name in names if name.startswith("adapter_")]:
-        sentences.append(f"{_listed(adapters)}: an adapter is not merged into the model → peft's merge_and_unload, then import")
+        found = listed_up_to(adapters, MOST_NAMES)
+        sentences.append(f"{found}: an adapter is not merged into the model → peft's merge_and_unload, then import")
     if others := [name for name in names if not name.startswith("adapter_")]:
-        sentences.append(f"not opened: {_listed(others)}")
+        sentences.append(f"not opened: {listed_up_to(others, MOST_NAMES)}")
     return sentences
 
 
@@ -138,9 +136,3 @@ def _table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:59]}…"
-
-
-def _listed(words: list[str]) -> str:
-    """The words with commas; the number of those beyond MOST_NAMES instead of these."""
-    rest = len(words) - MOST_NAMES
-    return ", ".join([*words[:MOST_NAMES], *([f"and {rest} more"] if rest > 0 else [])])

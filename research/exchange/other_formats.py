@@ -7,8 +7,8 @@ from pathlib import Path
 
 from parallel.errors import Mistake
 
-MOST_NAMES = 10_000
-"""The most names of a folder that are looked at."""
+MOST_ENTRIES = 10_000
+"""The most entries of a folder that are looked at."""
 HF_CONFIG = "config.json"
 PICKLES = "in pickles, which are programs and are not opened"
 MEGATRON = (
@@ -36,10 +36,10 @@ def _names_in(path: Path) -> list[str]:
     """The names in a folder, and in folders of one step of a checkpoint as FOLDER/NAME, sorted."""
     names: list[str] = []
     with contextlib.suppress(OSError):
-        for entry in sorted(path.iterdir())[:MOST_NAMES]:
+        for entry in sorted(path.iterdir())[:MOST_ENTRIES]:
             names.append(entry.name)
             if entry.is_dir() and STEP.fullmatch(entry.name):
-                names += [f"{entry.name}/{inner.name}" for inner in sorted(entry.iterdir())[:MOST_NAMES]]
+                names += [f"{entry.name}/{inner.name}" for inner in sorted(entry.iterdir())[:MOST_ENTRIES]]
     return names
 
 

@@ -330,7 +330,7 @@ def reopen(folder: RunFolder, step: int, segment: dict[str, Any]) -> int:
         _drop_rows_after(path, step, folder.path / DROPPED, len(segments))
     run.pop("reason", None)  # why the segment before this one ended
     run |= {"status": RUNNING, "ended": None, "segments": segments, **owner()}
-    run |= {key: segment[key] for key in ("layout", "precision", "steps", "overrides") if key in segment}
+    run |= {key: segment[key] for key in ("layout", "precision", "steps", "overrides", "commit", "dirty") if key in segment}
     write_json(folder.run, run)
     return len(segments)
 

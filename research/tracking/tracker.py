@@ -16,17 +16,17 @@ class Tracker:
     No method raises because of W&B.
     """
 
-    def __init__(self, folder: RunFolder, description: RunDescription, mode: str, after: int = 0, quiet: bool = False):
+    def __init__(self, folder: RunFolder, description: RunDescription | None, mode: str, after: int = 0):
         """Opens the files and begins to open the W&B run; waits at most ten seconds for that, whatever the machine or the network does.
 
         `mode` is auto, online, offline or disabled. `after` is the step of the checkpoint that the run resumes from: online it goes on
         in the same W&B run; offline W&B writes another folder with the same id, which `wandb sync` joins to the first.
-        `quiet`: nothing is opened and nothing is written.
+        `description` is what W&B is told of the run. None makes a quiet tracker: nothing is opened and nothing is written.
         """
         self.notes: list[str] = []
         """What went wrong with W&B, one sentence each; whoever shows one removes it."""
-        self._quiet = quiet
-        if quiet:
+        self._quiet = description is None
+        if description is None:
             return
         self._metrics, self._samples = JsonLines(folder.metrics), JsonLines(folder.samples)
         self._wandb = WandbMirror(folder, description, mode, self.notes, after)

@@ -99,7 +99,8 @@ def module_before(
     distributed.start(0, 1, 0, None)
     try:
         layers = gpt.layers(model, Grid(), experiment.seed, variants)
-        engine = make_engine(layers, loss, Grid(), engine_settings(alone, layout(alone, 1)), None, optimizer_class(experiment, variants))
+        settings = engine_settings(alone, layout(alone, 1), optimizer_class(experiment, variants))
+        engine = make_engine(layers, loss, Grid(), settings)
         if checkpoint is not None:
             load_checkpoint(checkpoint, engine)
         elif path := resume.init_from_path(experiment, ROOT):

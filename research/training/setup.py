@@ -44,11 +44,10 @@ from research.evaluation import in_training
 from research.evaluation.in_training import PreparedTask
 from research.reliability.watchdog import Watchdog
 from research.tracking import format as fmt
-from research.tracking import run_folder
+from research.tracking import run_folder, wandb_client
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from research.tracking.tracker import Tracker
-from research.tracking.wandb_client import RunDescription
 from research.training import components, resume, samples
 from research.training.anomalies import AnomalyMonitor
 from research.training.checkpointer import Checkpointer, refuse_other_data
@@ -190,8 +189,8 @@ def build_engine(job: Job, grid: Grid, variants: Mapping[str, Any]) -> Engine:
     layers = gpt.layers(model, grid, experiment.seed, variants, experiment.parallel.recompute)
     loss = components.training_loss(experiment, grid.tensor_group, variants)
     held_out_loss = components.held_out_loss(experiment, grid.tensor_group)
-    settings = engine_settings(experiment, job.layout)
-    return make_engine(layers, loss, grid, settings, held_out_loss, components.optimizer_class(experiment, variants))
+    settings = engine_settings(experiment, job.layout, components.optimizer_class(experiment, variants))
+    return make_engine(layers, loss, grid, settings, held_out_loss)
 
 
 def seed_generators(seed: int, grid: Grid) -> None:
@@ -207,22 +206,11 @@ def seed_generators(seed: int, grid: Grid) -> None:
 
 def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, resumed: Resumed | None) -> Tracker:
     """The run's tracker, quiet on ranks > 0, with everything that W&B is told of the run. Rank 0 writes deepspeed.json beside it."""
-    quiet = job.ranks.rank > 0
-    if not quiet:
+    description = None
+    if job.ranks.rank == 0:
         write_json(folder.deepspeed, engine.config)
-    commit, dirty = git_state(job.root)
-    track, layout_words = job.experiment.track, layout_line(job.experiment, job.layout).split(fmt.SEPARATOR)
-    description = RunDescription(
-        serialization.resolved(job.experiment),
-        engine.config,
-        commit,
-        dirty,
-        project=track.project,
-        group=track.group or job.name,
-        tags=list(dict.fromkeys([*layout_words, job.experiment.precision, *track.tags])),
-        job_type=track.job_type,
-    )
-    tracker = Tracker(folder, description, track.mode, after=resumed.step if resumed else 0, quiet=quiet)
+        description = wandb_client.describe(folder)
+    tracker = Tracker(folder, description, job.experiment.track.mode, after=resumed.step if resumed else 0)
     console.header([("tracking", tracker.line)])
     show_notes(tracker, console)
     return tracker

@@ -22,8 +22,7 @@ from research.tracking.console import Console
 from research.verification.hangs import describe_hang, hung_ranks
 from research.verification.layouts import LayoutCase, full, pairwise, shrunk, why_not
 from research.verification.results import conclude, row_fields
-from research.verification.threads import one_thread
-from research.verification.training import HANG_SECONDS, TrainingRecord, binding_clip, on_rank, reference_run, write_job
+from research.verification.training import HANG_SECONDS, TrainingRecord, binding_clip, on_rank, one_thread, reference_run, write_job
 
 TOLERANCE = 1e-5
 """Largest allowed error of outputs, losses, norms, gradients and weights in fp32. The error of a tensor is the relative 2-norm error of the

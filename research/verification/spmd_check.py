@@ -40,7 +40,7 @@ from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENC
 from research.verification.results import conclude, row_fields
 from research.verification.spmd_collectives import TypeMismatch, typed_collectives, typed_recompute
 from research.verification.spmd_functions import TypeFinder
-from research.verification.threads import one_thread
+from research.verification.training import one_thread
 
 DEGREES = (2, 4, 8, 64)
 """The tensor degrees that `verify --types` checks."""

@@ -4,6 +4,7 @@ Both read the same batches and return the same record: every step's layer output
 name.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -131,7 +132,7 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
     """
     model, optimizer, own = experiment.model, experiment.optimizer, load_variants(variants, experiment)
     module = PlainModule(gpt.layers(model, Grid(), experiment.seed, own))
-    loss_function = training_loss(experiment, None, own)
+    loss_function = reference_loss(experiment, own)
     parameters = dict(unique_parameters(module))
 
     # Weight decay applies to matrices only, by the shape of the whole parameter.
@@ -154,12 +155,7 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
         batch = batch_of(experiment, step)
         logits = module(batch.inputs())
         assert isinstance(logits, Tensor)
-        if experiment.loss in LOSSES:
-            smoothing = optimizer.label_smoothing
-            losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none", label_smoothing=smoothing)
-            loss = (batch.weights.flatten() * losses).sum()
-        else:
-            loss = loss_function(logits, (batch.targets, batch.weights))
+        loss = loss_function(logits, (batch.targets, batch.weights))
         loss.backward()
         record.add_gradients({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()})
         record.losses.append(float(loss.detach()))
@@ -168,6 +164,30 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
         torch_optimizer.zero_grad()
     record.weights = {name: parameter.detach() for name, parameter in parameters.items()}
     return record
+
+
+def reference_loss(experiment: Experiment, variants: Mapping[str, Any]) -> Loss:
+    """torch's own cross entropy over whole logits. Only a loss of variant.py is taken as it is."""
+    if experiment.loss not in LOSSES:
+        return training_loss(experiment, None, variants)
+
+    def cross_entropy(logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        (targets, weights), smoothing = labels, experiment.optimizer.label_smoothing
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=smoothing)
+        return (weights.flatten() * losses).sum()
+
+    return cross_entropy
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes with one thread: more make small matrices slower, on a busy machine many times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def loss_of(experiment: Experiment, grid: Grid, variants: Mapping[str, Any]) -> Loss:
@@ -179,7 +199,7 @@ def loss_of(experiment: Experiment, grid: Grid, variants: Mapping[str, Any]) -> 
 def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Mapping[str, Any], loss: Loss) -> Engine:
     """The engine that trains the experiment's model on this layout."""
     layers = gpt.layers(experiment.model, grid, experiment.seed, variants, case.recompute)
-    return make_engine(layers, loss, grid, settings_of(experiment, case), optimizer_class=optimizer_class(experiment, variants))
+    return make_engine(layers, loss, grid, replace(settings_of(experiment, case), optimizer_class=optimizer_class(experiment, variants)))
 
 
 def settings_of(experiment: Experiment, case: LayoutCase) -> EngineSettings:

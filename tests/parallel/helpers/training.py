@@ -73,9 +73,8 @@ def micro_batches(step: int, model: GPT, grid: Grid, micro: int) -> Iterator[Mic
 
 
 def build(
-    model=(), pipe=1, tensor=1, sequence=False, recompute="none", precision="fp32", clip=CLIP, micro=MICRO, variants=None,
-    optimizer_class=None, **settings
-) -> tuple[Engine, GPT, Grid]:  # fmt: skip
+    model=(), pipe=1, tensor=1, sequence=False, recompute="none", precision="fp32", clip=CLIP, micro=MICRO, variants=None, **settings
+) -> tuple[Engine, GPT, Grid]:
     """An engine on this rank, its model's settings and its grid."""
     if precision == "fp16":
         get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any CPU, if slowly; DeepSpeed asks for kernels
@@ -88,7 +87,7 @@ def build(
     )  # fmt: skip
     loss = gpt.TokenLoss(shape.vocab_size, LABEL_SMOOTHING, grid.tensor_group, LOGITS_AT_ONCE)
     held_out_loss = gpt.TokenLoss(shape.vocab_size, 0.0, grid.tensor_group, LOGITS_AT_ONCE)
-    return make_engine(gpt.layers(shape, grid, SEED, variants, recompute), loss, grid, derived, held_out_loss, optimizer_class), shape, grid
+    return make_engine(gpt.layers(shape, grid, SEED, variants, recompute), loss, grid, derived, held_out_loss), shape, grid
 
 
 def evaluate(engine: Engine, shape: GPT, grid: Grid) -> float:

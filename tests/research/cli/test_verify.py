@@ -22,8 +22,7 @@ from research.training.schedule import learning_rate
 from research.verification import layouts, numbers, training
 from research.verification.layouts import LayoutCase
 from research.verification.numbers import TOLERANCE, errors_of, row_of, whole_outputs, worst
-from research.verification.threads import one_thread
-from research.verification.training import TrainingRecord
+from research.verification.training import TrainingRecord, one_thread
 from tests.harness import start_server
 from tests.research.helpers import mutations as m
 from tests.research.helpers.example import example, sentence

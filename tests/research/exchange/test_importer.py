@@ -26,7 +26,7 @@ from research.data import tokenizer_file
 from research.exchange import parity, tokenizer_parity
 from research.exchange.gguf import GGUFFile
 from research.exchange.hf_reader import HFFolder
-from research.exchange.importer import CERTIFICATE, CHECKPOINT, Import, opened
+from research.exchange.importer import CERTIFICATE, CHECKPOINT, OTHER_TOKENIZER, Import, opened
 from research.exchange.tokenizer_parity import IdsComparison
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
@@ -140,6 +140,7 @@ def test_gpt_2_s_own_tokenizer_is_named_and_not_copied(tmp_path, monkeypatch):
         found = begun(source, tmp_path)
         assert found.fill("builtin:gpt2", Console()).passed
     assert serialization.load(found.staging.config).data.tokenizer == "builtin:gpt2"
+    assert OTHER_TOKENIZER in found.left_out and not any("tokenizer_config.json" in sentence for sentence in found.left_out)
     assert not (found.staging.path / "tokenizer").exists()
 
 

@@ -350,7 +350,7 @@ def test_a_row_without_an_axis_is_refused(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    quiet = Tracker(run_folder.RunFolder(tmp_path / "none"), DESCRIPTION, "online", after=5, quiet=True)
+    quiet = Tracker(run_folder.RunFolder(tmp_path / "none"), None, "online", after=5)
     assert {name for name in vars(Tracker) if not name.startswith("_")} == {"log", "samples", "finish", "line"}
     quiet.log({})
     quiet.samples([{}])
