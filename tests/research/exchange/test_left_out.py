@@ -99,7 +99,7 @@ def test_files_that_were_not_opened_are_named(folder):
     assert adapter.startswith(
         "adapter_config.json, adapter_model.safetensors: an adapter is not merged into the model → peft's merge_and_unload"
     )
-    assert others == "not opened: 0, 1, 2, 3, 4, 5, 6, 7, and 4 more"
+    assert others == "not opened: 0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
 
 
 def test_the_names_are_those_that_transformers_and_generate_have(capsys):
