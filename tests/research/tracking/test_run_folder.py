@@ -303,7 +303,8 @@ def with_rows(tmp_path: Path) -> RunFolder:
 
 def test_rows_after_the_checkpoint_leave_and_are_kept(tmp_path: Path) -> None:
     made = with_rows(tmp_path)
-    assert run_folder.reopen(made, 2, {"layout": "pp2", "steps": 12}) == 2
+    segment = {"layout": "pp2", "steps": 12, "commit": "0a1b2c", "dirty": True}
+    assert run_folder.reopen(made, 2, segment) == 2
     assert [row["progress/step"] for row in metrics.read(made.metrics)] == [1, 2]
     assert made.metrics.read_text().splitlines()[-1] == json.dumps({"progress/step": 2, "train/loss": 0.2})  # the torn line is gone
     kept = list(metrics.read(made.path / "dropped.jsonl"))
@@ -313,6 +314,7 @@ def test_rows_after_the_checkpoint_leave_and_are_kept(tmp_path: Path) -> None:
     ]
     run = read_json(made.run)
     assert (run["status"], run["layout"], run["steps"], run["precision"]) == ("running", "pp2", 12, "fp32")
+    assert (run["commit"], run["dirty"]) == ("0a1b2c", True)  # of the code that runs now
     assert [segment["from_step"] for segment in run["segments"]] == [0, 2]
     assert run_folder.reopen(made, 2, {}) == 3 and len(list(metrics.read(made.path / "dropped.jsonl"))) == 2
 
