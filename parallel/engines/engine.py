@@ -253,9 +253,7 @@ def _pairs(batches: Iterator[MicroBatch]) -> Iterator[tuple[Tensor | tuple[Tenso
         yield batch.inputs(), (batch.targets, batch.weights)
 
 
-def make_engine(
-    layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings, held_out_loss: Loss | None = None
-) -> Engine:
+def make_engine(layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings, held_out_loss: Loss | None = None) -> Engine:
     """The engine for this grid: a pipeline engine if pipe > 1, else the plain one. Collective; torch.distributed must be initialised."""
     return (PipeEngine if grid.pipe > 1 else PlainEngine)(layers, loss, grid, settings, held_out_loss)
 

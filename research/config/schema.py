@@ -119,6 +119,9 @@ class Watch(Settings):
     SECTION: ClassVar[str] = "watch"
 
     hang_seconds: float = Field(default=600.0, ge=0, description="longest time without progress before the job is ended; 0: no limit")
+    rendezvous_seconds: float = Field(
+        default=300.0, gt=0, description="longest wait at the start until all ranks have met; hang_seconds counts from then on"
+    )
     non_finite: Literal["stop", "skip"] = Field(
         default="stop", description="at a loss or gradient that is not finite: stop before the update, or skip the update and continue"
     )
@@ -129,6 +132,15 @@ class Watch(Settings):
     )
     spike: float = Field(default=0.0, ge=0, description="warn of a loss so many standard deviations above the mean of 100 steps; 0: never")
     on_spike: Literal["warn", "stop"] = Field(default="warn", description="at a spike: only warn, or stop after the step")
+
+
+class Profile(Settings):
+    """Steps that are recorded by torch's profiler, in profile/ of the run folder. It does not change the training."""
+
+    SECTION: ClassVar[str] = "profile"
+
+    steps: str | None = Field(default=None, description="first and last step to record, such as 10-12; None: none")
+    memory: bool = Field(default=False, description="record as well which operation allocated how much memory in these steps")
 
 
 class Evaluate(Settings):
@@ -200,6 +212,10 @@ class Experiment(Settings):
     evaluate: Evaluate = Field(default_factory=Evaluate, description="evaluation during training")
     sample: Sample = Field(default_factory=Sample, description="text generation during training")
     track: Track = Field(default_factory=Track, description="where the run is recorded")
+    profile: Profile = Field(default_factory=Profile, description="steps recorded by torch's profiler")
+    deterministic: bool = Field(
+        default=False, description="only GPU kernels that add in a fixed order, which are slower; on a CPU every kernel does"
+    )
     seed: int = Field(ge=0, description="seed of initial weights and data order, which are the same on every layout")
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="merged last into the derived DeepSpeed JSON; file only")
 

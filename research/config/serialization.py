@@ -10,7 +10,7 @@ from parallel.errors import Mistake
 from parallel.files import write_json
 from research.config.schema import Experiment
 
-SCHEMA = 6
+SCHEMA = 7
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 
 
@@ -95,11 +95,17 @@ def _without_own_training(settings: dict[str, Any]) -> dict[str, Any]:
     return {"loss": "cross_entropy"} | settings | groups
 
 
+def _without_profile(settings: dict[str, Any]) -> dict[str, Any]:
+    """6 → 7: no steps were profiled, GPU kernels were not asked to be deterministic, and hang_seconds limited the wait for all ranks."""
+    return {"deterministic": False} | settings
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _without_dropout,
     2: _without_watch,
     3: _without_rotary_scaling,
     4: _without_periodic_tasks,
     5: _without_own_training,
+    6: _without_profile,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""

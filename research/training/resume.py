@@ -42,6 +42,8 @@ MAY_CHANGE = (
     "precision",
     "checkpoints",
     "watch",
+    "profile",
+    "deterministic",
     "evaluate",
     "sample",
     "track",

@@ -254,7 +254,7 @@ def test_schema_4_asked_nothing_on_the_way(tmp_path) -> None:
     assert (found.evaluate.every, found.sample.every) == (0, 0)
     now = without_schema_6(resolved(found))
     assert kept(now, then, "schema") == kept(then, then, "schema")
-    assert now.keys() - then.keys() == {"evaluate", "sample", "loss"} and now["schema"] == serialization.SCHEMA
+    assert now.keys() - then.keys() == {"evaluate", "sample", "loss", "profile", "deterministic"} and now["schema"] == serialization.SCHEMA
     assert (now["loss"], now["model"]["attention"], now["optimizer"]["name"]) == ("cross_entropy", "softmax", "adamw")
     save(found, path)
     assert load(path) == found
@@ -290,9 +290,17 @@ def test_schema_5_validated_on_all_of_the_held_out_text(tmp_path) -> None:
     assert load(tmp_path / "config.json") == example()
 
 
+def test_schema_6_profiled_no_steps(tmp_path) -> None:
+    settings = resolved(example()) | {"schema": 6}
+    del settings["profile"], settings["deterministic"], settings["watch"]["rendezvous_seconds"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = load(tmp_path / "config.json")
+    assert found == example() and (found.profile.steps, found.profile.memory, found.deterministic) == (None, False, False)
+
+
 HOSTILE = ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}']
 HOSTILE += ['{"schema": 2, "watch": 3}', '{"schema": 3, "watch": []}']
-HOSTILE += ['{"schema": 5, "schedule": 3}', '{"schema": 5}']
+HOSTILE += ['{"schema": 6, "profile": 3}', '{"schema": 5, "schedule": 3}', '{"schema": 5}']
 HOSTILE += ['{"schema": 4, "sample": 3}', '{"schema": 4, "evaluate": {"tasks": "x"}}']
 HOSTILE += ['{"schema": 1, "model": 3}', '{"schema": 1, "model": null}', '{"schema": 2}', '{"schema": 2, "model": [1]}']
 
