@@ -16,7 +16,7 @@ from typing import Any
 
 from parallel.errors import Mistake
 from research.cluster.environment import Ranks, numeric_variables, threads_per_rank
-from research.cluster.network import gloo_address, interface_to, is_loopback, machine, unreachable_sentence
+from research.cluster.network import gloo_address, interface_to_others, is_loopback, machine, unreachable_sentence
 from research.cluster.rendezvous import Rendezvous
 from research.cluster.software import digest_of, library_versions
 
@@ -46,7 +46,7 @@ class Claims:
     address: str
     """The address that gloo gives to the other ranks."""
     interface: str
-    """The name of the interface that leads to the master address."""
+    """The name of the interface that leads to the other hosts."""
     named: dict[str, dict[str, Any]]
     """Kind -> name -> value; the kinds are those of WAYS_OUT."""
     rounding: dict[str, str] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def claims_of(
     name = torch.cuda.get_device_name(ranks.local_rank % torch.cuda.device_count()) if device == "cuda" else ""
     capability = torch.backends.cpu.get_cpu_capability()
     named: dict[str, dict[str, Any]] = {
-        "launch": {"the number of ranks": ranks.world, "the launcher": ranks.launcher, "the device": device, **options},
+        "launch": {"the number of ranks": ranks.world, "the device": device, **options},
         "settings": dict(settings),
         "versions": {**library_versions(), "CUDA": torch.version.cuda, "byte order": sys.byteorder},
         "variables": dict(numeric_variables()),
@@ -108,7 +108,7 @@ def claims_of(
         "processor": f"{platform.machine()} {capability}",
         **({"GPU": name} if name else {}),
     }
-    return Claims(ranks.rank, host, machine(), gloo_address(), interface_to(ranks.master_addr)[0], named, rounding)
+    return Claims(ranks.rank, host, machine(), gloo_address(), interface_to_others(ranks.master_addr), named, rounding)
 
 
 def agree(rendezvous: Rendezvous, claims: Claims) -> list[str]:

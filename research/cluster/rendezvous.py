@@ -259,8 +259,9 @@ def missing_sentence(
     groups = [f"{_ranks(numbers)} of {node}" for node, numbers in nodes.items()]
     here = listed(dict.fromkeys(host for host, _ in present.values()), "and") or "none"
     verb = "has" if len(missing) == 1 else "have"
+    what = "answered" if {*missing} <= {*present} else "come"
     return (
-        f"{listed(groups, 'and')} {verb} not come after {seconds:g} s, {len(present)} of {ranks.world} ranks are there (on {here}) → "
+        f"{listed(groups, 'and')} {verb} not {what} after {seconds:g} s, {len(present)} of {ranks.world} ranks are there (on {here}) → "
         "see what that node says, or raise watch.rendezvous_seconds"
     )
 
