@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from parallel.files import locked
 from research.tracking.run_folder import RunFolder
 from tests.models.helpers.build import ROTARY
 from tests.research.helpers import untrained
+from tests.research.helpers.hosts import Cluster, why_not
 from tests.research.helpers.launches import Ended, Place, launch, run
 from tests.research.helpers.smollm2 import smollm2
 
@@ -109,6 +110,15 @@ def launched(place: Place):
     yield begin
     for each in begun:
         each.kill()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Two hosts with a shared disk. The test is skipped, with the reason, where hosts cannot be made."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Cluster(Place(tmp_path)) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")
