@@ -42,8 +42,24 @@ def timed_run_ranks(request: pytest.FixtureRequest):
     return timed
 
 
+def show_hosts(terminalreporter: pytest.TerminalReporter, reports: list[pytest.TestReport]) -> None:
+    """One line for each test on two hosts: its outcome, its seconds, and what it shows."""
+    if not reports:
+        return
+    seconds, outcomes = collections.Counter[str](), dict[str, str]()
+    for report in reports:
+        seconds[report.nodeid] += report.duration
+        if report.when == "call" or not report.passed:
+            outcomes[report.nodeid] = report.outcome
+    terminalreporter.section("on two hosts")
+    for test, outcome in outcomes.items():
+        shown = test.partition("::test_")[2].replace("_", " ")
+        terminalreporter.write_line(f"{outcome:7} {seconds[test]:6.1f} s  {shown[:120]}")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for group in terminalreporter.stats.values() for report in group if isinstance(report, pytest.TestReport)]
+    show_hosts(terminalreporter, [report for report in reports if "hosts" in report.keywords])
     if seconds := [value for report in reports if report.when == "call" for name, value in report.user_properties if name == FOUR_RANKS]:
         median = statistics.median(seconds)
         terminalreporter.write_line(f"harness: 4-rank engine test (init, build, one step) median {median:.1f} s over {len(seconds)}")

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -161,9 +161,10 @@ class Host:
         """Plugs the cable in again."""
         self.cluster.ip("link", "set", self.name, "up")
 
-    def kill(self) -> None:
-        """Ends every process of this host at once, as a power cut does: no packet tells the others, for the cable goes first."""
-        self.cut()
+    def kill(self, power: bool = True) -> None:
+        """Ends every process of this host at once. `power`: as a power cut does, after which no packet tells the others."""
+        if power:
+            self.cut()
         self.init.kill()
         self.process.wait(30)
 
@@ -263,41 +264,38 @@ class Cluster:
 def launch(
     cluster: Cluster,
     launcher: str,
-    experiment: str = "gpt_sotu",
-    options: Iterable[str] = (),
+    on: Sequence[int] | None = None,
+    ranks: int = 1,
     only: Mapping[int, Mapping[str, Any]] | None = None,
     environ: Mapping[str, str] | None = None,
+    experiment: str = "gpt_sotu",
     **changes: Any,
 ) -> Launch:
-    """Starts `experiments/EXPERIMENT/launch.py` with one rank on every host, as a user would: deepspeed on the first host, torchrun and
-    srun on all. `options` are the launcher's own, `changes` settings with __ for the dot, and `only` the settings of single hosts.
+    """Starts `experiments/EXPERIMENT/launch.py` on several hosts as a user would: deepspeed on the first of them, torchrun on all.
+
+    `on` are the numbers of the hosts, all by default; each has so many `ranks`. srun's tasks are started with its variables, as if it
+    had been asked for all hosts of the cluster, with one rank each. `changes` are settings with __ for the dot, and `only` those of
+    single hosts.
     """
-    place, world = cluster.place, len(cluster.hosts)
-    environs: list[dict[str, str]] = [cluster.environ | dict(environ or {}) for _ in cluster.hosts]
+    place, chosen = cluster.place, [*range(len(cluster.hosts))] if on is None else [*on]
+    environs = [cluster.environ | dict(environ or {}) for _ in chosen]
     if launcher == "deepspeed":
         hostfile = cluster.folder / "hostfile"
-        hostfile.write_text("".join(f"{name} slots=1\n" for name in cluster.names))
-        before, hosts = [*_command("deepspeed", "deepspeed.launcher.runner"), "--hostfile", str(hostfile)], cluster.hosts[:1]
+        hostfile.write_text("".join(f"{cluster.names[number]} slots={ranks}\n" for number in chosen))
+        before = [*_command("deepspeed", "deepspeed.launcher.runner"), "--hostfile", str(hostfile)]
+        chosen = chosen[:1]
     elif launcher == "torchrun":
-        meeting = [
-            "--nnodes",
-            str(world),
-            "--nproc_per_node",
-            "1",
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            f"{cluster.names[0]}:29500",
-        ]
-        before, hosts = [*_command("torchrun", "torch.distributed.run"), *meeting], cluster.hosts
+        meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{cluster.names[chosen[0]]}:29500"]
+        sizes = ["--nnodes", str(len(chosen)), "--nproc_per_node", str(ranks)]
+        before = [*_command("torchrun", "torch.distributed.run"), *sizes, *meeting]
     else:
-        before, hosts = [sys.executable], cluster.hosts
-        environs = [environment | slurm(rank, cluster.names) for rank, environment in enumerate(environs)]
+        before = [sys.executable]
+        environs = [environment | slurm(number, cluster.names) for number, environment in zip(chosen, environs, strict=True)]
     commands = []
-    for number, host in enumerate(hosts):
+    for number in chosen:
         settings = {name.replace("__", "."): value for name, value in (changes | dict((only or {}).get(number, {}))).items()}
-        words = [*before, *options, f"experiments/{experiment}/launch.py", *place.settings(settings)]
-        commands.append(host.command(words, ROOT))
+        words = [*before, f"experiments/{experiment}/launch.py", *place.settings(settings)]
+        commands.append(cluster[number].command(words, ROOT))
     return Launch(place, commands, Path("/"), environs[: len(commands)])
 
 
