@@ -11,6 +11,8 @@ from tests.harness import run_ranks, start_server
 
 FOUR_RANKS = "four_ranks_seconds"
 """The property of a test's report that holds the time of a four-rank engine test."""
+HOSTS = "hosts"
+"""The marker of tests on two hosts, and the property of their reports."""
 BUDGETS: dict[str, float] = {
     **{"tests/models": 60, "tests/parallel": 160},
     **{f"tests/research/{room}": 25 for room in ("cluster", "config", "data", "evaluation", "generation")},
@@ -25,6 +27,12 @@ LONG_RUN = 60.0
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are so small that a second thread only waits: up to 40 times slower on shared cores
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker(HOSTS):
+        item.user_properties.append((HOSTS, True))
 
 
 @pytest.fixture
@@ -59,7 +67,7 @@ def show_hosts(terminalreporter: pytest.TerminalReporter, reports: list[pytest.T
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for group in terminalreporter.stats.values() for report in group if isinstance(report, pytest.TestReport)]
-    show_hosts(terminalreporter, [report for report in reports if "hosts" in report.keywords])
+    show_hosts(terminalreporter, [report for report in reports if (HOSTS, True) in report.user_properties])
     if seconds := [value for report in reports if report.when == "call" for name, value in report.user_properties if name == FOUR_RANKS]:
         median = statistics.median(seconds)
         terminalreporter.write_line(f"harness: 4-rank engine test (init, build, one step) median {median:.1f} s over {len(seconds)}")

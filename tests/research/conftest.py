@@ -112,11 +112,16 @@ def launched(place: Place):
         each.kill()
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Two hosts with a shared disk. The test is skipped, with the reason, where hosts cannot be made."""
+@pytest.fixture(scope="session")
+def hosts_can_be_made() -> None:
+    """Skips the test, with the reason, where hosts cannot be made."""
     if reason := why_not():
         pytest.skip(reason)
+
+
+@pytest.fixture
+def cluster(hosts_can_be_made: None, tmp_path: Path) -> Iterator[Cluster]:
+    """Two hosts with a shared disk."""
     with Cluster(Place(tmp_path)) as cluster:
         yield cluster
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from research import ROOT
+from tests.research.helpers import hosts
 from tests.research.helpers.hosts import Cluster, why_not
 from tests.research.helpers.launches import Place
 
@@ -32,6 +33,17 @@ with Cluster(Place(Path(sys.argv[1]))) as cluster:
 """
 
 
+def test_a_machine_that_cannot_make_hosts_says_why(hosts_can_be_made: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a program, and where user namespaces are forbidden (here inside of one: outside, the setting is the machine's)."""
+    says = "from tests.research.helpers.hosts import why_not; print(why_not())"
+    forbids = 'echo 0 > /proc/sys/user/max_user_namespaces; exec "$0" -c "$1"'
+    command = ["unshare", "--user", "--map-root-user", "bash", "-c", forbids, sys.executable, says]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.startswith("namespaces with a network of their own cannot be made here (unshare: "), done
+    monkeypatch.setattr(hosts, "PROGRAMS", ("bash", "no_such_program"))
+    assert str(why_not.__wrapped__()).startswith("there is no no_such_program → install it")
+
+
 def test_each_host_has_a_name_an_address_a_home_a_boot_and_processes_of_its_own(cluster: Cluster) -> None:
     for number, host in enumerate(cluster.hosts, 1):
         assert host.run("hostname") == f"node{number}\n" and host.run("hostname", "-I").strip() == f"10.77.0.{number}"
@@ -42,7 +54,7 @@ def test_each_host_has_a_name_an_address_a_home_a_boot_and_processes_of_its_own(
     assert cluster.processes() == []
 
 
-@pytest.mark.parametrize("command", [("ssh",), ("env", "PDSH_RCMD_TYPE=ssh", "pdsh", "-N", "-S", "-w")])
+@pytest.mark.parametrize("command", [("ssh",), ("env", "PDSH_RCMD_TYPE=ssh", "pdsh", "-N", "-S", "-w")], ids=["ssh", "pdsh"])
 def test_ssh_and_pdsh_lead_from_one_host_to_the_other(command: tuple[str, ...], cluster: Cluster) -> None:
     assert cluster[0].run(*command, "node2", "hostname; echo $HOME").split() == ["node2", str(cluster.place.home)]
     assert cluster[1].run(*command, "node1", "id -un").split() == ["researcher"]
@@ -103,10 +115,8 @@ def test_a_host_that_is_killed_has_no_process_left(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("end", ["raises", "is killed"])
-def test_nothing_is_left_of_a_cluster(end: str, tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_cluster(end: str, hosts_can_be_made: None, tmp_path: Path) -> None:
     """Neither a process nor an interface, also if the process that made the cluster had no time to remove it."""
-    if reason := why_not():
-        pytest.skip(reason)
     interfaces = sorted(os.listdir("/sys/class/net"))
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", LEAVES_A_CLUSTER, tmp_path, end], stdout=subprocess.PIPE, text=True, env=environ) as owner:

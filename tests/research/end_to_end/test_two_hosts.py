@@ -23,7 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def one_host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def one_host(hosts_can_be_made: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """Launcher -> the run of its layout on this machine, on two ranks with one thread each, as on the two hosts."""
     place = Place(tmp_path_factory.mktemp("one_host"))
     begun = {name: launch(place, name, 2, environ={"OMP_NUM_THREADS": "1"}, **SETTINGS, **LAYOUTS[name]) for name in LAYOUTS}

@@ -19,7 +19,7 @@ from research.tracking import metrics
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import hosts
 from tests.research.helpers.hosts import Cluster
-from tests.research.helpers.launches import Ended, Launch
+from tests.research.helpers.launches import Ended, Launch, Place, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.hosts]
 LONG = {"schedule__steps": 100_000, "schedule__validate_every": 0, "schedule__log_every": 1}
@@ -192,10 +192,8 @@ def test_a_cable_is_cut(launcher: str, cluster: Cluster) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def whole(hosts_can_be_made: None, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """The uninterrupted run on two ranks of one host."""
-    from tests.research.helpers.launches import Place, run
-
     ended = run(Place(tmp_path_factory.mktemp("whole")), "srun", 2, environ={"OMP_NUM_THREADS": "1"}, **STEPS)
     assert ended.code == 0, ended.err
     return ended
