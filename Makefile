@@ -52,7 +52,7 @@ test-slow: $(VENV)/ready-dev  ## run the slow tests
 	pytest -n $(WORKERS) --dist loadfile -m slow
 
 test-hosts: $(VENV)/ready-dev  ## run the slow tests that need two hosts, on two made of Linux namespaces (no container, no network)
-	pytest -n 0 -m hosts -rs
+	pytest -n 0 -m hosts
 
 check: $(VENV)/ready-dev  ## check style (ruff), types (mypy) and the direction of imports
 	ruff check .

@@ -54,15 +54,19 @@ def show_hosts(terminalreporter: pytest.TerminalReporter, reports: list[pytest.T
     """One line for each test on two hosts: its outcome, its seconds, and what it shows."""
     if not reports:
         return
-    seconds, outcomes = collections.Counter[str](), dict[str, str]()
+    seconds, outcomes, reasons = collections.Counter[str](), dict[str, str](), set[str]()
     for report in reports:
         seconds[report.nodeid] += report.duration
         if report.when == "call" or not report.passed:
             outcomes[report.nodeid] = report.outcome
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reasons.add(report.longrepr[2])
     terminalreporter.section("on two hosts")
     for test, outcome in outcomes.items():
         shown = test.partition("::test_")[2].replace("_", " ")
         terminalreporter.write_line(f"{outcome:7} {seconds[test]:6.1f} s  {shown[:120]}")
+    for reason in sorted(reasons):
+        terminalreporter.write_line(reason)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -69,7 +69,8 @@ def why_not() -> str | None:
             return f"there is no {name} → install it (Debian's packages are iproute2, openssh-server, pdsh)"
     tried = subprocess.run([*SWITCH, "ip", "link", "add", "cable", "type", "bridge"], capture_output=True, text=True, env=_environ())
     if tried.returncode:
-        return f"namespaces with a network of their own cannot be made here ({tried.stderr.strip()})"
+        allow = "allow user namespaces (sysctl user.max_user_namespaces and, on Debian and Ubuntu, kernel.*unprivileged_userns*)"
+        return f"namespaces with a network of their own cannot be made here ({tried.stderr.strip()}) → {allow}"
     return None
 
 
