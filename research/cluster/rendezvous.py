@@ -68,8 +68,9 @@ class Rendezvous:
     def arrive(self) -> None:
         """Says that this rank is there and has found no mistake so far. Two processes with one rank's number are a Mistake."""
         rank = self.ranks.rank
-        self._set(f"host/{rank}", [self.host, self.ranks.rank - self.ranks.local_rank])
-        if self.store.add(f"seat/{rank}", 1) > 1:
+        if self.store.add(f"seat/{rank}", 1) == 1:
+            self._set(f"host/{rank}", [self.host, self.ranks.rank - self.ranks.local_rank])
+        else:
             first = json.loads(self.store.get(f"host/{rank}"))[0]
             hosts = listed(dict.fromkeys([first, self.host]), "and")
             self.fail(
@@ -127,11 +128,16 @@ class Rendezvous:
                 self._linger(mistake.code)
             raise
         except Exception as error:
-            with contextlib.suppress(RuntimeError):  # the store is gone: rank 0 has left
-                is_mistake = isinstance(error, Mistake)
-                text = str(error) if is_mistake else f"{type(error).__name__}: {error}"
+            is_mistake = isinstance(error, Mistake)
+            text = str(error) if is_mistake else f"{type(error).__name__}: {error}"
+            try:
                 self.fail(_named(self.ranks, self.host, text), WRONG if is_mistake else CRASHED, shows=is_mistake)
-            raise
+            except RuntimeError:  # the store is gone: rank 0 has left
+                raise error from None
+            except SharedMistake:
+                if is_mistake:
+                    raise
+            raise  # Python shows the traceback
 
     def failure(self) -> bool:
         """Whether a rank has failed."""

@@ -1,4 +1,4 @@
-"""Two hosts on one machine, as far as the ranks can tell from the launcher: each has a tree, a command line and an environment of its own."""
+"""Two hosts on one machine, as far as a launcher tells the ranks: each has a tree, a command line and an environment of its own."""
 
 import os
 import shutil
