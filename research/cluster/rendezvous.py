@@ -65,6 +65,13 @@ class Rendezvous:
         store.set_timeout(ANSWER)
         return cls(ranks, store, seconds, report=report)
 
+    @classmethod
+    def alone(cls, ranks: Ranks) -> "Rendezvous":
+        """That of a world of one, which meets nobody."""
+        import torch.distributed as dist
+
+        return cls(ranks, dist.HashStore(), ANSWER.total_seconds())
+
     def arrive(self) -> None:
         """Says that this rank is there and has found no mistake so far. Two processes with one rank's number are a Mistake."""
         rank = self.ranks.rank
