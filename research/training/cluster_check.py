@@ -42,7 +42,8 @@ def check_cluster(job: Job) -> None:
         if links:
             host_tables.show(tables_console(), [host_tables.links_table(links)])
         hosts = plural(len({each.host for each in report.hosts}), "host")
-        console.header([("", f"{hosts} with {plural(ranks.world, 'rank')} agree · checked in {time.monotonic() - began:.1f} s")])
+        agree = " agree" if ranks.world > 1 else ""
+        console.header([("", f"{hosts} with {plural(ranks.world, 'rank')}{agree} · checked in {time.monotonic() - began:.1f} s")])
 
 
 def show_report(report: host_tables.Report, console: Console) -> str | None:
