@@ -21,6 +21,19 @@ class Mistake(ValueError):
     """
 
 
+class SharedMistake(Mistake):
+    """A Mistake that every rank of a launch raises with the same sentence, so that all end at once, with exit code `code`.
+
+    `reports`: whether this rank is the one that shows it.
+    """
+
+    WRONG = 2
+
+    def __init__(self, text: str, reports: bool, code: int = WRONG) -> None:
+        super().__init__(text)
+        self.reports, self.code = reports, code
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` most likely stands for: the same last word, else the closest spelling; None if none is near.
 
