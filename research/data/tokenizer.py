@@ -79,15 +79,20 @@ class Tokenizer:
             raise library_error(error, f"the tokenizer {self.name} cannot decode {len(numbers)} ids") from None
 
 
-def library_error(error: BaseException, problem: str) -> BaseException:
-    """What to raise for an error of the tokenizers library: a Mistake that begins with `problem`. Any other error is returned as it is.
+def is_library_error(error: BaseException) -> bool:
+    """Whether the tokenizers library may have raised this error.
 
-    The library raises bare Exceptions. Where a regular expression of a tokenizer reaches the limit of its engine, it raises a
+    It raises bare Exceptions. Where a regular expression of a tokenizer reaches the limit of its engine, it raises a
     PanicException, which is no Exception.
     """
-    if isinstance(error, Mistake | MemoryError) or not (isinstance(error, Exception) or type(error).__name__ == PANIC):
+    return isinstance(error, Exception) or type(error).__name__ == PANIC
+
+
+def library_error(error: BaseException, problem: str, way_out: str = "shorten it, or use another tokenizer") -> BaseException:
+    """What to raise for an error of the tokenizers library: a Mistake that begins with `problem`. Any other error is returned as it is."""
+    if isinstance(error, Mistake | MemoryError) or not is_library_error(error):
         return error
-    return Mistake(f"{problem} ({' '.join(str(error).split())[:120]}) → shorten it, or use another tokenizer")
+    return Mistake(f"{problem} ({' '.join(str(error).split())[:120]}) → {way_out}")
 
 
 def declared_vocab_size(name: str) -> int:

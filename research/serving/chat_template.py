@@ -110,7 +110,8 @@ class ChatTemplate:
         except ApiError:  # the template may reject this conversation
             return ()
         start, stop = next(iter(self._special.find(after)), (1, 1))
-        return () if start else (self._with_special.backend.token_to_id(after[:stop]),)
+        token = None if start else self._with_special.backend.token_to_id(after[:stop])
+        return () if token is None else (token,)
 
     def _variables(self, messages: Messages, add_generation_prompt: bool) -> dict[str, Any]:
         """The template's variables, as transformers sets them."""

@@ -71,6 +71,8 @@ class RequestParser(h11.Connection):
 class Connection(H11Protocol, asyncio.BufferedProtocol):
     """A client's connection with timeouts: for the next request's headers, and for a client that does not read its response."""
 
+    conn: RequestParser
+
     def __init__(self, limits: Limits, **uvicorn_arguments: Any) -> None:
         super().__init__(**uvicorn_arguments)
         self.limits = limits
