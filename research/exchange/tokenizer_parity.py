@@ -7,7 +7,7 @@ from typing import Any
 from parallel.errors import Mistake
 from research.data import documents
 from research.data.tokenizer import Tokenizer, is_library_error, library_error
-from research.exchange.parity import TEXT, quiet_transformers
+from research.exchange.parity import TEXT, quiet_transformers, without_panic_messages
 
 CHARACTERS = 10_000
 """Length of the text. Its beginning is compared again behind a space, and behind line breaks."""
@@ -52,7 +52,7 @@ def compare(ours: Tokenizer, theirs: Any) -> IdsComparison:
     tokens, tail = 0, tuple[int, ...]()
     for text in _texts():
         try:
-            with quiet_transformers():
+            with quiet_transformers(), without_panic_messages():
                 expected = theirs(text, verbose=False).input_ids
         except BaseException as error:
             problem = f"transformers' tokenizer cannot encode {len(text)} characters of the certificate's text"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -172,16 +173,16 @@ async def respond(
     """
     if service.request_queue.closed:
         raise shutting_down()
-    body = await read_body(request.headers, request.stream(), service.limits)
     log: RequestLog = request.scope["request_log"]
 
-    async def checked() -> Endpoint:
+    async def checked(body: bytes) -> Endpoint:
         table = await service.intake.run(parse_json, body, service.limits.depth)
         return await executor.run(make_endpoint, table)
 
     pending: PendingRequest | None = None
     try:
-        endpoint = await run_until_disconnect(request.receive, checked())
+        body = await read_body(request.headers, request.stream(), service.limits)
+        endpoint = await run_until_disconnect(request.receive, checked(body))
         log.prompt = endpoint.prompt_tokens
         pending = service.request_queue.submit(endpoint.jobs)
         response = CompletionResponse(endpoint, pending, log)
@@ -191,7 +192,7 @@ async def respond(
             return EventStream(response)
         content = await run_until_disconnect(request.receive, response.whole())
         return Response(content, headers={"content-type": "application/json"})
-    except ClientDisconnected:
+    except (ClientDisconnected, ClientDisconnect):
         log.finish = "the client has left"
         return Response(status_code=499)  # only the log and the metrics see it
     finally:

@@ -33,6 +33,8 @@ class RequestParser(h11.Connection):
     def __init__(self, head_bytes: int) -> None:
         super().__init__(h11.SERVER, head_bytes)
         self.head_bytes = head_bytes
+        self._checked = 0
+        """How many bytes of the next request's head have been checked."""
         self.problem = ""
         """Why a request was rejected, if this class rejected it."""
 
@@ -42,18 +44,21 @@ class RequestParser(h11.Connection):
             self._check_head(self.trailing_data[0])
         event = super().next_event()
         if isinstance(event, h11.Request):
+            self._checked = 0
             self._check_framing(event)
         if event is h11.NEED_DATA and self.their_state is h11.SEND_BODY and len(self.trailing_data[0]) > PARSED_BYTES:
             self._reject(f"a line between two chunks of the body has more than {PARSED_BYTES} bytes")
         return event
 
     def _check_head(self, received: bytes) -> None:
-        end = END_OF_HEAD.search(received)
-        head = received[: end.start()] if end else received
-        if len(head) > self.head_bytes:
+        start = max(0, self._checked - MOST_BLANKS)
+        found = END_OF_HEAD.search(received, start)
+        end = found.start() if found else len(received)
+        if end > self.head_bytes:
             self._reject(f"the request line and the headers have more than {self.head_bytes} bytes")
-        if b" " * (MOST_BLANKS + 1) in head.replace(b"\t", b" "):
+        if b" " * (MOST_BLANKS + 1) in received[start:end].replace(b"\t", b" "):
             self._reject(f"the headers have more than {MOST_BLANKS} blanks in a row")
+        self._checked = end
 
     def _check_framing(self, request: h11.Request) -> None:
         """Rejects a request whose end is in doubt: what one server takes for its body is another request to the next (smuggling)."""
