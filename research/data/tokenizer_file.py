@@ -26,6 +26,8 @@ LARGEST = 256 * 2**20
 """The most bytes of a tokenizer.json; one of 256 thousand tokens has 33 MB."""
 LONGEST_TEMPLATE = 2**20
 """The most characters of a chat template."""
+MOST_BEGIN = 256
+"""The most tokens that a post-processor puts in front of a text."""
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 """The usual names of the token that ends a text, for a tokenizer.json without a tokenizer_config.json."""
 WAY_OUT = "give it a tokenizer.json as Hugging Face's tokenizers saves it"
@@ -63,7 +65,8 @@ def load(name: str, root: Path) -> Tokenizer:
         text, marked = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     except BaseException as error:
         raise library_error(error, f"{path} cannot encode the text 'a'") from None
-    starts = (start for start in range(len(marked) - len(text) + 1) if marked[start : start + len(text)] == text)
+    places = range(min(len(marked) - len(text), MOST_BEGIN) + 1)
+    starts = (start for start in places if marked[start : start + len(text)] == text)
     begin = tuple(marked[: next(starts, 0)])
     return Tokenizer(name, _vocab_size(path, table), marker_id, fingerprint, backend, cuts=False, begin=begin)
 

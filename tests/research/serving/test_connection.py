@@ -18,8 +18,8 @@ import h11
 import pytest
 
 from research.serving.connection import MOST_BLANKS, PARSED_BYTES, RequestParser
+from tests.research.helpers.timing import growth
 from tests.research.serving.helpers.servers import PATIENCE, served, until
-from tests.research.serving.helpers.timing import growth
 
 BODY = json.dumps({"prompt": "war", "max_tokens": 1}).encode()
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
