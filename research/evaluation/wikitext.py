@@ -23,7 +23,7 @@ PUNCTUATION: tuple[tuple[str, str], ...] = (
     *((f" @{mark}@ ", mark) for mark in "-,."),
     *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
 )
-PAIRS = "()", "[]", "{}", '""', "''"
+PAIRS = ("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'")
 """Brackets and quotes. Blanks inside of them are left out."""
 OTHERS = (
     *(("= = = =", "===="), ("= = =", "==="), ("= =", "==")),
