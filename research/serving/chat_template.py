@@ -21,7 +21,7 @@ from typing import Any
 
 from research.data.tokenizer import Tokenizer
 from research.serving import template_sandbox
-from research.serving.errors import ApiError, invalid_field
+from research.serving.errors import ApiError, invalid_field, shutting_down
 
 PRIVATE = range(0xF0000, 0xFFFFE)
 """Private-use characters, which have no meaning."""
@@ -167,12 +167,15 @@ class TemplateRenderer:
         """`largest` bounds the characters of a rendered conversation."""
         self.source, self.seconds, self.largest = source, seconds, largest
         self._lock = threading.Lock()
+        self._closed = False
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
     def render(self, variables: dict[str, Any]) -> str:
         """Returns the text. Raises an ApiError about `messages` if the template rejects them, fails or takes too long."""
         with self._lock:
+            if self._closed:
+                raise shutting_down()
             connection = self._connection or self._start()
             try:
                 connection.send_bytes(json.dumps(variables).encode())
@@ -190,7 +193,8 @@ class TemplateRenderer:
         return answer["text"]
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process once it has rendered what it renders. Whoever waits, or calls `render` later, is refused."""
+        self._closed = True
         with self._lock:
             self._stop()
 
