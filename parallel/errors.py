@@ -9,6 +9,8 @@ SEPARATORS = re.compile(r"[.:/]")
 """Between the parts of a name: model.num_heads, builtin:state_of_the_union/train."""
 NEAR, SURELY_NEAR = 0.75, 0.9
 """difflib's ratio of two spellings from which on one is suggested for the other; and what a beginning or a whole word counts."""
+LONGEST_NAME = 200
+"""Characters of a name from which on nothing is near it. A file of a stranger may hold one of a megabyte."""
 SHORTEST_PART = 3
 """Letters from which on a beginning or a word of a name stands for the name."""
 
@@ -39,6 +41,8 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
     Near is a slip of the fingers (`temprature`), a beginning (`eval`), or a part of the words (`usage` for `include_usage`).
     """
+    if len(name) > LONGEST_NAME:
+        return None
     candidates = list(candidates)
     leaf = name.rpartition(".")[2]
     same_leaf = (candidate for candidate in candidates if candidate.rpartition(".")[2] == leaf)

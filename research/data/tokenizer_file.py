@@ -17,7 +17,7 @@ from typing import Any
 from parallel.errors import Mistake
 from parallel.text import read_text
 from research.data import documents
-from research.data.tokenizer import END_OF_TEXT, Tokenizer
+from research.data.tokenizer import END_OF_TEXT, Tokenizer, library_error
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
@@ -26,6 +26,8 @@ LARGEST = 256 * 2**20
 """The most bytes of a tokenizer.json; one of 256 thousand tokens has 33 MB."""
 LONGEST_TEMPLATE = 2**20
 """The most characters of a chat template."""
+MOST_BEGIN = 256
+"""The most tokens that a post-processor puts in front of a text."""
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 """The usual names of the token that ends a text, for a tokenizer.json without a tokenizer_config.json."""
 WAY_OUT = "give it a tokenizer.json as Hugging Face's tokenizers saves it"
@@ -59,8 +61,12 @@ def load(name: str, root: Path) -> Tokenizer:
     fingerprint = hashlib.sha256(path.read_bytes() + b"\0" + marker.encode()).hexdigest()
 
     # what the file's post-processor puts in front of a text; what it puts behind one is left out, because it ends texts
-    text, marked = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-    starts = (start for start in range(len(marked) - len(text) + 1) if marked[start : start + len(text)] == text)
+    try:
+        text, marked = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    except BaseException as error:
+        raise library_error(error, f"{path} cannot encode the text 'a'") from None
+    places = range(min(len(marked) - len(text), MOST_BEGIN) + 1)
+    starts = (start for start in places if marked[start : start + len(text)] == text)
     begin = tuple(marked[: next(starts, 0)])
     return Tokenizer(name, _vocab_size(path, table), marker_id, fingerprint, backend, cuts=False, begin=begin)
 
@@ -71,10 +77,8 @@ def parsed(path: Path) -> Any:
 
     try:
         backend = Backend.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exceptions, and Rust panics that are not even these
-        raise Mistake(f"{path} is not a tokenizer ({' '.join(str(error).split())[:120]}) → {WAY_OUT}") from None
+    except BaseException as error:
+        raise library_error(error, f"{path} is not a tokenizer", WAY_OUT) from None
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True

@@ -14,6 +14,7 @@ from torch import Tensor
 from models.conversion import gguf as names
 from models.conversion.read_config import settings
 from parallel.errors import Mistake
+from research.data.tokenizer import library_error
 from research.exchange.source import check_finite, check_regular_file
 
 WAY_OUT = "take a whole GGUF file"
@@ -136,10 +137,8 @@ def convert_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, Any]]:
         raise Mistake(f"{file.path}: {problem} → {TOKENIZER_WAY_OUT}")
     try:
         backend = _convert_backend(fields)
-    except Mistake:
-        raise
-    except Exception as error:
-        raise Mistake(f"{file.path} holds no whole tokenizer ({str(error)[:100]!r}) → {TOKENIZER_WAY_OUT}") from None
+    except BaseException as error:
+        raise library_error(error, f"{file.path} holds no whole tokenizer", TOKENIZER_WAY_OUT) from None
 
     special: dict[str, Any] = {}
     for name, key in SPECIAL_TOKENS.items():

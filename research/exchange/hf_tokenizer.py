@@ -80,16 +80,16 @@ def leave_out_tokens(file: Path, rows: int) -> list[str]:
     """
     table = read_table(file, tokenizer_file.LARGEST)
     added: list[Any] = table.get("added_tokens") or []
-    beyond = [entry for entry in added if isinstance(entry, dict) and _is_beyond(entry, rows)]
+    beyond = [entry for entry in added if _is_beyond(entry, rows)]
     if not beyond:
         return []
-    write_json(file, table | {"added_tokens": [entry for entry in added if entry not in beyond]})
+    write_json(file, table | {"added_tokens": [entry for entry in added if not _is_beyond(entry, rows)]})
     names = listed_up_to((f"{entry.get('content')!r:.40} ({entry['id']})" for entry in beyond), MOST_NAMES)
     return [f"{FILE}: {names}: the model's table has no row for {'it' if len(beyond) == 1 else 'them'}, only {rows}"]
 
 
-def _is_beyond(entry: Mapping[str, Any], rows: int) -> bool:
-    return isinstance(entry.get("id"), int) and entry["id"] >= rows
+def _is_beyond(entry: Any, rows: int) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("id"), int) and entry["id"] >= rows
 
 
 def _largest(ids: Any) -> int:

@@ -65,7 +65,7 @@ def read(chunks, kind="application/json; charset=utf-8", pause=0.0):
             await asyncio.sleep(pause)
             yield chunk
 
-    return asyncio.run(requests.read_body({"content-type": kind, "content-length": "3"}, stream(), LIMITS))
+    return requests.parse_json(asyncio.run(requests.read_body({"content-type": kind, "content-length": "3"}, stream(), LIMITS)), 16)
 
 
 def test_bytes_are_counted_as_they_come_and_content_length_is_not_believed():
