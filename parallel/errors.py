@@ -21,6 +21,18 @@ class Mistake(ValueError):
     """
 
 
+class Damaged(Mistake):
+    """A file of a checkpoint is not what was written: another checkpoint of the run may be whole."""
+
+
+class DiskRefuses(Mistake):
+    """A disk is full, over its quota, or cannot be written for another reason that may pass: the same command may work later."""
+
+
+KINDS: dict[str, type[Mistake]] = {kind.__name__: kind for kind in (Mistake, Damaged, DiskRefuses)}
+"""The kinds of Mistake that every rank raises alike, by name."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` most likely stands for: the same last word, else the closest spelling; None if none is near.
 

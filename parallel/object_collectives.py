@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from parallel.distributed import device
-from parallel.errors import Mistake
+from parallel.errors import KINDS
 from parallel.grid import Grid
 
 HEAD = 256
@@ -47,7 +47,7 @@ def together(grid: Grid) -> Iterator[None]:
     """Runs the `with` block on every rank; if it raised on any rank, every rank raises. Collective at the end of the block.
 
     The block itself must not issue a collective. A rank that failed raises its own error. The others raise that of the first
-    failed rank: a Mistake with the same sentence, or a RuntimeError that names the rank. Without this, the other ranks would wait
+    failed rank: a Mistake of the same kind and sentence, or a RuntimeError that names the rank. Without this, the other ranks would wait
     in their next collective for a rank that has left.
     """
     error: Exception | None = None
@@ -55,14 +55,15 @@ def together(grid: Grid) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    own = (isinstance(error, Mistake), f"{type(error).__name__}: {error}", str(error)) if error else None
+    kind = next((name for name, kind in reversed(KINDS.items()) if isinstance(error, kind)), "")
+    own = (kind, f"{type(error).__name__}: {error}", str(error)) if error else None
     failures = all_gather_objects(own, grid)
     if error:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            is_mistake, text, sentence = failure
-            raise Mistake(sentence) if is_mistake else RuntimeError(f"rank {rank} failed: {text}")
+            kind, text, sentence = failure
+            raise KINDS[kind](sentence) if kind else RuntimeError(f"rank {rank} failed: {text}")
 
 
 def broadcast_ints(lists: Sequence[Sequence[int]], group: ProcessGroup) -> None:
