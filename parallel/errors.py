@@ -20,17 +20,31 @@ class Mistake(ValueError):
     Example: `Mistake("parallel.tensor = 3 does not divide model.num_heads = 8 → use 1, 2, 4 or 8")`.
     """
 
-
-class Damaged(Mistake):
-    """A file of a checkpoint is not what was written: another checkpoint of the run may be whole."""
+    code = 2
+    """The exit code of a process that it ends (research/cluster/exit_codes.py)."""
 
 
 class DiskRefuses(Mistake):
     """A disk is full, over its quota, or cannot be written for another reason that may pass: the same command may work later."""
 
+    code = 4
 
-KINDS: dict[str, type[Mistake]] = {kind.__name__: kind for kind in (Mistake, Damaged, DiskRefuses)}
-"""The kinds of Mistake that every rank raises alike, by name."""
+
+class Damaged(Mistake):
+    """A file of a checkpoint is not what was written: another checkpoint of the run may be whole."""
+
+    code = 5
+
+
+class SharedMistake(Mistake):
+    """A Mistake that every rank of a launch raises with the same sentence, so that all end at once, with exit code `code`.
+
+    `reports`: whether this rank is the one that shows it.
+    """
+
+    def __init__(self, text: str, reports: bool, code: int = Mistake.code) -> None:
+        super().__init__(text)
+        self.reports, self.code = reports, code
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

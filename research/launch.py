@@ -11,6 +11,7 @@ from pathlib import Path
 
 from parallel.errors import Mistake
 from research import ROOT
+from research.cluster import rendezvous
 from research.cluster.environment import (
     ALONE,
     Ranks,
@@ -20,9 +21,9 @@ from research.cluster.environment import (
     rank_hint,
     refuse_shared_accelerators,
     refuse_taken_port,
-    versions,
 )
 from research.cluster.exit_codes import refuse, refused_files
+from research.cluster.software import versions
 from research.config.experiment_folder import load
 from research.config.overrides import parse, show_help
 from research.reliability.parents import follow
@@ -50,14 +51,19 @@ def run(file: str) -> None:
 def _run(file: Path, argv: list[str]) -> None:
     ranks = find_ranks()
     parents = follow(ranks.launcher)
-    with refused_files():
-        job = _prepared(file, argv, ranks)
-    if job is None:
-        return
-    refuse_taken_port(ranks)
-    starting = f"starting {job.name} on {plural(ranks.world, 'rank')} …"
-    Console(quiet=ranks.rank > 0).header([("", starting)])  # the imports take seconds
-    refuse_shared_accelerators(ranks, choose_accelerator())  # torch begins here
+    try:
+        with refused_files():
+            job = _prepared(file, argv, ranks)
+        if job is None:
+            return
+        refuse_taken_port(ranks)
+        starting = f"starting {job.name} on {plural(ranks.world, 'rank')} …"
+        Console(quiet=ranks.rank > 0).header([("", starting)])  # the imports take seconds
+        refuse_shared_accelerators(ranks, choose_accelerator())  # torch begins here
+    except Mistake as mistake:  # of this rank, perhaps of this host alone
+        if ranks.world > 1 and not {"--dry-run", "--dry_run"} & {*argv}:
+            rendezvous.tell(ranks, mistake)
+        raise
     from research.training import loop
 
     loop.train(job, parents)

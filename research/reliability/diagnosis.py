@@ -48,15 +48,20 @@ class Diagnosis:
 class Diagnoser:
     """Checks, once per second, whether this rank must leave. Used by the watchdog's thread."""
 
-    def __init__(self, progress: Progress, parents: Parents, hang_seconds: float) -> None:
-        """`hang_seconds` without progress are a hang; 0: hangs are not looked for."""
+    def __init__(self, progress: Progress, parents: Parents, hang_seconds: float, start_seconds: float = 0.0) -> None:
+        """`hang_seconds` without progress are a hang; 0: hangs are not looked for.
+
+        Until the end of the first step it takes at least `start_seconds`: building a model, and the first use of each kernel and
+        connection, take as long as they take, however short the steps are.
+        """
         self.peers: PeerMonitor | None = None
         """The other ranks; None until all have met."""
         self.signal = 0
         """The first signal received; 0: none."""
         self.idle = 0.0
         """Seconds since this rank's progress has last moved."""
-        self._progress, self._parents, self._hang_seconds = progress, parents, hang_seconds
+        self._progress, self._parents = progress, parents
+        self._hang_limit, self._start_limit = hang_seconds, max(hang_seconds, start_seconds) if hang_seconds else 0.0
         self._moves, self._since_signal, self._since_lost = -1, 0.0, 0.0
 
     def check(self, seconds: float) -> Diagnosis | None:
@@ -78,6 +83,11 @@ class Diagnoser:
         if self._hang_seconds and (idle or self._silent(self._hang_seconds)):
             return Diagnosis(HUNG, HANG, self._describe_hang())
         return None
+
+    @property
+    def _hang_seconds(self) -> float:
+        """The seconds without progress that are a hang at this moment."""
+        return self._hang_limit if self._progress.has_stepped else self._start_limit
 
     def suspects_others(self) -> bool:
         """Whether it is time to read the other ranks' heartbeats."""
@@ -112,7 +122,7 @@ class Diagnoser:
 
     def _describe_hang(self) -> str:
         if self.peers is None:
-            return f"no progress for {self.idle:.0f} s while the ranks meet: one of them is missing"
+            return f"no progress for {self.idle:.0f} s at {self._progress.doing!r}, before the ranks knew each other"
         heartbeats = self.peers.heartbeats
         seconds = max([self.idle, *heartbeats.silence.values()])
         latest = heartbeats.latest | {self.peers.rank: self.peers.heartbeat()}

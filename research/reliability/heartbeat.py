@@ -52,10 +52,13 @@ class Progress:
         """> 0 inside work of unknown length, where lack of progress is not a hang."""
         self.step_seconds = 0.0
         """How long the last step took."""
+        self.has_stepped = False
+        """Whether the first step of this process is done."""
         self._step_began = 0.0
 
     def advance(self, doing: str, stage: Stage | None = None) -> None:
         """One thing is done and `doing` begins; `stage` if that changes."""
+        self.has_stepped = self.has_stepped or self.doing == "step"
         self.doing, self.stage, self._step_began = doing, stage or self.stage, 0.0
         self.moves += 1
 

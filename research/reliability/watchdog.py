@@ -35,11 +35,22 @@ LAST_SECONDS = 5.0
 class Watchdog:
     """Watches one rank: its main thread, which reports to `progress`, and the other ranks."""
 
-    def __init__(self, ranks: Ranks, root: Path, hang_seconds: float, parents: Parents, leave: Callable[[int], object] = os._exit) -> None:
-        """`root`: files in stacks are named relative to it. `hang_seconds` 0: hangs are not looked for. `leave` ends the process."""
+    def __init__(
+        self,
+        ranks: Ranks,
+        root: Path,
+        hang_seconds: float,
+        parents: Parents,
+        start_seconds: float = 0.0,
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
+        """`root`: files in stacks are named relative to it. `leave` ends the process.
+
+        `hang_seconds` 0: hangs are not looked for. Until the end of the first step, the limit is at least `start_seconds`.
+        """
         self.progress = Progress()
         self._ranks, self._root, self._exit = ranks, root, leave
-        self._diagnoser = Diagnoser(self.progress, parents, hang_seconds)
+        self._diagnoser = Diagnoser(self.progress, parents, hang_seconds, start_seconds)
         self._peers: PeerMonitor | None = None
         self._stop: Stop | None = None
         self._why = ""
@@ -161,9 +172,9 @@ def _advice(peers: PeerMonitor | None) -> str:
 
 
 @contextlib.contextmanager
-def watchdog(ranks: Ranks, root: Path, hang_seconds: float, parents: Parents) -> Iterator[Watchdog]:
+def watchdog(ranks: Ranks, root: Path, hang_seconds: float, parents: Parents, start_seconds: float = 0.0) -> Iterator[Watchdog]:
     """Inside, a watchdog watches this rank. Enter it on the main thread."""
-    watch = Watchdog(ranks, root, hang_seconds, parents)
+    watch = Watchdog(ranks, root, hang_seconds, parents, start_seconds)
     watch.start()
     try:
         yield watch

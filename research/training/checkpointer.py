@@ -9,7 +9,8 @@ from parallel.checkpoint.folder import name_of
 from parallel.checkpoint.saver import BackgroundSaver, Saver
 from parallel.checkpoint.writer import Saved
 from parallel.errors import Mistake
-from research.cluster.environment import code_digest, git_state
+from research.cluster.environment import git_state
+from research.cluster.software import code_digest
 from research.config.serialization import config_hash
 from research.reliability.heartbeat import Stage
 from research.tracking import run_folder

@@ -49,6 +49,8 @@ class Job:
     """Settings that are probably not meant, each a sentence."""
     resume: Resume | None = None
     """The run to resume, as rank 0 found it; None on the other ranks."""
+    resume_option: str = NEVER
+    """What --resume was given."""
     why_resumed: str = ""
     """How `--resume` led to this run, or to a new one; '' where it leaves no question."""
     locks: list[RunLock] = field(default_factory=list)
@@ -101,6 +103,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         verbose=options.verbose,
         argv=argv,
         resume=found,
+        resume_option=options.resume,
         why_resumed=why,
         locks=locks,
         warnings=[*damaged, *wrong, *doubts(experiment), *doubts_of_init_from(experiment, ROOT)],

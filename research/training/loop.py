@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -36,10 +37,13 @@ def train(job: Job, parents: Parents) -> None:
     """
     ranks, experiment, layout = job.ranks, job.experiment, job.experiment.parallel
     console = Console(quiet=ranks.rank > 0)
-    with (
-        watchdog(ranks, job.root, experiment.watch.hang_seconds, parents) as watch,
-        joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose) as grid,
-    ):
+    with contextlib.ExitStack() as stack:
+        limits = experiment.watch
+        watch = stack.enter_context(watchdog(ranks, job.root, limits.hang_seconds, parents, limits.rendezvous_seconds))
+        job, variants, rendezvous = setup.meet(job, console, watch)
+        grid = stack.enter_context(
+            joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose, rendezvous)
+        )
         resumed = setup.agree_on_resume(job)
         folder = setup.open_folder(job, resumed)
         status, failure, refused = FAILED, "", False
@@ -47,7 +51,7 @@ def train(job: Job, parents: Parents) -> None:
             leave_when_asked()
             with watch.together(folder):
                 setup.header(job, folder, console)
-                run, anomalies, periodic, checkpointer = setup.prepare_run(job, folder, grid, console, resumed, watch)
+                run, anomalies, periodic, checkpointer = setup.prepare_run(job, folder, grid, console, resumed, watch, variants)
                 status = train_and_finish(run, anomalies, periodic, checkpointer)
                 failure = run.failure or ""
         except SystemExit:  # a signal came before the first step

@@ -5,14 +5,16 @@ train, or whose disk has no room for the first checkpoint.
 """
 
 import functools
+import hashlib
 import json
 import logging
 import math
 import random
+import socket
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +22,27 @@ import numpy as np
 import torch
 
 from models import gpt
+from parallel.checkpoint.folder import MANIFEST
 from parallel.checkpoint.load import load_checkpoint, load_initial
 from parallel.distributed import device
 from parallel.engines import process_state
 from parallel.engines.engine import Engine, make_engine
-from parallel.errors import Mistake
+from parallel.errors import SharedMistake
 from parallel.files import free_bytes, megabytes, write_json
 from parallel.grid import Grid
 from parallel.object_collectives import all_gather_objects, broadcast_object, together
 from parallel.slices import slice_of
-from research.cluster.environment import code_digest, git_state
+from research.cluster import agreement
+from research.cluster.agreement import Claims
+from research.cluster.environment import git_state
+from research.cluster.rendezvous import Rendezvous
+from research.cluster.software import code_digest, experiment_files, library_files
 from research.cluster.world import software
 from research.config import serialization
-from research.config.diff import Change, describe_changes
+from research.config.diff import Change, describe_changes, flatten
 from research.config.experiment_folder import load_variants
 from research.config.layout import engine_settings
 from research.config.plausibility import doubts_of_text
-from research.config.serialization import config_hash
 from research.data import prepare
 from research.data.batches import epochs
 from research.data.prepare import Corpus, HeldOut
@@ -78,6 +84,58 @@ class Resumed:
         how = resume.continuation(facts["step"], self.changes, job.experiment, layout_and_machine, same_code, kind, variants)
         words = [f"step {facts['step']} of {self.folder.title}, {self.checkpoint.name}", how]
         return " · ".join([*words, *([describe_changes(self.changes)] if self.changes else [])])
+
+
+def meet(job: Job, console: Console, watch: Watchdog) -> tuple[Job, Mapping[str, Any], Rendezvous | None]:
+    """Waits for all ranks, and refuses a launch whose ranks do not agree, before a process group or a model is made.
+
+    Returns the job, with the warnings that concern all hosts, what it names of variant.py, and where the ranks have met: None for a
+    world of one.
+    """
+    ranks, experiment = job.ranks, job.experiment
+    if ranks.world == 1:
+        return job, load_variants(job.folder, experiment), None
+    with watch.progress.work("meeting the other ranks"):
+        rendezvous = Rendezvous.open(ranks, experiment.watch.rendezvous_seconds, console.warn)
+        with rendezvous.telling():
+            rendezvous.arrive()
+            variants = load_variants(job.folder, experiment)
+            warnings = agreement.agree(rendezvous, claims(job, rendezvous.host))
+            agreement.check_shared_folder(rendezvous, job.root / experiment.track.runs, "track.runs")
+            check_shared_checkpoint(rendezvous, job)
+    return replace(job, warnings=[*job.warnings, *warnings]), variants, rendezvous
+
+
+def claims(job: Job, host: str) -> Claims:
+    """What this rank is about to train, and with what. All ranks must claim the same."""
+    return agreement.claims_of(
+        job.ranks,
+        host,
+        settings=flatten(serialization.resolved(job.experiment)),
+        options={"--resume": job.resume_option},
+        weights={f"init_from = {job.experiment.init_from}": resume.init_from_digest(job.experiment, job.root)},
+        library=library_files(job.root),
+        experiment=experiment_files(job.folder),
+    )
+
+
+def check_shared_checkpoint(rendezvous: Rendezvous, job: Job) -> None:
+    """Every rank raises a SharedMistake unless all of them see the checkpoint that rank 0 resumes from, the same one. Collective."""
+    found = str(job.resume.checkpoint) if job.resume else ""
+    checkpoint = rendezvous.decide("checkpoint", found, lambda values: values[0])
+    if not checkpoint:
+        return
+    path = Path(checkpoint) / MANIFEST
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+    def find_fault(values: list[list[str]]) -> str | None:
+        for rank, (host, own) in enumerate(values):
+            if own != values[0][1]:
+                sees = "sees another one there" if own else "does not see it"
+                return f"rank {rank} on {host} {sees}: {checkpoint}, which is to be resumed → put it on a disk that all hosts share"
+        return None
+
+    rendezvous.refuse("the checkpoint's manifest", [rendezvous.host, digest], find_fault)
 
 
 def agree_on_resume(job: Job) -> Resumed | None:
@@ -133,9 +191,18 @@ def header(job: Job, folder: RunFolder, console: Console) -> None:
 
 
 def prepare_run(
-    job: Job, folder: RunFolder, grid: Grid, console: Console, resumed: Resumed | None, watch: Watchdog
+    job: Job,
+    folder: RunFolder,
+    grid: Grid,
+    console: Console,
+    resumed: Resumed | None,
+    watch: Watchdog,
+    variants: Mapping[str, Any],
 ) -> tuple[Run, AnomalyMonitor, Periodic, Checkpointer]:
-    """The run before its first step. A signal ends it at once until everything is there; from then on it waits for the end of a step."""
+    """The run before its first step. A signal ends it at once until everything is there; from then on it waits for the end of a step.
+
+    `variants`: what the experiment names of its variant.py.
+    """
     experiment = job.experiment
     with watch.progress.work("preparing the text"), together(grid):  # a rank may be the only one that finds its text wrong
         show = functools.partial(console.progress, unit="characters")
@@ -146,10 +213,10 @@ def prepare_run(
         show_data(job, corpus, text, console)
         prompts = samples.prompts_of(experiment, corpus)
         tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, show)
+    refuse_disagreement(data_claims(corpus, tasks), grid)
     watch.progress.advance("building the engine")
-    variants = load_variants(job.folder, experiment)
     engine = build_engine(job, grid, variants)
-    preflight(job, folder, corpus, engine, tasks)
+    preflight(folder, engine)
     seed_generators(experiment.seed, grid)
     facts: dict[str, Any] | None = None
     with watch.progress.work("reading the checkpoint"):
@@ -222,38 +289,40 @@ def show_notes(tracker: Tracker, console: Console) -> None:
         console.warn(tracker.notes.pop(0))
 
 
-def preflight(job: Job, folder: RunFolder, corpus: Corpus, engine: Engine, tasks: Sequence[PreparedTask] = ()) -> None:
-    """Refuses a run that could not keep what it learns. Every rank raises the same Mistake."""
-    refuse_disagreement(claims(job, corpus) | {f"the data of task {task.task.name!r}": task.digest for task in tasks}, engine)
+def data_claims(corpus: Corpus, tasks: Sequence[PreparedTask]) -> dict[str, str]:
+    """Digests of what this rank reads, by the words for it. They are known once the text is prepared, and must be equal on all ranks."""
+    return {
+        "data.train": str(corpus.train.facts.get("source_sha256")),
+        "data.validation": str(corpus.validation.facts.get("source_sha256")),
+        "data.tokenizer": corpus.tokenizer.fingerprint,
+        "the prepared data": corpus.fingerprint,
+        **{f"the data of task {task.task.name!r}": task.digest for task in tasks},
+    }
+
+
+def refuse_disagreement(own_claims: dict[str, str], grid: Grid) -> None:
+    """Every rank raises a SharedMistake that names the first rank whose claims differ from rank 0's, the claim, and both values."""
+    if grid.world == 1:
+        return
+    hosts, everyone = zip(*all_gather_objects((socket.gethostname(), own_claims), grid), strict=True)
+    for rank, claimed in enumerate(everyone):
+        for what, expected in everyone[0].items():
+            if claimed.get(what) != expected:
+                own, first = claimed.get(what, "none")[:16], f"rank 0 on {hosts[0]} has {expected[:16]}"
+                raise SharedMistake(
+                    f"rank {rank} on {hosts[rank]} disagrees about {what}: SHA-256 {own}, {first} → "
+                    "give all hosts the same files, best on a disk that they share",
+                    reports=grid.rank == 0,
+                )
+
+
+def preflight(folder: RunFolder, engine: Engine) -> None:
+    """Refuses a run that could not keep what it learns. Every rank raises the same SharedMistake."""
     own = sum(math.prod(slice_of(parameter).shape) for name, parameter in engine.parameters.items() if engine.owns(name))
     whole_model = sum(dict(all_gather_objects((engine.grid.pipe_rank, own), engine.grid)).values())  # a tied table counts once
     reason = disk_trouble(folder, whole_model * STATE_BYTES) if engine.grid.rank == 0 else None
     if reason := all_gather_objects(reason, engine.grid)[0]:
-        raise Mistake(reason)
-
-
-def claims(job: Job, corpus: Corpus) -> dict[str, str]:
-    """What this rank is about to train, by the words for it. All ranks must claim the same."""
-    commit, dirty = git_state(job.root)
-    return {
-        "the configuration": config_hash(job.experiment),
-        "the code": f"{commit}{' and changes' if dirty else ''}",
-        "the initial weights": resume.init_from_digest(job.experiment, job.root),
-        "the data": json.dumps(corpus.fingerprint, sort_keys=True),
-        "the seed": str(job.experiment.seed),
-    }
-
-
-def refuse_disagreement(own_claims: dict[str, str], engine: Engine) -> None:
-    """Raises a Mistake that names the first rank whose claims differ from rank 0's, the claim, and both values."""
-    first, *others = all_gather_objects(own_claims, engine.grid)
-    for rank, claimed in enumerate(others, 1):
-        for what, expected in first.items():
-            if claimed.get(what) != expected:
-                raise Mistake(
-                    f"rank {rank} disagrees about {what}: {claimed.get(what)}, rank 0 has {expected} → "
-                    "give all nodes the same tree, data and command"
-                )
+        raise SharedMistake(reason, reports=engine.grid.rank == 0)
 
 
 def disk_trouble(folder: RunFolder, need: int) -> str | None:
