@@ -47,9 +47,9 @@ def broadcast_object(value: str) -> str:
 def together(grid: Grid) -> Iterator[None]:
     """Runs the `with` block on every rank; if it raised on any rank, every rank raises. Collective at the end of the block.
 
-    The block itself must not issue a collective. Every rank raises the error of the first failed rank: a SharedMistake with its exit code that
-    names the rank and its host, unless it is rank 0's, or a RuntimeError that names both, where a rank that failed itself raises its own error.
-    Without this, the other ranks would wait in their next collective for a rank that has left.
+    The block itself must not issue a collective. Every rank raises the error of the first failed rank: a SharedMistake with its exit
+    code that names the rank and its host, unless it is rank 0's, or a RuntimeError that names both, where a rank that failed itself
+    raises its own error. Without this, the other ranks would wait in their next collective for a rank that has left.
     """
     error: Exception | None = None
     try:

@@ -34,17 +34,18 @@ class JsonLines:
         An OSError that names the file if the disk refuses.
         """
         self._waiting.append(encode(row) + "\n")
-        self._write_waiting()
+        self.write_waiting()
 
     def close(self) -> None:
         """Writes what a full disk has refused before, if it can be written now, and closes the file."""
         if self._file >= 0:
             with contextlib.suppress(OSError):
-                self._write_waiting()
+                self.write_waiting()
             os.close(self._file)
             self._file = -1
 
-    def _write_waiting(self) -> None:
+    def write_waiting(self) -> None:
+        """Writes the rows that the disk has refused so far. An OSError that names the file if it still refuses."""
         while self._waiting:
             self._append(self._waiting[0].encode("utf-8", "backslashreplace"))  # a lone surrogate stays valid JSON
             del self._waiting[0]

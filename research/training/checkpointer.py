@@ -25,7 +25,8 @@ class Checkpointer:
 
     def __init__(self, run: Run, anomalies: AnomalyMonitor, periodic: Periodic) -> None:
         self.run, self.anomalies, self.periodic = run, anomalies, periodic
-        self.saver = BackgroundSaver() if run.job.experiment.checkpoints.background else Saver()
+        check = run.holding.check
+        self.saver = BackgroundSaver(check=check) if run.job.experiment.checkpoints.background else Saver(check=check)
         self.saved_step = -1
         """The step of the newest checkpoint that was begun or resumed from; −1 for none."""
         self.unreported = False
@@ -102,6 +103,7 @@ class Checkpointer:
         keep = self.run.job.experiment.checkpoints
         if self.run.engine.grid.rank > 0:
             return
+        self.run.holding.check()
         checkpoint_folder.retain(self.run.folder.checkpoints, keep.keep_last, keep.keep_every)
         if not self._is_latest:
             run_folder.point_latest(self.run.folder.path.parent)
