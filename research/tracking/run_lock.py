@@ -173,9 +173,10 @@ class RunLock(LockView):
             if state is State.TAKEN:
                 self._lose()
             elif state is State.REMOVED and not self.removed:
-                self.removed = True
                 gone = "folder was deleted" if not self.place.parent.is_dir() else f"lock, {self.place}, was deleted"
-                os.write(STDERR, f"error  the {gone} under {self._title}: it ends after this step, with a last checkpoint\n".encode())
+                with contextlib.suppress(OSError):
+                    os.write(STDERR, f"error  the {gone} under {self._title}: it ends after this step, with a last checkpoint\n".encode())
+                self.removed = True
             elif state is State.OURS:
                 with contextlib.suppress(OSError):  # the file system fails for a moment, or for good: a contender listens for long
                     self._write()
