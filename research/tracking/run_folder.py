@@ -215,25 +215,27 @@ def read_run(folder: RunFolder) -> dict[str, Any]:
 
 def earlier_owner(folder: RunFolder) -> Owner | None:
     """The process that run.json names, for a run that an older version has left running: it has no lock."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         run = read_json(folder.run)
-        if run.get("status") == RUNNING:
-            process = ProcessIdentity.from_json(run)
-            named = process or ProcessIdentity(str(run.get("host")), _pid(run.get("pid")), "", "", 0.0)
-            return Owner(0, named, since=str(run.get("segments", [run])[-1].get("started"))) if process or run.get("host") else None
+        if run.get("status") != RUNNING or "host" not in run:
+            return None
+        process = ProcessIdentity.from_json(run)
+        if process is None:  # still older: host and pid only
+            process = ProcessIdentity(str(run["host"]), int(run.get("pid", 0)), "", "", 0.0)
+        since = str(run.get("segments", [run])[-1].get("started"))
+        return Owner(0, process, since=since)
     return None
 
 
-def _pid(value: Any) -> int:
-    return value if isinstance(value, int) else 0
-
-
 def take_lock(folder: RunFolder, purpose: str = TRAINING, report: Callable[[str], object] = lambda line: None) -> RunLock:
-    """Takes the run's lock for this process, until `release`. A Mistake names the process that holds it.
+    """Takes the run's lock for this process, until `release`. Held, a Mistake, names the process that holds it.
 
     `purpose`: TRAINING, or the verb that changes the run's files. `report` is told before a silent process is listened to.
     """
-    return run_lock.take(folder.lock, folder.title, purpose, earlier_owner(folder), report)
+    earlier = earlier_owner(folder)
+    if earlier and earlier.process and earlier.process.is_same(ProcessIdentity.current()):
+        earlier = None
+    return run_lock.take(folder.lock, folder.title, purpose, earlier, report)
 
 
 def status(run: Mapping[str, Any], folder: RunFolder) -> str:

@@ -72,7 +72,14 @@ def elsewhere(place: Path, number: int = 1, **changes: object) -> Path:
     """A record of a holder on another host, which this process cannot see."""
     place.mkdir(exist_ok=True)
     process = replace(ProcessIdentity.current(), boot_id="another", host="node7", pid=1)
-    record = {"token": "theirs", "purpose": "training", "since": "2026-01-31T12:00:00+00:00", "released": False, **asdict(process), **changes}
+    record = {
+        "token": "theirs",
+        "purpose": "training",
+        "since": "2026-01-31T12:00:00+00:00",
+        "released": False,
+        **asdict(process),
+        **changes,
+    }
     path_of(place, number).write_bytes(encoded(record))
     return path_of(place, number)
 

@@ -351,7 +351,7 @@ def test_a_row_without_an_axis_is_refused(tmp_path):
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet = Tracker(run_folder.RunFolder(tmp_path / "none"), None, "online", after=5)
-    assert {name for name in vars(Tracker) if not name.startswith("_")} == {"log", "samples", "finish", "line"}
+    assert {name for name in vars(Tracker) if not name.startswith("_")} == {"log", "samples", "finish", "line", "write_waiting"}
     quiet.log({})
     quiet.samples([{}])
     quiet.finish("failed")

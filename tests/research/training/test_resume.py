@@ -20,6 +20,7 @@ from research.tracking import metrics, run_folder
 from research.tracking.run_folder import FAILED, FINISHED, IMPORTED, INTERRUPTED, RUNNING, RunFolder
 from research.training import resume
 from research.training.anomalies import load as incident_of
+from research.training.fallback import Start
 from research.training.resume import AUTO, find
 from tests.parallel.helpers.checkpoints import save
 from tests.research.helpers import small_runs as r
@@ -319,9 +320,9 @@ def test_a_checkpoint_that_does_not_say_its_code_is_not_said_to_be_of_another(
 
     monkeypatch.setattr(setup, "code_digest", lambda root: "a")
     monkeypatch.setattr(setup.process_state, "differences", lambda facts, engine: {})
-    resumed = setup.Resumed(RunFolder(tmp_path / "mine" / "aaaaaa"), tmp_path / "step_000120", 120, [])
+    resumed = Start(RunFolder(tmp_path / "mine" / "aaaaaa"), tmp_path / "step_000120", 120, [])
     job, engine = SimpleNamespace(root=tmp_path, experiment=example()), SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    line = resumed.line({"step": 120, **facts}, job, engine, {})  # type: ignore[arg-type]
+    line = setup.resume_line(resumed, {"step": 120, **facts}, job, engine, {})  # type: ignore[arg-type]
     assert line == f"step 120 of mine-aaaaaa, step_000120 · {EXACT}{SAME_CODE[same_code]}"
 
 
