@@ -36,6 +36,17 @@ class JsonLines:
         self._waiting.append(encode(row) + "\n")
         self.write_waiting()
 
+    @property
+    def waiting(self) -> list[str]:
+        """The lines that the disk has refused so far."""
+        return [line.rstrip("\n") for line in self._waiting]
+
+    def write_missing(self, lines: Iterable[str]) -> None:
+        """Appends those of the lines, each a row as `encode` gives it, that the file does not have."""
+        there = set(self._path.read_text(encoding="utf-8", errors="replace").split("\n"))
+        self._waiting += [f"{line}\n" for line in lines if line not in there and decode(line) is not None]
+        self.write_waiting()
+
     def close(self) -> None:
         """Writes what a full disk has refused before, if it can be written now, and closes the file."""
         if self._file >= 0:
@@ -90,12 +101,6 @@ def read(path: Path, newest_first: bool = False) -> Iterator[dict[str, Any]]:
     for line in reversed(lines) if newest_first else lines:
         if (row := decode(line)) is not None:
             yield row
-
-
-def count_lines(path: Path) -> int:
-    """How many lines a file has, blank ones and an unfinished last one included; 0 if there is no file."""
-    content = path.read_bytes() if path.is_file() else b""
-    return content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
 
 
 def last(path: Path, keys: Iterable[str]) -> dict[str, Any]:

@@ -141,6 +141,10 @@ class RunLock(LockView):
                 self._write(released=True, **({"end": dict(end)} if end else {}))
         self._drop_flock()
 
+    def close(self) -> None:
+        """`release`, for contextlib.closing."""
+        self.release()
+
     def keep_end(self, end: Mapping[str, Any]) -> bool:
         """Writes how the run ended into the record, for readers of a run.json that could not be written. False: not even that."""
         self._record["end"] = dict(end)

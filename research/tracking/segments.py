@@ -50,7 +50,10 @@ def _drop_later_rows(folder: RunFolder, step: int, segment: int) -> None:
 
 
 def _drop_rows_after(path: Path, step: int, dropped: Path, segment: int) -> None:
-    """Keeps the rows up to `step` in a .jsonl file and appends the later ones to `dropped`; removes lines that are no rows."""
+    """Keeps the rows up to `step` in a .jsonl file and appends the later ones to `dropped`; removes lines that are no rows.
+
+    The file is always a new one: a last holder that was stopped in the middle of a write, and wakes up, writes into the old one.
+    """
     rows = list(metrics.read(path))
     kept = [row for row in rows if row.get(STEP, 0) <= step]
     later = [row for row in rows if row.get(STEP, 0) > step]
@@ -58,6 +61,6 @@ def _drop_rows_after(path: Path, step: int, dropped: Path, segment: int) -> None
         with dropped.open("a", encoding="utf-8") as file:
             for row in later:
                 file.write(json.dumps({"segment": segment, "file": path.name})[:-1] + ", " + metrics.encode(row)[1:] + "\n")
-    if later or metrics.count_lines(path) != len(rows):
+    if path.is_file():
         with published(path) as temporary:
             temporary.write_text("".join(metrics.encode(row) + "\n" for row in kept), encoding="utf-8", errors="backslashreplace")

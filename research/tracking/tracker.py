@@ -10,6 +10,8 @@ from research.tracking.wandb_client import AXES, RunDescription
 from research.tracking.wandb_mirror import WandbMirror
 from research.tracking.wandb_record import sample_row
 
+METRICS, SAMPLES = "metrics", "samples"
+
 
 class Tracker:
     """The record of a run. Rank 0's writes; those of the other ranks are quiet, so a run has one metrics.jsonl and one W&B run.
@@ -82,6 +84,18 @@ class Tracker:
             with contextlib.suppress(OSError):
                 self._metrics.write_waiting()
                 self._samples.write_waiting()
+
+    @property
+    def waiting(self) -> dict[str, list[str]]:
+        """The rows that the disk has refused, by file, for a checkpoint to keep."""
+        files = {} if self._quiet else {METRICS: self._metrics, SAMPLES: self._samples}
+        return {name: file.waiting for name, file in files.items() if file.waiting}
+
+    def write_missing(self, rows: Mapping[str, Sequence[str]]) -> None:
+        """Writes the rows that were `waiting` when the checkpoint was saved, unless the files have got them since."""
+        if not self._quiet:
+            self._metrics.write_missing(map(str, rows.get(METRICS, ())))
+            self._samples.write_missing(map(str, rows.get(SAMPLES, ())))
 
     def finish(self, status: str = FINISHED) -> None:
         """Closes everything; `status` is finished, interrupted or failed. A second call does nothing.

@@ -78,6 +78,7 @@ class Checkpointer:
                 "interval_losses": finite(run.meter.losses),
                 **self.anomalies.state(),
                 "due": list(self.periodic.due),
+                "waiting_rows": run.tracker.waiting,
             },
         }
 
@@ -89,7 +90,8 @@ class Checkpointer:
             self.run.meter.resume(float(saved["seconds"]), [float(loss) for loss in saved["interval_losses"]])  # type: ignore[index]
             self.anomalies.restore(saved)  # type: ignore[arg-type]
             self.periodic.restore(saved)  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError) as error:
+            self.run.tracker.write_missing(saved.get("waiting_rows", {}))  # type: ignore[union-attr]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Mistake(f"the checkpoint does not say how its run stood ({error!r:.100}) → use another checkpoint of the run") from None
 
     def _report(self, published: list[Saved]) -> None:

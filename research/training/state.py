@@ -44,6 +44,8 @@ class Run:
     def note_trouble(self) -> None:
         """Asks all ranks to stop if the disk has refused a row, or the run's folder was deleted. Found by rank 0."""
         if self.tracker.failure:
+            if not self.stop.trouble:
+                self.console.warn(f"{self.tracker.failure}: the run stops, with a last checkpoint if there is room for one")
             self.stop.demand(DISK)
         if self.holding.was_deleted:
             self.stop.demand(TAKEN)
