@@ -228,9 +228,9 @@ def take(
     `earlier`: who holds it if there is no record, for runs of older versions. `report` is told before a long wait.
     """
     for _ in range(ROUNDS):
-        place.mkdir(exist_ok=True)
         owner = newest(place) or earlier
         unseen = refuse_held(place, title, owner, report)
+        place.mkdir(exist_ok=True)
         token, number = uuid.uuid4().hex, owner.number + 1 if owner else 1
         record = {"token": token, "purpose": purpose, "since": now(), "released": False, **asdict(ProcessIdentity.current())}
         lock = RunLock(place, number, token, title, record, leave)
