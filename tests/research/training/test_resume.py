@@ -233,7 +233,7 @@ def test_a_process_out_of_sight_is_known_by_its_heartbeat(
     capsys.readouterr()
     found, _ = find(AUTO, example(), Path("mine"), tmp_path)
     assert found and found.folder == folder and not folder.lock.exists()
-    assert capsys.readouterr().err.endswith("): a dry run does not watch its heartbeat\n")
+    assert capsys.readouterr().err.endswith(": a dry run does not watch its heartbeat\n")
     assert auto(tmp_path) == (folder, "")
     assert capsys.readouterr() == ("", f"resume   {folder.title} may be in use by {who}: its heartbeat is watched for 0 s …\n")
 
