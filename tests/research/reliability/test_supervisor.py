@@ -189,7 +189,8 @@ with (place / "calls").open("a") as calls:
 number = len((place / "calls").read_text().splitlines())
 run = place / "runs/gpt/aaaaaa"
 code = {plan}[number - 1]
-(run / "run.json").write_text(json.dumps({{"status": "failed" if code else "finished", "launch": number, "code": code, "reason": "planned"}}))
+end = {{"status": "failed" if code else "finished", "launch": number, "code": code, "reason": "planned"}}
+(run / "run.json").write_text(json.dumps(end))
 sys.exit(1)
 """
 
