@@ -66,7 +66,7 @@ def test_a_hundred_pairs_on_two_hosts(tmp_path: Path) -> None:
             flock, pair = dice.random() < 0.5, [dice.choice([a, b]) for _ in range(2)]
             begun = []
             for host in pair:
-                begun.append((host, run.begin(host, flock, dice.randint(5, 60))))
+                begun.append((host, run.begin(host, flock, dice.randint(20, 150))))
                 time.sleep(dice.choice([0.0, 0.0, dice.uniform(0.0, 0.6)]))
             disturb(dice, *dice.choice(begun))
             codes += [host.wait(pid, 60.0) for host, pid in begun]
