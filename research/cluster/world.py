@@ -38,5 +38,5 @@ def joined(ranks: Ranks, pipe: int, tensor: int, sequence: bool, precision: str,
 
 
 def software() -> list[str]:
-    """Backend and the versions of torch and DeepSpeed, for the header of a run."""
-    return [dist.get_backend(), f"torch {torch.__version__.split('+')[0]}", f"deepspeed {version('deepspeed')}"]
+    """Backends and the versions of torch and DeepSpeed, for the header of a run."""
+    return [*distributed.backend_versions(), f"torch {torch.__version__.split('+')[0]}", f"deepspeed {version('deepspeed')}"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from parallel.distributed import use_deterministic_kernels
 from parallel.engines.engine import MicroBatch
 from parallel.errors import Mistake
 from research.cluster.exit_codes import SIGNALLED, WATCHED
@@ -23,7 +24,7 @@ from research.training.anomalies import AnomalyMonitor
 from research.training.checkpointer import Checkpointer
 from research.training.finish import finish, show_next_commands
 from research.training.job import Job
-from research.training.meter import peak_memory_mb
+from research.training.meter import gpu_memory, peak_memory_mb
 from research.training.periodic import Periodic
 from research.training.schedule import learning_rate
 from research.training.state import Run
@@ -36,6 +37,8 @@ def train(job: Job, parents: Parents) -> None:
     """
     ranks, experiment, layout = job.ranks, job.experiment, job.experiment.parallel
     console = Console(quiet=ranks.rank > 0)
+    if experiment.deterministic:
+        use_deterministic_kernels()
     with (
         watchdog(ranks, job.root, experiment.watch.hang_seconds, parents) as watch,
         joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose) as grid,
@@ -144,6 +147,7 @@ def log_interval(run: Run, lr: float, pauses: dict[str, int]) -> None:
         "train/grad_norm": run.engine.gradient_norm(),
         "perf/tokens_per_second": tokens_per_second,
         "perf/memory_mb": peak_memory_mb(),
+        **gpu_memory(),
         **run.axes(),
     }
     run.tracker.log(row)

@@ -212,7 +212,6 @@ def test_ranks_that_have_a_gpu_each_or_run_on_the_cpu(local: int, gpus: int) -> 
     [
         ("deepspeed", "add `--num_gpus 1` to the deepspeed command"),
         ("torchrun", "add `--nproc_per_node 1` to the torchrun command"),
-        ("srun", "add `--ntasks-per-node 1` to the srun command, or leave --gpus-per-task and --gpu-bind out"),
     ],
 )
 def test_two_ranks_on_one_gpu_are_refused(launcher, way_out: str) -> None:
