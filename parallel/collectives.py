@@ -8,7 +8,7 @@ An all-gather receives into one tensor instead of a list, which saves a copy and
 gloo adds a list and a tensor in different orders on more than two ranks, and results on CPUs must stay what they were.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -47,15 +47,19 @@ def reduce_scatter(dim: int) -> Collective:
     """Σ over ranks; each rank keeps its piece along `dim`: '… (tp n) …' -> '… n …'."""
 
     def reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-        pieces = _equal_pieces(x, group.size(), dim)
-        mine = torch.empty_like(pieces[0], memory_format=torch.contiguous_format)
-        if x.is_cuda:
-            dist.reduce_scatter_single(mine, torch.cat(pieces), group=group)
-        else:
-            dist.reduce_scatter(mine, [piece.contiguous() for piece in pieces], group=group)
-        return mine
+        return sum_of_own_piece(_equal_pieces(x, group.size(), dim), group, as_one=x.is_cuda)
 
     return reduce
+
+
+def sum_of_own_piece(pieces: Sequence[Tensor], group: ProcessGroup, as_one: bool) -> Tensor:
+    """Σ over ranks of pieces[own rank]. `as_one`: the pieces are sent as one tensor, not as a list."""
+    mine = torch.empty_like(pieces[0], memory_format=torch.contiguous_format)
+    if as_one:
+        dist.reduce_scatter_single(mine, torch.cat(list(pieces)), group=group)
+    else:
+        dist.reduce_scatter(mine, [piece.contiguous() for piece in pieces], group=group)
+    return mine
 
 
 def split(dim: int) -> Collective:

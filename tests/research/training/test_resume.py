@@ -308,6 +308,16 @@ def test_bit_for_bit_is_said_only_where_nothing_that_matters_has_changed(then: d
     for same_code, condition in SAME_CODE.items():
         assert resume.continuation(120, changes, settled(now), differences, same_code, "cpu") == f"{said}{condition}"
     assert "bit for bit" not in resume.continuation(120, changes, settled(now), differences, True, "cuda")
+    deterministic = settled(now | {"deterministic": True})  # on a GPU, then and now: what is said of a CPU holds
+    assert resume.continuation(120, changes, deterministic, differences, True, "cuda") == f"{said}{SAME_CODE[True]}"
+
+
+def test_kernels_that_are_deterministic_only_now_make_no_bit_for_bit() -> None:
+    now = settled({"deterministic": True})
+    said = resume.continuation(120, [], now, {"machine.deterministic": (False, True)}, True, "cuda")
+    assert said == "within rounding (deterministic False → True) as if it had never stopped"
+    said = resume.continuation(120, [], settled({}), {"machine.deterministic": (True, False)}, True, "cuda")
+    assert said == "within rounding (deterministic True → False, GPU kernels) as if it had never stopped"
 
 
 @pytest.mark.parametrize(("facts", "same_code"), [({"code": "a"}, True), ({"code": "b"}, False), ({}, None)])
@@ -327,8 +337,9 @@ def test_a_checkpoint_that_does_not_say_its_code_is_not_said_to_be_of_another(
 
 def test_every_setting_that_may_change_is_known_to_change_steps_or_not() -> None:
     """A new group in MAY_CHANGE must be put in one of these lists, or the header would promise too much."""
-    nothing = {"schema", "question", "parent", "data.cache", "checkpoints", "track"}
-    by_arithmetic = {"schedule.micro_batch_size", "parallel", "precision"}  # parallel/engines/process_state.py compares these
+    nothing = {"schema", "question", "parent", "data.cache", "checkpoints", "track", "profile"}
+    # parallel/engines/process_state.py compares these
+    by_arithmetic = {"schedule.micro_batch_size", "parallel", "precision", "deterministic"}
     assert nothing | by_arithmetic | {"schedule.steps", "deepspeed"} | resume.RECORDED.keys() == set(resume.MAY_CHANGE)
 
 
