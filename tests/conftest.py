@@ -27,6 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are so small that a second thread only waits: up to 40 times slower on shared cores
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU")
+
+
 @pytest.fixture
 def timed_run_ranks(request: pytest.FixtureRequest):
     """run_ranks, its wall time recorded; the server that ranks are forked from runs already."""
