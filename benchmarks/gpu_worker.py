@@ -242,12 +242,12 @@ def profile(small: bool = False, precision: str = "bf16", size: int = 8, steps: 
 def timeline(kernels: list[tuple[float, float, str]], steps: int) -> dict[str, Any]:
     """(start, end, name) of kernels in µs -> the share of time in which one runs, the longest pauses, and the kernels with most time."""
     kernels = sorted(kernels)
-    busy, end, gaps, totals = 0.0, kernels[0][0], [], {}
-    for i, (start, stop, name) in enumerate(kernels):
+    busy, end, last, gaps, totals = 0.0, kernels[0][0], "", [], {}
+    for start, stop, name in kernels:
         if start > end:
-            gaps.append({"us": round(start - end, 1), "after": kernels[i - 1][2][:80], "before": name[:80]})
+            gaps.append({"us": round(start - end, 1), "after": last, "before": name[:80]})
         busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+        end, last = (stop, name[:80]) if stop > end else (end, last)
         totals[name[:80]] = totals.get(name[:80], 0.0) + stop - start
     most = sorted(totals.items(), key=lambda item: -item[1])
     return {
