@@ -111,11 +111,12 @@ def backend_versions() -> list[str]:
 
 
 def device_name() -> str:
-    """'cpu', or name and memory of this rank's GPU: 'NVIDIA H200, 150.1 GB'."""
+    """'cpu', or name and memory of this rank's GPU, and how many it sees: 'NVIDIA H200, 150.1 GB, 8 GPUs visible'."""
     if not torch.cuda.is_available():
         return "cpu"
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"
+    count = torch.cuda.device_count()
+    return f"{properties.name}, {properties.total_memory / 1e9:.1f} GB" + (f", {count} GPUs visible" if count > 1 else "")
 
 
 def stop() -> None:

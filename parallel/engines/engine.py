@@ -116,7 +116,7 @@ class Engine:
             group["lr"] = lr
         loss, norm = self._train(copied_ahead(batches, self.device)), self.deepspeed.get_global_grad_norm()
         # One copy from the device for both, the only one of a step besides DeepSpeed's own.
-        values = read_numbers(loss, norm) if isinstance(norm, Tensor) else [*read_numbers(loss), float("nan") if norm is None else norm]
+        values = read_numbers(loss, norm) if isinstance(norm, Tensor) else [*read_numbers(loss), float("nan" if norm is None else norm)]
         self._gradient_norm = values[1]
         return values[0]
 

@@ -220,6 +220,11 @@ def test_two_ranks_on_one_gpu_are_refused(launcher, way_out: str) -> None:
     assert said == f"2 ranks on this machine need a GPU each, torch sees 1 GPU → {way_out}"
 
 
+def test_ranks_of_srun_may_see_fewer_gpus_than_there_are_ranks() -> None:
+    """Under --gpus-per-task=1 each sees its own. Those that share one are refused later (tests/parallel/test_distributed.py)."""
+    refuse_shared_accelerators(Ranks(0, 3, 8, 4, "srun", "a", 1), 1)
+
+
 def test_the_activation_that_a_user_needs(tmp_path, monkeypatch) -> None:
     """bash runs the command, so that its quotes are tried too."""
     folder = tmp_path / "a venv"
