@@ -1,6 +1,6 @@
 """Collectives for values that are not tensors: all-gather, gather and broadcast of objects, broadcast of integer lists, shared errors.
 
-All are blocking calls on the current stream, like those of parallel/collectives.py. NCCL was not run.
+The values travel in host memory, over gloo on every device (parallel/distributed.py): the GPU is not waited for. All calls block.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from parallel.distributed import device
 from parallel.errors import Mistake, SharedMistake
 from parallel.grid import Grid
 
@@ -39,7 +38,7 @@ def gather_objects(value: Any, grid: Grid) -> list[Any]:
 def broadcast_object(value: str) -> str:
     """Rank 0's string, on every rank. Collective over all ranks."""
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=device())
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
@@ -78,7 +77,7 @@ def broadcast_ints(lists: Sequence[Sequence[int]], group: ProcessGroup) -> None:
     sizes, numbers = [len(numbers) for numbers in lists], [number for numbers in lists for number in numbers]
     message = [2 + len(sizes) + len(numbers), len(sizes), *sizes, *numbers]
     message += [0] * (HEAD - len(message))
-    tensor = torch.tensor(message, dtype=torch.int64, device=device())
+    tensor = torch.tensor(message, dtype=torch.int64)
     for part in (tensor[:HEAD], tensor[HEAD:]):
         if len(part):
             dist.broadcast(part, group=group, group_src=0)
@@ -88,7 +87,7 @@ def receive_ints(group: ProcessGroup) -> list[list[int]]:
     """The lists that the group's first rank sends with `broadcast_ints`. Collective."""
 
     def receive(size: int) -> list[int]:
-        numbers = torch.empty(size, dtype=torch.int64, device=device())
+        numbers = torch.empty(size, dtype=torch.int64)
         dist.broadcast(numbers, group=group, group_src=0)
         return numbers.tolist()
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from parallel.checkpoint.sharding import AHEAD, assign_writers, gather_shards, parts_of
 from parallel.checkpoint.writer import BYTES_PER_FILE, CheckpointWriter, Saved
-from parallel.distributed import device
 from parallel.engines.engine import Engine
 from parallel.engines.optimizer_state import counters, ensure_moments
 from parallel.engines.process_state import arithmetic, generators
@@ -92,7 +91,7 @@ class BackgroundSaver(Saver):
         """See Saver.poll. While a checkpoint is being written, every call all-reduces one number."""
         if self._writing is not None:
             writer, thread = self._writing
-            finished = torch.tensor(int(not thread.is_alive()), device=device())
+            finished = torch.tensor(int(not thread.is_alive()))  # in host memory: the GPU is not waited for
             if writer.grid.world > 1:
                 dist.all_reduce(finished, op=dist.ReduceOp.MIN)
             if finished:

@@ -138,11 +138,13 @@ def choose_accelerator() -> int:
 
 
 def refuse_shared_accelerators(ranks: Ranks, accelerators: int) -> None:
-    """Raise a Mistake if this machine has accelerators, but fewer than local ranks: rank i uses accelerator i. On a CPU any number runs."""
-    if 0 < accelerators < ranks.local_world:
+    """Raise a Mistake if this machine has accelerators, but fewer than local ranks: each rank needs one. On a CPU any number runs.
+
+    srun may show each rank its own accelerators only (--gpus-per-task, --gpu-bind), so that their number says nothing about the
+    machine. Ranks of srun that really share one are refused when they have met (parallel/distributed.py, refuse_shared_gpus).
+    """
+    if 0 < accelerators < ranks.local_world and ranks.launcher != "srun":
         way_out = f"add `{RANKS_OPTION[ranks.launcher].format(accelerators)}` to the {ranks.launcher} command"
-        if ranks.launcher == "srun":  # these options of srun show each rank one GPU only, as number 0
-            way_out += ", or leave --gpus-per-task and --gpu-bind out"
         has = f"{accelerators} GPU" + ("s" if accelerators > 1 else "")
         raise Mistake(f"{ranks.local_world} ranks on this machine need a GPU each, torch sees {has} → {way_out}")
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 import torch
-import torch.distributed as dist
 
 from parallel import distributed
 from parallel.distributed import LOGGER
@@ -53,5 +52,5 @@ def joined(
 
 
 def software() -> list[str]:
-    """Backend and the versions of torch and DeepSpeed, for the header of a run."""
-    return [dist.get_backend(), f"torch {torch.__version__.split('+')[0]}", f"deepspeed {version('deepspeed')}"]
+    """Backends and the versions of torch and DeepSpeed, for the header of a run."""
+    return [*distributed.backend_versions(), f"torch {torch.__version__.split('+')[0]}", f"deepspeed {version('deepspeed')}"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parallel.errors import listed
+from research.cluster.environment import Ranks
 from research.config.schema import DECAYS, Checkpoints, Experiment, Optimizer
 
 BUILTIN = "builtin:"
@@ -65,6 +66,17 @@ def doubts(experiment: Experiment) -> Iterator[str]:
         yield (
             f"watch.most_skips = {experiment.watch.most_skips} may stop a run in fp16 while it looks for its loss scale, which begins at "
             "2^16 and is halved where steps are skipped → use 20, or 0 for no limit"
+        )
+
+
+def doubts_of_ranks(experiment: Experiment, ranks: Ranks) -> Iterator[str]:
+    """What works on these ranks, but is probably slow: tensor ranks on several nodes."""
+    tensor, local = experiment.parallel.tensor, ranks.local_world
+    if ranks.world > local and local % tensor:
+        within = listed([str(degree) for degree in range(1, min(local, tensor) + 1) if local % degree == 0 and tensor % degree == 0], "or")
+        yield (
+            f"parallel.tensor = {tensor} does not divide the {local} rank{'s' * (local > 1)} of a node, so that activations cross the "
+            f"network in every layer → use {within}, and more of parallel.pipe or of ZeRO"
         )
 
 

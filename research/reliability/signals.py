@@ -62,13 +62,14 @@ class Stop:
         return max(0, self.signal - TROUBLE)
 
     def agreed(self) -> int:
-        """The signal, or trouble, that any rank has, 0 for none; equal on every rank. Collective: one all-reduce of an integer."""
+        """The signal, or trouble, that any rank has, 0 for none; equal on every rank.
+
+        Collective: one all-reduce of an integer in host memory, over gloo on every device, so that no rank waits for its GPU.
+        """
         import torch
         import torch.distributed as dist
 
-        from parallel.distributed import device
-
-        agreed = torch.tensor([self.signal], device=device())
+        agreed = torch.tensor([self.signal])
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         self.signal = int(agreed) or self.signal  # a signal that came during the all-reduce is found by the next one
         return int(agreed)

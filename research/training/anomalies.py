@@ -123,7 +123,7 @@ class AnomalyMonitor:
         self.experiment, self.engine, self.folder, self.console = experiment, engine, folder, console
         self.num_windows = num_samples(corpus.train, experiment.model.seq_length)
         self.spikes = Spikes(experiment.watch.spike)
-        self.non_finite = NonFiniteGradients(engine.parameters, engine.device)
+        self.non_finite = NonFiniteGradients(engine.parameters)
         self.skips_in_a_row = 0
         self._skipped_before = 0
 

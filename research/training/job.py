@@ -21,7 +21,7 @@ from research.config.diff import flatten
 from research.config.experiment_folder import LoadedExperiment, check_variants
 from research.config.layout import Layout, engine_settings, layout
 from research.config.overrides import Options, Override
-from research.config.plausibility import contradictions, doubts, refused_by_wandb
+from research.config.plausibility import contradictions, doubts, doubts_of_ranks, refused_by_wandb
 from research.config.serialization import resolved
 from research.data.prepare import check as check_data
 from research.evaluation.in_training import check_tasks
@@ -106,14 +106,20 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         resume_option=options.resume,
         why_resumed=why,
         locks=locks,
-        warnings=[*damaged, *wrong, *doubts(experiment), *doubts_of_init_from(experiment, ROOT)],
+        warnings=[
+            *damaged,
+            *wrong,
+            *doubts(experiment),
+            *doubts_of_ranks(experiment, ranks),
+            *doubts_of_init_from(experiment, ROOT),
+        ],
     )
 
 
 def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[tuple[str, str]]:
     """The (label, text) lines of config, machine, layout, batch and model.
 
-    `device` ('cpu') and `software` ('gloo', 'torch 2.13.0') are known only once torch is imported.
+    `device` ('cpu', 'NVIDIA H200, 150.1 GB') and `software` ('gloo', 'torch 2.13.0') are known only once torch is imported.
     """
     experiment, ranks, schedule = job.experiment, job.ranks, job.experiment.schedule
 
@@ -125,6 +131,7 @@ def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[t
     nodes = plural(-(-ranks.world // ranks.local_world), "node")
     threads = f"{plural(threads_per_rank(ranks), 'thread')} each" + (f" ({THREADS})" if threads_asked_for() else "")
     machine = [f"{nodes} × {plural(ranks.local_world, 'rank')}", f"{device}, {threads}" if device else threads, *software]
+    machine += ["deterministic kernels"] * experiment.deterministic
 
     stage = " · zero_stage 0 always runs as 1" if experiment.parallel.zero_stage == 0 else ""
     product = f"{schedule.micro_batch_size} micro × {job.layout.micro_batches} accumulated × {job.layout.data} data"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from parallel.distributed import use_deterministic_kernels
 from parallel.engines.engine import MicroBatch
 from parallel.errors import Mistake
 from parallel.object_collectives import together
@@ -25,7 +26,7 @@ from research.training.checkpointer import Checkpointer
 from research.training.finish import finish, show_next_commands
 from research.training.holding import deleted, disk_errors
 from research.training.job import Job
-from research.training.meter import peak_memory_mb
+from research.training.meter import gpu_memory, peak_memory_mb
 from research.training.periodic import Periodic
 from research.training.schedule import learning_rate
 from research.training.state import Run
@@ -39,6 +40,8 @@ def train(job: Job, parents: Parents) -> None:
     """
     ranks, experiment, layout = job.ranks, job.experiment, job.experiment.parallel
     console = Console(quiet=ranks.rank > 0)
+    if experiment.deterministic:
+        use_deterministic_kernels()
     with contextlib.ExitStack() as stack:
         stack.callback(job.close)
         limits = experiment.watch
@@ -176,6 +179,7 @@ def log_interval(run: Run, lr: float, pauses: dict[str, int]) -> None:
         "train/grad_norm": run.engine.gradient_norm(),
         "perf/tokens_per_second": tokens_per_second,
         "perf/memory_mb": peak_memory_mb(),
+        **gpu_memory(),
         **run.axes(),
     }
     run.tracker.log(row)

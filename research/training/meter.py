@@ -19,6 +19,22 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def gpu_memory() -> dict[str, float]:
+    """The row's figures that show whether a GPU's memory is fragmented or nearly full; none on a CPU.
+
+    Reserved memory that is far above the allocated one is fragmented. A retry is an allocation that was possible only after all cached
+    memory had been given back, which is slow. An OOM is an allocation that failed.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    statistics = torch.cuda.memory_stats()
+    return {
+        "perf/memory_reserved_mb": torch.cuda.max_memory_reserved() / 1e6,
+        "perf/memory_retries": float(statistics.get("num_alloc_retries", 0)),
+        "perf/memory_ooms": float(statistics.get("num_ooms", 0)),
+    }
+
+
 @dataclass
 class Meter:
     """Collects every step's loss and is read once per interval. `clock` returns seconds."""

@@ -76,11 +76,12 @@ def continuation(
     `changes` are the settings that differ, `layout_and_machine` what differs of these (parallel/engines/process_state.py).
     `same_code`: None if the checkpoint does not say with which code it was saved, as older ones do not.
     `variants`: what the experiment names of its variant.py, for a decay of its own.
-    'bit for bit as if it had never stopped' needs that nothing differs, and a CPU: some GPU kernels add in no fixed order.
+    'bit for bit as if it had never stopped' needs that nothing differs, and a CPU or `deterministic`: some GPU kernels add in no fixed
+    order. If `deterministic` was not set before, that is among `layout_and_machine`.
     """
     rounding = [f"{name.partition('.')[2]} {then} → {to}" for name, (then, to) in layout_and_machine.items()]
     rounding += ["other DeepSpeed settings"] * any(belongs(name, ["deepspeed"]) for name, _, _ in changes)
-    rounding += ["GPU kernels"] * (device != "cpu")
+    rounding += ["GPU kernels"] * (device != "cpu" and not now.deterministic)
     exact = f"within rounding ({', '.join(rounding)})" if rounding else "bit for bit"
 
     then, to = next(((then, to) for name, then, to in changes if name == "schedule.steps"), (now.schedule.steps,) * 2)

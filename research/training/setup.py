@@ -25,7 +25,7 @@ from models import gpt
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import MANIFEST
 from parallel.checkpoint.load import load_initial
-from parallel.distributed import device
+from parallel.distributed import device_name
 from parallel.engines import process_state
 from parallel.engines.engine import Engine, make_engine
 from parallel.errors import SharedMistake
@@ -189,7 +189,7 @@ def header(job: Job, folder: RunFolder, console: Console) -> None:
     """Shows the run's title and what was resolved."""
     commit, dirty = git_state(job.root)
     title = f"{job.name} · run {folder.title} · {commit} ({'dirty' if dirty else 'clean'}) · {folder.shown}"
-    console.header([("", title), *describe(job, device().type, software())])
+    console.header([("", title), *describe(job, device_name(), software())])
     for warning in job.warnings:
         console.warn(warning, in_header=True)
 

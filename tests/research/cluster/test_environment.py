@@ -212,13 +212,17 @@ def test_ranks_that_have_a_gpu_each_or_run_on_the_cpu(local: int, gpus: int) -> 
     [
         ("deepspeed", "add `--num_gpus 1` to the deepspeed command"),
         ("torchrun", "add `--nproc_per_node 1` to the torchrun command"),
-        ("srun", "add `--ntasks-per-node 1` to the srun command, or leave --gpus-per-task and --gpu-bind out"),
     ],
 )
 def test_two_ranks_on_one_gpu_are_refused(launcher, way_out: str) -> None:
     """Of 4 ranks on two nodes, two are local."""
     said = sentence(lambda: refuse_shared_accelerators(Ranks(0, 0, 4, 2, launcher, "a", 1), 1))
     assert said == f"2 ranks on this machine need a GPU each, torch sees 1 GPU → {way_out}"
+
+
+def test_ranks_of_srun_may_see_fewer_gpus_than_there_are_ranks() -> None:
+    """Under --gpus-per-task=1 each sees its own. Those that share one are refused later (tests/parallel/test_distributed.py)."""
+    refuse_shared_accelerators(Ranks(0, 3, 8, 4, "srun", "a", 1), 1)
 
 
 def test_the_activation_that_a_user_needs(tmp_path, monkeypatch) -> None:

@@ -6,8 +6,9 @@ import pytest
 import wandb
 
 from research import ROOT
+from research.cluster.environment import Ranks
 from research.config import experiment_folder, schema
-from research.config.plausibility import contradictions, doubts, doubts_of_text, refused_by_wandb
+from research.config.plausibility import contradictions, doubts, doubts_of_ranks, doubts_of_text, refused_by_wandb
 from tests.research.helpers.example import example
 
 ROTARY = {"position": "rotary", "rotary_base": 1e4, "rotary_scaling": "none"}
@@ -211,3 +212,22 @@ def test_what_wandb_refuses_is_refused_before() -> None:
 def test_names_that_its_server_refuses(track: dict, name: str, said: str) -> None:
     assert list(refused_by_wandb(tracked(**track), name)) == [said]
     assert list(refused_by_wandb(tracked(group="g" * 128), "n" * 121)) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "tensor", "node", "degrees"),
+    [
+        (16, 8, 8, "", ""),
+        (4, 4, 4, "", ""),
+        (16, 8, 16, "8 ranks", "1, 2, 4 or 8"),
+        (12, 6, 4, "6 ranks", "1 or 2"),
+        (2, 1, 2, "1 rank", "1"),
+    ],
+)
+def test_tensor_ranks_on_several_nodes_are_said_to_be_slow(world: int, local: int, tensor: int, node: str, degrees: str) -> None:
+    ranks = Ranks(0, 0, world, local, "torchrun", "a", 1)
+    said = (
+        f"parallel.tensor = {tensor} does not divide the {node} of a node, so that activations cross the network in every layer → "
+        f"use {degrees}, and more of parallel.pipe or of ZeRO"
+    )
+    assert list(doubts_of_ranks(example(parallel={"tensor": tensor}), ranks)) == ([said] if node else [])

@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import torch
 
 from research.tracking import metrics
-from research.training.meter import Meter
+from research.training.meter import Meter, gpu_memory
 
 EVERY = {"validation": 25}
 
@@ -117,3 +118,11 @@ def test_a_loss_that_overflows_is_written_not_raised(loss: float, perplexity: fl
     mean, speed = meter.interval()
     assert metrics.perplexity(mean) == pytest.approx(perplexity, nan_ok=True)
     assert speed > 0
+
+
+def test_memory_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_memory() == {}  # a CPU has none
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 3})
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 5e9)
+    assert gpu_memory() == {"perf/memory_reserved_mb": 5000.0, "perf/memory_retries": 3.0, "perf/memory_ooms": 0.0}

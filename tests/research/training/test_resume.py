@@ -424,6 +424,16 @@ def test_bit_for_bit_is_said_only_where_nothing_that_matters_has_changed(then: d
     for same_code, condition in SAME_CODE.items():
         assert resume.continuation(120, changes, settled(now), differences, same_code, "cpu") == f"{said}{condition}"
     assert "bit for bit" not in resume.continuation(120, changes, settled(now), differences, True, "cuda")
+    deterministic = settled(now | {"deterministic": True})  # on a GPU, then and now: what is said of a CPU holds
+    assert resume.continuation(120, changes, deterministic, differences, True, "cuda") == f"{said}{SAME_CODE[True]}"
+
+
+def test_kernels_that_are_deterministic_only_now_make_no_bit_for_bit() -> None:
+    now = settled({"deterministic": True})
+    said = resume.continuation(120, [], now, {"machine.deterministic": (False, True)}, True, "cuda")
+    assert said == "within rounding (deterministic False → True) as if it had never stopped"
+    said = resume.continuation(120, [], settled({}), {"machine.deterministic": (True, False)}, True, "cuda")
+    assert said == "within rounding (deterministic True → False, GPU kernels) as if it had never stopped"
 
 
 @pytest.mark.parametrize(("facts", "same_code"), [({"code": "a"}, True), ({"code": "b"}, False), ({}, None)])
