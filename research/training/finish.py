@@ -38,7 +38,8 @@ def finish(run: Run, checkpointer: Checkpointer) -> None:
     layout = f"{layout_line(run.job.experiment, run.job.layout)} · {run.job.experiment.precision}"
     plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, layout)
     schedule, best = run.job.experiment.schedule, checkpointer.periodic.best
-    run.console.done(run.step, schedule.steps, run.meter.seconds(), best, run.engine.skipped_steps, run.folder.loss_png.name)
+    skipped, picture, memory = run.engine.skipped_steps, run.folder.loss_png.name, run.meter.memory_row()
+    run.console.done(run.step, schedule.steps, run.meter.seconds(), best, skipped, picture, memory)
     if not run.stop.signal:  # a run that was asked to end does not start anything new
         show_sample(run)
 

@@ -23,7 +23,6 @@ from research.training.anomalies import AnomalyMonitor
 from research.training.checkpointer import Checkpointer
 from research.training.finish import finish, show_next_commands
 from research.training.job import Job
-from research.training.meter import peak_memory_mb
 from research.training.periodic import Periodic
 from research.training.schedule import learning_rate
 from research.training.state import Run
@@ -99,7 +98,7 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
         run.progress.stepping(run.step + 1)
         anomalies.begin_step(run.step + 1)
         lr = learning_rate(run.step, optimizer, schedule.steps, run.variants)
-        loss = run.engine.train_batch(step_batches(run), lr)
+        loss = run.engine.train_batch(run.meter.waited_for(step_batches(run)), lr)
         run.step += 1
         run.meter.step(loss)
         run.failure = anomalies.check(run.step, loss)
@@ -136,14 +135,16 @@ def step_batches(run: Run) -> Iterator[MicroBatch]:
 
 def log_interval(run: Run, lr: float, pauses: dict[str, int]) -> None:
     """The row of the steps since the last one: their mean loss and speed, the last one's learning rate and gradient norm."""
-    loss, tokens_per_second = run.meter.interval()
+    interval = run.meter.interval()
     row = {
-        "train/loss": loss,
-        "train/ppl": perplexity(loss),
+        "train/loss": interval.loss,
+        "train/ppl": perplexity(interval.loss),
         "train/lr": lr,
         "train/grad_norm": run.engine.gradient_norm(),
-        "perf/tokens_per_second": tokens_per_second,
-        "perf/memory_mb": peak_memory_mb(),
+        "perf/tokens_per_second": interval.tokens_per_second,
+        "perf/step_ms": interval.step_ms,
+        "perf/data_ms": interval.data_ms,
+        **run.meter.memory_row(),
         **run.axes(),
     }
     run.tracker.log(row)

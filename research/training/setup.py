@@ -30,6 +30,7 @@ from parallel.grid import Grid
 from parallel.object_collectives import all_gather_objects, broadcast_object, together
 from parallel.slices import slice_of
 from research.cluster.environment import code_digest, git_state
+from research.cluster.memory import HostMemory
 from research.cluster.world import software
 from research.config import serialization
 from research.config.diff import Change, describe_changes
@@ -147,7 +148,7 @@ def prepare_run(
         prompts = samples.prompts_of(experiment, corpus)
         tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, show)
     watch.progress.advance("building the engine")
-    variants = load_variants(job.folder, experiment)
+    variants, memory = load_variants(job.folder, experiment), HostMemory()
     engine = build_engine(job, grid, variants)
     preflight(job, folder, corpus, engine, tasks)
     seed_generators(experiment.seed, grid)
@@ -162,7 +163,7 @@ def prepare_run(
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, folder, engine, console, resumed)
-    meter = Meter(job.layout.tokens_per_step)
+    meter = Meter(job.layout.tokens_per_step, memory=memory)
     run = Run(job, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
     anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
