@@ -43,7 +43,7 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
     if watch.on_spike == "stop" and not watch.spike:
         yield "watch.on_spike = 'stop' has no effect with watch.spike = 0, which detects no spike → set watch.spike, for example to 6"
     if experiment.profile.memory and experiment.profile.steps is None:
-        yield "profile.memory = True has no effect with profile.steps = None, which records no step → set profile.steps, for example to 10-12"
+        yield "profile.memory = True has no effect with profile.steps = None, which records no step → set profile.steps, such as 10-12"
     if experiment.checkpoints.keep_every and not experiment.checkpoints.every:
         keep = experiment.checkpoints.keep_every
         yield f"checkpoints.keep_every = {keep} has no effect with checkpoints.every = 0 → set checkpoints.every, for example to {keep}"
@@ -68,8 +68,8 @@ def doubts(experiment: Experiment) -> Iterator[str]:
     if len(recorded := experiment.profile.recorded) > MOST_RECORDED:
         instead = f"{recorded[0]}-{recorded[0] + 2}"
         yield (
-            f"profile.steps = {experiment.profile.steps!r} records {len(recorded)} steps, more than {MOST_RECORDED}: each is kept in memory "
-            f"until the last one, and makes the trace longer → use a few, such as {instead}"
+            f"profile.steps = {experiment.profile.steps!r} records {len(recorded)} steps, more than {MOST_RECORDED}: all are kept in "
+            f"memory until the last one, and make the trace long → use a few, such as {instead}"
         )
     if experiment.precision == "fp16" and 0 < experiment.watch.most_skips < 16:
         yield (

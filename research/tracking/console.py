@@ -124,7 +124,7 @@ class Console:
         picture: str | None = None,
         memory: Row | None = None,
     ) -> None:
-        """The end: '300 steps in 2:57 · best 2.021 bits/byte at step 300 · 0 skipped · 1.1 GB of memory, 268 MB added by the run · loss.png'.
+        """The end: '300 steps in 2:57 · best 2.021 bits/byte at step 300 · 0 skipped · 9 MB of memory, 8 MB added by the run · loss.png'.
 
         `best` is (bits per byte, step); `memory` has the keys of metrics.jsonl. If the run ended before `planned` steps, the line says so.
         """
@@ -135,9 +135,16 @@ class Console:
             parts.append(f"best {fmt.loss(best[0])} bits/byte at step {best[1]}")
         parts.append(f"{skipped} skipped")
         if memory:
-            parts.append(f"{fmt.memory(memory['perf/memory_mb'])} of memory, {fmt.memory(memory['mem/host_added_peak_mb'])} added by the run")
+            parts.append(
+                f"{fmt.memory(memory['perf/memory_mb'])} of memory, {fmt.memory(memory['mem/host_added_peak_mb'])} added by the run"
+            )
         parts += [picture] if picture else []
         self._labelled(label, " · ".join(parts), CLOSING_INDENT, "bold green")
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Lines that are aligned already, such as the tables of recorded steps."""
+        for line in lines:
+            self._put(Text(line))
 
     def sample(self, prompt: str, text: str) -> None:
         """What the model writes after `prompt`, on one line."""

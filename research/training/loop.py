@@ -24,6 +24,7 @@ from research.training.checkpointer import Checkpointer
 from research.training.finish import finish, show_next_commands
 from research.training.job import Job
 from research.training.periodic import Periodic
+from research.training.profiler import StepProfiler
 from research.training.schedule import learning_rate
 from research.training.state import Run
 
@@ -91,6 +92,7 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
     """Optimizer steps until the last one, a signal, or an anomaly that ends the run."""
     schedule, optimizer, checkpoints = run.job.experiment.schedule, run.job.experiment.optimizer, run.job.experiment.checkpoints
     pauses = periodic.intervals | {"saving": checkpoints.every}
+    profiler = StepProfiler(run)
     run.console.columns()
     run.meter.start()
     periodic.carry_out(periodic.due)  # what the signal that ended the segment before this one has left undone
@@ -98,7 +100,8 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
         run.progress.stepping(run.step + 1)
         anomalies.begin_step(run.step + 1)
         lr = learning_rate(run.step, optimizer, schedule.steps, run.variants)
-        loss = run.engine.train_batch(run.meter.waited_for(step_batches(run)), lr)
+        with profiler.step(run.step + 1):
+            loss = run.engine.train_batch(profiler.batches(run.meter.waited_for(step_batches(run))), lr)
         run.step += 1
         run.meter.step(loss)
         run.failure = anomalies.check(run.step, loss)
@@ -115,6 +118,7 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
             checkpointer.save()
         if checkpointer.unreported:
             checkpointer.poll()
+    profiler.close()
 
 
 def step_batches(run: Run) -> Iterator[MicroBatch]:

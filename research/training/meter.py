@@ -96,6 +96,11 @@ class Meter:
         self.interval_pause = self.interval_data = 0.0
         return found
 
+    def mean_step_ms(self) -> float:
+        """Milliseconds of a step of this process so far, without pauses; 0 before the first one."""
+        paused = sum(map(sum, self.pauses.values()))
+        return 1e3 * (self.clock() - self.began - paused) / self.steps if self.steps else 0.0
+
     def memory_row(self) -> dict[str, float]:
         """The keys of metrics.jsonl: the peak on this rank's GPU, or else of the whole process, and what the run has added on the host."""
         host = self.memory.row()

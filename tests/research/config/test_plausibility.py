@@ -28,7 +28,7 @@ CONTRADICTIONS = [
     ),
     (
         {"profile": {"memory": True}},
-        "profile.memory = True has no effect with profile.steps = None, which records no step → set profile.steps, for example to 10-12",
+        "profile.memory = True has no effect with profile.steps = None, which records no step → set profile.steps, such as 10-12",
     ),
     (
         {"checkpoints": {"keep_every": 50}},
@@ -42,7 +42,7 @@ CONTRADICTIONS = [
 DOUBTS = [
     (
         {"profile": {"steps": "10-100"}},
-        "profile.steps = '10-100' records 91 steps, more than 50: each is kept in memory until the last one, and makes the trace longer → "
+        "profile.steps = '10-100' records 91 steps, more than 50: all are kept in memory until the last one, and make the trace long → "
         "use a few, such as 10-12",
     ),
     (
