@@ -1,12 +1,13 @@
 """`python -m research track RUN …`: writes complete Weights & Biases runs from the run folders' files. Imports no torch."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from parallel.errors import Mistake
 from parallel.files import read_json
 from research.cli.verbs import Parser
-from research.tracking import run_folder, wandb_client, wandb_record
+from research.tracking import run_folder, wandb_artifacts, wandb_client, wandb_record
 from research.tracking.console import Console
 from research.tracking.format import plural, short_path
 from research.tracking.run_folder import FINISHED, RUNNING, RunFolder
@@ -51,7 +52,7 @@ def track(folder: RunFolder, asked: str | None, console: Console) -> None:
     figures = summary_rows(results.every(folder))
     known = wandb_record.known(folder, figures)
     what = plural(rows, "row") + (f" and {plural(len(figures), 'result')} of evaluations" if figures else "")
-    if known.complete:
+    if known.complete and (not known.missing_checkpoints or was_sent(folder, known)):  # a checkpoint alone is not sent a second time
         console.header([("", f"{folder.title} · W&B has all of it already: {what}"), *ways(folder, known.online)])
         return
 
@@ -82,7 +83,10 @@ def write(folder: RunFolder, mode: str, exit_code: int, figures: dict[str, float
     description = wandb_client.describe(folder)
     try:
         with wandb_record.replacing(folder.wandb, old):
-            return wandb_record.write(folder, description, mode, exit_code, figures=figures, finish_seconds=FINISH_SECONDS)
+            checkpoints = [partial(wandb_artifacts.of_checkpoint, folder, path) for path in wandb_artifacts.checkpoints(folder)]
+            return wandb_record.write(
+                folder, description, mode, exit_code, figures=figures, finish_seconds=FINISH_SECONDS, references=checkpoints
+            )
     except Exception as error:  # whatever W&B raises
         way_out = "check W&B's settings, or add --mode offline"
         raise Mistake(f"W&B could not write {folder.title} ({wandb_client.reason(error)}) → {way_out}") from error

@@ -34,6 +34,7 @@ def finish(run: Run, checkpointer: Checkpointer) -> None:
     seconds = checkpointer.save_last()
     if run.engine.grid.rank > 0:
         return
+    run.tracker.refer_to_checkpoints(every=1)
     run.console.header([("saved", f"{run.folder.shown}/checkpoints/{name_of(run.step)} ({seconds:.1f} s)")])
     layout = f"{layout_line(run.job.experiment, run.job.layout)} · {run.job.experiment.precision}"
     plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, layout)

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -83,9 +84,20 @@ def train_and_finish(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, ch
             status = FINISHED if complete else INTERRUPTED
     finally:
         run.progress.advance("closing the tracker", Stage.LEAVING)
+        if status != FINISHED:
+            alert_of_end(run, status)
         run.tracker.finish(status)
         setup.show_notes(run.tracker, run.console)
     return status
+
+
+def alert_of_end(run: Run, status: str) -> None:
+    """Tells W&B that the run has ended before its last step, and why."""
+    error = sys.exc_info()[1]
+    stopped = signal.Signals(run.stop.signal).name if run.stop.signal else "it was asked to stop"
+    why = run.failure or (f"{type(error).__name__}: {error}" if error else stopped)
+    text = f"after step {run.step} of {run.job.experiment.schedule.steps}: {why}"
+    run.tracker.alert(status, text, "WARN" if status == INTERRUPTED else "ERROR")
 
 
 def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpointer: Checkpointer) -> None:

@@ -163,9 +163,11 @@ def prepare_run(
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, folder, engine, console, resumed)
+    for store in (corpus.train, corpus.validation):
+        tracker.refer_to_store(store.prefix)
     meter = Meter(job.layout.tokens_per_step, memory=memory)
     run = Run(job, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
-    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console), Periodic(run, text, tasks, prompts)
+    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console, tracker), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
         checkpointer.restore(facts)

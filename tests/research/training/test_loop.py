@@ -267,7 +267,7 @@ def test_what_to_type_next_can_be_typed(alone: Ended) -> None:
     assert f"wandb leet {alone.folder.wandb}\n" in following and alone.folder.wandb.is_dir()
 
 
-def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> None:
+def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended, place: Place) -> None:
     """The exit code is 0, and the offline run has every row, the whole configuration and our axes."""
     assert alone.code == 0
     assert "\ntracking W&B offline (no answer from http://127.0.0.1:9) · later: wandb sync " in alone.out
@@ -285,6 +285,9 @@ def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> Non
     assert told["derived_deepspeed"] == json.loads(alone.folder.deepspeed.read_text())
     assert (about["run_group"], about["run_id"]) == ("gpt_sotu", alone.folder.title)
     assert about["tags"] == ["pipe 1 × data 1 × tensor 1", "ZeRO-1", "fp32"]
+    stores, (checkpoint,) = ([one for one in of(records, "artifact") if one["type"] == kind] for kind in ("dataset", "model"))
+    assert [json.loads(store["metadata"])["source"] for store in stores] == [str(place.train), str(place.validation)]
+    assert "step_000006" in checkpoint["aliases"] and of(records, "alert") == []
     axes = {metric.get("name") or metric["glob_name"]: metric.get("step_metric") for metric in of(records, "metric")}
     assert axes["train/*"] == axes["val/*"] == "progress/tokens" and axes["perf/*"] == axes["mem/*"] == "progress/step"
 
