@@ -25,6 +25,7 @@ from parallel.checkpoint.folder import step_of
 from parallel.distributed import PRECISIONS
 from parallel.errors import Mistake
 from research import ROOT
+from research.cluster.memory import MB, HostMemory
 from research.cluster.tensor_ranks import opened
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of, special_tokens_of, template_of
@@ -83,11 +84,11 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
 
     They are answered from `run` on. Before the model is restored, connections are refused.
     """
-    end_ids = ends_of(spec.tokenizer, ROOT)
+    end_ids, memory = ends_of(spec.tokenizer, ROOT), HostMemory()
     decoder_spec = DecoderSpec(spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context)
     with chat_template_of(spec, end_ids) as chat_template, opened(decoder_spec, spec.tensor) as decoder:
         generator = TextGenerator(decoder, spec.tokenizer, spec.model, spec.context, end_ids)
-        metrics = Metrics(spec.slots)
+        metrics = Metrics(spec.slots, before_model=memory.before * MB)
         dtype = next(decoder.module.parameters()).dtype
         service = Service(
             name=spec.title,

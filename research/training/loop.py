@@ -29,6 +29,9 @@ from research.training.profiler import StepProfiler
 from research.training.schedule import learning_rate
 from research.training.state import Run
 
+TRIM_STEPS = 100
+"""Steps between two calls of malloc_trim, on every rank."""
+
 
 def train(job: Job, parents: Parents) -> None:
     """Trains the experiment of `job`, from its first step or a checkpoint, to its last step or a signal. Collective.
@@ -130,6 +133,9 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
             checkpointer.save()
         if checkpointer.unreported:
             checkpointer.poll()
+        # once in a while: what the heap holds and nobody uses goes back to the kernel
+        if run.step % TRIM_STEPS == 0:
+            run.meter.memory.trim()
     profiler.close()
 
 

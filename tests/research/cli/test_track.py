@@ -178,8 +178,24 @@ def test_what_cannot_be_tracked_is_refused_in_words(folder: RunFolder) -> None:
         track.main([str(folder.path)])
     folder.metrics.unlink()
     folder.samples.unlink()
-    with pytest.raises(Mistake, match=r"has no rows in metrics.jsonl → track a run that has trained"):
+    way_out = "track a run that has trained, or `evaluate` this one first"
+    with pytest.raises(Mistake, match=f"has no rows in metrics.jsonl and no results of evaluations → {way_out}"):
         track.main([str(folder.path)])
+
+
+@pytest.mark.slow
+def test_imported_weights_that_were_evaluated_are_an_evaluation(folder: RunFolder) -> None:
+    write_json(folder.run, read_json(folder.run) | {"status": run_folder.IMPORTED, "layout": "", "steps": 0})
+    folder.metrics.unlink()
+    folder.samples.unlink()
+    evaluated(folder)
+    assert tracked(folder)[0] == f"{folder.title} · W&B offline (no API key) · 1 result of evaluations"
+    records = inspected(folder)
+    (about,) = of(records, "run")
+    assert (about["run_id"], about["job_type"], about["run_group"]) == (folder.title, "eval", "gpt")
+    assert {name: value for record in of(records, "summary") for name, value in record["update"].items() if name in FIGURES} == FIGURES
+    assert [ended["exit_code"] for ended in of(records, "exit")] == [0]
+    assert tracked(folder)[0] == f"{folder.title} · W&B has all of it already: 1 result of evaluations"
 
 
 def test_help_imports_neither_torch_nor_w_b() -> None:
