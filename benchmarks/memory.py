@@ -6,7 +6,7 @@ Every process builds the same small model on the same engine. They take turns of
 all of them. Prints, for each, the resident memory in MB after some of the steps, its growth after step 200, CPU milliseconds per step (all
 threads, median of the turns), the same as a ratio to the first variant, and whether the losses are the first variant's to the last digit.
 
-A variant is one or more of these words, joined by `+`: `default` (nothing is set), `as-shipped` (what a run does), `contiguous`
+A variant is one or more of these words, joined by `+`: `default` (nothing is set), `contiguous`
 (DeepSpeed's contiguous_gradients), `trim-N` (malloc_trim every N steps), `mmap-SIZE`, `top-SIZE` and `arenas-N` (mallopt's
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX at the start of the process).
 """
