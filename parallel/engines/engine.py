@@ -21,7 +21,7 @@ from parallel.engines.deepspeed_config import EngineSettings, derive
 from parallel.engines.pipeline import LogitsFunction, LogitsHook, Mpu, Pipeline, instead_of_loss, reduce_tied_accumulated
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from parallel.layers import Layer, PlainModule, unique_parameters
+from parallel.layers import CallHook, Layer, PlainModule, unique_parameters
 from parallel.slices import gathered, slice_of
 
 Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -170,6 +170,17 @@ class Engine:
 
         self.optimizer.step = step
 
+    def watch_layers(self, hook: CallHook) -> Callable[[], None]:
+        """Calls this rank's layers, and the loss of training as "loss", through `hook(name, call)` until what is returned is called."""
+        restore, loss = self.module.watch(hook), self.loss
+        self._use_loss(hook("loss", loss))
+
+        def end() -> None:
+            restore()
+            self._use_loss(loss)
+
+        return end
+
     def owns(self, name: str) -> bool:
         """Whether a parameter is this stage's own, and not its copy of another stage's tied table."""
         return True
@@ -191,6 +202,10 @@ class Engine:
     def _build_module(self, layers: Sequence[Layer]) -> tuple[Any, Mpu | None]:
         """The module on this rank, and the `mpu` that DeepSpeed takes beside it."""
         raise NotImplementedError
+
+    def _use_loss(self, loss: Loss) -> None:
+        """Sets the loss of training."""
+        self.loss = loss
 
     def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
         """`train_batch` on micro-batches of this device; the loss as a 0-dim tensor, which is not waited for."""
@@ -257,6 +272,9 @@ class PipeEngine(Engine):
 
     def owns(self, name: str) -> bool:
         return any(name.startswith(f"{layer}.") for layer in self.module.own_layers)
+
+    def _use_loss(self, loss: Loss) -> None:
+        self.loss = self.module.loss_fn = loss
 
     def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
         return self.deepspeed.train_batch(_pairs(batches))

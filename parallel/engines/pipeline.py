@@ -98,9 +98,11 @@ class Pipeline(PipelineModule):
         layers = self.named_layers[self._local_start : self._local_stop]
         self.forward_funcs: list[Any] = [partial(apply_layer, layer, call) for layer, call in zip(layers, self.forward_funcs, strict=True)]
 
-    def watch(self, hook: CallHook) -> None:
-        """Calls each of this stage's layers through `hook(name, call)` from now on."""
-        self.forward_funcs = [partial(apply_layer, layer, hook(layer.name, call)) for layer, call in (f.args for f in self.forward_funcs)]
+    def watch(self, hook: CallHook) -> Callable[[], None]:
+        """Calls this stage's layers through `hook(name, call)` until what is returned is called, the last of several hooks first."""
+        before = self.forward_funcs
+        self.forward_funcs = [partial(apply_layer, layer, hook(layer.name, call)) for layer, call in (f.args for f in before)]
+        return lambda: setattr(self, "forward_funcs", before)
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:

@@ -80,6 +80,10 @@ def _check_pipeline_and_zero(experiment: Experiment) -> None:
 
 def _check_schedule(experiment: Experiment) -> None:
     optimizer, steps = experiment.optimizer, experiment.schedule.steps
+    recorded = experiment.profile.recorded
+    if recorded and recorded[-1] > steps:
+        way_out = f"use {recorded[0]}-{steps}" if recorded[0] <= steps else f"use steps up to {steps}"
+        raise Mistake(f"profile.steps = {experiment.profile.steps!r} goes beyond the last step, schedule.steps = {steps} → {way_out}")
     warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
     if warmup > steps:
         raise Mistake(f"optimizer.warmup_steps = {warmup} is more than schedule.steps = {steps} → use {steps} or fewer warm-up steps")

@@ -3,12 +3,13 @@
 Every error is a Mistake: one sentence with the dotted name, the value and what would work (research/config/settings.py).
 """
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from models import config as shapes
-from research.config.settings import Settings
+from research.config.settings import LONGEST, Settings
 
 Count = Annotated[int, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -21,6 +22,8 @@ DECAYS = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 MEASURE = "evaluate.measure"
 TRAINING_VARIANTS = ("loss", "optimizer.name", "optimizer.decay", MEASURE)
 """The settings outside of `model` that may name a class or function of the experiment's variant.py."""
+STEP_RANGE = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?", re.ASCII)
+"""'10-12', or one step."""
 
 
 class GPT(Settings, shapes.GPT):
@@ -141,6 +144,29 @@ class Profile(Settings):
 
     steps: str | None = Field(default=None, description="first and last step to record, such as 10-12; None: none")
     memory: bool = Field(default=False, description="record as well which operation allocated how much memory in these steps")
+
+    @property
+    def recorded(self) -> range:
+        """The steps to record, counted from 1; empty for none."""
+        if self.steps is None:
+            return range(1, 1)
+        first, _, last = self.steps.partition("-")
+        return range(int(first), int(last or first) + 1)
+
+    @field_validator("steps")
+    @classmethod
+    def _is_a_range(cls, steps: str | None) -> str | None:
+        if steps is None:
+            return None
+        match = STEP_RANGE.fullmatch(steps)
+        if match is None:
+            raise ValueError(f"profile.steps = {steps[:LONGEST]!r} is not a range of steps → write FIRST-LAST, such as 10-12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first < 1:
+            raise ValueError(f"profile.steps = {steps!r} begins at step {first}, steps are counted from 1 → use 1-{max(1, last)}")
+        if last < first:
+            raise ValueError(f"profile.steps = {steps!r} ends at step {last}, before it begins at step {first} → use {last}-{first}")
+        return steps
 
 
 class Evaluate(Settings):

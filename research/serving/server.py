@@ -19,6 +19,7 @@ from parallel.checkpoint.folder import step_of
 from parallel.distributed import PRECISIONS
 from parallel.errors import Mistake
 from research import ROOT
+from research.cluster.memory import MB, HostMemory
 from research.cluster.tensor_ranks import opened
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of, special_tokens_of, template_of
@@ -76,7 +77,7 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
 
     They are answered from `run` on. Before the model is restored, connections are refused.
     """
-    end_ids = ends_of(spec.tokenizer, ROOT)
+    end_ids, memory = ends_of(spec.tokenizer, ROOT), HostMemory()
     decoder_spec = DecoderSpec(spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context)
     limits = spec.limits
     with (
@@ -88,7 +89,7 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
         ) as conversations,
     ):
         generator = TextGenerator(decoder, spec.tokenizer, spec.model, spec.context, end_ids)
-        metrics = Metrics(spec.slots)
+        metrics = Metrics(spec.slots, before_model=memory.before * MB)
         dtype = next(decoder.module.parameters()).dtype
         service = Service(
             name=spec.title,

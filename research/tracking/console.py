@@ -22,7 +22,7 @@ from research.tracking.streams import escape_unencodable
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
-WIDTHS = {"step": 5, "tokens": 9, "loss": 7, "ppl": 8, "lr": 9, "|g|": 6, "tokens/s": 10, "memory": 9, "eta": 7}
+WIDTHS = {"step": 5, "tokens": 9, "loss": 7, "ppl": 8, "lr": 9, "|g|": 6, "tokens/s": 10, "memory": 9, "added": 9, "eta": 7}
 HEADER_INDENT, CLOSING_INDENT = 9, 7
 PIPE_SECONDS = 30.0
 """Time between two lines of progress where there is no terminal for a bar."""
@@ -93,6 +93,7 @@ class Console:
             fmt.norm(row.get("train/grad_norm")),
             fmt.speed(row.get("perf/tokens_per_second")),
             fmt.memory(row.get("perf/memory_mb")),
+            fmt.memory(row.get("mem/host_added_peak_mb")),
             fmt.duration(eta),
         )
         self._put(Text(_aligned(cells)))
@@ -114,19 +115,36 @@ class Console:
         self._put(Text(f"{'saved':>{WIDTHS['step']}}  {name} ({seconds:.1f} s)", "dim"))
 
     def done(
-        self, steps: int, planned: int, seconds: float, best: tuple[float, int] | None, skipped: int = 0, picture: str | None = None
+        self,
+        steps: int,
+        planned: int,
+        seconds: float,
+        best: tuple[float, int] | None,
+        skipped: int = 0,
+        picture: str | None = None,
+        memory: Row | None = None,
     ) -> None:
-        """The end: '300 steps in 2:57 · best 2.021 bits/byte at step 300 · 0 skipped · loss.png'.
+        """The end: '300 steps in 2:57 · best 2.021 bits/byte at step 300 · 0 skipped · 9 MB of memory, 8 MB added by the run · loss.png'.
 
-        `best` is (bits per byte, step). If the run ended before `planned` steps, the line says so.
+        `best` is (bits per byte, step); `memory` has the keys of metrics.jsonl. If the run ended before `planned` steps, the line says so.
         """
         label, parts = "done", [f"{steps} {'step' if steps == 1 else 'steps'} in {fmt.duration(seconds)}"]
         if steps < planned:
             label, parts = "ended", [f"after {steps} of {planned} steps, {fmt.duration(seconds)}"]
         if best:
             parts.append(f"best {fmt.loss(best[0])} bits/byte at step {best[1]}")
-        parts += [f"{skipped} skipped", *([picture] if picture else [])]
+        parts.append(f"{skipped} skipped")
+        if memory:
+            parts.append(
+                f"{fmt.memory(memory['perf/memory_mb'])} of memory, {fmt.memory(memory['mem/host_added_peak_mb'])} added by the run"
+            )
+        parts += [picture] if picture else []
         self._labelled(label, " · ".join(parts), CLOSING_INDENT, "bold green")
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Lines that are aligned already, such as the tables of recorded steps."""
+        for line in lines:
+            self._put(Text(line))
 
     def sample(self, prompt: str, text: str) -> None:
         """What the model writes after `prompt`, on one line."""

@@ -8,6 +8,7 @@ runs/NAME/ID/  run.json        what `python -m research runs` lists: name, id, s
                metrics.jsonl   one row per line (research/tracking/metrics.py)   samples.jsonl   what the model wrote
                loss.png        the loss curve                    source/         config.py, variant.py and SHA256SUMS
                evaluations/    step_000300.json, the results of `evaluate`
+               profile/        traces and summary of the steps that `profile.steps` names
                checkpoints/    step_000300/ …                    logs/           rank_0.txt …        wandb/   W&B's own files
                lock/           which process may change the run (research/tracking/run_lock.py)
 ```
@@ -86,6 +87,7 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     incidents = property(lambda self: self.path / "incidents")
     logs = property(lambda self: self.path / "logs")
+    profile = property(lambda self: self.path / "profile")
     wandb = property(lambda self: self.path / "wandb")
     wandb_json = property(lambda self: self.path / "wandb.json")
     lock = property(lambda self: self.path / "lock")

@@ -1,9 +1,12 @@
 """Records a run: metrics.jsonl and samples.jsonl first, then Weights & Biases (research/tracking/wandb_mirror.py)."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from research.tracking import wandb_artifacts
 from research.tracking.metrics import JsonLines, plain
 from research.tracking.run_folder import FINISHED, RunFolder
 from research.tracking.wandb_client import AXES, RunDescription
@@ -45,6 +48,7 @@ class Tracker:
         self._quiet = description is None
         if description is None:
             return
+        self._folder, self._referred = folder, set[str]()
         self._metrics, self._samples = JsonLines(folder.metrics), JsonLines(folder.samples)
         self._wandb = WandbMirror(folder, description, mode, self.notes, after)
         if after:
@@ -96,6 +100,23 @@ class Tracker:
         if not self._quiet:
             self._metrics.write_missing(map(str, rows.get(METRICS, ())))
             self._samples.write_missing(map(str, rows.get(SAMPLES, ())))
+
+    def alert(self, what: str, text: str, level: str = "WARN") -> None:
+        """A notification that W&B sends: `what` has happened to this run, in full `text`; `level` is INFO, WARN or ERROR."""
+        if not self._quiet:
+            self._wandb.alert(f"{what} · {self._folder.title}", text, level)
+
+    def refer_to_checkpoints(self, every: int) -> None:
+        """Tells W&B where the complete checkpoints are whose step is a multiple of `every` (0: none), each once."""
+        for path in [] if self._quiet else wandb_artifacts.checkpoints(self._folder, every):
+            if path.name not in self._referred:
+                self._referred.add(path.name)
+                self._wandb.refer_to(functools.partial(wandb_artifacts.of_checkpoint, self._folder, path))
+
+    def refer_to_store(self, prefix: Path) -> None:
+        """Tells W&B where the token store PREFIX.bin, .idx and .json is."""
+        if not self._quiet:
+            self._wandb.refer_to(functools.partial(wandb_artifacts.of_store, prefix))
 
     def finish(self, status: str = FINISHED) -> None:
         """Closes everything; `status` is finished, interrupted or failed. A second call does nothing.

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.tracking import metrics, wandb_record
+from research.tracking import metrics, wandb_artifacts, wandb_client, wandb_record
 from research.tracking.format import short_path
 from research.tracking.run_folder import RunFolder
+from research.tracking.wandb_artifacts import References
 from research.tracking.wandb_client import (
     FINISH_SECONDS,
     Opened,
@@ -45,6 +46,8 @@ class WandbMirror:
         """What to do with the W&B run, in order; None: the run has ended."""
         self._opened: Opened | None = None
         self._takes_tables = True
+        self._alerts: list[wandb_client.Alert] = []
+        self._references: list[Callable[[], References]] = []
         self._failure = ""
         """The note that says why W&B was given up before the end of the run."""
         self._exit_code = 0
@@ -81,6 +84,17 @@ class WandbMirror:
         """Queues the table of all samples so far."""
         samples = list(metrics.read(self._folder.samples))
         self._calls.put(lambda run: self._log_table(run, samples))
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Queues a notification, which W&B sends online, or when an offline run is synced."""
+        alert = wandb_client.Alert(title, text, level)
+        self._alerts.append(alert)
+        self._calls.put(lambda run: self._try("send an alert", wandb_client.send_alert, run, alert))
+
+    def refer_to(self, make: Callable[[], References]) -> None:
+        """Queues an artifact of references; `make` is called in W&B's thread, and may raise."""
+        self._references.append(make)
+        self._calls.put(lambda run: self._try("refer to files", lambda: wandb_artifacts.log(run, make())))
 
     def finish(self, exit_code: int) -> None:
         """Lets W&B write what it has, and waits for that for a limited time. What is missing then can be written later."""
@@ -131,7 +145,15 @@ class WandbMirror:
         call_with_timeout(end_process, 1.0)
         try:
             with wandb_record.replacing(self._folder.wandb, sorted(broken)):
-                wandb_record.write(self._folder, self._description, "offline", self._exit_code, after=self._after)
+                wandb_record.write(
+                    self._folder,
+                    self._description,
+                    "offline",
+                    self._exit_code,
+                    after=self._after,
+                    references=self._references,
+                    alerts=self._alerts,
+                )
         except Exception:  # the note on the first failure stays
             return
         self._notes[:] = [note for note in self._notes if note != self._failure]
@@ -145,6 +167,13 @@ class WandbMirror:
             if not self._left.is_set():
                 self._notes.append(self._failure)
             return None
+
+    def _try(self, what: str, call: Callable[..., Any], *arguments: Any) -> None:
+        """Like `_guard`, for what W&B can do without: a note is made, and W&B goes on being used."""
+        try:
+            call(*arguments)
+        except Exception as error:  # W&B is a mirror: whatever it raises must not reach the run
+            self._notes.append(f"W&B could not {what} ({reason(error)})")
 
     def _write_later(self) -> str:
         return f"metrics.jsonl has every row: `python -m research track {self._folder.shown}` writes them to W&B"

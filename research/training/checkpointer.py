@@ -107,6 +107,7 @@ class Checkpointer:
             return
         self.run.holding.check()
         checkpoint_folder.retain(self.run.folder.checkpoints, keep.keep_last, keep.keep_every)
+        self.run.tracker.refer_to_checkpoints(keep.keep_every)
         if not self._is_latest:
             run_folder.point_latest(self.run.folder.path.parent)
             self._is_latest = True

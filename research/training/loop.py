@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -26,10 +27,13 @@ from research.training.checkpointer import Checkpointer
 from research.training.finish import finish, show_next_commands
 from research.training.holding import deleted, disk_errors
 from research.training.job import Job
-from research.training.meter import gpu_memory, peak_memory_mb
 from research.training.periodic import Periodic
+from research.training.profiler import StepProfiler
 from research.training.schedule import learning_rate
 from research.training.state import Run
+
+TRIM_STEPS = 100
+"""Steps between two calls of malloc_trim, on every rank."""
 
 
 def train(job: Job, parents: Parents) -> None:
@@ -96,6 +100,8 @@ def train_and_finish(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, ch
             status = FINISHED if complete else INTERRUPTED
     finally:
         run.progress.advance("closing the tracker", Stage.LEAVING)
+        if status != FINISHED:
+            alert_of_end(run, status)
         run.tracker.finish(status)
         setup.show_notes(run.tracker, run.console)
     return status
@@ -117,10 +123,20 @@ def finish_in_trouble(run: Run, checkpointer: Checkpointer) -> None:
         run.failure = f"{run.failure.partition(' → ')[0]}, and no last checkpoint could be written: {mistake}"
 
 
+def alert_of_end(run: Run, status: str) -> None:
+    """Tells W&B that the run has ended before its last step, and why."""
+    error = sys.exc_info()[1]
+    stopped = signal.Signals(run.stop.signal).name if run.stop.signal else "it was asked to stop"
+    why = run.failure or (f"{type(error).__name__}: {error}" if error else stopped)
+    text = f"after step {run.step} of {run.job.experiment.schedule.steps}: {why}"
+    run.tracker.alert(status, text, "WARN" if status == INTERRUPTED else "ERROR")
+
+
 def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpointer: Checkpointer) -> None:
     """Optimizer steps until the last one, a signal, or an anomaly that ends the run."""
     schedule, optimizer, checkpoints = run.job.experiment.schedule, run.job.experiment.optimizer, run.job.experiment.checkpoints
     pauses = periodic.intervals | {"saving": checkpoints.every}
+    profiler = StepProfiler(run)
     run.console.columns()
     run.meter.start()
     periodic.carry_out(periodic.due)  # what the signal that ended the segment before this one has left undone
@@ -128,7 +144,8 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
         run.progress.stepping(run.step + 1)
         anomalies.begin_step(run.step + 1)
         lr = learning_rate(run.step, optimizer, schedule.steps, run.variants)
-        loss = run.engine.train_batch(step_batches(run), lr)
+        with profiler.step(run.step + 1):
+            loss = run.engine.train_batch(profiler.batches(run.meter.waited_for(step_batches(run))), lr)
         run.step += 1
         run.meter.step(loss)
         run.failure = anomalies.check(run.step, loss)
@@ -145,6 +162,10 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
             checkpointer.save()
         if checkpointer.unreported:
             checkpointer.poll()
+        # once in a while: what the heap holds and nobody uses goes back to the kernel
+        if run.step % TRIM_STEPS == 0:
+            run.meter.memory.trim()
+    profiler.close()
 
 
 def stopped(run: Run) -> bool:
@@ -171,15 +192,16 @@ def step_batches(run: Run) -> Iterator[MicroBatch]:
 
 def log_interval(run: Run, lr: float, pauses: dict[str, int]) -> None:
     """The row of the steps since the last one: their mean loss and speed, the last one's learning rate and gradient norm."""
-    loss, tokens_per_second = run.meter.interval()
+    interval = run.meter.interval()
     row = {
-        "train/loss": loss,
-        "train/ppl": perplexity(loss),
+        "train/loss": interval.loss,
+        "train/ppl": perplexity(interval.loss),
         "train/lr": lr,
         "train/grad_norm": run.engine.gradient_norm(),
-        "perf/tokens_per_second": tokens_per_second,
-        "perf/memory_mb": peak_memory_mb(),
-        **gpu_memory(),
+        "perf/tokens_per_second": interval.tokens_per_second,
+        "perf/step_ms": interval.step_ms,
+        "perf/data_ms": interval.data_ms,
+        **run.meter.memory_row(),
         **run.axes(),
     }
     run.tracker.log(row)

@@ -37,6 +37,7 @@ from research.cluster import agreement
 from research.cluster.agreement import Claims
 from research.cluster.environment import git_state
 from research.cluster.exit_codes import DISK, WRONG
+from research.cluster.memory import HostMemory
 from research.cluster.rendezvous import Rendezvous
 from research.cluster.software import code_digest, experiment_files, library_files
 from research.cluster.world import software
@@ -219,6 +220,7 @@ def prepare_run(
         tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, show)
     refuse_disagreement(data_claims(corpus, tasks), grid)
     watch.progress.advance("building the engine")
+    memory = HostMemory()
     engine = build_engine(job, grid, variants)
     preflight(job, folder, engine, resumed.step if resumed else 0)
     seed_generators(experiment.seed, grid)
@@ -233,9 +235,11 @@ def prepare_run(
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, held, engine, console, resumed)
-    meter = Meter(job.layout.tokens_per_step)
+    for store in (corpus.train, corpus.validation):
+        tracker.refer_to_store(store.prefix)
+    meter = Meter(job.layout.tokens_per_step, memory=memory)
     run = Run(job, held, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
-    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console), Periodic(run, text, tasks, prompts)
+    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console, tracker), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
         checkpointer.restore(facts)

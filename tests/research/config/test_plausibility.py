@@ -28,6 +28,10 @@ CONTRADICTIONS = [
         "watch.on_spike = 'stop' has no effect with watch.spike = 0, which detects no spike → set watch.spike, for example to 6",
     ),
     (
+        {"profile": {"memory": True}},
+        "profile.memory = True has no effect with profile.steps = None, which records no step → set profile.steps, such as 10-12",
+    ),
+    (
         {"checkpoints": {"keep_every": 50}},
         "checkpoints.keep_every = 50 has no effect with checkpoints.every = 0 → set checkpoints.every, for example to 50",
     ),
@@ -37,6 +41,11 @@ CONTRADICTIONS = [
     ),
 ]
 DOUBTS = [
+    (
+        {"profile": {"steps": "10-100"}},
+        "profile.steps = '10-100' records 91 steps, more than 50: all are kept in memory until the last one, and make the trace long → "
+        "use a few, such as 10-12",
+    ),
     (
         {"optimizer": {"betas": (0.95, 0.9)}},
         "optimizer.betas = 0.95, 0.9: the gradient's mean is longer than that of its square, the usual order is the other → use 0.9, 0.95",
@@ -100,7 +109,8 @@ FINE = [
 
 def settled(changes: dict) -> schema.Experiment:
     """The example with changes by group, of every group."""
-    groups = {"watch": schema.Watch, "checkpoints": schema.Checkpoints, "evaluate": schema.Evaluate, "sample": schema.Sample}
+    kinds = (schema.Watch, schema.Checkpoints, schema.Evaluate, schema.Sample, schema.Profile)
+    groups = {kind.SECTION: kind for kind in kinds}
     settings = {name: groups[name](**values) if name in groups else values for name, values in changes.items()}
     if "data" in settings:
         settings["data"] = schema.Data(**example().data.model_dump() | settings["data"])

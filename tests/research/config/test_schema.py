@@ -8,7 +8,7 @@ import pytest
 
 from models import config as shapes
 from models.config import FOLLOWING, ROTARY
-from research.config import GPT, Data, Experiment, Optimizer, Schedule, schema, serialization
+from research.config import GPT, Data, Experiment, Optimizer, Profile, Schedule, schema, serialization
 from research.config.overrides import parse
 from research.config.serialization import build, load, resolved, save
 from research.config.settings import is_group, needs
@@ -288,6 +288,30 @@ def test_schema_5_validated_on_all_of_the_held_out_text(tmp_path) -> None:
         del settings[group][name]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert load(tmp_path / "config.json") == example()
+
+
+@pytest.mark.parametrize(
+    ("steps", "mistake"),
+    [
+        ("12-10", "profile.steps = '12-10' ends at step 10, before it begins at step 12 → use 10-12"),
+        ("abc", "profile.steps = 'abc' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("", "profile.steps = '' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("-3", "profile.steps = '-3' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("1-2-3", "profile.steps = '1-2-3' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("10-12\n", "profile.steps = '10-12\\n' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("١-٢", "profile.steps = '١-٢' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("1" * 5000, f"profile.steps = '{'1' * 60}' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("0-3", "profile.steps = '0-3' begins at step 0, steps are counted from 1 → use 1-3"),
+        ("0", "profile.steps = '0' begins at step 0, steps are counted from 1 → use 1-1"),
+    ],
+)
+def test_steps_that_cannot_be_recorded_are_refused(steps: str, mistake: str) -> None:
+    assert sentence(lambda: Profile(steps=steps)) == mistake
+
+
+def test_the_steps_to_record_are_counted_from_1() -> None:
+    assert [list(Profile(steps=steps).recorded) for steps in ("10-12", "7", "1-1")] == [[10, 11, 12], [7], [1]]
+    assert not Profile().recorded and not Profile(memory=True).recorded
 
 
 def test_schema_6_profiled_no_steps(tmp_path) -> None:

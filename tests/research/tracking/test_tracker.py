@@ -4,6 +4,7 @@ Every run is a process of its own with an environment of its own; the times are 
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from research.tracking.tracker import Tracker
 from research.tracking.wandb_client import RunDescription
 from research.tracking.wandb_record import TEXTS
 from tests.research.helpers import wandb_servers as servers
+from tests.research.tracking.test_wandb_artifacts import checkpoint
 
 BOUND = 30  # seconds; promised: 10
 KEY = "0123456789" * 4
@@ -81,6 +83,10 @@ def run(mode="auto", rows=1, kill=0, again=True):
         tracker.log(LATER)
     tracker.samples(SAMPLES[:2])
     tracker.samples(SAMPLES[2:])
+    checkpoint(folder, 20)
+    for _ in range(2):
+        tracker.refer_to_checkpoints(every=10)
+    tracker.alert("failed", "after step 20 of 20: the loss is nan", "ERROR")
     if kill == signal.SIGTERM:  # found only when it is asked to finish
         _end_children(kill, again)
     ended = time.monotonic()
@@ -208,8 +214,30 @@ def test_the_offline_run_has_our_axes(offline):
         "val/loss": "progress/tokens",
         "val/bits_per_byte": "progress/tokens",
         "perf/*": "progress/step",
+        "mem/*": "progress/step",
         "progress/*": "progress/step",
     }
+
+
+def test_the_offline_run_refers_to_the_checkpoint_and_has_the_alert(offline):
+    """The checksums are those of the files; nothing is copied into W&B's folder."""
+    assert_has_artifact_and_alert(offline[0]["folder"])
+
+
+def assert_has_artifact_and_alert(folder):
+    (artifact,) = [one for one in of(inspected(folder), "artifact") if one["type"] != "run_table"]  # as W&B keeps the samples
+    assert (artifact["name"], artifact["type"], artifact["run_id"]) == (f"{folder.title}-checkpoints", "model", folder.title)
+    assert set(artifact["aliases"]) >= {"step_000020"} and json.loads(artifact["metadata"]) == {"step": 20, "tokens": 2000}
+    place = folder.checkpoints / "step_000020"
+    entries = {entry["path"]: (entry["ref"], int(entry["size"]), entry["digest"]) for entry in artifact["manifest"]["contents"]}
+    assert entries == {
+        path.name: (path.absolute().as_uri(), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in place.iterdir()
+    }
+    assert not [path for path in folder.wandb.rglob("*") if path.name in entries]
+    (alert,) = of(inspected(folder), "alert")
+    assert alert["title"] == f"failed · {folder.title}" and alert["text"] == "after step 20 of 20: the loss is nan"
+    assert (alert["level"], int(alert["wait_duration"])) == ("ERROR", 600_000)
 
 
 def test_the_offline_run_is_quiet_tidy_and_says_what_to_do(offline, tmp_path):
