@@ -34,7 +34,7 @@ END
 # those with NCCL too, and the lines of .deepspeed_env in the home and in this folder, which is written anew here. Nothing else travels,
 # not even PATH. An exported variable can be read by every user of the hosts (ps), so W&B's key is left out: say `wandb login` on the first
 # host. Rank 0 runs there, and is the only one to need it.
-env | grep -E '^({travels})[A-Za-z0-9_]*=[A-Za-z0-9@%+=:,./_-]*$' | grep -v '^{secret}=' > .deepspeed_env || true
+env -0 | grep -zE '^({travels})[A-Za-z0-9_]*=[A-Za-z0-9@%+=:,./_-]*$' | grep -zv '^{secret}=' | tr '\\0' '\\n' > .deepspeed_env || true
 
 # With `python -m research supervise` before `deepspeed`, the run is started again after a crash; with `supervise --shrink`, on fewer hosts
 # if one of them does not answer.

@@ -153,10 +153,8 @@ class HostLauncher:
         if choice.hosts == self._used:
             return
         before = sum(host.slots for host in self._used) // (self._shape.pipe * self._shape.tensor)
-        batch = (
-            f"{self._shape.batch_size} sequences = {choice.micro_batch_size} micro × {choice.accumulated} accumulated × {choice.data} data"
-        )
-        text = f"{len(self._used)} → {len(choice.hosts)} hosts, data {before} → {choice.data}; {batch}"
+        batch = f"{choice.micro_batch_size} micro × {choice.accumulated} accumulated × {choice.data} data"
+        text = f"{len(self._used)} → {len(choice.hosts)} hosts, data {before} → {choice.data}: {self._shape.batch_size} sequences = {batch}"
         text += f"; no answer from {silent}" if silent else "; all hosts answer"
         if len(choice.hosts) < len(answering):
             unit = self._shape.pipe * self._shape.tensor
