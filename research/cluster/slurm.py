@@ -28,8 +28,8 @@ srun --kill-on-bad-exit=0 --wait=0 {python} \\
     {command} || code=$?
 
 case $code in
-    0) exit 0 ;;         # all steps were taken
-    2 | 3) exit $code ;; # a mistake, or a run that has stopped itself: it would end in the same way again
+    0) exit 0 ;;             # all steps were taken
+    2 | 3 | 6) exit $code ;; # a mistake; a run that stopped itself, or was taken over: it would end in the same way again
 esac
 
 # 138 and 143: SIGUSR1 before the time limit, or SIGTERM at a preemption; the checkpoint is saved. Slurm does not requeue a job that has

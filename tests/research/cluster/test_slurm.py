@@ -86,11 +86,15 @@ class Job:
         return self.log.read_text() if self.log.exists() else "no log"
 
     def ended(self, *states: str) -> dict[str, str]:
-        """Waits for the job's last end. A requeued job would wait for two minutes: it starts at once here."""
+        """Waits for the job's last end. A requeued job would wait for two minutes: here it starts after two seconds.
+
+        Not at once: slurmd refuses ("Job credential revoked") what begins in the second in which it has ended the job.
+        """
 
         def over() -> bool:
             state = self.state
             if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
+                time.sleep(2)
                 self.slurm.command("scontrol", "update", f"JobId={self.number}", "StartTime=now", check=False)
             return state["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
