@@ -121,6 +121,7 @@ def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             name = word[2:].partition("=")[0].replace("-", "_")
             words = settings if name in settings_names or "." in name else ours
         words.append(word)
+        words = ours if "=" in word and word.startswith("--") else words  # nothing follows --name=value
     return ours, [*settings, *argv[end + 1 :]]
 
 
