@@ -80,7 +80,7 @@ def test_a_hostfile_and_a_torchrun_script(capsys: pytest.CaptureFixture) -> None
 
 
 MISTAKES = {
-    "--slurm --nodes 4 --gpus 8 --parallel.tensor 4": "parallel.tensor = 4 does not divide model.num_heads = 6 → use 1, 2, 3 or 6",
+    "--slurm --nodes 3 --gpus 3 --parallel.tensor 4": "parallel.tensor = 4 does not divide model.num_heads = 6 → use 1, 2, 3 or 6",
     "--slurm --nodes 4 --gpus 8 --parallel.tensor 3": "divide nodes × GPUs = 4 × 8 = 32 → use --gpus 6 or 9, or --nodes 3 or 6",
     "--slurm --nodes 1 --gpus 1 --parallel.pipe 4": "4 × 1 = 4 does not divide nodes × GPUs = 1 × 1 = 1 → use --gpus 4, or --nodes 4",
     "--slurm --nodes 4 --gpus 8": "is not a multiple of schedule.micro_batch_size × data ranks = 8 × 32 = 256 → use batch_size",
