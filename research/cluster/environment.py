@@ -125,6 +125,13 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+def kept_alive_by_ssh(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variable that lets pdsh, and so `deepspeed --hostfile`, notice within a minute that a host is gone. Else ssh waits for ever."""
+    name = "PDSH_SSH_ARGS_APPEND"
+    given = (os.environ if environ is None else environ).get(name, "")
+    return {name: f"{given} -o ServerAliveInterval=15 -o ServerAliveCountMax=3".strip()}
+
+
 def choose_accelerator() -> int:
     """Tell DeepSpeed to use the CPU where torch sees no accelerator. It would do the same, but with a warning on every rank.
 

@@ -16,10 +16,15 @@ MOST_TRIED = 65_536
 
 def check(experiment: Experiment, ranks: Ranks) -> None:
     """Raise the first Mistake found: the settings among themselves first, then the number of ranks, then the batch size."""
+    check_settings(experiment)
+    _check_world_and_batch(experiment, ranks)
+
+
+def check_settings(experiment: Experiment) -> None:
+    """Raise the first Mistake found in the settings among themselves, whatever the number of ranks."""
     _check_tensor_slicing(experiment)
     _check_pipeline_and_zero(experiment)
     _check_schedule(experiment)
-    _check_world_and_batch(experiment, ranks)
 
 
 def kv_heads_fit(model: GPT, tensor: int) -> bool:

@@ -11,11 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -212,17 +212,23 @@ def saved_step(run: RunFolder) -> int:
     return -1
 
 
-def supervise(command: list[str], settings: list[str], record: LaunchRecord, restarts: int) -> int:
+class Launches(Protocol):
+    """How one launch is done, where that is more than to run a command (research/reliability/hosts.py)."""
+
+    def run(self, launcher: Launcher, settings: Sequence[str]) -> int:
+        """One launch with these settings; returns its exit code once all its processes are gone."""
+
+
+def supervise(command: list[str], settings: list[str], record: LaunchRecord, restarts: int, on_hosts: Launches | None = None) -> int:
     """Launches `command` with `settings`, again after each crash, but `restarts` times at most without a newer checkpoint.
 
     After a launch whose disk was full it waits longer, and does not count it; damaged checkpoints are set aside first.
-
-    Returns the last launch's exit code, as a shell shows it.
+    `on_hosts` does the launches over several hosts. Returns the last launch's exit code, as a shell shows it.
     """
     launcher, arguments, tries, full = Launcher(), settings, 0, 0
     while True:
         record.begin()
-        code = launcher.run([*command, *arguments])
+        code = on_hosts.run(launcher, arguments) if on_hosts else launcher.run([*command, *arguments])
         tries = 0 if record.end() else tries
         outcome = outcome_of(record.code(code), launcher.signal, *record.state())
         full = full + 1 if outcome is Outcome.DISK_FULL else 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from parallel.errors import Mistake
 from research import ROOT
+from research.cli.supervise import _divided, main
 from research.config import serialization
 from research.config.experiment_folder import load
 from research.reliability.parents import LAUNCHER_GONE
@@ -224,6 +227,37 @@ def test_a_mistake_is_said_before_anything_is_launched(argv: list[str], said: st
     done = subprocess.run([sys.executable, "-m", "research", "supervise", *argv], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error  {said}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "ours", "settings"),
+    [
+        ("experiments/x --restarts 2 -- --seed 3", "experiments/x --restarts 2", "--seed 3"),
+        ("deepspeed --hostfile hosts experiments/x/launch.py --seed 3", "--launcher|deepspeed --hostfile hosts|experiments/x", "--seed 3"),
+        ("--shrink --restarts 2 deepspeed -H h x/launch.py", "--shrink --restarts 2 --launcher|deepspeed -H h|x", ""),
+        ("--restarts=2 launch.py --resume auto", "--restarts=2 .", "--resume auto"),
+        ("experiments/x -- --data.train launch.py", "experiments/x", "--data.train launch.py"),
+    ],
+)
+def test_a_launch_may_be_written_out(argv: str, ours: str, settings: str) -> None:
+    """A | b stands for a value with spaces."""
+    expected = [word for i, part in enumerate(ours.split("|")) for word in ([part] if i == 1 else part.split())]
+    assert _divided(argv.split()) == (expected, settings.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--shrink experiments/gpt_sotu", "--shrink chooses among the hosts of `deepspeed --hostfile FILE`, and it needs a hostfile →"),
+        ("--shrink torchrun experiments/gpt_sotu/launch.py", "and it needs a hostfile →"),
+        ("--shrink deepspeed -H h --num_gpus 2 experiments/gpt_sotu/launch.py", "and --num_gpus does not go with it →"),
+        ("--shrink deepspeed --hostfile=h --exclude=a experiments/gpt_sotu/launch.py", "and --exclude does not go with it →"),
+        ("deepspeed --hostfile none experiments/gpt_sotu/launch.py", "there is no hostfile none →"),
+    ],
+)
+def test_a_hostfile_that_cannot_be_supervised(argv: str, said: str) -> None:
+    with pytest.raises(Mistake, match=re.escape(said)):
+        main(argv.split())
 
 
 def test_it_waits_twice_as_long_each_time_and_a_minute_at_most() -> None:

@@ -1,0 +1,67 @@
+"""Which hosts `supervise --shrink` goes on with, and how the batch is then made. The launches themselves: end_to_end/test_shrink.py."""
+
+import itertools
+
+import pytest
+
+from research.cluster.hostfile import Host
+from research.reliability.hosts import Choice, HostLauncher, Shape, choose
+
+FOUR = [Host(f"node{number}", 2) for number in range(1, 5)]
+
+
+def named(*numbers: int) -> list[Host]:
+    return [FOUR[number - 1] for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("answering", "shape", "expected"),
+    [
+        # pipe, tensor, batch, micro                             hosts, data ranks, micro, accumulated
+        (named(1, 2, 4), Shape(1, 1, 24, 1), Choice(named(1, 2, 4), 6, 1, 4)),
+        (named(2, 3, 4), Shape(1, 1, 16, 2), Choice(named(2, 3), 4, 2, 2)),  # 6 data ranks do not divide 16
+        (named(1, 3, 4), Shape(1, 2, 24, 4), Choice(named(1, 3, 4), 3, 4, 2)),
+        (named(1, 2, 3), Shape(1, 1, 24, 3), Choice(named(1, 2, 3), 6, 2, 2)),  # 24 / 6 = 4 is no multiple of 3: micro-batches of 2
+        (named(1, 2, 3), Shape(1, 1, 42, 4), Choice(named(1, 2, 3), 6, 1, 7)),  # 7 is a prime
+        (named(1, 2, 3), Shape(2, 2, 8, 2), Choice(named(1, 2), 1, 2, 4)),  # 6 ranks are no multiple of 4
+        (named(3), Shape(1, 1, 8, 2), Choice(named(3), 2, 2, 2)),
+        (named(3), Shape(2, 2, 8, 2), None),  # 2 ranks cannot hold 4 slices
+        ([], Shape(1, 1, 8, 2), None),
+        ([Host("a", 4), Host("b", 2), Host("c", 4)], Shape(1, 1, 16, 1), Choice([Host("a", 4), Host("c", 4)], 8, 1, 2)),  # not 6, not 10
+        ([Host("a", 2), Host("b", 8)], Shape(1, 8, 8, 8), Choice([Host("b", 8)], 1, 8, 1)),
+    ],
+)
+def test_the_choice(answering: list[Host], shape: Shape, expected: Choice | None) -> None:
+    assert choose(answering, shape) == expected
+
+
+@pytest.mark.parametrize(("pipe", "tensor"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+def test_the_choice_is_the_best_of_all(pipe: int, tensor: int) -> None:
+    """Against all subsets of the hosts, one after the other; the arithmetic of the batch is what a launch checks."""
+    for slots in itertools.product((1, 2, 3), repeat=4):
+        hosts = [Host(f"node{i}", slot) for i, slot in enumerate(slots)]
+        for batch, micro in ((12, 2), (16, 4), (7, 1)):
+            subsets = [subset for size in range(1, 5) for subset in itertools.combinations(hosts, size)]
+            sizes = [(len(subset), sum(host.slots for host in subset)) for subset in subsets]
+            fitting = [size for size in sizes if size[1] % (pipe * tensor) == 0 and batch % (size[1] // (pipe * tensor)) == 0]
+            found = choose(hosts, Shape(pipe, tensor, batch, micro))
+            if found is None:
+                assert not fitting
+                continue
+            assert (len(found.hosts), sum(host.slots for host in found.hosts)) == max(fitting)
+            assert found.micro_batch_size * found.accumulated * found.data == batch and found.micro_batch_size <= micro
+
+
+@pytest.mark.parametrize(
+    ("command", "alone", "expected"),
+    [
+        ("deepspeed --hostfile hosts x.py", False, "deepspeed --hostfile NEW x.py"),
+        ("deepspeed -H hosts --quiet x.py", False, "deepspeed -H NEW --quiet x.py"),
+        ("deepspeed --quiet --hostfile=hosts x.py", True, "deepspeed --quiet --hostfile=NEW --force_multi x.py"),
+        ("deepspeed --force_multi --hostfile hosts x.py", True, "deepspeed --force_multi --hostfile NEW x.py"),
+    ],
+)
+def test_the_command_gets_the_chosen_hosts(command: str, alone: bool, expected: str, tmp_path) -> None:
+    """On one host, without --force_multi, DeepSpeed would start the ranks where `supervise` runs, which may be another host."""
+    launcher = HostLauncher(command.split(), FOUR, Shape(1, 1, 8, 1), tmp_path, shrink=True, port=None)
+    assert launcher._with_hostfile("NEW", alone) == expected.split()
