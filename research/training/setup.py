@@ -173,17 +173,11 @@ def open_folder(job: Job, resumed: Start | None) -> Holding:
                 run_folder.start(folder, source=run_folder.keep_source(folder, job.folder), **facts)
     # Log records and warnings go into the run folder instead of between the lines of the terminal.
     log_format = "%(asctime)s %(name)s %(levelname)s %(message)s"
-    logging.basicConfig(handlers=[_RankLog(folder.rank_log(rank))], level=logging.INFO, format=log_format)
+    logging.basicConfig(filename=folder.rank_log(rank), level=logging.INFO, format=log_format)
+    logging.raiseExceptions = False  # a full disk costs records, ours and W&B's, but prints no traceback for each on the terminal
     logging.captureWarnings(True)
     warnings.simplefilter("default")
     return Holding(folder, lock, experiment)
-
-
-class _RankLog(logging.FileHandler):
-    """A rank's log. A disk that is full costs records, but prints no traceback for each of them between the lines of the terminal."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        return
 
 
 def header(job: Job, folder: RunFolder, console: Console) -> None:

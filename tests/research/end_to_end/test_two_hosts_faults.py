@@ -157,8 +157,11 @@ def test_a_name_that_leads_each_host_to_itself(cluster: Cluster) -> None:
     assert helped.code == 0 and helped.status == "finished", helped.err
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
 def test_a_cable_is_cut(launcher: str, cluster: Cluster) -> None:
+    """The ranks of both hosts leave. ssh, as the deepspeed command uses it, notices a lost host only if it is told to ask for it."""
+    with (cluster[0].files / "home/.ssh/config").open("a") as config:
+        config.write("  ServerAliveInterval 5\n  ServerAliveCountMax 3\n")
     begun = hosts.launch(cluster, launcher, watch__hang_seconds=HANG, **LONG)
     folder = come_to_step(begun, 3)
     cluster[1].cut()
@@ -169,6 +172,8 @@ def test_a_cable_is_cut(launcher: str, cluster: Cluster) -> None:
     assert "/research/training/" not in ended.err, "a traceback of ours"
     if launcher == "srun":
         assert [process.returncode for process in begun.processes] == [124, 124]
+    else:
+        assert ended.code != 0
 
 
 # What is killed
