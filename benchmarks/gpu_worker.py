@@ -235,7 +235,9 @@ def profile(small: bool = False, precision: str = "bf16", size: int = 8, steps: 
             step(number)
         torch.cuda.synchronize()
     distributed.stop()
-    kernels = [(e.time_range.start, e.time_range.end, e.name) for e in recorded.events() if e.device_type.name == "CUDA"]
+    # An annotation spans kernels and is none.
+    on_gpu = [e for e in recorded.events() if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)]
+    kernels = [(e.time_range.start, e.time_range.end, e.name) for e in on_gpu]
     return {"waits of the host per step": dict(sites), **timeline(kernels, steps)}
 
 

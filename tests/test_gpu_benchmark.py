@@ -99,3 +99,15 @@ def test_pauses_between_kernels_and_time_of_each() -> None:
     assert found["busy"] == round(6 / 12, 4) and found["kernels per step"] == 2.0
     assert found["longest pauses"] == [{"us": 6.0, "after": "b", "before": "c"}]
     assert list(found["most time, us per step"].items())[0][0] == "a"
+
+
+def test_speed_is_compared_with_the_peak_and_a_size_that_fails_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = loaded("gpu")
+    one = {"tokens_per_second": 1e5, "seconds_per_step": 0.2, "parameters": 124_000_000, "loss": [11.0, 9.0]}
+    one |= {"peak_allocated_mb": 1.0, "peak_reserved_mb": 2.0, "allocation_retries": 0}
+    monkeypatch.setattr(gpu.Bench, "run", lambda self, *tasks, on="": [{"name": "NVIDIA H200"}, one, {"error": "out of memory"}])
+    bench = gpu.Bench("cuda", tmp_path, 0.0)
+    gpu.speed(bench)
+    flops = 6 * 124e6 + 12 * 12 * 768 * 1024
+    assert bench.figures["micro-batch 8"]["mfu"] == pytest.approx(flops * 1e5 / 989e12)
+    assert bench.figures["micro-batch 32"] == {"error": "out of memory"} and [check["holds"] for check in bench.checks] == [True, False]

@@ -1,6 +1,5 @@
 """What the engines do otherwise on a GPU, as far as a CPU can run it: DeepSpeed's flags, copies of micro-batches, numbers read per step."""
 
-import functools
 import math
 import traceback
 
@@ -23,8 +22,17 @@ SETTINGS = EngineSettings("fp32", 1, 4, 1, clip=1.0, lr=1e-3, betas=(0.9, 0.95),
 def flags_of_gpus(layout: dict) -> tuple[dict, dict]:
     """What a training finds with the derived settings of a CPU, and with those of a GPU."""
     cpu = training.train(5, weights=True, **layout)
-    engines.derive = functools.partial(lambda settings, cuda: derive(settings, cuda=True))
-    return cpu, training.train(5, weights=True, **layout)
+    flags = []
+
+    def derived(settings: EngineSettings, cuda: bool) -> dict:
+        config = derive(settings, cuda=True)
+        flags.append([config["zero_optimization"][name] for name in ("overlap_comm", "contiguous_gradients")])
+        return config
+
+    engines.derive = derived
+    gpu = training.train(5, weights=True, **layout)
+    assert flags == [[True, True]]
+    return cpu, gpu
 
 
 LAYOUTS = {
