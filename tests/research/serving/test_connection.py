@@ -127,13 +127,13 @@ def test_chunks_with_extensions_and_trailers(server):
 
 
 def test_expect_100_continue(server):
-    """A client that waits for leave to send its body gets it, or the refusal at once; then the connection is not used again."""
+    """A client that waits for leave to send its body gets it, or the refusal at once."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as line:
         line.sendall(POST + LENGTH + b"expect: 100-continue\r\n\r\n")
         assert line.recv(1000).startswith(b"HTTP/1.1 100")
         line.sendall(BODY)
         assert line.recv(65536).startswith(b"HTTP/1.1 200")
-    refused = said(server, POST.replace(b"application/json", b"text/plain") + LENGTH + b"expect: 100-continue\r\n\r\n")
+    refused = said(server, POST.replace(b"application/json", b"text/plain") + LENGTH + b"expect: 100-continue\r\n\r\n", answers=1)
     assert refused.startswith(b"HTTP/1.1 415") and len(STATUS.findall(refused)) == 1
 
 
@@ -209,16 +209,16 @@ def parse(sent: bytes) -> None:
     "make",
     [
         lambda n: HEALTH[:-2] + b"x:" + b" " * n + b"\0\r\n\r\n",
-        lambda n: HEALTH[:-2] + b"x:" + b"\t " * (n // 2) + b"\0\r\n\r\n",
-        lambda n: HEALTH[:-2] + b"x:" + b"a " * (n // 2) + b"\0\r\n\r\n",
-        lambda n: HEALTH[:-2] + (b"x:" + b" " * 250 + b"\0\r\n") * (n // 255) + b"\r\n",
-        lambda n: HEALTH[:-2] + b"a:b\r\n" * (n // 5) + b"\r\n",
-        lambda n: HEALTH[:-2] + b"x: b\r\n" + b" b\r\n" * (n // 4) + b"\r\n",
-        lambda n: HEALTH[:-2] + b"content-length: " + b"5," * (n // 2) + b"5\r\n\r\n",
+        pytest.param(lambda n: HEALTH[:-2] + b"x:" + b"\t " * (n // 2) + b"\0\r\n\r\n", marks=pytest.mark.slow),
+        pytest.param(lambda n: HEALTH[:-2] + b"x:" + b"a " * (n // 2) + b"\0\r\n\r\n", marks=pytest.mark.slow),
+        pytest.param(lambda n: HEALTH[:-2] + (b"x:" + b" " * 250 + b"\0\r\n") * (n // 255) + b"\r\n", marks=pytest.mark.slow),
+        pytest.param(lambda n: HEALTH[:-2] + b"a:b\r\n" * (n // 5) + b"\r\n", marks=pytest.mark.slow),
+        pytest.param(lambda n: HEALTH[:-2] + b"x: b\r\n" + b" b\r\n" * (n // 4) + b"\r\n", marks=pytest.mark.slow),
+        pytest.param(lambda n: HEALTH[:-2] + b"content-length: " + b"5," * (n // 2) + b"5\r\n\r\n", marks=pytest.mark.slow),
         lambda n: POST + CHUNKED + b"\r\n5;" + b" " * n + b"\n\r\n",
-        lambda n: POST + CHUNKED + b"\r\n0\r\nx:" + b" " * n + b"\0\r\n\r\n",
-        lambda n: POST + CHUNKED + b"\r\n" + b"1\r\n \r\n" * (n // 6),
-        lambda n: b"GET /" + b"%41" * (n // 3) + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        pytest.param(lambda n: POST + CHUNKED + b"\r\n0\r\nx:" + b" " * n + b"\0\r\n\r\n", marks=pytest.mark.slow),
+        pytest.param(lambda n: POST + CHUNKED + b"\r\n" + b"1\r\n \r\n" * (n // 6), marks=pytest.mark.slow),
+        pytest.param(lambda n: b"GET /" + b"%41" * (n // 3) + b" HTTP/1.1\r\nhost: localhost\r\n\r\n", marks=pytest.mark.slow),
     ],
 )
 def test_the_time_to_parse_is_in_proportion_to_the_bytes(make):
