@@ -130,7 +130,8 @@ class WandbMirror:
         if self._opened is None or self._opened.mode != "online":
             run.log(wandb_record.table(samples))
         elif self._takes_tables:
-            self._takes_tables = bool(call_with_timeout(lambda: run.log(wandb_record.table(samples)) or True, TABLE_SECONDS))
+            answers = self._takes_references
+            self._takes_tables = answers and bool(call_with_timeout(lambda: run.log(wandb_record.table(samples)) or True, TABLE_SECONDS))
             if not self._takes_tables:
                 self._notes.append("W&B did not take the table of samples → each sample is a row there, and samples.jsonl has all")
 
@@ -139,7 +140,8 @@ class WandbMirror:
         if self._opened is None or self._opened.mode != "online":
             self._try("refer to files", lambda: wandb_artifacts.log(run, make()))
         elif self._takes_references:
-            self._takes_references = bool(call_with_timeout(lambda: wandb_artifacts.log(run, make()), TABLE_SECONDS))
+            answers = self._takes_tables  # a server that was silent once is not waited for again
+            self._takes_references = answers and bool(call_with_timeout(lambda: wandb_artifacts.log(run, make()), TABLE_SECONDS))
             if not self._takes_references:
                 self._notes.append("W&B did not take references to files → no checkpoint and no store is an artifact there")
 
