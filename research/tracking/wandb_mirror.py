@@ -89,7 +89,7 @@ class WandbMirror:
         """Queues a notification, which W&B sends online, or when an offline run is synced."""
         alert = wandb_client.Alert(title, text, level)
         self._alerts.append(alert)
-        self._calls.put(lambda run: self._try("send an alert", wandb_client.send_alert, run, alert))
+        self._calls.put(lambda run: self._send_alert(run, alert))
 
     def refer_to(self, make: Callable[[], References]) -> None:
         """Queues an artifact of references; `make` is called in W&B's thread, and may raise."""
@@ -134,6 +134,13 @@ class WandbMirror:
             self._takes_tables = answers and bool(call_with_timeout(lambda: run.log(wandb_record.table(samples)) or True, TABLE_SECONDS))
             if not self._takes_tables:
                 self._notes.append("W&B did not take the table of samples → each sample is a row there, and samples.jsonl has all")
+
+    def _send_alert(self, run: Any, alert: wandb_client.Alert) -> None:
+        """Online only while the server answers: W&B's own process does not end before a server has taken an alert."""
+        if self._opened is None or self._opened.mode != "online" or (self._takes_tables and self._takes_references):
+            self._try("send an alert", wandb_client.send_alert, run, alert)
+        else:
+            self._notes.append("W&B sends no alert, for its server has not answered → run.json says how the run has ended")
 
     def _log_references(self, run: Any, make: Callable[[], References]) -> None:
         """Online W&B asks its server first; if that does not answer in time, it is asked no more."""
