@@ -74,8 +74,8 @@ def checkpoints(folder: RunFolder, every: int = 1) -> list[Path]:
     return [path for path in steps(folder.checkpoints) if every and step_of(path) % every == 0]
 
 
-def log(run: Any, references: References) -> None:
-    """Logs the artifact in the W&B run. Raises what W&B raises, and ValueError if a file is not there."""
+def log(run: Any, references: References) -> bool:
+    """Logs the artifact in the W&B run; True. Raises what W&B raises, and ValueError if a file is not there."""
     import wandb
 
     artifact = wandb.Artifact(references.name, references.kind, description=references.description, metadata=dict(references.metadata))
@@ -83,6 +83,7 @@ def log(run: Any, references: References) -> None:
         (entry,) = artifact.add_reference(file.path.absolute().as_uri(), name=name, checksum=False)
         entry.digest, entry.size = file.sha256, file.size  # W&B's own would be that of the path
     run.log_artifact(artifact, aliases=[references.alias] if references.alias else None)
+    return True
 
 
 def artifact_name(text: str) -> str:

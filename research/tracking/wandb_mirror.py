@@ -45,7 +45,7 @@ class WandbMirror:
         self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         """What to do with the W&B run, in order; None: the run has ended."""
         self._opened: Opened | None = None
-        self._takes_tables = True
+        self._takes_tables = self._takes_references = True
         self._alerts: list[wandb_client.Alert] = []
         self._references: list[Callable[[], References]] = []
         self._failure = ""
@@ -89,12 +89,12 @@ class WandbMirror:
         """Queues a notification, which W&B sends online, or when an offline run is synced."""
         alert = wandb_client.Alert(title, text, level)
         self._alerts.append(alert)
-        self._calls.put(lambda run: self._try("send an alert", wandb_client.send_alert, run, alert))
+        self._calls.put(lambda run: self._send_alert(run, alert))
 
     def refer_to(self, make: Callable[[], References]) -> None:
         """Queues an artifact of references; `make` is called in W&B's thread, and may raise."""
         self._references.append(make)
-        self._calls.put(lambda run: self._try("refer to files", lambda: wandb_artifacts.log(run, make())))
+        self._calls.put(lambda run: self._log_references(run, make))
 
     def finish(self, exit_code: int) -> None:
         """Lets W&B write what it has, and waits for that for a limited time. What is missing then can be written later."""
@@ -130,9 +130,27 @@ class WandbMirror:
         if self._opened is None or self._opened.mode != "online":
             run.log(wandb_record.table(samples))
         elif self._takes_tables:
-            self._takes_tables = bool(call_with_timeout(lambda: run.log(wandb_record.table(samples)) or True, TABLE_SECONDS))
+            answers = self._takes_references
+            self._takes_tables = answers and bool(call_with_timeout(lambda: run.log(wandb_record.table(samples)) or True, TABLE_SECONDS))
             if not self._takes_tables:
                 self._notes.append("W&B did not take the table of samples → each sample is a row there, and samples.jsonl has all")
+
+    def _send_alert(self, run: Any, alert: wandb_client.Alert) -> None:
+        """Online only while the server answers: W&B's own process does not end before a server has taken an alert."""
+        if self._opened is None or self._opened.mode != "online" or (self._takes_tables and self._takes_references):
+            self._try("send an alert", wandb_client.send_alert, run, alert)
+        else:
+            self._notes.append("W&B sends no alert, for its server has not answered → run.json says how the run has ended")
+
+    def _log_references(self, run: Any, make: Callable[[], References]) -> None:
+        """Online W&B asks its server first; if that does not answer in time, it is asked no more."""
+        if self._opened is None or self._opened.mode != "online":
+            self._try("refer to files", lambda: wandb_artifacts.log(run, make()))
+        elif self._takes_references:
+            answers = self._takes_tables  # a server that was silent once is not waited for again
+            self._takes_references = answers and bool(call_with_timeout(lambda: wandb_artifacts.log(run, make()), TABLE_SECONDS))
+            if not self._takes_references:
+                self._notes.append("W&B did not take references to files → no checkpoint and no store is an artifact there")
 
     def _finish(self, run: Any) -> None:
         if row := wandb_record.pictures(self._folder):

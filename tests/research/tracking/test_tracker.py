@@ -330,10 +330,13 @@ def working():
 
 
 def test_online_mirrors_every_row(tmp_path, working):
-    """The server answers too little for the tables of a run under way: that is said once, and costs nothing else."""
+    """The server answers too little for the tables and artifacts of a run under way: that is said once each, and costs nothing else."""
     told, errors = launch(tmp_path, server=working)
     assert told["line"] == f"W&B online · {working}/somebody/tessera/runs/{told['folder'].title}"
-    assert ["did not take the table of samples" in note for note in told["notes"]] == [True]
+    assert [note.partition(" → ")[0] for note in told["notes"]] == [
+        "W&B did not take the table of samples", "W&B did not take references to files",
+        "W&B sends no alert, for its server has not answered",
+    ]  # fmt: skip
     seen = [{key: value for key, value in row.items() if not key.startswith("_")} for row in servers.Works.rows]
     assert [row.get("progress/step") for row in seen] == [10, 20, 20, 20, 20, 20] and seen[0] == ROWS[0] and seen[2] == ROWS[2]
     first = servers.Works.runs[0]
@@ -379,13 +382,17 @@ def test_a_row_without_an_axis_is_refused(tmp_path):
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet = Tracker(run_folder.RunFolder(tmp_path / "none"), None, "online", after=5)
-    known = {"log", "samples", "finish", "line", "write_waiting", "waiting", "write_missing"}
+    known = {"log", "samples", "alert", "refer_to_checkpoints", "refer_to_store", "finish", "line"}
+    known |= {"write_waiting", "waiting", "write_missing"}
     assert {name for name in vars(Tracker) if not name.startswith("_")} == known
     quiet.write_waiting()
     quiet.write_missing({"metrics": ["{}"]})
     assert quiet.waiting == {}
     quiet.log({})
     quiet.samples([{}])
+    quiet.alert("failed", "why")
+    quiet.refer_to_checkpoints(every=1)
+    quiet.refer_to_store(Path("nowhere"))
     quiet.finish("failed")
     assert (quiet.line, quiet.notes, list(tmp_path.iterdir())) == ("", [], [])
 

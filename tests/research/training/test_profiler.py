@@ -174,7 +174,7 @@ def test_a_run_that_is_stopped_and_resumed_records_by_the_number_of_its_steps(st
     resumed = go(stage, "PP2", "stopped", resume="auto", **profile)
     assert resumed.folder.path == stopped.folder.path and summary(resumed)["steps"] == [7, 8]
     assert {event["name"] for event in trace(resumed, 1)} >= {"step 7", "step 8"}
-    (later,) = [go(stage, "PP2", "stopped", resume="auto", **profile | {"schedule": {"steps": 12}})]
+    later = go(stage, "PP2", "stopped", resume=str(stopped.folder.path), **profile | {"schedule": {"steps": 12}})
     assert "profile.steps = '5-8' are over: the run goes on after step 10 → name later steps, or None" in later.said
     assert later.codes == [0, 0] and summary(later)["steps"] == [7, 8]
 
