@@ -215,21 +215,21 @@ def tell(ranks: Ranks, mistake: Mistake, patience: float = PATIENCE) -> None:
     The other ranks have most likely found the same one. So rank 0 reports at once, and any other rank waits until rank 0 has come to
     the store without one, or for `patience` seconds: then no launcher has ended it because of an error on rank 0, and it reports.
     """
-    deadline = time.monotonic() + patience
+    deadline, text = time.monotonic() + patience, _named(ranks, socket.gethostname(), str(mistake))
     if ranks.rank == 0:
         if ranks.world == ranks.local_world and ranks.launcher != "srun":  # srun may leave the other ranks running
             return
-        sys.stderr.write(f"error  {sentence(mistake)}\n")
+        sys.stderr.write(f"error  {sentence(text)}\n")
         sys.stderr.flush()
     with contextlib.suppress(RuntimeError):  # the store cannot be made, or has gone
         rendezvous = _open_or_none(ranks, patience)
         if rendezvous and ranks.rank == 0:
-            rendezvous.fail(str(mistake), shows=False)
+            rendezvous.fail(text, shows=False)
         while rendezvous and not (rendezvous.failure() or rendezvous.store.check(["host/0"])) and time.monotonic() < deadline:
             time.sleep(LONGEST_PAUSE)
         if rendezvous:
-            rendezvous.fail(_named(ranks, rendezvous.host, str(mistake)))
-    raise SharedMistake(_named(ranks, socket.gethostname(), str(mistake)), reports=ranks.rank > 0)
+            rendezvous.fail(text)
+    raise SharedMistake(text, reports=ranks.rank > 0)
 
 
 def _open_or_none(ranks: Ranks, seconds: float) -> Rendezvous | None:

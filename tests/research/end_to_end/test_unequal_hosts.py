@@ -84,10 +84,22 @@ def test_a_variant_that_does_not_import_on_one_host(place: Place, tmp_path: Path
     assert "variant.py:1: ModuleNotFoundError: No module named 'no_such_module'" in text
 
 
-def test_a_runs_folder_that_is_not_shared(place: Place, tmp_path: Path) -> None:
-    trees = tree(tmp_path / "a"), tree(tmp_path / "b")
-    text = refused(launch(place, trees, track__runs="my_runs", **DATA), place, "the hosts do not share ")
-    assert f"{trees[0]}/my_runs" in text and "set track.runs to a folder on one" in text, "the tree at another path is visible here"
+def test_check_cluster_shows_every_difference_and_writes_nothing(place: Place, tmp_path: Path) -> None:
+    trees = tree(tmp_path / "a"), tree(tmp_path / "b", GELU)
+    begun = launch(place, trees, options=["--check-cluster"], words=([], ["--model.num_layers", "3"]), **DATA)
+    refused(begun, place, "has model.num_layers = 3, rank 0 on ")
+    assert not place.runs.exists()
+    shown = [line.split() for line in begun.said().splitlines()]
+    assert any(words[:2] == ["model.num_layers", "2"] for words in shown) and any(
+        words[:2] == ["models/mlp.py", "SHA-256"] for words in shown
+    )
+
+
+def test_check_cluster_of_equal_hosts_times_the_links(place: Place, tmp_path: Path) -> None:
+    ended = launch(place, options=["--check-cluster"], **DATA).wait(LIMIT)
+    assert ended.code == 0 and ended.err == "" and not place.runs.exists(), ended.err
+    assert "agree · checked in " in ended.out and any(line.startswith("data ") and line.endswith("GB/s") for line in ended.out.splitlines())
+    assert all(len(line) <= 80 for line in ended.out.splitlines()), ended.out
 
 
 def test_a_host_that_does_not_come(place: Place) -> None:

@@ -1,5 +1,6 @@
 """A rank ends with its launcher, whichever of the launcher's processes was killed and when; what a shell started lives on."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 
 from research import ROOT
 from tests.parallel.test_process_identity import IN_A_NAMESPACE, can_unshare
+from tests.research.helpers import hosts
+from tests.research.helpers.launches import Place
 
 LIMIT = 60.0
 STARTS = """
@@ -164,3 +167,34 @@ def test_a_launcher_that_is_process_1_of_its_container_is_not_taken_for_init() -
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
     done = subprocess.run([*IN_A_NAMESPACE, sys.executable, "-c", launcher], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     assert done.stdout == "1 False\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not()))
+@pytest.mark.parametrize("before", ["", "export A=1; cd /; "], ids=["exec", "a list"])
+def test_ranks_on_other_hosts_end_when_pdsh_and_ssh_are_killed(before: str, tmp_path: Path) -> None:
+    """launch.py and the rank are files with their names; pdsh, ssh, sshd and the hosts are real."""
+    place = Place(tmp_path / "place")
+    with hosts.Cluster(place) as cluster:
+        work = place.path / "work"
+        work.mkdir()
+        work.chmod(0o777)  # on a host, another user writes here
+        rank = RANK.format(root=str(ROOT), here=str(work), launcher="deepspeed").replace(
+            "here / ", "here / __import__('socket').gethostname() / "
+        )
+        for name in cluster.names:
+            (work / name).mkdir()
+            (work / name).chmod(0o777)
+        (place.path / "rank.py").write_text(rank)
+        launcher = place.path / DEEPSPEED[1]
+        launcher.write_text(f"import subprocess, sys\nsubprocess.Popen([sys.executable, {str(place.path / 'rank.py')!r}]).wait()\n")
+        command = f"{before}{sys.executable} -u {launcher} --node_rank=%n"
+        begun = cluster[0].popen(["pdsh", "-R", "ssh", "-w", ",".join(cluster.names), command], Path("/"))
+        for name in cluster.names:
+            until(lambda name=name: (work / name / "followed").exists() and (work / name / "followed").read_text() == "2")
+        for process in cluster[0].processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name() in ("pdsh", "ssh"):
+                    process.kill()
+        begun.wait(LIMIT)
+        cluster.wait_until_idle(LIMIT)
