@@ -32,6 +32,7 @@ from research.tracking.console import Console
 from research.tracking.format import plural
 from research.tracking.streams import flushed_output, prepare_streams
 from research.training.job import Job, dry_run, resolve
+from research.training.resume import NEVER
 
 
 def run(file: str) -> None:
@@ -64,6 +65,11 @@ def _run(file: Path, argv: list[str]) -> None:
         if ranks.world > 1 and not {"--dry-run", "--dry_run"} & {*argv}:
             rendezvous.tell(ranks, mistake)
         raise
+    if "--check-cluster" in argv or "--check_cluster" in argv:
+        from research.training import cluster_check
+
+        cluster_check.check_cluster(job)
+        return
     from research.training import loop
 
     loop.train(job, parents)
@@ -84,7 +90,8 @@ def _prepared(file: Path, argv: list[str], ranks: Ranks) -> Job | None:
     if options.dry_run and ranks == ALONE:  # a dry run without a launcher assumes the smallest world that holds the layout
         world = experiment.parallel.pipe * experiment.parallel.tensor
         ranks = replace(ALONE, world=world, local_world=world)
-    job = resolve(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
+    searched = replace(options, resume=NEVER) if options.check_cluster else options  # nothing is resumed
+    job = replace(resolve(replace(loaded, experiment=experiment), overrides, ranks, searched, argv), resume_option=options.resume)
     if options.dry_run:
         if ranks.rank == 0:
             sys.stdout.write(dry_run(job, *git_state(job.root)))

@@ -16,7 +16,7 @@ from typing import Any
 
 from parallel.errors import Mistake
 from research.cluster.environment import Ranks, numeric_variables, threads_per_rank
-from research.cluster.network import gloo_address, interface_to, is_loopback, machine, unreachable_sentence
+from research.cluster.network import gloo_address, interface_to_others, is_loopback, machine, unreachable_sentence
 from research.cluster.rendezvous import Rendezvous
 from research.cluster.software import digest_of, library_versions
 
@@ -46,7 +46,7 @@ class Claims:
     address: str
     """The address that gloo gives to the other ranks."""
     interface: str
-    """The name of the interface that leads to the master address."""
+    """The name of the interface that leads to the other hosts."""
     named: dict[str, dict[str, Any]]
     """Kind -> name -> value; the kinds are those of WAYS_OUT."""
     rounding: dict[str, str] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Difference:
             missing = f"{self.claims} has no {self.name}" if self.claimed is None else f"{self.claims} has another {self.name}"
             extra = f"{self.claims} has {self.name}, which {self.first} has not"
             return extra if self.expected is None else f"{missing} than {self.first}" if self.claimed is not None else missing
-        return f"{self.claims} has {self.name} = {_shown(self.claimed)}, {self.first} has {_shown(self.expected)}"
+        return f"{self.claims} has {self.name} = {shown(self.claimed)}, {self.first} has {shown(self.expected)}"
 
 
 def claims_of(
@@ -95,7 +95,7 @@ def claims_of(
     name = torch.cuda.get_device_name(ranks.local_rank % torch.cuda.device_count()) if device == "cuda" else ""
     capability = torch.backends.cpu.get_cpu_capability()
     named: dict[str, dict[str, Any]] = {
-        "launch": {"the number of ranks": ranks.world, "the launcher": ranks.launcher, "the device": device, **options},
+        "launch": {"the number of ranks": ranks.world, "the device": device, **options},
         "settings": dict(settings),
         "versions": {**library_versions(), "CUDA": torch.version.cuda, "byte order": sys.byteorder},
         "variables": dict(numeric_variables()),
@@ -108,7 +108,7 @@ def claims_of(
         "processor": f"{platform.machine()} {capability}",
         **({"GPU": name} if name else {}),
     }
-    return Claims(ranks.rank, host, machine(), gloo_address(), interface_to(ranks.master_addr)[0], named, rounding)
+    return Claims(ranks.rank, host, machine(), gloo_address(), interface_to_others(ranks.master_addr), named, rounding)
 
 
 def agree(rendezvous: Rendezvous, claims: Claims) -> list[str]:
@@ -157,7 +157,7 @@ def disagreement(claims: Sequence[Claims]) -> str | None:
         more = [difference.name for difference in same_kind[1:]]
         text += f", and so {', '.join(more[:2])}" + (f" and {len(more) - 2} more files" if len(more) > 2 else "")
     elif len(same_kind) > 1:
-        text += "; " + "; ".join(f"{each.name} = {_shown(each.claimed)}, not {_shown(each.expected)}" for each in same_kind[1:3])
+        text += "; " + "; ".join(f"{each.name} = {shown(each.claimed)}, not {shown(each.expected)}" for each in same_kind[1:3])
         text += f" and {len(same_kind) - 3} more" if len(same_kind) > 3 else ""
     kinds = dict.fromkeys(each.kind for each in found if each.kind != found[0].kind)
     if kinds:
@@ -188,9 +188,25 @@ def rounding_warnings(claims: Sequence[Claims]) -> list[str]:
 
 
 def check_shared_folder(rendezvous: Rendezvous, folder: Path, setting: str) -> None:
-    """Every rank raises a SharedMistake unless all of them can read and write `folder`, which is created, as one and the same. Collective.
+    """Every rank raises a SharedMistake unless all of them can read and write `folder`, as one and the same. Collective."""
+    seen = folder_seen(rendezvous, folder, setting)
+    troubled = [each for each in seen if each[1]]
+    if not troubled:
+        return
+    who, trouble = troubled[0]
+    more = f" (and {len(troubled) - 1} more ranks)" if len(troubled) > 1 else ""
+    text = (
+        f"the hosts do not share {folder}: {seen[0][0]} has written to it, {who}{more} {trouble} → "
+        f"put the tree on a disk that all hosts share, at one path, or set {setting} to a folder on one"
+    )
+    rendezvous.refuse(f"not shared: {setting}", None, lambda values: text)
 
-    Rank 0 writes a file with a random content, every other rank must read it and write one beside it. All of them are removed.
+
+def folder_seen(rendezvous: Rendezvous, folder: Path, setting: str) -> list[list[str]]:
+    """(rank and host, why it cannot read and write what rank 0 has written to `folder`, or '') of each rank, on every rank. Collective.
+
+    Rank 0 writes a file with a random content, every other rank must read it and write one beside it. All of them are removed, and so
+    is the folder where it was not there before.
     """
     nonce, created = uuid.uuid4().hex, None
     if rendezvous.ranks.rank == 0:
@@ -204,7 +220,7 @@ def check_shared_folder(rendezvous: Rendezvous, folder: Path, setting: str) -> N
     try:
         trouble = _read_and_write(Path(path), nonce, rendezvous.ranks.rank)
         own = [f"rank {rendezvous.ranks.rank} on {rendezvous.host}", trouble]
-        rendezvous.refuse(f"seen in {setting}", own, lambda values: _not_shared(path, setting, values))
+        return rendezvous.decide(f"seen in {setting}", own, lambda values: values)
     finally:
         if rendezvous.ranks.rank == 0:
             for left in [nonce_path(folder, nonce), *folder.glob(f"{nonce_path(folder, nonce).name}.*")]:
@@ -244,24 +260,11 @@ def _read_and_write(folder: Path, nonce: str, rank: int) -> str:
     return ""
 
 
-def _not_shared(path: str, setting: str, values: Sequence[Sequence[str]]) -> str | None:
-    """A sentence about the first rank in trouble; None if there is none. `values`: (rank and host, trouble) of each rank."""
-    troubled = [value for value in values if value[1]]
-    if not troubled:
-        return None
-    who, trouble = troubled[0]
-    more = f" (and {len(troubled) - 1} more ranks)" if len(troubled) > 1 else ""
-    return (
-        f"the hosts do not share {path}: {values[0][0]} has written to it, {who}{more} {trouble} → "
-        f"put the tree on a disk that all hosts share, at one path, or set {setting} to a folder on one"
-    )
-
-
 def _digest(values: Mapping[str, Any]) -> str:
     return digest_of({name: json.dumps(value, sort_keys=True) for name, value in values.items()})
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as one would write it; 'no such value' for one that is not set."""
     if value is None:
         return "none"

@@ -38,8 +38,7 @@ def gloo_address(interfaces: list[str] | None = None, host: str | None = None) -
                 raise Mistake(
                     f"{GLOO_INTERFACE} = {name}, but {host} has the interfaces {listed(sorted(existing), 'and')} → name one of them"
                 )
-        addresses = [entry.address for entry in existing[interfaces[0]] if entry.family in (socket.AF_INET, socket.AF_INET6)]
-        return addresses[0].partition("%")[0] if addresses else ""
+        return next((address.partition("%")[0] for address in _addresses(interfaces[0])), "")
     try:
         entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -80,6 +79,19 @@ def interface_to(address: str) -> tuple[str, str]:
     except OSError:
         return "", ""
     return interface_of(own), own
+
+
+def interface_to_others(master: str) -> str:
+    """The name of the interface that leads to the master address; if that is this very host, the first one that is not its loopback."""
+    name, own = interface_to(master)
+    if name and not is_loopback(own):
+        return name
+    up = (name for name, state in psutil.net_if_stats().items() if state.isup)
+    return next((name for name in up if any(not is_loopback(each) for each in _addresses(name))), "")
+
+
+def _addresses(interface: str) -> list[str]:
+    return [entry.address for entry in psutil.net_if_addrs().get(interface, []) if entry.family in (socket.AF_INET, socket.AF_INET6)]
 
 
 def unreachable_sentence(host: str, address: str, own_interface: str) -> str:

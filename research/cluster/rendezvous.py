@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from parallel.errors import Mistake, SharedMistake, listed
-from research.cluster.environment import PORT_OPTION, Ranks, node_names, serves_store
+from research.cluster.environment import PORT_OPTION, Ranks, attempt, node_names, serves_store
 from research.cluster.exit_codes import CRASHED, HUNG, PATIENCE, WRONG, sentence
 from research.cluster.network import is_loopback, wait_until_listening
 
@@ -63,13 +63,21 @@ class Rendezvous:
             address = f"{ranks.master_addr}:{ranks.master_port}"
             raise Mistake(f"the ranks cannot meet: {address} {taken} → add `{option}` with a free port to the launch command") from error
         store.set_timeout(ANSWER)
-        return cls(ranks, store, seconds, report=report)
+        return cls(ranks, dist.PrefixStore(f"attempt_{attempt()}", store), seconds, report=report)
+
+    @classmethod
+    def alone(cls, ranks: Ranks) -> "Rendezvous":
+        """That of a world of one, which meets nobody."""
+        import torch.distributed as dist
+
+        return cls(ranks, dist.HashStore(), ANSWER.total_seconds())
 
     def arrive(self) -> None:
         """Says that this rank is there and has found no mistake so far. Two processes with one rank's number are a Mistake."""
         rank = self.ranks.rank
-        self._set(f"host/{rank}", [self.host, self.ranks.rank - self.ranks.local_rank])
-        if self.store.add(f"seat/{rank}", 1) > 1:
+        if self.store.add(f"seat/{rank}", 1) == 1:
+            self._set(f"host/{rank}", [self.host, self.ranks.rank - self.ranks.local_rank])
+        else:
             first = json.loads(self.store.get(f"host/{rank}"))[0]
             hosts = listed(dict.fromkeys([first, self.host]), "and")
             self.fail(
@@ -127,11 +135,16 @@ class Rendezvous:
                 self._linger(mistake.code)
             raise
         except Exception as error:
-            with contextlib.suppress(RuntimeError):  # the store is gone: rank 0 has left
-                is_mistake = isinstance(error, Mistake)
-                text = str(error) if is_mistake else f"{type(error).__name__}: {error}"
+            is_mistake = isinstance(error, Mistake)
+            text = str(error) if is_mistake else f"{type(error).__name__}: {error}"
+            try:
                 self.fail(_named(self.ranks, self.host, text), WRONG if is_mistake else CRASHED, shows=is_mistake)
-            raise
+            except RuntimeError:  # the store is gone: rank 0 has left
+                raise error from None
+            except SharedMistake:
+                if is_mistake:
+                    raise
+            raise  # Python shows the traceback
 
     def failure(self) -> bool:
         """Whether a rank has failed."""
@@ -259,8 +272,9 @@ def missing_sentence(
     groups = [f"{_ranks(numbers)} of {node}" for node, numbers in nodes.items()]
     here = listed(dict.fromkeys(host for host, _ in present.values()), "and") or "none"
     verb = "has" if len(missing) == 1 else "have"
+    what = "answered" if {*missing} <= {*present} else "come"
     return (
-        f"{listed(groups, 'and')} {verb} not come after {seconds:g} s, {len(present)} of {ranks.world} ranks are there (on {here}) → "
+        f"{listed(groups, 'and')} {verb} not {what} after {seconds:g} s, {len(present)} of {ranks.world} ranks are there (on {here}) → "
         "see what that node says, or raise watch.rendezvous_seconds"
     )
 

@@ -138,17 +138,26 @@ def diagnose_lost(lost: Mapping[int, Heartbeat], peers: list[Peer]) -> Diagnosis
         return Diagnosis(first.code, first.left, first.why)
     if first.left:
         return Diagnosis(1, OTHERS, f"{peer} has left: {first.why}")
-    return Diagnosis(1, OTHERS, f"{peer} is gone without a word, last seen {first.where}: killed from outside or for want of memory")
+    return Diagnosis(1, OTHERS, f"{peer} is gone without a word, last seen {first.where}: it, or its host, was ended from outside")
 
 
-def diagnose_error(error: BaseException, reason: str, lost: Callable[[], Mapping[int, Heartbeat]], peers: list[Peer]) -> Diagnosis:
-    """The cause of the main thread's exception: a signal (`reason` names it), another rank's end, or a fault of this rank."""
+def diagnose_error(
+    error: BaseException,
+    reason: str,
+    lost: Callable[[], Mapping[int, Heartbeat]],
+    vanished: Callable[[float], Mapping[int, Heartbeat]],
+    peers: list[Peer],
+) -> Diagnosis:
+    """The cause of the main thread's exception: a signal (`reason` names it), another rank's end, or a fault of this rank.
+
+    `lost` and `vanished` are PeerMonitor's: the ranks known to have left, and those of other machines without a sign of life.
+    """
     exits = isinstance(error, SystemExit)
     if exits or (isinstance(error, Exception) and FROM_ANOTHER_RANK.search(f"{type(error).__name__} {error}")):
         ends = time.monotonic() + (0.0 if exits else FIND_OUT_SECONDS)
         while not (gone := lost()) and time.monotonic() < ends:
             time.sleep(0.1)
-        if gone:
+        if gone := gone or (vanished(SILENT_SECONDS) if not exits else {}):
             return diagnose_lost(gone, peers)
     if isinstance(error, SystemExit):
         return Diagnosis(error.code if isinstance(error.code, int) else 1, SIGNAL, reason or "asked to stop")

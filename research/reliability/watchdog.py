@@ -87,7 +87,7 @@ class Watchdog:
         except BaseException as error:
             code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 0
             reason = self._diagnoser.reason_of(max(0, code - SIGNALLED))
-            diagnosis = diagnose_error(error, reason, peers.lost, peers.peers)
+            diagnosis = diagnose_error(error, reason, peers.lost, peers.vanished, peers.peers)
             self._why = diagnosis.why
             peers.announce(diagnosis.left, diagnosis.why, diagnosis.code)
             self._raise(diagnosis, error, peers)

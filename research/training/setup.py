@@ -107,7 +107,7 @@ def claims(job: Job, host: str) -> Claims:
         host,
         settings=flatten(serialization.resolved(job.experiment)),
         options={"--resume": job.resume_option},
-        weights={f"init_from = {job.experiment.init_from}": resume.init_from_digest(job.experiment, job.root)},
+        weights={"the initial weights": resume.init_from_digest(job.experiment, job.root)},
         library=library_files(job.root),
         experiment=experiment_files(job.folder),
     )
@@ -291,9 +291,9 @@ def show_notes(tracker: Tracker, console: Console) -> None:
 def data_claims(corpus: Corpus, tasks: Sequence[PreparedTask]) -> dict[str, str]:
     """Digests of what this rank reads, by the words for it. They are known once the text is prepared, and must be equal on all ranks."""
     return {
-        "data.train": str(corpus.train.facts.get("source_sha256")),
-        "data.validation": str(corpus.validation.facts.get("source_sha256")),
-        "data.tokenizer": corpus.tokenizer.fingerprint,
+        "the data of data.train": str(corpus.train.facts.get("source_sha256")),
+        "the data of data.validation": str(corpus.validation.facts.get("source_sha256")),
+        "the data of data.tokenizer": corpus.tokenizer.fingerprint,
         "the prepared data": corpus.fingerprint,
         **{f"the data of task {task.task.name!r}": task.digest for task in tasks},
     }

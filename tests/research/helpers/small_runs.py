@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -213,8 +213,13 @@ def other_seed_on_rank_1(rank: int) -> None:
     from research.training import setup
 
     claims = setup.claims
+
+    def other_seed(job: Any, host: str) -> Any:
+        found = claims(job, host)
+        return replace(found, named={**found.named, "settings": {**found.named["settings"], "seed": 99}})
+
     if rank == 1:
-        setup.claims = lambda job, corpus: claims(job, corpus) | {"the seed": "99"}
+        setup.claims = other_seed
 
 
 def other_text_on_rank_1(rank: int) -> None:
