@@ -106,10 +106,18 @@ class RunLock(LockView):
     """The lock in the hands of its holder. A thread writes the heartbeat from the moment it is taken until `release`."""
 
     def __init__(
-        self, place: Path, number: int, token: str, title: str, record: dict[str, Any], leave: Callable[[int], Any] = os._exit
+        self,
+        place: Path,
+        number: int,
+        token: str,
+        title: str,
+        record: dict[str, Any],
+        temporary: bool = False,
+        leave: Callable[[int], Any] = os._exit,
     ) -> None:
         """Made by `take`. `leave` ends the process if the lock is lost."""
         super().__init__(place, number, token)
+        self._temporary = temporary
         self.removed = False
         """Whether the lock's record was removed under its holder, as by `rm -r` of the run's folder."""
         self._title, self._record, self._leave, self._beat = title, record, leave, 0
@@ -122,8 +130,8 @@ class RunLock(LockView):
         if self.state() is State.TAKEN:
             self._lose()
 
-    def release(self, end: Mapping[str, Any] | None = None, remove: bool = False) -> None:
-        """Gives the lock up. `end`: how the run ended, where run.json could not be written. `remove`: deletes the lock's folder.
+    def release(self) -> None:
+        """Gives the lock up; the folder of a temporary one is removed, with the folders above it that are empty then.
 
         A second call does nothing.
         """
@@ -133,12 +141,14 @@ class RunLock(LockView):
         if self._thread.is_alive():
             self._thread.join(5 * BEAT_SECONDS)
         with contextlib.suppress(OSError):
-            if remove and self.state() is State.OURS:  # renamed while it is ours: whoever claims now, claims in a new folder
+            if self._temporary and self.state() is State.OURS:  # renamed while it is ours: whoever claims now, claims in a new folder
                 gone = self.place.with_name(f".{self.place.name.lstrip('.')}.{self.token}")
                 self.place.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
+                for folder in (self.place.parent, self.place.parent.parent):
+                    folder.rmdir()
             else:
-                self._write(released=True, **({"end": dict(end)} if end else {}))
+                self._write(released=True)
         self._drop_flock()
 
     def close(self) -> None:
@@ -221,19 +231,21 @@ def take(
     purpose: str = TRAINING,
     earlier: Owner | None = None,
     report: Callable[[str], object] = lambda line: None,
+    temporary: bool = False,
     leave: Callable[[int], Any] = os._exit,
 ) -> RunLock:
-    """Takes the lock in the folder `place`, whose parent exists. A Mistake names the holder if there is one.
+    """Takes the lock in the folder `place`. Held, a Mistake, names the holder if there is one.
 
-    `earlier`: who holds it if there is no record, for runs of older versions. `report` is told before a long wait.
+    `earlier`: who holds it if there is no record, for runs of older versions. `report` is told before a long wait. `temporary`: the
+    folder, and those above it that are missing, are made, and are removed by `release`.
     """
     for _ in range(ROUNDS):
         owner = newest(place) or earlier
         unseen = refuse_held(place, title, owner, report)
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=temporary, exist_ok=True)
         token, number = uuid.uuid4().hex, owner.number + 1 if owner else 1
         record = {"token": token, "purpose": purpose, "since": now(), "released": False, **asdict(ProcessIdentity.current())}
-        lock = RunLock(place, number, token, title, record, leave)
+        lock = RunLock(place, number, token, title, record, temporary, leave)
         try:
             if not claim(place, number, token, lock._encoded()):
                 continue  # another contender was faster: who it is, the next round says
