@@ -278,13 +278,18 @@ def refuse_held(place: Path, title: str, owner: Owner | None, report: Callable[[
         raise Held(title, owner, "")
     if seen is False:
         return False
+
+    def has_changed() -> bool:
+        """Whether the holder has released it, or another one has it by now."""
+        latest = newest(place)
+        return owner.number > 0 and (latest is None or latest.number != owner.number or latest.released)
+
     how_known = "it holds the lock" if is_flocked(place) else ""
-    if not how_known:
+    if not how_known and not has_changed():
         report(f"{title} may be in use by {owner}: its heartbeat is watched for {LISTEN_SECONDS:.0f} s …")
-        how_known = "its heartbeat goes on" if beating([place], LISTEN_SECONDS) else ""
-    latest = newest(place)
-    if latest is not None and latest.number != owner.number:  # another contender has it by now
-        return refuse_held(place, title, latest, report)
+        how_known = "its heartbeat goes on" if beating([place], LISTEN_SECONDS, has_changed) else ""
+    if has_changed():
+        return refuse_held(place, title, newest(place), report)
     if how_known:
         raise Held(title, owner, f"it cannot be seen from here, but {how_known}")
     return True

@@ -58,6 +58,18 @@ def disturb(dice: random.Random, host: Host, pid: int) -> None:
         host.signal(pid, signal.SIGKILL if kind == "kill" else signal.SIGTERM)
 
 
+def stop_and_go_on(dice: random.Random, run: Run, begun: list[tuple[Host, int]], flock: bool, elsewhere: Host) -> None:
+    """Stops all that run, starts one on the other host, and lets the stopped ones go on."""
+    time.sleep(dice.uniform(0.5, 1.5))
+    stopped = list(begun)
+    for host, pid in stopped:
+        host.signal(pid, signal.SIGSTOP)
+    begun.append((elsewhere, run.begin(elsewhere, flock, 150)))
+    time.sleep(dice.uniform(1.0, 6.0))
+    for host, pid in stopped:
+        host.signal(pid, signal.SIGCONT)
+
+
 def test_a_hundred_pairs_on_two_hosts(tmp_path: Path) -> None:
     """Half of them on a file system without flock, where only heartbeats and links tell."""
     seed = secrets.randbelow(10**6)
@@ -70,11 +82,16 @@ def test_a_hundred_pairs_on_two_hosts(tmp_path: Path) -> None:
             for host in pair:
                 begun.append((host, run.begin(host, flock, dice.randint(20, 150))))
                 time.sleep(dice.choice([0.0, 0.0, dice.uniform(0.0, 0.6)]))
-            disturb(dice, *dice.choice(begun))
+            if dice.random() < 0.2:  # one beside a stopped one, which wakes up when the other one has begun to write, or before
+                begun.append((pair[0], run.begin(pair[0], flock, 150)))
+                stop_and_go_on(dice, run, begun, flock, a if pair[0] is b else b)
+            else:
+                disturb(dice, *dice.choice(begun))
             codes += [host.wait(pid, 60.0) for host, pid in begun]
     counts = check(run.folder, run.told())
     print(f"{PAIRS} pairs, exit codes { {code: codes.count(code) for code in set(codes)} }, {counts}")
-    assert set(codes) <= {0, WRONG, TAKEN, -signal.SIGKILL} and codes.count(WRONG) > 10 and codes.count(-signal.SIGKILL) > 5
+    assert set(codes) <= {0, WRONG, TAKEN, -signal.SIGKILL, -signal.SIGTERM}, "SIGTERM ends a process that has not begun to write"
+    assert codes.count(WRONG) > 10 and codes.count(-signal.SIGKILL) > 5 and codes.count(TAKEN) > 2
 
 
 def check(folder: RunFolder, told: list[dict[str, Any]]) -> dict[str, int]:
@@ -211,7 +228,8 @@ def ended_first(begun: list[tuple[Host, int, Path]]) -> tuple[tuple[Host, int, P
             host, pid, output = one
             if (code := host.wait(pid, 0.1)) is not None:
                 said = output.read_text()
-                assert code == WRONG and said.count("\n") == 1 and NAMED.search(said), said
+                *listened, error = said.splitlines()
+                assert code == WRONG and error.startswith("error  ") and NAMED.search(error) and len(listened) <= 1, said
                 return other, output
     raise AssertionError([output.read_text() for _, _, output in begun])
 
