@@ -122,7 +122,7 @@ class RunLock(LockView):
         """Whether the lock's record was removed under its holder, as by `rm -r` of the run's folder."""
         self._title, self._record, self._leave, self._beat = title, record, leave, 0
         self._flock: int | None = None
-        self._closed, self._writing = threading.Event(), threading.Lock()
+        self._closed, self._writing, self._losing, self._lost = threading.Event(), threading.Lock(), threading.Lock(), False
         self._thread = threading.Thread(target=self._beat_until_closed, name="run lock", daemon=True)
 
     def check(self) -> None:
@@ -214,8 +214,10 @@ class RunLock(LockView):
 
     def _lose(self) -> NoReturn:
         """Another process writes the run now, so this one must not, not even run.json: it ends without any clean-up."""
-        with contextlib.suppress(OSError, ValueError):
-            os.write(STDERR, f"error  {self.why_lost(self._title)}\n".encode())
+        with self._losing, contextlib.suppress(OSError, ValueError):  # the main thread and the heartbeat's may find it at once
+            if not self._lost:
+                os.write(STDERR, f"error  {self.why_lost(self._title)}\n".encode())
+            self._lost = True
         self._leave(TAKEN)
         raise SystemExit(TAKEN)  # for a `leave` that returns
 
