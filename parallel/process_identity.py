@@ -53,8 +53,11 @@ class ProcessIdentity:
         """The process that these values name, among others; None if they do not name one. Older files have its host and pid only."""
         try:
             host, pid, boot_id, pid_namespace = values["host"], values["pid"], values["boot_id"], values["pid_namespace"]
-            return cls(str(host), int(pid), str(boot_id), str(pid_namespace), float(values["started_after_boot"]))
-        except (KeyError, TypeError, ValueError):
+            number = int(pid)
+            if not 0 < number < 2**31:  # the file may come from a stranger
+                return None
+            return cls(str(host), number, str(boot_id), str(pid_namespace), float(values["started_after_boot"]))
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def __str__(self) -> str:

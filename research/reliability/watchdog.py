@@ -91,6 +91,8 @@ class Watchdog:
             self._why = diagnosis.why
             peers.announce(diagnosis.left, diagnosis.why, diagnosis.code)
             self._raise(diagnosis, error, peers)
+        finally:
+            self._lock = None  # rank 0 gives it up when this rank may still be closing
 
     def _raise(self, diagnosis: Diagnosis, error: BaseException, peers: PeerMonitor) -> NoReturn:
         if diagnosis.left in (OTHERS, HANG):

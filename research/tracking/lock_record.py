@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,11 +183,14 @@ def signs_of_life(place: Path) -> dict[str, bytes]:
     return signs
 
 
-def beating(places: Sequence[Path], seconds: float) -> set[Path]:
-    """Those of the locks whose holder, or one of its ranks, changes a heartbeat within `seconds`, on whatever host."""
+def beating(places: Sequence[Path], seconds: float, is_over: Callable[[], bool] = lambda: False) -> set[Path]:
+    """Those of the locks whose holder, or one of its ranks, changes a heartbeat within `seconds`, on whatever host.
+
+    It ends earlier when all have, or when `is_over` says so.
+    """
     before, alive = {place: signs_of_life(place) for place in places}, set[Path]()
     ends = time.monotonic() + seconds
-    while len(alive) < len(before) and time.monotonic() < ends:
+    while len(alive) < len(before) and time.monotonic() < ends and not is_over():
         time.sleep(min(BEAT_SECONDS / 2, seconds))
         for place in before.keys() - alive:
             after = signs_of_life(place)

@@ -196,7 +196,7 @@ def end_unless_ended(folder: RunFolder, status: str, reason: str, rank_0: Proces
 
     `rank_0` is the process that run.json must name. While run.json is written here, nobody can take the lock over that rank 0 has left.
     """
-    with contextlib.suppress(FileNotFoundError), run_lock.kept_from_others(folder.lock, rank_0) as free:
+    with contextlib.suppress(OSError), run_lock.kept_from_others(folder.lock, rank_0) as free:
         run = read_json(folder.run)
         process = ProcessIdentity.from_json(run)
         if free and run.get("status") == RUNNING and (process is None or process.is_same(rank_0)):

@@ -106,15 +106,23 @@ class RunLock(LockView):
     """The lock in the hands of its holder. A thread writes the heartbeat from the moment it is taken until `release`."""
 
     def __init__(
-        self, place: Path, number: int, token: str, title: str, record: dict[str, Any], leave: Callable[[int], Any] = os._exit
+        self,
+        place: Path,
+        number: int,
+        token: str,
+        title: str,
+        record: dict[str, Any],
+        temporary: bool = False,
+        leave: Callable[[int], Any] = os._exit,
     ) -> None:
         """Made by `take`. `leave` ends the process if the lock is lost."""
         super().__init__(place, number, token)
+        self._temporary = temporary
         self.removed = False
         """Whether the lock's record was removed under its holder, as by `rm -r` of the run's folder."""
         self._title, self._record, self._leave, self._beat = title, record, leave, 0
         self._flock: int | None = None
-        self._closed, self._writing = threading.Event(), threading.Lock()
+        self._closed, self._writing, self._losing, self._lost = threading.Event(), threading.Lock(), threading.Lock(), False
         self._thread = threading.Thread(target=self._beat_until_closed, name="run lock", daemon=True)
 
     def check(self) -> None:
@@ -122,8 +130,8 @@ class RunLock(LockView):
         if self.state() is State.TAKEN:
             self._lose()
 
-    def release(self, end: Mapping[str, Any] | None = None, remove: bool = False) -> None:
-        """Gives the lock up. `end`: how the run ended, where run.json could not be written. `remove`: deletes the lock's folder.
+    def release(self) -> None:
+        """Gives the lock up; the folder of a temporary one is removed, with the folders above it that are empty then.
 
         A second call does nothing.
         """
@@ -133,12 +141,14 @@ class RunLock(LockView):
         if self._thread.is_alive():
             self._thread.join(5 * BEAT_SECONDS)
         with contextlib.suppress(OSError):
-            if remove and self.state() is State.OURS:  # renamed while it is ours: whoever claims now, claims in a new folder
+            if self._temporary and self.state() is State.OURS:  # renamed while it is ours: whoever claims now, claims in a new folder
                 gone = self.place.with_name(f".{self.place.name.lstrip('.')}.{self.token}")
                 self.place.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
+                for folder in (self.place.parent, self.place.parent.parent):
+                    folder.rmdir()
             else:
-                self._write(released=True, **({"end": dict(end)} if end else {}))
+                self._write(released=True)
         self._drop_flock()
 
     def close(self) -> None:
@@ -204,8 +214,10 @@ class RunLock(LockView):
 
     def _lose(self) -> NoReturn:
         """Another process writes the run now, so this one must not, not even run.json: it ends without any clean-up."""
-        with contextlib.suppress(OSError, ValueError):
-            os.write(STDERR, f"error  {self.why_lost(self._title)}\n".encode())
+        with self._losing, contextlib.suppress(OSError, ValueError):  # the main thread and the heartbeat's may find it at once
+            if not self._lost:
+                os.write(STDERR, f"error  {self.why_lost(self._title)}\n".encode())
+            self._lost = True
         self._leave(TAKEN)
         raise SystemExit(TAKEN)  # for a `leave` that returns
 
@@ -221,19 +233,21 @@ def take(
     purpose: str = TRAINING,
     earlier: Owner | None = None,
     report: Callable[[str], object] = lambda line: None,
+    temporary: bool = False,
     leave: Callable[[int], Any] = os._exit,
 ) -> RunLock:
-    """Takes the lock in the folder `place`, whose parent exists. A Mistake names the holder if there is one.
+    """Takes the lock in the folder `place`. Held, a Mistake, names the holder if there is one.
 
-    `earlier`: who holds it if there is no record, for runs of older versions. `report` is told before a long wait.
+    `earlier`: who holds it if there is no record, for runs of older versions. `report` is told before a long wait. `temporary`: the
+    folder, and those above it that are missing, are made, and are removed by `release`.
     """
     for _ in range(ROUNDS):
         owner = newest(place) or earlier
         unseen = refuse_held(place, title, owner, report)
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=temporary, exist_ok=True)
         token, number = uuid.uuid4().hex, owner.number + 1 if owner else 1
         record = {"token": token, "purpose": purpose, "since": now(), "released": False, **asdict(ProcessIdentity.current())}
-        lock = RunLock(place, number, token, title, record, leave)
+        lock = RunLock(place, number, token, title, record, temporary, leave)
         try:
             if not claim(place, number, token, lock._encoded()):
                 continue  # another contender was faster: who it is, the next round says
@@ -266,13 +280,18 @@ def refuse_held(place: Path, title: str, owner: Owner | None, report: Callable[[
         raise Held(title, owner, "")
     if seen is False:
         return False
+
+    def has_changed() -> bool:
+        """Whether the holder has released it, or another one has it by now."""
+        latest = newest(place)
+        return owner.number > 0 and (latest is None or latest.number != owner.number or latest.released)
+
     how_known = "it holds the lock" if is_flocked(place) else ""
-    if not how_known:
+    if not how_known and not has_changed():
         report(f"{title} may be in use by {owner}: its heartbeat is watched for {LISTEN_SECONDS:.0f} s …")
-        how_known = "its heartbeat goes on" if beating([place], LISTEN_SECONDS) else ""
-    latest = newest(place)
-    if latest is not None and latest.number != owner.number:  # another contender has it by now
-        return refuse_held(place, title, latest, report)
+        how_known = "its heartbeat goes on" if beating([place], LISTEN_SECONDS, has_changed) else ""
+    if has_changed():
+        return refuse_held(place, title, newest(place), report)
     if how_known:
         raise Held(title, owner, f"it cannot be seen from here, but {how_known}")
     return True

@@ -78,7 +78,7 @@ def take(job: Job, folder: RunFolder) -> LockView:
         others = [other for other in job.locks if other is not lock]
         job.locks[:] = [lock]
         for other in others:
-            other.release(remove=True)
+            other.release()
         said = json.dumps([lock.number, lock.token])
     number, token = json.loads(broadcast_object(said))
     return job.locks[0] if job.ranks.rank == 0 else LockView(folder.lock, number, token)

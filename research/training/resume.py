@@ -208,7 +208,7 @@ def _find_newest(experiment: Experiment, source: Path, runs: Path, locks: list[R
             lock.release()
     finally:
         if start is not None:
-            start.release(remove=True)
+            start.release()
 
     checkpoint, damaged = checkpoint_folder.newest_whole(checkpoint_folder.up_to_latest(folder.checkpoints))
     if checkpoint is None:
@@ -236,8 +236,7 @@ def _lock_start(experiment: Experiment, source: Path, runs: Path) -> RunLock:
     settings = {name: value for name, value in flatten(serialization.resolved(experiment)).items() if not belongs(name, MAY_CHANGE)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
     place = runs / source.name / f".starting-{digest}"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return take(place, f"a run of {source.name} with these settings", run_folder.STARTING, report=_report)
+    return take(place, f"a run of {source.name} with these settings", run_folder.STARTING, report=_report, temporary=True)
 
 
 def _report(line: str) -> None:

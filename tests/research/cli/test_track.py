@@ -13,9 +13,11 @@ from parallel.files import read_json, write_json
 from research import ROOT
 from research.cli import track
 from research.tracking import run_folder, wandb_record
+from research.tracking.console import Console
 from research.tracking.metrics import JsonLines
 from research.tracking.plot import loss_curve
 from research.tracking.run_folder import RunFolder
+from research.tracking.run_lock import Held
 from research.tracking.wandb_client import Opened
 from tests.research.helpers import wandb_servers as servers
 from tests.research.tracking.test_tracker import CONFIG, KEY, ROWS, SAMPLES, inspected, of
@@ -203,3 +205,16 @@ def test_help_imports_neither_torch_nor_w_b() -> None:
     code += "except SystemExit: print({'torch', 'wandb'} & {*sys.modules})"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     assert said.splitlines()[-1] == "set()" and "metrics.jsonl" in said and "wandb leet" in said
+
+
+def test_a_run_that_is_in_use_is_not_tracked(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a launch that resumes it, before run.json says so; and no run is resumed while it is tracked."""
+    lock = run_folder.take_lock(folder)
+    with pytest.raises(Held, match=f"{folder.title} is running .process {os.getpid()} on "):
+        track.track(folder, "offline", Console())
+    lock.release()
+    lock = run_folder.take_lock(folder, track.PURPOSE)
+    with pytest.raises(Held, match=f"{folder.title} is in use by `python -m research track` .process {os.getpid()} on "):
+        run_folder.take_lock(folder)
+    lock.release()
+    assert capsys.readouterr().out == ""

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import signal
 import socket
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from parallel.checkpoint.folder import latest
 from parallel.files import read_json
 from research.cluster.exit_codes import DAMAGED, DISK
 from research.tracking.run_folder import RunFolder
+from research.tracking.run_lock import is_held
 from research.verification import torture
 from tests.research.helpers import small_runs as r
 from tests.research.helpers.small_runs import PHASES, Ended, Stage
@@ -129,3 +131,25 @@ def test_twenty_tortured_runs_lose_nothing(tmp_path: Path, capsys) -> None:
 
     assert torture.torture(load(r.ROOT / "experiments/gpt_sotu"), tmp_path, 20, 2, seed=1)[1] == 0
     assert "0 lost runs of 20" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_chain_of_five_kinds_of_kill_loses_nothing(stage: Stage) -> None:
+    """A signal, kill -9 of either rank, kill -9 in a save, an error: all 30 losses and every bit of the last weights and moments."""
+    settings = {"model": r.DROPS, "parallel": {"tensor": 2}, "schedule": {"steps": 30}}
+    undisturbed = stage.run("chain_undisturbed", 2, **settings)
+    kills = [
+        (functools.partial(r.signalled, signal.SIGUSR1, 1, 5), {138}),
+        (functools.partial(r.signalled, signal.SIGKILL, 0, 10), {-9}),
+        (functools.partial(r.signalled, signal.SIGKILL, 1, 14), {-9}),
+        (functools.partial(r.killed_in_a_save, "before the rename", 0, 3), {-9}),
+        (functools.partial(r.raises_in_step, 22), {1}),
+    ]
+    for prelude, codes in kills:
+        killed = stage.run("chain", 2, resume="auto", prelude=prelude, **settings)
+        assert codes & set(killed.codes) and all(killed.codes), killed.said
+    ended = stage.run("chain", 2, resume="auto", **settings)
+    assert ended.codes == [0, 0], ended.said
+    assert ended.hexes() == undisturbed.hexes() and list(ended.hexes()) == list(range(1, 31))
+    assert r.bits(ended.folder) == r.bits(undisturbed.folder)
+    assert len(read_json(ended.folder.run)["segments"]) == 6 and not is_held(ended.folder.lock)

@@ -76,7 +76,7 @@ def test_a_last_checkpoint_is_written_where_there_is_room_and_no_row_is_lost(tmp
 
 def test_a_folder_that_is_deleted_under_its_run_ends_it_with_a_checkpoint(tmp_path: Path) -> None:
     """Within seconds; the folder is made again with what the run still knows, so that it can go on."""
-    left = under_trouble(tmp_path, "delete", again=2001, settings=CONSTANT)
+    left = under_trouble(tmp_path, "delete", again=20, settings=CONSTANT)
     assert left["code"] == TAKEN and left["seconds"] < 60
     assert "error  the folder was deleted under gpt_sotu-" in left["err"] and "Traceback" not in left["err"] + left["out"]
     assert "was deleted while the run went on: its earlier rows and checkpoints are lost" in left["err"].splitlines()[-1]

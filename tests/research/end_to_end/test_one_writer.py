@@ -14,7 +14,9 @@ import pytest
 from parallel.files import read_json
 from research.cluster.exit_codes import TAKEN, WRONG
 from research.tracking import metrics, run_folder
+from research.tracking.lock_record import newest
 from research.tracking.run_folder import RunFolder
+from tests.research.helpers.launches import LIMIT, Place, _environment
 from tests.research.helpers.namespaces import Host, can_make_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not can_make_hosts(), reason="namespaces may not be made here")]
@@ -56,6 +58,18 @@ def disturb(dice: random.Random, host: Host, pid: int) -> None:
         host.signal(pid, signal.SIGKILL if kind == "kill" else signal.SIGTERM)
 
 
+def stop_and_go_on(dice: random.Random, run: Run, begun: list[tuple[Host, int]], flock: bool, elsewhere: Host) -> None:
+    """Stops all that run, starts one on the other host, and lets the stopped ones go on."""
+    time.sleep(dice.uniform(0.5, 1.5))
+    stopped = list(begun)
+    for host, pid in stopped:
+        host.signal(pid, signal.SIGSTOP)
+    begun.append((elsewhere, run.begin(elsewhere, flock, 150)))
+    time.sleep(dice.uniform(1.0, 6.0))
+    for host, pid in stopped:
+        host.signal(pid, signal.SIGCONT)
+
+
 def test_a_hundred_pairs_on_two_hosts(tmp_path: Path) -> None:
     """Half of them on a file system without flock, where only heartbeats and links tell."""
     seed = secrets.randbelow(10**6)
@@ -68,11 +82,16 @@ def test_a_hundred_pairs_on_two_hosts(tmp_path: Path) -> None:
             for host in pair:
                 begun.append((host, run.begin(host, flock, dice.randint(20, 150))))
                 time.sleep(dice.choice([0.0, 0.0, dice.uniform(0.0, 0.6)]))
-            disturb(dice, *dice.choice(begun))
+            if dice.random() < 0.2:  # one beside a stopped one, which wakes up when the other one has begun to write, or before
+                begun.append((pair[0], run.begin(pair[0], flock, 150)))
+                stop_and_go_on(dice, run, begun, flock, a if pair[0] is b else b)
+            else:
+                disturb(dice, *dice.choice(begun))
             codes += [host.wait(pid, 60.0) for host, pid in begun]
     counts = check(run.folder, run.told())
     print(f"{PAIRS} pairs, exit codes { {code: codes.count(code) for code in set(codes)} }, {counts}")
-    assert set(codes) <= {0, WRONG, TAKEN, -signal.SIGKILL} and codes.count(WRONG) > 10 and codes.count(-signal.SIGKILL) > 5
+    assert set(codes) <= {0, WRONG, TAKEN, -signal.SIGKILL, -signal.SIGTERM}, "SIGTERM ends a process that has not begun to write"
+    assert codes.count(WRONG) > 10 and codes.count(-signal.SIGKILL) > 5 and codes.count(TAKEN) > 2
 
 
 def check(folder: RunFolder, told: list[dict[str, Any]]) -> dict[str, int]:
@@ -114,3 +133,109 @@ def test_the_check_finds_two_writers(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="process 7 on b"):
         check(run.folder, [*took, {"refused": "mine-x is running (process 7 on b, since now) → wait", "at": 1.0}])
     assert read_json(run.folder.run)["status"] == "interrupted"
+
+
+class Trainings:
+    """Real trainings of one run, on hosts that see one disk."""
+
+    def __init__(self, place: Place, **settings: Any) -> None:
+        self.place, self.number = place, 0
+        settings = {"schedule.steps": 100_000, "schedule.validate_every": 0, "schedule.log_every": 1, "checkpoints.every": 50} | settings
+        self.command = [sys.executable, "experiments/gpt_sotu/launch.py", *place.settings(settings), "--resume", "auto"]
+
+    def begin(self, host: Host) -> tuple[Host, int, Path]:
+        """Starts `--resume auto` on this host; returns the host, the process and its output."""
+        self.number += 1
+        output = self.place.path / f"training_{self.number}.txt"
+        return host, host.start(self.command, output, _environment(self.place)), output
+
+    def until(self, output: Path, words: str) -> str:
+        """Waits until the output has these words."""
+        deadline = time.monotonic() + LIMIT
+        while words not in (said := output.read_text(errors="replace")):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        return said
+
+    def until_rows(self, more: int) -> None:
+        """Waits until the only run has so many rows more than now."""
+        begun, deadline = len(self.rows()), time.monotonic() + LIMIT
+        while len(self.rows()) < begun + more:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    @property
+    def folder(self) -> RunFolder:
+        (folder,) = run_folder.every(self.place.runs)
+        return folder
+
+    def rows(self) -> list[dict[str, Any]]:
+        return list(metrics.read(self.folder.metrics)) if run_folder.every(self.place.runs) else []
+
+    def holder(self) -> str:
+        """The living holder of the run, as a refusal names it."""
+        owner = newest(self.folder.lock)
+        assert owner and not owner.released
+        return f"({owner})"
+
+
+def test_pairs_of_real_trainings_on_two_hosts(tmp_path: Path) -> None:
+    """Seven pairs: begun at once with no run and with one, on two hosts and on one, beside a running, a stopped and a killed one.
+
+    What is left of the run equals a run that nobody disturbed, row by row, as hexadecimal floats.
+    """
+    trainings = Trainings(Place(tmp_path))
+    with Host("host-a") as a, Host("host-b") as b:
+        # two that begin at once: nothing is there
+        winner, loser = ended_first([trainings.begin(a), trainings.begin(b)])
+        assert "a run of gpt_sotu with these settings is in use by `--resume auto` (process " in loser.read_text()
+        trainings.until_rows(120)
+        for host in (b, a):  # one beside a running one, from elsewhere and from the same host
+            refused(trainings, trainings.begin(host))
+        host, pid, output = winner  # a stopped one lives
+        host.signal(pid, signal.SIGSTOP)
+        refused(trainings, trainings.begin(b if host is a else a))
+        host.signal(pid, signal.SIGCONT)
+        trainings.until_rows(60)
+        host.signal(pid, signal.SIGKILL)  # a killed one is listened to, and then its run goes on elsewhere
+        other = b if host is a else a
+        host, pid, output = trainings.begin(other)
+        assert "its heartbeat is watched for 30 s" in trainings.until(output, "resume   step ")
+        trainings.until_rows(60)
+        host.signal(pid, signal.SIGUSR1)
+        assert host.wait(pid, LIMIT) == 128 + signal.SIGUSR1
+        for pair in ([a, b], [a, a]):  # two that resume at once
+            (host, pid, output), loser = ended_first([trainings.begin(host) for host in pair])
+            trainings.until_rows(60)
+            host.signal(pid, signal.SIGUSR1)
+            assert host.wait(pid, LIMIT) == 128 + signal.SIGUSR1
+        alone = Trainings(Place(tmp_path / "alone"))
+        host, pid, output = alone.begin(a)
+        trainings.until(output, "\n    1 ")
+        alone.until_rows(len(trainings.rows()))
+        host.signal(pid, signal.SIGKILL)
+    losses = [(row["progress/step"], float(row["train/loss"]).hex()) for row in trainings.rows()]
+    assert losses == [(row["progress/step"], float(row["train/loss"]).hex()) for row in alone.rows()][: len(losses)]
+    assert [step for step, _ in losses] == list(range(1, len(losses) + 1))
+    assert len(read_json(trainings.folder.run)["segments"]) == 4
+
+
+def ended_first(begun: list[tuple[Host, int, Path]]) -> tuple[tuple[Host, int, Path], Path]:
+    """(the one that trains, the output of the other one, which was refused with exit code 2)."""
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        for one, other in (begun, begun[::-1]):
+            host, pid, output = one
+            if (code := host.wait(pid, 0.1)) is not None:
+                said = output.read_text()
+                *listened, error = said.splitlines()
+                assert code == WRONG and error.startswith("error  ") and NAMED.search(error) and len(listened) <= 1, said
+                return other, output
+    raise AssertionError([output.read_text() for _, _, output in begun])
+
+
+def refused(trainings: Trainings, begun: tuple[Host, int, Path]) -> None:
+    """It ends with exit code 2 and a sentence that names the holder."""
+    host, pid, output = begun
+    code, said = host.wait(pid, LIMIT), output.read_text()
+    assert code == WRONG and f"error  {trainings.folder.title} is running {trainings.holder()}" in said, said

@@ -84,3 +84,15 @@ def test_results_of_an_older_schema_stay_and_are_not_known(run):
     kept(run).add(result(value=0.25))
     assert kept(run).known(KEY) and [one.metrics[0].value for one in kept(run).results] == [0.5, 0.25]
     assert read_json(path)["schema"] == 2
+
+
+def test_two_processes_that_evaluate_at_once_keep_the_results_of_both(run: RunFolder) -> None:
+    """Each has read the file before the other one has written it."""
+    one, other, third = kept(run), kept(run), dataclasses.replace(KEY, task="third")
+    one.add(result())
+    other.add(result(dataclasses.replace(KEY, task="other")))
+    one.add(result(third, 0.25))
+    one.add(result(third, 0.75))
+    found = kept(run)
+    assert [each.key.task for each in found.results] == ["lambada", "other", "third"]
+    assert found.of(third) == result(third, 0.75)

@@ -122,6 +122,22 @@ def killed_in_step_8(rank: int) -> None:
     before_step(rank, 8, lambda monitor: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def signalled(number: int, victim: int, step: int, rank: int) -> None:
+    """Rank `victim` gets this signal before this step."""
+    if rank == victim:
+        before_step(rank, step, lambda monitor: os.kill(os.getpid(), number))
+
+
+def raises_in_step(step: int, rank: int) -> None:
+    """An error on rank 1 before this step."""
+
+    def fail(monitor: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    if rank == 1:
+        before_step(rank, step, fail)
+
+
 def nan_gradient_in_step_5(rank: int) -> None:
     """On rank 1 alone, one parameter's gradient is NaN in step 5."""
 

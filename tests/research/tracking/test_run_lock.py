@@ -316,10 +316,11 @@ def test_how_a_run_ended_is_kept_in_a_record_of_the_same_size(place: Path) -> No
     assert newest(place).end["status"] == "failed"  # type: ignore[union-attr]
 
 
-def test_a_lock_that_is_removed_at_its_end_leaves_no_folder(place: Path) -> None:
-    lock = take(place, "the start")
-    lock.release(remove=True)
-    assert list(place.parent.iterdir()) == []
+def test_a_temporary_lock_leaves_no_folder(place: Path) -> None:
+    lock = take(place / "below", "the start", temporary=True)
+    (place.parent / "other").mkdir()
+    lock.release()
+    assert [path.name for path in place.parent.iterdir()] == ["other"]
     lock.release()
 
 

@@ -18,6 +18,7 @@ from parallel.checkpoint.reader import Reader
 from research import __main__ as research_main
 from research.config import serialization
 from research.tracking.format import one_line, printable
+from research.tracking.run_lock import is_held
 from tests.models.helpers import reference
 from tests.parallel.helpers.checkpoints import by_another_reader
 from tests.research.end_to_end.test_launchers import assert_same_experiment
@@ -61,8 +62,9 @@ def test_every_file_of_a_finished_run(ended: Ended) -> None:
     folder = ended.folder
     made = {path.name for path in folder.path.iterdir()} - {"wandb", "wandb.json"}
     assert made == {
-        "run.json", "config.json", "deepspeed.json", "metrics.jsonl", "samples.jsonl", "loss.png", "source", "checkpoints", "logs"
+        "run.json", "config.json", "deepspeed.json", "metrics.jsonl", "samples.jsonl", "loss.png", "source", "checkpoints", "logs", "lock"
     }  # fmt: skip
+    assert is_held(folder.lock) is False
     assert (folder.path.parent / "latest").is_symlink()
     assert folder.loss_png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["latest", "step_000006"]
