@@ -47,24 +47,26 @@ def broadcast_object(value: str) -> str:
 def together(grid: Grid) -> Iterator[None]:
     """Runs the `with` block on every rank; if it raised on any rank, every rank raises. Collective at the end of the block.
 
-    The block itself must not issue a collective. Every rank raises the error of the first failed rank: a SharedMistake that names the
-    rank and its host, unless it is rank 0's, or a RuntimeError that names both, where a rank that failed itself raises its own error.
-    Without this, the other ranks would wait in their next collective for a rank that has left.
+    The block itself must not issue a collective. Every rank raises the error of the first failed rank: a SharedMistake with its exit
+    code that names the rank and its host, unless it is rank 0's, or a RuntimeError that names both, where a rank that failed itself
+    raises its own error. Without this, the other ranks would wait in their next collective for a rank that has left.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    own = (isinstance(error, Mistake), f"{type(error).__name__}: {error}", str(error), socket.gethostname()) if error else None
+    code = error.code if isinstance(error, Mistake) else 0
+    own = (code, f"{type(error).__name__}: {error}", str(error), socket.gethostname()) if error else None
     failures = all_gather_objects(own, grid)
     if grid.world == 1 and error:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            is_mistake, text, sentence, host = failure
-            if is_mistake:
-                raise SharedMistake(f"(rank {rank} on {host}) {sentence}" if rank else sentence, reports=grid.rank == 0) from error
+            code, text, sentence, host = failure
+            if code:
+                shared = f"(rank {rank} on {host}) {sentence}" if rank else sentence
+                raise SharedMistake(shared, reports=grid.rank == 0, code=code) from error
             raise error or RuntimeError(f"rank {rank} on {host} failed: {text}")
 
 

@@ -165,6 +165,11 @@ def serves_store(ranks: Ranks, environ: Mapping[str, str] | None = None) -> bool
     return ranks.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
+def attempt(environ: Mapping[str, str] | None = None) -> str:
+    """How often torchrun has restarted the ranks: they come to the same store again. '0' under other launchers."""
+    return (os.environ if environ is None else environ).get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def node_names(ranks: Ranks, environ: Mapping[str, str] | None = None) -> list[str]:
     """The name of each rank's node as the launcher knows it, in rank order; empty where it does not say: under torchrun.
 

@@ -6,14 +6,21 @@ import sys
 import time
 from collections.abc import Iterator
 
-from parallel.errors import Mistake, SharedMistake
+from parallel.errors import Damaged, DiskRefuses, Mistake, SharedMistake
+from parallel.files import FULL
 
 CRASHED = 1
 """Exit code of an error that is no Mistake: Python's own."""
-WRONG = SharedMistake.WRONG
+WRONG = Mistake.code
 """Exit code of a Mistake."""
 WATCHED = 3
 """Exit code of a run that stopped itself: a loss or gradient that is not finite, too many skipped steps, a spike."""
+DISK = DiskRefuses.code
+"""Exit code of a run whose disk is full or refuses to be written: the same command works once there is room."""
+DAMAGED = Damaged.code
+"""Exit code of a run whose checkpoint is damaged: an older one may be whole."""
+TAKEN = 6
+"""Exit code of a run whose folder is not its own any more: it was deleted under the run, or another process has taken it over."""
 HUNG = 124
 """Exit code of a run that was ended because it made no progress: the one that timeout(1) returns."""
 SIGNALLED = 128
@@ -46,7 +53,7 @@ def refuse(mistake: Mistake, rank: int, patience: float = PATIENCE) -> None:
     prefix = f"(rank {rank}) " if rank > 0 else ""
     sys.stderr.write(f"error  {prefix}{sentence(mistake)}\n")
     sys.stderr.flush()
-    raise SystemExit(WRONG)
+    raise SystemExit(mistake.code)
 
 
 def show_mistake(mistake: Mistake) -> None:
@@ -56,7 +63,7 @@ def show_mistake(mistake: Mistake) -> None:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Ends the process with exit code 2 and one sentence if the body raises a Mistake: for programs without a launcher."""
+    """Ends the process with the Mistake's exit code and one sentence if the body raises a Mistake: for programs without a launcher."""
     try:
         yield
     except Mistake as mistake:
@@ -77,6 +84,5 @@ def refused_files() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        raise Mistake(
-            f"{error.filename} cannot be used ({error.strerror}) → check the path, and whether you may read or write it"
-        ) from error
+        kind = DiskRefuses if error.errno in FULL else Mistake
+        raise kind(f"{error.filename} cannot be used ({error.strerror}) → check the path, and whether you may read or write it") from error

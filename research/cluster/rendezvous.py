@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from parallel.errors import Mistake, SharedMistake, listed
-from research.cluster.environment import PORT_OPTION, Ranks, node_names, serves_store
+from research.cluster.environment import PORT_OPTION, Ranks, attempt, node_names, serves_store
 from research.cluster.exit_codes import CRASHED, HUNG, PATIENCE, WRONG, sentence
 from research.cluster.network import is_loopback, wait_until_listening
 
@@ -63,7 +63,7 @@ class Rendezvous:
             address = f"{ranks.master_addr}:{ranks.master_port}"
             raise Mistake(f"the ranks cannot meet: {address} {taken} → add `{option}` with a free port to the launch command") from error
         store.set_timeout(ANSWER)
-        return cls(ranks, store, seconds, report=report)
+        return cls(ranks, dist.PrefixStore(f"attempt_{attempt()}", store), seconds, report=report)
 
     @classmethod
     def alone(cls, ranks: Ranks) -> "Rendezvous":

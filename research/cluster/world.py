@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import socket
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -16,6 +17,9 @@ from parallel.errors import Mistake
 from parallel.grid import Grid, make_grid
 from research.cluster.environment import GLOO_INTERFACE, Ranks, threads_per_rank
 from research.cluster.rendezvous import Rendezvous
+
+OF_THE_NETWORK = re.compile(r"\bgloo\b|nccl|socket|connect|timed? ?out", re.I)
+"""Matches torch's errors about ranks that do not reach one another."""
 
 
 @contextlib.contextmanager
@@ -34,7 +38,9 @@ def joined(
             rendezvous.decide("ready to connect", None, lambda values: None)  # from here on a rank that fails is missed by a collective
     try:
         distributed.start(ranks.rank, ranks.world, ranks.local_rank, rendezvous.whole_store if rendezvous else None)
-    except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
+    except RuntimeError as error:
+        if not OF_THE_NETWORK.search(str(error)):
+            raise
         raise Mistake(
             f"rank {ranks.rank} on {socket.gethostname()} cannot connect to the other ranks ({str(error).splitlines()[0][:160]}) → "
             f"see whether a firewall closes ports between the hosts, and whether {GLOO_INTERFACE} names the right interface; "

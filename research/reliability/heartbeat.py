@@ -185,24 +185,6 @@ class Heartbeats:
             self._folder.heartbeat(self._rank).unlink(missing_ok=True)
 
 
-def is_beating(folder: RunFolder, seconds: float) -> bool:
-    """Whether a rank of the run writes heartbeats, on whatever machine: whether the content of its files changes within `seconds`."""
-
-    def contents() -> dict[str, bytes]:
-        read = {}
-        for path in folder.logs.glob(HEARTBEATS):
-            with contextlib.suppress(OSError):
-                read[path.name] = path.read_bytes()
-        return read
-
-    before, ends = contents(), time.monotonic() + seconds
-    while time.monotonic() < ends:
-        time.sleep(min(1.0, seconds))
-        if any(before.get(name) != content for name, content in contents().items()):  # a removed file is no sign of life
-            return True
-    return False
-
-
 def stack_of(thread: int, root: Path) -> list[str]:
     """The stack of the thread, innermost frame last: 'research/training/loop.py:90 train_steps' with the path relative to `root`.
 

@@ -14,7 +14,7 @@ import socket
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,26 @@ import numpy as np
 import torch
 
 from models import gpt
+from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import MANIFEST
-from parallel.checkpoint.load import load_checkpoint, load_initial
+from parallel.checkpoint.load import load_initial
 from parallel.distributed import device
 from parallel.engines import process_state
 from parallel.engines.engine import Engine, make_engine
 from parallel.errors import SharedMistake
-from parallel.files import free_bytes, megabytes, write_json
+from parallel.files import FULL, free_bytes, megabytes, write_json
 from parallel.grid import Grid
 from parallel.object_collectives import all_gather_objects, broadcast_object, together
 from parallel.slices import slice_of
 from research.cluster import agreement
 from research.cluster.agreement import Claims
 from research.cluster.environment import git_state
+from research.cluster.exit_codes import DISK, WRONG
 from research.cluster.rendezvous import Rendezvous
 from research.cluster.software import code_digest, experiment_files, library_files
 from research.cluster.world import software
 from research.config import serialization
-from research.config.diff import Change, describe_changes, flatten
+from research.config.diff import describe_changes, flatten
 from research.config.experiment_folder import load_variants
 from research.config.layout import engine_settings
 from research.config.plausibility import doubts_of_text
@@ -50,13 +52,15 @@ from research.evaluation import in_training
 from research.evaluation.in_training import PreparedTask
 from research.reliability.watchdog import Watchdog
 from research.tracking import format as fmt
-from research.tracking import run_folder, wandb_client
+from research.tracking import run_folder, segments, wandb_client
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from research.tracking.tracker import Tracker
-from research.training import components, resume, samples
+from research.training import components, holding, resume, room, samples
 from research.training.anomalies import AnomalyMonitor
 from research.training.checkpointer import Checkpointer, refuse_other_data
+from research.training.fallback import Start, load_newest_whole
+from research.training.holding import Holding
 from research.training.job import Job, describe, layout_line
 from research.training.meter import Meter
 from research.training.periodic import Periodic
@@ -66,24 +70,14 @@ STATE_BYTES = 12
 """Bytes per parameter in a checkpoint: its fp32 weight and Adam's two moments."""
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """A run that is resumed, as every rank knows it."""
-
-    folder: RunFolder
-    checkpoint: Path
-    step: int
-    changes: list[Change]
-    """The settings that differ from the checkpoint's."""
-
-    def line(self, facts: dict[str, Any], job: Job, engine: Engine, variants: Mapping[str, Any]) -> str:
-        """'step 120 of gpt_sotu-7f3a2c, step_000120 · bit for bit as if it had never stopped', or what else it is, and the changes."""
-        layout_and_machine = process_state.differences(facts, engine)
-        same_code = facts["code"] == code_digest(job.root) if "code" in facts else None
-        kind = engine.device.type
-        how = resume.continuation(facts["step"], self.changes, job.experiment, layout_and_machine, same_code, kind, variants)
-        words = [f"step {facts['step']} of {self.folder.title}, {self.checkpoint.name}", how]
-        return " · ".join([*words, *([describe_changes(self.changes)] if self.changes else [])])
+def resume_line(start: Start, facts: dict[str, Any], job: Job, engine: Engine, variants: Mapping[str, Any]) -> str:
+    """'step 120 of gpt_sotu-7f3a2c, step_000120 · bit for bit as if it had never stopped', or what else it is, and the changes."""
+    layout_and_machine = process_state.differences(facts, engine)
+    same_code = facts["code"] == code_digest(job.root) if "code" in facts else None
+    kind = engine.device.type
+    how = resume.continuation(facts["step"], start.changes, job.experiment, layout_and_machine, same_code, kind, variants)
+    words = [f"step {facts['step']} of {start.folder.title}, {start.checkpoint.name}", how]
+    return " · ".join([*words, *([describe_changes(start.changes)] if start.changes else [])])
 
 
 def meet(job: Job, console: Console, watch: Watchdog) -> tuple[Job, Mapping[str, Any], Rendezvous | None]:
@@ -138,7 +132,7 @@ def check_shared_checkpoint(rendezvous: Rendezvous, job: Job) -> None:
     rendezvous.refuse("the checkpoint's manifest", [rendezvous.host, digest], find_fault)
 
 
-def agree_on_resume(job: Job) -> Resumed | None:
+def agree_on_resume(job: Job) -> Start | None:
     """What rank 0 decided before torch was imported, on every rank."""
     resume, decided = job.resume, None
     if resume:
@@ -147,11 +141,11 @@ def agree_on_resume(job: Job) -> Resumed | None:
     if not decided:
         return None
     folder, checkpoint, step, changes = decided
-    return Resumed(RunFolder(Path(folder)), Path(checkpoint), step, [(name, then, now) for name, then, now in changes])
+    return Start(RunFolder(Path(folder)), Path(checkpoint), step, [(name, then, now) for name, then, now in changes])
 
 
-def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
-    """The run's folder, with config.json, source/ and run.json: created or reopened by rank 0 and known to all. Opens this rank's log."""
+def open_folder(job: Job, resumed: Start | None) -> Holding:
+    """The run's folder and its lock, with config.json, source/ and run.json: created or reopened by rank 0. Opens this rank's log."""
     experiment, rank = job.experiment, job.ranks.rank
     commit, dirty = git_state(job.root)
     facts: dict[str, Any] = {
@@ -162,23 +156,27 @@ def open_folder(job: Job, resumed: Resumed | None) -> RunFolder:
         "commit": commit,
         "dirty": dirty,
     }
-    if resumed:
-        folder = resumed.folder
-        if rank == 0:
-            run_folder.reopen(folder, resumed.step, {"started": run_folder.now(), "checkpoint": resumed.checkpoint.name, **facts})
-            serialization.save(experiment, folder.config)
-    else:
-        path = str(run_folder.create(job.root / experiment.track.runs, job.name).path) if rank == 0 else ""
-        folder = RunFolder(Path(broadcast_object(path)))
-        if rank == 0:
-            serialization.save(experiment, folder.config)
-            run_folder.start(folder, source=run_folder.keep_source(folder, job.folder), **facts)
+    created = "" if resumed or rank else str(run_folder.create(job.root / experiment.track.runs, job.name).path)
+    folder = resumed.folder if resumed else RunFolder(Path(broadcast_object(created)))
+    lock = holding.take(job, folder)
+    if rank == 0:
+        with holding.disk_errors(folder.path):
+            if resumed and job.resume:
+                damaged = job.resume.passed_over
+                checkpoint_folder.set_aside(folder.checkpoints / name for name in damaged)
+                segment = {"started": run_folder.now(), "checkpoint": resumed.checkpoint.name, **facts}
+                segments.reopen(folder, resumed.step, segment | ({"passed_over": damaged} if damaged else {}))
+                serialization.save(experiment, folder.config)
+            else:
+                serialization.save(experiment, folder.config)
+                run_folder.start(folder, source=run_folder.keep_source(folder, job.folder), **facts)
     # Log records and warnings go into the run folder instead of between the lines of the terminal.
     log_format = "%(asctime)s %(name)s %(levelname)s %(message)s"
     logging.basicConfig(filename=folder.rank_log(rank), level=logging.INFO, format=log_format)
+    logging.raiseExceptions = False  # a full disk costs records, ours and W&B's, but prints no traceback for each on the terminal
     logging.captureWarnings(True)
     warnings.simplefilter("default")
-    return folder
+    return Holding(folder, lock, experiment)
 
 
 def header(job: Job, folder: RunFolder, console: Console) -> None:
@@ -192,10 +190,10 @@ def header(job: Job, folder: RunFolder, console: Console) -> None:
 
 def prepare_run(
     job: Job,
-    folder: RunFolder,
+    held: Holding,
     grid: Grid,
     console: Console,
-    resumed: Resumed | None,
+    resumed: Start | None,
     watch: Watchdog,
     variants: Mapping[str, Any],
 ) -> tuple[Run, AnomalyMonitor, Periodic, Checkpointer]:
@@ -203,7 +201,7 @@ def prepare_run(
 
     `variants`: what the experiment names of its variant.py.
     """
-    experiment = job.experiment
+    experiment, folder = job.experiment, held.folder
     with watch.progress.work("preparing the text"), together(grid):  # a rank may be the only one that finds its text wrong
         show = functools.partial(console.progress, unit="characters")
         corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, show)
@@ -216,21 +214,21 @@ def prepare_run(
     refuse_disagreement(data_claims(corpus, tasks), grid)
     watch.progress.advance("building the engine")
     engine = build_engine(job, grid, variants)
-    preflight(folder, engine)
+    preflight(job, folder, engine, resumed.step if resumed else 0)
     seed_generators(experiment.seed, grid)
     facts: dict[str, Any] | None = None
     with watch.progress.work("reading the checkpoint"):
         if resumed:
             with console.progress("reading the checkpoint", announced=False):
-                facts = load_checkpoint(resumed.checkpoint, engine)
+                resumed, facts = load_newest_whole(resumed, job.resume_option == resume.AUTO, held, engine, console)
             refuse_other_data(facts, corpus.fingerprint, resumed.checkpoint)
-            console.header([("resume", resumed.line(facts, job, engine, variants))])
+            console.header([("resume", resume_line(resumed, facts, job, engine, variants))])
         elif path := resume.init_from_path(experiment, job.root):
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
-    tracker = open_tracker(job, folder, engine, console, resumed)
+    tracker = open_tracker(job, held, engine, console, resumed)
     meter = Meter(job.layout.tokens_per_step)
-    run = Run(job, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
+    run = Run(job, held, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
     anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
@@ -271,13 +269,14 @@ def seed_generators(seed: int, grid: Grid) -> None:
     torch.manual_seed(rank_seed)
 
 
-def open_tracker(job: Job, folder: RunFolder, engine: Engine, console: Console, resumed: Resumed | None) -> Tracker:
+def open_tracker(job: Job, held: Holding, engine: Engine, console: Console, resumed: Start | None) -> Tracker:
     """The run's tracker, quiet on ranks > 0, with everything that W&B is told of the run. Rank 0 writes deepspeed.json beside it."""
-    description = None
+    description, folder = None, held.folder
     if job.ranks.rank == 0:
+        held.check()
         write_json(folder.deepspeed, engine.config)
         description = wandb_client.describe(folder)
-    tracker = Tracker(folder, description, job.experiment.track.mode, after=resumed.step if resumed else 0)
+    tracker = Tracker(folder, description, job.experiment.track.mode, after=resumed.step if resumed else 0, check=held.check)
     console.header([("tracking", tracker.line)])
     show_notes(tracker, console)
     return tracker
@@ -316,25 +315,34 @@ def refuse_disagreement(own_claims: dict[str, str], grid: Grid) -> None:
                 )
 
 
-def preflight(folder: RunFolder, engine: Engine) -> None:
-    """Refuses a run that could not keep what it learns. Every rank raises the same SharedMistake."""
+def preflight(job: Job, folder: RunFolder, engine: Engine, step: int) -> None:
+    """Refuses a run that could not keep what it learns from `step` on. Every rank raises the same SharedMistake."""
     own = sum(math.prod(slice_of(parameter).shape) for name, parameter in engine.parameters.items() if engine.owns(name))
     whole_model = sum(dict(all_gather_objects((engine.grid.pipe_rank, own), engine.grid)).values())  # a tied table counts once
-    reason = disk_trouble(folder, whole_model * STATE_BYTES) if engine.grid.rank == 0 else None
-    if reason := all_gather_objects(reason, engine.grid)[0]:
-        raise SharedMistake(reason, reports=engine.grid.rank == 0)
+    trouble = disk_trouble(job, folder, whole_model * STATE_BYTES, step) if engine.grid.rank == 0 else None
+    if trouble := all_gather_objects(trouble, engine.grid)[0]:
+        reason, code = trouble
+        raise SharedMistake(reason, reports=engine.grid.rank == 0, code=code)
 
 
-def disk_trouble(folder: RunFolder, need: int) -> str | None:
-    """Why the run's folder cannot take a checkpoint of `need` bytes; None where it can."""
+def disk_trouble(job: Job, folder: RunFolder, size: int, step: int) -> tuple[str, int] | None:
+    """Why the run's folder cannot take the checkpoints, of `size` bytes each, that the run keeps from `step` on, and the exit code."""
     probe = folder.checkpoints / f".{uuid.uuid4().hex}.probe"
     try:
         probe.write_bytes(b"?")
         probe.unlink()
     except OSError as error:
-        return f"{folder.checkpoints} cannot be written ({error.strerror}) → set track.runs to a folder you may write"
+        reason = f"{folder.checkpoints} cannot be written ({error.strerror})"
+        if error.errno in FULL:
+            return f"{reason} → make room, or set track.runs to another disk", DISK
+        return f"{reason} → set track.runs to a folder you may write", WRONG
+    keep, schedule = job.experiment.checkpoints, job.experiment.schedule
+    planned = room.planned_saves(step, schedule.steps, keep.every)
+    need = room.bytes_needed(room.sizes(folder.checkpoints), planned, size, keep)
     free = free_bytes(folder.checkpoints)
     if free is not None and free < need:
         have = f"the disk of {folder.checkpoints} has {megabytes(free)} free"
-        return f"a checkpoint needs {megabytes(need)}, {have} → make room, or set track.runs to another disk"
+        needs = f"a checkpoint needs {megabytes(size)}" + (f", and {room.describe(need, size, keep)}" if need > size else "")
+        fewer = ", keep fewer" if need > size else ""
+        return f"{needs}; {have} → make room{fewer}, or set track.runs to another disk", DISK
     return None

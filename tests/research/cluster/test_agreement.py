@@ -131,6 +131,17 @@ def test_a_folder_that_one_host_does_not_see_is_refused(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_disk_at_the_same_path_is_not_the_shared_one(tmp_path: Path, monkeypatch) -> None:
+    """A file of that name is there, and a disk that cannot be written is none either."""
+    monkeypatch.setattr(agreement, "NONCE_SECONDS", 0.2)
+    agreement.nonce_path(tmp_path, "n").write_text("other")
+    assert agreement._read_and_write(tmp_path, "n", 1) == "does not see .shared-n there (another content)"
+    agreement.nonce_path(tmp_path, "n").write_text("n")
+    assert agreement._read_and_write(tmp_path, "n", 1) == "" and [path.name for path in tmp_path.iterdir()] == [".shared-n"]
+    agreement.nonce_path(tmp_path, "n.1").mkdir()
+    assert agreement._read_and_write(tmp_path, "n", 1).startswith("may read it but not write to it (")
+
+
 def test_a_file_that_a_network_file_system_shows_late_is_waited_for(tmp_path: Path, monkeypatch) -> None:
     folder, path = tmp_path / "runs", agreement.nonce_path
     held = threading.Event()

@@ -85,6 +85,20 @@ def test_what_one_rank_raises_ends_all_at_once_and_names_the_rank_and_its_host(e
     assert capsys.readouterr().err == (f"error  (rank 3 on b) {text}\n" if code == WRONG else "")
 
 
+def test_of_ranks_that_fail_at_once_the_first_is_heard(capsys) -> None:
+    together = threading.Barrier(3)
+
+    def body(rendezvous: Rendezvous) -> Any:
+        if rendezvous.ranks.rank == 0:
+            return rendezvous.decide("never", None, list)
+        together.wait(30)
+        raise Mistake(f"{rendezvous.ranks.rank} → 0")
+
+    sentence = said(met(4, body))
+    assert sentence in {f"(rank {rank} on {host}) {rank} → 0" for rank, host in ((1, "a"), (2, "b"), (3, "b"))}
+    assert capsys.readouterr().err == f"error  {sentence}\n"
+
+
 def test_under_torchrun_every_other_host_has_a_terminal_in_which_it_is_said() -> None:
     def body(rendezvous: Rendezvous) -> Any:
         rendezvous.refuse("all", 0, lambda values: "a = 1 → use 2")

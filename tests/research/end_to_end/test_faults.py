@@ -10,6 +10,7 @@ import pytest
 
 from parallel.checkpoint.folder import latest
 from parallel.files import read_json
+from research.cluster.exit_codes import DAMAGED, DISK
 from research.tracking.run_folder import RunFolder
 from research.verification import torture
 from tests.research.helpers import small_runs as r
@@ -65,7 +66,8 @@ def test_kill_9_in_a_save(stage: Stage, whole: Ended, phase: str, victim: int, t
 
 def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_from_before(stage: Stage, whole: Ended) -> None:
     full = stage.run("full", 2, prelude=r.disk_full_in_save_2, model=r.DROPS, parallel={"tensor": 2})
-    assert set(full.codes) == {2}, full.said
+    assert set(full.codes) == {DISK}, full.said
+    assert (read_json(full.folder.run)["status"], read_json(full.folder.run)["code"]) == ("failed", DISK)
     assert "File too large" in full.said and "the checkpoint needs" in full.said and "free → make room" in full.said
     assert latest(full.folder.checkpoints).name == "step_000003"
     resumed = stage.run("full", 2, resume="auto", model=r.DROPS, parallel={"tensor": 2})
@@ -85,9 +87,9 @@ def test_preflight_refuses_before_the_first_step_and_leaves_no_run(stage: Stage,
     """Every rank says the same, whichever has found it."""
     name = f"preflight_{prelude.__name__}"
     ended = stage.run(name, 2, prelude=prelude)
-    assert set(ended.codes) == {2} and said in ended.said
-    assert ended.run is None and list((stage.place / name).iterdir()) == []
-    assert "needs 0.4 MB" in ended.said or prelude is not r.no_room
+    assert set(ended.codes) == {DISK if prelude is r.no_room else 2} and said in ended.said
+    assert ended.run is None and not [*(stage.place / name).glob("*")]
+    assert "needs 0.4 MB, and 3 new ones at once" in ended.said or prelude is not r.no_room
 
 
 def test_a_crash_before_the_first_step_leaves_its_run(stage: Stage) -> None:
@@ -112,7 +114,7 @@ def test_flipped_bits_are_found_before_a_step(stage: Stage, whole: Ended, offset
     content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
     file.write_bytes(content)
     ended = stage.run(f"flipped_{offset}", 2, resume=str(folder.path), model=r.DROPS, parallel={"tensor": 2}, schedule={"steps": 20})
-    assert set(ended.codes) == {2} and file.name in ended.said and max(ended.rows()) == 12
+    assert set(ended.codes) == {DAMAGED} and file.name in ended.said and max(ended.rows()) == 12
 
 
 def test_torture_finds_a_run_that_lost_something() -> None:

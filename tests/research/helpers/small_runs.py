@@ -259,13 +259,13 @@ def folder_is_read_only(rank: int) -> None:
 
     disk_trouble, write = setup.disk_trouble, Path.write_bytes
 
-    def read_only(folder: Any, need: int) -> Any:
+    def read_only(*arguments: Any) -> Any:
         def refuse(path: Path, data: bytes) -> int:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
         Path.write_bytes = refuse  # type: ignore[method-assign]
         try:
-            return disk_trouble(folder, need)
+            return disk_trouble(*arguments)
         finally:
             Path.write_bytes = write  # type: ignore[method-assign]
 

@@ -40,12 +40,14 @@ def launch(
     words: tuple[list[str], list[str]] = ([], []),
     environs: tuple[dict[str, str], dict[str, str]] = ({}, {}),
     hosts: tuple[int, ...] = (0, 1),
+    restarts: int = 0,
     options: list[str] | None = None,
     **changes: Any,
 ) -> Launch:
     """One rank on each host, started side by side by srun's variables or by torchrun. `words` end each host's command line.
 
-    `hosts`: those that really start. Nothing but the ranks themselves ends the other host's rank.
+    `hosts`: those that really start; `restarts`: how often torchrun starts its ranks again. Nothing but the ranks themselves
+    ends the other host's rank.
     """
     port = free_port()
     settings = place.settings({name.replace("__", "."): value for name, value in changes.items()})
@@ -53,7 +55,18 @@ def launch(
     for host in hosts:
         command = [str(trees[host] / "experiments/gpt_sotu/launch.py"), *settings, *(options or []), *words[host]]
         if launcher == "torchrun":
-            where = ["--nnodes", "2", "--node_rank", str(host), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+            where = [
+                "--max_restarts",
+                str(restarts),
+                "--nnodes",
+                "2",
+                "--node_rank",
+                str(host),
+                "--master_addr",
+                "127.0.0.1",
+                "--master_port",
+                str(port),
+            ]
             commands.append([*_command("torchrun", "torch.distributed.run"), *where, "--nproc_per_node", "1", *command])
             variables.append(_environment(place) | environs[host])
         else:

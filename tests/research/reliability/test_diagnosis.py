@@ -60,6 +60,22 @@ def test_work_of_any_length_is_no_hang_until_it_is_over(stage: Stage) -> None:
     assert checks(rank) == HANG_SECONDS + 1
 
 
+def test_until_the_first_step_is_done_the_limit_is_that_of_the_start() -> None:
+    """Imports, building the engine and a first step take as long as they take, however short hang_seconds is."""
+    progress = Progress()
+    rank = Diagnoser(progress, SimpleNamespace(check=lambda: False), 2.0, start_seconds=30.0)  # type: ignore[arg-type]
+    progress.advance("building the engine")
+    assert checks(rank) == 31
+    progress.stepping(1)
+    assert checks(rank) == 31
+    progress.stepping(2)
+    assert checks(rank) == 3
+    longer = Diagnoser(Progress(), SimpleNamespace(check=lambda: False), HANG_SECONDS, start_seconds=30.0)  # type: ignore[arg-type]
+    assert checks(longer) == HANG_SECONDS + 1
+    off = Diagnoser(Progress(), SimpleNamespace(check=lambda: False), 0.0, start_seconds=30.0)  # type: ignore[arg-type]
+    assert checks(off) == 1000
+
+
 def test_zero_is_off() -> None:
     assert checks(diagnoser(hang_seconds=0.0)[0]) == 1000
 
