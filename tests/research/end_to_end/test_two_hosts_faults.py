@@ -239,7 +239,7 @@ def _is_launcher(process: Any, names: tuple[str, ...]) -> bool:
     return name in names
 
 
-# Two that want one run
+# Two that want one run (more of them in test_one_writer.py)
 
 
 def test_a_run_that_is_running_elsewhere_is_not_resumed(cluster: Cluster) -> None:
@@ -256,18 +256,3 @@ def test_a_run_that_is_running_elsewhere_is_not_resumed(cluster: Cluster) -> Non
     assert [step for step, _ in losses(folder)] == [*range(1, len(losses(folder)) + 1)]
     assert read_json(folder.run)["status"] == "running"
     first.kill()
-
-
-def test_two_that_resume_one_run_at_once(cluster: Cluster, whole: Ended) -> None:
-    """One goes on, the other is refused, and the record is as if there had been one."""
-    begun = hosts.launch(cluster, "torchrun", on=[0], ranks=2, **STEPS)
-    folder = come_to_step(begun, 6)
-    begun.kill()
-    cluster.wait_until_idle(GONE)
-    both = [hosts.launch(cluster, "torchrun", on=[number], ranks=2, resume="auto", **STEPS) for number in (0, 1)]
-    ended = [each.wait() for each in both]
-    assert sorted(each.code for each in ended)[0] == 0 and sum(each.code == 0 for each in ended) == 1, [each.err for each in ended]
-    (loser,) = [each for each in ended if each.code]
-    (line,) = errors(loser)
-    assert re.search(r"node[12]", line)
-    assert losses(folder) == losses(whole.folder)
