@@ -86,6 +86,9 @@ def test_a_disk_is_shared_until_a_host_has_one_of_its_own(cluster: Cluster) -> N
     cluster[1].restore(shared)
     cluster[1].replace(shared / "file", "replaced\n")
     assert [host.run("cat", f"{shared}/file") for host in cluster.hosts] == ["everywhere\n", "replaced\n"]
+    for path in (shared / "file", Path("/etc/hosts")):
+        cluster[1].restore(path)
+    assert cluster[1].run("cat", f"{shared}/file") == "everywhere\n" and "node1" not in cluster[1].run("cat", "/etc/hosts")
 
 
 def test_a_cable_is_cut_and_mended(cluster: Cluster) -> None:

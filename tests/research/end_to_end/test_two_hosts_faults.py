@@ -120,7 +120,7 @@ def test_a_text_that_differs(cluster: Cluster) -> None:
     cluster[1].replace(place.train, place.train.read_text().replace("peace", "power", 1))
     cluster[1].hide(place.path / "cache")
     said = refused(cluster)
-    assert "the data" in said and "rank 1" in said
+    assert "rank 1 on node2 disagrees about the data of data.train" in said
 
 
 def test_a_text_that_one_host_lacks(cluster: Cluster) -> None:
@@ -146,7 +146,6 @@ def test_a_host_that_never_comes(cluster: Cluster) -> None:
 def test_a_name_that_leads_each_host_to_itself(cluster: Cluster) -> None:
     """As Debian's installer writes it. The error names the variable that helps, and it does."""
     for host in cluster.hosts:
-        host.restore(Path("/etc/hosts"))
         others = "".join(f"{other.address} {other.name}\n" for other in cluster.hosts if other is not host)
         host.replace(Path("/etc/hosts"), f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n{others}")
     begun = hosts.launch(cluster, "srun", environ={"MASTER_ADDR": cluster[0].address})
@@ -165,6 +164,10 @@ def test_a_cable_is_cut(launcher: str, cluster: Cluster) -> None:
     begun = hosts.launch(cluster, launcher, watch__hang_seconds=HANG, **LONG)
     folder = come_to_step(begun, 3)
     cluster[1].cut()
+    until(lambda: not any(role.startswith("rank") for host in cluster.hosts for role in host.roles(begun)), GONE)
+    if launcher == "torchrun":  # its process on the host that is cut off asks the other host for minutes yet
+        until(lambda: not cluster[0].processes(), GONE)
+        cluster[1].mend()
     ended = gone(cluster, begun)
     status, reason = state(folder)
     assert status == "failed" and reason.startswith("no progress for 1")
@@ -239,7 +242,7 @@ def _is_launcher(process: Any, names: tuple[str, ...]) -> bool:
     return name in names
 
 
-# Two that want one run
+# Two that want one run (more of them in test_one_writer.py)
 
 
 def test_a_run_that_is_running_elsewhere_is_not_resumed(cluster: Cluster) -> None:
@@ -256,18 +259,3 @@ def test_a_run_that_is_running_elsewhere_is_not_resumed(cluster: Cluster) -> Non
     assert [step for step, _ in losses(folder)] == [*range(1, len(losses(folder)) + 1)]
     assert read_json(folder.run)["status"] == "running"
     first.kill()
-
-
-def test_two_that_resume_one_run_at_once(cluster: Cluster, whole: Ended) -> None:
-    """One goes on, the other is refused, and the record is as if there had been one."""
-    begun = hosts.launch(cluster, "torchrun", on=[0], ranks=2, **STEPS)
-    folder = come_to_step(begun, 6)
-    begun.kill()
-    cluster.wait_until_idle(GONE)
-    both = [hosts.launch(cluster, "torchrun", on=[number], ranks=2, resume="auto", **STEPS) for number in (0, 1)]
-    ended = [each.wait() for each in both]
-    assert sorted(each.code for each in ended)[0] == 0 and sum(each.code == 0 for each in ended) == 1, [each.err for each in ended]
-    (loser,) = [each for each in ended if each.code]
-    (line,) = errors(loser)
-    assert re.search(r"node[12]", line)
-    assert losses(folder) == losses(whole.folder)

@@ -194,7 +194,7 @@ class Host:
         self._system = {process.pid for process in self.processes()}
 
     def _mount(self, *words: str) -> None:
-        _call([*self.cluster.enter(), *_nsenter(self.init.pid, "--mount"), *words])
+        _call([*self.cluster.enter(), *_nsenter(self.init.pid, "--mount", "--pid"), *words])  # umount reads /proc/self
 
 
 class Cluster:
