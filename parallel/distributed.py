@@ -24,8 +24,8 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def init_process_group(rank: int, world: int, local_rank: int, rendezvous: str | None) -> None:
-    """Joins the world through `rendezvous`: "tcp://host:port", "file://path", or None for a world of one, which needs neither.
+def init_process_group(rank: int, world: int, local_rank: int, rendezvous: str | dist.Store | None) -> None:
+    """Joins the world through `rendezvous`: a store, "tcp://host:port", "file://path", or None for a world of one, which needs none.
 
     The backend is NCCL if CUDA is present (not run), gloo otherwise. DeepSpeed is not imported, which takes seconds: processes that
     do not train need nothing else.
@@ -36,11 +36,13 @@ def init_process_group(rank: int, world: int, local_rank: int, rendezvous: str |
     arguments: dict = {"backend": "nccl" if cuda else "gloo", "rank": rank, "world_size": world, "timeout": TIMEOUT}
     if rendezvous is None:
         dist.init_process_group(store=dist.HashStore(), **arguments)
+    elif isinstance(rendezvous, dist.Store):
+        dist.init_process_group(store=rendezvous, **arguments)
     else:
         dist.init_process_group(init_method=rendezvous, **arguments)
 
 
-def start(rank: int, world: int, local_rank: int, rendezvous: str | None) -> None:
+def start(rank: int, world: int, local_rank: int, rendezvous: str | dist.Store | None) -> None:
     """Joins the world as `init_process_group` does, then initialises DeepSpeed's own communication layer over the same group.
 
     Without that layer DeepSpeed's PipelineModule cannot be built.

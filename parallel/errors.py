@@ -20,6 +20,32 @@ class Mistake(ValueError):
     Example: `Mistake("parallel.tensor = 3 does not divide model.num_heads = 8 → use 1, 2, 4 or 8")`.
     """
 
+    code = 2
+    """The exit code of a process that it ends (research/cluster/exit_codes.py)."""
+
+
+class DiskRefuses(Mistake):
+    """A disk is full, over its quota, or cannot be written for another reason that may pass: the same command may work later."""
+
+    code = 4
+
+
+class Damaged(Mistake):
+    """A file of a checkpoint is not what was written: another checkpoint of the run may be whole."""
+
+    code = 5
+
+
+class SharedMistake(Mistake):
+    """A Mistake that every rank of a launch raises with the same sentence, so that all end at once, with exit code `code`.
+
+    `reports`: whether this rank is the one that shows it.
+    """
+
+    def __init__(self, text: str, reports: bool, code: int = Mistake.code) -> None:
+        super().__init__(text)
+        self.reports, self.code = reports, code
+
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` most likely stands for: the same last word, else the closest spelling; None if none is near.

@@ -5,6 +5,7 @@ gets its own name by one rename, so that a reader never sees a part of it. Impor
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import Mistake
+from parallel.errors import DiskRefuses, Mistake
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a disk that is full, of a user's quota, and of a limit on the size of files."""
+FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG})
+"""Errors that do not pass by themselves."""
 
 
 @contextlib.contextmanager
@@ -136,7 +142,8 @@ def disk_trouble(path: Path, need: int) -> Iterator[None]:
     except OSError as error:
         free = free_bytes(path.parent)
         have = "nobody can tell how much its disk has free" if free is None else f"its disk has {megabytes(free)} free"
-        raise Mistake(
+        kind = Mistake if error.errno in FORBIDDEN else DiskRefuses
+        raise kind(
             f"{error.filename or path} cannot be written, {error.strerror or error}: the checkpoint needs {megabytes(need)}, {have} "
             "→ make room there, or write to another folder"
         ) from error

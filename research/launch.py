@@ -11,6 +11,7 @@ from pathlib import Path
 
 from parallel.errors import Mistake
 from research import ROOT
+from research.cluster import rendezvous
 from research.cluster.environment import (
     ALONE,
     Ranks,
@@ -20,9 +21,9 @@ from research.cluster.environment import (
     rank_hint,
     refuse_shared_accelerators,
     refuse_taken_port,
-    versions,
 )
 from research.cluster.exit_codes import refuse, refused_files
+from research.cluster.software import versions
 from research.config.experiment_folder import load
 from research.config.overrides import parse, show_help
 from research.reliability.parents import follow
@@ -31,6 +32,7 @@ from research.tracking.console import Console
 from research.tracking.format import plural
 from research.tracking.streams import flushed_output, prepare_streams
 from research.training.job import Job, dry_run, resolve
+from research.training.resume import NEVER
 
 
 def run(file: str) -> None:
@@ -50,14 +52,24 @@ def run(file: str) -> None:
 def _run(file: Path, argv: list[str]) -> None:
     ranks = find_ranks()
     parents = follow(ranks.launcher)
-    with refused_files():
-        job = _prepared(file, argv, ranks)
-    if job is None:
+    try:
+        with refused_files():
+            job = _prepared(file, argv, ranks)
+        if job is None:
+            return
+        refuse_taken_port(ranks)
+        starting = f"starting {job.name} on {plural(ranks.world, 'rank')} …"
+        Console(quiet=ranks.rank > 0).header([("", starting)])  # the imports take seconds
+        refuse_shared_accelerators(ranks, choose_accelerator())  # torch begins here
+    except Mistake as mistake:  # of this rank, perhaps of this host alone
+        if ranks.world > 1 and not {"--dry-run", "--dry_run"} & {*argv}:
+            rendezvous.tell(ranks, mistake)
+        raise
+    if "--check-cluster" in argv or "--check_cluster" in argv:
+        from research.training import cluster_check
+
+        cluster_check.check_cluster(job)
         return
-    refuse_taken_port(ranks)
-    starting = f"starting {job.name} on {plural(ranks.world, 'rank')} …"
-    Console(quiet=ranks.rank > 0).header([("", starting)])  # the imports take seconds
-    refuse_shared_accelerators(ranks, choose_accelerator())  # torch begins here
     from research.training import loop
 
     loop.train(job, parents)
@@ -78,7 +90,8 @@ def _prepared(file: Path, argv: list[str], ranks: Ranks) -> Job | None:
     if options.dry_run and ranks == ALONE:  # a dry run without a launcher assumes the smallest world that holds the layout
         world = experiment.parallel.pipe * experiment.parallel.tensor
         ranks = replace(ALONE, world=world, local_world=world)
-    job = resolve(replace(loaded, experiment=experiment), overrides, ranks, options, argv)
+    searched = replace(options, resume=NEVER) if options.check_cluster else options  # nothing is resumed
+    job = replace(resolve(replace(loaded, experiment=experiment), overrides, ranks, searched, argv), resume_option=options.resume)
     if options.dry_run:
         if ranks.rank == 0:
             sys.stdout.write(dry_run(job, *git_state(job.root)))

@@ -21,6 +21,7 @@ from typing import Any
 
 from parallel.engines.deepspeed_config import STATE_NAME
 
+MANIFEST = "manifest.json"
 FORMAT = 2
 WEIGHTS = "weights"
 """fp32 master weights. Any other kind of tensor is a part of the optimizer's state, by the optimizer's own name: Adam's moments are

@@ -1,7 +1,7 @@
 """Saves an engine between two steps: `Saver` on the calling thread, `BackgroundSaver` from a copy on another thread during training."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ class Saver:
     before it writes them.
     """
 
-    def __init__(self, bytes_per_file: int = BYTES_PER_FILE, ahead: int = AHEAD) -> None:
-        self.bytes_per_file, self.ahead = bytes_per_file, ahead
+    def __init__(self, bytes_per_file: int = BYTES_PER_FILE, ahead: int = AHEAD, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called by rank 0 before it begins a checkpoint and before it publishes it."""
+        self.bytes_per_file, self.ahead, self.check = bytes_per_file, ahead, check
         self._published: list[Saved] = []
 
     def save(self, folder: Path, engine: Engine, facts: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ class Saver:
         ensure_moments(engine)
         shards = assign_writers(engine)
         facts = {**facts, "counters": counters(engine), **arithmetic(engine)}
-        writer = CheckpointWriter(folder, parts_of(engine, shards), facts, engine.grid, generators(), self.bytes_per_file)
+        writer = CheckpointWriter(folder, parts_of(engine, shards), facts, engine.grid, generators(), self.bytes_per_file, self.check)
         return writer, gather_shards(engine, shards, self.ahead)
 
 

@@ -65,7 +65,7 @@ def inspect(what: str, check_files: bool, tensors: bool) -> tuple[dict[str, Any]
 
 def run_as_json(folder: RunFolder, checkpoints: list[Path]) -> dict[str, Any]:
     """run.json, with the folder, the status as it is now, the checkpoints and the incidents."""
-    run = read_json(folder.run)
+    run = run_folder.read_run(folder)
     saved = [{"name": path.name, "bytes": sum(file.stat().st_size for file in path.iterdir())} for path in checkpoints]
     incidents = [read_json(path) for path in sorted(folder.incidents.glob("*.json"))]
     return {**run, "folder": str(folder.path), "status": run_folder.status(run, folder), "checkpoints": saved, "incidents": incidents}
@@ -88,7 +88,7 @@ def checkpoint_as_json(path: Path, tensors: bool) -> dict[str, Any]:
 
 def describe_run(folder: RunFolder, checkpoints: list[Path], console: Console) -> None:
     """Prints a run: its title, segments, checkpoints and incidents."""
-    run = read_json(folder.run)
+    run = run_folder.read_run(folder)
     title = [folder.title, run_folder.status(run, folder), run.get("layout", "?"), run.get("precision", "?"), str(folder.path)]
     lines = [("", " · ".join(title))]
     segments = run.get("segments", [])  # a stranger's file may hold anything

@@ -16,7 +16,6 @@ from rich.text import Text
 
 from parallel.checkpoint.folder import newest_complete
 from parallel.errors import Mistake, nearest
-from parallel.files import read_json
 from research.cli.json_output import print_json
 from research.cli.run_differences import DESCRIPTIVE, Settings, differing, settings_of
 from research.cli.verbs import Parser
@@ -62,6 +61,9 @@ def main(argv: list[str]) -> None:
         raise Mistake(f"there is no column {arguments.sort} → " + (f"did you mean {near}?" if near else f"use {', '.join(COLUMNS)}"))
 
     found = [(folder, run) for folder in run_folder.every(arguments.root) if (run := summarise(folder)) is not None]
+    known = [({"status": run["status"]}, folder) for folder, run in found]
+    for (_, run), status in zip(found, run_folder.statuses(known), strict=True):  # all that must be listened to, at once
+        run["status"] = status
     tell_apart(found)
     runs = in_order([run for _, run in found], SORTED_BY[arguments.sort], arguments.reverse)
     if arguments.json:
@@ -77,10 +79,10 @@ def main(argv: list[str]) -> None:
 
 
 def summarise(folder: RunFolder) -> dict[str, Any] | None:
-    """One run as `--json` prints it; None if its run.json cannot be read."""
+    """One run as `--json` prints it, `status` as run.json has it; None if its run.json cannot be read."""
     try:
-        run = read_json(folder.run)
-        status = run_folder.status(run, folder)
+        run = run_folder.read_run(folder)
+        status = str(run.get("status", "unknown"))
     except (OSError, ValueError, AttributeError):
         return None
     last = {key: value for key, value in metrics.last(folder.metrics, LAST).items() if not fmt.missing(value)}  # JSON has no nan

@@ -1,10 +1,10 @@
 """`python -m research track RUN …`: writes complete Weights & Biases runs from the run folders' files. Imports no torch."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from parallel.errors import Mistake
-from parallel.files import read_json
 from research.cli.verbs import Parser
 from research.tracking import run_folder, wandb_client, wandb_record
 from research.tracking.console import Console
@@ -16,6 +16,7 @@ results of `evaluate`. A run does this itself while it trains; use this verb if 
 If W&B has everything already, nothing is written."""
 ADVICE = """The W&B run is written to RUN/wandb, where `wandb leet RUN/wandb` shows it, and online also to W&B's server. An
 incomplete offline record is replaced."""
+PURPOSE = "python -m research track"
 FINISH_SECONDS = 600.0
 """How long the upload of a whole run may take."""
 
@@ -38,16 +39,22 @@ def main(argv: list[str]) -> None:
 
 
 def track(folder: RunFolder, asked: str | None, console: Console) -> None:
-    """Writes one run unless W&B has it. Raises a Mistake for a run that has no rows, or has them still to come."""
-    from research.cli.evaluate import summary_rows
-    from research.evaluation import results
-
-    run = read_json(folder.run)
+    """Writes one run unless W&B has it. Raises a Mistake for a run that has no rows, has them still to come, or is in use."""
+    run = run_folder.read_run(folder)
     status, rows = run_folder.status(run, folder), len(wandb_record.rows(folder))
     if not rows:
         raise Mistake(f"{folder.title} ({status}) has no rows in {folder.metrics.name} → track a run that has trained")
     if status == RUNNING:
         raise Mistake(f"{folder.title} is running and tells W&B itself what it logs → track it when it has ended")
+    with contextlib.closing(run_folder.take_lock(folder, PURPOSE)):  # neither a resumed run nor another `track` writes RUN/wandb meanwhile
+        _track(folder, asked, console, status, rows)
+
+
+def _track(folder: RunFolder, asked: str | None, console: Console, status: str, rows: int) -> None:
+    """Writes the run, whose lock is held."""
+    from research.cli.evaluate import summary_rows
+    from research.evaluation import results
+
     figures = summary_rows(results.every(folder))
     known = wandb_record.known(folder, figures)
     what = plural(rows, "row") + (f" and {plural(len(figures), 'result')} of evaluations" if figures else "")

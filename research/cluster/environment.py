@@ -3,27 +3,26 @@
 The environment variables are read here and in few other places (tests/test_arrows.py names them).
 """
 
+import base64
 import contextlib
-import hashlib
+import json
 import os
 import re
 import shlex
 import socket
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from parallel.errors import Mistake
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
 LOCALHOST = "127.0.0.1"
-LIBRARY = ("parallel", "models", "research")
-"""The folders whose code computes a step."""
 STEP_SIGNS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
 FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 """From this number on, Slurm's steps were not started by srun: the batch script, an interactive shell, external processes."""
@@ -33,6 +32,16 @@ PORT_OPTION = {"deepspeed": "--master_port N", "srun": "MASTER_PORT=N"}
 """The option by which a launcher takes another master port."""
 RANKS_OPTION = {"deepspeed": "--num_gpus {}", "torchrun": "--nproc_per_node {}", "srun": "--ntasks-per-node {}"}
 """The option by which each launcher takes the number of ranks per node."""
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""The variable that names the network interface (or several, with commas) whose address gloo gives to the other ranks."""
+SETS_NUMBERS = (
+    *("DS_ACCELERATOR", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    *("TORCH_BLAS_PREFER_CUBLASLT", "DISABLE_ADDMM_CUDA_LT", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA"),
+    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "PYTHONOPTIMIZE", "PYTORCH_NVFUSER_DISABLE", "TORCHDYNAMO_DISABLE"),
+    *("NCCL_ALGO", "NCCL_PROTO", "NCCL_NET", "NCCL_P2P_LEVEL", "NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_BUFFSIZE"),
+    *("NCCL_NTHREADS", "NCCL_CROSS_NIC", "NCCL_COLLNET_ENABLE", "NCCL_NVLS_ENABLE"),
+)
+"""Variables that change how numbers are rounded, or that NCCL needs equal on all ranks. They must be equal on all hosts."""
 THREADS = "OMP_NUM_THREADS"
 MOST_THREADS = 1024
 """More threads than this are taken for a slip: the OpenMP library ends the process if it cannot create them."""
@@ -145,6 +154,50 @@ def refuse_shared_accelerators(ranks: Ranks, accelerators: int) -> None:
         raise Mistake(f"{ranks.local_world} ranks on this machine need a GPU each, torch sees {has} → {way_out}")
 
 
+def numeric_variables(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
+    """The variables of SETS_NUMBERS; None where one is not set."""
+    environ = os.environ if environ is None else environ
+    return {name: environ.get(name) for name in SETS_NUMBERS}
+
+
+def gloo_interfaces(environ: Mapping[str, str] | None = None) -> list[str]:
+    """The network interfaces that GLOO_SOCKET_IFNAME names; none if it is not set."""
+    text = (os.environ if environ is None else environ).get(GLOO_INTERFACE, "")
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def serves_store(ranks: Ranks, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this rank serves the store at which all ranks meet: rank 0, unless torchrun's agent does."""
+    environ = os.environ if environ is None else environ
+    return ranks.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def attempt(environ: Mapping[str, str] | None = None) -> str:
+    """How often torchrun has restarted the ranks: they come to the same store again. '0' under other launchers."""
+    return (os.environ if environ is None else environ).get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def node_names(ranks: Ranks, environ: Mapping[str, str] | None = None) -> list[str]:
+    """The name of each rank's node as the launcher knows it, in rank order; empty where it does not say: under torchrun.
+
+    srun lists the nodes of its step. DeepSpeed's launch.py, the parent of a rank, has the hosts and their ranks in its command line.
+    """
+    environ = os.environ if environ is None else environ
+    names: list[str] = []
+    if ranks.launcher == "srun":
+        hosts = expand_hosts(next((environ[name] for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if name in environ), ""))
+        counts = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(ranks.local_world)))
+        counts += [ranks.local_world] * (len(hosts) - len(counts))
+        names = [host for host, count in zip(hosts, counts, strict=False) for _ in range(count)]
+    elif ranks.launcher == "deepspeed":
+        with contextlib.suppress(psutil.Error, ValueError, AttributeError):
+            words = psutil.Process().parent().cmdline()
+            world_info = next((word.partition("=")[2] for word in words if word.startswith("--world_info=")), "")
+            nodes = json.loads(base64.urlsafe_b64decode(world_info)) if world_info else {}
+            names = [host for host, slots in nodes.items() for _ in slots]
+    return names if len(names) == ranks.world else []
+
+
 def activate_command(prefix: Path = Path(sys.prefix), environ: Mapping[str, str] | None = None) -> str | None:
     """'source .venv/bin/activate': what a user types before `python` means the Python of the virtual environment `prefix`.
 
@@ -251,6 +304,23 @@ def first_host(hosts: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else hosts)
 
 
+def expand_hosts(hosts: str) -> list[str]:
+    """All of Slurm's 'node[003-005,9],other': ['node003', 'node004', 'node005', 'node9', 'other']."""
+    names: list[str] = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", hosts):
+        opening = re.search(r"\[([^\]]*)\]", part)
+        if opening is None:
+            names.append(part)
+            continue
+        for piece in opening[1].split(","):
+            first, _, last = piece.partition("-")
+            if not (first.isdecimal() and (last or first).isdecimal()):
+                return []
+            numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
+            names += expand_hosts(",".join(part[: opening.start()] + number + part[opening.end() :] for number in numbers))
+    return names
+
+
 def _text(environ: Mapping[str, str], name: str) -> str:
     if not environ.get(name):
         raise Mistake(f"the launcher set RANK but not {name} → launch with deepspeed, torchrun, srun or plain python")
@@ -264,25 +334,6 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def versions(root: Path) -> str:
-    """'tessera 0.1.0 · 7f3a2c1 · Python 3.11.9 · torch 2.13.0 · deepspeed 0.19.8', without importing any of them.
-
-    A package that this Python lacks has a dash for its version.
-    """
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    commit, dirty = git_state(root)
-    words = [f"{project['name']} {project['version']}", f"{commit} (changed)" if dirty else commit, f"Python {sys.version.split()[0]}"]
-    return " · ".join([*words, *(f"{package} {_version_of(package)}" for package in ("torch", "deepspeed"))])
-
-
-def _version_of(package: str) -> str:
-    """'2.13.0' of '2.13.0+cpu'; '–' if this Python lacks the package."""
-    try:
-        return version(package).split("+")[0]
-    except PackageNotFoundError:
-        return "–"
-
-
 def git_state(root: Path) -> tuple[str, bool]:
     """(short commit, whether the tree differs from it); ("unknown", False) without git, or if `root` is not the top of a repository."""
     try:
@@ -291,15 +342,6 @@ def git_state(root: Path) -> tuple[str, bool]:
         return _git(root, "rev-parse", "--short", "HEAD"), bool(_git(root, "status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return "unknown", False
-
-
-def code_digest(root: Path) -> str:
-    """A digest of the library's Python files, whether they are committed or not: equal digests mean equal code."""
-    sha256 = hashlib.sha256()
-    for path in sorted(path for folder in LIBRARY for path in (root / folder).rglob("*.py")):
-        content = path.read_bytes()
-        sha256.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
-    return sha256.hexdigest()[:16]
 
 
 def _git(root: Path, *arguments: str) -> str:

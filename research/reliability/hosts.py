@@ -5,6 +5,7 @@ beside the first.
 batch stays the same, by more accumulation. `HostLauncher` does one launch with all that belongs to it.
 """
 
+import contextlib
 import itertools
 import sys
 import tempfile
@@ -19,9 +20,8 @@ from parallel.errors import Mistake, listed, listed_up_to
 from research.cluster.environment import environment, kept_alive_by_ssh
 from research.cluster.hostfile import Host, text_of
 from research.cluster.remote import MARK, Remote
-from research.reliability.heartbeat import is_beating
 from research.reliability.supervisor import GRACE_SECONDS, LONGEST_PAUSE, RESUME, Launcher
-from research.tracking.run_folder import RunFolder
+from research.tracking.run_folder import HEARTBEATS, RunFolder
 
 LONGEST_WAIT = 3600.0
 """Seconds to wait for hosts: a host that boots is back by then."""
@@ -196,6 +196,24 @@ def _resumed(settings: Sequence[str]) -> RunFolder | None:
     """The run that the settings resume by its folder; None if they name none."""
     paths = [Path(word) for before, word in itertools.pairwise(settings) if before == RESUME]
     return RunFolder(paths[-1]) if paths and (paths[-1] / "run.json").is_file() else None
+
+
+def is_beating(folder: RunFolder, seconds: float) -> bool:
+    """Whether a rank of the run is alive, on whatever host: whether a heartbeat file changes, or a new one comes, within `seconds`."""
+
+    def heartbeats() -> dict[str, bytes]:
+        found = {}
+        for path in folder.logs.glob(HEARTBEATS):
+            with contextlib.suppress(OSError):
+                found[path.name] = path.read_bytes()
+        return found
+
+    before, ends = heartbeats(), time.monotonic() + seconds
+    while time.monotonic() < ends:
+        time.sleep(min(1.0, seconds))
+        if any(before.get(name) != content for name, content in heartbeats().items()):  # a file that is removed is no sign of life
+            return True
+    return False
 
 
 def say(text: str) -> None:

@@ -37,6 +37,10 @@ class CutShort(Exception):
     """A signal ended a task before it was complete. Raised on every rank at the same point."""
 
 
+TROUBLE = 512
+"""Added to an exit code, it is a number that stops a run as a signal does, and that no signal has."""
+
+
 class Stop:
     """Records a signal and lets the current step end. Ctrl-C reaches the ranks at different moments; `agreed` makes them stop together."""
 
@@ -48,8 +52,17 @@ class Stop:
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
 
+    def demand(self, code: int) -> None:
+        """Stops the run as a signal would, because of a trouble that ends it with this exit code."""
+        self.signal = max(self.signal, TROUBLE + code)
+
+    @property
+    def trouble(self) -> int:
+        """The exit code of the trouble that stops the run; 0 for none, or a signal."""
+        return max(0, self.signal - TROUBLE)
+
     def agreed(self) -> int:
-        """The signal that any rank has received, 0 for none; equal on every rank. Collective: one all-reduce of an integer."""
+        """The signal, or trouble, that any rank has, 0 for none; equal on every rank. Collective: one all-reduce of an integer."""
         import torch
         import torch.distributed as dist
 

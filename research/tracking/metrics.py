@@ -4,8 +4,10 @@ Every line is strict JSON, so any tool can read it. JSON has no NaN and no infin
 `"non_finite": {"train/loss": "nan"}` ("nan", "inf" or "-inf"); `read` restores the float.
 """
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,61 @@ NON_FINITE = "non_finite"
 
 
 class JsonLines:
-    """A file of JSON objects to append to. A line cut short by a kill is ended first, so that the next row has a line of its own."""
+    """A file of JSON objects to append to. A line cut short by a kill is ended first, so that the next row has a line of its own.
+
+    A row is written whole or not at all: what a full disk took of it is cut off again. The row is kept, and is written before the next.
+    """
 
     def __init__(self, path: Path):
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")  # a lone surrogate stays valid JSON
-        if torn:
-            self._file.write("\n")
+        self._path, self._waiting = path, list[str]()
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            self._append(b"\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one row and flushes it to the operating system, so that a killed process loses no row that it logged."""
-        self._file.write(encode(row) + "\n")
-        self._file.flush()
+        """Appends one row and gives it to the operating system, so that a killed process loses no row that it logged.
+
+        An OSError that names the file if the disk refuses.
+        """
+        self._waiting.append(encode(row) + "\n")
+        self.write_waiting()
+
+    @property
+    def waiting(self) -> list[str]:
+        """The lines that the disk has refused so far."""
+        return [line.rstrip("\n") for line in self._waiting]
+
+    def write_missing(self, lines: Iterable[str]) -> None:
+        """Appends those of the lines, each a row as `encode` gives it, that the file does not have."""
+        there = set(self._path.read_text(encoding="utf-8", errors="replace").split("\n"))
+        self._waiting += [f"{line}\n" for line in lines if line not in there and decode(line) is not None]
+        self.write_waiting()
 
     def close(self) -> None:
-        self._file.close()
+        """Writes what a full disk has refused before, if it can be written now, and closes the file."""
+        if self._file >= 0:
+            with contextlib.suppress(OSError):
+                self.write_waiting()
+            os.close(self._file)
+            self._file = -1
+
+    def write_waiting(self) -> None:
+        """Writes the rows that the disk has refused so far. An OSError that names the file if it still refuses."""
+        while self._waiting:
+            self._append(self._waiting[0].encode("utf-8", "backslashreplace"))  # a lone surrogate stays valid JSON
+            del self._waiting[0]
+
+    def _append(self, line: bytes) -> None:
+        before = os.fstat(self._file).st_size
+        try:
+            left = memoryview(line)
+            while left:  # a disk that fills up accepts a part before it refuses the rest
+                left = left[os.write(self._file, left) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, before)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 def encode(row: Mapping[str, Any]) -> str:

@@ -9,43 +9,45 @@ runs/NAME/ID/  run.json        what `python -m research runs` lists: name, id, s
                loss.png        the loss curve                    source/         config.py, variant.py and SHA256SUMS
                evaluations/    step_000300.json, the results of `evaluate`
                checkpoints/    step_000300/ …                    logs/           rank_0.txt …        wandb/   W&B's own files
+               lock/           which process may change the run (research/tracking/run_lock.py)
 ```
-A resumed run goes on in its folder: run.json lists its segments, each from one launch to its end (`reopen`).
+Whoever changes a run's files holds its lock, but for `evaluate`, whose results are files of their own, and the logs of each rank.
+A resumed run goes on in its folder: run.json lists its segments, each from one launch to its end (research/tracking/segments.py).
 JSON files are replaced atomically: a reader never sees half of one, whenever the writer was killed.
 """
 
 import contextlib
-import datetime
 import hashlib
-import json
 import secrets
 import shutil
-import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.folder import MANIFEST, latest, newest_complete
 from parallel.errors import Mistake
-from parallel.files import published, read_json, write_json
+from parallel.files import read_json, write_json
 from parallel.process_identity import ProcessIdentity
-from research.tracking import metrics
+from research.tracking import run_lock
 from research.tracking.format import short_path
+from research.tracking.lock_record import TRAINING, Owner, beating, now
+from research.tracking.lock_record import newest as newest_record
+from research.tracking.run_lock import RunLock
 
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIED = "running", "finished", "interrupted", "failed", "died"
 """The status in run.json is one of the first four; `status` returns `died` for a `running` run whose process has ended."""
 IMPORTED = "imported"
 """The status in run.json of weights that another program has trained."""
-LONG_SILENCE = 600.0
-"""Seconds without a heartbeat after which a process that cannot be seen counts as ended. The clocks of two machines differ by less."""
+LISTEN_SECONDS = 4.0
+"""How long `status` listens to a run whose process cannot be seen. Its heartbeat changes every second."""
 LATEST = "latest"
 HEARTBEATS = "rank_*.alive.json"
 """Matches the heartbeat files in logs/."""
+STARTING = "--resume auto"
+"""The purpose of a process that is about to begin a new run, because it has found none to resume."""
 SOURCES = ("config.py", "variant.py")
-STEP = "progress/step"
-DROPPED = "dropped.jsonl"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class RunFolder:
     logs = property(lambda self: self.path / "logs")
     wandb = property(lambda self: self.path / "wandb")
     wandb_json = property(lambda self: self.path / "wandb.json")
+    lock = property(lambda self: self.path / "lock")
 
     def rank_log(self, rank: int) -> Path:
         """The log of one rank."""
@@ -166,50 +169,94 @@ def owner() -> dict[str, Any]:
     return asdict(ProcessIdentity.current())
 
 
-def end(folder: RunFolder, status: str, reason: str = "") -> None:
-    """Sets run.json's status to finished, interrupted or failed, `ended` to now, `reason` to why it is not finished."""
+def end(folder: RunFolder, status: str, reason: str = "", code: int = 0) -> None:
+    """Sets run.json's status to finished, interrupted or failed, `ended` to now, `reason` and exit `code` to why it is not finished."""
     run = {**read_json(folder.run), "status": status, "ended": now()}
+    run.pop("code", None)  # of an earlier end
     if status == FINISHED:
-        run.pop("reason", None)  # of an earlier end
+        run.pop("reason", None)
     elif reason:
         run["reason"] = reason
-    write_json(folder.run, run)
+    write_json(folder.run, run | ({"code": code} if code else {}))
 
 
-def end_unless_ended(folder: RunFolder, status: str, reason: str) -> None:
-    """`end`, unless another rank has already written how the run ended, or discarded it. Any rank may call it."""
-    with contextlib.suppress(FileNotFoundError):
-        if read_json(folder.run).get("status") == RUNNING:
+def end_or_keep(folder: RunFolder, lock: RunLock, status: str, reason: str, code: int = 0) -> None:
+    """`end`, by the holder of the lock. If run.json cannot be written, the lock's record says how the run ended; `read_run` finds it."""
+    lock.check()
+    try:
+        end(folder, status, reason, code)
+    except (OSError, Mistake):
+        lock.keep_end({"status": status, "ended": now(), "reason": reason, **({"code": code} if code else {})})
+
+
+def end_unless_ended(folder: RunFolder, status: str, reason: str, rank_0: ProcessIdentity) -> None:
+    """`end`, unless rank 0 or another rank has written how the run ended, or another launch goes on with it. Any rank may call it.
+
+    `rank_0` is the process that run.json must name. While run.json is written here, nobody can take the lock over that rank 0 has left.
+    """
+    with contextlib.suppress(FileNotFoundError), run_lock.kept_from_others(folder.lock, rank_0) as free:
+        run = read_json(folder.run)
+        process = ProcessIdentity.from_json(run)
+        if free and run.get("status") == RUNNING and (process is None or process.is_same(rank_0)):
             end(folder, status, reason)
 
 
-def status(run: dict[str, Any], folder: RunFolder) -> str:
+def read_run(folder: RunFolder) -> dict[str, Any]:
+    """run.json; where it says that the run is running, with the end that its last process could write into the lock's record only."""
+    run = read_json(folder.run)
+    if (
+        run.get("status") == RUNNING
+        and (owner := newest_record(folder.lock))
+        and owner.end.get("status") in (FINISHED, INTERRUPTED, FAILED)
+    ):
+        return run | dict(owner.end)
+    return run
+
+
+def earlier_owner(folder: RunFolder) -> Owner | None:
+    """The process that run.json names, for a run that an older version has left running: it has no lock."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        run = read_json(folder.run)
+        if run.get("status") != RUNNING or "host" not in run:
+            return None
+        process = ProcessIdentity.from_json(run)
+        if process is None:  # still older: host and pid only
+            process = ProcessIdentity(str(run["host"]), int(run.get("pid", 0)), "", "", 0.0)
+        since = str(run.get("segments", [run])[-1].get("started"))
+        return Owner(0, process, since=since)
+    return None
+
+
+def take_lock(folder: RunFolder, purpose: str = TRAINING, report: Callable[[str], object] = lambda line: None) -> RunLock:
+    """Takes the run's lock for this process, until `release`. Held, a Mistake, names the process that holds it.
+
+    `purpose`: TRAINING, or the verb that changes the run's files. `report` is told before a silent process is listened to.
+    """
+    earlier = earlier_owner(folder)
+    if earlier and earlier.process and earlier.process.is_same(ProcessIdentity.current()):
+        earlier = None
+    return run_lock.take(folder.lock, folder.title, purpose, earlier, report)
+
+
+def status(run: Mapping[str, Any], folder: RunFolder) -> str:
     """The status in `run`, which is run.json of `folder`; `died` for a `running` one whose process has ended.
 
-    If the process cannot be seen from here (another machine or container), it has died if there has been no heartbeat for long.
+    A process that cannot be seen from here, on another machine or in another container, is listened to for LISTEN_SECONDS.
     """
-    written = str(run.get("status", "unknown"))
-    if written != RUNNING:
-        return written
-    process = ProcessIdentity.from_json(run)
-    alive = process.is_alive() if process else None
-    if alive is None:
-        alive = time.time() - _last_heartbeat(folder) < LONG_SILENCE
-    return RUNNING if alive else DIED
+    return statuses([(run, folder)])[0]
 
 
-def _last_heartbeat(folder: RunFolder) -> float:
-    """When a rank has last written its heartbeat, or the run its run.json, in seconds since the epoch; 0: never."""
-    times = [0.0]
-    for path in (folder.run, *folder.logs.glob(HEARTBEATS)):
-        with contextlib.suppress(OSError):
-            times.append(path.stat().st_mtime)
-    return max(times)
-
-
-def now() -> str:
-    """The time in UTC, to the second: 2026-01-31T12:00:00+00:00."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def statuses(runs: Sequence[tuple[Mapping[str, Any], RunFolder]]) -> list[str]:
+    """`status` of each run. Those whose processes cannot be seen are listened to at the same time."""
+    found, unseen = [str(run.get("status", "unknown")) for run, _ in runs], dict[int, Path]()
+    for i, (_, folder) in enumerate(runs):
+        if found[i] == RUNNING:
+            held = run_lock.is_held(folder.lock, earlier_owner(folder))
+            found[i] = RUNNING if held else DIED
+            if held is None:
+                unseen[i] = folder.lock
+    alive = beating([*unseen.values()], LISTEN_SECONDS) if unseen else set[Path]()
+    return [RUNNING if unseen.get(i) in alive else word for i, word in enumerate(found)]
 
 
 def keep_source(folder: RunFolder, experiment: Path) -> dict[str, str]:
@@ -297,7 +344,8 @@ def choice(handle: str, folder: RunFolder) -> str:
     if newest_complete(folder.checkpoints) is None:
         return f"{handle} is {folder.title}, the newest run; none has a checkpoint"
     runs = by_start(of_experiment(folder.path.parent))
-    newer = [f"{run.title} ({status(read_json(run.run), run)})" for run in runs[runs.index(folder) + 1 :]]
+    newer_runs = [(read_run(run), run) for run in runs[runs.index(folder) + 1 :]]
+    newer = [f"{run.title} ({word})" for (_, run), word in zip(newer_runs, statuses(newer_runs), strict=True)]
     passed_over = f"; {', '.join(newer)} {'is' if len(newer) == 1 else 'are'} newer and {'has' if len(newer) == 1 else 'have'} none"
     return f"{handle} is {folder.title}, the newest run with a checkpoint{passed_over if newer else ''}"
 
@@ -316,33 +364,3 @@ def find_checkpoint(handle: str, runs: Path = Path("runs"), needs: str = "run.js
     if not (folder.path / needs).is_file():
         raise Mistake(f"{handle} is a checkpoint outside of a run's folder → name one in runs/NAME/ID/checkpoints")
     return folder, path
-
-
-def reopen(folder: RunFolder, step: int, segment: dict[str, Any]) -> int:
-    """Prepares the folder of a run that resumes after `step`: removes later rows, sets run.json to running. Returns the segment's number.
-
-    Rows removed from metrics.jsonl and samples.jsonl are kept in dropped.jsonl, with the number of the segment that begins without them.
-    Each file is replaced atomically: a kill in between leaves rows that the next resume drops. Rank 0 only.
-    """
-    run = read_json(folder.run)
-    segments = [*run.get("segments", [{"from_step": 0, "started": run.get("started")}]), {"from_step": step, **segment}]
-    for path in (folder.metrics, folder.samples):
-        _drop_rows_after(path, step, folder.path / DROPPED, len(segments))
-    run.pop("reason", None)  # why the segment before this one ended
-    run |= {"status": RUNNING, "ended": None, "segments": segments, **owner()}
-    run |= {key: segment[key] for key in ("layout", "precision", "steps", "overrides", "commit", "dirty") if key in segment}
-    write_json(folder.run, run)
-    return len(segments)
-
-
-def _drop_rows_after(path: Path, step: int, dropped: Path, segment: int) -> None:
-    """Keeps the rows up to `step` in a .jsonl file and appends the later ones to `dropped`."""
-    rows = list(metrics.read(path))
-    later = [row for row in rows if row.get(STEP, 0) > step]
-    if not later:
-        return
-    with dropped.open("a", encoding="utf-8") as file:
-        for row in later:
-            file.write(json.dumps({"segment": segment, "file": path.name})[:-1] + ", " + metrics.encode(row)[1:] + "\n")
-    with published(path) as temporary:
-        temporary.write_text("".join(metrics.encode(row) + "\n" for row in rows if row.get(STEP, 0) <= step), encoding="utf-8")

@@ -7,7 +7,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.estimates.parameters import parameters, parameters_on_rank
@@ -27,6 +27,7 @@ from research.data.prepare import check as check_data
 from research.evaluation.in_training import check_tasks
 from research.tracking import format as fmt
 from research.tracking.format import compact, plural
+from research.tracking.run_lock import RunLock, release
 from research.training.resume import NEVER, Resume, check_init_from, doubts_of_init_from, find
 from research.training.samples import check_samples
 
@@ -48,8 +49,16 @@ class Job:
     """Settings that are probably not meant, each a sentence."""
     resume: Resume | None = None
     """The run to resume, as rank 0 found it; None on the other ranks."""
+    resume_option: str = NEVER
+    """What --resume was given."""
     why_resumed: str = ""
     """How `--resume` led to this run, or to a new one; '' where it leaves no question."""
+    locks: list[RunLock] = field(default_factory=list)
+    """The locks that this process holds: of the run, or of those who begin one with `--resume auto`. None on ranks > 0."""
+
+    def close(self) -> None:
+        """Gives up all locks. A second call does nothing."""
+        release(self.locks)
 
 
 def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:
@@ -71,13 +80,18 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         derive(settings, cuda=False)
     except Mistake:
         derive(settings, cuda=True)
-    found, why = None, ""
-    if ranks.rank == 0:
-        runs = ROOT / experiment.track.runs
-        found, why = find(options.resume, experiment, loaded.folder, runs, watch=not options.dry_run)
-    # A run that is resumed has begun with these settings, and may not change all of them. Only rank 0 knows whether `auto` found one.
-    if wrong and (options.resume == NEVER or (ranks.rank == 0 and found is None)):
-        raise Mistake(wrong[0])
+    found, why, locks = None, "", list[RunLock]()
+    try:
+        if ranks.rank == 0:
+            runs = ROOT / experiment.track.runs
+            found, why = find(options.resume, experiment, loaded.folder, runs, None if options.dry_run else locks)
+        # A run that is resumed has begun with these settings, and may not change all of them. Only rank 0 knows whether `auto` found one.
+        if wrong and (options.resume == NEVER or (ranks.rank == 0 and found is None)):
+            raise Mistake(wrong[0])
+    except BaseException:
+        release(locks)
+        raise
+    damaged = [f"{damage} → resumed from {found.checkpoint.name} instead" for damage in found.passed_over.values()] if found else []
     return Job(
         experiment=experiment,
         folder=loaded.folder,
@@ -89,8 +103,10 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         verbose=options.verbose,
         argv=argv,
         resume=found,
+        resume_option=options.resume,
         why_resumed=why,
-        warnings=[*wrong, *doubts(experiment), *doubts_of_init_from(experiment, ROOT)],
+        locks=locks,
+        warnings=[*damaged, *wrong, *doubts(experiment), *doubts_of_init_from(experiment, ROOT)],
     )
 
 

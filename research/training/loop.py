@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -7,14 +8,14 @@ import torch.distributed as dist
 
 from parallel.engines.engine import MicroBatch
 from parallel.errors import Mistake
-from research.cluster.exit_codes import SIGNALLED, WATCHED
+from parallel.object_collectives import together
+from research.cluster.exit_codes import SIGNALLED, TAKEN
 from research.cluster.world import joined
 from research.data.batches import train_micro_batches
 from research.reliability.heartbeat import Stage
 from research.reliability.parents import Parents
 from research.reliability.signals import leave_when_asked
 from research.reliability.watchdog import watchdog
-from research.tracking import run_folder
 from research.tracking.console import Console
 from research.tracking.metrics import perplexity
 from research.tracking.run_folder import FAILED, FINISHED, INTERRUPTED
@@ -22,6 +23,7 @@ from research.training import setup
 from research.training.anomalies import AnomalyMonitor
 from research.training.checkpointer import Checkpointer
 from research.training.finish import finish, show_next_commands
+from research.training.holding import deleted, disk_errors
 from research.training.job import Job
 from research.training.meter import peak_memory_mb
 from research.training.periodic import Periodic
@@ -32,41 +34,46 @@ from research.training.state import Run
 def train(job: Job, parents: Parents) -> None:
     """Trains the experiment of `job`, from its first step or a checkpoint, to its last step or a signal. Collective.
 
-    Returns when the run is finished; raises SystemExit(WATCHED) where it has stopped itself, 128 + n after signal n.
+    Returns when the run is finished; raises SystemExit(WATCHED) where it has stopped itself, 128 + n after signal n, and the code of a
+    trouble with its folder (research/training/holding.py). The job's locks are given up in any case.
     """
     ranks, experiment, layout = job.ranks, job.experiment, job.experiment.parallel
     console = Console(quiet=ranks.rank > 0)
-    with (
-        watchdog(ranks, job.root, experiment.watch.hang_seconds, parents) as watch,
-        joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose) as grid,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.callback(job.close)
+        limits = experiment.watch
+        watch = stack.enter_context(watchdog(ranks, job.root, limits.hang_seconds, parents, limits.rendezvous_seconds))
+        job, variants, rendezvous = setup.meet(job, console, watch)
+        grid = stack.enter_context(
+            joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose, rendezvous)
+        )
         resumed = setup.agree_on_resume(job)
-        folder = setup.open_folder(job, resumed)
-        status, failure, refused = FAILED, "", False
+        held = setup.open_folder(job, resumed)
+        status, failure, code, refused = FAILED, "", 0, False
         try:
             leave_when_asked()
-            with watch.together(folder):
-                setup.header(job, folder, console)
-                run, anomalies, periodic, checkpointer = setup.prepare_run(job, folder, grid, console, resumed, watch)
+            with watch.together(held.folder, held.view), disk_errors(held.folder.path):
+                setup.header(job, held.folder, console)
+                run, anomalies, periodic, checkpointer = setup.prepare_run(job, held, grid, console, resumed, watch, variants)
                 status = train_and_finish(run, anomalies, periodic, checkpointer)
-                failure = run.failure or ""
+                failure, code = run.failure or "", run.code if run.failure else 0
         except SystemExit:  # a signal came before the first step
             status = INTERRUPTED
             raise
-        except Mistake:
-            refused = resumed is None and not watch.progress.step
+        except Mistake as mistake:
+            refused, failure, code = resumed is None and not watch.progress.step, str(mistake), mistake.code
             raise
         finally:
-            if grid.rank == 0 and refused:  # the run has not begun, and nothing in its folder is worth keeping
-                run_folder.discard(folder)
-            elif grid.rank == 0:
-                run_folder.end(folder, status, failure or watch.reason)
+            if refused:  # the run has not begun, and nothing in its folder is worth keeping
+                held.discard()
+            else:
+                held.end(status, failure or watch.reason, code)
         show_next_commands(run)
         dist.barrier()  # the first rank to leave with an exit code makes a launcher end the others
     if run.failure:
         if ranks.rank == 0:
             sys.stderr.write(f"error  {run.failure}\n")
-        raise SystemExit(WATCHED)
+        raise SystemExit(run.code)
     if status == INTERRUPTED:
         raise SystemExit(SIGNALLED + run.stop.signal)
 
@@ -77,7 +84,10 @@ def train_and_finish(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, ch
     try:
         train_steps(run, anomalies, periodic, checkpointer)
         with run.progress.work("saving", Stage.SAVING):
-            finish(run, checkpointer)
+            if run.stop.trouble:
+                finish_in_trouble(run, checkpointer)
+            else:
+                finish(run, checkpointer)
         if not run.failure:
             complete = run.step >= run.job.experiment.schedule.steps and not periodic.due
             status = FINISHED if complete else INTERRUPTED
@@ -88,6 +98,22 @@ def train_and_finish(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, ch
     return status
 
 
+def finish_in_trouble(run: Run, checkpointer: Checkpointer) -> None:
+    """Ends a run whose disk is full or whose folder was deleted: with a last checkpoint if one can be written, and with the reason."""
+    run.code = run.stop.trouble
+    run.failure = f"{run.tracker.failure or 'the disk of rank 0 is full'} → make room on its disk, then go on with --resume auto"
+    if run.code == TAKEN:
+        run.failure = deleted(run.folder.path)
+        checkpointer.saved_step = -1  # whatever was saved is gone, too
+        with together(run.engine.grid):
+            run.holding.restore()
+    run.tracker.write_waiting()
+    try:
+        finish(run, checkpointer)
+    except Mistake as mistake:  # every rank raises the same
+        run.failure = f"{run.failure.partition(' → ')[0]}, and no last checkpoint could be written: {mistake}"
+
+
 def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpointer: Checkpointer) -> None:
     """Optimizer steps until the last one, a signal, or an anomaly that ends the run."""
     schedule, optimizer, checkpoints = run.job.experiment.schedule, run.job.experiment.optimizer, run.job.experiment.checkpoints
@@ -95,7 +121,7 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
     run.console.columns()
     run.meter.start()
     periodic.carry_out(periodic.due)  # what the signal that ended the segment before this one has left undone
-    while run.step < schedule.steps and not run.failure and not periodic.due and not run.stop.agreed():
+    while run.step < schedule.steps and not run.failure and not periodic.due and not stopped(run):
         run.progress.stepping(run.step + 1)
         anomalies.begin_step(run.step + 1)
         lr = learning_rate(run.step, optimizer, schedule.steps, run.variants)
@@ -116,6 +142,12 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
             checkpointer.save()
         if checkpointer.unreported:
             checkpointer.poll()
+
+
+def stopped(run: Run) -> bool:
+    """Whether a rank was asked to stop, or has found a trouble that ends the run; equal on every rank. Collective."""
+    run.note_trouble()
+    return bool(run.stop.agreed())
 
 
 def step_batches(run: Run) -> Iterator[MicroBatch]:

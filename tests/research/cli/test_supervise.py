@@ -265,6 +265,7 @@ def test_it_waits_twice_as_long_each_time_and_a_minute_at_most() -> None:
 
 
 OVER, STOPPED, CRASHED = Outcome.OVER, Outcome.STOPPED, Outcome.CRASHED
+FULL, DAMAGED = Outcome.DISK_FULL, Outcome.DAMAGED
 
 
 @pytest.mark.parametrize(
@@ -287,6 +288,10 @@ OVER, STOPPED, CRASHED = Outcome.OVER, Outcome.STOPPED, Outcome.CRASHED
         (1, 0, "interrupted", "SIGTERM", STOPPED),  # torchrun's 1
         (246, 0, "", "", STOPPED),  # a rank that SIGUSR1 ended in its imports, as DeepSpeed tells it
         (1, 15, "", "", STOPPED),
+        (4, 0, "failed", "no room", FULL),
+        (5, 0, "", "", DAMAGED),
+        (4, 15, "failed", "no room", STOPPED),
+        (6, 0, "failed", "the folder was deleted", OVER),
     ],
 )
 def test_what_is_a_crash(code: int, signalled: int, status: str, reason: str, outcome: Outcome) -> None:

@@ -18,8 +18,8 @@ from research.cluster.environment import (
     tasks_per_node,
     threads_asked_for,
     threads_per_rank,
-    versions,
 )
+from research.cluster.software import versions
 from tests.research.helpers.example import sentence
 
 DEEPSPEED = {

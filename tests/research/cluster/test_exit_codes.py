@@ -1,11 +1,13 @@
 """How a Mistake is shown, and which errors of the file system become one."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
-from parallel.errors import Mistake
-from research.cluster.exit_codes import refused_files, refusing, sentence
+from parallel.errors import Damaged, DiskRefuses, Mistake
+from parallel.files import disk_trouble
+from research.cluster.exit_codes import DAMAGED, DISK, HUNG, TAKEN, WATCHED, WRONG, refused_files, refusing, sentence
 
 
 def test_a_mistake_is_one_line_whatever_value_it_shows() -> None:
@@ -30,3 +32,23 @@ def test_refusing_ends_with_exit_code_2(capsys) -> None:
     with pytest.raises(SystemExit) as left, refusing():
         raise Mistake("a → b")
     assert left.value.code == 2 and capsys.readouterr().err == "error  a → b\n"
+
+
+def test_kinds_of_mistakes_have_codes_of_their_own(tmp_path, capsys) -> None:
+    """supervise waits for one, sets checkpoints aside for another, and stops at all others."""
+    for mistake, code in ((Mistake("a → b"), WRONG), (Damaged("a → b"), DAMAGED), (DiskRefuses("a → b"), DISK)):
+        with pytest.raises(SystemExit) as left, refusing():
+            raise mistake
+        assert left.value.code == code
+    assert len({WRONG, DAMAGED, DISK, TAKEN, WATCHED, HUNG}) == 6
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, DiskRefuses), (errno.EDQUOT, DiskRefuses), (errno.EACCES, Mistake)])
+def test_a_full_disk_is_told_from_a_wrong_path(number: int, kind: type[Mistake]) -> None:
+    with pytest.raises(Mistake) as refused, refused_files():
+        raise OSError(number, "refused", "path")
+    assert type(refused.value) is kind
+    with pytest.raises(Mistake) as refused, disk_trouble(Path("path"), 1):
+        raise OSError(number, "refused", "path")
+    assert type(refused.value) is kind

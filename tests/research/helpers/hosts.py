@@ -116,12 +116,12 @@ class Host:
         return out
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of this host that is alive, except its process 1 with its child, and the sshd that listens."""
+        """Every process of this host that is alive, except its process 1 with its child, and sshd's."""
         here = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 ours = _pid_namespace(process) == self.pid_namespace and process.status() != psutil.STATUS_ZOMBIE
-                if ours and process.pid not in self._system:
+                if ours and process.pid not in self._system and process.name() != "sshd":
                     here.append(process)
         return here
 

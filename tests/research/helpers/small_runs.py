@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -213,8 +213,13 @@ def other_seed_on_rank_1(rank: int) -> None:
     from research.training import setup
 
     claims = setup.claims
+
+    def other_seed(job: Any, host: str) -> Any:
+        found = claims(job, host)
+        return replace(found, named={**found.named, "settings": {**found.named["settings"], "seed": 99}})
+
     if rank == 1:
-        setup.claims = lambda job, corpus: claims(job, corpus) | {"the seed": "99"}
+        setup.claims = other_seed
 
 
 def other_text_on_rank_1(rank: int) -> None:
@@ -254,13 +259,13 @@ def folder_is_read_only(rank: int) -> None:
 
     disk_trouble, write = setup.disk_trouble, Path.write_bytes
 
-    def read_only(folder: Any, need: int) -> Any:
+    def read_only(*arguments: Any) -> Any:
         def refuse(path: Path, data: bytes) -> int:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
         Path.write_bytes = refuse  # type: ignore[method-assign]
         try:
-            return disk_trouble(folder, need)
+            return disk_trouble(*arguments)
         finally:
             Path.write_bytes = write  # type: ignore[method-assign]
 

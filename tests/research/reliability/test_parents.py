@@ -19,7 +19,7 @@ STARTS = """
 import os, pathlib, subprocess, sys, time
 pathlib.Path({pid!r}).write_text(str(os.getpid()))
 {wait}
-subprocess.Popen({command!r}).wait()
+subprocess.Popen({command!r}, start_new_session={leads}).wait()
 """
 RANK = """
 import os, pathlib, sys, time
@@ -34,15 +34,16 @@ time.sleep(1000)
 
 
 class Chain:
-    """command → launch.py → rank, as files with a launcher's names, in a session of their own."""
+    """command → launch.py → rank, as files with a launcher's names, in a session of their own; `leader` begins another session."""
 
-    def __init__(self, here: Path, launcher: str, names: list[str], wait: str = "") -> None:
+    def __init__(self, here: Path, launcher: str, names: list[str], wait: str = "", leader: str = "") -> None:
         self.here = here
         (here / "rank.py").write_text(RANK.format(root=str(ROOT), here=str(here), launcher=launcher))
         command, self.names = [sys.executable, str(here / "rank.py")], [*names, "rank"]
         for level, name in reversed([*enumerate(names)]):
             held = wait if level == len(names) - 1 else ""
-            (here / name).write_text(STARTS.format(pid=str(here / f"{name}.pid"), wait=held, command=command))
+            leads = [*names, "rank"][level + 1] == leader
+            (here / name).write_text(STARTS.format(pid=str(here / f"{name}.pid"), wait=held, command=command, leads=leads))
             command = [sys.executable, str(here / name)]
         self.process = subprocess.Popen(command, start_new_session=True)
 
@@ -109,6 +110,30 @@ def test_a_rank_ends_when_a_process_of_its_launcher_is_killed(launcher, names, v
     assert begun.followed() == len(names)
     end(begun.pid(victim))
     until(lambda: gone(begun.pid("rank")))
+
+
+@pytest.mark.parametrize(
+    "names", [["sshd-session", "deepspeed.launcher.launch"], ["any", "shell of deepspeed.launcher.launch", DEEPSPEED[1]]]
+)
+def test_on_another_host_the_remote_shells_server_is_followed_whatever_its_name(names, chain) -> None:
+    """It starts launch.py, or the shell around launch.py, in a session of its own."""
+    begun = chain("deepspeed", names, leader=names[1])
+    assert begun.followed() == len(names)
+    end(begun.pid(names[0]))
+    until(lambda: gone(begun.pid("rank")))
+
+
+def test_a_shell_that_started_launch_py_in_its_own_session_may_end(chain) -> None:
+    """As in a terminal, and as the `deepspeed` command that leads a session under cron or systemd."""
+    chains = [chain("deepspeed", ["a_shell", DEEPSPEED[1]]), chain("deepspeed", ["cron", *DEEPSPEED], leader="deepspeed")]
+    for begun, followed in zip(chains, (1, 2), strict=True):
+        assert begun.followed() == followed
+        end(begun.process.pid)
+        begun.process.wait()
+        top = begun.pid(begun.names[1])
+        until(lambda begun=begun, top=top: psutil.Process(top).ppid() != begun.process.pid)
+    time.sleep(2.0)  # the thread checks once per second
+    assert not [begun.names for begun in chains if gone(begun.pid("rank"))]
 
 
 def test_a_command_that_was_killed_before_its_ranks_began_is_missed_all_the_same(chain, tmp_path) -> None:

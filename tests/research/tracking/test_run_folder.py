@@ -1,19 +1,24 @@
 """Run folders: made once, found by what a person types, their JSON never half written."""
 
+import errno
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake
 from parallel.files import read_json, write_json
-from research.tracking import metrics, run_folder
+from parallel.process_identity import ProcessIdentity
+from research.tracking import lock_record, metrics, run_folder, segments
 from research.tracking.run_folder import RunFolder
 
 
@@ -69,7 +74,7 @@ def test_a_run_that_was_refused_leaves_nothing(tmp_path):
     run_folder.discard(second)
     held.close()
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([first.id, "latest"]) and latest(first) == first.id
-    run_folder.end_unless_ended(second, run_folder.FAILED, "said by another rank, too late")
+    run_folder.end_unless_ended(second, run_folder.FAILED, "said by another rank, too late", ProcessIdentity.current())
     assert not second.path.exists()
 
 
@@ -157,33 +162,119 @@ def test_the_status_of_a_run(folder):
 
 def test_why_a_run_ended_is_said_until_it_is_finished(folder):
     run_folder.end(folder, run_folder.FAILED, "rank 1 is gone")
-    run_folder.end_unless_ended(folder, run_folder.INTERRUPTED, "another rank's word, too late")
+    run_folder.end_unless_ended(folder, run_folder.INTERRUPTED, "another rank's word, too late", ProcessIdentity.current())
     run = read_json(folder.run)
     assert (run["status"], run["reason"]) == ("failed", "rank 1 is gone")
     run_folder.end(folder, run_folder.FINISHED, "a signal after the last step")
     assert "reason" not in read_json(folder.run)
 
 
+def gone() -> dict:
+    """A process of this machine that has ended, as run.json names it."""
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    named = asdict(ProcessIdentity.of(psutil.Process(process.pid)))
+    process.kill()
+    process.wait()
+    return named
+
+
 def test_a_running_run_whose_process_has_ended_has_died(folder):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    run = read_json(folder.run)
-    assert run_folder.status(run | {"pid": gone.pid}, folder) == "died"
-    earlier = {"started_after_boot": run["started_after_boot"] - 100}  # the number is a stranger's now: this process's
-    assert run_folder.status(run | earlier, folder) == "died"
+    """A run of an older version, which has no lock."""
+    write_json(folder.run, read_json(folder.run) | gone())
+    assert run_folder.status(read_json(folder.run), folder) == "died"
+    run = read_json(folder.run) | run_folder.owner()
+    write_json(folder.run, run | {"started_after_boot": run["started_after_boot"] - 100})  # the number is a stranger's now
+    assert run_folder.status(read_json(folder.run), folder) == "died"
     assert run_folder.status({}, folder) == "unknown"
 
 
+def test_a_running_run_is_known_by_its_lock(folder):
+    """run.json may name a process that has ended, and the lock another one that lives, or the other way round."""
+    lock = run_folder.take_lock(folder) if write_json(folder.run, read_json(folder.run) | gone()) is None else None
+    assert run_folder.status(read_json(folder.run), folder) == "running"
+    write_json(folder.run, read_json(folder.run) | run_folder.owner())
+    lock.release()
+    assert run_folder.status(read_json(folder.run), folder) == "died"
+
+
 @pytest.mark.parametrize("elsewhere", [{"boot_id": "another"}, {"pid_namespace": "pid:[1]"}, {"started_after_boot": None}])
-def test_a_run_whose_process_cannot_be_seen_has_died_when_its_heartbeat_is_old(folder, elsewhere):
+def test_a_run_whose_process_cannot_be_seen_has_died_if_its_heartbeat_does_not_change(folder, elsewhere, monkeypatch):
     """On another machine, in another container, or begun by an older version, which wrote host and pid only."""
-    run = read_json(folder.run) | elsewhere
-    heartbeat = folder.heartbeat(1)
+    monkeypatch.setattr(run_folder, "LISTEN_SECONDS", 0.2)
+    write_json(folder.run, read_json(folder.run) | elsewhere)
+    heartbeat, beats, sleep = folder.heartbeat(1), iter(range(1000)), time.sleep
     heartbeat.write_text("{}")
-    assert run_folder.status(run, folder) == "running"
-    for path in (folder.run, heartbeat):
-        os.utime(path, (0, 0))
-    assert run_folder.status(run, folder) == "died"
+    os.utime(heartbeat)  # how new the file is says nothing
+    assert run_folder.status(read_json(folder.run), folder) == "died"
+    monkeypatch.setattr(lock_record.time, "sleep", lambda seconds: (heartbeat.write_text(f"{next(beats)}"), sleep(seconds / 10)))
+    assert run_folder.status(read_json(folder.run), folder) == "running"
+
+
+def test_runs_out_of_sight_are_listened_to_at_the_same_time(tmp_path, monkeypatch):
+    runs = [started(tmp_path, "a") for _ in range(8)]
+    for one in runs:
+        write_json(one.run, read_json(one.run) | {"boot_id": "another"})
+    slept = []
+    monkeypatch.setattr(run_folder, "LISTEN_SECONDS", 0.2)
+    monkeypatch.setattr(lock_record.time, "sleep", lambda seconds: slept.append(seconds) or sleep_(seconds))
+    assert run_folder.statuses([(read_json(one.run), one) for one in runs]) == ["died"] * 8
+    assert sum(slept) < 0.5
+
+
+sleep_ = time.sleep
+
+
+def test_the_end_of_a_run_is_read_from_its_lock_where_run_json_could_not_be_written(folder, monkeypatch):
+    lock = run_folder.take_lock(folder)
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "write_json", full)
+        run_folder.end_or_keep(folder, lock, run_folder.FAILED, "metrics.jsonl cannot be written", 4)
+    lock.release()
+    assert read_json(folder.run)["status"] == "running"
+    run = run_folder.read_run(folder)
+    assert (run["status"], run["reason"], run["code"]) == ("failed", "metrics.jsonl cannot be written", 4)
+    assert run_folder.status(run, folder) == "failed"
+    take_again = run_folder.take_lock(folder)  # the next launch
+    assert run_folder.read_run(folder)["status"] == "running"
+    take_again.release()
+
+
+def test_a_rank_that_outlives_rank_0_writes_the_end_unless_another_launch_goes_on(folder):
+    """The other launch's rank 0 is this process; the dead one had the run before it."""
+    dead = ProcessIdentity.from_json(gone())
+    write_json(folder.run, read_json(folder.run) | asdict(dead))
+    run_folder.end_unless_ended(folder, run_folder.FAILED, "rank 0 is gone", dead)
+    assert read_json(folder.run)["reason"] == "rank 0 is gone"
+    lock = run_folder.take_lock(folder)
+    segments.reopen(folder, 0, {})
+    run_folder.end_unless_ended(folder, run_folder.FAILED, "rank 0 is gone", dead)
+    assert read_json(folder.run)["status"] == "running" and "reason" not in read_json(folder.run)
+    write_json(folder.run, read_json(folder.run) | asdict(dead))  # between its lock and its first word in run.json
+    run_folder.end_unless_ended(folder, run_folder.FAILED, "rank 0 is gone", dead)
+    assert read_json(folder.run)["status"] == "running"
+    lock.release()
+
+
+def test_a_half_line_goes_at_a_resume_and_takes_no_row_along(tmp_path):
+    made = with_rows(tmp_path)
+    segments.reopen(made, 4, {})
+    assert made.metrics.read_bytes().endswith(b"\n") and [row["progress/step"] for row in metrics.read(made.metrics)] == [1, 2, 3, 4]
+    assert made.metrics.read_bytes().count(b"\n") == 4 and not (made.path / "dropped.jsonl").exists()
+
+
+def test_a_segment_that_falls_back_begins_at_the_older_checkpoint(tmp_path):
+    made = with_rows(tmp_path)
+    segments.reopen(made, 3, {"checkpoint": "step_000003", "passed_over": {"step_000004": "is damaged"}})
+    segments.rewind(made, 2, "step_000002", {"step_000003": "is damaged too"})
+    segment = read_json(made.run)["segments"][-1]
+    assert (segment["from_step"], segment["checkpoint"]) == (2, "step_000002")
+    assert segment["passed_over"] == {"step_000004": "is damaged", "step_000003": "is damaged too"}
+    assert [row["progress/step"] for row in metrics.read(made.metrics)] == [1, 2]
+    assert [row["progress/step"] for row in metrics.read(made.path / "dropped.jsonl")] == [4, 3]
 
 
 @pytest.mark.parametrize("variant", [True, False])
@@ -304,7 +395,7 @@ def with_rows(tmp_path: Path) -> RunFolder:
 def test_rows_after_the_checkpoint_leave_and_are_kept(tmp_path: Path) -> None:
     made = with_rows(tmp_path)
     segment = {"layout": "pp2", "steps": 12, "commit": "0a1b2c", "dirty": True}
-    assert run_folder.reopen(made, 2, segment) == 2
+    assert segments.reopen(made, 2, segment) == 2
     assert [row["progress/step"] for row in metrics.read(made.metrics)] == [1, 2]
     assert made.metrics.read_text().splitlines()[-1] == json.dumps({"progress/step": 2, "train/loss": 0.2})  # the torn line is gone
     kept = list(metrics.read(made.path / "dropped.jsonl"))
@@ -316,7 +407,7 @@ def test_rows_after_the_checkpoint_leave_and_are_kept(tmp_path: Path) -> None:
     assert (run["status"], run["layout"], run["steps"], run["precision"]) == ("running", "pp2", 12, "fp32")
     assert (run["commit"], run["dirty"]) == ("0a1b2c", True)  # of the code that runs now
     assert [segment["from_step"] for segment in run["segments"]] == [0, 2]
-    assert run_folder.reopen(made, 2, {}) == 3 and len(list(metrics.read(made.path / "dropped.jsonl"))) == 2
+    assert segments.reopen(made, 2, {}) == 3 and len(list(metrics.read(made.path / "dropped.jsonl"))) == 2
 
 
 def test_a_number_that_json_has_not_survives_the_cut(tmp_path: Path) -> None:
@@ -324,6 +415,6 @@ def test_a_number_that_json_has_not_survives_the_cut(tmp_path: Path) -> None:
     made.metrics.write_text(
         metrics.encode({"progress/step": 1, "train/loss": float("nan")}) + "\n" + json.dumps({"progress/step": 9}) + "\n"
     )
-    run_folder.reopen(made, 1, {})
+    segments.reopen(made, 1, {})
     (row,) = metrics.read(made.metrics)
     assert row["train/loss"] != row["train/loss"]

@@ -351,7 +351,11 @@ def test_a_row_without_an_axis_is_refused(tmp_path):
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet = Tracker(run_folder.RunFolder(tmp_path / "none"), None, "online", after=5)
-    assert {name for name in vars(Tracker) if not name.startswith("_")} == {"log", "samples", "finish", "line"}
+    known = {"log", "samples", "finish", "line", "write_waiting", "waiting", "write_missing"}
+    assert {name for name in vars(Tracker) if not name.startswith("_")} == known
+    quiet.write_waiting()
+    quiet.write_missing({"metrics": ["{}"]})
+    assert quiet.waiting == {}
     quiet.log({})
     quiet.samples([{}])
     quiet.finish("failed")

@@ -12,14 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from parallel.errors import Mistake
+from parallel.errors import Damaged, Mistake
 from parallel.files import read_json, write_json
+from research.cluster.exit_codes import DAMAGED
 from research.config import Experiment, schema, serialization
 from research.config.diff import diff
-from research.tracking import metrics, run_folder
+from research.tracking import metrics, run_folder, run_lock
 from research.tracking.run_folder import FAILED, FINISHED, IMPORTED, INTERRUPTED, RUNNING, RunFolder
+from research.tracking.run_lock import RunLock, is_held, release
 from research.training import resume
 from research.training.anomalies import load as incident_of
+from research.training.fallback import Start
 from research.training.resume import AUTO, find
 from tests.parallel.helpers.checkpoints import save
 from tests.research.helpers import small_runs as r
@@ -108,7 +111,10 @@ def made(runs: Path, status: str = INTERRUPTED, **settings) -> RunFolder:
 
 
 def auto(runs: Path, **settings) -> tuple[RunFolder | None, str]:
-    found, why = find(AUTO, example(**settings), Path("mine"), runs)
+    locks = list[RunLock]()
+    found, why = find(AUTO, example(**settings), Path("mine"), runs, locks)
+    assert len(locks) == 1
+    locks.pop().release(remove=found is None)
     return (found.folder if found else None), why
 
 
@@ -213,23 +219,133 @@ def test_a_process_out_of_sight_is_known_by_its_heartbeat(
     tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed as process 1 of its container, it can be resumed; while it lives, it is refused, whatever process 1 is here."""
-    monkeypatch.setattr(resume, "WATCH_SECONDS", 0.5)
+    monkeypatch.setattr(run_lock, "LISTEN_SECONDS", 0.5)
+    monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.0)
     folder = made(tmp_path, RUNNING)
     run = read_json(folder.run) | elsewhere | {"pid": 1}
     write_json(folder.run, {key: value for key, value in run.items() if value is not None})
     folder.heartbeat(0).write_text("{}")
     who = f"process 1 on node7, since {run['started']}"
     with beats(folder):
-        said = sentence(lambda: find(AUTO, example(), Path("mine"), tmp_path))
+        said = sentence(lambda: find(AUTO, example(), Path("mine"), tmp_path, []))
     end = "it cannot be seen from here, but its heartbeat goes on → wait for its end, or end it there: kill -USR1 1"
     assert said == f"{folder.title} is running ({who}): {end}"
     capsys.readouterr()
+    found, _ = find(AUTO, example(), Path("mine"), tmp_path)
+    assert found and found.folder == folder and not folder.lock.exists()
+    assert capsys.readouterr().err.endswith(": a dry run does not watch its heartbeat\n")
     assert auto(tmp_path) == (folder, "")
-    watched = f"resume   {folder.title} says that it is running ({who}): its heartbeat is watched for 0 s …\n"
-    assert capsys.readouterr() == ("", watched)
-    monkeypatch.setattr(resume, "WATCH_SECONDS", 1e9)
-    found, _ = find(AUTO, example(), Path("mine"), tmp_path, watch=False)
-    assert found and found.folder == folder and capsys.readouterr().err.endswith("): a dry run does not watch its heartbeat\n")
+    assert capsys.readouterr() == ("", f"resume   {folder.title} may be in use by {who}: its heartbeat is watched for 0 s …\n")
+
+
+# The locks that `find` takes.
+
+
+def test_a_run_is_locked_from_finding_it_on(tmp_path: Path) -> None:
+    folder, locks = made(tmp_path), list[RunLock]()
+    find(AUTO, example(), Path("mine"), tmp_path, locks)
+    assert [lock.place for lock in locks] == [folder.lock] and is_held(folder.lock)
+    who = f"process {os.getpid()} on {read_json(folder.run)['host']}, since "
+    for handle in (AUTO, folder.title, str(folder.checkpoints / "step_000001")):
+        assert f"{folder.title} is running ({who}" in sentence(lambda: find(handle, example(), Path("mine"), tmp_path, []))  # noqa: B023
+    release(locks)
+    assert auto(tmp_path) == (folder, "")
+    assert not [path for path in (tmp_path / "mine").iterdir() if path.name.startswith(".starting")]
+
+
+def test_a_run_that_is_refused_is_not_locked(tmp_path: Path) -> None:
+    folder, locks = made(tmp_path, FINISHED, schedule={"steps": 1}), list[RunLock]()
+    with pytest.raises(Mistake, match="has taken all of its"):
+        find(folder.title, example(schedule={"steps": 1}), Path("mine"), tmp_path, locks)
+    assert not is_held(folder.lock)
+
+
+def test_no_new_run_begins_beside_a_running_one_with_these_settings(tmp_path: Path) -> None:
+    """It has no checkpoint yet. With another seed it is another run; once it has died, a new one begins."""
+    made(tmp_path, seed=7)
+    folder = made(tmp_path, RUNNING)
+    shutil.rmtree(folder.checkpoints)
+    lock = run_folder.take_lock(folder)
+    assert f"{folder.title} is running (process {os.getpid()} on " in sentence(lambda: find(AUTO, example(), Path("mine"), tmp_path, []))
+    assert auto(tmp_path, seed=3)[0] is None
+    lock.release()
+    assert auto(tmp_path)[0] is None
+
+
+def test_of_two_that_begin_the_same_run_at_once_one_is_refused(tmp_path: Path) -> None:
+    """Both find nothing to resume. Another seed is another run; what may change on a resume is the same one."""
+    locks = list[RunLock]()
+    assert find(AUTO, example(), Path("mine"), tmp_path, locks)[0] is None and len(locks) == 1
+    said = sentence(lambda: find(AUTO, example(schedule={"steps": 7}), Path("mine"), tmp_path, []))
+    assert said.startswith("a run of mine with these settings is in use by `--resume auto` (process ") and str(os.getpid()) in said
+    others = list[RunLock]()
+    find(AUTO, example(seed=3), Path("mine"), tmp_path, others)
+    release(others)
+    release(locks)
+    find(AUTO, example(), Path("mine"), tmp_path, locks)
+    locks.pop().release(remove=True)
+
+
+def test_a_run_that_its_holder_has_finished_meanwhile_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was unfinished when it was found, and finished when its lock was free."""
+    folder = made(tmp_path)
+    take_lock = run_folder.take_lock
+
+    def after_its_end(*arguments: object, **more: object) -> RunLock:
+        run_folder.end(folder, FINISHED)
+        return take_lock(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_folder, "take_lock", after_its_end)
+    locks = list[RunLock]()
+    found, why = find(AUTO, example(), Path("mine"), tmp_path, locks)
+    assert found is None and why == f"a new run: {folder.title}, which has these settings, is finished"
+    assert [lock.place.name[:10] for lock in locks] == [".starting-"]
+    release(locks)
+
+
+# Damaged checkpoints.
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    file = sorted(checkpoint.glob("*.safetensors"))[0]
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "missing":
+        file.unlink()
+    elif how == "empty manifest":
+        (checkpoint / "manifest.json").write_text("")
+    else:
+        text = (checkpoint / "manifest.json").read_text()
+        (checkpoint / "manifest.json").write_text(text.replace('"step": 2', '"step": 3'))
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing", "empty manifest", "flipped manifest"])
+def test_auto_falls_back_to_the_newest_whole_checkpoint_and_a_path_does_not(tmp_path: Path, how: str) -> None:
+    folder = made(tmp_path)
+    newest = folder.checkpoints / "step_000002"
+    save(newest, step=2)
+    damage(newest, how)
+    found, _ = find(AUTO, example(), Path("mine"), tmp_path)
+    assert found and found.checkpoint == folder.checkpoints / "step_000001" and found.step == 1
+    assert list(found.passed_over) == ["step_000002"] and str(newest) in found.passed_over["step_000002"]
+    for handle in (folder.title, str(newest)):
+        with pytest.raises(Damaged, match="step_000001, the newest whole one, or --resume auto") as refused:
+            find(handle, example(), Path("mine"), tmp_path)
+        assert str(newest) in str(refused.value) and refused.value.code == DAMAGED
+    damage(folder.checkpoints / "step_000001", how)
+    if how != "flipped manifest":
+        with pytest.raises(Damaged, match=f"{folder.title} has no whole checkpoint: .*step_000002.*; .*step_000001"):
+            find(AUTO, example(), Path("mine"), tmp_path)
+
+
+def test_a_checkpoint_after_the_latest_is_of_another_future(tmp_path: Path) -> None:
+    """The run was resumed from step 1 on purpose, and has saved step 3 since; step 9 was before that."""
+    folder = made(tmp_path)
+    for step in (9, 3):
+        save(folder.checkpoints / f"step_{step:06d}", step=step)
+    damage(folder.checkpoints / "step_000003", "missing")
+    found, _ = find(AUTO, example(), Path("mine"), tmp_path)
+    assert found and found.step == 1
 
 
 @pytest.mark.slow
@@ -319,16 +435,17 @@ def test_a_checkpoint_that_does_not_say_its_code_is_not_said_to_be_of_another(
 
     monkeypatch.setattr(setup, "code_digest", lambda root: "a")
     monkeypatch.setattr(setup.process_state, "differences", lambda facts, engine: {})
-    resumed = setup.Resumed(RunFolder(tmp_path / "mine" / "aaaaaa"), tmp_path / "step_000120", 120, [])
+    resumed = Start(RunFolder(tmp_path / "mine" / "aaaaaa"), tmp_path / "step_000120", 120, [])
     job, engine = SimpleNamespace(root=tmp_path, experiment=example()), SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    line = resumed.line({"step": 120, **facts}, job, engine, {})  # type: ignore[arg-type]
+    line = setup.resume_line(resumed, {"step": 120, **facts}, job, engine, {})  # type: ignore[arg-type]
     assert line == f"step 120 of mine-aaaaaa, step_000120 · {EXACT}{SAME_CODE[same_code]}"
 
 
 def test_every_setting_that_may_change_is_known_to_change_steps_or_not() -> None:
     """A new group in MAY_CHANGE must be put in one of these lists, or the header would promise too much."""
-    nothing = {"schema", "question", "parent", "data.cache", "checkpoints", "track"}
-    by_arithmetic = {"schedule.micro_batch_size", "parallel", "precision"}  # parallel/engines/process_state.py compares these
+    nothing = {"schema", "question", "parent", "data.cache", "checkpoints", "track", "profile"}
+    # parallel/engines/process_state.py compares these
+    by_arithmetic = {"schedule.micro_batch_size", "parallel", "precision", "deterministic"}
     assert nothing | by_arithmetic | {"schedule.steps", "deepspeed"} | resume.RECORDED.keys() == set(resume.MAY_CHANGE)
 
 
@@ -536,6 +653,7 @@ def test_other_data_under_the_same_name_is_refused_before_a_step(tmp_path: Path)
 
 
 def test_a_damaged_file_is_named_before_a_step(stage: Stage, kept: RunFolder, tmp_path: Path) -> None:
+    """A flipped bit is found by its hash, while the checkpoint is loaded. A path is refused, auto takes the one before."""
     place = stage.place / "damaged"
     shutil.copytree(stage.place / "kept", place)
     folder = RunFolder(place / "gpt_sotu" / kept.id)
@@ -543,8 +661,22 @@ def test_a_damaged_file_is_named_before_a_step(stage: Stage, kept: RunFolder, tm
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+    ended = go(stage, "damaged", "1", resume=str(folder.path))
+    assert ended.codes == [DAMAGED] and file.name in ended.said and max(ended.rows()) == 6
+    assert (read_json(folder.run)["status"], read_json(folder.run)["code"]) == ("failed", DAMAGED)
+
     ended = go(stage, "damaged", "1", resume="auto")
-    assert ended.codes == [2] and file.name in ended.said and max(ended.rows()) == 6
+    assert ended.codes == [0], ended.said
+    assert (
+        f"{file.name} is damaged: SHA-256 " in ended.said
+        and "→ it is set aside, and the run goes on from step_000003 instead" in ended.said
+    )
+    assert f"resume   step 3 of {folder.title}, step_000003 · {EXACT}" in ended.said
+    assert ended.hexes() == go(stage, "undamaged", "1").hexes()
+    segment = read_json(folder.run)["segments"][-1]
+    assert (segment["from_step"], segment["checkpoint"]) == (3, "step_000003") and file.name in segment["passed_over"]["step_000006"]
+    names = sorted(path.name for path in folder.checkpoints.glob("step_*"))
+    assert names == ["step_000006.damaged", "step_000009", "step_000012"]
 
 
 # What is not finite.

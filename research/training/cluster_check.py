@@ -1,0 +1,61 @@
+"""`launch.py --check-cluster`: all that a launch of this experiment needs of the hosts, checked and shown, without training."""
+
+import sys
+import time
+
+import rich.console
+
+from research.cluster import agreement, host_tables
+from research.cluster.rendezvous import Rendezvous
+from research.cluster.world import joined
+from research.config.experiment_folder import load_variants
+from research.tracking.console import Console
+from research.tracking.format import plural
+from research.tracking.streams import escape_unencodable
+from research.training import setup
+from research.training.job import Job
+
+MUST_BE_SHARED = ("track.runs",)
+"""The settings of folders that all hosts must share. data.cache may be shared: a host that does not see it prepares its own."""
+
+
+def check_cluster(job: Job) -> None:
+    """Compares the hosts, times an all-reduce along each axis, and shows both on rank 0. Collective.
+
+    Every rank raises a SharedMistake if a launch would be refused, after rank 0 has shown what differs. Writes nothing but a file in
+    each folder that is checked, and removes it.
+    """
+    ranks, experiment, began = job.ranks, job.experiment, time.monotonic()
+    console, layout = Console(quiet=ranks.rank > 0), experiment.parallel
+    rendezvous = Rendezvous.open(ranks, experiment.watch.rendezvous_seconds, console.warn) if ranks.world > 1 else Rendezvous.alone(ranks)
+    with rendezvous.telling():
+        rendezvous.arrive()
+        load_variants(job.folder, experiment)
+        claims = setup.claims(job, rendezvous.host)
+        folders = {name: job.root / path for name, path in (("track.runs", experiment.track.runs), ("data.cache", experiment.data.cache))}
+        report = host_tables.compare(rendezvous, claims, folders)
+        fault = show_report(report, console) if report else None
+        rendezvous.refuse("the verdict", fault, lambda values: values[0])
+    with joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose, rendezvous) as grid:
+        links = host_tables.time_links(grid)
+    if report:
+        if links:
+            host_tables.show(tables_console(), [host_tables.links_table(links)])
+        hosts = plural(len({each.host for each in report.hosts}), "host")
+        agree = " agree" if ranks.world > 1 else ""
+        console.header([("", f"{hosts} with {plural(ranks.world, 'rank')}{agree} · checked in {time.monotonic() - began:.1f} s")])
+
+
+def show_report(report: host_tables.Report, console: Console) -> str | None:
+    """Shows what has been compared, and returns the sentence with which a launch would be refused; None if it would not be."""
+    host_tables.show(tables_console(), host_tables.tables(report, MUST_BE_SHARED))
+    for warning in host_tables.warnings(report):
+        console.warn(warning)
+    return host_tables.fault_of(report, agreement.disagreement, MUST_BE_SHARED)
+
+
+def tables_console() -> rich.console.Console:
+    """Standard output for tables: as wide as the terminal, 80 columns in a pipe."""
+    console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    escape_unencodable(console.file)
+    return console

@@ -1,0 +1,115 @@
+"""A run's folder in the hands of one launch: its lock, the troubles that end the run, and how its end is recorded.
+
+Two troubles are found while the run trains, and end it after the step: its disk refuses a row, or its folder was deleted. The rank that
+finds one asks all others to stop, as a signal would, so that a last checkpoint can be written where that is possible.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import SharedMistake
+from parallel.files import FULL, read_json, write_json
+from parallel.object_collectives import broadcast_object
+from research.cluster.exit_codes import DISK, TAKEN
+from research.config import Experiment, serialization
+from research.tracking import run_folder
+from research.tracking.run_folder import RunFolder
+from research.tracking.run_lock import LockView, RunLock, State, release
+from research.training.job import Job
+
+
+class Holding:
+    """The folder of a run as this rank holds it. Rank 0 has the lock; the others see its record."""
+
+    def __init__(self, folder: RunFolder, view: LockView, experiment: Experiment) -> None:
+        self.folder, self.view, self._experiment = folder, view, experiment
+        self._lock = view if isinstance(view, RunLock) else None
+        self._run: dict[str, Any] = read_json(folder.run) if self._lock else {}
+
+    def check(self) -> None:
+        """Ends the process if another one has taken the run over. Rank 0 calls it before it writes anything of the run."""
+        if self._lock:
+            self._lock.check()
+
+    @property
+    def was_deleted(self) -> bool:
+        """Whether the folder, or its lock, was deleted under the run. Known on rank 0."""
+        return self._lock is not None and self._lock.removed
+
+    def restore(self) -> None:
+        """Makes the folder again after it was deleted, so that a last checkpoint can be written into it. Rank 0 only."""
+        if self._lock is None or self._lock.state() is not State.REMOVED:
+            return
+        if not self._lock.restore():
+            self._lock.check()
+            return
+        for folder in (self.folder.checkpoints, self.folder.logs):
+            folder.mkdir(exist_ok=True)
+        if not self.folder.config.is_file():
+            serialization.save(self._experiment, self.folder.config)
+        if not self.folder.run.is_file():
+            write_json(self.folder.run, self._run)
+
+    def discard(self) -> None:
+        """Gives the lock up and removes the folder of a run that was refused before its first step. Rank 0 only."""
+        if self._lock:
+            self._lock.release()
+            run_folder.discard(self.folder)
+
+    def end(self, status: str, reason: str, code: int) -> None:
+        """Records how the run ended: in run.json, or in the lock's record if the disk is full. Rank 0 only."""
+        if self._lock:
+            with contextlib.suppress(OSError):
+                self.restore()
+            run_folder.end_or_keep(self.folder, self._lock, status, reason, code)
+
+
+def take(job: Job, folder: RunFolder) -> LockView:
+    """The run's lock, on rank 0: the one that was taken when the run was found, or else a new folder's. The other ranks see its record.
+
+    The lock that kept other processes from beginning the same run is given up. Collective.
+    """
+    said = ""
+    if job.ranks.rank == 0:
+        lock = next((lock for lock in job.locks if lock.place == folder.lock), None) or run_folder.take_lock(folder)
+        others = [other for other in job.locks if other is not lock]
+        job.locks[:] = [lock]
+        for other in others:
+            other.release(remove=True)
+        said = json.dumps([lock.number, lock.token])
+    number, token = json.loads(broadcast_object(said))
+    return job.locks[0] if job.ranks.rank == 0 else LockView(folder.lock, number, token)
+
+
+def close(job: Job) -> None:
+    """Gives up every lock that this process still holds."""
+    release(job.locks)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns an OSError of a full disk, or of a folder that was deleted, into a Mistake with the exit code of its own."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        if error.errno in FULL:
+            raise SharedMistake(full(f"{where}", error), reports=True, code=DISK) from error
+        if not folder.is_dir():
+            raise SharedMistake(deleted(folder), reports=True, code=TAKEN) from error
+        raise
+
+
+def full(path: str, error: OSError) -> str:
+    """The sentence about a file that the disk does not take."""
+    return f"{path} cannot be written ({error.strerror}) → make room on its disk, then go on with --resume auto"
+
+
+def deleted(folder: Path) -> str:
+    """The sentence about a run whose folder is gone."""
+    return (
+        f"{folder} was deleted while the run went on: its earlier rows and checkpoints are lost → begin anew, or go on with --resume auto"
+    )

@@ -1,0 +1,223 @@
+"""Concurrent starts, resumes and kills of one run on two hosts: never two writers, no row lost, every refusal names a holder."""
+
+import random
+import re
+import secrets
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.files import read_json
+from research.cluster.exit_codes import TAKEN, WRONG
+from research.tracking import metrics, run_folder
+from research.tracking.lock_record import newest
+from research.tracking.run_folder import RunFolder
+from tests.research.helpers.launches import LIMIT, Place, _environment
+from tests.research.helpers.namespaces import Host, can_make_hosts
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not can_make_hosts(), reason="namespaces may not be made here")]
+PAIRS = 100
+NAMED = re.compile(r"process (\d+) on (\S+), since ")
+
+
+class Run:
+    """A run's folder that pairs of tiny processes fight for, and what each of them says that it did."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.folder = run_folder.create(place / "runs", "mine")
+        run_folder.start(self.folder, layout="", precision="fp32", steps=10_000)
+        run_folder.end(self.folder, run_folder.INTERRUPTED)
+        self.number = 0
+
+    def begin(self, host: Host, flock: bool, rows: int) -> int:
+        """Starts a process that takes the run on."""
+        self.number += 1
+        own = self.place / f"own_{self.number:04d}.jsonl"
+        command = [sys.executable, "-m", "tests.research.helpers.lock_writer", str(self.folder.path), str(own)]
+        return host.start([*command, "--flock", str(int(flock)), "--rows", str(rows)], self.place / "said.txt")
+
+    def told(self) -> list[dict[str, Any]]:
+        """What all processes say that they did."""
+        return [row for path in sorted(self.place.glob("own_*.jsonl")) for row in metrics.read(path)]
+
+
+def disturb(dice: random.Random, host: Host, pid: int) -> None:
+    """What happens to one of a pair: nothing, a kill, a signal that is obeyed, or a pause that is longer than others listen."""
+    kind = dice.choice(["nothing", "kill", "kill", "end", "pause"])
+    time.sleep(dice.uniform(0.3, 1.5))
+    if kind == "pause":
+        host.signal(pid, signal.SIGSTOP)
+        time.sleep(dice.uniform(0.2, 4.0))
+        host.signal(pid, signal.SIGCONT)
+    elif kind != "nothing":
+        host.signal(pid, signal.SIGKILL if kind == "kill" else signal.SIGTERM)
+
+
+def test_a_hundred_pairs_on_two_hosts(tmp_path: Path) -> None:
+    """Half of them on a file system without flock, where only heartbeats and links tell."""
+    seed = secrets.randbelow(10**6)
+    print(f"seed {seed}")
+    dice, run, codes = random.Random(seed), Run(tmp_path), list[int | None]()
+    with Host("host-a") as a, Host("host-b") as b:
+        for _ in range(PAIRS):
+            flock, pair = dice.random() < 0.5, [dice.choice([a, b]) for _ in range(2)]
+            begun = []
+            for host in pair:
+                begun.append((host, run.begin(host, flock, dice.randint(20, 150))))
+                time.sleep(dice.choice([0.0, 0.0, dice.uniform(0.0, 0.6)]))
+            disturb(dice, *dice.choice(begun))
+            codes += [host.wait(pid, 60.0) for host, pid in begun]
+    counts = check(run.folder, run.told())
+    print(f"{PAIRS} pairs, exit codes { {code: codes.count(code) for code in set(codes)} }, {counts}")
+    assert set(codes) <= {0, WRONG, TAKEN, -signal.SIGKILL} and codes.count(WRONG) > 10 and codes.count(-signal.SIGKILL) > 5
+
+
+def check(folder: RunFolder, told: list[dict[str, Any]]) -> dict[str, int]:
+    """Compares the run's files with what its writers say that they did; returns how much there was to compare."""
+    holders = {(str(row["pid"]), row["host"]): row for row in told if "took" in row}
+    starts = {row["took"]: row["at"] for row in told if "took" in row}
+    assert len(starts) == sum("took" in row for row in told), "two processes had the lock with one number"
+
+    kept, dropped = list(metrics.read(folder.metrics)), list(metrics.read(folder.path / "dropped.jsonl"))
+    writers = [row["by"] for row in kept]
+    assert writers == sorted(writers), "rows of two writers are mixed"
+    assert [row["progress/step"] for row in kept] == list(range(1, len(kept) + 1)), "a row is lost, or there twice"
+
+    # a row that its writer has written is kept or was dropped; unless the lock was taken over while the writer was stopped in its write
+    there = {(row["by"], row["progress/step"]) for row in [*kept, *dropped]}
+    written = [row for row in told if "by" in row]
+    late = [row for row in written if any(row["by"] < number and at < row["at"] for number, at in starts.items())]
+    lost = [row for row in written if (row["by"], row["progress/step"]) not in there]
+    assert all(row in late for row in lost), lost
+    assert len({row["by"] for row in late}) == len(late), "a writer has gone on after it had lost the lock"
+
+    refused = [row["refused"] for row in told if "refused" in row]
+    for sentence in refused:
+        assert (match := NAMED.search(sentence)) and match.groups() in holders, sentence
+    return {"holders": len(starts), "refusals": len(refused), "rows": len(written), "dropped": len(dropped), "written too late": len(late)}
+
+
+def test_the_check_finds_two_writers(tmp_path: Path) -> None:
+    """Rows of two that write at once, and a row that nobody has."""
+    run = Run(tmp_path)
+    took = [{"took": number, "pid": number, "host": "a", "at": float(number)} for number in (1, 2)]
+    rows = [{"progress/step": step, "by": by} for step, by in ((1, 1), (2, 2), (3, 1))]
+    run.folder.metrics.write_text("".join(metrics.encode(row) + "\n" for row in rows))
+    with pytest.raises(AssertionError, match="rows of two writers are mixed"):
+        check(run.folder, took)
+    run.folder.metrics.write_text(metrics.encode(rows[0]) + "\n")
+    with pytest.raises(AssertionError):
+        check(run.folder, [*took, {"progress/step": 2, "by": 1, "at": 1.5}])
+    with pytest.raises(AssertionError, match="process 7 on b"):
+        check(run.folder, [*took, {"refused": "mine-x is running (process 7 on b, since now) → wait", "at": 1.0}])
+    assert read_json(run.folder.run)["status"] == "interrupted"
+
+
+class Trainings:
+    """Real trainings of one run, on hosts that see one disk."""
+
+    def __init__(self, place: Place, **settings: Any) -> None:
+        self.place, self.number = place, 0
+        settings = {"schedule.steps": 100_000, "schedule.validate_every": 0, "schedule.log_every": 1, "checkpoints.every": 50} | settings
+        self.command = [sys.executable, "experiments/gpt_sotu/launch.py", *place.settings(settings), "--resume", "auto"]
+
+    def begin(self, host: Host) -> tuple[Host, int, Path]:
+        """Starts `--resume auto` on this host; returns the host, the process and its output."""
+        self.number += 1
+        output = self.place.path / f"training_{self.number}.txt"
+        return host, host.start(self.command, output, _environment(self.place)), output
+
+    def until(self, output: Path, words: str) -> str:
+        """Waits until the output has these words."""
+        deadline = time.monotonic() + LIMIT
+        while words not in (said := output.read_text(errors="replace")):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        return said
+
+    def until_rows(self, more: int) -> None:
+        """Waits until the only run has so many rows more than now."""
+        begun, deadline = len(self.rows()), time.monotonic() + LIMIT
+        while len(self.rows()) < begun + more:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    @property
+    def folder(self) -> RunFolder:
+        (folder,) = run_folder.every(self.place.runs)
+        return folder
+
+    def rows(self) -> list[dict[str, Any]]:
+        return list(metrics.read(self.folder.metrics)) if run_folder.every(self.place.runs) else []
+
+    def holder(self) -> str:
+        """The living holder of the run, as a refusal names it."""
+        owner = newest(self.folder.lock)
+        assert owner and not owner.released
+        return f"({owner})"
+
+
+def test_pairs_of_real_trainings_on_two_hosts(tmp_path: Path) -> None:
+    """Seven pairs: begun at once with no run and with one, on two hosts and on one, beside a running, a stopped and a killed one.
+
+    What is left of the run equals a run that nobody disturbed, row by row, as hexadecimal floats.
+    """
+    trainings = Trainings(Place(tmp_path))
+    with Host("host-a") as a, Host("host-b") as b:
+        # two that begin at once: nothing is there
+        winner, loser = ended_first([trainings.begin(a), trainings.begin(b)])
+        assert "a run of gpt_sotu with these settings is in use by `--resume auto` (process " in loser.read_text()
+        trainings.until_rows(120)
+        for host in (b, a):  # one beside a running one, from elsewhere and from the same host
+            refused(trainings, trainings.begin(host))
+        host, pid, output = winner  # a stopped one lives
+        host.signal(pid, signal.SIGSTOP)
+        refused(trainings, trainings.begin(b if host is a else a))
+        host.signal(pid, signal.SIGCONT)
+        trainings.until_rows(60)
+        host.signal(pid, signal.SIGKILL)  # a killed one is listened to, and then its run goes on elsewhere
+        other = b if host is a else a
+        host, pid, output = trainings.begin(other)
+        assert "its heartbeat is watched for 30 s" in trainings.until(output, "resume   step ")
+        trainings.until_rows(60)
+        host.signal(pid, signal.SIGUSR1)
+        assert host.wait(pid, LIMIT) == 128 + signal.SIGUSR1
+        for pair in ([a, b], [a, a]):  # two that resume at once
+            (host, pid, output), loser = ended_first([trainings.begin(host) for host in pair])
+            trainings.until_rows(60)
+            host.signal(pid, signal.SIGUSR1)
+            assert host.wait(pid, LIMIT) == 128 + signal.SIGUSR1
+        alone = Trainings(Place(tmp_path / "alone"))
+        host, pid, output = alone.begin(a)
+        trainings.until(output, "\n    1 ")
+        alone.until_rows(len(trainings.rows()))
+        host.signal(pid, signal.SIGKILL)
+    losses = [(row["progress/step"], float(row["train/loss"]).hex()) for row in trainings.rows()]
+    assert losses == [(row["progress/step"], float(row["train/loss"]).hex()) for row in alone.rows()][: len(losses)]
+    assert [step for step, _ in losses] == list(range(1, len(losses) + 1))
+    assert len(read_json(trainings.folder.run)["segments"]) == 4
+
+
+def ended_first(begun: list[tuple[Host, int, Path]]) -> tuple[tuple[Host, int, Path], Path]:
+    """(the one that trains, the output of the other one, which was refused with exit code 2)."""
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        for one, other in (begun, begun[::-1]):
+            host, pid, output = one
+            if (code := host.wait(pid, 0.1)) is not None:
+                said = output.read_text()
+                assert code == WRONG and said.count("\n") == 1 and NAMED.search(said), said
+                return other, output
+    raise AssertionError([output.read_text() for _, _, output in begun])
+
+
+def refused(trainings: Trainings, begun: tuple[Host, int, Path]) -> None:
+    """It ends with exit code 2 and a sentence that names the holder."""
+    host, pid, output = begun
+    code, said = host.wait(pid, LIMIT), output.read_text()
+    assert code == WRONG and f"error  {trainings.folder.title} is running {trainings.holder()}" in said, said
