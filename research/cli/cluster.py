@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
 def checked_job(loaded: LoadedExperiment, settings: Sequence[str], launcher: Launcher, nodes: int, ranks_per_node: int) -> Job:
     """The job on rank 0 of `nodes` × `ranks_per_node` ranks. Raises the Mistake with which a launch on them would end."""
     experiment, overrides, options = parse(loaded.experiment, settings)
-    if options.help or options.version or options.dry_run:
-        raise Mistake("--help, --version and --dry-run train nothing → give them to launch.py itself")
+    if options.help or options.version or options.dry_run or options.check_cluster:
+        raise Mistake("--help, --version, --dry-run and --check-cluster train nothing → give them to launch.py itself")
     if launcher == "srun" and _is_given("--resume", settings) and options.resume == NEVER:
         raise Mistake(f"--resume {NEVER} would begin again after each requeue → leave it out: the script says --resume {AUTO}")
     check_settings(experiment)

@@ -96,7 +96,7 @@ MISTAKES = {
     "--hostfile --hosts a,b --nodes 3 --gpus 4": "--hosts names 2 hosts, --nodes says 3",
     "--hostfile --hosts a,a --gpus 4": "--hosts a,a names a host twice",
     "--slurm --nodes 2 --gpus 4 --dry-run": "python -m research cluster does not know --dry-run",
-    "--slurm --nodes 2 --gpus 4 -- --dry-run": "--help, --version and --dry-run train nothing",
+    "--slurm --nodes 2 --gpus 4 -- --dry-run": "--help, --version, --dry-run and --check-cluster train nothing",
 }
 
 

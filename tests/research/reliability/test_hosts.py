@@ -1,11 +1,15 @@
 """Which hosts `supervise --shrink` goes on with, and how the batch is then made. The launches themselves: end_to_end/test_shrink.py."""
 
 import itertools
+import threading
+from pathlib import Path
 
 import pytest
 
 from research.cluster.hostfile import Host
 from research.reliability.hosts import Choice, HostLauncher, Shape, choose
+from research.tracking.lock_record import beating
+from research.tracking.run_folder import RunFolder
 
 FOUR = [Host(f"node{number}", 2) for number in range(1, 5)]
 
@@ -65,3 +69,17 @@ def test_the_command_gets_the_chosen_hosts(command: str, alone: bool, expected: 
     """On one host, without --force_multi, DeepSpeed would start the ranks where `supervise` runs, which may be another host."""
     launcher = HostLauncher(command.split(), FOUR, Shape(1, 1, 8, 1), tmp_path, shrink=True, port=None)
     assert launcher._with_hostfile("NEW", alone) == expected.split()
+
+
+def test_a_rank_that_still_writes_heartbeats_is_noticed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.logs.mkdir()
+    folder.heartbeat(0).write_text("1")
+    folder.heartbeat(1).write_text("1")
+    assert not beating([folder.lock], 0.2)
+    remove = threading.Timer(0.05, folder.heartbeat(0).unlink)
+    remove.start()
+    assert not beating([folder.lock], 0.2), "a rank that ends removes its file"
+    beat = threading.Timer(0.05, lambda: folder.heartbeat(1).write_text("2"))
+    beat.start()
+    assert beating([folder.lock], 5)
