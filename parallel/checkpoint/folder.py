@@ -19,6 +19,7 @@ from typing import IO
 from parallel.checkpoint.manifest import FILE_NAME
 from parallel.errors import Mistake
 from parallel.files import disk_trouble, free_bytes, megabytes, sync_folder, write_synced
+from parallel.regular_files import open_regular
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -153,7 +154,7 @@ def hold(folder: Path) -> IO[bytes]:
 
     This is an advisory lock (flock), shared by all readers. On a file system without locks, `retain` cannot know of readers.
     """
-    file = (folder / MANIFEST).open("rb")
+    file = open_regular(folder / MANIFEST)
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -194,7 +195,7 @@ def hidden(folder: Path, state: str) -> Path:
 def _pointed(pointer: Path) -> str:
     """The name in a `latest` file, empty if it cannot be read."""
     try:
-        with pointer.open("rb") as file:
+        with open_regular(pointer) as file:
             return file.read(256).decode(errors="replace").strip()
     except OSError:
         return ""

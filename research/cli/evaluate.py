@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +26,7 @@ from research.evaluation.results import Key, Result, Results, code_digest, model
 from research.evaluation.task import Settings, Task, TaskContext, evaluate
 from research.tracking import format as fmt
 from research.tracking import run_folder
-from research.tracking.console import Console
+from research.tracking.console import Console, TerminalConsole
 
 WHAT = """Evaluates a trained model on tasks and keeps the results in RUN/evaluations/step_N.json. A task that was evaluated before, on the
 same checkpoint, data and settings, is not run again. The metrics are the same on any number of tensor ranks, up to rounding.
@@ -37,6 +36,8 @@ TOKENS_AT_ONCE = 8192
 """How many tokens are scored at once without --batch."""
 COLUMNS = ("task", "metric", "value", "± stderr", "examples", "precision", "time")
 RIGHT_ALIGNED = ("value", "± stderr", "examples", "time")
+LONGEST_CELL = 400
+"""The most characters of a cell: names of tasks and metrics come from files."""
 
 AnyTask = Task | LMEvalTask
 
@@ -219,10 +220,10 @@ def show(results: Sequence[Result], as_json: bool) -> None:
             no_wrap = column not in ("task", "metric")
             table.add_column(column, justify="right" if column in RIGHT_ALIGNED else "left", no_wrap=no_wrap)
         for row in rows:
-            table.add_row(*map(Text, row))
-        RichConsole().print(table)
+            table.add_row(*(Text(fmt.one_line(cell, LONGEST_CELL)) for cell in row))
+        TerminalConsole().print(table)
     else:
-        print("\n".join("\t".join(row) for row in [COLUMNS, *rows]))
+        print("\n".join("\t".join(fmt.one_line(cell, LONGEST_CELL) for cell in row) for row in [COLUMNS, *rows]))
 
 
 def table_rows(result: Result) -> list[tuple[str, ...]]:

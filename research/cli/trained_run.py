@@ -8,6 +8,7 @@ from pathlib import Path
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake, listed
+from parallel.text import printable
 from research.cluster.environment import find_ranks
 from research.config import Experiment, serialization
 from research.config.checks import tensor_degrees
@@ -59,7 +60,7 @@ def find_run(handle: str) -> RunFolder:
 def say_choice(handle: str, folder: RunFolder) -> None:
     """Says on standard error which run was chosen for `handle`, unless it names that run itself."""
     if choice := run_folder.choice(handle, folder):
-        sys.stderr.write(f"{choice}\n")
+        sys.stderr.write(f"{printable(choice)}\n")
 
 
 def refuse_launcher(verb: str) -> None:
