@@ -116,7 +116,14 @@ def steps(checkpoints: Path) -> list[Path]:
     complete: list[Path] = []
     with contextlib.suppress(OSError):
         complete = [path for path in checkpoints.iterdir() if STEP.fullmatch(path.name)]
-    return sorted((path for path in complete if (path / MANIFEST).is_file()), key=step_of)
+    return sorted(filter(_has_manifest, complete), key=step_of)
+
+
+def _has_manifest(path: Path) -> bool:
+    """Whether the folder has one; False for a folder that may not be read, too."""
+    with contextlib.suppress(OSError):
+        return (path / MANIFEST).is_file()
+    return False
 
 
 def retain(checkpoints: Path, keep_last: int, keep_every: int = 0, in_use: Collection[str] = ()) -> list[str]:

@@ -122,11 +122,11 @@ def _is_number(value: Any) -> bool:
 
 def tell_apart(runs: Sequence[tuple[RunFolder, dict[str, Any]]]) -> None:
     """Adds `differs` to each run: what the command line changed, and the settings that runs of its experiment do not share."""
-    settings = {folder.title: settings_of(folder) for folder, _ in runs}
+    unreadable = [run for _, run in runs if run.get("status") == UNREADABLE]
+    settings = {folder.title: {} if run in unreadable else settings_of(folder) for folder, run in runs}
     for folder, run in runs:
         names = differing([settings[other.title] for other, _ in runs if other.name == folder.name])
-        is_readable = run["status"] != UNREADABLE
-        run["differs"] = differences(run["overrides"], settings[folder.title], names) if is_readable else [run["reason"]]
+        run["differs"] = [run["reason"]] if run in unreadable else differences(run["overrides"], settings[folder.title], names)
 
 
 def differences(overrides: Sequence[Sequence[str]], settings: Settings, names: Sequence[str]) -> list[str]:

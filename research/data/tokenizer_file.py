@@ -9,12 +9,13 @@ All of these come from unknown sources: they are read as data and nothing in the
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from parallel import regular_files
 from parallel.errors import Mistake
+from parallel.regular_files import LARGEST_JSON
 from parallel.text import read_text
 from research.data import documents
 from research.data.tokenizer import END_OF_TEXT, Tokenizer
@@ -22,8 +23,8 @@ from research.data.tokenizer import END_OF_TEXT, Tokenizer
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-LARGEST = 256 * 2**20
-"""The most bytes of a tokenizer.json; one of 256 thousand tokens has 33 MB."""
+LARGEST, MOST_VALUES = 128 * 2**20, 2**22
+"""The most bytes and values of a tokenizer.json; one of 256 thousand tokens has 33 MB and two million values."""
 LONGEST_TEMPLATE = 2**20
 """The most characters of a chat template."""
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
@@ -100,25 +101,12 @@ def token_text(value: Any) -> str | None:
     return content if isinstance(content, str) and 0 < len(content) <= 200 else None
 
 
-def read_table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:
-    """A JSON table of at most `largest` bytes. Anything else is a Mistake."""
+def read_table(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """A JSON table of at most `largest` bytes in a regular file. Anything else is a Mistake."""
     try:
-        if path.stat().st_size > largest:
-            raise Mistake(f"{path} has {path.stat().st_size} bytes, more than {largest} → is it the right file?")
-        table = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        return regular_files.read_table(path, "is it the right file?", largest, MOST_VALUES)
     except OSError as error:
         raise Mistake(f"{path} cannot be read ({error.strerror}) → check the file and its permissions") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Mistake):
-            raise
-        raise Mistake(f"{path} is not JSON ({str(error)[:120]}) → is it the right file?") from None
-    if not isinstance(table, dict):
-        raise Mistake(f"{path} holds a {type(table).__name__}, not a table → is it the right file?")
-    return table
-
-
-def _no_constant(value: str) -> float:
-    raise ValueError(f"{value} is not JSON")
 
 
 def _table(path: Path) -> dict[str, Any]:

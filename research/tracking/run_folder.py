@@ -297,9 +297,17 @@ def choice(handle: str, folder: RunFolder) -> str:
     if newest_complete(folder.checkpoints) is None:
         return f"{handle} is {folder.title}, the newest run; none has a checkpoint"
     runs = by_start(of_experiment(folder.path.parent))
-    newer = [f"{run.title} ({status(read_json(run.run), run)})" for run in runs[runs.index(folder) + 1 :]]
+    newer = [f"{run.title} ({_status_of(run)})" for run in runs[runs.index(folder) + 1 :]]
     passed_over = f"; {', '.join(newer)} {'is' if len(newer) == 1 else 'are'} newer and {'has' if len(newer) == 1 else 'have'} none"
     return f"{handle} is {folder.title}, the newest run with a checkpoint{passed_over if newer else ''}"
+
+
+def _status_of(folder: RunFolder) -> str:
+    """The status of a run, also of one whose run.json is damaged."""
+    try:
+        return status(read_json(folder.run), folder)
+    except (OSError, ValueError):
+        return "unreadable"
 
 
 def find_checkpoint(handle: str, runs: Path = Path("runs"), needs: str = "run.json") -> tuple[RunFolder, Path]:
