@@ -17,6 +17,7 @@ LARGEST_JSON = 16 * 2**20
 """The most bytes of a JSON file, unless its reader says otherwise."""
 MOST_VALUES = 2**20
 """The most values of a JSON file, unless its reader says otherwise: a value takes up to about 100 bytes of memory, however short it is."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DIGITS = 400
 """The most digits of a number in JSON. Python itself refuses whole numbers of more than 4,300."""
 HUB_CACHE, HUB_BLOBS = "models--", "blobs"
@@ -65,7 +66,7 @@ def parsed_json(raw: bytes, most_values: int = MOST_VALUES, pairs: Callable[[lis
     if values > most_values:
         raise ValueError(f"it has up to {values:,} values, more than {most_values:,}")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=_refused_constant, parse_int=_parsed_int)
+        return json.loads(raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8"), object_pairs_hook=pairs, parse_constant=_refused_constant, parse_int=_parsed_int)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

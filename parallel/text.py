@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
+from parallel.regular_files import BYTE_ORDER_MARK
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, of marks without a shape (direction, zero width), of surrogates, and of line ends."""

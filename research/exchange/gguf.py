@@ -77,6 +77,11 @@ class GGUFFile:
         self.shapes.pop(names.ROTARY_FACTORS, None)
         settings(self.config)
 
+    @property
+    def header_size(self) -> int:
+        """The bytes in front of the tensors."""
+        return self._header.begin
+
     def __enter__(self) -> "GGUFFile":
         return self
 
