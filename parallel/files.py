@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
-from parallel.regular_files import LARGEST_JSON, MOST_VALUES, read_table
+from parallel.regular_files import LARGEST_JSON, MOST_VALUES, open_regular, read_table
 
 
 @contextlib.contextmanager
@@ -104,8 +104,8 @@ def read_json(path: Path, at_most: int = LARGEST_JSON, most_values: int = MOST_V
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal. The file is read in pieces."""
-    with path.open("rb") as file:
+    """The SHA-256 of a regular file in hexadecimal. The file is read in pieces."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -66,7 +66,12 @@ def parsed_json(raw: bytes, most_values: int = MOST_VALUES, pairs: Callable[[lis
     if values > most_values:
         raise ValueError(f"it has up to {values:,} values, more than {most_values:,}")
     try:
-        return json.loads(raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8"), object_pairs_hook=pairs, parse_constant=_refused_constant, parse_int=_parsed_int)
+        return json.loads(
+            raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8"),
+            object_pairs_hook=pairs,
+            parse_constant=_refused_constant,
+            parse_int=_parsed_int,
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

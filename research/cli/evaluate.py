@@ -17,7 +17,7 @@ from rich.text import Text
 from parallel.errors import Mistake
 from research import ROOT
 from research.cli.json_output import print_json
-from research.cli.trained_run import Trained, find, refuse_launcher, say
+from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.data.prepare import cache_folder, load_tokenizer
 from research.evaluation import lm_eval_task, perplexity, registry
@@ -27,6 +27,7 @@ from research.evaluation.task import Settings, Task, TaskContext, evaluate
 from research.tracking import format as fmt
 from research.tracking import run_folder
 from research.tracking.console import Console, TerminalConsole
+from research.tracking.own_runs import is_own
 
 WHAT = """Evaluates a trained model on tasks and keeps the results in RUN/evaluations/step_N.json. A task that was evaluated before, on the
 same checkpoint, data and settings, is not run again. The metrics are the same on any number of tensor ranks, up to rounding.
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
         show([result for key in keys.values() if (result := results.of(key))], arguments.json)
         if (path := results.path).is_file():
             console.header([("kept", str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))])
-        if evaluated:
+        if evaluated and (arguments.trust or is_own(command.folder)):  # another's run names a project that is another's
             from research.tracking import wandb_summary
 
             if line := wandb_summary.add(command.folder, summary_rows(results.results)):
@@ -103,6 +104,7 @@ def parser() -> Parser:
         help="names of tasks, separated by spaces or commas; list: shows them all",
     )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="the checkpoint of this step (default: the newest)")
+    add_trust_option(parser)
     parser.add_argument("--again", action="store_true", help="run tasks again that were evaluated before")
     data = parser.add_argument_group("data and examples")
     data.add_argument("--data", type=Path, metavar="FOLDER", help="a folder with wikitext2/test.txt and lambada/test.jsonl")
@@ -144,7 +146,7 @@ def prepared(arguments: argparse.Namespace) -> Command:
     if arguments.fewshot is not None and arguments.fewshot < 0:
         raise Mistake(f"--fewshot {arguments.fewshot} does not work → use 0 or more")
 
-    trained = find(arguments)
+    trained = find(arguments, ["validation"] if registry.VALIDATION in task_names(arguments) else [])
     seq_length = trained.experiment.model.seq_length
     settings = Settings(arguments.limit, arguments.window, arguments.stride, arguments.data)
     perplexity.window_sizes(settings, seq_length + 1)

@@ -19,7 +19,7 @@ from parallel.errors import Mistake, listed
 from parallel.text import decoded_line
 from research import ROOT
 from research.cli.json_output import print_json
-from research.cli.trained_run import Trained, find, refuse_launcher, say
+from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.cluster.exit_codes import show_mistake
 from research.data.prepare import load_tokenizer
@@ -101,6 +101,7 @@ def parser() -> Parser:
     parser = Parser("generate", WHAT)
     parser.add_argument("run", help="a run's folder (runs/gpt_sotu/latest), its name or its title")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="the checkpoint of this step (default: the newest)")
+    add_trust_option(parser)
     source = parser.add_argument_group("what to continue; one of these")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times")
     source.add_argument(

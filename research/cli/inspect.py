@@ -189,4 +189,6 @@ def list_tensors(path: Path, console: Console) -> None:
         for name, tensor in reader.tensors.items():
             shape = " × ".join(map(str, tensor.shape))
             pieces = ", ".join(piece.file for piece in tensor.pieces[:2]) + (" …" if len(tensor.pieces) > 2 else "")
-            console.header([("", f"{fmt.one_line(name, LONGEST):<{width}}  {shape:>14}  {plural(len(tensor.pieces), 'piece')} in {pieces}")])
+            console.header(
+                [("", f"{fmt.one_line(name, LONGEST):<{width}}  {shape:>14}  {plural(len(tensor.pieces), 'piece')} in {pieces}")]
+            )

@@ -4,9 +4,8 @@ import argparse
 from pathlib import Path
 
 from parallel.errors import Mistake
-from parallel.files import read_json
 from research.cli.verbs import Parser
-from research.tracking import run_folder, wandb_client, wandb_record
+from research.tracking import run_folder, run_record, wandb_client, wandb_record
 from research.tracking.console import Console
 from research.tracking.format import plural, short_path
 from research.tracking.run_folder import FINISHED, RUNNING, RunFolder
@@ -42,7 +41,8 @@ def track(folder: RunFolder, asked: str | None, console: Console) -> None:
     from research.cli.evaluate import summary_rows
     from research.evaluation import results
 
-    run = read_json(folder.run)
+    run_folder.refuse_link(folder.wandb)
+    run = run_record.read(folder)
     status, rows = run_folder.status(run, folder), len(wandb_record.rows(folder))
     if not rows:
         raise Mistake(f"{folder.title} ({status}) has no rows in {folder.metrics.name} → track a run that has trained")

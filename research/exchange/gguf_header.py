@@ -106,7 +106,10 @@ class Header:
         kind, count = self._number("I"), self._number("Q")
         _require(kind == STRING or kind in NUMBERS, f"{name!r:.80} is an array of the type {kind}, which no model has")
         self._elements += count
-        _require(self._elements <= MOST_ELEMENTS, f"its arrays have {self._elements:,} elements or more ({name!r:.80}), more than {MOST_ELEMENTS:,}")
+        _require(
+            self._elements <= MOST_ELEMENTS,
+            f"its arrays have {self._elements:,} elements or more ({name!r:.80}), more than {MOST_ELEMENTS:,}",
+        )
         least = 8 if kind == STRING else struct.calcsize(f"<{NUMBERS[kind]}")
         _require(count * least <= self.size - self._place, f"{name!r:.80} has {count:,} elements, which the file is too short for")
         array = Array(kind, count, self._place)

@@ -18,8 +18,18 @@ from parallel.errors import Mistake, listed_up_to
 from parallel.files import write_json
 from research.data import tokenizer_file
 from research.data.tokenizer import END_OF_TEXT, Tokenizer
-from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LONGEST_TEMPLATE, SPECIAL, TEMPLATE
-from research.data.tokenizer_file import are_ids, find_template, read_table, table_in
+from research.data.tokenizer_file import (
+    CONFIG,
+    FILE,
+    GENERATION,
+    LONGEST_TEMPLATE,
+    SPECIAL,
+    TEMPLATE,
+    are_ids,
+    find_template,
+    read_table,
+    table_in,
+)
 
 ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OLDER_CONFIG, OLDER_TEMPLATE, TEMPLATES = "special_tokens_map.json", "chat_template.json", "additional_chat_templates"

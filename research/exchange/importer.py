@@ -106,7 +106,7 @@ class Import:
             raise Mistake(f"--tokenizer {name} is not one → name {tokenizers.GPT2} or a tokenizer.json")
         if name == tokenizers.GPT2:
             target.rmdir()
-            if tokenizers.GPT2_SIZE > self.model.vocab_size:
+            if self.model.vocab_size < tokenizers.GPT2_SIZE:
                 sizes = f"the tokenizer has {tokenizers.GPT2_SIZE} tokens, the model {self.model.vocab_size}"
                 raise Mistake(f"{sizes} → name the one it was trained with: --tokenizer PATH")
             return name, tokenizers.gpt2()

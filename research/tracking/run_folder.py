@@ -273,6 +273,12 @@ def _run_at(path: Path) -> RunFolder | None:
     return None
 
 
+def refuse_link(folder: Path) -> None:
+    """Raises a Mistake if a folder of a run, into which files are written, is a link: a stranger's would lead to a folder of its reader."""
+    if folder.is_symlink():
+        raise Mistake(f"{folder} is a link, and nothing is written through it → put a folder in its place")
+
+
 def has_file(folder: Path, name: str) -> bool:
     """Whether the folder that a person names has this file; False also for a name that no folder can have, such as a whole prompt."""
     with contextlib.suppress(OSError):

@@ -233,7 +233,11 @@ HOSTILE = {
     "index: absolute": (SHARDS, lambda p: change(p, INDEX, lambda t: t["weight_map"].update(x="/a.safetensors")), "no plain name"),
     "index: hidden": (SHARDS, lambda p: change(p, INDEX, lambda t: t["weight_map"].update(x=".a.safetensors")), "no plain name"),
     "index: other kind": (SHARDS, lambda p: change(p, INDEX, lambda t: t["weight_map"].update(x="a.bin")), "no plain name"),
-    "index: missing file": (SHARDS, lambda p: first_shard(p).unlink(), "cannot be read .No such file or directory. → fetch the folder again"),
+    "index: missing file": (
+        SHARDS,
+        lambda p: first_shard(p).unlink(),
+        "cannot be read .No such file or directory. → fetch the folder again",
+    ),
     "index: missing tensor": (
         SHARDS,
         lambda p: change(p, INDEX, lambda t: t["weight_map"].update(x=first_shard(p).name)),

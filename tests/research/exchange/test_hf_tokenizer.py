@@ -203,7 +203,10 @@ HOSTILE = {
     "a list": (lambda p: (p / CONFIG).write_text("[]"), "tokenizer_config.json holds no JSON object but a list"),
     "nested without end": (lambda p: (p / CONFIG).write_text("[" * 10**6), "tokenizer_config.json is not JSON"),
     "a constant": (lambda p: (p / GENERATION).write_text('{"eos_token_id": NaN}'), "generation_config.json is not JSON"),
-    "large": (lambda p: (p / CONFIG).write_text(" " * (16 * 2**20 + 1)), "tokenizer_config.json cannot be read .it has 16,777,217 bytes, more than"),
+    "large": (
+        lambda p: (p / CONFIG).write_text(" " * (16 * 2**20 + 1)),
+        "tokenizer_config.json cannot be read .it has 16,777,217 bytes, more than",
+    ),
 }
 
 
