@@ -4,6 +4,7 @@ A name can be a pipe that nobody writes to, a device without an end, a sparse fi
 Whoever reads a run folder, a checkpoint or a downloaded model reads it with these functions. Imports no torch.
 """
 
+import io
 import json
 import os
 import stat
@@ -24,7 +25,7 @@ HUB_CACHE, HUB_BLOBS = "models--", "blobs"
 """In Hugging Face's cache, models--OWNER--NAME/snapshots/REVISION/FILE is a link to models--OWNER--NAME/blobs/HASH."""
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> io.BufferedReader:
     """Opens a regular file, or a link to one, for reading. An OSError says what else it is.
 
     It is opened without blocking and looked at afterwards, so that a pipe cannot take the place of the file in between.
@@ -34,7 +35,7 @@ def open_regular(path: Path) -> IO[bytes]:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             raise OSError(0, f"it is {kind_of(mode)}, not a file", str(path))
-        return os.fdopen(descriptor, "rb")
+        return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise

@@ -17,6 +17,7 @@ from research.config.experiment_folder import VARIANTS, check_variants, variant_
 from research.generation.trust import is_known_variant, trusted_settings
 from research.tracking import run_folder
 from research.tracking.console import Advance, Console
+from research.tracking.own_runs import is_own
 from research.tracking.run_folder import RunFolder
 
 
@@ -40,7 +41,7 @@ def settings_of_run(arguments: argparse.Namespace, folder: RunFolder, reads: Col
     """The run's settings, without what a stranger's run may not decide (research/generation/trust.py). Says if a program of it is run."""
     experiment = trusted_settings(folder, arguments.trust, reads)
     path = folder.source / VARIANTS
-    if variant_names(experiment) and path.is_file() and not is_known_variant(path):
+    if arguments.trust and variant_names(experiment) and path.is_file() and not is_own(folder) and not is_known_variant(path):
         Console(sys.stderr).warn(f"{path} is executed: no experiment of this checkout has the same")
     return experiment
 

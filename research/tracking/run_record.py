@@ -31,7 +31,10 @@ class _Record(BaseModel):
 
 
 def read(folder: RunFolder) -> dict[str, Any]:
-    """All of run.json; the fields above have their types, or a default if they are missing. Raises a Mistake if it cannot be read, or a field has another type."""
+    """All of run.json; the fields above have their types, or a default if they are missing.
+
+    Raises a Mistake if it cannot be read, or a field has another type.
+    """
     try:
         table = read_json(folder.run)
     except OSError as error:
