@@ -19,7 +19,7 @@ MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), "general.alignment"
 STRING, ARRAY = 8, 9
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Type of a value -> its struct format."""
-MOST_FIELDS, MOST_TENSORS, MOST_ELEMENTS, MOST_DIMS = 2**12, 2**16, 2**22, 4
+MOST_FIELDS, MOST_TENSORS, MOST_ELEMENTS, MOST_DIMS = 2**12, 2**16, 2**21, 4
 """Models have about 50 fields, up to a few thousand tensors, and 256 thousand tokens with as many scores and types, and their merges."""
 LONGEST_NAME, LONGEST_STRING, LARGEST_HEADER = 1000, 2**20, 2**26
 """In bytes. A chat template may have 2**20; all of the metadata of a model with 256 thousand tokens are 10 MB."""
@@ -116,8 +116,7 @@ class Header:
         if kind != STRING:
             self._taken(count * least)
         else:
-            for _ in range(count):
-                self._skip_string()
+            self._skip_strings(count)
         return array
 
     def _read_tensor(self) -> None:
@@ -138,10 +137,20 @@ class Header:
         _require(length <= longest, f"a text of it has {length:,} bytes, more than {longest:,}")
         return self._taken(length).decode("utf-8")
 
-    def _skip_string(self) -> None:
-        length = self._number("Q")
-        _require(length <= LONGEST_STRING, f"a text of it has {length:,} bytes, more than {LONGEST_STRING:,}")
-        self._move(length)
+    def _skip_strings(self, count: int) -> None:
+        """Moves behind `count` texts. There may be a million of them, so this is one loop without calls of its own."""
+        length_at, place, end = struct.Struct("<Q").unpack_from, self._place, min(self.size, LARGEST_HEADER) - 8
+        for _ in range(count):
+            if place > end:
+                break
+            (length,) = length_at(self._map, place)
+            if length > LONGEST_STRING:
+                raise ValueError(f"a text of it has {length:,} bytes, more than {LONGEST_STRING:,}")
+            place += 8 + length
+        else:
+            self._move(place - self._place)
+            return
+        raise ValueError(f"it ends within its header, or that has more than {LARGEST_HEADER:,} bytes")
 
     def _taken(self, count: int) -> bytes:
         place = self._place
