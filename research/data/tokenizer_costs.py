@@ -20,7 +20,7 @@ UNICODE_GROWTH = 18
 GROWING = {"NFC": 3, "NFD": 4, "NFKC": UNICODE_GROWTH, "NFKD": UNICODE_GROWTH, "Precompiled": UNICODE_GROWTH, "Lowercase": 3}
 LONGEST_PATTERN, MOST_REPETITIONS = 20_000, 100_000
 """Of one regular expression: its characters, and the product of the numbers of its {…}."""
-REPETITION = re.compile(r"\{\s*\d*\s*,?\s*(\d+)\s*\}")
+REPETITION = re.compile(r"\{\s*(?:\d*\s*,)?\s*(\d+)\s*\}")
 LONGEST_PART = 1000
 """The most characters of the unknown token, and of what is put before or behind the parts of a word."""
 MOST_ADDED = 2**23

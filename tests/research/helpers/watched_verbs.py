@@ -1,8 +1,8 @@
 """Runs a verb of `python -m research` in a forked child that is watched: what it writes, executes and prints, its memory and its time.
 
 Memory is the child's largest resident set (rusage, its own children included) less what it is resident with when the verb begins, which
-is what it has from this process: what the verb has added. Libraries must be imported here before, or they count. Writes and executions are seen by an audit hook, which forked children inherit, and by what
-has changed on the disk.
+is what it has from this process: what the verb has added. Libraries must be imported here before, or they count. Writes and executions
+are seen by an audit hook, which forked children inherit, and by what has changed on the disk.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def _hook(place: str, log: int) -> Any:
                 if isinstance(arguments[i], (str, bytes)):
                     folder = os.readlink(f"/proc/self/fd/{arguments[at]}") if isinstance(arguments[at], int) and arguments[at] >= 0 else ""
                     told("write", os.path.join(folder, os.fsdecode(arguments[i])))
-        elif event in RUNS:
+        elif event in RUNS and arguments[0] != "git":  # an import writes down the commit of its own tree
             told("run", (event, *map(str, arguments[:2])))
         elif event == "exec" and str(getattr(arguments[0], "co_filename", "")).startswith(place):
             told("run", arguments[0].co_filename)
