@@ -23,8 +23,9 @@ LONGEST_PATTERN, MOST_REPETITIONS = 20_000, 100_000
 REPETITION = re.compile(r"\{\s*(?:\d*\s*,)?\s*(\d+)\s*\}")
 LONGEST_PART = 1000
 """The most characters of the unknown token, and of what is put before or behind the parts of a word."""
-MOST_ADDED = 2**23
-"""The most characters of all added tokens together: a table of their beginnings is made."""
+MOST_ADDED, MOST_ADDED_LETTERS, MOST_PIECES = 2**15, 2**23, 1000
+"""The most added tokens (the library takes longer for each; Gemma has 6,000), characters of all of them together, and pieces of the
+template that puts special tokens around a text."""
 WAY_OUT = "do not use it, or name another tokenizer"
 
 
@@ -37,6 +38,8 @@ def check(table: dict[str, Any], path: Path) -> None:
         for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
             for pattern in _patterns(table.get(part)):
                 _check_pattern(pattern, part, path)
+        if (pieces := _pieces(table.get("post_processor"))) > MOST_PIECES:
+            raise Mistake(f"{path}: its post_processor has {pieces:,} pieces, more than {MOST_PIECES:,} → {WAY_OUT}")
     except RecursionError:
         raise Mistake(f"{path} is nested too deeply → {WAY_OUT}") from None
     model = table.get("model")
@@ -45,9 +48,11 @@ def check(table: dict[str, Any], path: Path) -> None:
             raise Mistake(f"{path}: its model's {name:.40} has {len(value):,} characters, more than {LONGEST_PART:,} → {WAY_OUT}")
     added = table.get("added_tokens")
     entries = added if isinstance(added, list) else []
+    if len(entries) > MOST_ADDED:
+        raise Mistake(f"{path} has {len(entries):,} added tokens, more than {MOST_ADDED:,} → {WAY_OUT}")
     letters = sum(len(entry["content"]) for entry in entries if isinstance(entry, dict) and isinstance(entry.get("content"), str))
-    if letters > MOST_ADDED:
-        raise Mistake(f"{path}: its added tokens have {letters:,} characters, more than {MOST_ADDED:,} → {WAY_OUT}")
+    if letters > MOST_ADDED_LETTERS:
+        raise Mistake(f"{path}: its added tokens have {letters:,} characters, more than {MOST_ADDED_LETTERS:,} → {WAY_OUT}")
 
 
 def _growth(component: Any) -> float:
@@ -64,6 +69,15 @@ def _growth(component: Any) -> float:
     if isinstance(prepended := component.get("prepend"), str):
         own = 1.0 + len(prepended)
     return prod(map(_growth, inner), start=own)
+
+
+def _pieces(component: Any) -> int:
+    """The pieces of the templates of a post-processor."""
+    if not isinstance(component, dict):
+        return 0
+    own = [component[name] for name in ("single", "pair") if isinstance(component.get(name), list)]
+    inner = component.get("processors")
+    return sum(map(len, own)) + sum(map(_pieces, inner if isinstance(inner, list) else []))
 
 
 def _patterns(component: Any) -> Iterator[str]:

@@ -36,6 +36,8 @@ def test_a_real_tokenizer_passes():
         ({"pre_tokenizer": {"pattern": {"Regex": "(a{1,1000}){101}"}}}, "repeats 1.01e.05 times, more than 100,000"),
         ({"pre_tokenizer": [{"pattern": {"Regex": "a" * 20_001}}]}, "has 20,001 characters, more than 20,000"),
         ({"model": {"continuing_subword_prefix": "x" * 1001}}, "continuing_subword_prefix has 1,001 characters"),
+        ({"added_tokens": [{"content": "x"}] * 32_769}, "has 32,769 added tokens, more than 32,768"),
+        ({"post_processor": {"processors": [{"single": [{}] * 900, "pair": [{}] * 101}]}}, "its post_processor has 1,001 pieces"),
         ({"added_tokens": [{"content": "x" * 2**20}] * 9}, "its added tokens have 9,437,184 characters"),
     ],
 )

@@ -135,7 +135,7 @@ raise ValueError(text)
 
 
 def test_the_streams_are_a_net_for_what_steers_a_terminal():
-    """A print, our console in colours, and a traceback. Colours and carriage returns of libraries pass, as does what is asked for exactly."""
+    """A print, our console, and a traceback. Colours and carriage returns of libraries pass, as does what is asked for exactly."""
     done = subprocess.run([sys.executable, "-c", NET], capture_output=True, cwd=ROOT, timeout=120)
     escaped = r"a\x1b]0;owned\x07\x1b[2J\x9b\u202e\u2028b"
     printed, *header, exactly = done.stdout.decode().split("\n")
