@@ -1,6 +1,8 @@
 """Files of strangers: each ends its verb with one sentence, in little memory, and makes it neither write elsewhere nor execute anything."""
 
 import re
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tests.research.helpers import gguf_files, hf_models, untrained
 from tests.research.helpers.hostile_cases import SECRET, Bases, Case, cases
 from tests.research.helpers.watched_verbs import Watched, watched
 
+KINDS = ("hf", "tokenizer", "gguf", "checkpoint", "run")
 MOST_MB, LONGEST = 300, 20_000
 """What a verb may add to its memory, and the characters that it may print."""
 QUICK = (
@@ -93,6 +96,7 @@ def checked(chosen: list[Case], place: Path) -> dict[str, Watched]:
         here = place / f"{i}"
         done = results[case.name] = run_case(case, here)
         wrong += [f"{case.name}: {fault}" for fault in faults(case, done, here)]
+        shutil.rmtree(here)
     assert not wrong, "\n".join(wrong)
     return results
 
@@ -103,12 +107,17 @@ def test_one_of_each_kind(bases, tmp_path):
     checked(chosen, tmp_path)
 
 
+def test_there_are_hundreds_and_each_has_a_name(bases):
+    names = [case.name for case in cases(bases)]
+    assert len(names) >= 700 and [name for name, count in Counter(names).items() if count > 1] == []
+    assert {name.partition(":")[0] for name in names} == set(KINDS)
+
+
 @pytest.mark.slow
-def test_every_hostile_file_is_one_sentence(bases, tmp_path):
-    """At least two hundred; `pytest -s` prints how many, and the largest figures."""
-    everything = list(cases(bases))
-    assert len(everything) >= 200 and len({case.name for case in everything}) == len(everything)
-    done = checked(everything, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_hostile_file_is_one_sentence(kind, bases, tmp_path):
+    """`pytest -s` prints how many there are of a kind, and the largest figures."""
+    done = checked([case for case in cases(bases) if case.name.startswith(f"{kind}:")], tmp_path)
     for figure in ("seconds", "cpu_seconds", "added_mb"):
         worst = sorted(done, key=lambda name: -getattr(done[name], figure))[:5]
         print(f"\n{figure}: " + "; ".join(f"{getattr(done[name], figure):.1f} {name}" for name in worst))

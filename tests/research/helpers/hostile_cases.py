@@ -501,9 +501,9 @@ def run_cases(bases: Bases) -> Iterator[Case]:
     for field in SETTINGS:
         for name in ("text", "long", "negative", "huge", "beyond", "NaN", "list"):
             yield case(f"{field} is {name}", functools.partial(_change_settings, assign(field, WRONG[name])), *generate)
-    secret = "../../../secret.txt"
-    for field, value in (("data.train", secret), ("data.tokenizer", "/etc/secret.json"), ("data.tokenizer", "../../../secret.json")):
-        yield case(f"{field} is a secret", functools.partial(_change_settings, assign(field, value)), *generate)
+    for field, name in (("data.train", "secret.txt"), ("data.tokenizer", "secret.json")):
+        yield case(f"{field} is a secret", functools.partial(_with_secret, field, name), *generate)
+    yield case("data.validation is a secret", functools.partial(_with_secret, "data.validation", "secret.txt"), "evaluate", "--limit", "1")
     yield case("variant.py is a program", _with_variant, *generate)
     yield case("incidents are pipes", lambda run: (run.incidents.mkdir(), _pipe(run.incidents / "a.json")), "inspect", shown=True)
     yield case("latest is a pipe", lambda run: replaced(run.checkpoints / "latest", _pipe), *generate)
@@ -514,6 +514,11 @@ def run_cases(bases: Bases) -> Iterator[Case]:
 
 def _change_settings(act: Callable[[dict], None], run: RunFolder) -> None:
     changed(run.config, act)
+
+
+def _with_secret(field: str, name: str, run: RunFolder) -> None:
+    """A file of its reader, named by its whole path. A tokenizer that is trained on it would show its words."""
+    changed(run.config, assign(field, str(_place_of(run.path) / name)))
 
 
 def _with_variant(run: RunFolder) -> None:
