@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from parallel.checkpoint.manifest import MAX_BYTES, MOST_VALUES
 from parallel.files import read_json
 from research.cluster.exit_codes import SIGNALLED
 from research.reliability.parents import LAUNCHER_GONE, PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
@@ -174,7 +175,7 @@ def saved_step(run: RunFolder) -> int:
     """The step of the checkpoint that `latest` names; −1 if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         name = (run.checkpoints / "latest").read_text().strip()
-        return int(read_json(run.checkpoints / name / "manifest.json")["step"])
+        return int(read_json(run.checkpoints / name / "manifest.json", MAX_BYTES, MOST_VALUES)["step"])
     return -1
 
 
