@@ -151,7 +151,8 @@ def test_a_name_stays_a_name(name, tmp_path):
 
 
 def test_a_file_s_name_that_is_no_text_is_shown_with_escapes():
-    assert importer.experiment(MODEL, "a\udcffb\x1b[31m\nc", "a", "b.json", "runs").question.startswith("What does a\\udcffb\\x1b[31m c know")
+    question = importer.experiment(MODEL, "a\udcffb\x1b[31m\nc", "a", "b.json", "runs").question
+    assert question.startswith(r"What does a\udcffb\x1b[31m c know")
 
 
 def test_it_reads_like_the_others(tmp_path):
