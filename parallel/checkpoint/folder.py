@@ -21,6 +21,7 @@ from parallel.checkpoint.damage import damage_of
 from parallel.checkpoint.manifest import FILE_NAME, MANIFEST
 from parallel.errors import DiskRefuses, Mistake
 from parallel.files import disk_trouble, free_bytes, megabytes, sync_folder, write_synced
+from parallel.regular_files import open_regular
 
 LATEST = "latest"
 STEP = re.compile(r"step_(\d{1,15})")
@@ -118,7 +119,14 @@ def steps(checkpoints: Path) -> list[Path]:
     complete: list[Path] = []
     with contextlib.suppress(OSError):
         complete = [path for path in checkpoints.iterdir() if STEP.fullmatch(path.name)]
-    return sorted((path for path in complete if (path / MANIFEST).is_file()), key=step_of)
+    return sorted(filter(_has_manifest, complete), key=step_of)
+
+
+def _has_manifest(path: Path) -> bool:
+    """Whether the folder has one; False for a folder that may not be read, too."""
+    with contextlib.suppress(OSError):
+        return (path / MANIFEST).is_file()
+    return False
 
 
 def up_to_latest(checkpoints: Path) -> list[Path]:
@@ -201,7 +209,7 @@ def hold(folder: Path) -> IO[bytes]:
 
     This is an advisory lock (flock), shared by all readers. On a file system without locks, `retain` cannot know of readers.
     """
-    file = (folder / MANIFEST).open("rb")
+    file = open_regular(folder / MANIFEST)
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -242,7 +250,7 @@ def hidden(folder: Path, state: str) -> Path:
 def _pointed(pointer: Path) -> str:
     """The name in a `latest` file, empty if it cannot be read."""
     try:
-        with pointer.open("rb") as file:
+        with open_regular(pointer) as file:
             return file.read(256).decode(errors="replace").strip()
     except OSError:
         return ""

@@ -17,6 +17,7 @@ from parallel.errors import Damaged, Mistake
 from parallel.files import sha256_of
 from parallel.grid import Grid
 from parallel.layers import unique_parameters
+from parallel.regular_files import open_regular
 from parallel.slices import Slice, slice_of
 
 Box = Sequence[tuple[int, int]]
@@ -131,7 +132,7 @@ class Reader:
         """The content of a file of the checkpoint that holds no tensors."""
         path = self._path(name)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 return file.read(at_most)
         except OSError as error:
             raise self._unreadable(path, error) from error

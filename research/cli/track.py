@@ -8,7 +8,7 @@ from pathlib import Path
 
 from parallel.errors import Mistake
 from research.cli.verbs import Parser
-from research.tracking import run_folder, wandb_artifacts, wandb_client, wandb_record
+from research.tracking import run_folder, run_record, wandb_artifacts, wandb_client, wandb_record
 from research.tracking.console import Console
 from research.tracking.format import plural, short_path
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
@@ -48,7 +48,8 @@ def track(folder: RunFolder, asked: str | None, console: Console) -> None:
     from research.cli.evaluate import summary_rows
     from research.evaluation import results
 
-    run = run_folder.read_run(folder)
+    run_folder.refuse_link(folder.wandb)
+    run = run_record.read(folder)
     status, rows = run_folder.status(run, folder), len(wandb_record.rows(folder))
     figures = summary_rows(results.every(folder))
     if not rows and not figures:

@@ -2,18 +2,22 @@
 
 import argparse
 import sys
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake, listed
+from parallel.text import printable
 from research.cluster.environment import find_ranks
-from research.config import Experiment, serialization
+from research.config import Experiment
 from research.config.checks import tensor_degrees
-from research.config.experiment_folder import check_variants
+from research.config.experiment_folder import VARIANTS, check_variants, variant_names
+from research.generation.trust import is_known_variant, trusted_settings
 from research.tracking import run_folder
 from research.tracking.console import Advance, Console
+from research.tracking.own_runs import is_own
 from research.tracking.run_folder import RunFolder
 
 
@@ -27,13 +31,29 @@ class Trained:
     experiment: Experiment
 
 
-def find(arguments: argparse.Namespace) -> Trained:
-    """The run, checkpoint and tensor degree that `arguments` name (`run`; `checkpoint`, None: the newest; `tensor`).
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --trust."""
+    text = "the run is yours, or you have looked at it: read the files that its config.json names, and execute its variant.py"
+    parser.add_argument("--trust", action="store_true", help=f"{text} (runs that this checkout has made are trusted)")
 
-    Raises a Mistake if the run or the checkpoint does not exist, or the model cannot be sliced over so many ranks.
+
+def settings_of_run(arguments: argparse.Namespace, folder: RunFolder, reads: Collection[str] = ()) -> Experiment:
+    """The run's settings, without what a stranger's run may not decide (research/generation/trust.py). Says if a program of it is run."""
+    experiment = trusted_settings(folder, arguments.trust, reads)
+    path = folder.source / VARIANTS
+    if arguments.trust and variant_names(experiment) and path.is_file() and not is_own(folder) and not is_known_variant(path):
+        Console(sys.stderr).warn(f"{path} is executed: no experiment of this checkout has the same")
+    return experiment
+
+
+def find(arguments: argparse.Namespace, reads: Collection[str] = ()) -> Trained:
+    """The run, checkpoint and tensor degree that `arguments` name (`run`; `checkpoint`, None: the newest; `tensor`; `trust`).
+
+    `reads`: the texts of the run that are needed, besides what its tokenizer is made from. Raises a Mistake if the run or the
+    checkpoint does not exist, the model cannot be sliced over so many ranks, or the run is a stranger's and names files of this machine.
     """
     folder = find_run(arguments.run)
-    experiment = serialization.load(folder.config)
+    experiment = settings_of_run(arguments, folder, reads)
     model = experiment.model
     check_variants(folder.source, model)
     if arguments.tensor not in (degrees := tensor_degrees(model)):
@@ -59,7 +79,7 @@ def find_run(handle: str) -> RunFolder:
 def say_choice(handle: str, folder: RunFolder) -> None:
     """Says on standard error which run was chosen for `handle`, unless it names that run itself."""
     if choice := run_folder.choice(handle, folder):
-        sys.stderr.write(f"{choice}\n")
+        sys.stderr.write(f"{printable(choice)}\n")
 
 
 def refuse_launcher(verb: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from parallel.errors import Damaged, DiskRefuses, Mistake, SharedMistake
 from parallel.files import FULL
+from parallel.text import printable
 
 CRASHED = 1
 """Exit code of an error that is no Mistake: Python's own."""
@@ -25,8 +26,8 @@ HUNG = 124
 """Exit code of a run that was ended because it made no progress: the one that timeout(1) returns."""
 SIGNALLED = 128
 """Exit code of a run that a signal ended: 128 + the signal's number, as shells report it."""
-LONGEST = 300
-"""The most characters without a space that an error message shows of a value, such as a path."""
+LONGEST, LONGEST_SENTENCE, WAY_OUT = 300, 2000, 600
+"""The most characters that an error message shows of a value without a space, such as a path; and of all, its end included."""
 
 PATIENCE = 20.0
 """Seconds that ranks > 0 wait for rank 0 to report the error, before their own exit makes the launcher end all ranks."""
@@ -71,9 +72,9 @@ def refusing() -> Iterator[None]:
 
 
 def sentence(mistake: Mistake | str) -> str:
-    """The message on one line. Of a value that is as long as a file, its beginning and its end."""
-    text = str(mistake).replace("\r", "\\r").replace("\n", "\\n")
-    return re.sub(rf"\S{{{LONGEST},}}", lambda value: f"{value[0][:60]}…{value[0][-20:]}", text)
+    """The message on one line, safe for a terminal. Of a value that is as long as a file, its beginning and its end."""
+    text = re.sub(rf"\S{{{LONGEST},}}", lambda value: f"{value[0][:60]}…{value[0][-20:]}", str(mistake))
+    return printable(text, LONGEST_SENTENCE, WAY_OUT).replace("\t", "\\t").replace("\n", "\\n")
 
 
 @contextlib.contextmanager

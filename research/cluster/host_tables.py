@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch.distributed import ProcessGroup
@@ -188,7 +187,7 @@ def fault_of(report: Report, disagreement: Callable[[Sequence[Claims]], str | No
     return disagreement(report.claims) or unreachable(report.claims)
 
 
-def tables(report: Report, required: Sequence[str]) -> list[RenderableType]:
+def tables(report: Report, required: Sequence[str]) -> list[Table]:
     """Two tables for the terminal: the hosts, and what must be equal on them, with every value that differs."""
     return [_hosts(report), _agreement(report, required)]
 
@@ -288,10 +287,3 @@ def _time(seconds: float, sign: bool = False) -> str:
     size = abs(seconds)
     value, unit = (seconds * 1e6, "µs") if size < 1e-3 else (seconds * 1e3, "ms") if size < 1 else (seconds, "s")
     return f"{value:+.3g} {unit}" if sign else f"{value:.3g} {unit}"
-
-
-def show(console: Console, parts: Sequence[RenderableType]) -> None:
-    """Prints tables with an empty line after each."""
-    for part in parts:
-        console.print(part)
-        console.print()

@@ -9,21 +9,22 @@ All of these come from unknown sources: they are read as data and nothing in the
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from parallel import regular_files
 from parallel.errors import Mistake
-from parallel.text import read_text
-from research.data import documents
+from parallel.regular_files import LARGEST_JSON, check_inside, read_regular
+from parallel.text import decoded
+from research.data import documents, tokenizer_costs
 from research.data.tokenizer import END_OF_TEXT, Tokenizer, library_error
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-LARGEST = 256 * 2**20
-"""The most bytes of a tokenizer.json; one of 256 thousand tokens has 33 MB."""
+LARGEST, MOST_VALUES = 128 * 2**20, 2**22
+"""The most bytes and values of a tokenizer.json; one of 256 thousand tokens has 33 MB and two million values."""
 LONGEST_TEMPLATE = 2**20
 """The most characters of a chat template."""
 MOST_BEGIN = 256
@@ -53,12 +54,12 @@ def load(name: str, root: Path) -> Tokenizer:
     """The tokenizer in the file, its own normaliser included: `decode` of `encode` is then not always the same text."""
     path = path_of(name, root)
     table = _table(path)
-    backend = parsed(path)
+    backend = parsed(path, table)
     marker = end_of_text(path, table)
     marker_id = backend.token_to_id(marker)
     if marker_id is None:
         raise Mistake(f"{path} has no token {marker!r:.80}, with which {CONFIG} ends a text → {WAY_OUT}")
-    fingerprint = hashlib.sha256(path.read_bytes() + b"\0" + marker.encode()).hexdigest()
+    fingerprint = hashlib.sha256(read_regular(path, LARGEST) + b"\0" + marker.encode()).hexdigest()
 
     # what the file's post-processor puts in front of a text; what it puts behind one is left out, because it ends texts
     try:
@@ -71,12 +72,16 @@ def load(name: str, root: Path) -> Tokenizer:
     return Tokenizer(name, _vocab_size(path, table), marker_id, fingerprint, backend, cuts=False, begin=begin)
 
 
-def parsed(path: Path) -> Any:
-    """The library's tokenizer, set to encode the letters of special tokens as text, and neither to truncate nor to pad."""
+def parsed(path: Path, table: dict[str, Any] | None = None) -> Any:
+    """The library's tokenizer, set to encode the letters of special tokens as text, and neither to truncate nor to pad.
+
+    `table` is what the file holds; None: it is read. A Mistake if it is no tokenizer, or one that makes much of little text.
+    """
     from tokenizers import Tokenizer as Backend
 
+    tokenizer_costs.check(_table(path) if table is None else table, path)
     try:
-        backend = Backend.from_file(str(path))
+        backend = Backend.from_buffer(read_regular(path, LARGEST))
     except BaseException as error:
         raise library_error(error, f"{path} is not a tokenizer", WAY_OUT) from None
     backend.no_truncation()
@@ -88,7 +93,7 @@ def parsed(path: Path) -> Any:
 def end_of_text(path: Path, table: dict[str, Any]) -> str:
     """The token that ends a text: tokenizer_config.json's eos_token, or else one of the usual names."""
     config = path.with_name(CONFIG)
-    named = token_text(read_table(config).get("eos_token")) if config.is_file() else None
+    named = token_text(read_table(check_inside(config, config.parent)).get("eos_token")) if config.is_file() else None
     if named:
         return named
     known = {name for name, _ in _tokens(table) if isinstance(name, str)}
@@ -104,25 +109,12 @@ def token_text(value: Any) -> str | None:
     return content if isinstance(content, str) and 0 < len(content) <= 200 else None
 
 
-def read_table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:
-    """A JSON table of at most `largest` bytes. Anything else is a Mistake."""
+def read_table(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """A JSON table of at most `largest` bytes in a regular file. Anything else is a Mistake."""
     try:
-        if path.stat().st_size > largest:
-            raise Mistake(f"{path} has {path.stat().st_size} bytes, more than {largest} → is it the right file?")
-        table = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        return regular_files.read_table(path, "is it the right file?", largest, MOST_VALUES)
     except OSError as error:
         raise Mistake(f"{path} cannot be read ({error.strerror}) → check the file and its permissions") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Mistake):
-            raise
-        raise Mistake(f"{path} is not JSON ({str(error)[:120]}) → is it the right file?") from None
-    if not isinstance(table, dict):
-        raise Mistake(f"{path} holds a {type(table).__name__}, not a table → is it the right file?")
-    return table
-
-
-def _no_constant(value: str) -> float:
-    raise ValueError(f"{value} is not JSON")
 
 
 def _table(path: Path) -> dict[str, Any]:
@@ -178,15 +170,20 @@ def _beside(tokenizer: Tokenizer, root: Path, name: str) -> dict[str, Any]:
     """The table `name` in the folder of the tokenizer.json; empty if there is none, or the tokenizer is a built-in one."""
     if not is_file(tokenizer.name):
         return {}
-    path = path_of(tokenizer.name, root).with_name(name)
-    return read_table(path) if path.is_file() else {}
+    return table_in(path_of(tokenizer.name, root).parent, name)
+
+
+def table_in(folder: Path, name: str, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """The table `name` in a folder; empty if there is none. A Mistake if it is a link that leads out of the folder."""
+    path = folder / name
+    return read_table(check_inside(path, folder), largest) if path.is_file() else {}
 
 
 def find_template(folder: Path, config: Mapping[str, Any]) -> Any:
     """The chat template of a folder, unchecked: from its own file, or from tokenizer_config.json, which may hold several by name."""
     path = folder / TEMPLATE
     if path.is_file() and path.stat().st_size <= LONGEST_TEMPLATE:
-        return read_text(path)
+        return decoded(read_regular(check_inside(path, folder), LONGEST_TEMPLATE), str(path))
     template = config.get("chat_template")
     if isinstance(template, dict):
         return template.get("default")

@@ -26,6 +26,7 @@ from parallel.errors import Mistake
 from parallel.files import locked, read_json, sha256_of, write_json
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.evaluation.task import Metric
+from research.tracking import run_folder
 from research.tracking.metrics import finite
 from research.tracking.run_folder import RunFolder
 
@@ -141,7 +142,8 @@ class Results:
     def __init__(self, folder: RunFolder, checkpoint: Path) -> None:
         """Reads the file if it exists, but not results of another checkpoint of the same step that has been replaced since."""
         self.path = folder.path / FOLDER / f"{checkpoint.name}.json"
-        manifest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+        run_folder.refuse_link(self.path.parent)
+        manifest = sha256_of(checkpoint / MANIFEST)
         self._head = {"schema": SCHEMA, "run": folder.title, "checkpoint": checkpoint.name, "manifest_sha256": manifest}
         self.results: list[Result] = self._read()
         """In the order in which they were first computed."""

@@ -89,13 +89,20 @@ class Certificate:
 def sample_ids(tokenizer: Tokenizer, length: int) -> Tensor:
     """The first TOKENS tokens of the fixed text, as windows 'b s' of at most WINDOW tokens and of what the model reads."""
     window = min(length, WINDOW)
-    wanted, ids = max(window, TOKENS // window * window), []
+    wanted = max(window, TOKENS // window * window)
+    ids = sample_texts(tokenizer, wanted)
+    return torch.tensor(ids[: len(ids[:wanted]) // window * window]).view(-1, window)
+
+
+def sample_texts(tokenizer: Tokenizer, wanted: int = TOKENS) -> list[int]:
+    """`wanted` or more ids of the fixed text, or all that it has."""
+    ids: list[int] = []
     for document in documents.documents(TEXT, Path()):
         with without_panic_messages():
             ids += tokenizer.encode(document[: 20 * TOKENS])
         if len(ids) >= wanted:
             break
-    return torch.tensor(ids[: len(ids[:wanted]) // window * window]).view(-1, window)
+    return ids
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The interface of a model that is imported (Source), read one tensor at a time, and what its readers share."""
 
 import contextlib
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -48,14 +47,6 @@ def weights(source: Source, plan: Plan, model: GPT) -> Iterator[Tensor]:
         if link.name == "embedding.weight" and plan.copy:
             check_copy(source.read(plan.copy), tensor)
         yield tensor
-
-
-def check_regular_file(path: Path) -> Path:
-    """Returns the path. Raises a Mistake unless it is a regular file or a link to one, as in the hub's cache; a pipe would block."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISREG(path.stat().st_mode):
-            return path
-    raise Mistake(f"{path} is not there, or is not a file → fetch the model again")
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import psutil
 
 from parallel.checkpoint import folder as checkpoint_folder
+from parallel.checkpoint.manifest import MAX_BYTES, MOST_VALUES
 from parallel.errors import Mistake
 from parallel.files import read_json
 from research.cluster.exit_codes import DAMAGED, DISK, SIGNALLED, TAKEN, WATCHED, WRONG
@@ -208,7 +209,7 @@ def saved_step(run: RunFolder) -> int:
     """The step of the checkpoint that `latest` names; −1 if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         name = (run.checkpoints / "latest").read_text().strip()
-        return int(read_json(run.checkpoints / name / "manifest.json")["step"])
+        return int(read_json(run.checkpoints / name / "manifest.json", MAX_BYTES, MOST_VALUES)["step"])
     return -1
 
 

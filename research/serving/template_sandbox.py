@@ -5,10 +5,8 @@ environment and its functions are those that transformers gives to a chat templa
 process starts quickly.
 """
 
-import contextlib
 import datetime
 import json
-import resource
 import signal
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,6 +18,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from research.cluster.limited_process import limit_address_space
+
 MEMORY = 2**29
 """Limit of the process's address space, in bytes."""
 LARGEST = 2**22
@@ -29,8 +29,7 @@ LARGEST = 2**22
 def run(source: str, largest: int, connection: Connection) -> None:
     """The main function of the process: receives tables of variables as JSON, sends {"text": …} or {"error": …}."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
-    with contextlib.suppress(ValueError, OSError):  # not every system has this limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    limit_address_space(MEMORY)
     template: jinja2.Template | None = None
     while True:
         try:

@@ -7,18 +7,21 @@ the other ranks are quiet.
 
 import functools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import IO, Any, Protocol, TextIO, TypeVar
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
+from parallel.text import printable
 from research.tracking import format as fmt
-from research.tracking.streams import escape_unencodable
+from research.tracking.streams import escape_unencodable, without_net
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -47,14 +50,35 @@ def counted(items: Iterable[Item], advance: Advance) -> Iterator[Item]:
         advance(1)
 
 
-class _RichConsole(rich.console.Console):
+class TerminalConsole(rich.console.Console):
     """Becomes quiet when its reader has left, instead of raising: `| tee log` ends at a Ctrl-C before the run has saved."""
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream, without the net that escapes what steers a terminal: rich's own colours and bars do. Text in it is `printable`."""
+        return without_net(super().file)
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
 
     def on_broken_pipe(self) -> None:
         """Discards further output, and what is still in a buffer."""
         self.quiet = True
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+def show_tables(tables: Sequence[Table]) -> None:
+    """Prints tables on standard output, with an empty line after each: as wide as the terminal, 80 columns in a pipe.
+
+    What steers a terminal is escaped in the cells by standard output itself (research/tracking/streams.py).
+    """
+    console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    escape_unencodable(console.file)
+    for table in tables:
+        console.print(table)
+        console.print()
 
 
 class Console:
@@ -65,7 +89,7 @@ class Console:
 
         `quiet`: nothing is written.
         """
-        self._console = _RichConsole(file=stream, force_terminal=terminal, quiet=quiet, highlight=False, markup=False, emoji=False)
+        self._console = TerminalConsole(file=stream, force_terminal=terminal, quiet=quiet, highlight=False, markup=False, emoji=False)
         if not quiet:
             escape_unencodable(self._console.file)  # a sign that the encoding lacks must not end a run
 
@@ -75,7 +99,7 @@ class Console:
             if label:
                 self._labelled(label, text, HEADER_INDENT, "cyan")
             else:
-                self._put(Text(text, "bold"))
+                self._put(Text(printable(text), "bold"))
 
     def columns(self) -> None:
         """The head of the table that `train` and `validation` fill, after an empty line."""
@@ -107,12 +131,12 @@ class Console:
 
     def evaluation(self, row: Row, figures: Sequence[Figure]) -> None:
         """The tasks with one figure each: 'eval     102 k  agreement accuracy 0.612 · wikitext word_perplexity 81.2'."""
-        results = " · ".join(f"{fmt.one_line(task)} {metric} {fmt.figure(value)}" for task, metric, value in figures)
+        results = " · ".join(f"{fmt.one_line(task)} {fmt.one_line(metric)} {fmt.figure(value)}" for task, metric, value in figures)
         self._put(Text(f"{_aligned(('eval', fmt.count(row['progress/tokens'])))}  {results}", "bold"))
 
     def saved(self, name: str, seconds: float) -> None:
         """A checkpoint that was saved during training."""
-        self._put(Text(f"{'saved':>{WIDTHS['step']}}  {name} ({seconds:.1f} s)", "dim"))
+        self._put(Text(f"{'saved':>{WIDTHS['step']}}  {printable(name)} ({seconds:.1f} s)", "dim"))
 
     def done(
         self,
@@ -154,7 +178,7 @@ class Console:
         """Commands to type next, each on one line, so that it can be copied; `first`: one that the others need, once in a terminal."""
         labels = ["first"] * bool(first) + ["next"] + [""] * (len(commands) - 1)
         for label, command in zip(labels, [*filter(None, [first]), *commands], strict=True):
-            self._put(Text.assemble((f"{label:<{CLOSING_INDENT}}", "cyan"), command))
+            self._put(Text.assemble((f"{label:<{CLOSING_INDENT}}", "cyan"), printable(command)))
 
     def warn(self, text: str, in_header: bool = False) -> None:
         """A warning: the run goes on. `in_header`: aligned with the lines of the header."""
@@ -170,6 +194,7 @@ class Console:
         if self._console.quiet:
             yield nothing
             return
+        label = printable(label)
         if not self._console.is_terminal:
             if announced:
                 self._put(Text(f"{label} …"))
@@ -183,6 +208,7 @@ class Console:
 
     def _labelled(self, label: str, text: str, indent: int, style: str) -> None:
         """`label  text`; a terminal gets long text as an indented block."""
+        label, text = printable(label), printable(text)
         lines = [Text(text)]
         if self._console.is_terminal and self._console.width > 2 * indent:
             lines = list(Text(text).wrap(self._console, self._console.width - indent))

@@ -10,9 +10,16 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from parallel.errors import Mistake
+from parallel.regular_files import open_regular, read_lines_bounded
 
 NON_FINITE = "non_finite"
+LONGEST_ROW, LARGEST, LAST = 2**20, 2**30, 2**26
+"""The most bytes of a row, of a file that is read as a whole, and of the end of a file in which the newest values are looked for."""
+BLOCK = 2**18
+"""Bytes that are read at a time from the end of a file."""
 
 
 class JsonLines:
@@ -86,32 +93,62 @@ def plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
 
 
-def decode(line: str) -> dict[str, Any] | None:
+def decode(line: str | bytes) -> dict[str, Any] | None:
     """The row of one line; None for a line that no run writes, such as one cut short by a kill."""
     try:
-        row = json.loads(line)
+        row = json.loads(line if isinstance(line, str) else line.decode("utf-8", errors="replace"))
         return row | {key: float(text) for key, text in row.pop(NON_FINITE, {}).items()}
     except (ValueError, RecursionError, TypeError, AttributeError):
         return None
 
 
-def read(path: Path, newest_first: bool = False) -> Iterator[dict[str, Any]]:
-    """The rows of a file, oldest first unless `newest_first`; none if there is no file. A row is parsed when it is asked for."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    for line in reversed(lines) if newest_first else lines:
-        if (row := decode(line)) is not None:
-            yield row
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, oldest first; none if there is no file. A row is parsed when it is asked for, and no other line is kept.
+
+    A Mistake if it is no regular file, or larger than LARGEST.
+    """
+    if not path.exists():
+        return
+    with _opened(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > LARGEST:
+            raise Mistake(f"{path} has {size:,} bytes, more than {LARGEST:,} → take out rows that you do not need")
+        for line in read_lines_bounded(file, LONGEST_ROW):
+            if (row := decode(line)) is not None:
+                yield row
 
 
 def last(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """For each key, its value in the newest row that has it. Rows are parsed from the end, until every key is found."""
+    """For each key, its value in the newest row that has it, in the last LAST bytes. Rows are parsed from the end, until all are found."""
     values: dict[str, Any] = {}
     wanted = set(keys)
-    for row in read(path, newest_first=True):
-        values |= {key: row[key] for key in wanted - values.keys() if key in row}
-        if len(values) == len(wanted):
-            break
+    if not path.exists():
+        return values
+    with _opened(path) as file:
+        for row in filter(None, map(decode, _lines_from_end(file))):
+            values |= {key: row[key] for key in wanted - values.keys() if key in row}
+            if len(values) == len(wanted):
+                break
     return values
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read ({error.strerror}) → restore it, or name another folder") from None
+
+
+def _lines_from_end(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines in the last LAST bytes of a file, the last one first. What is left of a line that is too long is no JSON."""
+    place = file.seek(0, os.SEEK_END)
+    first, begun = max(0, place - LAST), b""
+    while place > first:
+        size = min(BLOCK, place - first)
+        place = file.seek(place - size)
+        begun, *whole = (file.read(size) + begun).split(b"\n")
+        yield from reversed(whole)
+        begun = begun if len(begun) <= LONGEST_ROW else b"\xff"
+    yield begun
 
 
 def finite(value: Any) -> Any:

@@ -322,6 +322,12 @@ def _run_at(path: Path) -> RunFolder | None:
     return None
 
 
+def refuse_link(folder: Path) -> None:
+    """Raises a Mistake if a folder of a run, into which files are written, is a link: a stranger's would lead to a folder of its reader."""
+    if folder.is_symlink():
+        raise Mistake(f"{folder} is a link, and nothing is written through it → put a folder in its place")
+
+
 def has_file(folder: Path, name: str) -> bool:
     """Whether the folder that a person names has this file; False also for a name that no folder can have, such as a whole prompt."""
     with contextlib.suppress(OSError):
@@ -346,10 +352,21 @@ def choice(handle: str, folder: RunFolder) -> str:
     if newest_complete(folder.checkpoints) is None:
         return f"{handle} is {folder.title}, the newest run; none has a checkpoint"
     runs = by_start(of_experiment(folder.path.parent))
-    newer_runs = [(read_run(run), run) for run in runs[runs.index(folder) + 1 :]]
-    newer = [f"{run.title} ({word})" for (_, run), word in zip(newer_runs, statuses(newer_runs), strict=True)]
+    later = runs[runs.index(folder) + 1 :]
+    newer = [f"{run.title} ({word})" for run, word in zip(later, _statuses_of(later), strict=True)]
     passed_over = f"; {', '.join(newer)} {'is' if len(newer) == 1 else 'are'} newer and {'has' if len(newer) == 1 else 'have'} none"
     return f"{handle} is {folder.title}, the newest run with a checkpoint{passed_over if newer else ''}"
+
+
+def _statuses_of(folders: Sequence[RunFolder]) -> list[str]:
+    """The status of each run; 'unreadable' for one whose run.json is damaged."""
+    known: list[tuple[Mapping[str, Any], RunFolder]] = []
+    for folder in folders:
+        try:
+            known.append((read_run(folder), folder))
+        except (OSError, ValueError):
+            known.append(({"status": "unreadable"}, folder))
+    return statuses(known)
 
 
 def find_checkpoint(handle: str, runs: Path = Path("runs"), needs: str = "run.json") -> tuple[RunFolder, Path]:

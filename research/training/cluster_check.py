@@ -1,17 +1,13 @@
 """`launch.py --check-cluster`: all that a launch of this experiment needs of the hosts, checked and shown, without training."""
 
-import sys
 import time
-
-import rich.console
 
 from research.cluster import agreement, host_tables
 from research.cluster.rendezvous import Rendezvous
 from research.cluster.world import joined
 from research.config.experiment_folder import load_variants
-from research.tracking.console import Console
+from research.tracking.console import Console, show_tables
 from research.tracking.format import plural
-from research.tracking.streams import escape_unencodable
 from research.training import setup
 from research.training.job import Job
 
@@ -40,7 +36,7 @@ def check_cluster(job: Job) -> None:
         links = host_tables.time_links(grid)
     if report:
         if links:
-            host_tables.show(tables_console(), [host_tables.links_table(links)])
+            show_tables([host_tables.links_table(links)])
         hosts = plural(len({each.host for each in report.hosts}), "host")
         agree = " agree" if ranks.world > 1 else ""
         console.header([("", f"{hosts} with {plural(ranks.world, 'rank')}{agree} · checked in {time.monotonic() - began:.1f} s")])
@@ -48,14 +44,7 @@ def check_cluster(job: Job) -> None:
 
 def show_report(report: host_tables.Report, console: Console) -> str | None:
     """Shows what has been compared, and returns the sentence with which a launch would be refused; None if it would not be."""
-    host_tables.show(tables_console(), host_tables.tables(report, MUST_BE_SHARED))
+    show_tables(host_tables.tables(report, MUST_BE_SHARED))
     for warning in host_tables.warnings(report):
         console.warn(warning)
     return host_tables.fault_of(report, agreement.disagreement, MUST_BE_SHARED)
-
-
-def tables_console() -> rich.console.Console:
-    """Standard output for tables: as wide as the terminal, 80 columns in a pipe."""
-    console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-    escape_unencodable(console.file)
-    return console

@@ -55,6 +55,7 @@ from research.reliability.watchdog import Watchdog
 from research.tracking import format as fmt
 from research.tracking import run_folder, segments, wandb_client
 from research.tracking.console import Console
+from research.tracking.own_runs import mark_as_own
 from research.tracking.run_folder import RunFolder
 from research.tracking.tracker import Tracker
 from research.training import components, holding, resume, room, samples
@@ -171,6 +172,8 @@ def open_folder(job: Job, resumed: Start | None) -> Holding:
             else:
                 serialization.save(experiment, folder.config)
                 run_folder.start(folder, source=run_folder.keep_source(folder, job.folder), **facts)
+    if rank == 0:
+        mark_as_own(folder)
     # Log records and warnings go into the run folder instead of between the lines of the terminal.
     log_format = "%(asctime)s %(name)s %(levelname)s %(message)s"
     logging.basicConfig(filename=folder.rank_log(rank), level=logging.INFO, format=log_format)

@@ -10,6 +10,7 @@ from research.cli import evaluate
 from research.evaluation import results
 from research.evaluation.results import Key, Result, Results
 from research.evaluation.task import Metric
+from research.tracking.own_runs import mark_as_own
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import untrained
 
@@ -40,10 +41,12 @@ def known(run: RunFolder, capsys) -> bool:
 def test_an_edited_model_or_task_is_evaluated_again(run, capsys, monkeypatch, tmp_path):
     assert not known(run, capsys) and known(run, capsys)
     (run.source / "variant.py").write_text(VARIANT.replace("pass", "'''changed'''"))
+    mark_as_own(run)
     assert not known(run, capsys) and known(run, capsys)
     settings = read_json(run.config)
     settings["model"]["norm_eps"] *= 2
     write_json(run.config, settings)
+    mark_as_own(run)
     assert not known(run, capsys) and known(run, capsys)
     (tmp_path / "room").mkdir()
     (tmp_path / "room" / "a_task.py").write_text("")

@@ -49,7 +49,7 @@ def test_a_number_as_a_person_reads_it(function, number, said):
 
 
 def test_text_of_a_model_cannot_steer_the_terminal():
-    assert fmt.one_line("a\n b\t\x1b[31mc\x07\u202e é▸") == "a b [31mc é▸"
+    assert fmt.one_line("a\n b\t\x1b[31mc\x07\u202e é▸") == r"a b \x1b[31mc\x07\u202e é▸"
 
 
 def test_the_table_is_aligned_to_the_character():

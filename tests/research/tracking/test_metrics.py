@@ -48,7 +48,7 @@ def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path):
     path.write_text('{"a": 1}\n{"a": 2, "tor')
     JsonLines(path).write({"a": 3})
     assert [row["a"] for row in metrics.read(path)] == [1, 3]
-    assert [row["a"] for row in metrics.read(path, newest_first=True)] == [3, 1]
+    assert metrics.last(path, ["a"]) == {"a": 3}
 
 
 def test_a_lone_surrogate_is_still_json(tmp_path):
