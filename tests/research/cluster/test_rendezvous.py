@@ -158,7 +158,7 @@ def over_tcp(port: int, fails: bool) -> Any:
         return str(mistake), mistake.reports
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_real_processes_meet_at_a_store_over_tcp(fails: bool) -> None:
     found = run_ranks(over_tcp, 4, free_port(), fails)
     assert len({str(value) for value in found}) == 1

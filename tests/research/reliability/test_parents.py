@@ -126,6 +126,7 @@ def test_on_another_host_the_remote_shells_server_is_followed_whatever_its_name(
     until(lambda: gone(begun.pid("rank")))
 
 
+@pytest.mark.slow
 def test_a_shell_that_started_launch_py_in_its_own_session_may_end(chain) -> None:
     """As in a terminal, and as the `deepspeed` command that leads a session under cron or systemd."""
     chains = [chain("deepspeed", ["a_shell", DEEPSPEED[1]]), chain("deepspeed", ["cron", *DEEPSPEED], leader="deepspeed")]
