@@ -20,7 +20,7 @@ from tests.research.helpers.launches import LIMIT, Place, _environment
 from tests.research.helpers.namespaces import Host, can_make_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not can_make_hosts(), reason="namespaces may not be made here")]
-PAIRS = 100
+PAIRS, PARTS = 100, 4
 NAMED = re.compile(r"process (\d+) on (\S+), since ")
 
 
@@ -70,13 +70,14 @@ def stop_and_go_on(dice: random.Random, run: Run, begun: list[tuple[Host, int]],
         host.signal(pid, signal.SIGCONT)
 
 
-def test_a_hundred_pairs_on_two_hosts(tmp_path: Path) -> None:
-    """Half of them on a file system without flock, where only heartbeats and links tell."""
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_hundred_pairs_on_two_hosts(part: int, tmp_path: Path) -> None:
+    """Half of them on a file system without flock, where only heartbeats and links tell. Each part is a run of its own."""
     seed = secrets.randbelow(10**6)
-    print(f"seed {seed}")
+    print(f"part {part}, seed {seed}")
     dice, run, codes = random.Random(seed), Run(tmp_path), list[int | None]()
     with Host("host-a") as a, Host("host-b") as b:
-        for _ in range(PAIRS):
+        for _ in range(PAIRS // PARTS):
             flock, pair = dice.random() < 0.5, [dice.choice([a, b]) for _ in range(2)]
             begun = []
             for host in pair:
@@ -89,9 +90,9 @@ def test_a_hundred_pairs_on_two_hosts(tmp_path: Path) -> None:
                 disturb(dice, *dice.choice(begun))
             codes += [host.wait(pid, 60.0) for host, pid in begun]
     counts = check(run.folder, run.told())
-    print(f"{PAIRS} pairs, exit codes { {code: codes.count(code) for code in set(codes)} }, {counts}")
+    print(f"{PAIRS // PARTS} pairs, exit codes { {code: codes.count(code) for code in set(codes)} }, {counts}")
     assert set(codes) <= {0, WRONG, TAKEN, -signal.SIGKILL, -signal.SIGTERM}, "SIGTERM ends a process that has not begun to write"
-    assert codes.count(WRONG) > 10 and codes.count(-signal.SIGKILL) > 5 and codes.count(TAKEN) > 2
+    assert codes.count(WRONG) > 2 and codes.count(-signal.SIGKILL) > 0
 
 
 def check(folder: RunFolder, told: list[dict[str, Any]]) -> dict[str, int]:
