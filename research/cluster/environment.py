@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from parallel.errors import Mistake
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
@@ -192,6 +190,8 @@ def node_names(ranks: Ranks, environ: Mapping[str, str] | None = None) -> list[s
         counts += [ranks.local_world] * (len(hosts) - len(counts))
         names = [host for host, count in zip(hosts, counts, strict=False) for _ in range(count)]
     elif ranks.launcher == "deepspeed":
+        import psutil  # a package: without it `--version` must still answer
+
         with contextlib.suppress(psutil.Error, ValueError, AttributeError):
             words = psutil.Process().parent().cmdline()
             world_info = next((word.partition("=")[2] for word in words if word.startswith("--world_info=")), "")
