@@ -1,5 +1,6 @@
 """What --check-cluster shows: clocks, folders, differences and links of hosts, readable at 80 columns."""
 
+import contextlib
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from rich.console import Console
 
 from parallel.grid import make_grid
 from research.cluster import host_tables
 from research.cluster.agreement import disagreement
-from research.cluster.host_tables import HostFacts, Link, Report, clock_difference, compare, fault_of, links_table, show, tables, time_links
+from research.cluster.host_tables import HostFacts, Link, Report, clock_difference, compare, fault_of, links_table, tables, time_links
 from research.cluster.rendezvous import Rendezvous
+from research.tracking.console import show_tables
 from tests.harness import run_ranks
 from tests.research.cluster.test_agreement import CLAIMS, claims_on, other
 from tests.research.cluster.test_rendezvous import met, ranks_of
@@ -31,9 +32,9 @@ FOLDERS = {
 
 
 def shown(report: Report) -> list[str]:
-    console = Console(file=io.StringIO(), width=80, highlight=False, markup=False, emoji=False)
-    show(console, [*tables(report, ["track.runs"]), links_table([Link("tensor", 2, 0.0000421, 1.234e9), Link("data", 2, 0.12, 3e6)])])
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    with contextlib.redirect_stdout(io.StringIO()) as shown:  # no terminal: 80 columns
+        show_tables([*tables(report, ["track.runs"]), links_table([Link("tensor", 2, 0.0000421, 1.234e9), Link("data", 2, 0.12, 3e6)])])
+    return shown.getvalue().splitlines()
 
 
 def row(lines: list[str], name: str) -> str:
