@@ -244,7 +244,11 @@ def test_the_launcher_is_killed(names: tuple[str, ...], cluster: Cluster) -> Non
 
 def _is_launcher(process: Any, names: tuple[str, ...]) -> bool:
     words = process.cmdline()
-    name = "command" if any(word.endswith(("/deepspeed", "deepspeed.launcher.runner")) for word in words[:3]) else process.name()
+    name = (
+        "command"
+        if any(word.endswith(("/deepspeed", "deepspeed.launcher.runner")) for word in words[:3])
+        else process.name().removesuffix(".bin")
+    )
     return name in names
 
 
