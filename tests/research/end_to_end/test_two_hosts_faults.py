@@ -194,9 +194,9 @@ def losses(folder: RunFolder) -> list[tuple[int, str]]:
     return [(row["progress/step"], row["train/loss"].hex()) for row in metrics.read(folder.metrics) if "train/loss" in row]
 
 
-def killed(cluster: Cluster, victim: int, kill: Callable[[Launch], object]) -> RunFolder:
+def killed(cluster: Cluster, victim: int, kill: Callable[[Launch], object], hang_seconds: float = HANG) -> RunFolder:
     """A run of which one host's rank was killed, at its sixth step or later. The other one says so, and has left."""
-    begun = hosts.launch(cluster, "srun", watch__hang_seconds=HANG, **STEPS)
+    begun = hosts.launch(cluster, "srun", watch__hang_seconds=hang_seconds, **STEPS)
     folder = come_to_step(begun, 6)
     kill(begun)
     ended = gone(cluster, begun)
@@ -207,8 +207,8 @@ def killed(cluster: Cluster, victim: int, kill: Callable[[Launch], object]) -> R
 
 
 def test_a_rank_of_the_other_host_is_killed(cluster: Cluster) -> None:
-    """Its connections are closed, so the other rank fails at once, and then finds out why. It is not rank 0 that reports here."""
-    folder = killed(cluster, 0, lambda begun: cluster[0].roles(begun)["rank 0"].kill())
+    """Its connections are closed, so the other rank fails at once, and finds out why long before hang_seconds. Rank 1 reports here."""
+    folder = killed(cluster, 0, lambda begun: cluster[0].roles(begun)["rank 0"].kill(), hang_seconds=600)
     assert "is gone without a word, last seen" in state(folder)[1]
 
 
