@@ -194,11 +194,11 @@ def losses(folder: RunFolder) -> list[tuple[int, str]]:
     return [(row["progress/step"], row["train/loss"].hex()) for row in metrics.read(folder.metrics) if "train/loss" in row]
 
 
-def killed(cluster: Cluster, victim: int, power: bool) -> RunFolder:
-    """A run of which one host was killed, at its sixth step or later. The other one says so, and has left."""
-    begun = hosts.launch(cluster, "srun", watch__hang_seconds=HANG, **STEPS)
+def killed(cluster: Cluster, victim: int, kill: Callable[[Launch], object], hang_seconds: float = HANG) -> RunFolder:
+    """A run of which one host's rank was killed, at its sixth step or later. The other one says so, and has left."""
+    begun = hosts.launch(cluster, "srun", watch__hang_seconds=hang_seconds, **STEPS)
     folder = come_to_step(begun, 6)
-    cluster[victim].kill(power)
+    kill(begun)
     ended = gone(cluster, begun)
     status, reason = state(folder)
     assert status == "failed" and f"rank {victim} (process " in reason and f" on node{victim + 1})" in reason
@@ -206,18 +206,24 @@ def killed(cluster: Cluster, victim: int, power: bool) -> RunFolder:
     return folder
 
 
-def test_the_processes_of_the_first_host_are_killed(cluster: Cluster) -> None:
-    """Their connections are closed: the other host's rank fails at once, and finds out why. It is not rank 0 that reports here."""
-    killed(cluster, victim=0, power=False)
+def test_a_rank_of_the_other_host_is_killed(cluster: Cluster) -> None:
+    """Its connections are closed, so the other rank fails at once, and finds out why long before hang_seconds. Rank 1 reports here."""
+    folder = killed(cluster, 0, lambda begun: cluster[0].roles(begun)["rank 0"].kill(), hang_seconds=600)
+    assert "is gone without a word, last seen" in state(folder)[1]
+
+
+def test_all_processes_of_a_host_are_killed(cluster: Cluster) -> None:
+    """As at a reboot: the network of the host goes with them."""
+    killed(cluster, 0, lambda begun: cluster[0].kill(power=False))
 
 
 def test_the_power_of_a_host_fails_and_the_run_goes_on_without_it(cluster: Cluster, whole: Ended) -> None:
     """No connection is closed. On the host that is left, two ranks lose no step, and their losses are those of the whole run."""
-    folder = killed(cluster, victim=1, power=True)
+    folder = killed(cluster, 1, lambda begun: cluster[1].kill())
     saved = newest_complete(folder.checkpoints)
     assert saved is not None and 4 <= step_of(saved) < 300
     resumed = hosts.launch(cluster, "torchrun", on=[0], ranks=2, resume="auto", **STEPS).wait()
-    assert resumed.code == 0 and resumed.status == "finished", resumed.err
+    assert resumed.code == 0 and state(folder)[0] == "finished", resumed.err
     assert losses(folder) == losses(whole.folder)
     assert step_of(latest(folder.checkpoints)) == 300
 
@@ -238,7 +244,11 @@ def test_the_launcher_is_killed(names: tuple[str, ...], cluster: Cluster) -> Non
 
 def _is_launcher(process: Any, names: tuple[str, ...]) -> bool:
     words = process.cmdline()
-    name = "command" if any(word.endswith(("/deepspeed", "deepspeed.launcher.runner")) for word in words[:3]) else process.name()
+    name = (
+        "command"
+        if any(word.endswith(("/deepspeed", "deepspeed.launcher.runner")) for word in words[:3])
+        else process.name().removesuffix(".bin")
+    )
     return name in names
 
 
