@@ -13,6 +13,7 @@ from research.cluster.environment import (
     find_ranks,
     first_host,
     git_state,
+    kept_alive_by_ssh,
     rank_hint,
     refuse_shared_accelerators,
     tasks_per_node,
@@ -253,3 +254,10 @@ def pinned(package: str) -> str:
     """The version that requirements.txt names."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     return next(line.partition("==")[2].split()[0] for line in lines if line.startswith(f"{package}=="))
+
+
+def test_ssh_notices_that_a_host_is_gone() -> None:
+    """What the user has set for pdsh's ssh stays."""
+    alive = "-o ServerAliveInterval=15 -o ServerAliveCountMax=3"
+    assert kept_alive_by_ssh({}) == {"PDSH_SSH_ARGS_APPEND": alive}
+    assert kept_alive_by_ssh({"PDSH_SSH_ARGS_APPEND": "-p 2222"}) == {"PDSH_SSH_ARGS_APPEND": f"-p 2222 {alive}"}
