@@ -150,9 +150,7 @@ def nan_gradient_in_step_5(rank: int) -> None:
             return gradient * math.nan if len(seen) == 1 else gradient
 
         monitor.poisoned = parameter.register_hook(spoiled)
-        monitor.non_finite = type(monitor.non_finite)(
-            monitor.engine.parameters, monitor.engine.device
-        )  # hooks run in the order they were made
+        monitor.non_finite = type(monitor.non_finite)(monitor.engine.parameters)  # hooks run in the order they were made
 
     if rank == 1:
         before_step(rank, 5, poison)

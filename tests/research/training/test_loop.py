@@ -62,7 +62,8 @@ def test_every_file_of_a_finished_run(ended: Ended) -> None:
     folder = ended.folder
     made = {path.name for path in folder.path.iterdir()} - {"wandb", "wandb.json"}
     assert made == {
-        "run.json", "config.json", "deepspeed.json", "metrics.jsonl", "samples.jsonl", "loss.png", "source", "checkpoints", "logs", "lock"
+        "run.json", "config.json", "deepspeed.json", "metrics.jsonl", "samples.jsonl", "loss.png", "source", "checkpoints", "logs", "lock",
+        "made_here",
     }  # fmt: skip
     assert is_held(folder.lock) is False
     assert (folder.path.parent / "latest").is_symlink()
