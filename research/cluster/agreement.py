@@ -6,6 +6,7 @@ A rank's `Claims` are plain JSON. `differences` compares them by name, so that a
 import json
 import os
 import platform
+import re
 import sys
 import time
 import uuid
@@ -30,10 +31,15 @@ WAYS_OUT = {
     "weights": "give every host the same file, best on a disk that they share",
     "library": "copy the tree to every host, or put it on a disk that they share",
     "experiment": "copy the experiment's folder to every host, or put it on a disk that they share",
+    "checkpoint": "put the run that is to be resumed on a disk that all hosts share",
+    "data": "give all hosts the same files, best on a disk that they share",
 }
 """Kind of claim, in the order in which differences are reported -> what to do about a difference."""
-FILES = ("library", "experiment")
+FILES = ("library", "experiment", "checkpoint")
 """Kinds of claims that are files, by path."""
+OF_A_LAUNCH_ONLY = ("checkpoint", "data")
+"""Kinds of claims that --check-cluster does not compare: it resumes nothing and prepares no text."""
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,13 @@ class Claims:
 
     rank: int
     host: str
-    machine: str
-    address: str
+    machine: str = ""
+    address: str = ""
     """The address that gloo gives to the other ranks."""
-    interface: str
+    interface: str = ""
     """The name of the interface that leads to the other hosts."""
-    named: dict[str, dict[str, Any]]
-    """Kind -> name -> value; the kinds are those of WAYS_OUT."""
+    named: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Kind -> name -> value; the kinds are of WAYS_OUT, the same ones on all ranks."""
     rounding: dict[str, str] = field(default_factory=dict)
     """Name -> value of what may differ, at the price of another rounding."""
 
@@ -90,9 +96,11 @@ def claims_of(
     """
     import torch
 
+    from parallel.distributed import gpu_index
+
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator else "cpu"
-    name = torch.cuda.get_device_name(ranks.local_rank % torch.cuda.device_count()) if device == "cuda" else ""
+    name = torch.cuda.get_device_name(gpu_index(ranks.local_rank, torch.cuda.device_count())) if device == "cuda" else ""
     capability = torch.backends.cpu.get_cpu_capability()
     named: dict[str, dict[str, Any]] = {
         "launch": {"the number of ranks": ranks.world, "the device": device, **options},
@@ -117,7 +125,7 @@ def agree(rendezvous: Rendezvous, claims: Claims) -> list[str]:
     First only digests travel. Only if two differ does every rank send all its claims, so that the sentence can name what differs.
     """
 
-    def judge(values: list[dict[str, Any]]) -> dict[str, Any]:
+    def compare_claims(values: list[dict[str, Any]]) -> dict[str, Any]:
         found = [Claims(**value) for value in values]
         if any(other.named != found[0].named for other in found):
             return {"whole": True, "warnings": []}
@@ -126,10 +134,15 @@ def agree(rendezvous: Rendezvous, claims: Claims) -> list[str]:
         return {"whole": False, "warnings": rounding_warnings(found)}
 
     short = {**asdict(claims), "named": {kind: {"": _digest(values)} for kind, values in claims.named.items()}}
-    decision = rendezvous.decide("claims in short", short, judge)
+    decision = rendezvous.decide("claims in short", short, compare_claims)
     if decision["whole"]:
-        rendezvous.refuse("claims", asdict(claims), lambda values: disagreement([Claims(**value) for value in values]))
+        refuse_disagreement(rendezvous, "claims", claims)
     return decision["warnings"]
+
+
+def refuse_disagreement(rendezvous: Rendezvous, name: str, claims: Claims) -> None:
+    """Every rank raises a SharedMistake if a rank's claims differ from rank 0's. `name` is used once. Collective."""
+    rendezvous.refuse(name, asdict(claims), lambda values: disagreement([Claims(**value) for value in values]))
 
 
 def differences(claims: Sequence[Claims]) -> list[Difference]:
@@ -154,15 +167,16 @@ def disagreement(claims: Sequence[Claims]) -> str | None:
     same_kind = [difference for difference in found if difference.kind == found[0].kind]
     text = str(found[0])
     if found[0].kind in FILES and len(same_kind) > 1:
-        more = [difference.name for difference in same_kind[1:]]
-        text += f", and so {', '.join(more[:2])}" + (f" and {len(more) - 2} more files" if len(more) > 2 else "")
+        others = [difference.name for difference in same_kind[1:]]
+        text += f", and so {', '.join(others[:2])}" + (f" and {len(others) - 2} more files" if len(others) > 2 else "")
     elif len(same_kind) > 1:
         text += "; " + "; ".join(f"{each.name} = {shown(each.claimed)}, not {shown(each.expected)}" for each in same_kind[1:3])
         text += f" and {len(same_kind) - 3} more" if len(same_kind) > 3 else ""
     kinds = dict.fromkeys(each.kind for each in found if each.kind != found[0].kind)
     if kinds:
         text += f" (the {', '.join(kinds)} differ too)"
-    return f"{text} → {WAYS_OUT[found[0].kind]}; --check-cluster shows all differences"
+    more = "" if found[0].kind in OF_A_LAUNCH_ONLY else "; --check-cluster shows all differences"
+    return f"{text} → {WAYS_OUT[found[0].kind]}{more}"
 
 
 def unreachable(claims: Sequence[Claims]) -> str | None:
@@ -189,17 +203,21 @@ def rounding_warnings(claims: Sequence[Claims]) -> list[str]:
 
 def check_shared_folder(rendezvous: Rendezvous, folder: Path, setting: str) -> None:
     """Every rank raises a SharedMistake unless all of them can read and write `folder`, as one and the same. Collective."""
-    seen = folder_seen(rendezvous, folder, setting)
+    if text := not_shared(str(folder), setting, folder_seen(rendezvous, folder, setting)):
+        rendezvous.refuse(f"not shared: {setting}", None, lambda values: text)
+
+
+def not_shared(folder: str, setting: str, seen: Sequence[Sequence[str]]) -> str | None:
+    """One sentence about the ranks that cannot use the folder, of which `folder_seen` has returned `seen`; None if all can."""
     troubled = [each for each in seen if each[1]]
     if not troubled:
-        return
+        return None
     who, trouble = troubled[0]
     more = f" (and {len(troubled) - 1} more ranks)" if len(troubled) > 1 else ""
-    text = (
+    return (
         f"the hosts do not share {folder}: {seen[0][0]} has written to it, {who}{more} {trouble} → "
         f"put the tree on a disk that all hosts share, at one path, or set {setting} to a folder on one"
     )
-    rendezvous.refuse(f"not shared: {setting}", None, lambda values: text)
 
 
 def folder_seen(rendezvous: Rendezvous, folder: Path, setting: str) -> list[list[str]]:
@@ -265,8 +283,10 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as one would write it; 'no such value' for one that is not set."""
+    """A value as one would write it: 'none' for one that is not set, 'SHA-256' and the beginning of a digest, 40 letters of a long text."""
     if value is None:
         return "none"
+    if isinstance(value, str) and DIGEST.fullmatch(value):
+        return f"SHA-256 {value[:16]}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"

@@ -19,10 +19,20 @@ from rich.table import Table
 from rich.text import Text
 from torch.distributed import ProcessGroup
 
-from parallel.distributed import device
+from parallel.distributed import backend_versions, device
 from parallel.errors import listed_up_to
 from parallel.grid import Grid
-from research.cluster.agreement import FILES, WAYS_OUT, Claims, differences, folder_seen, rounding_warnings, shown, unreachable
+from research.cluster.agreement import (
+    FILES,
+    Claims,
+    differences,
+    disagreement,
+    folder_seen,
+    not_shared,
+    rounding_warnings,
+    shown,
+    unreachable,
+)
 from research.cluster.network import interface_of
 from research.cluster.rendezvous import Rendezvous
 from research.cluster.software import digest_of
@@ -102,7 +112,7 @@ def host_facts(own: Claims, ranks: int, clock: tuple[float, float]) -> HostFacts
 
 
 def devices() -> str:
-    """'4 × H100 80 GB, driver 550.54, NCCL 2.21.5'; the processor's kind where there is no GPU."""
+    """'4 × H100 80 GB, driver 550.54, nccl 2.21.5'; the processor's kind where there is no GPU."""
     if not torch.cuda.is_available():
         return f"cpu, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     names: dict[str, int] = {}
@@ -112,8 +122,7 @@ def devices() -> str:
         names[name] = names.get(name, 0) + 1
     words = NVIDIA_DRIVER.read_text().split() if NVIDIA_DRIVER.is_file() else []
     driver = next((word for word in words if word[0].isdigit() and "." in word), "unknown")
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return ", ".join([*(f"{count} × {name}" for name, count in names.items()), f"driver {driver}", f"NCCL {nccl}"])
+    return ", ".join([*(f"{count} × {name}" for name, count in names.items()), f"driver {driver}", backend_versions()[0]])
 
 
 def clock_difference(rendezvous: Rendezvous, now: Callable[[], float] = time.time) -> tuple[float, float]:
@@ -178,13 +187,12 @@ def _slowest(seconds: float) -> float:
     return value.item()
 
 
-def fault_of(report: Report, disagreement: Callable[[Sequence[Claims]], str | None], required: Sequence[str]) -> str | None:
+def fault_of(report: Report, required: Sequence[str]) -> str | None:
     """The sentence with which a launch of these hosts would be refused; None if they agree. `required`: settings of shared folders."""
-    for setting in required:
-        path, seen = report.folders[setting]
-        if trouble := next(((who, why) for who, why in seen if why), None):
-            return f"the hosts do not share {path}: {trouble[0]} {trouble[1]} → set {setting} to a folder on a disk that all hosts share"
-    return disagreement(report.claims) or unreachable(report.claims)
+    if fault := disagreement(report.claims) or unreachable(report.claims):
+        return fault
+    faults = (not_shared(report.folders[setting][0], setting, report.folders[setting][1]) for setting in required)
+    return next(filter(None, faults), None)
 
 
 def tables(report: Report, required: Sequence[str]) -> list[Table]:
@@ -209,8 +217,8 @@ def _hosts(report: Report) -> Table:
 def _agreement(report: Report, required: Sequence[str]) -> Table:
     table = _table("what", "value", "hosts")
     differing = {(each.kind, each.name) for each in differences(report.claims)}
-    for kind in WAYS_OUT:
-        values = {name: value for name, value in report.claims[0].named[kind].items() if kind != "variables" or value is not None}
+    for kind, named in report.claims[0].named.items():
+        values = {name: value for name, value in named.items() if kind != "variables" or value is not None}
         same = {name: value for name, value in values.items() if (kind, name) not in differing}
         if kind == "settings":
             _add(table, kind, f"{len(same)} equal", "all")

@@ -75,7 +75,7 @@ class Rendezvous:
     def arrive(self) -> None:
         """Says that this rank is there and has found no mistake so far. Two processes with one rank's number are a Mistake."""
         rank = self.ranks.rank
-        if self.store.add(f"seat/{rank}", 1) == 1:
+        if self.store.add(f"arrived/{rank}", 1) == 1:
             self._set(f"host/{rank}", [self.host, self.ranks.rank - self.ranks.local_rank])
         else:
             first = json.loads(self.store.get(f"host/{rank}"))[0]

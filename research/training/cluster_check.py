@@ -2,7 +2,7 @@
 
 import time
 
-from research.cluster import agreement, host_tables
+from research.cluster import host_tables
 from research.cluster.rendezvous import Rendezvous
 from research.cluster.world import joined
 from research.config.experiment_folder import load_variants
@@ -31,7 +31,7 @@ def check_cluster(job: Job) -> None:
         folders = {name: job.root / path for name, path in (("track.runs", experiment.track.runs), ("data.cache", experiment.data.cache))}
         report = host_tables.compare(rendezvous, claims, folders)
         fault = show_report(report, console) if report else None
-        rendezvous.refuse("the verdict", fault, lambda values: values[0])
+        rendezvous.refuse("the comparison", fault, lambda values: values[0])
     with joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose, rendezvous) as grid:
         links = host_tables.time_links(grid)
     if report:
@@ -47,4 +47,4 @@ def show_report(report: host_tables.Report, console: Console) -> str | None:
     show_tables(host_tables.tables(report, MUST_BE_SHARED))
     for warning in host_tables.warnings(report):
         console.warn(warning)
-    return host_tables.fault_of(report, agreement.disagreement, MUST_BE_SHARED)
+    return host_tables.fault_of(report, MUST_BE_SHARED)

@@ -122,16 +122,9 @@ def check_shared_checkpoint(rendezvous: Rendezvous, job: Job) -> None:
     if not checkpoint:
         return
     path = Path(checkpoint) / MANIFEST
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-    def find_fault(values: list[list[str]]) -> str | None:
-        for rank, (host, own) in enumerate(values):
-            if own != values[0][1]:
-                sees = "sees another one there" if own else "does not see it"
-                return f"rank {rank} on {host} {sees}: {checkpoint}, which is to be resumed → put it on a disk that all hosts share"
-        return None
-
-    rendezvous.refuse("the checkpoint's manifest", [rendezvous.host, digest], find_fault)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    own = Claims(job.ranks.rank, rendezvous.host, named={"checkpoint": {str(path): digest}})
+    agreement.refuse_disagreement(rendezvous, "the checkpoint's manifest", own)
 
 
 def agree_on_resume(job: Job) -> Start | None:
@@ -215,7 +208,7 @@ def prepare_run(
         show_data(job, corpus, text, console)
         prompts = samples.prompts_of(experiment, corpus)
         tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, show)
-    refuse_disagreement(data_claims(corpus, tasks), grid)
+    refuse_data_that_differ(data_claims(corpus, tasks), grid)
     watch.progress.advance("building the engine")
     memory = HostMemory()
     engine = build_engine(job, grid, variants)
@@ -295,31 +288,22 @@ def show_notes(tracker: Tracker, console: Console) -> None:
         console.warn(tracker.notes.pop(0))
 
 
-def data_claims(corpus: Corpus, tasks: Sequence[PreparedTask]) -> dict[str, str]:
+def data_claims(corpus: Corpus, tasks: Sequence[PreparedTask]) -> dict[str, str | None]:
     """Digests of what this rank reads, by the words for it. They are known once the text is prepared, and must be equal on all ranks."""
     return {
-        "the data of data.train": str(corpus.train.facts.get("source_sha256")),
-        "the data of data.validation": str(corpus.validation.facts.get("source_sha256")),
-        "the data of data.tokenizer": corpus.tokenizer.fingerprint,
+        "the text of data.train": corpus.train.facts.get("source_sha256"),
+        "the text of data.validation": corpus.validation.facts.get("source_sha256"),
+        "the tokenizer of data.tokenizer": corpus.tokenizer.fingerprint,
         "the prepared data": corpus.fingerprint,
-        **{f"the data of task {task.task.name!r}": task.digest for task in tasks},
+        **{f"the data of task {task.task.name!r}": task.digest or None for task in tasks},
     }
 
 
-def refuse_disagreement(own_claims: dict[str, str], grid: Grid) -> None:
-    """Every rank raises a SharedMistake that names the first rank whose claims differ from rank 0's, the claim, and both values."""
-    if grid.world == 1:
-        return
-    hosts, everyone = zip(*all_gather_objects((socket.gethostname(), own_claims), grid), strict=True)
-    for rank, claimed in enumerate(everyone):
-        for what, expected in everyone[0].items():
-            if claimed.get(what) != expected:
-                own, first = claimed.get(what, "none")[:16], f"rank 0 on {hosts[0]} has {expected[:16]}"
-                raise SharedMistake(
-                    f"rank {rank} on {hosts[rank]} disagrees about {what}: SHA-256 {own}, {first} → "
-                    "give all hosts the same files, best on a disk that they share",
-                    reports=grid.rank == 0,
-                )
+def refuse_data_that_differ(own: dict[str, str | None], grid: Grid) -> None:
+    """Every rank raises a SharedMistake if the data of one, `own` by name, differ from rank 0's. Collective."""
+    everyone = all_gather_objects(Claims(grid.rank, socket.gethostname(), named={"data": own}), grid)
+    if text := agreement.disagreement(everyone):
+        raise SharedMistake(text, reports=grid.rank == 0)
 
 
 def preflight(job: Job, folder: RunFolder, engine: Engine, step: int) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from parallel.errors import SharedMistake
 from research.cluster import agreement
-from research.cluster.agreement import Claims, check_shared_folder, differences, disagreement, rounding_warnings, unreachable
+from research.cluster.agreement import WAYS_OUT, Claims, check_shared_folder, differences, disagreement, rounding_warnings, unreachable
 from research.cluster.rendezvous import Rendezvous
 from research.cluster.software import digest_of, experiment_files, library_files
 from tests.research.cluster.test_rendezvous import met, ranks_of, said
@@ -23,6 +23,8 @@ NAMED: dict[str, dict[str, Any]] = {
     "weights": {"init_from = None": "drawn"},
     "library": {"models/mlp.py": "1", "models/norm.py": "2", "parallel/grid.py": "3", "research/launch.py": "4"},
     "experiment": {"config.py": "5"},
+    "checkpoint": {"r/step_2/manifest.json": "6"},
+    "data": {"the text of data.train": "c" * 64, "the prepared data": "f" * 64},
 }
 CLAIMS = Claims(0, "a", "machine a", "10.0.0.1", "eth0", NAMED, {"threads": "4", "processor": "x86_64 AVX2"})
 
@@ -60,10 +62,23 @@ def other(rank: int = 2, host: str = "b", rounding: dict[str, str] | None = None
             {"experiment": {"config.py": "x"}, "settings": {"model.num_layers": 3}},
             "rank 2 on b has model.num_layers = 3, rank 0 on a has 2 (the experiment differ too) → give every host the same config.py",
         ),
+        ({"checkpoint": {"r/step_2/manifest.json": "x"}}, "rank 2 on b has another r/step_2/manifest.json than rank 0 on a → put the run"),
+        ({"checkpoint": {"r/step_2/manifest.json": None}}, "rank 2 on b has no r/step_2/manifest.json → put the run that is to be resumed"),
+        (
+            {"data": {"the text of data.train": "d" * 64, "the prepared data": "e" * 64}},
+            f"rank 2 on b has the text of data.train = SHA-256 {'d' * 16}, rank 0 on a has SHA-256 {'c' * 16}; the prepared data = SHA-256 "
+            f"{'e' * 16}, not SHA-256 {'f' * 16} → give all hosts the same files",
+        ),
     ],
 )
 def test_every_difference_is_named_with_both_values(changes: dict[str, Any], sentence: str) -> None:
     assert (disagreement([CLAIMS, other(1, "a"), other(**changes), other(3)]) or "").startswith(sentence)
+
+
+def test_all_differences_are_promised_only_where_they_are_shown() -> None:
+    """--check-cluster neither resumes a run nor prepares its text."""
+    shown = {kind: "--check-cluster" in (disagreement([CLAIMS, other(1, **{kind: {"more": "x"}})]) or "") for kind in WAYS_OUT}
+    assert [kind for kind, promised in shown.items() if not promised] == ["checkpoint", "data"]
 
 
 def test_equal_claims_are_no_disagreement_whatever_the_host() -> None:

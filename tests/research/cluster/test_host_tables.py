@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ import pytest
 import torch.distributed as dist
 
 from parallel.grid import make_grid
-from research.cluster import host_tables
-from research.cluster.agreement import disagreement
+from research.cluster import agreement, host_tables
+from research.cluster.agreement import check_shared_folder, disagreement
 from research.cluster.host_tables import HostFacts, Link, Report, clock_difference, compare, fault_of, links_table, tables, time_links
 from research.cluster.rendezvous import Rendezvous
 from research.tracking.console import show_tables
 from tests.harness import run_ranks
 from tests.research.cluster.test_agreement import CLAIMS, claims_on, other
-from tests.research.cluster.test_rendezvous import met, ranks_of
+from tests.research.cluster.test_rendezvous import met, ranks_of, said
 
 AHEAD = {0: 0.0, 2: 2.5, 4: -300.0}
 """The clocks of three hosts, by their first ranks: seconds ahead of the real time."""
@@ -89,15 +90,34 @@ def test_every_difference_has_a_row_for_each_value() -> None:
         at = next(number for number, line in enumerate(lines) if line.startswith(f"{name} "))
         assert " ".join(lines[at].split()) == f"{name} {first} a" and " ".join(lines[at + 1].split()) == f"{second} b ← differs"
     assert max(map(len, lines)) <= 80
-    assert (fault_of(report, disagreement, ["track.runs"]) or "").startswith("rank 2 on b has model.num_layers = 3, rank 0 on a has 2")
+    assert (fault_of(report, ["track.runs"]) or "").startswith("rank 2 on b has model.num_layers = 3, rank 0 on a has 2")
 
 
 def test_a_folder_that_must_be_shared_is_a_fault_and_one_that_need_not_be_is_none() -> None:
     report = Report([CLAIMS, other(2)], HOSTS, FOLDERS)
-    assert fault_of(report, disagreement, ["track.runs"]) is None
-    assert (fault_of(report, disagreement, ["data.cache"]) or "").startswith(
-        "the hosts do not share /local/cache: rank 2 on b does not see"
+    assert fault_of(report, ["track.runs"]) is None
+    assert (fault_of(report, ["track.runs", "data.cache"]) or "").startswith(
+        "the hosts do not share /local/cache: rank 0 on a has written to it, rank 2 on b does not see it → "
     )
+
+
+@pytest.mark.parametrize("layers", [2, 3], ids=["the folder", "the folder and a setting"])
+def test_the_sentence_is_that_with_which_a_launch_is_refused(layers: int, tmp_path: Path, monkeypatch) -> None:
+    """A launch compares the claims before the folder, and so must the sentence of --check-cluster if both are wrong."""
+    read = agreement._read_and_write
+    monkeypatch.setattr(agreement, "NONCE_SECONDS", 0.2)
+    monkeypatch.setattr(agreement, "_read_and_write", lambda path, nonce, rank: read(path / "own" if rank == 3 else path, nonce, rank))
+
+    def launched(rendezvous: Rendezvous) -> Any:
+        agreement.agree(rendezvous, claims_on(rendezvous, layers if rendezvous.ranks.rank == 3 else 2))
+        check_shared_folder(rendezvous, tmp_path / "runs", "track.runs")
+
+    def checked(rendezvous: Rendezvous) -> Any:
+        return compare(rendezvous, claims_on(rendezvous, layers if rendezvous.ranks.rank == 3 else 2), {"track.runs": tmp_path / "runs"})
+
+    refused, report = said(met(4, launched)), met(4, checked)[0]
+    nonce = re.compile(r"\.shared-\w+")
+    assert "rank 3 on b" in refused and nonce.sub("", fault_of(report, ["track.runs"]) or "") == nonce.sub("", refused)
 
 
 def test_a_clock_that_is_off_is_a_warning() -> None:

@@ -120,7 +120,7 @@ def test_a_text_that_differs(cluster: Cluster) -> None:
     cluster[1].replace(place.train, place.train.read_text().replace("peace", "power", 1))
     cluster[1].hide(place.path / "cache")
     said = refused(cluster)
-    assert "rank 1 on node2 disagrees about the data of data.train" in said
+    assert "rank 1 on node2 has the text of data.train = SHA-256 " in said
 
 
 def test_a_text_that_one_host_lacks(cluster: Cluster) -> None:
