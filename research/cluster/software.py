@@ -58,12 +58,3 @@ def _digests(root: Path, paths: Iterable[Path]) -> dict[str, str]:
 def digest_of(files: dict[str, str]) -> str:
     """One digest of such a table."""
     return hashlib.sha256("".join(f"{name}\0{digest}\n" for name, digest in sorted(files.items())).encode()).hexdigest()
-
-
-def code_digest(root: Path) -> str:
-    """A digest of the library's Python files, whether they are committed or not: equal digests mean equal code."""
-    sha256 = hashlib.sha256()
-    for path in sorted(path for folder in LIBRARY for path in (root / folder).rglob("*.py")):
-        content = path.read_bytes()
-        sha256.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
-    return sha256.hexdigest()[:16]

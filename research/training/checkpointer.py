@@ -10,7 +10,7 @@ from parallel.checkpoint.saver import BackgroundSaver, Saver
 from parallel.checkpoint.writer import Saved
 from parallel.errors import Mistake
 from research.cluster.environment import git_state
-from research.cluster.software import code_digest
+from research.cluster.software import digest_of
 from research.config.serialization import config_hash
 from research.reliability.heartbeat import Stage
 from research.tracking import run_folder
@@ -33,11 +33,10 @@ class Checkpointer:
         """Whether a checkpoint was begun that `poll` has not reported yet; equal on every rank."""
         self._is_latest = False
         """Whether runs/NAME/latest has been set since this launch saved its first checkpoint."""
-        root = run.job.root
         self.origin = {
             "config": config_hash(run.job.experiment),
-            "commit": git_state(root)[0],
-            "code": code_digest(root),
+            "commit": git_state(run.job.root)[0],
+            "code": digest_of(run.job.library),
             "data": run.corpus.fingerprint,
         }
 

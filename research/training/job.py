@@ -15,6 +15,7 @@ from parallel.engines.deepspeed_config import derive
 from parallel.errors import Mistake
 from research import ROOT
 from research.cluster.environment import THREADS, Ranks, threads_asked_for, threads_per_rank
+from research.cluster.software import library_files
 from research.config import Experiment
 from research.config.checks import check
 from research.config.diff import flatten
@@ -47,6 +48,8 @@ class Job:
     argv: list[str]
     warnings: list[str]
     """Settings that are probably not meant, each a sentence."""
+    library: dict[str, str]
+    """The SHA-256 of each Python file of the library, by its path from `root`."""
     resume: Resume | None = None
     """The run to resume, as rank 0 found it; None on the other ranks."""
     resume_option: str = NEVER
@@ -106,6 +109,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         resume_option=options.resume,
         why_resumed=why,
         locks=locks,
+        library=library_files(ROOT),
         warnings=[
             *damaged,
             *wrong,

@@ -39,7 +39,7 @@ from research.cluster.environment import git_state
 from research.cluster.exit_codes import DISK, WRONG
 from research.cluster.memory import HostMemory
 from research.cluster.rendezvous import Rendezvous
-from research.cluster.software import code_digest, experiment_files, library_files
+from research.cluster.software import digest_of, experiment_files
 from research.cluster.world import software
 from research.config import serialization
 from research.config.diff import describe_changes, flatten
@@ -75,7 +75,7 @@ STATE_BYTES = 12
 def resume_line(start: Start, facts: dict[str, Any], job: Job, engine: Engine, variants: Mapping[str, Any]) -> str:
     """'step 120 of gpt_sotu-7f3a2c, step_000120 · bit for bit as if it had never stopped', or what else it is, and the changes."""
     layout_and_machine = process_state.differences(facts, engine)
-    same_code = facts["code"] == code_digest(job.root) if "code" in facts else None
+    same_code = facts["code"] == digest_of(job.library) if "code" in facts else None
     kind = engine.device.type
     how = resume.continuation(facts["step"], start.changes, job.experiment, layout_and_machine, same_code, kind, variants)
     words = [f"step {facts['step']} of {start.folder.title}, {start.checkpoint.name}", how]
@@ -110,7 +110,7 @@ def claims(job: Job, host: str) -> Claims:
         settings=flatten(serialization.resolved(job.experiment)),
         options={"--resume": job.resume_option},
         weights={"the initial weights": resume.init_from_digest(job.experiment, job.root)},
-        library=library_files(job.root),
+        library=job.library,
         experiment=experiment_files(job.folder),
     )
 

@@ -15,6 +15,7 @@ import pytest
 from parallel.errors import Damaged, Mistake
 from parallel.files import read_json, write_json
 from research.cluster.exit_codes import DAMAGED
+from research.cluster.software import digest_of
 from research.config import Experiment, schema, serialization
 from research.config.diff import diff
 from research.tracking import metrics, run_folder, run_lock
@@ -436,17 +437,19 @@ def test_kernels_that_are_deterministic_only_now_make_no_bit_for_bit() -> None:
     assert said == "within rounding (deterministic True → False, GPU kernels) as if it had never stopped"
 
 
-@pytest.mark.parametrize(("facts", "same_code"), [({"code": "a"}, True), ({"code": "b"}, False), ({}, None)])
+CODE = {"models/mlp.py": "1"}
+
+
+@pytest.mark.parametrize(("facts", "same_code"), [({"code": digest_of(CODE)}, True), ({"code": "b"}, False), ({}, None)])
 def test_a_checkpoint_that_does_not_say_its_code_is_not_said_to_be_of_another(
     facts: dict, same_code: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checkpoints had no such fact once, and nothing speaks for a change of the code since then."""
     from research.training import setup
 
-    monkeypatch.setattr(setup, "code_digest", lambda root: "a")
     monkeypatch.setattr(setup.process_state, "differences", lambda facts, engine: {})
     resumed = Start(RunFolder(tmp_path / "mine" / "aaaaaa"), tmp_path / "step_000120", 120, [])
-    job, engine = SimpleNamespace(root=tmp_path, experiment=example()), SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    job, engine = SimpleNamespace(library=CODE, experiment=example()), SimpleNamespace(device=SimpleNamespace(type="cpu"))
     line = setup.resume_line(resumed, {"step": 120, **facts}, job, engine, {})  # type: ignore[arg-type]
     assert line == f"step 120 of mine-aaaaaa, step_000120 · {EXACT}{SAME_CODE[same_code]}"
 
