@@ -24,7 +24,7 @@ PATIENCE_STEPS = 3
 """Patience is at least this many times the last step, so that steps that are long by nature are not cut off."""
 LOST_PEER_SECONDS, CLOSING_SECONDS = 5.0, 10.0
 """Left to the main thread to find out by itself that another rank is gone (gloo raises, NCCL waits), and then to close its files."""
-SILENT_SECONDS = 8.0
+STOPPED_SECONDS = 8.0
 """Another rank without a heartbeat for this long is taken for stopped when this one has to leave."""
 FROM_ANOTHER_RANK = re.compile(
     r"\bgloo\b|nccl|connection (closed|reset|refused)|broken pipe|TCPStore|Dist(Backend|Network|Store)Error", re.I
@@ -104,7 +104,7 @@ class Diagnoser:
 
     def _silence_of_stopped(self) -> float:
         """Seconds without a heartbeat after which a rank is taken for stopped."""
-        return min(SILENT_SECONDS, self._hang_seconds / 2 or SILENT_SECONDS)
+        return min(STOPPED_SECONDS, self._hang_seconds / 2 or STOPPED_SECONDS)
 
     def _silent(self, seconds: float) -> set[int]:
         return self.peers.silent(seconds) if self.peers else set()
@@ -150,14 +150,14 @@ def diagnose_error(
 ) -> Diagnosis:
     """The cause of the main thread's exception: a signal (`reason` names it), another rank's end, or a fault of this rank.
 
-    `lost` and `vanished` are PeerMonitor's: the ranks known to have left, and those of other machines without a sign of life.
+    `lost` and `vanished` are PeerMonitor's: the ranks known to have left, and those of other machines without a heartbeat.
     """
     exits = isinstance(error, SystemExit)
     if exits or (isinstance(error, Exception) and FROM_ANOTHER_RANK.search(f"{type(error).__name__} {error}")):
         ends = time.monotonic() + (0.0 if exits else FIND_OUT_SECONDS)
         while not (gone := lost()) and time.monotonic() < ends:
             time.sleep(0.1)
-        if gone := gone or (vanished(SILENT_SECONDS) if not exits else {}):
+        if gone := gone or (vanished(STOPPED_SECONDS) if not exits else {}):
             return diagnose_lost(gone, peers)
     if isinstance(error, SystemExit):
         return Diagnosis(error.code if isinstance(error.code, int) else 1, SIGNAL, reason or "asked to stop")

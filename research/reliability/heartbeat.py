@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from research.tracking.run_folder import HEARTBEATS, RunFolder
+from research.tracking.lock_record import HEARTBEATS
+from research.tracking.run_folder import RunFolder
 
 STACK_DEPTH = 40
 """How many frames of a stack are kept, the innermost."""

@@ -5,7 +5,6 @@
 
 import contextlib
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import psutil
 from parallel.grid import Grid
 from parallel.process_identity import ProcessIdentity
 from research.reliability.heartbeat import Heartbeat, Heartbeats, Progress
+from research.tracking.lock_record import changing
 from research.tracking.run_folder import RunFolder
 
 
@@ -116,12 +116,9 @@ class PeerMonitor:
         """
         here = self.peers[self.rank].process
         elsewhere = [peer.rank for peer in self.peers if not peer.process.same_machine(here)]
-        unchanged = {rank: heartbeat for rank in elsewhere if (heartbeat := self.heartbeats.read(rank))}
-        ends = time.monotonic() + seconds
-        while unchanged and time.monotonic() < ends:
-            time.sleep(0.1)
-            unchanged = {rank: heartbeat for rank, heartbeat in unchanged.items() if self.heartbeats.read(rank) == heartbeat}
-        self._vanished = unchanged if self._can_write else {}
+        last = {rank: heartbeat for rank in elsewhere if (heartbeat := self.heartbeats.read(rank))}
+        changed = changing(last, seconds, self.heartbeats.read)
+        self._vanished = {rank: last[rank] for rank in last.keys() - changed} if self._can_write else {}
         return self._vanished
 
     def reports(self, unable: set[int]) -> bool:

@@ -9,14 +9,15 @@ import datetime
 import errno
 import fcntl
 import json
+import operator
 import os
 import re
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from parallel.process_identity import ProcessIdentity
 
@@ -26,10 +27,15 @@ FLOCK_SECONDS = 1.0
 RECORD_BYTES = 4096
 RECORD = re.compile(r"(\d{6,12})\.json")
 FLOCK = "flock"
+HEARTBEATS = "rank_*.alive.json"
+"""Matches the ranks' heartbeat files in a run's logs/."""
 READINGS = 5
 """How often a record is read that is no JSON: it may just be written."""
 TRAINING = "training"
 """The purpose of a process that trains the run. Others name the verb that writes into the run."""
+
+Key = TypeVar("Key")
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -172,15 +178,20 @@ def is_flocked(place: Path, seconds: float = FLOCK_SECONDS) -> bool:
     return False
 
 
-def signs_of_life(place: Path) -> dict[str, bytes]:
-    """The content of the lock's newest record and of the ranks' heartbeat files beside it. If any changes, the run is alive."""
-    signs = {}
+def heartbeats_of(place: Path) -> dict[str, bytes]:
+    """The heartbeats of a run, by file: the content of its lock's newest record, and that of the ranks' heartbeat files beside it."""
+    heartbeats = {}
     owner = newest(place)
-    paths = [*([path_of(place, owner.number)] if owner else []), *(place.parent / "logs").glob("rank_*.alive.json")]
+    paths = [*([path_of(place, owner.number)] if owner else []), *(place.parent / "logs").glob(HEARTBEATS)]
     for path in paths:
         with contextlib.suppress(OSError):
-            signs[path.name] = content_of(path)
-    return signs
+            heartbeats[path.name] = content_of(path)
+    return heartbeats
+
+
+def has_heartbeat(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> bool:
+    """Whether a heartbeat lies between two results of `heartbeats_of`: a file has changed or is new. A removed file is no heartbeat."""
+    return any(before.get(name) != content for name, content in after.items())
 
 
 def beating(places: Sequence[Path], seconds: float, is_over: Callable[[], bool] = lambda: False) -> set[Path]:
@@ -188,12 +199,20 @@ def beating(places: Sequence[Path], seconds: float, is_over: Callable[[], bool] 
 
     It ends earlier when all have, or when `is_over` says so.
     """
-    before, alive = {place: signs_of_life(place) for place in places}, set[Path]()
+    return changing(places, seconds, heartbeats_of, has_heartbeat, is_over)
+
+
+def changing(
+    keys: Iterable[Key],
+    seconds: float,
+    read: Callable[[Key], Content],
+    has_changed: Callable[[Content, Content], bool] = operator.ne,
+    is_over: Callable[[], bool] = lambda: False,
+) -> set[Key]:
+    """Those of `keys` for which `read` returns something else within `seconds`; it ends earlier when all have, or `is_over` says so."""
+    before, changed = {key: read(key) for key in keys}, set[Key]()
     ends = time.monotonic() + seconds
-    while len(alive) < len(before) and time.monotonic() < ends and not is_over():
+    while len(changed) < len(before) and time.monotonic() < ends and not is_over():
         time.sleep(min(BEAT_SECONDS / 2, seconds))
-        for place in before.keys() - alive:
-            after = signs_of_life(place)
-            if any(before[place].get(name) != content for name, content in after.items()):  # a removed file is no sign of life
-                alive.add(place)
-    return alive
+        changed |= {key for key in before.keys() - changed if has_changed(before[key], read(key))}
+    return changed

@@ -33,7 +33,7 @@ from parallel.files import read_json, write_json
 from parallel.process_identity import ProcessIdentity
 from research.tracking import run_lock
 from research.tracking.format import short_path
-from research.tracking.lock_record import TRAINING, Owner, beating, now
+from research.tracking.lock_record import HEARTBEATS, TRAINING, Owner, beating, now
 from research.tracking.lock_record import newest as newest_record
 from research.tracking.run_lock import RunLock
 
@@ -44,8 +44,6 @@ IMPORTED = "imported"
 LISTEN_SECONDS = 4.0
 """How long `status` listens to a run whose process cannot be seen. Its heartbeat changes every second."""
 LATEST = "latest"
-HEARTBEATS = "rank_*.alive.json"
-"""Matches the heartbeat files in logs/."""
 STARTING = "--resume auto"
 """The purpose of a process that is about to begin a new run, because it has found none to resume."""
 SOURCES = ("config.py", "variant.py")
@@ -98,7 +96,7 @@ class RunFolder:
 
     def heartbeat(self, rank: int) -> Path:
         """The heartbeat file of one rank, while it runs (research/reliability/heartbeat.py)."""
-        return self.logs / f"rank_{rank}.alive.json"
+        return self.logs / HEARTBEATS.replace("*", str(rank))
 
 
 def create(runs: Path, name: str) -> RunFolder:

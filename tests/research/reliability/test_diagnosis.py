@@ -13,7 +13,7 @@ from research.reliability.diagnosis import (
     LOST_PEER_SECONDS,
     PATIENCE,
     PATIENCE_STEPS,
-    SILENT_SECONDS,
+    STOPPED_SECONDS,
     Diagnoser,
     describe_hang,
     diagnose_error,
@@ -146,9 +146,9 @@ def test_a_hang_is_not_told_before_one_can_tell_which_rank_is_stopped() -> None:
     """Otherwise the rank that stands still would be left behind: on a busy machine heartbeats are read late."""
     rank, _ = diagnoser()
     rank.peers = Missed()
-    rank.peers.heartbeats = SimpleNamespace(silence={}, latest={}, watched=SILENT_SECONDS)
+    rank.peers.heartbeats = SimpleNamespace(silence={}, latest={}, watched=STOPPED_SECONDS)
     assert checks(rank) == 1000
-    rank.peers.heartbeats.watched = SILENT_SECONDS + 1
+    rank.peers.heartbeats.watched = STOPPED_SECONDS + 1
     assert rank.check(1.0).why.startswith("no progress for ")
 
 
@@ -266,5 +266,5 @@ def test_a_closed_connection_to_a_host_that_gives_no_sign_of_life(monkeypatch: p
 
     found = diagnose_error(RuntimeError("Connection closed by peer"), "", dict, vanished, PEERS)
     assert found.left == OTHERS and found.why.startswith("rank 2 (process 4002 on node7) is gone without a word")
-    assert diagnose_error(SystemExit(143), "SIGTERM", dict, vanished, PEERS).left == SIGNAL and watched == [SILENT_SECONDS]
+    assert diagnose_error(SystemExit(143), "SIGTERM", dict, vanished, PEERS).left == SIGNAL and watched == [STOPPED_SECONDS]
     assert diagnose_error(ValueError("no such head"), "", dict, vanished, PEERS).left == FAULT and len(watched) == 1
