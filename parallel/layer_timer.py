@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from parallel.layers import Call
 
-FORWARD, BACKWARD, RECOMPUTED = "forward", "backward", "recomputed"
-DATA, OPTIMIZER, OTHER = "data", "optimizer", "other"
+FORWARD, BACKWARD, RECOMPUTED = DIRECTIONS = ("forward", "backward", "recomputed")
+DATA, OPTIMIZER, OTHER = NOT_LAYERS = ("data", "optimizer", "other")
 
 
 class Label(NamedTuple):

@@ -160,11 +160,6 @@ def _check_ranks(experiment: Experiment, nodes: int, ranks_per_node: int) -> Non
 def _doubts(job: Job, kind: str) -> list[str]:
     """Warnings of what works, but is probably not meant on a cluster."""
     experiment, doubts = job.experiment, []
-    if experiment.parallel.tensor > job.ranks.local_world:
-        doubts.append(
-            f"parallel.tensor = {experiment.parallel.tensor} is more than the {job.ranks.local_world} ranks of a node: every layer then "
-            "waits for the network → keep it within a node"
-        )
     if experiment.checkpoints.every == 0:
         lost = "the job begins anew" if kind == "slurm" else "the run begins anew"
         doubts.append(f"checkpoints.every = 0: if a node fails, {lost} → add --checkpoints.every N")

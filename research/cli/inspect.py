@@ -16,7 +16,7 @@ from research.cli.json_output import add_json_option, only_json_on_stdout, print
 from research.cli.trained_run import find_run
 from research.cli.verbs import Parser
 from research.tracking import format as fmt
-from research.tracking import run_folder, run_record
+from research.tracking import run_folder, run_record, run_status
 from research.tracking.console import Console
 from research.tracking.format import compact, plural
 from research.tracking.metrics import finite
@@ -72,7 +72,7 @@ def run_as_json(folder: RunFolder, checkpoints: list[Path]) -> dict[str, Any]:
     """run.json, with the folder, the status as it is now, the checkpoints and the incidents."""
     run = run_record.read(folder)
     saved = [{"name": path.name, "bytes": size_of(path)} for path in checkpoints]
-    own = {"folder": str(folder.path), "status": run_folder.status(run, folder)}
+    own = {"folder": str(folder.path), "status": run_status.status(run, folder)}
     return {**run, **own, "checkpoints": saved, "incidents": list(incidents_of(folder))}
 
 
@@ -108,7 +108,7 @@ def checkpoint_as_json(path: Path, tensors: bool) -> dict[str, Any]:
 def describe_run(folder: RunFolder, checkpoints: list[Path], console: Console) -> None:
     """Prints a run: its title, segments, checkpoints and incidents."""
     run = run_record.read(folder)
-    title = [folder.title, run_folder.status(run, folder), run["layout"] or "?", run["precision"] or "?", str(folder.path)]
+    title = [folder.title, run_status.status(run, folder), run["layout"] or "?", run["precision"] or "?", str(folder.path)]
     lines = [("", " · ".join(fmt.one_line(part, LONGEST) for part in title))]
     for i, segment in enumerate(run["segments"], 1):
         parts = [f"{i}", f"from step {segment.get('from_step')}", str(segment.get("started")), str(segment.get("layout", ""))]

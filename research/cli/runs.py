@@ -21,7 +21,7 @@ from research.cli.run_differences import DESCRIPTIVE, Settings, differing, setti
 from research.cli.verbs import Parser
 from research.config.diff import belongs
 from research.tracking import format as fmt
-from research.tracking import metrics, run_folder, run_record
+from research.tracking import metrics, run_folder, run_record, run_status
 from research.tracking.console import TerminalConsole
 from research.tracking.run_folder import RunFolder
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
     found = [(folder, summarise(folder)) for folder in run_folder.every(arguments.root)]
     known = [({"status": run["status"]}, folder) for folder, run in found]
-    for (_, run), status in zip(found, run_folder.statuses(known), strict=True):  # all that must be listened to, at once
+    for (_, run), status in zip(found, run_status.statuses(known), strict=True):  # all that must be listened to, at once
         run["status"] = status
     tell_apart(found)
     runs = in_order([run for _, run in found], SORTED_BY[arguments.sort], arguments.reverse)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from parallel.errors import Mistake
 from research.cli.verbs import Parser
-from research.tracking import run_folder, run_record, wandb_artifacts, wandb_client, wandb_record
+from research.tracking import run_folder, run_record, run_status, wandb_artifacts, wandb_client, wandb_record
 from research.tracking.console import Console
 from research.tracking.format import plural, short_path
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
@@ -50,14 +50,14 @@ def track(folder: RunFolder, asked: str | None, console: Console) -> None:
 
     run_folder.refuse_link(folder.wandb)
     run = run_record.read(folder)
-    status, rows = run_folder.status(run, folder), len(wandb_record.rows(folder))
+    status, rows = run_status.status(run, folder), len(wandb_record.rows(folder))
     figures = summary_rows(results.every(folder))
     if not rows and not figures:
         way_out = "track a run that has trained, or `evaluate` this one first"
         raise Mistake(f"{folder.title} ({status}) has no rows in {folder.metrics.name} and no results of evaluations → {way_out}")
     if status == RUNNING:
         raise Mistake(f"{folder.title} is running and tells W&B itself what it logs → track it when it has ended")
-    with contextlib.closing(run_folder.take_lock(folder, PURPOSE)):  # neither a resumed run nor another `track` writes RUN/wandb meanwhile
+    with contextlib.closing(run_status.take_lock(folder, PURPOSE)):  # neither a resumed run nor another `track` writes RUN/wandb meanwhile
         _track(folder, asked, console, status, rows, figures)
 
 

@@ -15,7 +15,7 @@ from research.config import Experiment
 from research.config.checks import tensor_degrees
 from research.config.experiment_folder import VARIANTS, check_variants, variant_names
 from research.generation.trust import is_known_variant, trusted_settings
-from research.tracking import run_folder
+from research.tracking import run_folder, run_status
 from research.tracking.console import Advance, Console
 from research.tracking.own_runs import is_own
 from research.tracking.run_folder import RunFolder
@@ -78,7 +78,7 @@ def find_run(handle: str) -> RunFolder:
 
 def say_choice(handle: str, folder: RunFolder) -> None:
     """Says on standard error which run was chosen for `handle`, unless it names that run itself."""
-    if choice := run_folder.choice(handle, folder):
+    if choice := run_status.choice(handle, folder):
         sys.stderr.write(f"{printable(choice)}\n")
 
 

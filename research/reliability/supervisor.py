@@ -26,7 +26,7 @@ from parallel.files import read_json
 from research.cluster.exit_codes import DAMAGED, DISK, SIGNALLED, TAKEN, WATCHED, WRONG
 from research.reliability.parents import LAUNCHER_GONE, PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 from research.reliability.signals import SIGNALS, catch
-from research.tracking import run_folder
+from research.tracking import run_folder, run_status
 from research.tracking.run_folder import FINISHED, INTERRUPTED, RunFolder
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -165,7 +165,7 @@ class LaunchRecord:
         run: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             run = run_folder.read_run(self.run) if self.run else {}
-        return (run_folder.status(run, self.run) if self.run and run else "", str(run.get("reason", "")))
+        return (run_status.status(run, self.run) if self.run and run else "", str(run.get("reason", "")))
 
     def code(self, launched: int) -> int:
         """The exit code of the run's rank 0, if its run.json has one, else `launched`: some launchers have only codes of their own."""
@@ -182,7 +182,7 @@ class LaunchRecord:
         if self.known is None:
             return ""
         with contextlib.suppress(OSError, Mistake):
-            lock = run_folder.take_lock(self.known, "supervise")
+            lock = run_status.take_lock(self.known, "supervise")
             try:
                 whole, damaged = checkpoint_folder.newest_whole(checkpoint_folder.steps(self.known.checkpoints), hashes=True)
                 checkpoint_folder.set_aside(damaged)

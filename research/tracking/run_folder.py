@@ -22,7 +22,7 @@ import hashlib
 import secrets
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,14 @@ from parallel.files import read_json, write_json
 from parallel.process_identity import ProcessIdentity
 from research.tracking import run_lock
 from research.tracking.format import short_path
-from research.tracking.lock_record import HEARTBEATS, TRAINING, Owner, beating, now
+from research.tracking.lock_record import HEARTBEATS, now
 from research.tracking.lock_record import newest as newest_record
 from research.tracking.run_lock import RunLock
 
-RUNNING, FINISHED, INTERRUPTED, FAILED, DIED = "running", "finished", "interrupted", "failed", "died"
-"""The status in run.json is one of the first four; `status` returns `died` for a `running` run whose process has ended."""
+RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
+"""The status in run.json; of a process that was killed, too, it says `running` (research/tracking/run_status.py)."""
 IMPORTED = "imported"
 """The status in run.json of weights that another program has trained."""
-LISTEN_SECONDS = 4.0
-"""How long `status` listens to a run whose process cannot be seen. Its heartbeat changes every second."""
 LATEST = "latest"
 STARTING = "--resume auto"
 """The purpose of a process that is about to begin a new run, because it has found none to resume."""
@@ -134,7 +132,7 @@ def by_start(folders: Iterable[RunFolder]) -> list[RunFolder]:
 def point_latest(runs: Path) -> None:
     """Makes `latest` in `runs` (runs/NAME) a link to the `newest` run, by one rename; there is no link if there is no run."""
     link, run = runs / LATEST, newest(runs)
-    if link.is_dir() and not _is_latest(link):  # `cp -rL` or `scp -r` has made a folder of it
+    if link.is_dir() and not is_latest(link):  # `cp -rL` or `scp -r` has made a folder of it
         return
     if run is None:
         link.unlink(missing_ok=True)
@@ -213,52 +211,6 @@ def read_run(folder: RunFolder) -> dict[str, Any]:
     return run
 
 
-def earlier_owner(folder: RunFolder) -> Owner | None:
-    """The process that run.json names, for a run that an older version has left running: it has no lock."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        run = read_json(folder.run)
-        if run.get("status") != RUNNING or "host" not in run:
-            return None
-        process = ProcessIdentity.from_json(run)
-        if process is None:  # still older: host and pid only
-            process = ProcessIdentity(str(run["host"]), int(run.get("pid", 0)), "", "", 0.0)
-        since = str(run.get("segments", [run])[-1].get("started"))
-        return Owner(0, process, since=since)
-    return None
-
-
-def take_lock(folder: RunFolder, purpose: str = TRAINING, report: Callable[[str], object] = lambda line: None) -> RunLock:
-    """Takes the run's lock for this process, until `release`. Held, a Mistake, names the process that holds it.
-
-    `purpose`: TRAINING, or the verb that changes the run's files. `report` is told before a silent process is listened to.
-    """
-    earlier = earlier_owner(folder)
-    if earlier and earlier.process and earlier.process.is_same(ProcessIdentity.current()):
-        earlier = None
-    return run_lock.take(folder.lock, folder.title, purpose, earlier, report)
-
-
-def status(run: Mapping[str, Any], folder: RunFolder) -> str:
-    """The status in `run`, which is run.json of `folder`; `died` for a `running` one whose process has ended.
-
-    A process that cannot be seen from here, on another machine or in another container, is listened to for LISTEN_SECONDS.
-    """
-    return statuses([(run, folder)])[0]
-
-
-def statuses(runs: Sequence[tuple[Mapping[str, Any], RunFolder]]) -> list[str]:
-    """`status` of each run. Those whose processes cannot be seen are listened to at the same time."""
-    found, unseen = [str(run.get("status", "unknown")) for run, _ in runs], dict[int, Path]()
-    for i, (_, folder) in enumerate(runs):
-        if found[i] == RUNNING:
-            held = run_lock.is_held(folder.lock, earlier_owner(folder))
-            found[i] = RUNNING if held else DIED
-            if held is None:
-                unseen[i] = folder.lock
-    alive = beating([*unseen.values()], LISTEN_SECONDS) if unseen else set[Path]()
-    return [RUNNING if unseen.get(i) in alive else word for i, word in enumerate(found)]
-
-
 def keep_source(folder: RunFolder, experiment: Path) -> dict[str, str]:
     """Copies the experiment's config.py and, if it has one, variant.py to source/; returns {file name: SHA-256}.
 
@@ -314,7 +266,7 @@ def find(handle: str, runs: Path = Path("runs")) -> RunFolder:
 def _run_at(path: Path) -> RunFolder | None:
     """The run that the path of a run, of an experiment's runs or of `latest` names."""
     with contextlib.suppress(OSError):  # no folder can have such a name
-        if has_file(path, "run.json") and not _is_latest(path):
+        if has_file(path, "run.json") and not is_latest(path):
             return RunFolder(path)
         return newest(path.parent if path.name == LATEST else path)
     return None
@@ -333,38 +285,9 @@ def has_file(folder: Path, name: str) -> bool:
     return False
 
 
-def _is_latest(path: Path) -> bool:
+def is_latest(path: Path) -> bool:
     """Whether it is the link; a copy of a run may have its name."""
     return path.name == LATEST and path.is_symlink()
-
-
-def choice(handle: str, folder: RunFolder) -> str:
-    """Which run `find` chose, for a person: 'gpt_sotu is gpt_sotu-7f3a2c, the newest run with a checkpoint'; '' if `handle` names it.
-
-    Newer runs, which have no checkpoint, are named with their status.
-    """
-    path = Path(handle)
-    named = folder.id in (path.resolve().name, handle.rpartition("-")[2]) or folder.path in path.resolve().parents
-    if named and not _is_latest(path):
-        return ""
-    if newest_complete(folder.checkpoints) is None:
-        return f"{handle} is {folder.title}, the newest run; none has a checkpoint"
-    runs = by_start(of_experiment(folder.path.parent))
-    later = runs[runs.index(folder) + 1 :]
-    newer = [f"{run.title} ({word})" for run, word in zip(later, _statuses_of(later), strict=True)]
-    passed_over = f"; {', '.join(newer)} {'is' if len(newer) == 1 else 'are'} newer and {'has' if len(newer) == 1 else 'have'} none"
-    return f"{handle} is {folder.title}, the newest run with a checkpoint{passed_over if newer else ''}"
-
-
-def _statuses_of(folders: Sequence[RunFolder]) -> list[str]:
-    """The status of each run; 'unreadable' for one whose run.json is damaged."""
-    known: list[tuple[Mapping[str, Any], RunFolder]] = []
-    for folder in folders:
-        try:
-            known.append((read_run(folder), folder))
-        except (OSError, ValueError):
-            known.append(({"status": "unreadable"}, folder))
-    return statuses(known)
 
 
 def find_checkpoint(handle: str, runs: Path = Path("runs"), needs: str = "run.json") -> tuple[RunFolder, Path]:

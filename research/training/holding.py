@@ -15,7 +15,7 @@ from parallel.files import FULL, read_json, write_json
 from parallel.object_collectives import broadcast_object
 from research.cluster.exit_codes import DISK, TAKEN
 from research.config import Experiment, serialization
-from research.tracking import run_folder
+from research.tracking import run_folder, run_status
 from research.tracking.run_folder import RunFolder
 from research.tracking.run_lock import LockView, RunLock, State, release
 from research.training.job import Job
@@ -74,7 +74,7 @@ def take(job: Job, folder: RunFolder) -> LockView:
     """
     said = ""
     if job.ranks.rank == 0:
-        lock = next((lock for lock in job.locks if lock.place == folder.lock), None) or run_folder.take_lock(folder)
+        lock = next((lock for lock in job.locks if lock.place == folder.lock), None) or run_status.take_lock(folder)
         others = [other for other in job.locks if other is not lock]
         job.locks[:] = [lock]
         for other in others:

@@ -1,4 +1,4 @@
-"""The summary of recorded steps as tables: time by layer and module, collectives by axis, allocations. Imports no torch."""
+"""The summary of recorded steps as tables: time by layer and module, collectives by axis, allocations."""
 
 import re
 from collections import defaultdict
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-FORWARD, BACKWARD, RECOMPUTED = DIRECTIONS = ("forward", "backward", "recomputed")
+from parallel.layer_timer import DIRECTIONS, NOT_LAYERS
+
 AXES = ("pipe", "data", "tensor")
 BLOCK = re.compile(r"blocks\.\d+")
-NOT_LAYERS = ("data", "optimizer", "other")
 BOOKKEEPING = "bookkeeping"
 MOST_SHOWN = 12
 """How many operations that allocate the table shows."""

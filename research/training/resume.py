@@ -21,7 +21,7 @@ from research.config.diff import MOST, Change, belongs, describe_changes, diff, 
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import MEASURE
 from research.data.prepare import same_tokenizer
-from research.tracking import run_folder
+from research.tracking import run_folder, run_status
 from research.tracking.format import short_path
 from research.tracking.lock_record import newest as newest_record
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
@@ -185,7 +185,7 @@ def find(handle: str, experiment: Experiment, source: Path, runs: Path, locks: l
         whole, _ = checkpoint_folder.newest_whole(checkpoint_folder.up_to_latest(folder.checkpoints))
         way_out = f"add --resume {short_path(whole)}, the newest whole one, or --resume auto" if whole else "no other one is whole"
         raise Damaged(f"{checkpoint} is damaged: {damage} → {way_out}")
-    return _resume(folder, checkpoint, experiment), run_folder.choice(handle, folder)
+    return _resume(folder, checkpoint, experiment), run_status.choice(handle, folder)
 
 
 def _find_newest(experiment: Experiment, source: Path, runs: Path, locks: list[RunLock] | None) -> tuple[Resume | None, str]:
@@ -220,9 +220,9 @@ def _find_newest(experiment: Experiment, source: Path, runs: Path, locks: list[R
 def _lock(folder: RunFolder, locks: list[RunLock] | None) -> RunLock | None:
     """Takes the run's lock into `locks`. Without `locks`, refuses a run whose holder can be seen to live."""
     if locks is not None:
-        locks.append(run_folder.take_lock(folder, report=_report))
+        locks.append(run_status.take_lock(folder, report=_report))
         return locks[-1]
-    owner = newest_record(folder.lock) or run_folder.earlier_owner(folder)
+    owner = newest_record(folder.lock) or run_status.earlier_owner(folder)
     held = is_held(folder.lock, owner)
     if held and owner is not None:
         raise Held(folder.title, owner, "")
@@ -330,10 +330,10 @@ def _newest_match(experiment: Experiment, source: Path, runs: Path, listen: bool
 
 def _is_alive(folder: RunFolder, listen: bool) -> bool:
     """Whether the holder of a run lives. It is listened to if it cannot be seen; if it is dead, its lock then says so for good."""
-    held = is_held(folder.lock, run_folder.earlier_owner(folder))
+    held = is_held(folder.lock, run_status.earlier_owner(folder))
     if held is None and listen:
         try:
-            run_folder.take_lock(folder, report=_report).release()
+            run_status.take_lock(folder, report=_report).release()
         except Held:
             return True
     return bool(held)

@@ -62,6 +62,11 @@ def test_a_slurm_script(capsys: pytest.CaptureFixture) -> None:
     assert err == "warn   checkpoints.every = 0: if a node fails, the job begins anew → add --checkpoints.every N\n"
 
 
+def test_tensor_ranks_on_several_nodes_are_warned_of_once(capsys: pytest.CaptureFixture) -> None:
+    _, err = printed(capsys, "--slurm", "--nodes", "4", "--gpus", "1", "--parallel.tensor", "2", "--checkpoints.every", "5", *FITTING)
+    assert err.count("warn ") == err.count("parallel.tensor = 2") == 1 and "does not divide the 1 rank of a node" in err
+
+
 def test_what_is_not_asked_for_is_left_to_slurm(capsys: pytest.CaptureFixture) -> None:
     settings = ["--checkpoints.every", "5", "--parallel.tensor=2", "--resume=auto"]
     out, err = printed(capsys, "--slurm", "--nodes", "1", "--gpus", "2", "--cpu-only", "--activate", "module load x && . env", *settings)

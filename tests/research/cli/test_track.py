@@ -12,7 +12,7 @@ from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from research import ROOT
 from research.cli import track
-from research.tracking import run_folder, wandb_record
+from research.tracking import run_folder, run_status, wandb_record
 from research.tracking.console import Console
 from research.tracking.metrics import JsonLines
 from research.tracking.plot import loss_curve
@@ -209,12 +209,12 @@ def test_help_imports_neither_torch_nor_w_b() -> None:
 
 def test_a_run_that_is_in_use_is_not_tracked(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """By a launch that resumes it, before run.json says so; and no run is resumed while it is tracked."""
-    lock = run_folder.take_lock(folder)
+    lock = run_status.take_lock(folder)
     with pytest.raises(Held, match=f"{folder.title} is running .process {os.getpid()} on "):
         track.track(folder, "offline", Console())
     lock.release()
-    lock = run_folder.take_lock(folder, track.PURPOSE)
+    lock = run_status.take_lock(folder, track.PURPOSE)
     with pytest.raises(Held, match=f"{folder.title} is in use by `python -m research track` .process {os.getpid()} on "):
-        run_folder.take_lock(folder)
+        run_status.take_lock(folder)
     lock.release()
     assert capsys.readouterr().out == ""

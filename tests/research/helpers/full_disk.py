@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from research.tracking import lock_record, metrics, run_folder
+from research.tracking import lock_record, metrics, run_folder, run_status
 from research.tracking.run_folder import RunFolder
 
 LIMIT = 240.0
@@ -84,7 +84,7 @@ def what_is_left(folder: RunFolder) -> dict[str, Any]:
     return {
         "written": json.loads(folder.run.read_text()),
         "run": run_folder.read_run(folder),
-        "status": run_folder.status(run_folder.read_run(folder), folder),
+        "status": run_status.status(run_folder.read_run(folder), folder),
         "end": dict(owner.end) if owner else {},
         "steps": [row["progress/step"] for row in metrics.read(folder.metrics) if "train/loss" in row],
         "losses": [float(row["train/loss"]).hex() for row in metrics.read(folder.metrics) if "train/loss" in row],

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from parallel.errors import Mistake
-from research.tracking import lock_record, metrics, run_folder, run_lock, segments
+from research.tracking import lock_record, metrics, run_folder, run_lock, run_status, segments
 from research.tracking.run_folder import RunFolder
 
 BEAT, LISTEN, SETTLE = 0.1, 2.0, 0.5
@@ -35,7 +35,7 @@ def main() -> None:
         lock_record.fcntl.flock = no_flock  # type: ignore[assignment]
     folder, own = RunFolder(arguments.run), metrics.JsonLines(arguments.own)
     try:
-        lock = run_folder.take_lock(folder)
+        lock = run_status.take_lock(folder)
     except Mistake as refused:
         own.write({"refused": str(refused), "at": time.monotonic()})
         raise SystemExit(2) from None

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from parallel.process_identity import ProcessIdentity
-from research.tracking import lock_record, metrics, run_folder, segments
+from research.tracking import metrics, run_folder, run_status, segments
 from research.tracking.run_folder import RunFolder
 
 
@@ -153,13 +152,6 @@ def test_a_reader_never_sees_half_a_json(tmp_path):
 BIG = {str(i): "x" * 100 for i in range(500)}
 
 
-def test_the_status_of_a_run(folder):
-    assert run_folder.status(read_json(folder.run), folder) == "running"
-    run_folder.end(folder, run_folder.INTERRUPTED)
-    run = read_json(folder.run)
-    assert run_folder.status(run, folder) == "interrupted" and run["started"] <= run["ended"] and run["steps"] == 300
-
-
 def test_why_a_run_ended_is_said_until_it_is_finished(folder):
     run_folder.end(folder, run_folder.FAILED, "rank 1 is gone")
     run_folder.end_unless_ended(folder, run_folder.INTERRUPTED, "another rank's word, too late", ProcessIdentity.current())
@@ -178,54 +170,8 @@ def gone() -> dict:
     return named
 
 
-def test_a_running_run_whose_process_has_ended_has_died(folder):
-    """A run of an older version, which has no lock."""
-    write_json(folder.run, read_json(folder.run) | gone())
-    assert run_folder.status(read_json(folder.run), folder) == "died"
-    run = read_json(folder.run) | run_folder.owner()
-    write_json(folder.run, run | {"started_after_boot": run["started_after_boot"] - 100})  # the number is a stranger's now
-    assert run_folder.status(read_json(folder.run), folder) == "died"
-    assert run_folder.status({}, folder) == "unknown"
-
-
-def test_a_running_run_is_known_by_its_lock(folder):
-    """run.json may name a process that has ended, and the lock another one that lives, or the other way round."""
-    lock = run_folder.take_lock(folder) if write_json(folder.run, read_json(folder.run) | gone()) is None else None
-    assert run_folder.status(read_json(folder.run), folder) == "running"
-    write_json(folder.run, read_json(folder.run) | run_folder.owner())
-    lock.release()
-    assert run_folder.status(read_json(folder.run), folder) == "died"
-
-
-@pytest.mark.parametrize("elsewhere", [{"boot_id": "another"}, {"pid_namespace": "pid:[1]"}, {"started_after_boot": None}])
-def test_a_run_whose_process_cannot_be_seen_has_died_if_its_heartbeat_does_not_change(folder, elsewhere, monkeypatch):
-    """On another machine, in another container, or begun by an older version, which wrote host and pid only."""
-    monkeypatch.setattr(run_folder, "LISTEN_SECONDS", 0.2)
-    write_json(folder.run, read_json(folder.run) | elsewhere)
-    heartbeat, beats, sleep = folder.heartbeat(1), iter(range(1000)), time.sleep
-    heartbeat.write_text("{}")
-    os.utime(heartbeat)  # how new the file is says nothing
-    assert run_folder.status(read_json(folder.run), folder) == "died"
-    monkeypatch.setattr(lock_record.time, "sleep", lambda seconds: (heartbeat.write_text(f"{next(beats)}"), sleep(seconds / 10)))
-    assert run_folder.status(read_json(folder.run), folder) == "running"
-
-
-def test_runs_out_of_sight_are_listened_to_at_the_same_time(tmp_path, monkeypatch):
-    runs = [started(tmp_path, "a") for _ in range(8)]
-    for one in runs:
-        write_json(one.run, read_json(one.run) | {"boot_id": "another"})
-    slept = []
-    monkeypatch.setattr(run_folder, "LISTEN_SECONDS", 0.2)
-    monkeypatch.setattr(lock_record.time, "sleep", lambda seconds: slept.append(seconds) or sleep_(seconds))
-    assert run_folder.statuses([(read_json(one.run), one) for one in runs]) == ["died"] * 8
-    assert sum(slept) < 0.5
-
-
-sleep_ = time.sleep
-
-
 def test_the_end_of_a_run_is_read_from_its_lock_where_run_json_could_not_be_written(folder, monkeypatch):
-    lock = run_folder.take_lock(folder)
+    lock = run_status.take_lock(folder)
 
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -237,8 +183,8 @@ def test_the_end_of_a_run_is_read_from_its_lock_where_run_json_could_not_be_writ
     assert read_json(folder.run)["status"] == "running"
     run = run_folder.read_run(folder)
     assert (run["status"], run["reason"], run["code"]) == ("failed", "metrics.jsonl cannot be written", 4)
-    assert run_folder.status(run, folder) == "failed"
-    take_again = run_folder.take_lock(folder)  # the next launch
+    assert run_status.status(run, folder) == "failed"
+    take_again = run_status.take_lock(folder)  # the next launch
     assert run_folder.read_run(folder)["status"] == "running"
     take_again.release()
 
@@ -249,7 +195,7 @@ def test_a_rank_that_outlives_rank_0_writes_the_end_unless_another_launch_goes_o
     write_json(folder.run, read_json(folder.run) | asdict(dead))
     run_folder.end_unless_ended(folder, run_folder.FAILED, "rank 0 is gone", dead)
     assert read_json(folder.run)["reason"] == "rank 0 is gone"
-    lock = run_folder.take_lock(folder)
+    lock = run_status.take_lock(folder)
     segments.reopen(folder, 0, {})
     run_folder.end_unless_ended(folder, run_folder.FAILED, "rank 0 is gone", dead)
     assert read_json(folder.run)["status"] == "running" and "reason" not in read_json(folder.run)
@@ -317,39 +263,6 @@ def test_a_run_that_is_not_there_lists_those_that_are(tmp_path, monkeypatch):
     for handle in ("runs/unstarted/latest", "a whole prompt " * 100, "", "/", "nothing\0"):
         with pytest.raises(Mistake, match="there is no run folder"):
             run_folder.find_checkpoint(handle)
-
-
-@pytest.mark.parametrize("handle", ["gpt_sotu", "runs/gpt_sotu", "runs/gpt_sotu/latest", "gpt_sotu/latest"])
-def test_a_name_means_the_newest_run_with_a_checkpoint_and_which_is_said(folder, tmp_path, monkeypatch, handle):
-    """Whatever the link says: a version before this one let it point to runs that failed before their first step."""
-    monkeypatch.chdir(tmp_path)
-    assert run_folder.choice(handle, folder) == f"{handle} is {folder.title}, the newest run; none has a checkpoint"
-    save(folder)
-    assert run_folder.choice(handle, folder) == f"{handle} is {folder.title}, the newest run with a checkpoint"
-    failed, under_way = (started(tmp_path / "runs", "gpt_sotu") for _ in range(2))
-    run_folder.end(failed, run_folder.FAILED, "no text")
-    os.utime(under_way.run)
-    (tmp_path / "runs/gpt_sotu/latest").unlink()
-    (tmp_path / "runs/gpt_sotu/latest").symlink_to(failed.id)
-    assert run_folder.find(handle) == folder and run_folder.find_checkpoint(handle) == (folder, folder.checkpoints / "step_000003")
-    said = run_folder.choice(handle, folder)
-    newer = said.removeprefix(f"{handle} is {folder.title}, the newest run with a checkpoint; ").removesuffix(" are newer and have none")
-    # Both may have started in the same second.
-    assert sorted(newer.split(", ")) == sorted([f"{failed.title} (failed)", f"{under_way.title} (running)"])
-
-
-def test_nothing_is_said_of_a_run_that_is_named_itself(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(folder)
-    checkpoint = f"runs/gpt_sotu/{folder.id}/checkpoints/step_000003"
-    for handle in (folder.title, str(folder.path), f"runs/gpt_sotu/{folder.id}/", f"gpt_sotu/{folder.id}", checkpoint):
-        assert run_folder.choice(handle, folder) == "", handle
-    (tmp_path / "best").symlink_to(folder.path)
-    shutil.copytree(folder.path, tmp_path / "copy" / "latest")  # scp -r of the link
-    for handle in ("best", "copy/latest"):
-        assert run_folder.choice(handle, run_folder.find(handle)) == "" and run_folder.find(handle).id in (folder.id, "latest")
-    monkeypatch.chdir(folder.path)
-    assert run_folder.find(".") == folder and run_folder.choice(".", folder) == ""
 
 
 def test_a_copy_of_the_link_is_left_alone_and_is_no_run_of_its_own(folder):

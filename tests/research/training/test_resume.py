@@ -18,7 +18,7 @@ from research.cluster.exit_codes import DAMAGED
 from research.cluster.software import digest_of
 from research.config import Experiment, schema, serialization
 from research.config.diff import diff
-from research.tracking import metrics, run_folder, run_lock
+from research.tracking import metrics, run_folder, run_lock, run_status
 from research.tracking.run_folder import FAILED, FINISHED, IMPORTED, INTERRUPTED, RUNNING, RunFolder
 from research.tracking.run_lock import RunLock, is_held, release
 from research.training import resume
@@ -266,7 +266,7 @@ def test_no_new_run_begins_beside_a_running_one_with_these_settings(tmp_path: Pa
     made(tmp_path, seed=7)
     folder = made(tmp_path, RUNNING)
     shutil.rmtree(folder.checkpoints)
-    lock = run_folder.take_lock(folder)
+    lock = run_status.take_lock(folder)
     assert f"{folder.title} is running (process {os.getpid()} on " in sentence(lambda: find(AUTO, example(), Path("mine"), tmp_path, []))
     assert auto(tmp_path, seed=3)[0] is None
     lock.release()
@@ -290,13 +290,13 @@ def test_of_two_that_begin_the_same_run_at_once_one_is_refused(tmp_path: Path) -
 def test_a_run_that_its_holder_has_finished_meanwhile_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was unfinished when it was found, and finished when its lock was free."""
     folder = made(tmp_path)
-    take_lock = run_folder.take_lock
+    take_lock = run_status.take_lock
 
     def after_its_end(*arguments: object, **more: object) -> RunLock:
         run_folder.end(folder, FINISHED)
         return take_lock(*arguments, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run_folder, "take_lock", after_its_end)
+    monkeypatch.setattr(run_status, "take_lock", after_its_end)
     locks = list[RunLock]()
     found, why = find(AUTO, example(), Path("mine"), tmp_path, locks)
     assert found is None and why == f"a new run: {folder.title}, which has these settings, is finished"
