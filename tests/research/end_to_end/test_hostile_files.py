@@ -9,10 +9,13 @@ import pytest
 
 from parallel.text import is_unseen
 from tests.research.helpers import gguf_files, hf_models, untrained
-from tests.research.helpers.hostile_cases import SECRET, Bases, Case, cases
+from tests.research.helpers.hostile_cases import SECRET, Bases, Case
+from tests.research.helpers.hostile_gguf import gguf_cases
+from tests.research.helpers.hostile_models import hf_cases, tokenizer_cases
+from tests.research.helpers.hostile_runs import checkpoint_cases, run_cases
 from tests.research.helpers.watched_verbs import Watched, watched
 
-KINDS = ("hf", "tokenizer", "gguf", "checkpoint", "run")
+KINDS = {"hf": hf_cases, "tokenizer": tokenizer_cases, "gguf": gguf_cases, "checkpoint": checkpoint_cases, "run": run_cases}
 MOST_MB, LONGEST = 300, 20_000
 """What a verb may add to its memory, and the characters that it may print."""
 QUICK = (
@@ -42,6 +45,11 @@ def bases(tmp_path_factory) -> Bases:
     run = untrained.make(place)
     model = hf_models.their_folder(place / "hf", "llama, grouped")
     return Bases(model, gguf_files.write(place / "m.gguf"), run.path)
+
+
+def cases(bases: Bases) -> list[Case]:
+    """All of them."""
+    return [case for of_kind in KINDS.values() for case in of_kind(bases)]
 
 
 def run_case(case: Case, place: Path) -> Watched:
@@ -117,7 +125,7 @@ def test_there_are_hundreds_and_each_has_a_name(bases):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_hostile_file_is_one_sentence(kind, bases, tmp_path):
     """`pytest -s` prints how many there are of a kind, and the largest figures."""
-    done = checked([case for case in cases(bases) if case.name.startswith(f"{kind}:")], tmp_path)
+    done = checked([*KINDS[kind](bases)], tmp_path)
     for figure in ("seconds", "cpu_seconds", "added_mb"):
         worst = sorted(done, key=lambda name: -getattr(done[name], figure))[:5]
         print(f"\n{figure}: " + "; ".join(f"{getattr(done[name], figure):.1f} {name}" for name in worst))
