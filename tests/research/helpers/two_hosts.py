@@ -1,4 +1,7 @@
-"""Two hosts on one machine, as far as a launcher tells the ranks: each has a tree, a command line and an environment of its own."""
+"""Two hosts on one machine, as far as a launcher tells the ranks: each has a tree, a command line and an environment of its own.
+
+No namespace is needed. The hosts of tests/research/helpers/hosts.py have one tree at one path, and one command line but for its settings.
+"""
 
 import os
 import shutil
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from research import ROOT
+from tests.research.helpers.hosts import slurm
 from tests.research.helpers.launches import Launch, Place, _command, _environment, free_port
 
 CODE = ("parallel", "models", "research", "experiments")
@@ -23,14 +27,6 @@ def tree(path: Path, *changes: tuple[str, str, str]) -> Path:
         assert old in text, (file, old)
         (path / file).write_text(text.replace(old, new))
     return path
-
-
-def srun(rank: int, port: int, ranks: int = 2) -> dict[str, str]:
-    """What srun sets on node `rank` of nodes a, b …, with one rank on each; the ranks meet on this machine."""
-    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_STEP_NODELIST": "a,b,c"[: 2 * ranks - 1]}
-    counts = {"SLURM_NTASKS": str(ranks), "SLURM_STEP_TASKS_PER_NODE": f"1(x{ranks})", "SLURM_NNODES": str(ranks)}
-    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank)}
-    return step | counts | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def launch(
@@ -55,21 +51,12 @@ def launch(
     for host in hosts:
         command = [str(trees[host] / "experiments/gpt_sotu/launch.py"), *settings, *(options or []), *words[host]]
         if launcher == "torchrun":
-            where = [
-                "--max_restarts",
-                str(restarts),
-                "--nnodes",
-                "2",
-                "--node_rank",
-                str(host),
-                "--master_addr",
-                "127.0.0.1",
-                "--master_port",
-                str(port),
-            ]
+            where = ["--max_restarts", str(restarts), "--nnodes", "2", "--node_rank", str(host)]
+            where += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
             commands.append([*_command("torchrun", "torch.distributed.run"), *where, "--nproc_per_node", "1", *command])
             variables.append(_environment(place) | environs[host])
         else:
             commands.append([sys.executable, *command])
-            variables.append(_environment(place) | srun(host, port) | environs[host])
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            variables.append(_environment(place) | slurm(host, ["a", "b"]) | meeting | environs[host])
     return Launch(place, commands, Path(os.sep), variables)
