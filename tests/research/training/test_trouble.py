@@ -1,4 +1,4 @@
-"""The end of a run whose disk refuses a row at a moment that no later step follows: it is said, and the exit code is that of a full disk."""
+"""The end of a run whose disk refuses a row after which no step follows: it is said, and the exit code is that of a full disk."""
 
 import errno
 import os
