@@ -31,7 +31,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
-from parallel.errors import Mistake
+from parallel.errors import FolderLost, Mistake
 from parallel.process_identity import ProcessIdentity
 from research.tracking.lock_record import (
     BEAT_SECONDS,
@@ -59,8 +59,6 @@ SETTLE_SECONDS = 3.0
 ROUNDS = 20
 """How often a contender begins again because another one was faster and has ended already."""
 KEPT_RECORDS = 8
-TAKEN = 6
-"""Exit code of a process that has lost the lock of its run. research/cluster/exit_codes.py lists it with the others."""
 STDERR = 2
 
 
@@ -218,8 +216,8 @@ class RunLock(LockView):
             if not self._lost:
                 os.write(STDERR, f"error  {self.why_lost(self._title)}\n".encode())
             self._lost = True
-        self._leave(TAKEN)
-        raise SystemExit(TAKEN)  # for a `leave` that returns
+        self._leave(FolderLost.code)
+        raise SystemExit(FolderLost.code)  # for a `leave` that returns
 
     def _drop_flock(self) -> None:
         if self._flock is not None:

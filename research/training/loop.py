@@ -55,11 +55,16 @@ def train(job: Job, parents: Parents) -> None:
             joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose, rendezvous)
         )
         resumed = setup.agree_on_resume(job)
-        held = setup.open_folder(job, resumed)
+        held = setup.open_folder(job, grid, resumed)
+
+        def has_begun() -> bool:
+            """Whether there are steps to go on from."""
+            return resumed is not None or watch.progress.step > 0
+
         status, failure, code, refused = FAILED, "", 0, False
         try:
             leave_when_asked()
-            with watch.together(held.folder, held.view), disk_errors(held.folder.path):
+            with watch.together(held.folder, held.view), disk_errors(held.folder.path, has_begun):
                 setup.header(job, held.folder, console)
                 run, anomalies, periodic, checkpointer = setup.prepare_run(job, held, grid, console, resumed, watch, variants)
                 status = train_and_finish(run, anomalies, periodic, checkpointer)
@@ -68,7 +73,7 @@ def train(job: Job, parents: Parents) -> None:
             status = INTERRUPTED
             raise
         except Mistake as mistake:
-            refused, failure, code = resumed is None and not watch.progress.step, str(mistake), mistake.code
+            refused, failure, code = not has_begun(), str(mistake), mistake.code
             raise
         finally:
             if refused:  # the run has not begun, and nothing in its folder is worth keeping

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from parallel.errors import Damaged, DiskRefuses, Mistake
+from parallel.errors import Damaged, DiskRefuses, FolderLost, Mistake
 from parallel.files import disk_trouble
-from research.cluster.exit_codes import DAMAGED, DISK, HUNG, TAKEN, WATCHED, WRONG, refused_files, refusing, sentence
+from research.cluster.exit_codes import DAMAGED, DISK, HUNG, TAKEN, WATCHED, WRONG, refuse, refused_files, refusing, sentence
 
 
 def test_a_mistake_is_one_line_whatever_value_it_shows() -> None:
@@ -36,10 +36,18 @@ def test_refusing_ends_with_exit_code_2(capsys) -> None:
 
 def test_kinds_of_mistakes_have_codes_of_their_own(tmp_path, capsys) -> None:
     """supervise waits for one, sets checkpoints aside for another, and stops at all others."""
-    for mistake, code in ((Mistake("a → b"), WRONG), (Damaged("a → b"), DAMAGED), (DiskRefuses("a → b"), DISK)):
+    for mistake, code in (
+        (Mistake("a → b"), WRONG),
+        (Damaged("a → b"), DAMAGED),
+        (DiskRefuses("a → b"), DISK),
+        (FolderLost("a → b"), TAKEN),
+    ):
         with pytest.raises(SystemExit) as left, refusing():
             raise mistake
         assert left.value.code == code
+    with pytest.raises(SystemExit) as left:
+        refuse(DiskRefuses("a → b"), rank=1, patience=1e9)  # no other rank reports what is wrong with the disk of this one
+    assert left.value.code == DISK
     assert len({WRONG, DAMAGED, DISK, TAKEN, WATCHED, HUNG}) == 6
     capsys.readouterr()
 

@@ -98,10 +98,6 @@ def test_one_process_holds_it_and_the_next_is_told_who(place: Path) -> None:
     assert [path.name for path in sorted(place.glob("*.json"))] == ["000001.json", "000002.json"]
 
 
-def test_the_exit_code_is_the_one_that_is_listed() -> None:
-    assert run_lock.TAKEN == exit_codes.TAKEN
-
-
 def test_it_beats_from_the_moment_it_is_taken_and_not_after_it_is_released(place: Path) -> None:
     lock = take(place, "gpt-aaaaaa")
     assert beating([place], 1.0) == {place}
