@@ -22,6 +22,8 @@ DAMAGED = Damaged.code
 """Exit code of a run whose checkpoint is damaged: an older one may be whole."""
 TAKEN = FolderLost.code
 """Exit code of a run whose folder is not its own any more: it was deleted under the run, or another process has taken it over."""
+NOT_AGAIN = (WRONG, WATCHED, TAKEN)
+"""Exit codes that the same launch would only return again: a mistake, a run that has stopped itself, one whose folder is not its own."""
 HUNG = 124
 """Exit code of a run that was ended because it made no progress: the one that timeout(1) returns."""
 SIGNALLED = 128

@@ -107,7 +107,7 @@ def test_there_is_room_for_what_retention_keeps_or_the_run_does_not_begin(tmp_pa
 
 @pytest.mark.parametrize("kilobytes", [8, 16])
 def test_a_new_run_whose_folder_does_not_fit_is_refused_on_both_ranks_and_leaves_nothing(kilobytes: int, tmp_path: Path) -> None:
-    """The disk has room for the lock, or for some of the files: rank 1 must not die of the end of rank 0, and there is nothing to resume."""
+    """The disk has room for the lock, or for some of the files: both ranks say why, and there is nothing to resume."""
     made = Place(tmp_path)
     made.runs.mkdir()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "experiments/gpt_sotu/launch.py"]
