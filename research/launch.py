@@ -73,7 +73,7 @@ def _run(file: Path, argv: list[str]) -> None:
     if "--check-cluster" in argv or "--check_cluster" in argv:
         from research.training import cluster_check
 
-        cluster_check.check_cluster(job)
+        cluster_check.check_cluster(job, parents)
         return
     from research.training import loop
 
