@@ -320,6 +320,54 @@ def test_a_temporary_lock_leaves_no_folder(place: Path) -> None:
     lock.release()
 
 
+def test_a_contender_that_slept_while_the_folder_was_replaced_does_not_take_it_from_its_new_holder(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary lock's folder goes with its holder, and the next one counts from 1 again, as the dead one did that was read."""
+    below = place / "below"
+    below.mkdir(parents=True)
+    elsewhere(below, released=True)
+    claim, new = lock_record.claim, list[RunLock]()
+
+    def after_a_nap(*arguments: object) -> bool:
+        monkeypatch.setattr(run_lock, "claim", claim)
+        take(below, "the start", temporary=True).release()
+        new.append(take(below, "the start", temporary=True))
+        new[0]._closed.set()  # its thread is slow
+        return claim(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_lock, "claim", after_a_nap)
+    with pytest.raises(Held, match=f"the start is running .process {os.getpid()} on "):
+        take(below, "the start", temporary=True)
+    assert new[0].number == 1 and new[0].state() is State.OURS and [path.name for path in below.glob("*.json")] == ["000001.json"]
+    new[0]._drop_flock()
+
+
+def test_a_holder_that_took_the_place_of_the_one_that_is_listened_to_is_not_taken_for_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that was read is dead. Its number is in use again, by a process that can be seen and has not beaten yet."""
+    record = elsewhere(place)
+
+    def replaced(places: object, seconds: float, is_over: object) -> set[Path]:
+        record.write_bytes(encoded({**json.loads(record.read_bytes()), **asdict(ProcessIdentity.current()), "token": "new"}))
+        return set()
+
+    monkeypatch.setattr(run_lock, "beating", replaced)
+    with pytest.raises(Held, match=f"process {os.getpid()} on "):
+        take(place, "gpt-aaaaaa")
+
+
+def test_a_folder_that_is_deleted_under_a_verb_promises_no_checkpoint(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lock = take(place, "gpt-aaaaaa", purpose="track")
+    shutil.rmtree(place.parent)
+    deadline = time.monotonic() + 10
+    while not lock.removed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert capfd.readouterr().err == "error  the folder was deleted under gpt-aaaaaa, which `track` is at work on\n"
+    lock.release()
+
+
 def test_a_full_disk_gives_no_lock(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
