@@ -101,7 +101,7 @@ def disk_errors(folder: Path, has_begun: Callable[[], bool]) -> Iterator[None]:
             why = f"{error.filename or folder} cannot be written ({error.strerror})"
             raise DiskRefuses(f"{why} → make room on its disk, then {then}") from error
         if not folder.is_dir():
-            raise FolderLost(deleted(folder)) from error
+            raise FolderLost(deleted(folder) if has_begun() else f"{folder} was deleted while the run began → launch again") from error
         raise
 
 

@@ -28,7 +28,7 @@ from parallel.checkpoint.load import load_initial
 from parallel.distributed import device_name
 from parallel.engines import process_state
 from parallel.engines.engine import Engine, make_engine
-from parallel.errors import Mistake, SharedMistake
+from parallel.errors import SharedMistake
 from parallel.files import FULL, free_bytes, megabytes, write_json
 from parallel.grid import Grid
 from parallel.object_collectives import all_gather_objects, broadcast_object, together
@@ -160,7 +160,7 @@ def open_folder(job: Job, grid: Grid, resumed: Start | None) -> Holding:
     try:
         with together(grid), holding.disk_errors(held.folder.path, lambda: resumed is not None):
             open_log(held.folder, job.ranks.rank)
-    except Mistake:
+    except Exception:
         if not resumed:
             held.discard()
         raise
