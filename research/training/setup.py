@@ -266,7 +266,7 @@ def prepare_run(
         tracker.refer_to_store(store.prefix)
     meter = Meter(job.layout.tokens_per_step, memory=memory)
     run = Run(job, held, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
-    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console, tracker), Periodic(run, text, tasks, prompts)
+    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, held, console, tracker), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
         checkpointer.restore(facts)

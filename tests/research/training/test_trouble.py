@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +13,14 @@ import pytest
 import torch.distributed as dist
 
 from parallel.errors import DiskRefuses
-from research.cluster.exit_codes import DISK
+from research.cluster.exit_codes import DISK, WATCHED
 from research.reliability.signals import SIGNALS, Stop
 from research.tracking import run_folder
 from research.tracking.metrics import JsonLines
 from research.tracking.run_folder import FAILED, INTERRUPTED
 from research.training.loop import alert_of_end
 from tests.harness import run_ranks
-from tests.research.helpers.small_runs import Stage
+from tests.research.helpers.small_runs import Stage, nan_from_step_5_on
 
 LAST = 4
 
@@ -90,6 +91,24 @@ def refuse_rows(is_refused: Any) -> None:
         append(self, line)
 
     JsonLines._append = refuse  # type: ignore[method-assign]
+
+
+def disk_refuses_the_incident(rank: int) -> None:
+    """The loss is NaN from step 5 on, and rank 0 cannot write that down."""
+    from research.training import anomalies
+
+    def refuse(folder: Any, incident: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.incidents))
+
+    nan_from_step_5_on(rank)
+    anomalies.keep = refuse
+
+
+@pytest.mark.slow
+def test_an_incident_that_the_disk_refuses_takes_no_rank_down(tmp_path: Path) -> None:
+    ended = Stage(tmp_path).run("nan", 2, prelude=disk_refuses_the_incident, schedule={"steps": 6}, parallel={"tensor": 2})
+    assert ended.codes == [WATCHED] * 2 and "Traceback" not in ended.said, ended.said
+    assert "/incidents cannot be written (No space left on device)" in ended.said and "the loss is nan" in ended.said
 
 
 @pytest.mark.slow
