@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from parallel.errors import Mistake
+from parallel.errors import SharedMistake
 
 LOGGER = "tessera"
 """Name of the logger whose level decides how much is shown: DEBUG shows everything, DeepSpeed's own messages included."""
@@ -36,7 +36,7 @@ def init_process_group(rank: int, world: int, local_rank: int, rendezvous: str |
 
     DeepSpeed is not imported, which takes seconds: processes that do not train need nothing else. No device is bound to the group
     (`device_id`): NCCL would then make every later group by splitting the communicator of all ranks, those outside of it included.
-    On GPUs (not run) a Mistake is raised on every rank if two ranks use the same one.
+    On GPUs (not run) a SharedMistake is raised on every rank if two ranks use the same one.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -61,7 +61,7 @@ def gpu_index(local_rank: int, visible: int) -> int:
 
 
 def refuse_shared_gpus(own: str) -> None:
-    """Raises a Mistake on every rank if two ranks use the same GPU; `own` identifies this rank's in the world. Collective."""
+    """Raises a SharedMistake on every rank if two ranks use the same GPU; `own` identifies this rank's in the world. Collective."""
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), own))
     users = defaultdict(list)
@@ -69,9 +69,10 @@ def refuse_shared_gpus(own: str) -> None:
         users[gpu].append(rank)
     for (host, _), ranks in users.items():
         if len(ranks) > 1:
-            raise Mistake(
-                f"ranks {', '.join(map(str, ranks))} use the same GPU of {host}, but each rank needs one of its own → "
-                "start as many ranks per node as it has GPUs; under srun, each task must see all GPUs or one of its own (--gpus-per-task=1)"
+            raise SharedMistake(
+                f"ranks {', '.join(map(str, ranks))} use the same GPU of {host}, but each rank needs one of its own → start as many ranks "
+                "per node as it has GPUs; under srun, each task must see all GPUs or one of its own (--gpus-per-task=1)",
+                reports=dist.get_rank() == 0,
             )
 
 

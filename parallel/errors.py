@@ -38,6 +38,12 @@ class Damaged(Mistake):
     code = 5
 
 
+class FolderLost(Mistake):
+    """A run's folder is not this process's any more: it was deleted under the run, or another process has taken the run over."""
+
+    code = 6
+
+
 class SharedMistake(Mistake):
     """A Mistake that every rank of a launch raises with the same sentence, so that all end at once, with exit code `code`.
 

@@ -22,8 +22,10 @@ from research.training.resume import science_changes
 WHAT = """Launches an experiment, and launches it again after a crash, with --resume RUN if its run has saved a checkpoint. Between two
 launches it waits 1, 2, 4 … at most 60 seconds. It gives up after N restarts in a row without a newer checkpoint. A signal (SIGINT,
 SIGTERM, SIGUSR1, SIGHUP) is passed on to all ranks, and nothing is launched after it. Nor is a launch repeated that refused its
-settings (exit code 2) or stopped itself (3). The exit code is that of the last launch, 128 + n after signal n. The launch is given as one
-would type it, or as an experiment's folder with --launcher and, after --, its settings.
+settings (exit code 2), stopped itself (3), or has lost its folder, to another process or because it was deleted (6). If the disk was full
+(4), it waits for room, 1 to 10 minutes each time, and counts no restart; if a checkpoint was damaged (5), it sets it aside and goes on
+from the newest whole one. The exit code is that of the last launch, 128 + n after signal n. The launch is given as one would type it, or
+as an experiment's folder with --launcher and, after --, its settings.
 With `deepspeed --hostfile FILE`, a launch waits until all hosts answer ssh and no rank of the last launch is left on them. With --shrink
 it goes on with the hosts that answer, on fewer data ranks and with the same batch, and on all of them again at the next restart."""
 EXAMPLE = """examples: python -m research supervise experiments/gpt_sotu --launcher "deepspeed --num_gpus 2" -- --parallel.tensor 2
@@ -48,8 +50,8 @@ def main(argv: list[str]) -> None:
 
     loaded = load(arguments.experiment)
     experiment, _, options = parse(loaded.experiment, settings)
-    if options.help or options.dry_run:
-        raise Mistake("--help and --dry-run start nothing that could crash → launch with them directly, without supervise")
+    if options.trains_nothing:
+        raise Mistake("--help, --version, --dry-run and --check-cluster train nothing → launch with them directly, without supervise")
     command = [*_launcher(arguments.launcher), str(Path(arguments.experiment) / LAUNCH)]
 
     def is_ours(folder: RunFolder) -> bool:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from parallel.errors import Damaged, DiskRefuses, Mistake, SharedMistake
+from parallel.errors import Damaged, DiskRefuses, FolderLost, Mistake, SharedMistake
 from parallel.files import FULL
 from parallel.text import printable
 
@@ -20,8 +20,10 @@ DISK = DiskRefuses.code
 """Exit code of a run whose disk is full or refuses to be written: the same command works once there is room."""
 DAMAGED = Damaged.code
 """Exit code of a run whose checkpoint is damaged: an older one may be whole."""
-TAKEN = 6
+TAKEN = FolderLost.code
 """Exit code of a run whose folder is not its own any more: it was deleted under the run, or another process has taken it over."""
+NOT_AGAIN = (WRONG, WATCHED, TAKEN)
+"""Exit codes that the same launch would only return again: a mistake, a run that has stopped itself, one whose folder is not its own."""
 HUNG = 124
 """Exit code of a run that was ended because it made no progress: the one that timeout(1) returns."""
 SIGNALLED = 128
@@ -40,8 +42,8 @@ SHARED_SECONDS = 1.0
 def refuse(mistake: Mistake, rank: int, patience: float = PATIENCE) -> None:
     """Report the Mistake on rank 0 and exit. Other ranks wait: if one left first, the launcher would end rank 0 before it reports.
 
-    A rank that still runs after `patience` seconds was not ended because of an error on rank 0, so it reports its own. A SharedMistake
-    is known to all ranks, and to the one that reports it.
+    A rank that still runs after `patience` seconds was not ended because of an error on rank 0, so it reports its own. It does so at
+    once where that is of its own disk. A SharedMistake is known to all ranks, and to the one that reports it.
     """
     if isinstance(mistake, SharedMistake):
         if mistake.reports:
@@ -49,7 +51,7 @@ def refuse(mistake: Mistake, rank: int, patience: float = PATIENCE) -> None:
         else:
             time.sleep(SHARED_SECONDS)
         raise SystemExit(mistake.code)
-    if rank > 0:
+    if rank > 0 and not isinstance(mistake, DiskRefuses | FolderLost):
         time.sleep(patience)
     prefix = f"(rank {rank}) " if rank > 0 else ""
     sys.stderr.write(f"error  {prefix}{sentence(mistake)}\n")

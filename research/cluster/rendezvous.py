@@ -209,20 +209,23 @@ class Rendezvous:
         return f"rank 0 {what} after {seconds:g} s, {len(here)} of {self.ranks.world} ranks are there → see what the host of rank 0 says"
 
 
-def tell(ranks: Ranks, mistake: Mistake, patience: float = PATIENCE) -> None:
+def tell(ranks: Ranks, mistake: Mistake, seconds: float, patience: float = PATIENCE) -> None:
     """Ends every rank because of a Mistake that this one has found before the ranks met. Returns if its own exit ends the others.
 
-    The other ranks have most likely found the same one. So rank 0 reports at once, and any other rank waits until rank 0 has come to
-    the store without one, or for `patience` seconds: then no launcher has ended it because of an error on rank 0, and it reports.
+    The other ranks have most likely found the same one. So rank 0 reports at once. Any other rank waits for the store: with several
+    hosts up to `seconds`, because that of rank 0 may start as much later, on one host for `patience`. There it waits until rank 0 has
+    come without a Mistake, or for `patience`: then no launcher has ended it because of an error on rank 0, and it reports.
     """
-    deadline, text = time.monotonic() + patience, _named(ranks, socket.gethostname(), str(mistake))
+    text = _named(ranks, socket.gethostname(), str(mistake))
+    is_one_host = ranks.world == ranks.local_world and ranks.launcher != "srun"  # srun may leave the other ranks running
     if ranks.rank == 0:
-        if ranks.world == ranks.local_world and ranks.launcher != "srun":  # srun may leave the other ranks running
+        if is_one_host:
             return
         sys.stderr.write(f"error  {sentence(text)}\n")
         sys.stderr.flush()
     with contextlib.suppress(RuntimeError):  # the store cannot be made, or has gone
-        rendezvous = _open_or_none(ranks, patience)
+        rendezvous = _open_or_none(ranks, patience if is_one_host else seconds)
+        deadline = time.monotonic() + patience
         if rendezvous and ranks.rank == 0:
             rendezvous.fail(text, shows=False)
         while rendezvous and not (rendezvous.failure() or rendezvous.store.check(["host/0"])) and time.monotonic() < deadline:

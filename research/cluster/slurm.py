@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from research.cluster.exit_codes import NOT_AGAIN
+
 HEAD = """#!/bin/bash
 {options}
 #
@@ -29,7 +31,7 @@ srun --kill-on-bad-exit=0 --wait=0 {python} \\
 
 case $code in
     0) exit 0 ;;             # all steps were taken
-    2 | 3 | 6) exit $code ;; # a mistake; a run that stopped itself, or was taken over: it would end in the same way again
+    {not_again}) exit $code ;; # a mistake; a run that stopped itself, or whose folder is not its own: it would end in the same way again
 esac
 
 # 138 and 143: SIGUSR1 before the time limit, or SIGTERM at a preemption; the checkpoint is saved. Slurm does not requeue a job that has
@@ -102,6 +104,7 @@ def script(job: SlurmJob) -> str:
         name=job.name,
         runs=shlex.quote(str(job.runs)),
         requeues=job.requeues,
+        not_again=" | ".join(map(str, NOT_AGAIN)),
     )
     return HEAD.format(options="\n".join(f"#SBATCH {option}" for option in _options(job)), title=title, described=described) + body
 

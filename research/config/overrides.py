@@ -64,6 +64,11 @@ class Options:
     help_group: str = ""
     """The one group of settings that --help shows; empty: all of them."""
 
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether a launch with these options only shows or checks something."""
+        return self.help or self.version or self.dry_run or self.check_cluster
+
 
 def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list[Override], Options]:
     """The experiment with the command line's settings, the overrides that changed a value, and the options.

@@ -123,7 +123,10 @@ class Watch(Settings):
 
     hang_seconds: float = Field(default=600.0, ge=0, description="longest time without progress before the job is ended; 0: no limit")
     rendezvous_seconds: float = Field(
-        default=300.0, gt=0, description="longest wait at the start until all ranks have met; hang_seconds counts from then on"
+        default=300.0,
+        gt=0,
+        description="longest wait at the start until all ranks have met; up to the end of the first step the larger of it and hang_seconds "
+        "is the time without progress that ends the job",
     )
     non_finite: Literal["stop", "skip"] = Field(
         default="stop", description="at a loss or gradient that is not finite: stop before the update, or skip the update and continue"

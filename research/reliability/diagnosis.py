@@ -16,7 +16,6 @@ from research.cluster.exit_codes import HUNG, SIGNALLED
 from research.reliability.heartbeat import FAULT, HANG, OTHERS, SIGNAL, Heartbeat, Progress, Stage
 from research.reliability.parents import LAUNCHER_GONE, Parents
 from research.reliability.peers import Peer, PeerMonitor
-from research.reliability.signals import TROUBLE
 
 PATIENCE = {Stage.START: 5.0, Stage.TRAINING: 20.0, Stage.LEAVING: 15.0}
 """Seconds from a signal until the main thread must have done what is asked; a checkpoint may take as long as it takes."""
@@ -113,7 +112,7 @@ class Diagnoser:
         """Why the run was asked to stop with this signal; '' for no signal (0)."""
         if number == signal.SIGTERM and self._parents.check():
             return LAUNCHER_GONE
-        return signal.Signals(number).name if 0 < number < TROUBLE else ""
+        return signal.Signals(number).name if number else ""
 
     def _patience(self) -> float:
         """Seconds from a signal until this rank must be gone, at its present stage."""

@@ -6,7 +6,6 @@ batch stays the same, by more accumulation. `HostLauncher` does one launch with 
 """
 
 import itertools
-import sys
 import tempfile
 import time
 import uuid
@@ -19,7 +18,7 @@ from parallel.errors import Mistake, listed, listed_up_to
 from research.cluster.environment import environment, kept_alive_by_ssh
 from research.cluster.hostfile import Host, text_of
 from research.cluster.remote import MARK, Remote
-from research.reliability.supervisor import GRACE_SECONDS, LONGEST_PAUSE, RESUME, Launcher
+from research.reliability.supervisor import GRACE_SECONDS, LONGEST_PAUSE, Launcher, say
 from research.tracking.lock_record import beating
 from research.tracking.run_folder import RunFolder
 
@@ -27,6 +26,8 @@ LONGEST_WAIT = 3600.0
 """Seconds to wait for hosts: a host that boots is back by then."""
 SILENT_SECONDS = 30.0
 """Ranks of a host that does not answer have ended if their heartbeats on the shared disk do not change for so long."""
+KILL_SECONDS = 30.0
+"""How long processes of a launch are killed again before `supervise` gives up: one that waits for a dead disk cannot be killed."""
 FIRST_WAIT = 5.0
 
 
@@ -92,12 +93,12 @@ class HostLauncher:
         """The hosts of the last launch."""
         self._launched = False
 
-    def run(self, launcher: Launcher, settings: Sequence[str]) -> int:
+    def run(self, launcher: Launcher, settings: Sequence[str], last: RunFolder | None) -> int:
         """One launch with these settings: waits for hosts, launches, and waits until no process of it is left. Returns its exit code.
 
-        If a signal comes while it waits, nothing is launched, and the code is −signal.
+        `last`: the run of the launch before. If a signal comes while it waits, nothing is launched, and the code is −signal.
         """
-        choice = self._gather(launcher, _resumed(settings))
+        choice = self._gather(launcher, last)
         if choice is None:
             return -launcher.signal
         self._launched = True
@@ -111,10 +112,10 @@ class HostLauncher:
             with environment({MARK: mark, **kept_alive_by_ssh()}):
                 code = launcher.run(command)
         self._used = choice.hosts
-        self._wait_until_gone([host.name for host in choice.hosts], mark)
+        self._wait_until_gone(launcher, [host.name for host in choice.hosts], mark)
         return code
 
-    def _gather(self, launcher: Launcher, resumed: RunFolder | None) -> Choice | None:
+    def _gather(self, launcher: Launcher, last: RunFolder | None) -> Choice | None:
         """The hosts of the next launch, once they answer and no rank of the last launch is left elsewhere. None: a signal came."""
         began, pause, said = time.monotonic(), FIRST_WAIT, ""
         while True:
@@ -124,7 +125,7 @@ class HostLauncher:
             reason = listed_up_to((f"{host} ({why})" for host, why in silent.items()), 4)
             if choice is not None:
                 self._say_chosen(choice, answering, reason)
-                if not self._is_still_running(resumed, silent):
+                if not self._is_still_running(last, silent):
                     return choice
                 reason = f"ranks on {listed(silent, 'and')} still write heartbeats"
             elif not self._launched and not self._shrink:
@@ -163,18 +164,28 @@ class HostLauncher:
             text += f"or the data ranks do not divide the batch of {self._shape.batch_size}"
         say(text)
 
-    def _is_still_running(self, resumed: RunFolder | None, silent: dict[str, str]) -> bool:
+    def _is_still_running(self, last: RunFolder | None, silent: dict[str, str]) -> bool:
         """Whether ranks of the last launch go on, on a host of it that does not answer: they write heartbeats to the shared disk."""
-        if not self._launched or resumed is None or not any(host.name in silent for host in self._used):
+        if not self._launched or last is None or not any(host.name in silent for host in self._used):
             return False
-        return bool(beating([resumed.lock], SILENT_SECONDS))
+        return bool(beating([last.lock], SILENT_SECONDS))
 
-    def _wait_until_gone(self, hosts: list[str], mark: str) -> None:
-        """Waits until no process of the launch is left on the hosts that answer, a minute at most; then kills them."""
-        ends = time.monotonic() + GRACE_SECONDS
+    def _wait_until_gone(self, launcher: Launcher, hosts: list[str], mark: str) -> None:
+        """Waits until no process of the launch is left on the hosts that answer. Kills them after GRACE_SECONDS, or at a further signal.
+
+        If they are still there KILL_SECONDS later, a Mistake names them: nothing must be launched beside them.
+        """
+        signals, kills_from = launcher.signals, time.monotonic() + GRACE_SECONDS
         while left := {host: numbers for host, numbers in self._remote.processes(hosts, mark).items() if numbers}:
-            if time.monotonic() > ends:
-                say(f"kills what the launch has left behind: {'; '.join(f'{host} {listed(numbers)}' for host, numbers in left.items())}")
+            where = "; ".join(f"{host} {listed(numbers, 'and')}" for host, numbers in left.items())
+            if launcher.signals > signals:
+                kills_from = min(kills_from, time.monotonic())
+            if time.monotonic() > kills_from + KILL_SECONDS:
+                raise Mistake(
+                    f"what the launch has left behind cannot be killed: {where} → end it there, then start again with --resume auto"
+                )
+            if time.monotonic() >= kills_from:
+                say(f"kills what the launch has left behind: {where}")
                 self._remote.kill([*left], mark)
             time.sleep(1.0)
 
@@ -190,15 +201,3 @@ class HostLauncher:
                 words.append(word)
             skip = word in ("--hostfile", "-H")
         return [*words[:-1], "--force_multi", words[-1]] if alone and "--force_multi" not in words else words
-
-
-def _resumed(settings: Sequence[str]) -> RunFolder | None:
-    """The run that the settings resume by its folder; None if they name none."""
-    paths = [Path(word) for before, word in itertools.pairwise(settings) if before == RESUME]
-    return RunFolder(paths[-1]) if paths and (paths[-1] / "run.json").is_file() else None
-
-
-def say(text: str) -> None:
-    """One line of `supervise`."""
-    sys.stderr.write(f"supervise  {text}\n")
-    sys.stderr.flush()

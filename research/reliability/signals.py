@@ -38,7 +38,7 @@ class CutShort(Exception):
 
 
 TROUBLE = 512
-"""Added to an exit code, it is a number that stops a run as a signal does, and that no signal has."""
+"""Added to the exit code of a trouble while the ranks agree: a number that no signal has."""
 
 
 class Stop:
@@ -46,7 +46,9 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
-        """The first signal received; 0: none."""
+        """The first signal received, here or by another rank; 0: none."""
+        self.trouble = 0
+        """The exit code of the trouble that ends the run, found here or by another rank; 0: none."""
         catch(self._record)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
@@ -54,22 +56,21 @@ class Stop:
 
     def demand(self, code: int) -> None:
         """Stops the run as a signal would, because of a trouble that ends it with this exit code."""
-        self.signal = max(self.signal, TROUBLE + code)
-
-    @property
-    def trouble(self) -> int:
-        """The exit code of the trouble that stops the run; 0 for none, or a signal."""
-        return max(0, self.signal - TROUBLE)
+        self.trouble = max(self.trouble, code)
 
     def agreed(self) -> int:
-        """The signal, or trouble, that any rank has, 0 for none; equal on every rank.
+        """0 if no rank has a signal or a trouble; else a signal, or TROUBLE + an exit code. Equal on every rank, and so is `trouble`.
 
         Collective: one all-reduce of an integer in host memory, over gloo on every device, so that no rank waits for its GPU.
         """
         import torch
         import torch.distributed as dist
 
-        agreed = torch.tensor([self.signal])
+        agreed = torch.tensor([TROUBLE + self.trouble if self.trouble else self.signal])
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        self.signal = int(agreed) or self.signal  # a signal that came during the all-reduce is found by the next one
-        return int(agreed)
+        found = int(agreed)
+        if found > TROUBLE:
+            self.trouble = found - TROUBLE
+        else:
+            self.signal = found or self.signal  # a signal that came during the all-reduce is found by the next one
+        return found

@@ -23,7 +23,7 @@ from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.manifest import MAX_BYTES, MOST_VALUES
 from parallel.errors import Mistake
 from parallel.files import read_json
-from research.cluster.exit_codes import DAMAGED, DISK, SIGNALLED, TAKEN, WATCHED, WRONG
+from research.cluster.exit_codes import DAMAGED, DISK, NOT_AGAIN, SIGNALLED
 from research.reliability.parents import LAUNCHER_GONE, PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 from research.reliability.signals import SIGNALS, catch
 from research.tracking import run_folder, run_status
@@ -33,8 +33,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a restart: doubled with each one that brings no newer checkpoint."""
 GRACE_SECONDS = 60.0
 """After the launcher's end its ranks may still be saving: after this long they are killed."""
-NOT_AGAIN = (WRONG, WATCHED, TAKEN)
-"""Exit codes that the same launch would only return again: a mistake, a run that has stopped itself, one whose folder is not its own."""
 DISK_PAUSES = (60.0, 600.0)
 """The first and the longest pause after a launch whose disk was full: a person has to make room. They do not count as restarts."""
 STOPPED = {code for number in SIGNALS for code in (-number, SIGNALLED + number)} | {256 - number for number in SIGNALS if number > 1}
@@ -59,12 +57,17 @@ class Launcher:
         """From now on SIGINT, SIGTERM, SIGUSR1 and SIGHUP do not end this process."""
         self.signal = 0
         """The first signal received; 0: none."""
+        self.signals = 0
+        """How many signals have been received."""
         self._child: subprocess.Popen[bytes] | None = None
         prctl(PR_SET_CHILD_SUBREAPER, 1)  # so that processes that a launch leaves behind can be found
-        catch(self._pass_on)
+        catch(self._receive)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or number
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal, self.signals = self.signal or number, self.signals + 1
+        self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
         if self._child is not None and self._child.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, number)
@@ -81,7 +84,7 @@ class Launcher:
         sigterm_with_parent = functools.partial(prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
         self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=sigterm_with_parent)
         if self.signal:  # received while the process was being made
-            self._pass_on(self.signal, None)
+            self._pass_on(self.signal)
         code = self._child.wait()
         self._clear(self._child.pid)
         self._child = None
@@ -216,8 +219,11 @@ def saved_step(run: RunFolder) -> int:
 class Launches(Protocol):
     """How one launch is done, where that is more than to run a command (research/reliability/hosts.py)."""
 
-    def run(self, launcher: Launcher, settings: Sequence[str]) -> int:
-        """One launch with these settings; returns its exit code once all its processes are gone."""
+    def run(self, launcher: Launcher, settings: Sequence[str], last: RunFolder | None) -> int:
+        """One launch with these settings; returns its exit code once all its processes are gone.
+
+        `last`: the run of the launch before, if that came so far.
+        """
 
 
 def supervise(command: list[str], settings: list[str], record: LaunchRecord, restarts: int, on_hosts: Launches | None = None) -> int:
@@ -229,7 +235,7 @@ def supervise(command: list[str], settings: list[str], record: LaunchRecord, res
     launcher, arguments, tries, full = Launcher(), settings, 0, 0
     while True:
         record.begin()
-        code = on_hosts.run(launcher, arguments) if on_hosts else launcher.run([*command, *arguments])
+        code = on_hosts.run(launcher, arguments, record.known) if on_hosts else launcher.run([*command, *arguments])
         tries = 0 if record.end() else tries
         outcome = outcome_of(record.code(code), launcher.signal, *record.state())
         full = full + 1 if outcome is Outcome.DISK_FULL else 0
@@ -246,12 +252,12 @@ def supervise(command: list[str], settings: list[str], record: LaunchRecord, res
             tries += 1
             counted = f"restart {tries} of {restarts} without a newer checkpoint"
         arguments = record.settings(settings)
-        _print(f"{why} → launched again in {pause:.0f} s ({counted})")
+        say(f"{why} → launched again in {pause:.0f} s ({counted})")
         launcher.pause(pause)
         if launcher.signal:
             break
     if outcome is Outcome.CRASHED and not launcher.signal:
-        _print(f"gives up: {_crash(code, record)}, {tries} restarts have brought no newer checkpoint")
+        say(f"gives up: {_crash(code, record)}, {tries} restarts have brought no newer checkpoint")
     return _as_in_a_shell(-launcher.signal if launcher.signal and outcome is not Outcome.OVER else code)
 
 
@@ -282,6 +288,7 @@ def _as_in_a_shell(code: int) -> int:
     return SIGNALLED - code if code < 0 else code
 
 
-def _print(text: str) -> None:
+def say(text: str) -> None:
+    """One line of `supervise`."""
     sys.stderr.write(f"supervise  {text}\n")
     sys.stderr.flush()

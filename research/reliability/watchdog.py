@@ -132,9 +132,10 @@ class Watchdog:
     def _beat_until_closed(self) -> None:
         for seconds in self._intervals(max(CHECK_SECONDS, self._ranks.world / HEARTBEATS_PER_SECOND)):
             if self._peers:
-                if self._lock and self._lock.state() is State.TAKEN:  # before the heartbeat: the other process's ranks write theirs now
+                lock = self._lock  # which the main thread sets to None when it is done
+                if lock and lock.state() is State.TAKEN:  # before the heartbeat: the other process's ranks write theirs now
                     with contextlib.suppress(OSError):
-                        os.write(STDERR, f"error  {self._lock.why_lost(self._peers.folder.title)}\n".encode())
+                        os.write(STDERR, f"error  {lock.why_lost(self._peers.folder.title)}\n".encode())
                     self._exit(TAKEN)
                     return
                 self._peers.beat(seconds, read_others=self._diagnoser.suspects_others())

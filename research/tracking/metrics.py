@@ -50,6 +50,8 @@ class JsonLines:
 
     def write_missing(self, lines: Iterable[str]) -> None:
         """Appends those of the lines, each a row as `encode` gives it, that the file does not have."""
+        if not (lines := list(lines)):
+            return
         there = set(self._path.read_text(encoding="utf-8", errors="replace").split("\n"))
         self._waiting += [f"{line}\n" for line in lines if line not in there and decode(line) is not None]
         self.write_waiting()

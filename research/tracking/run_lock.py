@@ -31,7 +31,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
-from parallel.errors import Mistake
+from parallel.errors import FolderLost, Mistake
 from parallel.process_identity import ProcessIdentity
 from research.tracking.lock_record import (
     BEAT_SECONDS,
@@ -59,8 +59,6 @@ SETTLE_SECONDS = 3.0
 ROUNDS = 20
 """How often a contender begins again because another one was faster and has ended already."""
 KEPT_RECORDS = 8
-TAKEN = 6
-"""Exit code of a process that has lost the lock of its run. research/cluster/exit_codes.py lists it with the others."""
 STDERR = 2
 
 
@@ -188,8 +186,10 @@ class RunLock(LockView):
                 self._lose()
             elif state is State.REMOVED and not self.removed:
                 gone = "folder was deleted" if not self.place.parent.is_dir() else f"lock, {self.place}, was deleted"
+                purpose = self._record["purpose"]
+                then = ": it ends after this step, with a last checkpoint" if purpose == TRAINING else f", which `{purpose}` is at work on"
                 with contextlib.suppress(OSError):
-                    os.write(STDERR, f"error  the {gone} under {self._title}: it ends after this step, with a last checkpoint\n".encode())
+                    os.write(STDERR, f"error  the {gone} under {self._title}{then}\n".encode())
                 self.removed = True
             elif state is State.OURS:
                 with contextlib.suppress(OSError):  # the file system fails for a moment, or for good: a contender listens for long
@@ -218,8 +218,8 @@ class RunLock(LockView):
             if not self._lost:
                 os.write(STDERR, f"error  {self.why_lost(self._title)}\n".encode())
             self._lost = True
-        self._leave(TAKEN)
-        raise SystemExit(TAKEN)  # for a `leave` that returns
+        self._leave(FolderLost.code)
+        raise SystemExit(FolderLost.code)  # for a `leave` that returns
 
     def _drop_flock(self) -> None:
         if self._flock is not None:
@@ -248,12 +248,18 @@ def take(
         token, number = uuid.uuid4().hex, owner.number + 1 if owner else 1
         record = {"token": token, "purpose": purpose, "since": now(), "released": False, **asdict(ProcessIdentity.current())}
         lock = RunLock(place, number, token, title, record, temporary, leave)
+        if _is_replaced(place, owner):
+            continue
         try:
             if not claim(place, number, token, lock._encoded()):
                 continue  # another contender was faster: who it is, the next round says
         except FileNotFoundError:  # the folder was removed with its last holder's record
             continue
         if lock.state() is not State.OURS:  # several others have come and gone since the newest record was read
+            continue
+        if _is_replaced(place, owner):  # in the moment since it was asked before
+            with contextlib.suppress(OSError):
+                lock.path.unlink()
             continue
         lock._begin()
         if owner is not None and owner.number:
@@ -284,7 +290,8 @@ def refuse_held(place: Path, title: str, owner: Owner | None, report: Callable[[
     def has_changed() -> bool:
         """Whether the holder has released it, or another one has it by now."""
         latest = newest(place)
-        return owner.number > 0 and (latest is None or latest.number != owner.number or latest.released)
+        was, found = (owner.number, owner.token), (latest.number, latest.token) if latest else None
+        return owner.number > 0 and (found != was or latest is None or latest.released)
 
     how_known = "it holds the lock" if is_flocked(place) else ""
     if not how_known and not has_changed():
@@ -319,9 +326,10 @@ def is_held(place: Path, earlier: Owner | None = None) -> bool | None:
 
 @contextlib.contextmanager
 def kept_from_others(place: Path, holder: ProcessIdentity) -> Iterator[bool]:
-    """Yields whether `holder` is still the lock's last holder; meanwhile no other process of this host takes the lock over.
+    """Yields whether `holder` is still the lock's last holder, for the ranks that outlive rank 0 and write why.
 
-    It is for the ranks that outlive rank 0 and write why: they hold the flock for that moment, if rank 0 does not hold it any more.
+    They hold the flock for that moment, if rank 0 does not hold it any more: a process that cannot see that rank 0 has ended then takes
+    it for alive. One that can see it does not look at the flock, and may take the lock over between this look and what is written.
     """
     flock = try_flock(place) if place.is_dir() else None
     try:
@@ -330,6 +338,11 @@ def kept_from_others(place: Path, holder: ProcessIdentity) -> Iterator[bool]:
     finally:
         if flock is not None:
             os.close(flock)
+
+
+def _is_replaced(place: Path, owner: Owner | None) -> bool:
+    """Whether the record that was read is another one by now: a temporary lock's folder goes with its holder, and the next counts anew."""
+    return owner is not None and owner.number > 0 and read_record(place, owner.number).token != owner.token
 
 
 def _mark_taken(place: Path, number: int, lock: RunLock) -> None:

@@ -44,7 +44,7 @@ def finish(run: Run, checkpointer: Checkpointer) -> None:
     schedule, best = run.job.experiment.schedule, checkpointer.periodic.best
     skipped, picture, memory = run.engine.skipped_steps, run.folder.loss_png.name, run.meter.memory_row()
     run.console.done(run.step, schedule.steps, run.meter.seconds(), best, skipped, picture, memory)
-    if not run.stop.signal:  # a run that was asked to end does not start anything new
+    if not (run.stop.signal or run.stop.trouble):  # a run that was asked to end does not start anything new
         show_sample(run)
 
 

@@ -6,18 +6,17 @@ finds one asks all others to stop, as a signal would, so that a last checkpoint 
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import SharedMistake
+from parallel.errors import DiskRefuses, FolderLost
 from parallel.files import FULL, read_json, write_json
 from parallel.object_collectives import broadcast_object
-from research.cluster.exit_codes import DISK, TAKEN
 from research.config import Experiment, serialization
 from research.tracking import run_folder, run_status
 from research.tracking.run_folder import RunFolder
-from research.tracking.run_lock import LockView, RunLock, State, release
+from research.tracking.run_lock import LockView, RunLock, State
 from research.training.job import Job
 
 
@@ -67,45 +66,43 @@ class Holding:
             run_folder.end_or_keep(self.folder, self._lock, status, reason, code)
 
 
-def take(job: Job, folder: RunFolder) -> LockView:
-    """The run's lock, on rank 0: the one that was taken when the run was found, or else a new folder's. The other ranks see its record.
+def take(job: Job, folder: RunFolder) -> RunLock:
+    """The run's lock: the one that was taken when the run was found, or else a new folder's. Rank 0 only.
 
-    The lock that kept other processes from beginning the same run is given up. Collective.
+    The lock that kept other processes from beginning the same run is given up.
     """
-    said = ""
-    if job.ranks.rank == 0:
-        lock = next((lock for lock in job.locks if lock.place == folder.lock), None) or run_status.take_lock(folder)
-        others = [other for other in job.locks if other is not lock]
-        job.locks[:] = [lock]
-        for other in others:
-            other.release()
-        said = json.dumps([lock.number, lock.token])
-    number, token = json.loads(broadcast_object(said))
-    return job.locks[0] if job.ranks.rank == 0 else LockView(folder.lock, number, token)
+    lock = next((lock for lock in job.locks if lock.place == folder.lock), None) or run_status.take_lock(folder)
+    others = [other for other in job.locks if other is not lock]
+    job.locks[:] = [lock]
+    for other in others:
+        other.release()
+    return lock
 
 
-def close(job: Job) -> None:
-    """Gives up every lock that this process still holds."""
-    release(job.locks)
+def share(lock: RunLock | None, experiment: Experiment) -> Holding:
+    """The run's folder in the hands of this rank. Rank 0 brings the lock, whose record the others see. Collective."""
+    said = json.dumps([str(lock.place.parent), lock.number, lock.token]) if lock else ""
+    path, number, token = json.loads(broadcast_object(said))
+    folder = RunFolder(Path(path))
+    return Holding(folder, lock or LockView(folder.lock, number, token), experiment)
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns an OSError of a full disk, or of a folder that was deleted, into a Mistake with the exit code of its own."""
+def disk_errors(folder: Path, has_begun: Callable[[], bool]) -> Iterator[None]:
+    """Turns an OSError of a full disk, or of a folder that was deleted, into a Mistake with the exit code of its own.
+
+    `has_begun`: whether there are steps of the run to go on from.
+    """
     try:
         yield
     except OSError as error:
-        where = error.filename or folder
         if error.errno in FULL:
-            raise SharedMistake(full(f"{where}", error), reports=True, code=DISK) from error
+            then = "go on with --resume auto" if has_begun() else "launch again"
+            why = f"{error.filename or folder} cannot be written ({error.strerror})"
+            raise DiskRefuses(f"{why} → make room on its disk, then {then}") from error
         if not folder.is_dir():
-            raise SharedMistake(deleted(folder), reports=True, code=TAKEN) from error
+            raise FolderLost(deleted(folder) if has_begun() else f"{folder} was deleted while the run began → launch again") from error
         raise
-
-
-def full(path: str, error: OSError) -> str:
-    """The sentence about a file that the disk does not take."""
-    return f"{path} cannot be written ({error.strerror}) → make room on its disk, then go on with --resume auto"
 
 
 def deleted(folder: Path) -> str:

@@ -55,11 +55,16 @@ def train(job: Job, parents: Parents) -> None:
             joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose, rendezvous)
         )
         resumed = setup.agree_on_resume(job)
-        held = setup.open_folder(job, resumed)
+        held = setup.open_folder(job, grid, resumed)
+
+        def has_begun() -> bool:
+            """Whether there are steps to go on from."""
+            return resumed is not None or watch.progress.step > 0
+
         status, failure, code, refused = FAILED, "", 0, False
         try:
             leave_when_asked()
-            with watch.together(held.folder, held.view), disk_errors(held.folder.path):
+            with watch.together(held.folder, held.view), disk_errors(held.folder.path, has_begun):
                 setup.header(job, held.folder, console)
                 run, anomalies, periodic, checkpointer = setup.prepare_run(job, held, grid, console, resumed, watch, variants)
                 status = train_and_finish(run, anomalies, periodic, checkpointer)
@@ -68,7 +73,7 @@ def train(job: Job, parents: Parents) -> None:
             status = INTERRUPTED
             raise
         except Mistake as mistake:
-            refused, failure, code = resumed is None and not watch.progress.step, str(mistake), mistake.code
+            refused, failure, code = not has_begun(), str(mistake), mistake.code
             raise
         finally:
             if refused:  # the run has not begun, and nothing in its folder is worth keeping
@@ -91,10 +96,12 @@ def train_and_finish(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, ch
     try:
         train_steps(run, anomalies, periodic, checkpointer)
         with run.progress.work("saving", Stage.SAVING):
-            if run.stop.trouble:
-                finish_in_trouble(run, checkpointer)
-            else:
+            stopped(run)  # the disk may have refused a row of the last step
+            if finished := not run.stop.trouble:
                 finish(run, checkpointer)
+                stopped(run)  # or the sample at the end
+            if run.stop.trouble:
+                finish_in_trouble(run, checkpointer, finished)
         if not run.failure:
             complete = run.step >= run.job.experiment.schedule.steps and not periodic.due
             status = FINISHED if complete else INTERRUPTED
@@ -107,20 +114,28 @@ def train_and_finish(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, ch
     return status
 
 
-def finish_in_trouble(run: Run, checkpointer: Checkpointer) -> None:
-    """Ends a run whose disk is full or whose folder was deleted: with a last checkpoint if one can be written, and with the reason."""
-    run.code = run.stop.trouble
-    run.failure = f"{run.tracker.failure or 'the disk of rank 0 is full'} → make room on its disk, then go on with --resume auto"
-    if run.code == TAKEN:
-        run.failure = deleted(run.folder.path)
+def finish_in_trouble(run: Run, checkpointer: Checkpointer, finished: bool) -> None:
+    """Ends a run whose disk is full or whose folder was deleted: with a last checkpoint if one can be written, and with the reason.
+
+    `finished`: `finish` has been called already. A run that has stopped itself in the same step keeps that reason and its exit code.
+    """
+    is_gone = run.stop.trouble == TAKEN
+    trouble = f"{run.tracker.failure or 'the disk of rank 0 is full'} → make room on its disk, then go on with --resume auto"
+    if is_gone:
+        trouble = deleted(run.folder.path)
         checkpointer.saved_step = -1  # whatever was saved is gone, too
         with together(run.engine.grid):
             run.holding.restore()
     run.tracker.write_waiting()
     try:
-        finish(run, checkpointer)
+        if is_gone or not finished:
+            finish(run, checkpointer)
     except Mistake as mistake:  # every rank raises the same
-        run.failure = f"{run.failure.partition(' → ')[0]}, and no last checkpoint could be written: {mistake}"
+        trouble = f"{trouble.partition(' → ')[0]}, and no last checkpoint could be written: {mistake}"
+    if run.failure:
+        run.failure = f"{run.failure}; and {trouble}"
+    else:
+        run.failure, run.code = trouble, run.stop.trouble
 
 
 def alert_of_end(run: Run, status: str) -> None:

@@ -69,30 +69,27 @@ class StepProfiler:
             return
         folder = run.folder.profile
         with run.progress.work("writing the profile"), run.meter.paused("profile"):
-            own = recording.stop()
-            with self._refused_by_the_disk():
+            own, refusals = recording.stop(), list[str]()
+            with refused_by_the_disk(refusals):
+                run.holding.check()
                 folder.mkdir(exist_ok=True)
                 recording.write(folder, self._rank)
-            if not (ranks := gather_objects(own, run.engine.grid)):
+            if not (ranks := gather_objects((own, refusals), run.engine.grid)):
                 return
-            summary = profile_summary.Summary(recording.steps, ranks, self._before_ms)
-            with self._refused_by_the_disk():
+            summary = profile_summary.Summary(recording.steps, [found for found, _ in ranks], self._before_ms)
+            refusals = [f"of rank {rank} {why}" for rank, (_, refused) in enumerate(ranks) for why in refused]
+            with refused_by_the_disk(refusals):
+                run.holding.check()
                 write_json(folder / "summary.json", summary.to_json())
                 with published(folder / "summary.txt") as temporary:
                     temporary.write_text("\n".join(summary.lines(every_block=True)) + "\n", encoding="utf-8")
+            for why in refusals:
+                run.console.warn(f"the profile {why}")
             run.console.lines([*summary.lines(), f"traces and summary: {run.folder.shown}/profile"])
 
     @property
     def _rank(self) -> int:
         return self.run.engine.grid.rank
-
-    @contextlib.contextmanager
-    def _refused_by_the_disk(self) -> Iterator[None]:
-        """A disk that refuses the profile ends no run."""
-        try:
-            yield
-        except OSError as error:
-            self.run.console.warn(f"the profile could not be written to {self.run.folder.shown}/profile ({error.strerror or error})")
 
 
 class Recording:
@@ -173,6 +170,15 @@ class Recording:
     def _timed_update(self, *arguments: Any, **settings: Any) -> Any:
         with self.timer.during(Label(OPTIMIZER)):
             return self._update(*arguments, **settings)
+
+
+@contextlib.contextmanager
+def refused_by_the_disk(refusals: list[str]) -> Iterator[None]:
+    """A disk that refuses the profile ends no run: why it did is added to `refusals`."""
+    try:
+        yield
+    except OSError as error:
+        refusals.append(f"could not be written ({error.filename or 'its folder'}: {error.strerror or error})")
 
 
 def collectives(ledger: TimedLedger) -> list[dict[str, Any]]:

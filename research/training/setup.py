@@ -1,7 +1,7 @@
 """Set-up of a training run before its first step: run folder, text, engine, tracker, and the preflight checks that ranks make together.
 
-Every function is collective. `prepare_run` is the whole of it; the preflight refuses a run whose ranks disagree about what they
-train, or whose disk has no room for the first checkpoint.
+In the order of the training loop: `meet` waits for the ranks and refuses those that disagree, `open_folder` makes or reopens the run's
+folder, `prepare_run` makes everything else, and refuses a run whose disk has no room for its checkpoints. All of them are collective.
 """
 
 import functools
@@ -57,6 +57,7 @@ from research.tracking import run_folder, segments, wandb_client
 from research.tracking.console import Console
 from research.tracking.own_runs import mark_as_own
 from research.tracking.run_folder import RunFolder
+from research.tracking.run_lock import RunLock
 from research.tracking.tracker import Tracker
 from research.training import components, holding, resume, room, samples
 from research.training.anomalies import AnomalyMonitor
@@ -139,9 +140,32 @@ def agree_on_resume(job: Job) -> Start | None:
     return Start(RunFolder(Path(folder)), Path(checkpoint), step, [(name, then, now) for name, then, now in changes])
 
 
-def open_folder(job: Job, resumed: Start | None) -> Holding:
-    """The run's folder and its lock, with config.json, source/ and run.json: created or reopened by rank 0. Opens this rank's log."""
-    experiment, rank = job.experiment, job.ranks.rank
+def open_folder(job: Job, grid: Grid, resumed: Start | None) -> Holding:
+    """The run's folder and its lock, created or reopened by rank 0, and this rank's log. Collective.
+
+    If it fails on one rank, every rank raises a SharedMistake, and the folder of a new run is removed.
+    """
+    lock = None
+    with together(grid):
+        if job.ranks.rank == 0:
+            lock = begin_folder(job, resumed)
+    held = holding.share(lock, job.experiment)
+    try:
+        with together(grid), holding.disk_errors(held.folder.path, lambda: resumed is not None):
+            open_log(held.folder, job.ranks.rank)
+    except Exception:
+        if not resumed:
+            held.discard()
+        raise
+    return held
+
+
+def begin_folder(job: Job, resumed: Start | None) -> RunLock:
+    """Makes the folder of a new run with config.json, source/ and run.json, or reopens it; returns its lock. Rank 0 only.
+
+    The folder of a new run is removed again if that fails.
+    """
+    experiment = job.experiment
     commit, dirty = git_state(job.root)
     facts: dict[str, Any] = {
         "layout": layout_line(experiment, job.layout),
@@ -151,11 +175,10 @@ def open_folder(job: Job, resumed: Start | None) -> Holding:
         "commit": commit,
         "dirty": dirty,
     }
-    created = "" if resumed or rank else str(run_folder.create(job.root / experiment.track.runs, job.name).path)
-    folder = resumed.folder if resumed else RunFolder(Path(broadcast_object(created)))
-    lock = holding.take(job, folder)
-    if rank == 0:
-        with holding.disk_errors(folder.path):
+    folder = resumed.folder if resumed else run_folder.create(job.root / experiment.track.runs, job.name)
+    try:
+        with holding.disk_errors(folder.path, lambda: resumed is not None):
+            lock = holding.take(job, folder)
             if resumed and job.resume:
                 damaged = job.resume.passed_over
                 checkpoint_folder.set_aside(folder.checkpoints / name for name in damaged)
@@ -165,15 +188,22 @@ def open_folder(job: Job, resumed: Start | None) -> Holding:
             else:
                 serialization.save(experiment, folder.config)
                 run_folder.start(folder, source=run_folder.keep_source(folder, job.folder), **facts)
-    if rank == 0:
-        mark_as_own(folder)
-    # Log records and warnings go into the run folder instead of between the lines of the terminal.
+            mark_as_own(folder)
+    except Exception:
+        if not resumed:
+            job.close()
+            run_folder.discard(folder)
+        raise
+    return lock
+
+
+def open_log(folder: RunFolder, rank: int) -> None:
+    """From now on log records and warnings go into this rank's log in the run's folder instead of between the lines of the terminal."""
     log_format = "%(asctime)s %(name)s %(levelname)s %(message)s"
     logging.basicConfig(filename=folder.rank_log(rank), level=logging.INFO, format=log_format)
     logging.raiseExceptions = False  # a full disk costs records, ours and W&B's, but prints no traceback for each on the terminal
     logging.captureWarnings(True)
     warnings.simplefilter("default")
-    return Holding(folder, lock, experiment)
 
 
 def header(job: Job, folder: RunFolder, console: Console) -> None:
@@ -229,7 +259,7 @@ def prepare_run(
         tracker.refer_to_store(store.prefix)
     meter = Meter(job.layout.tokens_per_step, memory=memory)
     run = Run(job, held, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
-    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, folder, console, tracker), Periodic(run, text, tasks, prompts)
+    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, held, console, tracker), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
         checkpointer.restore(facts)

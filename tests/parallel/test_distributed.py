@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from parallel import distributed
 from parallel.distributed import gpu_index, refuse_shared_gpus
-from parallel.errors import Mistake
+from parallel.errors import SharedMistake
 from tests.harness import run_ranks
 from tests.parallel.helpers import training
 
@@ -24,16 +24,18 @@ def test_the_gpu_of_a_rank_is_one_that_it_sees(local_ranks: range, visible: int,
     assert [gpu_index(local_rank, visible) for local_rank in local_ranks] == gpus
 
 
-def refused(gpus: list[str]) -> str:
+def refused(gpus: list[str]) -> tuple[str, bool]:
+    """(what is said, whether this rank is the one to say it)"""
     try:
         refuse_shared_gpus(gpus[dist.get_rank()])
-    except Mistake as mistake:
-        return str(mistake)
-    return ""
+    except SharedMistake as mistake:
+        return str(mistake), mistake.reports
+    return "", False
 
 
 def test_two_ranks_on_one_gpu_are_refused_on_every_rank() -> None:
-    said = run_ranks(refused, 3, ["GPU-a", "GPU-b", "GPU-a"])
+    said, reports = zip(*run_ranks(refused, 3, ["GPU-a", "GPU-b", "GPU-a"]), strict=True)
+    assert reports == (True, False, False)
     assert len(set(said)) == 1 and said[0].startswith("ranks 0, 2 use the same GPU of ") and "--gpus-per-task=1" in said[0]
 
 

@@ -17,7 +17,8 @@ import pytest
 
 from parallel.errors import Mistake
 from research import ROOT
-from research.cli.supervise import _divided, main
+from research.cli.supervise import WHAT, _divided, main
+from research.cluster import exit_codes
 from research.config import serialization
 from research.config.experiment_folder import load
 from research.reliability.parents import LAUNCHER_GONE
@@ -167,7 +168,13 @@ def test_a_run_with_another_seed_is_not_this_launchs(stub: Stub) -> None:
 
 @pytest.mark.parametrize(
     ("does", "code"),
-    [({"code": 2}, 2), ({"run": "a", "code": 3}, 3), ({"kill": 15}, 143), ({"run": "a", "status": "interrupted", "reason": "SIGTERM"}, 1)],
+    [
+        ({"code": 2}, 2),
+        ({"run": "a", "code": 3}, 3),
+        ({"run": "a", "code": 6}, 6),
+        ({"kill": 15}, 143),
+        ({"run": "a", "status": "interrupted", "reason": "SIGTERM"}, 1),
+    ],
 )
 def test_what_would_only_happen_again_and_what_was_asked_to_stop_is_not_launched_again(does: dict, code: int, stub: Stub) -> None:
     done = stub.run(does)
@@ -219,7 +226,6 @@ def test_a_supervisor_that_is_killed_takes_the_launch_along(stub: Stub) -> None:
         ),
         (["experiments/none"], "experiments/none has no config.py"),
         (["experiments/gpt_sotu", "--", "--model.num_head", "3"], "model.num_head is not a setting → did you mean model.num_heads?"),
-        (["experiments/gpt_sotu", "--", "--dry-run"], "--help and --dry-run start nothing that could crash"),
         (["experiments/gpt_sotu", "--seed", "3"], "python -m research supervise does not know --seed"),
     ],
 )
@@ -227,6 +233,21 @@ def test_a_mistake_is_said_before_anything_is_launched(argv: list[str], said: st
     done = subprocess.run([sys.executable, "-m", "research", "supervise", *argv], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error  {said}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--help", "--version", "--dry-run", "--check-cluster"])
+def test_a_launch_that_trains_nothing_is_not_supervised(option: str) -> None:
+    with pytest.raises(Mistake, match="--check-cluster train nothing → launch with them directly, without supervise"):
+        main(["python", "experiments/gpt_sotu/launch.py", option])
+
+
+def test_its_help_names_every_exit_code_after_which_it_does_something_of_its_own() -> None:
+    """The table of docs/running.md, without those that are a crash or a signal."""
+    assert {int(code) for code in re.findall(r"\((?:exit code )?(\d)\)", WHAT)} == {
+        *exit_codes.NOT_AGAIN,
+        exit_codes.DISK,
+        exit_codes.DAMAGED,
+    }
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def over_tcp(port: int, fails: bool) -> Any:
     ranks = ranks_of(rank, 4, port=port)
     if fails and rank == 2:
         try:
-            tell(ranks, Mistake("data.train = 'x' is missing → copy it"))
+            tell(ranks, Mistake("data.train = 'x' is missing → copy it"), seconds=20.0)
         except SharedMistake as mistake:
             return str(mistake), mistake.reports
     rendezvous = Rendezvous.open(ranks, 20.0)
@@ -167,3 +167,28 @@ def test_real_processes_meet_at_a_store_over_tcp(fails: bool) -> None:
     else:
         sentence, reports = found[0]
         assert sentence.startswith("(rank 2 on ") and sentence.endswith(") data.train = 'x' is missing → copy it") and not reports
+
+
+def late_host(port: int) -> tuple[str, bool]:
+    """Two hosts. That of rank 1 has a mistake of its own, and is there long before the store, which comes with rank 0."""
+    rank = dist.get_rank()
+    ranks = Ranks(rank, 0, 2, 1, "deepspeed", "127.0.0.1", port)
+    try:
+        if rank == 1:
+            tell(ranks, Mistake("data.train = 'x' is missing → copy it"), seconds=30.0, patience=0.1)
+        time.sleep(0.5)
+        rendezvous = Rendezvous.open(ranks, 30.0)
+        with rendezvous.telling():
+            rendezvous.arrive()
+            rendezvous.decide("never", None, list)
+    except SharedMistake as mistake:
+        return str(mistake), mistake.reports
+    raise AssertionError("nobody has said anything")
+
+
+def test_a_mistake_of_one_host_waits_for_the_host_of_rank_0_that_starts_later() -> None:
+    """The patience with rank 0 counts from the moment at which the store is there: it is the launch's limit that counts until then."""
+    found = run_ranks(late_host, 2, free_port())
+    sentence, reports = found[0]
+    assert sentence.startswith("(rank 1 on ") and sentence.endswith(") data.train = 'x' is missing → copy it")
+    assert found == [(sentence, False)] * 2 and not reports

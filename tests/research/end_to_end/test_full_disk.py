@@ -103,3 +103,18 @@ def test_there_is_room_for_what_retention_keeps_or_the_run_does_not_begin(tmp_pa
     )
     assert "→ make room, keep fewer, or set track.runs to another disk" in refused.stderr
     assert run(1800).returncode == 0
+
+
+@pytest.mark.parametrize("kilobytes", [8, 16])
+def test_a_new_run_whose_folder_does_not_fit_is_refused_on_both_ranks_and_leaves_nothing(kilobytes: int, tmp_path: Path) -> None:
+    """The disk has room for the lock, or for some of the files: both ranks say why, and there is nothing to resume."""
+    made = Place(tmp_path)
+    made.runs.mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "experiments/gpt_sotu/launch.py"]
+    script = 'mount -t tmpfs -o size="$0"k none "$1"; runs=$1; shift; "$@"; find "$runs" -mindepth 1'
+    mounted = [*IN_A_MOUNT_NAMESPACE, "sh", "-c", script, str(kilobytes), str(made.runs), *launch, *made.settings({"parallel.tensor": 2})]
+    done = subprocess.run(mounted, cwd=ROOT, env=_environment(made), capture_output=True, text=True, timeout=300)
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error  ")]
+    assert "cannot be written (No space left on device) → make room on its disk, then launch again" in error
+    assert "gloo" not in done.stderr and "RuntimeError" not in done.stderr and f"exitcode  : {DISK} " in done.stderr, done.stderr
+    assert str(made.runs) not in done.stdout.replace(error, ""), "the folder of the run is left behind"

@@ -1,13 +1,26 @@
 """Which hosts `supervise --shrink` goes on with, and how the batch is then made. The launches themselves: end_to_end/test_shrink.py."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from parallel.errors import Mistake
+from parallel.files import write_json
 from research.cluster.hostfile import Host
+from research.cluster.remote import MARK, UNREACHED, Remote
+from research.reliability import hosts, supervisor
 from research.reliability.hosts import Choice, HostLauncher, Shape, choose
+from research.reliability.signals import SIGNALS
+from research.reliability.supervisor import Launcher, LaunchRecord, supervise
 from research.tracking.lock_record import beating
 from research.tracking.run_folder import RunFolder
 
@@ -83,3 +96,83 @@ def test_a_rank_that_still_writes_heartbeats_is_noticed(tmp_path: Path) -> None:
     beat = threading.Timer(0.05, lambda: folder.heartbeat(1).write_text("2"))
     beat.start()
     assert beating([folder.lock], 5)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`supervise` runs here: its handlers of signals are taken back, and it waits for tenths of seconds."""
+    monkeypatch.setattr(supervisor, "prctl", lambda *arguments: 0)
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.0)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_it_listens_for_a_run_that_has_no_checkpoint_yet(tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host was cut off before the first checkpoint. Its ranks go on, so nothing is launched beside them."""
+    monkeypatch.setattr(hosts, "SILENT_SECONDS", 2.0)
+    folder, asked = RunFolder(tmp_path / "gpt" / "aaaaaa"), list[tuple[list[str], RunFolder | None]]()
+    folder.logs.mkdir(parents=True)
+
+    class CutOff:
+        def run(self, launcher: Launcher, settings: Sequence[str], last: RunFolder | None) -> int:
+            asked.append(([*settings], last))
+            write_json(folder.run, {"status": "running", "launch": len(asked)})
+            return 1
+
+    supervise([], ["--seed", "3"], LaunchRecord(folder.path.parent, lambda run: True), 1, CutOff())
+    assert asked == [(["--seed", "3"], None), (["--seed", "3"], folder)]
+
+    launcher = HostLauncher(["deepspeed", "x.py"], FOUR, Shape(1, 1, 8, 1), tmp_path, shrink=True, port=None)
+    launcher._launched = True
+    assert not launcher._is_still_running(folder, {}) and not launcher._is_still_running(None, {"node2": "no answer"})
+    beats = threading.Timer(0.2, lambda: folder.heartbeat(1).write_text("1"))
+    beats.start()
+    assert launcher._is_still_running(folder, {"node2": "no answer"})
+
+
+class Here(Remote):
+    """Runs what it would run over ssh on this host, as a host of any name. `kills`: whether kill -9 works there."""
+
+    def __init__(self, kills: bool) -> None:
+        super().__init__()
+        self.kills = kills
+
+    def _run(self, host: str, command: str) -> tuple[int, str, str]:
+        if "kill -9" in command and not self.kills:
+            return UNREACHED, "", ""
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def left_behind(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """(mark, process) of a launch that does not end by itself."""
+    mark = f"test-{os.getpid()}-{tmp_path.name}"
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, MARK: mark}) as process:
+        yield mark, process
+        process.kill()
+
+
+def launcher_on(remote: Remote, folder: Path) -> HostLauncher:
+    launcher = HostLauncher(["deepspeed", "x.py"], FOUR, Shape(1, 1, 8, 1), folder, shrink=True, port=None)
+    launcher._remote = remote
+    return launcher
+
+
+def test_it_gives_up_on_processes_that_cannot_be_killed(tmp_path: Path, left_behind: Any, in_this_process: None, monkeypatch) -> None:
+    """They would go on beside the next launch, and without an end to the wait nobody would be told."""
+    monkeypatch.setattr(hosts, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(hosts, "KILL_SECONDS", 0.5)
+    mark, process = left_behind
+    with pytest.raises(Mistake, match=f"cannot be killed: node1 {process.pid} → end it there, then start again with --resume auto"):
+        launcher_on(Here(kills=False), tmp_path)._wait_until_gone(Launcher(), ["node1"], mark)
+
+
+def test_a_signal_ends_the_wait_for_processes_that_are_left(tmp_path: Path, left_behind: Any, in_this_process: None) -> None:
+    mark, process = left_behind
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    launcher_on(Here(kills=True), tmp_path)._wait_until_gone(Launcher(), ["node1"], mark)
+    assert process.wait(10) == -signal.SIGKILL and time.monotonic() - began < hosts.GRACE_SECONDS

@@ -111,3 +111,13 @@ def test_rows_that_were_refused_are_written_at_the_end_or_kept_by_a_checkpoint(t
         again.write_missing([*kept, "no row"])
     assert list(metrics.read(path)) == [{"progress/step": 1}] and path.read_bytes().count(b"\n") == 1
     again.close()
+
+
+def test_a_resume_that_misses_no_row_does_not_read_the_file(tmp_path):
+    """It may be a gigabyte, and almost every resume misses none."""
+    rows = JsonLines(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").unlink()
+    rows.write_missing([])
+    with pytest.raises(FileNotFoundError):
+        rows.write_missing(["{}"])
+    rows.close()

@@ -98,10 +98,6 @@ def test_one_process_holds_it_and_the_next_is_told_who(place: Path) -> None:
     assert [path.name for path in sorted(place.glob("*.json"))] == ["000001.json", "000002.json"]
 
 
-def test_the_exit_code_is_the_one_that_is_listed() -> None:
-    assert run_lock.TAKEN == exit_codes.TAKEN
-
-
 def test_it_beats_from_the_moment_it_is_taken_and_not_after_it_is_released(place: Path) -> None:
     lock = take(place, "gpt-aaaaaa")
     assert beating([place], 1.0) == {place}
@@ -321,6 +317,54 @@ def test_a_temporary_lock_leaves_no_folder(place: Path) -> None:
     (place.parent / "other").mkdir()
     lock.release()
     assert [path.name for path in place.parent.iterdir()] == ["other"]
+    lock.release()
+
+
+def test_a_contender_that_slept_while_the_folder_was_replaced_does_not_take_it_from_its_new_holder(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary lock's folder goes with its holder, and the next one counts from 1 again, as the dead one did that was read."""
+    below = place / "below"
+    below.mkdir(parents=True)
+    elsewhere(below, released=True)
+    claim, new = lock_record.claim, list[RunLock]()
+
+    def after_a_nap(*arguments: object) -> bool:
+        monkeypatch.setattr(run_lock, "claim", claim)
+        take(below, "the start", temporary=True).release()
+        new.append(take(below, "the start", temporary=True))
+        new[0]._closed.set()  # its thread is slow
+        return claim(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_lock, "claim", after_a_nap)
+    with pytest.raises(Held, match=f"the start is running .process {os.getpid()} on "):
+        take(below, "the start", temporary=True)
+    assert new[0].number == 1 and new[0].state() is State.OURS and [path.name for path in below.glob("*.json")] == ["000001.json"]
+    new[0]._drop_flock()
+
+
+def test_a_holder_that_took_the_place_of_the_one_that_is_listened_to_is_not_taken_for_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that was read is dead. Its number is in use again, by a process that can be seen and has not beaten yet."""
+    record = elsewhere(place)
+
+    def replaced(places: object, seconds: float, is_over: object) -> set[Path]:
+        record.write_bytes(encoded({**json.loads(record.read_bytes()), **asdict(ProcessIdentity.current()), "token": "new"}))
+        return set()
+
+    monkeypatch.setattr(run_lock, "beating", replaced)
+    with pytest.raises(Held, match=f"process {os.getpid()} on "):
+        take(place, "gpt-aaaaaa")
+
+
+def test_a_folder_that_is_deleted_under_a_verb_promises_no_checkpoint(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lock = take(place, "gpt-aaaaaa", purpose="track")
+    shutil.rmtree(place.parent)
+    deadline = time.monotonic() + 10
+    while not lock.removed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert capfd.readouterr().err == "error  the folder was deleted under gpt-aaaaaa, which `track` is at work on\n"
     lock.release()
 
 

@@ -1,12 +1,15 @@
 """Recorded steps: the traces and the summary of real runs on the engines, and that recording changes no number."""
 
 import contextlib
+import errno
 import functools
 import gzip
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,3 +231,24 @@ def test_one_step_of_one_rank_has_no_ranges() -> None:
     assert found.lines()[1] == "profile of step 7 · 500.0 ms a step while recorded" and not any(
         "collectives" in line for line in found.lines()
     )
+
+
+def disk_of_rank_1_is_full(rank: int) -> None:
+    """Rank 1 cannot write its trace."""
+    from research.training.profiler import Recording
+
+    def refuse(recording: Recording, folder: Path, rank: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{folder}/rank_{rank}.json.gz")
+
+    if rank == 1:
+        Recording.write = refuse  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_trace_that_the_disk_of_another_rank_refuses_is_said_and_costs_only_the_trace(stage: Stage) -> None:
+    ended = go(stage, "TP2", "refused", profile={"steps": "3-4"}, prelude=disk_of_rank_1_is_full)
+    assert ended.codes == [0, 0], ended.said
+    assert "the profile of rank 1 could not be written (" in ended.said
+    assert "/profile/rank_1.json.gz: No space left on device)" in ended.said
+    assert {path.name for path in ended.folder.profile.iterdir()} == {"rank_0.json.gz", "summary.json", "summary.txt"}
+    assert len(summary(ended)["ranks"]) == 2
