@@ -272,8 +272,9 @@ def main() -> None:
         if CUDA:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        task = TASKS[arguments.pop("task")]
         try:
-            found.append(TASKS[arguments.pop("task")](**arguments))
+            found.append(task(**arguments))
         except Exception:  # whatever it is, the next task is tried
             found.append({"error": traceback.format_exc()[-3000:]})
             distributed.stop()
