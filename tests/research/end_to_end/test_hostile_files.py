@@ -1,6 +1,5 @@
 """Files of strangers: each ends its verb with one sentence, in little memory, and makes it neither write elsewhere nor execute anything."""
 
-import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from parallel.text import is_unseen
 from tests.research.helpers import gguf_files, hf_models, untrained
 from tests.research.helpers.hostile_cases import SECRET, Bases, Case, cases
+from tests.research.helpers.hostile_settings import settings_cases
 from tests.research.helpers.watched_verbs import Watched, watched
 
 KINDS = ("hf", "tokenizer", "gguf", "checkpoint", "run")
@@ -18,7 +18,7 @@ MOST_MB, LONGEST = 300, 20_000
 QUICK = (
     "hf: config.json is a pipe", "hf: config.json is a link to a secret", "hf: max_position_embeddings is huge",
     "gguf: an array of 2^40 numbers", "tokenizer: 30 doublings", "checkpoint: manifest.json is a pipe", "run: variant.py is a program",
-    "run: run.json is a pipe (runs)", "run: layout is long (inspect)", "run: data.train is a secret",
+    "run: run.json is a pipe (runs)", "run: layout is long (inspect)", "run: data.train is a secret (generate)", "run: DeepSpeed's csv_monitor writes elsewhere",
 )  # fmt: skip
 """Beginnings of names: one of each kind, in the quick suite."""
 
@@ -33,6 +33,7 @@ def bases(tmp_path_factory) -> Bases:
     import research.cli.generate
     import research.cli.inspect
     import research.cli.plot
+    import research.cli.replay
     import research.cli.runs
     import research.cli.track
     import research.exchange.importer
@@ -42,6 +43,11 @@ def bases(tmp_path_factory) -> Bases:
     run = untrained.make(place)
     model = hf_models.their_folder(place / "hf", "llama, grouped")
     return Bases(model, gguf_files.write(place / "m.gguf"), run.path)
+
+
+def all_cases(bases: Bases) -> list[Case]:
+    """Those of every kind of file, and those that a run's settings name."""
+    return [*cases(bases), *settings_cases(bases)]
 
 
 def run_case(case: Case, place: Path) -> Watched:
@@ -74,13 +80,9 @@ def faults(case: Case, done: Watched, place: Path) -> list[str]:
         found.append(f"writes {done.wrote[:3]}, executes {done.executed[:3]}")
     if (place / "ran").exists() or (place / "elsewhere").exists() and any((place / "elsewhere").iterdir()):
         found.append("what the stranger named was made")
-    if _secret_in(said) or any(_secret_in(path.read_text(errors="replace")) for path in _files_made(place)):
+    if SECRET in said or any(SECRET in path.read_text(errors="replace") for path in _files_made(place)):
         found.append("a secret was read")
     return found
-
-
-def _secret_in(text: str) -> bool:
-    return bool(re.search(re.escape(SECRET), text))
 
 
 def _files_made(place: Path) -> list[Path]:
@@ -102,13 +104,13 @@ def checked(chosen: list[Case], place: Path) -> dict[str, Watched]:
 
 
 def test_one_of_each_kind(bases, tmp_path):
-    chosen = [case for case in cases(bases) if case.name.startswith(QUICK)]
-    assert len(chosen) >= len(QUICK)
+    chosen = [case for case in all_cases(bases) if case.name.startswith(QUICK)]
+    assert [beginning for beginning in QUICK if not any(case.name.startswith(beginning) for case in chosen)] == []
     checked(chosen, tmp_path)
 
 
 def test_there_are_hundreds_and_each_has_a_name(bases):
-    names = [case.name for case in cases(bases)]
+    names = [case.name for case in all_cases(bases)]
     assert len(names) >= 700 and [name for name, count in Counter(names).items() if count > 1] == []
     assert {name.partition(":")[0] for name in names} == set(KINDS)
 
@@ -117,7 +119,7 @@ def test_there_are_hundreds_and_each_has_a_name(bases):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_hostile_file_is_one_sentence(kind, bases, tmp_path):
     """`pytest -s` prints how many there are of a kind, and the largest figures."""
-    done = checked([case for case in cases(bases) if case.name.startswith(f"{kind}:")], tmp_path)
+    done = checked([case for case in all_cases(bases) if case.name.startswith(f"{kind}:")], tmp_path)
     for figure in ("seconds", "cpu_seconds", "added_mb"):
         worst = sorted(done, key=lambda name: -getattr(done[name], figure))[:5]
         print(f"\n{figure}: " + "; ".join(f"{getattr(done[name], figure):.1f} {name}" for name in worst))

@@ -18,7 +18,7 @@ from parallel.checkpoint import manifest
 from parallel.errors import Mistake, nearest
 from research.config import serialization
 from research.data import tokenizer as tokenizers
-from research.data import tokenizer_file
+from research.data import tokenizer_costs, tokenizer_file
 from research.data.tokenizer import Tokenizer
 from research.evaluation import lm_eval_files, wikitext
 from research.exchange import hf_tokenizer, left_out
@@ -217,6 +217,26 @@ FILES: dict[str, tuple[Callable[[Path], object], Callable[[int], bytes]]] = {
 def test_a_file(name, tmp_path):
     call, make = FILES[name]
     check(call, written(make, tmp_path), 2**15)
+
+
+PATTERNS: dict[str, Callable[[int], list[str]]] = {
+    "a bracket and blanks": lambda n: ["{" + " " * n],
+    "a bracket and digits": lambda n: ["{" + "7" * n],
+    "a bracket, a comma and blanks": lambda n: ["{1," + " " * n + "7" + " " * n + "x"],
+    "brackets": lambda n: ["{" * n],
+    "many of them": lambda n: ["{" + " " * 99] * (n // 100),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_of_a_tokenizer(name):
+    """It is looked at outside of the limited process, so it has less than the most characters even at 4n."""
+
+    def look(patterns: list[str]) -> None:
+        for _ in range(20):
+            tokenizer_costs.check({"pre_tokenizer": [{"Regex": pattern} for pattern in patterns]}, Path("t"))
+
+    check(look, PATTERNS[name], 2**11)
 
 
 ARTICLES: dict[str, Callable[[int], str]] = {
