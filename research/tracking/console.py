@@ -5,6 +5,7 @@ sequences and no wrapping, so that grep works, and instead of the bar a line eve
 the other ranks are quiet.
 """
 
+import copy
 import functools
 import os
 import sys
@@ -72,13 +73,26 @@ class TerminalConsole(rich.console.Console):
 def show_tables(tables: Sequence[Table]) -> None:
     """Prints tables on standard output, with an empty line after each: as wide as the terminal, 80 columns in a pipe.
 
-    What steers a terminal is escaped in the cells by standard output itself (research/tracking/streams.py).
+    Their cells may hold what another machine says of itself, such as its name: each is shown on one line, as `one_line` writes it.
     """
-    console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console = TerminalConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
     escape_unencodable(console.file)
     for table in tables:
-        console.print(table)
+        console.print(_printable_table(table))
         console.print()
+
+
+def _printable_table(table: Table) -> Table:
+    """A copy of the table whose cells steer no terminal: texts, and `Text` of one style."""
+    safe = copy.copy(table)
+    safe.columns, safe.rows = [column.copy() for column in table.columns], []
+    for row, cells in zip(table.rows, zip(*(column.cells for column in table.columns), strict=True), strict=True):
+        safe.add_row(*map(_printable_cell, cells), style=row.style, end_section=row.end_section)
+    return safe
+
+
+def _printable_cell(cell: Any) -> Text:
+    return Text(fmt.one_line(cell.plain), cell.style) if isinstance(cell, Text) else Text(fmt.one_line(str(cell)))
 
 
 class Console:

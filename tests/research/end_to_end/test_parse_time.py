@@ -177,8 +177,8 @@ FILES: dict[str, tuple[Callable[[Path], object], Callable[[int], bytes]]] = {
     "config.json of a run, a long name": (serialization.load, lambda n: table(schema=6, **{"k" * n: 1})),
     "config.json of a run, digits": (serialization.load, lambda n: b'{"schema": ' + b"7" * n + b"}"),
     "config.json of a run, brackets": (serialization.load, lambda n: b"[" * n),
-    "a table, brackets": (tokenizer_file.read_table, lambda n: b'{"a":' * (n // 5)),
-    "a table, digits": (tokenizer_file.read_table, lambda n: b'{"a": ' + b"7" * n + b"}"),
+    "a table, brackets": (tokenizer_file.read_tokenizer_table, lambda n: b'{"a":' * (n // 5)),
+    "a table, digits": (tokenizer_file.read_tokenizer_table, lambda n: b'{"a": ' + b"7" * n + b"}"),
     "metrics.jsonl, lines": (lambda path: list(metrics.read(path)), lambda n: b"{}\n" * (n // 3)),
     "metrics.jsonl, no lines": (lambda path: list(metrics.read(path)), lambda n: b"\n" * n),
     "metrics.jsonl, keys": (lambda path: metrics.last(path, ["b"]), lambda n: table(**{f"k{i}": 0.5 for i in range(n // 10)})),
@@ -198,11 +198,11 @@ FILES: dict[str, tuple[Callable[[Path], object], Callable[[int], bytes]]] = {
         lambda n: table(model={"vocab": {str(i): i for i in range(n // 12)}}),
     ),
     "config.json of a model, unknown keys": (
-        lambda path: left_out.of_settings(tokenizer_file.read_table(path)),
+        lambda path: left_out.of_settings(tokenizer_file.read_tokenizer_table(path)),
         lambda n: table(model_type="llama", **{f"k{i}": i for i in range(n // 8)}),
     ),
     "config.json of a model, layers": (
-        lambda path: read_config.settings(tokenizer_file.read_table(path)),
+        lambda path: read_config.settings(tokenizer_file.read_tokenizer_table(path)),
         lambda n: table(model_type="llama", layer_types=["full_attention"] * (n // 18)),
     ),
     "tokenizer_config.json": (

@@ -63,7 +63,9 @@ def test_texts_and_cache_of_a_strangers_run(tmp_path):
         trusted_settings(copy, reads=["validation"])
     (copy.path / "held_out.jsonl.xz").write_bytes(b"")  # it may unpack to any size
     change(copy, "data", validation=str(copy.path / "held_out.jsonl.xz"))
-    with pytest.raises(Mistake, match=r"data.validation = .*held_out.jsonl.xz' of copy-abcdef is a file, not a built-in text: it is not read"):
+    with pytest.raises(
+        Mistake, match=r"data.validation = .*held_out.jsonl.xz' of copy-abcdef is a file, not a built-in text: it is not read"
+    ):
         trusted_settings(copy, reads=["validation"])
 
 
@@ -97,7 +99,9 @@ def test_what_a_strangers_run_says_of_deepspeed_and_of_initial_weights(tmp_path)
     assert trusted_settings(copy, trust=True, trains=True).deepspeed == table["deepspeed"]
     table["evaluate"]["measure"] = None
     copy.config.write_text(json.dumps(table))
-    with pytest.raises(Mistake, match="deepspeed = 'csv_monitor' of copy-abcdef can make DeepSpeed write files anywhere: it is not passed on"):
+    with pytest.raises(
+        Mistake, match="deepspeed = 'csv_monitor' of copy-abcdef can make DeepSpeed write files anywhere: it is not passed on"
+    ):
         trusted_settings(copy, trains=True)
     copy.config.write_text(json.dumps(table | {"deepspeed": {}}))
     with pytest.raises(Mistake, match="init_from = .*elsewhere' of copy-abcdef lies outside of its folder: it is not read"):
@@ -144,7 +148,9 @@ def test_a_variant_is_a_program(tmp_path):
     assert trusted_settings(run).model.norm == "variant:Mine"
     copy = strangers(run, tmp_path)
     change(copy, "data", train="builtin:state_of_the_union/val")
-    with pytest.raises(Mistake, match="model.norm = 'variant:Mine' of copy-abcdef is a class in .*variant.py, a program .* it is not executed"):
+    with pytest.raises(
+        Mistake, match="model.norm = 'variant:Mine' of copy-abcdef is a class in .*variant.py, a program .* it is not executed"
+    ):
         trusted_settings(copy, root=tmp_path)
     assert trusted_settings(copy, trust=True).model.norm == "variant:Mine"
     (tmp_path / "experiments" / "known").mkdir(parents=True)
