@@ -73,7 +73,7 @@ class TerminalConsole(rich.console.Console):
 def show_tables(tables: Sequence[Table]) -> None:
     """Prints tables on standard output, with an empty line after each: as wide as the terminal, 80 columns in a pipe.
 
-    Their cells may hold what another machine says of itself, such as its name: each is shown on one line, as `one_line` writes it.
+    Their cells may hold what another machine says of itself, such as its name: each of their lines is shown as `one_line` writes it.
     """
     console = TerminalConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
     escape_unencodable(console.file)
@@ -92,7 +92,9 @@ def _printable_table(table: Table) -> Table:
 
 
 def _printable_cell(cell: Any) -> Text:
-    return Text(fmt.one_line(cell.plain), cell.style) if isinstance(cell, Text) else Text(fmt.one_line(str(cell)))
+    """The cell with its newlines, between which a table puts lines of its own."""
+    text, style = (cell.plain, cell.style) if isinstance(cell, Text) else (str(cell), "")
+    return Text("\n".join(map(fmt.one_line, text.split("\n"))), style)
 
 
 class Console:
