@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     hosts = _hosts(arguments)
     for name in ("partition", "account", "job_name"):
         if (value := getattr(arguments, name)) is not None and not WORD.fullmatch(value):
-            raise Mistake(f"--{name.replace('_', '-')} {value!r} is not one word that Slurm takes → use letters, digits and - _ .")
+            raise Mistake(f"--{name} {value!r} is not one word that Slurm takes → use letters, digits and - _ .")
     if arguments.time is not None and not TIME.fullmatch(arguments.time):
         raise Mistake(f"--time {arguments.time!r} is not a time limit of Slurm → write hours:minutes:seconds, such as 24:00:00")
 

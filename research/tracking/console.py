@@ -22,7 +22,7 @@ from rich.text import Text
 
 from parallel.text import printable
 from research.tracking import format as fmt
-from research.tracking.streams import escape_unencodable, without_net
+from research.tracking.streams import escape_unencodable, without_escaping
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -56,8 +56,8 @@ class TerminalConsole(rich.console.Console):
 
     @property
     def file(self) -> IO[str]:
-        """The stream, without the net that escapes what steers a terminal: rich's own colours and bars do. Text in it is `printable`."""
-        return without_net(super().file)
+        """The stream, without the escaping of what steers a terminal: rich's own colours and bars do. Text in it is `printable`."""
+        return without_escaping(super().file)
 
     @file.setter
     def file(self, stream: IO[str]) -> None:
