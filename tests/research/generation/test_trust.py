@@ -1,5 +1,6 @@
 """A run that this checkout has made may name files and programs; a copy of it may not, unless its user trusts it."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -9,10 +10,13 @@ import pytest
 
 from parallel.errors import Mistake
 from research import ROOT
+from research.cli.cluster import checked_job
 from research.cli.trained_run import settings_of_run
 from research.config import Evaluate, Profile, Track
+from research.config.experiment_folder import load
 from research.data.tokenizer import gpt2
 from research.generation.trust import NOT_READ, said_of_trust, trusted_settings
+from research.tracking.console import Console
 from research.tracking.own_runs import KEY, is_own, mark_as_own
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import untrained
@@ -169,3 +173,14 @@ def test_only_what_is_executed_is_refused(tmp_path, capsys):
     (copy.path / "made_here").unlink()
     settings_of_run(Namespace(trust=True), copy, trains=True)
     assert "variant.py is executed" in capsys.readouterr().err
+
+
+def test_a_training_run_without_a_mark_warns_in_its_header(tmp_path):
+    from research.training import setup
+
+    job = checked_job(load(ROOT / "experiments" / "gpt_sotu"), [], "torchrun", 1, 1)
+    run = untrained.make(tmp_path)
+    for folder, warned in ((run, 0), (strangers(run, tmp_path), 1)):
+        shown = io.StringIO()
+        setup.header(job, folder, Console(shown))
+        assert shown.getvalue().count("the run's mark could not be written, so verbs that use the run will need --trust") == warned
