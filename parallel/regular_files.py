@@ -90,11 +90,18 @@ def _parsed_int(digits: str) -> int:
 def read_table(path: Path, way_out: str, at_most: int = LARGEST_JSON, most_values: int = MOST_VALUES) -> dict[str, Any]:
     """The object in a JSON file. Raises a Mistake, which ends in `way_out`, for anything else; an OSError if there is no such file."""
     try:
-        table = parsed_json(read_regular(path, at_most), most_values)
+        content = read_regular(path, at_most)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise Mistake(f"{path} cannot be read ({error.strerror or error}) → {way_out}") from None
+    return table_of(content, path, way_out, most_values)
+
+
+def table_of(content: bytes, path: Path, way_out: str, most_values: int = MOST_VALUES) -> dict[str, Any]:
+    """The object in the JSON that a file holds. Raises a Mistake, which ends in `way_out`, for anything else."""
+    try:
+        table = parsed_json(content, most_values)
     except ValueError as error:
         raise Mistake(f"{path} is not JSON ({str(error)[:120]}) → {way_out}") from None
     if not isinstance(table, dict):

@@ -26,10 +26,6 @@ from research.training.resume import AUTO, NEVER
 WHAT = """Prints the script that starts an experiment on several nodes, after the checks that a launch with so many ranks would make.
 Needs no GPU and no cluster. Nothing is written or started: redirect the output to a file, read it, and submit it.
 
-  --slurm      a script for sbatch: one srun, a signal before the time limit, and a requeue that goes on from the last checkpoint
-  --hostfile   a script for the first host: the hostfile, .deepspeed_env, and deepspeed, which reaches the other hosts by ssh
-  --torchrun   a script to be started on every host
-
 Settings of the experiment may follow, as for launch.py: --parallel.tensor 2. docs/clusters.md is the whole way to a cluster."""
 EXAMPLE = """examples:
   python -m research cluster experiments/gpt_sotu --slurm --nodes 2 --gpus 4 --time 12:00:00 --schedule.micro_batch_size 2 > job.sh
@@ -37,6 +33,11 @@ EXAMPLE = """examples:
 SHOWN = ("config", "layout", "batch", "model")
 """The lines of a run's header that a script repeats. The others depend on the machine."""
 LAUNCHERS: dict[str, Launcher] = {"slurm": "srun", "hostfile": "deepspeed", "torchrun": "torchrun"}
+SCRIPTS = {
+    "slurm": "a script for sbatch: one srun, a signal before the time limit, and a requeue that goes on from the last checkpoint",
+    "hostfile": "a script for the first host: the hostfile, .deepspeed_env, and deepspeed, which reaches the other hosts by ssh",
+    "torchrun": "a script to be started on every host",
+}
 TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
 """Slurm's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds."""
 WORD = re.compile(r"[^\s'\"\\$`#!]+")
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     hosts = _hosts(arguments)
     for name in ("partition", "account", "job_name"):
         if (value := getattr(arguments, name)) is not None and not WORD.fullmatch(value):
-            raise Mistake(f"--{name.replace('_', '-')} {value!r} is not one word that Slurm takes → use letters, digits and - _ .")
+            raise Mistake(f"--{name} {value!r} is not one word that Slurm takes → use letters, digits and - _ .")
     if arguments.time is not None and not TIME.fullmatch(arguments.time):
         raise Mistake(f"--time {arguments.time!r} is not a time limit of Slurm → write hours:minutes:seconds, such as 24:00:00")
 
@@ -90,8 +91,8 @@ def _parser() -> Parser:
     parser.epilog = EXAMPLE
     parser.add_argument("experiment", help="an experiment's folder")
     kind = parser.add_mutually_exclusive_group(required=True)
-    for name in LAUNCHERS:
-        kind.add_argument(f"--{name}", action="store_const", const=name, dest="kind", help="(see above)")
+    for name, text in SCRIPTS.items():
+        kind.add_argument(f"--{name}", action="store_const", const=name, dest="kind", help=text)
     parser.add_argument("--nodes", type=count, metavar="N", help="number of nodes")
     parser.add_argument("--gpus", type=count, required=True, metavar="N", help="GPUs, and therefore ranks, of each node")
     parser.add_argument("--cpu_only", action="store_true", help="the nodes have no GPUs: --gpus is the number of ranks of each node")

@@ -28,7 +28,7 @@ from research.generation import prompts
 from research.generation.settings import DEFAULT_TOKENS, GenerationSettings, refuse_context, refuse_long, text_seed
 from research.tracking.console import Console
 from research.tracking.format import json_line
-from research.tracking.streams import without_net
+from research.tracking.streams import without_escaping
 
 if TYPE_CHECKING:  # both import torch
     from research.generation.generator import GeneratedText, TextGenerator
@@ -308,6 +308,6 @@ def _logprob_lines(text: "GeneratedText", task: Task) -> str:
 
 def _put(text: str) -> None:
     """Writes to standard output: exactly, except that a terminal gets escapes of what would steer it."""
-    stream = without_net(sys.stdout)
+    stream = without_escaping(sys.stdout)
     stream.write(printable(text, most=None) if sys.stdout.isatty() else text)
     stream.flush()

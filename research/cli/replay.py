@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     add_json_option(parser, "what was found")
     arguments = parser.parse_args(argv)
     folder = find_run(arguments.run)
-    experiment, console = settings_of_run(arguments, folder, ["train", "validation"]), Console()
+    experiment, console = settings_of_run(arguments, folder, ["train", "validation"], trains=True), Console()
     choose_accelerator()  # before DeepSpeed is imported, with the next line; torch begins here
     from research.training.replay import replay
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake, listed
 from parallel.text import printable
+from research import ROOT
 from research.cluster.environment import find_ranks
 from research.config import Experiment
 from research.config.checks import tensor_degrees
-from research.config.experiment_folder import VARIANTS, check_variants, variant_names
-from research.generation.trust import is_known_variant, trusted_settings
+from research.config.experiment_folder import VARIANTS, check_variants
+from research.exchange.limited_tokenizer import try_tokenizer
+from research.generation.trust import WAY_OUT, executed_names, is_known_variant, said_of_trust, trusted_settings
 from research.tracking import run_folder, run_status
 from research.tracking.console import Advance, Console
 from research.tracking.own_runs import is_own
@@ -33,16 +35,25 @@ class Trained:
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
     """Adds --trust."""
-    text = "the run is yours, or you have looked at it: read the files that its config.json names, and execute its variant.py"
-    parser.add_argument("--trust", action="store_true", help=f"{text} (runs that this checkout has made are trusted)")
+    text = "the run is yours, or you have looked at it: use what its config.json names, and execute its variant.py"
+    parser.add_argument("--trust", action="store_true", help=f"{text}; needed once, and not for runs that this checkout has made")
 
 
-def settings_of_run(arguments: argparse.Namespace, folder: RunFolder, reads: Collection[str] = ()) -> Experiment:
-    """The run's settings, without what a stranger's run may not decide (research/generation/trust.py). Says if a program of it is run."""
-    experiment = trusted_settings(folder, arguments.trust, reads)
-    path = folder.source / VARIANTS
-    if arguments.trust and variant_names(experiment) and path.is_file() and not is_own(folder) and not is_known_variant(path):
-        Console(sys.stderr).warn(f"{path} is executed: no experiment of this checkout has the same")
+def settings_of_run(arguments: argparse.Namespace, folder: RunFolder, reads: Collection[str] = (), trains: bool = False) -> Experiment:
+    """The run's settings, without what a stranger's run may not decide (`trusted_settings`). With --trust, the run counts as own now.
+
+    A tokenizer.json of a run that is not own has been tried in a child process with limits.
+    """
+    experiment = trusted_settings(folder, arguments.trust, reads, trains)
+    if is_own(folder):
+        return experiment
+    if not arguments.trust:
+        try_tokenizer(experiment.data.tokenizer, ROOT, WAY_OUT)
+        return experiment
+    console, path = Console(sys.stderr), folder.source / VARIANTS
+    if executed_names(experiment, trains) and path.is_file() and not is_known_variant(path):
+        console.warn(f"{path} is executed: no experiment of this checkout has the same")
+    console.header([("trusted", said_of_trust(folder))])
     return experiment
 
 

@@ -50,16 +50,20 @@ def run_limited(function: Callable[[], Any], what: str, way_out: str, cpu_second
         _be_child(function, writing, cpu_seconds, memory)
     os.close(writing)
     try:
-        answer = _received(reading, time.monotonic() + PATIENCE * cpu_seconds)
+        received, ended = _received(reading, time.monotonic() + PATIENCE * cpu_seconds)
     finally:
         os.close(reading)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-    if answer is None:
-        size = f"{memory / 2**20:,.0f} MB"
-        timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
-        raise Mistake(f"{what} takes more than {f'{cpu_seconds:.0f} s' if timed_out else size} → {way_out}")
+    if len(received) > LARGEST_ANSWER:
+        raise Mistake(f"{what} makes a result of more than {LARGEST_ANSWER / 2**20:,.0f} MB → {way_out}")
+    if not ended:
+        raise Mistake(f"{what} has not ended in {PATIENCE * cpu_seconds:,.0f} s → {way_out}")
+    try:
+        answer = json.loads(received)
+    except ValueError:  # none, or a part of one
+        raise Mistake(f"{what} {_ending(status, cpu_seconds, memory)} → {way_out}") from None
     if "mistake" in answer:
         raise Mistake(answer["mistake"])
     if "error" in answer:
@@ -67,19 +71,30 @@ def run_limited(function: Callable[[], Any], what: str, way_out: str, cpu_second
     return answer["value"]
 
 
-def _received(reading: int, deadline: float) -> dict[str, Any] | None:
-    """The child's answer; None if it ends without one, is too slow, or sends too much."""
+def _received(reading: int, deadline: float) -> tuple[bytes, bool]:
+    """What the child sends, and whether it has ended in time. No more is read than shows that it is too much."""
     received = b""
     while (left := deadline - time.monotonic()) > 0 and len(received) <= LARGEST_ANSWER:
         if not select.select([reading], [], [], left)[0]:
-            return None
+            return received, False
         part = os.read(reading, 2**16)
         if not part:
-            with contextlib.suppress(ValueError):
-                return json.loads(received)
-            return None
+            return received, True
         received += part
-    return None
+    return received, False
+
+
+def _ending(status: int, cpu_seconds: float, memory: int) -> str:
+    """How a child has ended that gave no answer. Libraries abort, or fault, where they get no more memory."""
+    if not os.WIFSIGNALED(status):
+        return f"ends its process with exit code {os.WEXITSTATUS(status)}"
+    number = os.WTERMSIG(status)
+    if number == signal.SIGXCPU:
+        return f"takes more than {cpu_seconds:.0f} s of CPU time"
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    if number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS):
+        return f"ends its process by {name}: it may take more than {memory / 2**20:,.0f} MB"
+    return f"ends its process by {name}"
 
 
 def _be_child(function: Callable[[], Any], writing: int, cpu_seconds: float, memory: int) -> NoReturn:
@@ -91,8 +106,7 @@ def _be_child(function: Callable[[], Any], writing: int, cpu_seconds: float, mem
             os.dup2(null, descriptor)
         with environment(SINGLE):
             _limit(cpu_seconds, memory)
-            answer = _answer_of(function)
-        sent = memoryview(json.dumps(answer).encode())
+            sent = memoryview(_answer_of(function))
         while sent:
             sent = sent[os.write(writing, sent) :]
     finally:
@@ -108,12 +122,14 @@ def _limit(cpu_seconds: float, memory: int) -> None:
             resource.setrlimit(limit, (value, value + (limit == resource.RLIMIT_CPU)))
 
 
-def _answer_of(function: Callable[[], Any]) -> dict[str, Any]:
+def _answer_of(function: Callable[[], Any]) -> bytes:
+    """The JSON of the function's value, or of what it raised instead; so of a value that is no JSON."""
     try:
-        return {"value": function()}
+        return json.dumps({"value": function()}).encode()
     except Mistake as mistake:
-        return {"mistake": str(mistake)}
+        answer = {"mistake": str(mistake)}
     except MemoryError:
-        return {"error": "it needs more memory"}
+        answer = {"error": "it needs more memory"}
     except BaseException as error:  # Rust panics are not even Exceptions
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    return json.dumps(answer).encode()

@@ -20,12 +20,17 @@ UNICODE_GROWTH = 18
 GROWING = {"NFC": 3, "NFD": 4, "NFKC": UNICODE_GROWTH, "NFKD": UNICODE_GROWTH, "Precompiled": UNICODE_GROWTH, "Lowercase": 3}
 LONGEST_PATTERN, MOST_REPETITIONS = 20_000, 100_000
 """Of one regular expression: its characters, and the product of the numbers of its {…}."""
-REPETITION = re.compile(r"\{\s*(?:\d*\s*,)?\s*(\d+)\s*\}")
+MOST_PATTERNS, MOST_PATTERN_LETTERS = 1000, 100_000
+"""The most regular expressions, and characters of all of them together. Real tokenizers have a dozen."""
+REPETITION = re.compile(r"\{\s*+(?:\d*+\s*+,)?+\s*+(\d++)\s*+\}")
+"""Its quantifiers give nothing back (`*+`), so that a pattern of "{" and blanks is looked at once, not once for each blank."""
 LONGEST_PART = 1000
 """The most characters of the unknown token, and of what is put before or behind the parts of a word."""
 MOST_ADDED, MOST_ADDED_LETTERS, MOST_PIECES = 2**15, 2**23, 1000
 """The most added tokens (the library takes longer for each; Gemma has 6,000), characters of all of them together, and pieces of the
 template that puts special tokens around a text."""
+PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
+"""The components that may hold regular expressions."""
 WAY_OUT = "do not use it, or name another tokenizer"
 
 
@@ -35,13 +40,12 @@ def check(table: dict[str, Any], path: Path) -> None:
         for part in ("normalizer", "decoder"):
             if (growth := _growth(table.get(part))) > MOST_GROWTH:
                 raise Mistake(f"{path}: its {part} makes up to {growth:,.0f} bytes of one, more than {MOST_GROWTH:,} → {WAY_OUT}")
-        for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
-            for pattern in _patterns(table.get(part)):
-                _check_pattern(pattern, part, path)
+        patterns = [(part, pattern) for part in PARTS for pattern in _patterns(table.get(part))]
         if (pieces := _pieces(table.get("post_processor"))) > MOST_PIECES:
             raise Mistake(f"{path}: its post_processor has {pieces:,} pieces, more than {MOST_PIECES:,} → {WAY_OUT}")
     except RecursionError:
         raise Mistake(f"{path} is nested too deeply → {WAY_OUT}") from None
+    _check_patterns(patterns, path)
     model = table.get("model")
     for name, value in model.items() if isinstance(model, dict) else ():
         if isinstance(value, str) and len(value) > LONGEST_PART:  # a prefix or suffix of every token
@@ -92,9 +96,16 @@ def _patterns(component: Any) -> Iterator[str]:
             yield from _patterns(value)
 
 
-def _check_pattern(pattern: str, part: str, path: Path) -> None:
-    if len(pattern) > LONGEST_PATTERN:
-        raise Mistake(f"{path}: a pattern of its {part} has {len(pattern):,} characters, more than {LONGEST_PATTERN:,} → {WAY_OUT}")
-    repetitions = prod(max(1, int(number[:12])) for number in REPETITION.findall(pattern))
-    if repetitions > MOST_REPETITIONS:
-        raise Mistake(f"{path}: a pattern of its {part} repeats {repetitions:,.4g} times, more than {MOST_REPETITIONS:,} → {WAY_OUT}")
+def _check_patterns(patterns: list[tuple[str, str]], path: Path) -> None:
+    """Raises a Mistake for a regular expression, or for all of them together, that would take much to compile. (part, pattern) of each."""
+    if len(patterns) > MOST_PATTERNS:
+        raise Mistake(f"{path} has {len(patterns):,} patterns, more than {MOST_PATTERNS:,} → {WAY_OUT}")
+    for part, pattern in patterns:
+        if len(pattern) > LONGEST_PATTERN:
+            raise Mistake(f"{path}: a pattern of its {part} has {len(pattern):,} characters, more than {LONGEST_PATTERN:,} → {WAY_OUT}")
+    if (letters := sum(len(pattern) for _, pattern in patterns)) > MOST_PATTERN_LETTERS:
+        raise Mistake(f"{path}: its patterns have {letters:,} characters, more than {MOST_PATTERN_LETTERS:,} → {WAY_OUT}")
+    for part, pattern in patterns:
+        repetitions = prod(max(1, int(number[:12])) for number in REPETITION.findall(pattern))
+        if repetitions > MOST_REPETITIONS:
+            raise Mistake(f"{path}: a pattern of its {part} repeats {repetitions:,.4g} times, more than {MOST_REPETITIONS:,} → {WAY_OUT}")

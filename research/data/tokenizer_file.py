@@ -31,6 +31,7 @@ MOST_BEGIN = 256
 """The most tokens that a post-processor puts in front of a text."""
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 """The usual names of the token that ends a text, for a tokenizer.json without a tokenizer_config.json."""
+RIGHT_FILE = "is it the right file?"
 WAY_OUT = "give it a tokenizer.json as Hugging Face's tokenizers saves it"
 
 
@@ -47,19 +48,20 @@ def path_of(name: str, root: Path) -> Path:
 def declared_vocab_size(name: str, root: Path) -> int:
     """One more than the highest id in the file. Imports nothing heavy."""
     path = path_of(name, root)
-    return _vocab_size(path, _table(path))
+    return _vocab_size(path, _table(path, _content(path)))
 
 
 def load(name: str, root: Path) -> Tokenizer:
     """The tokenizer in the file, its own normaliser included: `decode` of `encode` is then not always the same text."""
     path = path_of(name, root)
-    table = _table(path)
-    backend = parsed(path, table)
+    content = _content(path)  # read once: what is checked is what is used
+    table = _table(path, content)
+    backend = _parsed(path, content, table)
     marker = end_of_text(path, table)
     marker_id = backend.token_to_id(marker)
     if marker_id is None:
         raise Mistake(f"{path} has no token {marker!r:.80}, with which {CONFIG} ends a text → {WAY_OUT}")
-    fingerprint = hashlib.sha256(read_regular(path, LARGEST) + b"\0" + marker.encode()).hexdigest()
+    fingerprint = hashlib.sha256(content + b"\0" + marker.encode()).hexdigest()
 
     # what the file's post-processor puts in front of a text; what it puts behind one is left out, because it ends texts
     try:
@@ -72,16 +74,22 @@ def load(name: str, root: Path) -> Tokenizer:
     return Tokenizer(name, _vocab_size(path, table), marker_id, fingerprint, backend, cuts=False, begin=begin)
 
 
-def parsed(path: Path, table: dict[str, Any] | None = None) -> Any:
-    """The library's tokenizer, set to encode the letters of special tokens as text, and neither to truncate nor to pad.
+def parsed(path: Path) -> Any:
+    """The library's tokenizer in a file, set to encode the letters of special tokens as text, and neither to truncate nor to pad.
 
-    `table` is what the file holds; None: it is read. A Mistake if it is no tokenizer, or one that makes much of little text.
+    A Mistake if it is no tokenizer, or one that makes much of little text.
     """
+    content = _content(path)
+    return _parsed(path, content, _table(path, content))
+
+
+def _parsed(path: Path, content: bytes, table: dict[str, Any]) -> Any:
+    """`parsed` of a file's bytes, whose table is `table`."""
     from tokenizers import Tokenizer as Backend
 
-    tokenizer_costs.check(_table(path) if table is None else table, path)
+    tokenizer_costs.check(table, path)
     try:
-        backend = Backend.from_buffer(read_regular(path, LARGEST))
+        backend = Backend.from_buffer(content)
     except BaseException as error:
         raise library_error(error, f"{path} is not a tokenizer", WAY_OUT) from None
     backend.no_truncation()
@@ -93,7 +101,7 @@ def parsed(path: Path, table: dict[str, Any] | None = None) -> Any:
 def end_of_text(path: Path, table: dict[str, Any]) -> str:
     """The token that ends a text: tokenizer_config.json's eos_token, or else one of the usual names."""
     config = path.with_name(CONFIG)
-    named = token_text(read_table(check_inside(config, config.parent)).get("eos_token")) if config.is_file() else None
+    named = token_text(read_tokenizer_table(check_inside(config, config.parent)).get("eos_token")) if config.is_file() else None
     if named:
         return named
     known = {name for name, _ in _tokens(table) if isinstance(name, str)}
@@ -109,18 +117,29 @@ def token_text(value: Any) -> str | None:
     return content if isinstance(content, str) and 0 < len(content) <= 200 else None
 
 
-def read_table(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
-    """A JSON table of at most `largest` bytes in a regular file. Anything else is a Mistake."""
+def read_tokenizer_table(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """A JSON table of at most `largest` bytes and MOST_VALUES values in a regular file. Anything else is a Mistake."""
     try:
-        return regular_files.read_table(path, "is it the right file?", largest, MOST_VALUES)
+        return regular_files.read_table(path, RIGHT_FILE, largest, MOST_VALUES)
     except OSError as error:
-        raise Mistake(f"{path} cannot be read ({error.strerror}) → check the file and its permissions") from None
+        raise _unreadable(path, error) from None
 
 
-def _table(path: Path) -> dict[str, Any]:
+def _unreadable(path: Path, error: OSError) -> Mistake:
+    return Mistake(f"{path} cannot be read ({error.strerror or error}) → check the file and its permissions")
+
+
+def _content(path: Path) -> bytes:
     if not path.is_file():
         raise Mistake(f"data.tokenizer: {path} does not exist → name a tokenizer.json, or use builtin:bpe-8192 or builtin:gpt2")
-    return read_table(path, LARGEST)
+    try:
+        return read_regular(path, LARGEST)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _table(path: Path, content: bytes) -> dict[str, Any]:
+    return regular_files.table_of(content, path, RIGHT_FILE, MOST_VALUES)
 
 
 def _tokens(table: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -176,7 +195,7 @@ def _beside(tokenizer: Tokenizer, root: Path, name: str) -> dict[str, Any]:
 def table_in(folder: Path, name: str, largest: int = LARGEST_JSON) -> dict[str, Any]:
     """The table `name` in a folder; empty if there is none. A Mistake if it is a link that leads out of the folder."""
     path = folder / name
-    return read_table(check_inside(path, folder), largest) if path.is_file() else {}
+    return read_tokenizer_table(check_inside(path, folder), largest) if path.is_file() else {}
 
 
 def find_template(folder: Path, config: Mapping[str, Any]) -> Any:

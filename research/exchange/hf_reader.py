@@ -16,7 +16,7 @@ from models.conversion.families import FAMILIES
 from models.conversion.read_config import settings, without_nulls
 from parallel.errors import Mistake
 from parallel.regular_files import check_inside, open_regular, parsed_json
-from research.data.tokenizer_file import read_table
+from research.data.tokenizer_file import read_tokenizer_table
 from research.exchange.source import check_finite
 
 CONFIG = "config.json"
@@ -37,7 +37,7 @@ class HFFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = without_nulls(read_table(check_inside(path / CONFIG, path), LARGEST_CONFIG))
+        self.config = without_nulls(read_tokenizer_table(check_inside(path / CONFIG, path), LARGEST_CONFIG))
         settings(self.config)  # raises a Mistake for a family or a setting that is not supported
         self.family = FAMILIES[self.config["model_type"]]
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -97,7 +97,7 @@ def _index(path: Path) -> dict[str, str] | None:
         return None
     if not (path / INDEX).exists():
         _raise_no_weights(path)
-    index = read_table(check_inside(path / INDEX, path), LARGEST_INDEX).get("weight_map")
+    index = read_tokenizer_table(check_inside(path / INDEX, path), LARGEST_INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise Mistake(f"{path / INDEX} has no weight_map that is a table of tensors → fetch the model again")
     for key, name in index.items():

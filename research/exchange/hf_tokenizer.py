@@ -27,7 +27,7 @@ from research.data.tokenizer_file import (
     TEMPLATE,
     are_ids,
     find_template,
-    read_table,
+    read_tokenizer_table,
     table_in,
 )
 
@@ -73,7 +73,9 @@ def copy_tokenizer(file: Path, target: Path, length: int, default_ids: Mapping[s
             first = named[0] if isinstance(named, list) else named
             token = None if first is None else backend.id_to_token(first)
         tokens[name] = token
-    tokens["eos_token"] = tokens["eos_token"] or tokenizer_file.end_of_text(file, read_table(target / FILE, tokenizer_file.LARGEST))
+    tokens["eos_token"] = tokens["eos_token"] or tokenizer_file.end_of_text(
+        file, read_tokenizer_table(target / FILE, tokenizer_file.LARGEST)
+    )
     template = find_template(source, config)
     _write_settings(target, backend, tokens, ids, template, length)
     return left_out + _templates_left_out(source, config, template)
@@ -90,7 +92,7 @@ def leave_out_tokens(file: Path, rows: int) -> list[str]:
 
     Such a token, a `[PAD]` as a rule, has no row in the model's table. transformers fails where it occurs in a text.
     """
-    table = read_table(file, tokenizer_file.LARGEST)
+    table = read_tokenizer_table(file, tokenizer_file.LARGEST)
     added: list[Any] = table.get("added_tokens") or []
     beyond = [entry for entry in added if _is_beyond(entry, rows)]
     if not beyond:
@@ -145,7 +147,7 @@ def export_tokenizer(target: Path, tokenizer: Tokenizer, root: Path, length: int
         copy_tokenizer(tokenizer_file.path_of(tokenizer.name, root), target, length, {})
     else:
         save_tokenizer(target, tokenizer.backend, dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT), None, length)
-    ids = read_table(target / GENERATION)
+    ids = read_tokenizer_table(target / GENERATION)
     return {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id", tokenizer.end_of_text)}
 
 

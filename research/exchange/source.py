@@ -14,7 +14,7 @@ from models.conversion.families import Family
 from models.conversion.mapping import Plan, check_copy
 from parallel.errors import Mistake
 from parallel.files import write_json
-from research.data.tokenizer_file import read_table
+from research.data.tokenizer_file import read_tokenizer_table
 
 LARGEST_TABLE = 64 * 2**20
 """The most bytes of a table that is written anew."""
@@ -66,7 +66,7 @@ def private_view(files: Iterable[Path], tables: Mapping[str, Mapping[str, Any]])
     with tempfile.TemporaryDirectory() as folder:
         for path in files:
             if path.suffix == ".json" and path.stat().st_size <= LARGEST_TABLE:
-                table = tables.get(path.name) or read_table(path, LARGEST_TABLE)
+                table = tables.get(path.name) or read_tokenizer_table(path, LARGEST_TABLE)
                 write_json(Path(folder) / path.name, {key: value for key, value in table.items() if key != "auto_map"})
             else:
                 (Path(folder) / path.name).symlink_to(path.resolve())

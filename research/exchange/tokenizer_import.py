@@ -17,13 +17,10 @@ from research.data.tokenizer import Tokenizer
 from research.exchange import hf_tokenizer, parity, tokenizer_parity
 from research.exchange.gguf import GGUFFile, convert_tokenizer
 from research.exchange.hf_reader import CONFIG
+from research.exchange.limited_tokenizer import limits
 from research.exchange.source import Source, private_view
 from research.exchange.tokenizer_parity import IdsComparison
 
-CPU_SECONDS, CPU_SECONDS_PER_MB = 3.0, 3.0
-MEMORY, MEMORY_PER_BYTE = 192 * 2**20, 64
-"""What the child may use, at least and for what is read. A tokenizer.json of 1,000 tokens took 0.1 s and 5 MB; one of
-128 thousand tokens (10 MB) 7 s and 219 MB."""
 WAY_OUT = "do not use it, or name another one: --tokenizer builtin:gpt2, --tokenizer PATH"
 
 
@@ -50,9 +47,7 @@ class TokenizerImport:
     def run(self) -> Tokenizer:
         """Writes the files, in the child, and returns the tokenizer that they make."""
         _import_what_the_child_needs()
-        size = self._bytes_read()
-        limits = CPU_SECONDS + CPU_SECONDS_PER_MB * size / 1e6, MEMORY + MEMORY_PER_BYTE * size
-        answer = run_limited(self._in_child, f"the tokenizer of {self.origin}", WAY_OUT, *limits)
+        answer = run_limited(self._in_child, f"the tokenizer of {self.origin}", WAY_OUT, *limits(self._bytes_read()))
         self.left_out, ids = answer["left_out"], answer["ids"]
         self.ids = None if ids is None else IdsComparison(ids[0], ids[1], tuple(ids[2]))
         return self._loaded()

@@ -5,6 +5,7 @@ sequences and no wrapping, so that grep works, and instead of the bar a line eve
 the other ranks are quiet.
 """
 
+import copy
 import functools
 import os
 import sys
@@ -21,7 +22,7 @@ from rich.text import Text
 
 from parallel.text import printable
 from research.tracking import format as fmt
-from research.tracking.streams import escape_unencodable, without_net
+from research.tracking.streams import escape_unencodable, without_escaping
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -55,8 +56,8 @@ class TerminalConsole(rich.console.Console):
 
     @property
     def file(self) -> IO[str]:
-        """The stream, without the net that escapes what steers a terminal: rich's own colours and bars do. Text in it is `printable`."""
-        return without_net(super().file)
+        """The stream, without the escaping of what steers a terminal: rich's own colours and bars do. Text in it is `printable`."""
+        return without_escaping(super().file)
 
     @file.setter
     def file(self, stream: IO[str]) -> None:
@@ -72,13 +73,28 @@ class TerminalConsole(rich.console.Console):
 def show_tables(tables: Sequence[Table]) -> None:
     """Prints tables on standard output, with an empty line after each: as wide as the terminal, 80 columns in a pipe.
 
-    What steers a terminal is escaped in the cells by standard output itself (research/tracking/streams.py).
+    Their cells may hold what another machine says of itself, such as its name: each of their lines is shown as `one_line` writes it.
     """
-    console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console = TerminalConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
     escape_unencodable(console.file)
     for table in tables:
-        console.print(table)
+        console.print(_printable_table(table))
         console.print()
+
+
+def _printable_table(table: Table) -> Table:
+    """A copy of the table whose cells steer no terminal: texts, and `Text` of one style."""
+    safe = copy.copy(table)
+    safe.columns, safe.rows = [column.copy() for column in table.columns], []
+    for row, cells in zip(table.rows, zip(*(column.cells for column in table.columns), strict=True), strict=True):
+        safe.add_row(*map(_printable_cell, cells), style=row.style, end_section=row.end_section)
+    return safe
+
+
+def _printable_cell(cell: Any) -> Text:
+    """The cell with its newlines, between which a table puts lines of its own."""
+    text, style = (cell.plain, cell.style) if isinstance(cell, Text) else (str(cell), "")
+    return Text("\n".join(map(fmt.one_line, text.split("\n"))), style)
 
 
 class Console:

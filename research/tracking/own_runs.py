@@ -1,30 +1,39 @@
 """Tells the runs that this checkout has made from those that came from elsewhere, by a keyed hash that each keeps: RUN/made_here.
 
-The key lies in the checkout's cache, readable by its owner only, so nobody else can make a run folder pass for one of these. The hash
-covers config.json and variant.py: what names other files, and what is executed. A run that was copied here, or whose key was deleted
-with the cache, counts as somebody else's: what reads it then reads and executes less (research/generation/trust.py).
+The key lies in the checkout, readable by its owner only, so nobody else can make a run folder pass for one of these; it is not part of
+the cache, which is safe to delete. The hash covers config.json and variant.py: what names other files, and what is executed. A run that
+was copied here, was made by an older version, or whose key was deleted, counts as somebody else's until its user trusts it: what reads
+it then reads and executes less (research/generation/trust.py).
 """
 
-import contextlib
 import hashlib
 import hmac
 import os
 import secrets
 from pathlib import Path
 
+from parallel.files import published
 from parallel.regular_files import read_regular
 from research import ROOT
 from research.tracking.run_folder import RunFolder
 
-KEY, KEY_BYTES = ROOT / ".cache" / "own_runs.key", 32
+KEY, KEY_BYTES = ROOT / ".own_runs.key", 32
 MARK, LARGEST = "made_here", 2**20
 
 
-def mark_as_own(folder: RunFolder, key_file: Path = KEY) -> None:
-    """Writes the hash of a run that this checkout makes, after its config.json and source/. Where no key can be kept, it does nothing."""
-    with contextlib.suppress(OSError):
+def mark_as_own(folder: RunFolder, key_file: Path = KEY) -> bool:
+    """Writes the hash of a run that this checkout makes, after its config.json and source/, or that its user trusts.
+
+    Returns whether it could be written: a checkout or a run on a read-only disk keeps no key or no mark. A link in the mark's place is
+    replaced, not followed.
+    """
+    try:
         _make_key(key_file)
-        (folder.path / MARK).write_text(_hash(folder, key_file))
+        with published(folder.path / MARK) as temporary:
+            temporary.write_text(_hash(folder, key_file))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def is_own(folder: RunFolder, key_file: Path = KEY) -> bool:
@@ -41,7 +50,7 @@ def _make_key(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(secrets.token_bytes(KEY_BYTES))

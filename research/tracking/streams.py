@@ -2,7 +2,7 @@
 
 A user chooses the streams: closed, in ASCII, on a full disk, in a pipe whose reader leaves. None of these may end in a traceback.
 What is written may be a stranger's, by whatever code it comes there (a traceback, a warning of a library, a new verb's print): the streams
-are a net that escapes what steers a terminal. Text that this program shows is made `printable` where it is written.
+escape what steers a terminal. Text that this program shows is made `printable` where it is written.
 """
 
 import codecs
@@ -79,7 +79,7 @@ def _occupy_descriptors() -> None:
             os.set_inheritable(null, True)  # so that other ranks have it too
 
 
-class NetStream(io.TextIOWrapper):
+class EscapingStream(io.TextIOWrapper):
     """A text stream that writes `printable` text. Libraries' own colours and progress bars pass: SGR sequences and carriage returns."""
 
     def write(self, text: str) -> int:
@@ -93,27 +93,27 @@ class NetStream(io.TextIOWrapper):
         return super().write(text)
 
 
-class _WithoutNet:
-    """A NetStream whose `write` writes text as it is; everything else is the stream's own."""
+class _WithoutEscaping:
+    """A EscapingStream whose `write` writes text as it is; everything else is the stream's own."""
 
-    def __init__(self, stream: NetStream) -> None:
+    def __init__(self, stream: EscapingStream) -> None:
         self._stream, self.write = stream, stream.write_exactly
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def without_net(stream: Any) -> IO[str]:
-    """The stream without the net of `prepare_streams`, for text that is safe already or asked for exactly."""
-    return _WithoutNet(stream) if isinstance(stream, NetStream) else stream  # type: ignore[return-value]
+def without_escaping(stream: Any) -> IO[str]:
+    """The stream without the escaping of `prepare_streams`, for text that is safe already or asked for exactly."""
+    return _WithoutEscaping(stream) if isinstance(stream, EscapingStream) else stream  # type: ignore[return-value]
 
 
-def _text_stream(raw: io.FileIO, before: io.TextIOWrapper | Any) -> NetStream:
+def _text_stream(raw: io.FileIO, before: io.TextIOWrapper | Any) -> EscapingStream:
     """A text stream over `raw` with the encoding and the buffering of the stream `before`, which is None if it was closed."""
     unbuffered = getattr(before, "write_through", False)
     encoding = getattr(before, "encoding", "utf-8")
     lines = getattr(before, "line_buffering", False)
-    return NetStream(
+    return EscapingStream(
         raw if unbuffered else io.BufferedWriter(raw),
         encoding=encoding,
         errors=ESCAPING,

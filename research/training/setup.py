@@ -55,7 +55,7 @@ from research.reliability.watchdog import Watchdog
 from research.tracking import format as fmt
 from research.tracking import run_folder, segments, wandb_client
 from research.tracking.console import Console
-from research.tracking.own_runs import mark_as_own
+from research.tracking.own_runs import is_own, mark_as_own
 from research.tracking.run_folder import RunFolder
 from research.tracking.run_lock import RunLock
 from research.tracking.tracker import Tracker
@@ -213,6 +213,8 @@ def header(job: Job, folder: RunFolder, console: Console) -> None:
     console.header([("", title), *describe(job, device_name(), software())])
     for warning in job.warnings:
         console.warn(warning, in_header=True)
+    if not is_own(folder):
+        console.warn("the run's mark could not be written, so verbs that use the run will need --trust (docs/strangers.md)", in_header=True)
 
 
 def prepare_run(

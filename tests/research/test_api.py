@@ -205,3 +205,16 @@ def test_it_is_installed_and_works_in_any_directory(tmp_path: Path) -> None:
     code = "from research import ROOT, api; print(ROOT, api.Model.__name__)"
     found = subprocess.run([python, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert re.fullmatch(rf"{re.escape(str(ROOT))} Model\n", found.stdout)
+
+
+def test_a_run_of_another_checkout_is_trusted_once(tmp_path: Path) -> None:
+    """It has no mark: its text is not read, until trust=True, which writes the mark and says so."""
+    run = untrained.make(tmp_path)
+    (run.path / "made_here").unlink()
+    assert sentence(lambda: api.load(run.path)).endswith("→ if it is yours, add --trust; in Python: api.load(run, trust=True)")
+    with pytest.warns(UserWarning, match=f"{run.title} counts as a run of this checkout from now on") as said:
+        api.load(run.path, trust=True)
+    with warnings.catch_warnings(action="error"):
+        api.load(run.path)
+        api.load(run.path, trust=True)
+    assert len(said) == 1

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from parallel.errors import Mistake
 from research import ROOT
-from research.data import prepare, tokenizer_file
+from research.data import prepare, tokenizer, tokenizer_file
 from research.data.token_store import TokenStore
 
 TEXT = "We the people of the United States, in order to form a more perfect union, …\n\n establish justice in 1787.\n"
@@ -209,3 +209,15 @@ def test_ids_that_cannot_be_decoded_are_a_mistake(tmp_path):
     found = tokenizer_file.load("tokenizer.json", tmp_path)
     with pytest.raises(Mistake, match=r"tokenizer.json cannot decode \d+ ids \(.*\) → "):
         found.decode(found.encode("z" * 40))
+
+
+def test_a_tokenizer_is_read_once(tmp_path, monkeypatch):
+    """What is checked is what is used: a file that is exchanged meanwhile changes neither."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer.gpt2().backend.save(str(path))
+    reads: list = []
+    read = tokenizer_file.read_regular
+    monkeypatch.setattr(tokenizer_file, "read_regular", lambda path, most: reads.append(path) or read(path, most))
+    monkeypatch.setattr(tokenizer_file.regular_files, "read_regular", lambda path, most: reads.append(path) or read(path, most))
+    tokenizer_file.load(str(path), tmp_path)
+    assert reads == [path]

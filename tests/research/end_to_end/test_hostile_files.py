@@ -1,6 +1,5 @@
 """Files of strangers: each ends its verb with one sentence, in little memory, and makes it neither write elsewhere nor execute anything."""
 
-import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -13,15 +12,24 @@ from tests.research.helpers.hostile_cases import SECRET, Bases, Case
 from tests.research.helpers.hostile_gguf import gguf_cases
 from tests.research.helpers.hostile_models import hf_cases, tokenizer_cases
 from tests.research.helpers.hostile_runs import checkpoint_cases, run_cases
+from tests.research.helpers.hostile_settings import settings_cases
 from tests.research.helpers.watched_verbs import Watched, watched
 
-KINDS = {"hf": hf_cases, "tokenizer": tokenizer_cases, "gguf": gguf_cases, "checkpoint": checkpoint_cases, "run": run_cases}
+KINDS = {
+    "hf": hf_cases,
+    "tokenizer": tokenizer_cases,
+    "gguf": gguf_cases,
+    "checkpoint": checkpoint_cases,
+    "run": run_cases,
+    "settings": settings_cases,
+}
 MOST_MB, LONGEST = 300, 20_000
 """What a verb may add to its memory, and the characters that it may print."""
 QUICK = (
     "hf: config.json is a pipe", "hf: config.json is a link to a secret", "hf: max_position_embeddings is huge",
     "gguf: an array of 2^40 numbers", "tokenizer: 30 doublings", "checkpoint: manifest.json is a pipe", "run: variant.py is a program",
-    "run: run.json is a pipe (runs)", "run: layout is long (inspect)", "run: data.train is a secret",
+    "run: run.json is a pipe (runs)", "run: layout is long (inspect)", "run: data.train is a secret (generate)",
+    "run: DeepSpeed's csv_monitor writes elsewhere",
 )  # fmt: skip
 """Beginnings of names: one of each kind, in the quick suite."""
 
@@ -36,6 +44,7 @@ def bases(tmp_path_factory) -> Bases:
     import research.cli.generate
     import research.cli.inspect
     import research.cli.plot
+    import research.cli.replay
     import research.cli.runs
     import research.cli.track
     import research.exchange.importer
@@ -82,13 +91,9 @@ def faults(case: Case, done: Watched, place: Path) -> list[str]:
         found.append(f"writes {done.wrote[:3]}, executes {done.executed[:3]}")
     if (place / "ran").exists() or (place / "elsewhere").exists() and any((place / "elsewhere").iterdir()):
         found.append("what the stranger named was made")
-    if _secret_in(said) or any(_secret_in(path.read_text(errors="replace")) for path in _files_made(place)):
+    if SECRET in said or any(SECRET in path.read_text(errors="replace") for path in _files_made(place)):
         found.append("a secret was read")
     return found
-
-
-def _secret_in(text: str) -> bool:
-    return bool(re.search(re.escape(SECRET), text))
 
 
 def _files_made(place: Path) -> list[Path]:
@@ -111,7 +116,7 @@ def checked(chosen: list[Case], place: Path) -> dict[str, Watched]:
 
 def test_one_of_each_kind(bases, tmp_path):
     chosen = [case for case in cases(bases) if case.name.startswith(QUICK)]
-    assert len(chosen) >= len(QUICK)
+    assert [beginning for beginning in QUICK if not any(case.name.startswith(beginning) for case in chosen)] == []
     checked(chosen, tmp_path)
 
 

@@ -18,7 +18,7 @@ from parallel.checkpoint import manifest
 from parallel.errors import Mistake, nearest
 from research.config import serialization
 from research.data import tokenizer as tokenizers
-from research.data import tokenizer_file
+from research.data import tokenizer_costs, tokenizer_file
 from research.data.tokenizer import Tokenizer
 from research.evaluation import lm_eval_files, wikitext
 from research.exchange import hf_tokenizer, left_out
@@ -177,8 +177,8 @@ FILES: dict[str, tuple[Callable[[Path], object], Callable[[int], bytes]]] = {
     "config.json of a run, a long name": (serialization.load, lambda n: table(schema=6, **{"k" * n: 1})),
     "config.json of a run, digits": (serialization.load, lambda n: b'{"schema": ' + b"7" * n + b"}"),
     "config.json of a run, brackets": (serialization.load, lambda n: b"[" * n),
-    "a table, brackets": (tokenizer_file.read_table, lambda n: b'{"a":' * (n // 5)),
-    "a table, digits": (tokenizer_file.read_table, lambda n: b'{"a": ' + b"7" * n + b"}"),
+    "a table, brackets": (tokenizer_file.read_tokenizer_table, lambda n: b'{"a":' * (n // 5)),
+    "a table, digits": (tokenizer_file.read_tokenizer_table, lambda n: b'{"a": ' + b"7" * n + b"}"),
     "metrics.jsonl, lines": (lambda path: list(metrics.read(path)), lambda n: b"{}\n" * (n // 3)),
     "metrics.jsonl, no lines": (lambda path: list(metrics.read(path)), lambda n: b"\n" * n),
     "metrics.jsonl, keys": (lambda path: metrics.last(path, ["b"]), lambda n: table(**{f"k{i}": 0.5 for i in range(n // 10)})),
@@ -198,11 +198,11 @@ FILES: dict[str, tuple[Callable[[Path], object], Callable[[int], bytes]]] = {
         lambda n: table(model={"vocab": {str(i): i for i in range(n // 12)}}),
     ),
     "config.json of a model, unknown keys": (
-        lambda path: left_out.of_settings(tokenizer_file.read_table(path)),
+        lambda path: left_out.of_settings(tokenizer_file.read_tokenizer_table(path)),
         lambda n: table(model_type="llama", **{f"k{i}": i for i in range(n // 8)}),
     ),
     "config.json of a model, layers": (
-        lambda path: read_config.settings(tokenizer_file.read_table(path)),
+        lambda path: read_config.settings(tokenizer_file.read_tokenizer_table(path)),
         lambda n: table(model_type="llama", layer_types=["full_attention"] * (n // 18)),
     ),
     "tokenizer_config.json": (
@@ -217,6 +217,26 @@ FILES: dict[str, tuple[Callable[[Path], object], Callable[[int], bytes]]] = {
 def test_a_file(name, tmp_path):
     call, make = FILES[name]
     check(call, written(make, tmp_path), 2**15)
+
+
+PATTERNS: dict[str, Callable[[int], list[str]]] = {
+    "a bracket and blanks": lambda n: ["{" + " " * n],
+    "a bracket and digits": lambda n: ["{" + "7" * n],
+    "a bracket, a comma and blanks": lambda n: ["{1," + " " * n + "7" + " " * n + "x"],
+    "brackets": lambda n: ["{" * n],
+    "many of them": lambda n: ["{" + " " * 99] * (n // 100),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_of_a_tokenizer(name):
+    """It is looked at outside of the limited process, so it has less than the most characters even at 4n."""
+
+    def look(patterns: list[str]) -> None:
+        for _ in range(20):
+            tokenizer_costs.check({"pre_tokenizer": [{"Regex": pattern} for pattern in patterns]}, Path("t"))
+
+    check(look, PATTERNS[name], 2**11)
 
 
 ARTICLES: dict[str, Callable[[int], str]] = {

@@ -9,11 +9,13 @@ import sys
 import time
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
 from research import ROOT
 from research.tracking import console as console_module
 from research.tracking import format as fmt
-from research.tracking.console import Console
+from research.tracking.console import Console, show_tables
 
 TRAIN = {
     "progress/step": 50,
@@ -209,3 +211,12 @@ def test_a_quiet_console_says_nothing(capsys):
 def test_what_is_needed_first_comes_before_what_is_next():
     assert said(lambda r: r.next(["a b", "c"], first="source x")).split("\n")[:3] == ["first  source x", "next   a b", "       c"]
     assert said(lambda r: r.next(["a b"])).split("\n")[0] == "next   a b"
+
+
+def test_a_cell_of_a_table_steers_no_terminal(capsys):
+    """A host's name, as another machine gives it: a colour and a carriage return pass the streams' escaping, and so are escaped before."""
+    table = Table("host", "clock", box=None)
+    table.add_row("node1\x1b[31m\rnode2", Text("ahead\x1b[1mnode3", "bold"))
+    show_tables([table])
+    shown = capsys.readouterr().out
+    assert "node1\\x1b[31m node2" in shown and "ahead\\x1b[1mnode3" in shown and not {"\x1b", "\r"} & set(shown)

@@ -124,17 +124,17 @@ NET = """
 import sys
 from rich.text import Text
 from research.tracking.console import Console
-from research.tracking.streams import prepare_streams, without_net
+from research.tracking.streams import prepare_streams, without_escaping
 prepare_streams()
 text = "a\\x1b]0;owned\\x07\\x1b[2J\\x9b\\u202e\\u2028b"
 print(text, "\\x1b[1mbold\\x1b[0m", "\\rbar", flush=True)
 Console(terminal=True).header([(text, text)])
-without_net(sys.stdout).write(text)
+without_escaping(sys.stdout).write(text)
 raise ValueError(text)
 """
 
 
-def test_the_streams_are_a_net_for_what_steers_a_terminal():
+def test_the_streams_escape_what_steers_a_terminal():
     """A print, our console, and a traceback. Colours and carriage returns of libraries pass, as does what is asked for exactly."""
     done = subprocess.run([sys.executable, "-c", NET], capture_output=True, cwd=ROOT, timeout=120)
     escaped = r"a\x1b]0;owned\x07\x1b[2J\x9b\u202e\u2028b"
