@@ -29,7 +29,7 @@ QUICK = (
     "hf: config.json is a pipe", "hf: config.json is a link to a secret", "hf: max_position_embeddings is huge",
     "gguf: an array of 2^40 numbers", "tokenizer: 30 doublings", "checkpoint: manifest.json is a pipe", "run: variant.py is a program",
     "run: run.json is a pipe (runs)", "run: layout is long (inspect)", "run: data.train is a secret (generate)",
-    "run: DeepSpeed's csv_monitor writes elsewhere",
+    "settings: DeepSpeed's csv_monitor writes elsewhere",
 )  # fmt: skip
 """Beginnings of names: one of each kind, in the quick suite."""
 

@@ -22,7 +22,7 @@ EVALUATE = ("evaluate", "--limit", "1")
 
 
 def settings_cases(bases: Bases) -> Iterator[Case]:
-    """All of them; their names begin with `run: `, as those of the other run folders do."""
+    """All of them; their names begin with `settings: `."""
 
     def case(name: str, act: Callable[[RunFolder, Path], Any], *verb: str) -> Case:
         def make(place: Path) -> list[str]:
@@ -30,7 +30,7 @@ def settings_cases(bases: Bases) -> Iterator[Case]:
             act(run, place)
             return [*verb, str(run.path)]
 
-        return Case(f"run: {name} ({verb[0]})", make)
+        return Case(f"settings: {name} ({verb[0]})", make)
 
     def setting(field: str, value: Callable[[RunFolder, Path], Any]) -> Callable[[RunFolder, Path], None]:
         return lambda run, place: changed(run.config, assign(field, value(run, place)))

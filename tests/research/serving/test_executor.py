@@ -21,6 +21,7 @@ from research.config import serialization
 from research.serving.errors import ApiError
 from research.serving.executor import BoundedExecutor
 from research.serving.responses import to_json
+from research.tracking.own_runs import mark_as_own
 from tests.models.helpers.build import ROTARY
 from tests.research.helpers import untrained
 from tests.research.serving.helpers.servers import PATIENCE, number, served, typed, until
@@ -163,6 +164,7 @@ def test_a_tokenizer_that_panics_is_a_refusal(tmp_path):
     experiment = serialization.load(folder.config)
     data = experiment.data.model_copy(update={"tokenizer": str(tmp_path / "tokenizer.json")})
     serialization.save(experiment.model_copy(update={"data": data}), folder.config)
+    mark_as_own(folder)
     with served(folder) as server:
         for path, asked in (
             ("/v1/completions", {"prompt": "z" * 40}),
