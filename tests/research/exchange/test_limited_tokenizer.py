@@ -17,7 +17,8 @@ from research.exchange.limited_tokenizer import try_tokenizer
 def test_a_tokenizer_is_tried_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tokenizer.json"
     gpt2().backend.save(str(path))
-    tried = f"from pathlib import Path; from {try_tokenizer.__module__} import try_tokenizer; try_tokenizer({str(path)!r}, Path('.'), 'do this')"
+    call = f"try_tokenizer({str(path)!r}, Path('.'), 'do this')"
+    tried = f"from pathlib import Path; from {try_tokenizer.__module__} import try_tokenizer; {call}"
     subprocess.run([sys.executable, "-c", tried], cwd=ROOT, check=True)  # as a verb does it, whose process has few threads to fork beside
     try_tokenizer("builtin:gpt2", tmp_path, "do this")
 
