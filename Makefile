@@ -9,7 +9,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow check clean
+.PHONY: help train test test-slow test-hosts check clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -50,6 +50,9 @@ test: $(VENV)/ready-dev  ## set up if needed, then run all tests except the slow
 
 test-slow: $(VENV)/ready-dev  ## run the slow tests
 	pytest -n $(WORKERS) --dist loadfile -m slow
+
+test-hosts: $(VENV)/ready-dev  ## run the slow tests that need two hosts, on two made of Linux namespaces (no container, no network)
+	pytest -n 0 -m hosts
 
 check: $(VENV)/ready-dev  ## check style (ruff), types (mypy) and the direction of imports
 	ruff check .

@@ -26,8 +26,18 @@ class Core(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
         """q 'b h s e', k and v 'b k s e', bias 'h s s' or None (causal) -> 'b h s e'."""
+        if q.shape[1] != k.shape[1] and needs_repeated_heads(q.dtype, q.device):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped)
+
+
+def needs_repeated_heads(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kv heads must be repeated for the query heads that share them, or no fused kernel takes them.
+
+    On a GPU only the flash kernel takes shared kv heads, and it has no fp32. Without it torch would store b·h·s² probabilities.
+    """
+    return device.type == "cuda" and dtype == torch.float32
 
 
 class DroppingCore(Core):

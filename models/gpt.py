@@ -12,14 +12,16 @@ from models.config import GPT
 from models.dropout import Dropout
 from models.recompute import recomputed
 from models.registry import BuildContext
-from parallel.cross_entropy import LOGITS_AT_ONCE, vocab_parallel_cross_entropy
+from parallel.cross_entropy import BY_DEVICE, vocab_parallel_cross_entropy
 from parallel.grid import Grid
 from parallel.layers import Layer
 from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead
 
 
 def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | None = None, recompute: str = "none") -> list[Layer]:
-    """The unbuilt layers in order: embedding, (position), blocks.0 …, (final_norm), head. Needs no process group.
+    """The unbuilt layers in order: embedding, (position), blocks.0 …, (final_norm), head.
+
+    Needs no process group. On a grid that has them, all ranks call it together: ranks that share a kv head get a group of their own.
 
     Input: ids 'b s'. Between any two layers: x 'b s d'. Output: logits 'b s v' of this rank's vocabulary rows. If the model has
     dropout, the global sample indices 'b' are passed along beside x.
@@ -59,7 +61,7 @@ class TokenLoss:
     vocab_size: int
     label_smoothing: float
     group: ProcessGroup | None
-    logits_at_once: int = LOGITS_AT_ONCE
+    logits_at_once: int = BY_DEVICE
 
     def __call__(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         """logits 'b s v', labels (targets 'b s', weights 'b s')."""

@@ -5,8 +5,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-LOGITS_AT_ONCE = 2**19
-"""Number of logits whose exponentials are held in fp32 at a time: few enough for a CPU's cache and for a GPU's spare memory."""
+LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
+"""Number of logits whose exponentials are held in fp32 at a time, by device: few enough for a CPU's cache (2 MiB) and a GPU's spare
+memory (256 MiB, in which a GPU needs few kernels; smaller blocks would cost hundreds of them)."""
+BY_DEVICE = 0
+"""As `logits_at_once`: the number that LOGITS_AT_ONCE has for the logits' device."""
 
 
 def vocab_parallel_cross_entropy(
@@ -15,7 +18,7 @@ def vocab_parallel_cross_entropy(
     group: ProcessGroup | None,
     vocab_size: int,
     label_smoothing: float = 0.0,
-    logits_at_once: int = LOGITS_AT_ONCE,
+    logits_at_once: int = BY_DEVICE,
 ) -> Tensor:
     """−log p(target) per token, as F.cross_entropy(…, reduction="none"); equal on every tensor rank, fp32 (fp64 for fp64 logits).
 
@@ -88,7 +91,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _row_blocks(logits: Tensor, logits_at_once: int) -> list[slice]:
-    size = max(1, logits_at_once // logits.shape[1])
+    size = max(1, (logits_at_once or LOGITS_AT_ONCE[logits.device.type]) // logits.shape[1])
     return [slice(i, i + size) for i in range(0, len(logits), size)]
 
 

@@ -9,6 +9,8 @@ SEPARATORS = re.compile(r"[.:/]")
 """Between the parts of a name: model.num_heads, builtin:state_of_the_union/train."""
 NEAR, SURELY_NEAR = 0.75, 0.9
 """difflib's ratio of two spellings from which on one is suggested for the other; and what a beginning or a whole word counts."""
+LONGEST_NAME = 200
+"""Characters of a name from which on nothing is near it. A file of a stranger may hold one of a megabyte."""
 SHORTEST_PART = 3
 """Letters from which on a beginning or a word of a name stands for the name."""
 
@@ -20,12 +22,46 @@ class Mistake(ValueError):
     Example: `Mistake("parallel.tensor = 3 does not divide model.num_heads = 8 → use 1, 2, 4 or 8")`.
     """
 
+    code = 2
+    """The exit code of a process that it ends (research/cluster/exit_codes.py)."""
+
+
+class DiskRefuses(Mistake):
+    """A disk is full, over its quota, or cannot be written for another reason that may pass: the same command may work later."""
+
+    code = 4
+
+
+class Damaged(Mistake):
+    """A file of a checkpoint is not what was written: another checkpoint of the run may be whole."""
+
+    code = 5
+
+
+class FolderLost(Mistake):
+    """A run's folder is not this process's any more: it was deleted under the run, or another process has taken the run over."""
+
+    code = 6
+
+
+class SharedMistake(Mistake):
+    """A Mistake that every rank of a launch raises with the same sentence, so that all end at once, with exit code `code`.
+
+    `reports`: whether this rank is the one that shows it.
+    """
+
+    def __init__(self, text: str, reports: bool, code: int = Mistake.code) -> None:
+        super().__init__(text)
+        self.reports, self.code = reports, code
+
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` most likely stands for: the same last word, else the closest spelling; None if none is near.
 
     Near is a slip of the fingers (`temprature`), a beginning (`eval`), or a part of the words (`usage` for `include_usage`).
     """
+    if len(name) > LONGEST_NAME:
+        return None
     candidates = list(candidates)
     leaf = name.rpartition(".")[2]
     same_leaf = (candidate for candidate in candidates if candidate.rpartition(".")[2] == leaf)

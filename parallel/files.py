@@ -5,6 +5,7 @@ gets its own name by one rename, so that a reader never sees a part of it. Impor
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import Mistake
+from parallel.errors import DiskRefuses, Mistake
+from parallel.regular_files import LARGEST_JSON, MOST_VALUES, open_regular, read_table
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a disk that is full, of a user's quota, and of a limit on the size of files."""
+FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG})
+"""Errors that do not pass by themselves."""
 
 
 @contextlib.contextmanager
@@ -97,20 +104,14 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. If the file holds anything else, a Mistake names it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"{path} is not JSON ({error}) → restore it, or name another folder") from error
-    if not isinstance(value, dict):
-        raise Mistake(f"{path} holds no JSON object but a {type(value).__name__} → restore it, or name another folder")
-    return value
+def read_json(path: Path, at_most: int = LARGEST_JSON, most_values: int = MOST_VALUES) -> dict[str, Any]:
+    """The object in a JSON file of bounded size, which may be a stranger's. If there is anything else, a Mistake names it."""
+    return read_table(path, "restore it, or name another folder", at_most, most_values)
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal. The file is read in pieces."""
-    with path.open("rb") as file:
+    """The SHA-256 of a regular file in hexadecimal. The file is read in pieces."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -136,7 +137,8 @@ def disk_trouble(path: Path, need: int) -> Iterator[None]:
     except OSError as error:
         free = free_bytes(path.parent)
         have = "nobody can tell how much its disk has free" if free is None else f"its disk has {megabytes(free)} free"
-        raise Mistake(
+        kind = Mistake if error.errno in FORBIDDEN else DiskRefuses
+        raise kind(
             f"{error.filename or path} cannot be written, {error.strerror or error}: the checkpoint needs {megabytes(need)}, {have} "
             "→ make room there, or write to another folder"
         ) from error

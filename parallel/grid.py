@@ -80,6 +80,8 @@ def make_grid(pipe: int, tensor: int, sequence: bool = False) -> Grid:
     """
     import torch.distributed as dist
 
+    from parallel.distributed import TIMEOUT
+
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % (pipe * tensor):
         enough, works = world + -world % (pipe * tensor), ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
@@ -94,7 +96,29 @@ def make_grid(pipe: int, tensor: int, sequence: bool = False) -> Grid:
     for name, along in axes.items():
         for ranks in grid.ranks_along(*along):
             if len(ranks) > 1:
-                group = dist.new_group(ranks)
+                group = dist.new_group(ranks, timeout=TIMEOUT)
                 if rank in ranks:
                     own_groups[f"{name}_group"] = group
     return replace(grid, **own_groups)
+
+
+def neighbours_group(grid: Grid, size: int) -> "ProcessGroup | None":
+    """The group of this rank among `size` neighbouring tensor ranks, where `size` divides grid.tensor; None if `size` is 1.
+
+    Collective over all ranks of the world, also over those that are in no such group: every rank creates every group in the same order.
+    Its members alone could create it too, but not once a device is bound to the world's group: NCCL then splits the communicator of all
+    ranks, and waits for them. None on a grid that only describes a layout.
+    """
+    import torch.distributed as dist
+
+    from parallel.distributed import TIMEOUT
+
+    if size == 1 or grid.tensor_group is None:
+        return None
+    own: Any = None
+    for ranks in grid.ranks_along("tensor"):
+        for first in range(0, grid.tensor, size):
+            members = ranks[first : first + size]
+            group = dist.new_group(members, timeout=TIMEOUT)
+            own = group if grid.rank in members else own
+    return own

@@ -72,9 +72,10 @@ class PlainModule(nn.Module):
         self.steps: list[tuple[Layer, Call]] = list(zip(layers, built.values(), strict=True))
         """The layers in order. A plain list is not registered by nn.Module, so each module is registered once."""
 
-    def watch(self, hook: CallHook) -> None:
-        """Calls each layer through `hook(name, call)` from now on."""
-        self.steps = [(layer, hook(layer.name, call)) for layer, call in self.steps]
+    def watch(self, hook: CallHook) -> Callable[[], None]:
+        """Calls each layer through `hook(name, call)` until what is returned is called, the last of several hooks first."""
+        before, self.steps = self.steps, [(layer, hook(layer.name, call)) for layer, call in self.steps]
+        return lambda: setattr(self, "steps", before)
 
     def hidden(self, passed: Activations) -> Tensor:
         """ids 'b s' -> x 'b s d': every layer but the head. For inference, which needs the logits of few positions."""

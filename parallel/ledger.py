@@ -1,10 +1,12 @@
 """Records every collective that a rank issues: which operation, along which axis, how many bytes, from which line, for which layer.
 
-It intercepts torch's dispatch to the communication backend, so that DeepSpeed's own collectives are recorded like ours and no call
-has to change. Each one is recorded *before* it is issued: if a rank hangs, its last collective is in the record.
+`Ledger` intercepts torch's dispatch to the communication backend, so that DeepSpeed's own collectives are recorded like ours and no call
+has to change. Each one is recorded *before* it is issued: if a rank hangs, its last collective is in the record. `TimedLedger` records the
+same calls together with the time that they take.
 """
 
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -39,6 +41,16 @@ OPERATIONS = {
     "barrier": "barrier",
 }
 """torch's dispatched names -> the usual names. A name that is missing here is kept as it is."""
+METHODS = {
+    **dict.fromkeys(("allreduce", "allreduce_coalesced"), "all_reduce"),
+    **dict.fromkeys(("allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "_allgather_base"), "all_gather"),
+    **dict.fromkeys(("all_gather_single", "all_gather_single_coalesced"), "all_gather"),
+    **dict.fromkeys(("reduce_scatter", "reduce_scatter_tensor_coalesced", "_reduce_scatter_base"), "reduce_scatter"),
+    **dict.fromkeys(("reduce_scatter_single", "reduce_scatter_single_coalesced"), "reduce_scatter"),
+    **dict.fromkeys(("alltoall", "alltoall_base", "all_to_all_single"), "all_to_all"),
+    **{name: name for name in ("broadcast", "reduce", "gather", "scatter", "send", "recv", "barrier")},
+}
+"""The methods of torch's process groups -> the usual names."""
 SENT = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 """Multiples of (n − 1)/n of the whole tensor that each of n ranks sends on a ring. A point-to-point send sends its tensor once."""
 FEW = 5
@@ -84,22 +96,13 @@ class Entry(NamedTuple):
         return f"{self.operation} of {self.elements} {self.dtype} at {self.site}{where}"
 
 
-class Ledger(TorchDispatchMode):
-    """Inside `with ledger: …`, `see` receives every collective of this rank in the order of issue. Groups of one rank are left out.
-
-    The backward pass is recorded if it runs in the thread that called it, as on the CPU. Whether CUDA's autograd threads inherit
-    the dispatch mode was not run.
-    """
+class LayerRecord:
+    """What a record of collectives has in common: the layer that is being computed, and the entry of one call."""
 
     def __init__(self, grid: Grid, see: Callable[[Entry], None]) -> None:
         super().__init__()
         self.grid, self.see = grid, see
         self.layer = self.direction = ""
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), settings: dict | None = None) -> Any:
-        if function.namespace == "c10d":
-            self._note(function.overloadpacket.__name__, arguments)
-        return function(*arguments, **(settings or {}))
 
     def within(self, layer: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Wraps `call`: collectives during its forward and backward pass are recorded as those of `layer`."""
@@ -121,14 +124,11 @@ class Ledger(TorchDispatchMode):
         """Ends the current layer: the collectives that follow belong to none."""
         self.layer = self.direction = ""
 
-    def _note(self, name: str, arguments: tuple) -> None:
-        operation = OPERATIONS.get(name, name)
-        groups = [a for a in arguments if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a)]
-        if not groups:
-            raise ValueError("a collective without a process group")
-        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(groups[0])))
+    def _note(self, operation: str, group: dist.ProcessGroup, arguments: Sequence[Any]) -> bool:
+        """Records a call with these arguments, as torch's functions have them; False for a group of one rank, which is left out."""
+        ranks = tuple(dist.get_process_group_ranks(group))
         if len(ranks) == 1:
-            return
+            return False
         if operation in ("send", "recv"):
             there, here = ranks[next(a for a in arguments if isinstance(a, int))], self.grid.rank
             ranks = (here, there) if operation == "send" else (there, here)
@@ -137,6 +137,83 @@ class Ledger(TorchDispatchMode):
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "uint8"
         elements = sum(tensor.numel() for tensor in tensors)
         self.see(Entry(operation, axis_of(self.grid, ranks), ranks, elements, dtype, self.layer, self.direction, _site()))
+        return True
+
+
+class Ledger(LayerRecord, TorchDispatchMode):
+    """Inside `with ledger: …`, `see` receives every collective of this rank in the order of issue. Groups of one rank are left out.
+
+    The backward pass is recorded if it runs in the thread that called it, as on the CPU. Whether CUDA's autograd threads inherit
+    the dispatch mode was not run.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), settings: dict | None = None) -> Any:
+        if function.namespace == "c10d":
+            name = function.overloadpacket.__name__
+            groups = [a for a in arguments if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a)]
+            if not groups:
+                raise ValueError("a collective without a process group")
+            self._note(OPERATIONS.get(name, name), dist.ProcessGroup.unbox(groups[0]), arguments)
+        return function(*arguments, **(settings or {}))
+
+
+class TimedLedger(LayerRecord):
+    """Inside `with ledger: …`, keeps every collective of this rank, and how long its thread issued it and waited for it.
+
+    It stands around the methods of torch's process groups, which all of torch's and DeepSpeed's functions call. Unlike a `Ledger`, it does
+    not see the other operations of a step, and so does not slow them down. With gloo, its seconds are what communication takes from the
+    step. NCCL's calls return at once: there, the time of the collectives is that of their kernels in torch's trace (not run).
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.entries: list[Entry] = []
+        self.seconds: list[float] = []
+        """Of each entry."""
+        self._issued: dict[int, tuple[Any, int]] = {}
+        """The collectives that were not waited for yet, by the identity of torch's handle -> (the handle, the number of the entry)."""
+        self._originals: list[tuple[type, str, Any]] = []
+        super().__init__(grid, self.entries.append)
+
+    def __enter__(self) -> "TimedLedger":
+        for name, operation in METHODS.items():
+            if (method := vars(dist.ProcessGroup).get(name)) is not None:
+                self._replace(dist.ProcessGroup, name, self._timed_issue(operation, method))
+        self._replace(dist.Work, "wait", self._timed_wait(vars(dist.Work)["wait"]))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        while self._originals:
+            owner, name, method = self._originals.pop()
+            setattr(owner, name, method)
+        self._issued.clear()
+
+    def _replace(self, owner: type, name: str, method: Any) -> None:
+        self._originals.append((owner, name, vars(owner)[name]))
+        setattr(owner, name, method)
+
+    def _timed_issue(self, operation: str, method: Any) -> Callable[..., Any]:
+        def issue(group: dist.ProcessGroup, *arguments: Any, **settings: Any) -> Any:
+            began = time.perf_counter()
+            noted = self._note(operation, group, arguments)
+            work = method(group, *arguments, **settings)
+            if noted:
+                self._issued[id(work)] = work, len(self.seconds)
+                self.seconds.append(time.perf_counter() - began)
+            return work
+
+        return issue
+
+    def _timed_wait(self, method: Any) -> Callable[..., Any]:
+        def wait(work: Any, *arguments: Any, **settings: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return method(work, *arguments, **settings)
+            finally:
+                _, entry = self._issued.pop(id(work), (None, None))
+                if entry is not None:
+                    self.seconds[entry] += time.perf_counter() - began
+
+        return wait
 
 
 def _flat(value: Any) -> list[Tensor]:

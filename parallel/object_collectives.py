@@ -1,9 +1,10 @@
 """Collectives for values that are not tensors: all-gather, gather and broadcast of objects, broadcast of integer lists, shared errors.
 
-All are blocking calls on the current stream, like those of parallel/collectives.py. NCCL was not run.
+The values travel in host memory, over gloo on every device (parallel/distributed.py): the GPU is not waited for. All calls block.
 """
 
 import contextlib
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from parallel.distributed import device
-from parallel.errors import Mistake
+from parallel.errors import Mistake, SharedMistake
 from parallel.grid import Grid
 
 HEAD = 256
@@ -38,7 +38,7 @@ def gather_objects(value: Any, grid: Grid) -> list[Any]:
 def broadcast_object(value: str) -> str:
     """Rank 0's string, on every rank. Collective over all ranks."""
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=device())
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
@@ -46,23 +46,27 @@ def broadcast_object(value: str) -> str:
 def together(grid: Grid) -> Iterator[None]:
     """Runs the `with` block on every rank; if it raised on any rank, every rank raises. Collective at the end of the block.
 
-    The block itself must not issue a collective. A rank that failed raises its own error. The others raise that of the first
-    failed rank: a Mistake with the same sentence, or a RuntimeError that names the rank. Without this, the other ranks would wait
-    in their next collective for a rank that has left.
+    The block itself must not issue a collective. Every rank raises the error of the first failed rank: a SharedMistake with its exit
+    code that names the rank and its host, unless it is rank 0's, or a RuntimeError that names both, where a rank that failed itself
+    raises its own error. Without this, the other ranks would wait in their next collective for a rank that has left.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    own = (isinstance(error, Mistake), f"{type(error).__name__}: {error}", str(error)) if error else None
+    code = error.code if isinstance(error, Mistake) else 0
+    own = (code, f"{type(error).__name__}: {error}", str(error), socket.gethostname()) if error else None
     failures = all_gather_objects(own, grid)
-    if error:
+    if grid.world == 1 and error:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            is_mistake, text, sentence = failure
-            raise Mistake(sentence) if is_mistake else RuntimeError(f"rank {rank} failed: {text}")
+            code, text, sentence, host = failure
+            if code:
+                shared = f"(rank {rank} on {host}) {sentence}" if rank else sentence
+                raise SharedMistake(shared, reports=grid.rank == 0, code=code) from error
+            raise error or RuntimeError(f"rank {rank} on {host} failed: {text}")
 
 
 def broadcast_ints(lists: Sequence[Sequence[int]], group: ProcessGroup) -> None:
@@ -73,7 +77,7 @@ def broadcast_ints(lists: Sequence[Sequence[int]], group: ProcessGroup) -> None:
     sizes, numbers = [len(numbers) for numbers in lists], [number for numbers in lists for number in numbers]
     message = [2 + len(sizes) + len(numbers), len(sizes), *sizes, *numbers]
     message += [0] * (HEAD - len(message))
-    tensor = torch.tensor(message, dtype=torch.int64, device=device())
+    tensor = torch.tensor(message, dtype=torch.int64)
     for part in (tensor[:HEAD], tensor[HEAD:]):
         if len(part):
             dist.broadcast(part, group=group, group_src=0)
@@ -83,7 +87,7 @@ def receive_ints(group: ProcessGroup) -> list[list[int]]:
     """The lists that the group's first rank sends with `broadcast_ints`. Collective."""
 
     def receive(size: int) -> list[int]:
-        numbers = torch.empty(size, dtype=torch.int64, device=device())
+        numbers = torch.empty(size, dtype=torch.int64)
         dist.broadcast(numbers, group=group, group_src=0)
         return numbers.tolist()
 

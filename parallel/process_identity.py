@@ -53,8 +53,11 @@ class ProcessIdentity:
         """The process that these values name, among others; None if they do not name one. Older files have its host and pid only."""
         try:
             host, pid, boot_id, pid_namespace = values["host"], values["pid"], values["boot_id"], values["pid_namespace"]
-            return cls(str(host), int(pid), str(boot_id), str(pid_namespace), float(values["started_after_boot"]))
-        except (KeyError, TypeError, ValueError):
+            number = int(pid)
+            if not 0 < number < 2**31:  # the file may come from a stranger
+                return None
+            return cls(str(host), number, str(boot_id), str(pid_namespace), float(values["started_after_boot"]))
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def __str__(self) -> str:
@@ -64,6 +67,11 @@ class ProcessIdentity:
         """Whether the two can see each other: one boot and one numbering of processes; where the system has neither, one host."""
         return (self.boot_id or self.host, self.pid_namespace) == (other.boot_id or other.host, other.pid_namespace)
 
+    def is_same(self, other: "ProcessIdentity") -> bool:
+        """Whether the two name one process. Two readings of its start may differ by a little."""
+        same_start = abs(self.started_after_boot - other.started_after_boot) < SAME_START
+        return self.same_machine(other) and self.pid == other.pid and same_start
+
     def find(self) -> psutil.Process | None:
         """The living process; None if it has ended, whoever has its number now, or cannot be seen from here.
 
@@ -72,8 +80,7 @@ class ProcessIdentity:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
             found = self.of(process)
-            same = self.same_machine(found) and abs(found.started_after_boot - self.started_after_boot) < SAME_START
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+            return process if self.is_same(found) and process.status() != psutil.STATUS_ZOMBIE else None
         return None
 
     def is_alive(self) -> bool | None:

@@ -117,6 +117,6 @@ def gathered(piece: Tensor, cut: Slice, group: "torch.distributed.ProcessGroup |
     """The whole logical parameter on every rank of the tensor group. Collective over `group`."""
     if group is None:
         return cut.join([piece])
-    pieces = [torch.empty_like(piece) for _ in range(group.size())]
-    torch.distributed.all_gather(pieces, piece.contiguous(), group=group)
-    return cut.join(pieces)
+    received = piece.new_empty((group.size() * piece.shape[0], *piece.shape[1:]))
+    torch.distributed.all_gather_single(received, piece.contiguous(), group=group)
+    return cut.join(received.chunk(group.size()))

@@ -1,18 +1,23 @@
-"""Reads the text that users hand over: UTF-8 with or without a byte-order mark, lines that end in LF or CR LF, JSON lines.
+"""Reads the text that users hand over (UTF-8, byte-order marks, line ends, JSON lines), and makes any text safe for a terminal.
 
 Every reader of a corpus, a file of prompts, a task or a chat template is built on these functions, so that a mark is never part of
-a text and an error names file and line. Imports no torch.
+a text and an error names file and line. Whatever leaves for a terminal goes through `printable`. Imports no torch.
 """
 
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
+from parallel.regular_files import BYTE_ORDER_MARK
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, of marks without a shape (direction, zero width), of surrogates, and of line ends."""
+LONGEST_SHOWN = 4000
+"""The most characters of one text that a terminal is shown, unless its writer says otherwise."""
 
 
 def read_text(path: Path, name: str = "", way_out: str = "check the file and its permissions") -> str:
@@ -77,3 +82,28 @@ def _not_utf8(raw: bytes, place: str, byte: int, reason: str) -> Mistake:
     if raw.startswith(UTF16_MARKS):
         return Mistake(f"{place.rpartition(', line ')[0]} is UTF-16 → save it as UTF-8")
     return Mistake(f"{place} is not UTF-8 (byte {byte}: {reason}) → save it as UTF-8")
+
+
+def printable(text: str, most: int | None = LONGEST_SHOWN, tail: int = 0) -> str:
+    """The text as a terminal may show it: newlines and tabs as they are, every character that has no shape as its escape (`\\x1b`).
+
+    These are control characters (with them a text moves the cursor, changes a title or fills the clipboard), marks of direction and of
+    zero width (with them it looks like another text), and other line ends than a newline. A text of more than `most` characters is cut
+    before its last `tail`, and says how many are left out; None: it is not cut.
+    """
+    if most is not None and len(text) > most:
+        head, end = text[: most - tail], text[len(text) - tail :]
+        return f"{printable(head, None)}… ({len(text) - most:,} characters left out){' …' if tail else ''}{printable(end, None)}"
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(letter) if is_unseen(letter) else letter for letter in text)
+
+
+def is_unseen(letter: str) -> bool:
+    """Whether a character has no shape of its own; newlines and tabs, which only place the text after them, are not counted."""
+    return letter not in "\n\t" and unicodedata.category(letter) in UNSEEN
+
+
+def _escaped(letter: str) -> str:
+    """A character as Python writes it in ASCII: \\x1b, \\u202e."""
+    return ascii(letter)[1:-1]

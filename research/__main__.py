@@ -7,8 +7,8 @@ import sys
 from parallel.errors import Mistake
 from research import ROOT
 from research.cli.verbs import VERBS, suggestion
-from research.cluster.environment import versions
 from research.cluster.exit_codes import refused_files, show_mistake
+from research.cluster.software import versions
 from research.tracking.streams import flushed_output, prepare_streams
 
 HELP = """usage: python -m research VERB …

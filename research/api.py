@@ -26,16 +26,19 @@ from parallel.errors import Mistake, listed, nearest
 from parallel.grid import Grid
 from parallel.layers import Call, PlainModule, unique_parameters
 from research import ROOT
-from research.config import Experiment, serialization
+from research.config import Experiment
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of
+from research.exchange.limited_tokenizer import try_tokenizer
 from research.generation.batching import CANCELLED
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec, restored
 from research.generation.settings import DEFAULT_TOKENS, GenerationSettings, text_seed
+from research.generation.trust import WAY_OUT, said_of_trust, trusted_settings
 from research.tracking import metrics as rows
 from research.tracking import run_folder
+from research.tracking.own_runs import is_own
 from research.tracking.run_folder import RunFolder
 
 Ids: TypeAlias = Sequence[int] | Tensor
@@ -48,12 +51,14 @@ def runs() -> list[str]:
     return [folder.title for folder in sorted(found, key=lambda folder: folder.run.stat().st_mtime, reverse=True)]
 
 
-def load(run: str | Path, step: int | None = None, precision: str | None = None) -> "Model":
+def load(run: str | Path, step: int | None = None, precision: str | None = None, trust: bool = False) -> "Model":
     """The model of a run, or of an imported model, with the weights of its newest checkpoint or of the one of `step`.
 
     `run`: a run's folder or one of its checkpoints, an experiment's name (its newest run), or a title such as gpt_sotu-7f3a2c.
     Relative paths start from the working directory or else from the checkout. `precision`: fp32, bf16 or fp16; None: that of
-    training, except that fp16 becomes fp32 on a CPU. Executes the variant.py that the run's folder keeps.
+    training, except that fp16 becomes fp32 on a CPU. Executes the variant.py that the run's folder keeps if the run's settings name
+    classes of it: only of a run that this checkout has made, a variant.py that an experiment of it has, too, or a run that you `trust`.
+    A run that you trust is marked, and counts as one that this checkout has made from then on.
     """
     folder, checkpoint = run_folder.find_checkpoint(_handle(run), ROOT / "runs")
     if step is not None:
@@ -61,7 +66,7 @@ def load(run: str | Path, step: int | None = None, precision: str | None = None)
         if step not in steps:
             raise Mistake(f"{folder.title} has no checkpoint of step {step} → it has {listed(steps, 'and') or 'none'}")
         checkpoint = steps[step]
-    return Model(folder, checkpoint, precision)
+    return Model(folder, checkpoint, precision, trust)
 
 
 def metrics(run: str | Path) -> dict[str, np.ndarray]:
@@ -86,9 +91,14 @@ class Model:
     without the batch dim 'b', or a batch 'b s' of sequences of one length.
     """
 
-    def __init__(self, folder: RunFolder, checkpoint: Path, precision: str | None = None) -> None:
+    def __init__(self, folder: RunFolder, checkpoint: Path, precision: str | None = None, trust: bool = False) -> None:
         self.folder, self.checkpoint = folder, checkpoint
-        self.experiment: Experiment = serialization.load(folder.config)
+        self.experiment: Experiment = trusted_settings(folder, trust)
+        if not is_own(folder):
+            if trust:
+                warnings.warn(said_of_trust(folder), stacklevel=3)
+            else:
+                try_tokenizer(self.experiment.data.tokenizer, ROOT, WAY_OUT)
         self._spec = DecoderSpec(folder.path, checkpoint, precision, slots=1, context=self.experiment.model.seq_length)
         self.module: PlainModule = restored(self._spec, Grid())
         """The torch module, in evaluation mode: ids 'b s' -> logits 'b s v'."""

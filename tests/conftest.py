@@ -11,6 +11,8 @@ from tests.harness import run_ranks, start_server
 
 FOUR_RANKS = "four_ranks_seconds"
 """The property of a test's report that holds the time of a four-rank engine test."""
+HOSTS = "hosts"
+"""The marker of tests on two hosts, and the property of their reports."""
 BUDGETS: dict[str, float] = {
     **{"tests/models": 60, "tests/parallel": 160},
     **{f"tests/research/{room}": 25 for room in ("cluster", "config", "data", "evaluation", "generation")},
@@ -25,6 +27,14 @@ LONG_RUN = 60.0
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are so small that a second thread only waits: up to 40 times slower on shared cores
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker(HOSTS):
+        item.user_properties.append((HOSTS, True))
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU")
 
 
 @pytest.fixture
@@ -42,8 +52,28 @@ def timed_run_ranks(request: pytest.FixtureRequest):
     return timed
 
 
+def show_hosts(terminalreporter: pytest.TerminalReporter, reports: list[pytest.TestReport]) -> None:
+    """One line for each test on two hosts: its outcome, its seconds, and what it shows."""
+    if not reports:
+        return
+    seconds, outcomes, reasons = collections.Counter[str](), dict[str, str](), set[str]()
+    for report in reports:
+        seconds[report.nodeid] += report.duration
+        if report.when == "call" or not report.passed:
+            outcomes[report.nodeid] = report.outcome
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reasons.add(report.longrepr[2])
+    terminalreporter.section("on two hosts")
+    for test, outcome in outcomes.items():
+        shown = test.partition("::test_")[2].replace("_", " ")
+        terminalreporter.write_line(f"{outcome:7} {seconds[test]:6.1f} s  {shown[:120]}")
+    for reason in sorted(reasons):
+        terminalreporter.write_line(reason)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for group in terminalreporter.stats.values() for report in group if isinstance(report, pytest.TestReport)]
+    show_hosts(terminalreporter, [report for report in reports if (HOSTS, True) in report.user_properties])
     if seconds := [value for report in reports if report.when == "call" for name, value in report.user_properties if name == FOUR_RANKS]:
         median = statistics.median(seconds)
         terminalreporter.write_line(f"harness: 4-rank engine test (init, build, one step) median {median:.1f} s over {len(seconds)}")

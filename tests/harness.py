@@ -1,15 +1,18 @@
 """Runs a function on n real ranks and returns its results: research/cluster/forked_ranks.py, for tests."""
 
 import functools
+import multiprocessing
 import pickle
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from parallel import distributed
 from research import ROOT
 from research.cluster import forked_ranks
 from research.cluster.environment import environment
@@ -41,6 +44,33 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
         except forked_ranks.RankFailed as failure:
             raise RankFailed(str(failure)) from None
         return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world)]
+
+
+def run_on_gpu(function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> Any:
+    """`function(*arguments)` as the only rank of a world, in a new process that sees the GPUs which `run_ranks` hides; its result.
+
+    For tests with the marker `gpu`. Where there is no GPU, it runs on the CPU. The process is killed after `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        process = multiprocessing.get_context("spawn").Process(target=_only_rank, args=(function, arguments, Path(folder)))
+        process.start()
+        process.join(timeout)
+        code = process.exitcode
+        forked_ranks.end([process])
+        traceback_file, result = Path(folder) / "traceback", Path(folder) / "result_0"
+        if code != 0:
+            raise RankFailed(traceback_file.read_text() if traceback_file.is_file() else f"exit code {code} within {timeout:.0f} s")
+        return pickle.loads(result.read_bytes())
+
+
+def _only_rank(function: Callable[..., Any], arguments: tuple, folder: Path) -> None:
+    try:
+        distributed.start(0, 1, 0, None)
+        _write_result(function, arguments, folder)
+        distributed.stop()
+    except BaseException:
+        (folder / "traceback").write_text(traceback.format_exc())
+        raise
 
 
 def start_server(*preload: str) -> None:

@@ -53,6 +53,27 @@ ENVIRONMENT_IS_TOUCHED_IN = {
     "research/evaluation/lm_eval_task.py",  # "no network" for lm-evaluation-harness' libraries
     "research/tracking/wandb_client.py",  # W&B takes its cache folders from there only
 }
+SHOWS_TEXT_IN = {
+    "research/tracking/console.py",  # makes all of its text printable
+    "research/tracking/streams.py",
+    "research/cluster/exit_codes.py",  # `sentence` is printable
+    "research/cli/json_output.py",  # JSON escapes it
+    "research/cli/generate.py",  # printable in a terminal, exact elsewhere
+    "research/cli/serve.py",
+    "research/cli/runs.py",
+    "research/cli/evaluate.py",
+    "research/cli/trained_run.py",
+    "research/__main__.py",  # its own help
+    "research/cli/verify.py",  # this and what follows, like research/verification/, tell of this checkout's own experiments
+    "research/launch.py",
+    "research/training/loop.py",
+    "research/training/resume.py",
+    "research/reliability/supervisor.py",
+    "research/reliability/hosts.py",  # names of the user's own hostfile
+    "research/cluster/rendezvous.py",  # `sentence` is printable
+    "research/cli/cluster.py",  # a script, exact, of the user's own words
+}
+"""Files that write to standard output or error. Any other uses research.tracking.console.Console, which makes text printable."""
 FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "trust_remote_code=True", "allow_pickle=True")
 EXPERIMENT_FILES = {"config.py", "launch.py", "variant.py"}
 TORCHLESS = ("models.config", "research.config.schema", "research.launch", "research.data", "research.cli.import_", "research.cli.export")
@@ -239,6 +260,18 @@ def library_is_silent(source: Source) -> Iterator[Finding]:
             yield node.lineno, f"calls {_called(node)}: return it, raise it, or let rank 0 report it"
 
 
+def text_leaves_by_named_exits(source: Source) -> Iterator[Finding]:
+    """What a terminal is shown may be a stranger's text: a new verb shows it with Console, which makes it printable."""
+    if source.folder != "research" or source.path in SHOWS_TEXT_IN or source.path.startswith("research/verification/"):
+        return
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and _called(node) in ("print", "sys.stdout.write", "sys.stderr.write"):
+            yield node.lineno, f"calls {_called(node)}: use research.tracking.console.Console, which makes text printable"
+    for line, name in imports(source):
+        if name.startswith("rich.console"):
+            yield line, f"imports {name}: use research.tracking.console, which makes text printable"
+
+
 def public_names_say_what_they_are(source: Source) -> Iterator[Finding]:
     """Every library module, public class and public function has a docstring (an @overload is not a function of its own)."""
     if source.folder not in LIBRARY:
@@ -267,7 +300,7 @@ def nothing_forbidden(source: Source) -> Iterator[Finding]:
 
 RULES: list[Rule] = [
     *(arrows, experiments_stand_alone, deepspeed_only_with_the_engines, wandb_only_in_tracking, spmd_types_only_where_types_are_checked),
-    *(environment_in_named_places, library_is_silent, public_names_say_what_they_are, nothing_forbidden),
+    *(environment_in_named_places, library_is_silent, text_leaves_by_named_exits, public_names_say_what_they_are, nothing_forbidden),
 ]
 
 
@@ -343,6 +376,9 @@ OFFENDERS: list[tuple[Rule, str, str]] = [  # the finding must name the line tha
     (library_is_silent, "parallel/x.py", DOC + "print('hello')  # here"),
     (library_is_silent, "models/x.py", DOC + "def f():\n    print()  # here"),
     (library_is_silent, "research/data/x.py", DOC + "import sys\nsys.stdout.write('hello')  # here"),
+    (text_leaves_by_named_exits, "research/cli/x.py", DOC + "def f():\n    print(1)  # here"),
+    (text_leaves_by_named_exits, "research/x.py", DOC + "import sys\nsys.stderr.write('hello')  # here"),
+    (text_leaves_by_named_exits, "research/cli/x.py", DOC + "from rich.console import Console  # here"),
     (public_names_say_what_they_are, "models/x.py", "import torch  # here"),
     (public_names_say_what_they_are, "research/x.py", DOC + "def f():  # here\n    return 1"),
     (public_names_say_what_they_are, "parallel/x.py", DOC + "class A:  # here\n    ''"),
@@ -368,7 +404,8 @@ INNOCENTS = [
     ("parallel/distributed.py", DOC + "import os\nos.environ['LOCAL_RANK'] = '0'"),
     ("models/x.py", DOC + "from parallel.grid import Grid\ndef _helper():\n    return sys.environment"),
     ("models/y.py", DOC + '@overload\ndef f(x): ...\ndef f(x):\n    """Says."""'),
-    ("research/tracking/wandb_x.py", DOC + "import wandb\nprint('hello')"),
+    ("research/tracking/wandb_x.py", DOC + "import wandb"),
+    ("research/cli/runs.py", DOC + "print('hello')"),
     ("research/verification/spmd_x.py", DOC + "from spmd_types import R"),
     ("research/data/x.py", DOC + 'def f():\n    """Loads."""\n    np.load(path, allow_pickle=False)'),
     ("experiments/a/config.py", DOC + "from research.config import Experiment"),

@@ -22,6 +22,16 @@ NO_DROPOUT = {"embedding_dropout": 0.0, "residual_dropout": 0.0, "mlp_dropout": 
 """Imported models get no dropout. Theirs belongs to a training that we do not continue."""
 LARGEST = 2**40
 """Numbers must be below this. No file holds a tensor of such a size."""
+MOST: dict[str, int] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "block_count"), 2**12),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "attention.head_count", "attention.head_count_kv"), 2**14),
+    **dict.fromkeys(("hidden_size", "n_embd", "head_dim", "embedding_length", "attention.key_length"), 2**20),
+    **dict.fromkeys(("intermediate_size", "n_inner", "feed_forward_length"), 2**23),
+    "vocab_size": 2**24,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "context_length", "original_max_position_embeddings"), 2**27),
+}
+"""Key -> the largest count that is read, a multiple of what the largest models have (of layers 126, of positions 10 million): lists as
+long as these numbers are made. In a GGUF file, the name of the architecture stands in front."""
 ROPE = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings",
@@ -91,10 +101,11 @@ class ConfigReader:
         return default[0] if value is None else value
 
     def count(self, key: str, *default: int) -> int:
-        """An integer above 0."""
+        """An integer above 0, and no larger than any model has."""
         value = self.get(key, *default)
-        fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST
-        return self._checked(key, value, fits, "a count")
+        most = MOST.get(key) or MOST.get(key.partition(".")[2], LARGEST - 1)
+        fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+        return self._checked(key, value, fits, f"a count up to {most:,}")
 
     def number(self, key: str, *default: float) -> float:
         """A finite number above 0."""

@@ -2,6 +2,7 @@
 
 checkpoints/step_000300/             complete, like every folder without a leading dot
 checkpoints/latest                   a file with the name of the newest checkpoint
+checkpoints/step_000200.damaged      found damaged, and set aside
 checkpoints/.step_000400.partial     being written, or left by a killed writer; the next save removes it
 checkpoints/.step_000300.replaced    the older checkpoint of the same step, until the newer one is in its place
 checkpoints/.step_000100.deleted     being deleted
@@ -12,17 +13,20 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from parallel.checkpoint.manifest import FILE_NAME
-from parallel.errors import Mistake
+from parallel.checkpoint.damage import damage_of
+from parallel.checkpoint.manifest import FILE_NAME, MANIFEST
+from parallel.errors import DiskRefuses, Mistake
 from parallel.files import disk_trouble, free_bytes, megabytes, sync_folder, write_synced
+from parallel.regular_files import open_regular
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
 STEP = re.compile(r"step_(\d{1,15})")
+DAMAGED = ".damaged"
+"""The end of the name of a damaged checkpoint that was set aside: it is not step_N any more, so nothing reads, counts or deletes it."""
 LEFT_BEHIND = re.compile(r"\.(.+)\.(partial|replaced|deleted)")
 
 
@@ -37,7 +41,7 @@ def begin(folder: Path, need: int) -> Path:
         clear_leftovers(folder.parent)
         free = free_bytes(folder.parent)
         if free is not None and free < need:
-            raise Mistake(f"{folder} needs {megabytes(need)}, its disk has {megabytes(free)} free → make room, or write elsewhere")
+            raise DiskRefuses(f"{folder} needs {megabytes(need)}, its disk has {megabytes(free)} free → make room, or write elsewhere")
         partial.mkdir()
     return partial
 
@@ -115,20 +119,72 @@ def steps(checkpoints: Path) -> list[Path]:
     complete: list[Path] = []
     with contextlib.suppress(OSError):
         complete = [path for path in checkpoints.iterdir() if STEP.fullmatch(path.name)]
-    return sorted((path for path in complete if (path / MANIFEST).is_file()), key=step_of)
+    return sorted(filter(_has_manifest, complete), key=step_of)
+
+
+def _has_manifest(path: Path) -> bool:
+    """Whether the folder has one; False for a folder that may not be read, too."""
+    with contextlib.suppress(OSError):
+        return (path / MANIFEST).is_file()
+    return False
+
+
+def up_to_latest(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints up to the one that `latest` names, in order; all of them if it names none.
+
+    Later ones belong to a future that the run has left, because it was resumed from an older checkpoint on purpose.
+    """
+    complete = steps(checkpoints)
+    pointed = checkpoints / _pointed(checkpoints / LATEST)
+    return [path for path in complete if step_of(path) <= step_of(pointed)] if pointed in complete else complete
+
+
+def newest_whole(candidates: Iterable[Path], hashes: bool = False) -> tuple[Path | None, dict[Path, str]]:
+    """The newest of the checkpoints that is whole, None if none is; and the newer ones, with what is damaged in each."""
+    damaged: dict[Path, str] = {}
+    for checkpoint in sorted(candidates, key=step_of, reverse=True):
+        if not (damage := damage_of(checkpoint, hashes)):
+            return checkpoint, damaged
+        damaged[checkpoint] = damage
+    return None, damaged
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Renames damaged checkpoints to step_N.damaged, and makes `latest` name the newest one that is left. Rank 0 only.
+
+    A name that is taken gets a number behind it. A disk that refuses keeps the old names.
+    """
+    for checkpoint in damaged:
+        with contextlib.suppress(OSError):
+            target, number = checkpoint.with_name(checkpoint.name + DAMAGED), 1
+            while target.exists():
+                number += 1
+                target = checkpoint.with_name(f"{checkpoint.name}{DAMAGED}-{number}")
+            checkpoint.rename(target)
+            newest = newest_complete(checkpoint.parent)
+            if newest:
+                point_latest(newest)
+            else:
+                checkpoint.with_name(LATEST).unlink(missing_ok=True)
 
 
 def retain(checkpoints: Path, keep_last: int, keep_every: int = 0, in_use: Collection[str] = ()) -> list[str]:
     """Deletes older checkpoints and returns the names of the deleted ones. One process does this for all ranks.
 
-    It keeps the newest `keep_last` (≥ 1), every step that `keep_every` divides (0: none), the one that `latest` names, the names
-    `in_use`, whatever is not called step_N, and every checkpoint that a process on this file system holds open with a Reader.
+    It keeps the newest `keep_last` (≥ 1) that are whole and whatever is newer than the oldest of them, every step that `keep_every`
+    divides (0: none), the one that `latest` names, the names `in_use`, whatever is not called step_N, and every checkpoint that a
+    process on this file system holds open with a Reader.
     """
     if keep_last < 1 or keep_every < 0:
         what = f"the last {keep_last} checkpoints and every {keep_every}th step's cannot be kept"
         raise Mistake(f"{what} → keep the last 1 or more, and every 0th (none), 1st, 2nd, …")
     complete = steps(checkpoints)
-    kept = {path.name for path in complete[-keep_last:]} | set(in_use)
+    kept, whole = set(in_use), 0
+    for path in reversed(complete):
+        if whole == keep_last:
+            break
+        kept.add(path.name)  # a damaged one, too: it does not count, and whoever finds the damage may need it
+        whole += not damage_of(path)
     if (checkpoints / LATEST).is_file():
         kept.add(_pointed(checkpoints / LATEST))
     old = [path for path in complete if path.name not in kept and not (keep_every and step_of(path) % keep_every == 0)]
@@ -153,7 +209,7 @@ def hold(folder: Path) -> IO[bytes]:
 
     This is an advisory lock (flock), shared by all readers. On a file system without locks, `retain` cannot know of readers.
     """
-    file = (folder / MANIFEST).open("rb")
+    file = open_regular(folder / MANIFEST)
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -194,7 +250,7 @@ def hidden(folder: Path, state: str) -> Path:
 def _pointed(pointer: Path) -> str:
     """The name in a `latest` file, empty if it cannot be read."""
     try:
-        with pointer.open("rb") as file:
+        with open_regular(pointer) as file:
             return file.read(256).decode(errors="replace").strip()
     except OSError:
         return ""

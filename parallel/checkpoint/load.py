@@ -13,7 +13,7 @@ from parallel.checkpoint.writer import GENERATORS
 from parallel.engines.engine import Engine
 from parallel.engines.optimizer_state import check_counters, ensure_moments, fragment, kinds_of, publish_weights, set_counters
 from parallel.engines.process_state import differences, set_generators
-from parallel.errors import Mistake
+from parallel.errors import Damaged, Mistake
 from parallel.object_collectives import all_gather_objects, together
 from parallel.slices import slice_of
 
@@ -103,5 +103,5 @@ def _restore_generators(reader: Reader, engine: Engine) -> None:
     try:
         states = json.loads(reader.read_file(GENERATORS))[engine.grid.rank]
     except (ValueError, RecursionError, IndexError, KeyError, TypeError) as error:
-        raise Mistake(f"{reader.folder / GENERATORS} cannot be read ({error!s:.100}) → use another checkpoint of the run") from error
+        raise Damaged(f"{reader.folder / GENERATORS} cannot be read ({error!s:.100}) → use another checkpoint of the run") from error
     set_generators(states)

@@ -20,15 +20,17 @@ from math import prod
 from typing import Any
 
 from parallel.engines.deepspeed_config import STATE_NAME
+from parallel.regular_files import parsed_json
 
+MANIFEST = "manifest.json"
 FORMAT = 2
 WEIGHTS = "weights"
 """fp32 master weights. Any other kind of tensor is a part of the optimizer's state, by the optimizer's own name: Adam's moments are
 exp_avg and exp_avg_sq. A checkpoint with weights only can be read but not resumed."""
 DTYPES = {"float32": 4}
 """dtype -> bytes per element."""
-MAX_BYTES = 256 * 2**20
-"""The largest manifest that is read. That of a model of 128 blocks on 8 tensor ranks has about 10 MB."""
+MAX_BYTES, MOST_VALUES = 64 * 2**20, 2**21
+"""The largest manifest that is read, in bytes and in values. That of a model of 128 blocks on 8 tensor ranks has about 10 MB."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_SIZE = 2**60
@@ -111,10 +113,7 @@ def _lines(table: dict[str, Any]) -> str:
 
 def parse(text: bytes) -> Manifest:
     """Parses and checks a manifest. A ValueError says what is wrong with it."""
-    try:
-        table = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    table = parsed_json(text, MOST_VALUES, _without_duplicates)
     _require(isinstance(table, dict), "it is not a table")
     _require("format" in table, "it has no format")
     version = table["format"]
@@ -221,10 +220,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{name!r:.200} is there twice")
     return table
-
-
-def _no_constant(value: str) -> float:
-    raise ValueError(f"{value} is not JSON")
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from parallel.checkpoint.folder import MANIFEST, hold, still_there
 from parallel.checkpoint.manifest import MAX_BYTES, Logical, Manifest, OtherFormat, Piece, parse
 from parallel.checkpoint.tensor_file import SAFETENSORS
-from parallel.errors import Mistake
+from parallel.errors import Damaged, Mistake
 from parallel.files import sha256_of
 from parallel.grid import Grid
 from parallel.layers import unique_parameters
+from parallel.regular_files import open_regular
 from parallel.slices import Slice, slice_of
 
 Box = Sequence[tuple[int, int]]
@@ -47,8 +48,11 @@ class Reader:
             self.manifest: Manifest = parse(text)
         except ValueError as error:
             self.close()
-            way_out = "use the version that wrote it" if isinstance(error, OtherFormat) else "use another checkpoint of its run"
-            raise Mistake(f"{self.folder} is not a checkpoint that can be read: {error} ({MANIFEST}) → {way_out}") from error
+            kind: type[Mistake] = Damaged
+            way_out = "use another checkpoint of its run"
+            if isinstance(error, OtherFormat):
+                kind, way_out = Mistake, "use the version that wrote it"
+            raise kind(f"{self.folder} is not a checkpoint that can be read: {error} ({MANIFEST}) → {way_out}") from error
         except BaseException:
             self.close()
             raise
@@ -106,7 +110,7 @@ class Reader:
         return torch.empty([end - begin for begin, end in box]) if region is None else region
 
     def check(self, share: int = 0, of: int = 1) -> None:
-        """Compares size and SHA-256 of every file with the manifest; a difference raises a Mistake with the file and both values.
+        """Compares size and SHA-256 of every file with the manifest; a difference raises Damaged with the file and both values.
 
         With `share` and `of`, only every `of`-th file is checked, so that ranks can divide the work.
         """
@@ -115,20 +119,20 @@ class Reader:
             size = path.stat().st_size if path.is_file() else None
             if size != expected.size:
                 actual = "missing" if size is None else f"{size} bytes"
-                raise Mistake(f"{path} is damaged: {actual}, the manifest says {expected.size} bytes → use another checkpoint of the run")
+                raise Damaged(f"{path} is damaged: {actual}, the manifest says {expected.size} bytes → use another checkpoint of the run")
             try:
                 sha256 = sha256_of(path)
             except OSError as error:
                 raise self._unreadable(path, error) from error
             if sha256 != expected.sha256:
                 both = f"SHA-256 {sha256[:12]}…, the manifest says {expected.sha256[:12]}…"
-                raise Mistake(f"{path} is damaged: {both} → use another checkpoint of the run")
+                raise Damaged(f"{path} is damaged: {both} → use another checkpoint of the run")
 
     def read_file(self, name: str, at_most: int = MAX_BYTES) -> bytes:
         """The content of a file of the checkpoint that holds no tensors."""
         path = self._path(name)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 return file.read(at_most)
         except OSError as error:
             raise self._unreadable(path, error) from error
@@ -164,7 +168,7 @@ class Reader:
             actual = (stored.get_dtype(), tuple(stored.get_shape()))
             expected = (SAFETENSORS[tensor.dtype], piece.shape(tensor.shape))
             if actual != expected:
-                raise Mistake(f"{self.folder / piece.file}: {piece.key} is {actual}, the manifest says {expected} → use another checkpoint")
+                raise Damaged(f"{self.folder / piece.file}: {piece.key} is {actual}, the manifest says {expected} → use another checkpoint")
             return stored[tuple(slice(begin, end) for begin, end in within)]
         except (OSError, SafetensorError) as error:
             raise self._unreadable(self.folder / piece.file, error) from error
@@ -189,9 +193,9 @@ class Reader:
             raise self._unreadable(path, error) from error
         return path
 
-    def _unreadable(self, path: Path, error: Exception) -> Mistake:
+    def _unreadable(self, path: Path, error: Exception) -> Damaged:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        return Mistake(f"{path} cannot be read: {reason} → use another checkpoint of the run")
+        return Damaged(f"{path} cannot be read: {reason} → use another checkpoint of the run")
 
 
 def load_weights(module: nn.Module, reader: Reader, grid: Grid) -> None:

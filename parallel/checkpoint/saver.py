@@ -1,7 +1,7 @@
 """Saves an engine between two steps: `Saver` on the calling thread, `BackgroundSaver` from a copy on another thread during training."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from parallel.checkpoint.sharding import AHEAD, assign_writers, gather_shards, parts_of
 from parallel.checkpoint.writer import BYTES_PER_FILE, CheckpointWriter, Saved
-from parallel.distributed import device
 from parallel.engines.engine import Engine
 from parallel.engines.optimizer_state import counters, ensure_moments
 from parallel.engines.process_state import arithmetic, generators
@@ -27,8 +26,9 @@ class Saver:
     before it writes them.
     """
 
-    def __init__(self, bytes_per_file: int = BYTES_PER_FILE, ahead: int = AHEAD) -> None:
-        self.bytes_per_file, self.ahead = bytes_per_file, ahead
+    def __init__(self, bytes_per_file: int = BYTES_PER_FILE, ahead: int = AHEAD, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called by rank 0 before it begins a checkpoint and before it publishes it."""
+        self.bytes_per_file, self.ahead, self.check = bytes_per_file, ahead, check
         self._published: list[Saved] = []
 
     def save(self, folder: Path, engine: Engine, facts: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class Saver:
         ensure_moments(engine)
         shards = assign_writers(engine)
         facts = {**facts, "counters": counters(engine), **arithmetic(engine)}
-        writer = CheckpointWriter(folder, parts_of(engine, shards), facts, engine.grid, generators(), self.bytes_per_file)
+        writer = CheckpointWriter(folder, parts_of(engine, shards), facts, engine.grid, generators(), self.bytes_per_file, self.check)
         return writer, gather_shards(engine, shards, self.ahead)
 
 
@@ -91,7 +91,7 @@ class BackgroundSaver(Saver):
         """See Saver.poll. While a checkpoint is being written, every call all-reduces one number."""
         if self._writing is not None:
             writer, thread = self._writing
-            finished = torch.tensor(int(not thread.is_alive()), device=device())
+            finished = torch.tensor(int(not thread.is_alive()))  # in host memory: the GPU is not waited for
             if writer.grid.world > 1:
                 dist.all_reduce(finished, op=dist.ReduceOp.MIN)
             if finished:

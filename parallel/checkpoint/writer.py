@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class CheckpointWriter:
     """Writes the checkpoint `folder` under a hidden name until it is complete. `parts` are those of this rank, in order.
 
     `facts` go into the manifest. `generators` are this rank's random generators, for a checkpoint that can be resumed.
+    `check` is called by rank 0 before anything is made and before it is published: it raises if that is not allowed any more.
     The constructor, which checks that all ranks' parts fit on the disk, and `finish` are collective; `write` is not.
     """
 
@@ -76,7 +77,9 @@ class CheckpointWriter:
         grid: Grid,
         generators: Any = None,
         bytes_per_file: int = BYTES_PER_FILE,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        self.check = check
         self.folder, self.facts, self.grid, self.generators = folder, facts, grid, generators
         self.partial, self.started = hidden(folder, "partial"), time.monotonic()
         self.plan = files_of(parts, grid.rank, bytes_per_file)
@@ -87,6 +90,7 @@ class CheckpointWriter:
         self._file: TensorFile | None = None
         with together(grid):
             if grid.rank == 0:
+                check()
                 begin(folder, self.need)
 
     def write(self, tensor: Tensor) -> None:
@@ -150,6 +154,7 @@ class CheckpointWriter:
                 files[GENERATORS] = File(len(data), hashlib.sha256(data).hexdigest())
         manifest = Manifest(self.facts, files, logical_tensors([plan for _, plan, _ in by_rank])).text()
         parse(manifest.encode())  # only a manifest that can be read is published
+        self.check()
         publish(self.partial, self.folder, manifest)
 
 

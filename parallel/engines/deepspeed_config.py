@@ -9,8 +9,11 @@ from parallel.errors import Mistake
 
 STATE_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 """What an optimizer may call a tensor that it keeps per parameter. Checkpoints name tensors and files by it."""
-BUCKET_ELEMENTS = 5_000_000
-"""Elements of a communication bucket by default. DeepSpeed's own, 5e8, may be allocated whole at each step."""
+BUCKET_ELEMENTS = {"cpu": 5_000_000, "cuda": 50_000_000}
+"""Device -> elements of a communication bucket. DeepSpeed's own, 5e8, may be allocated whole at each step; 5e6 are too few for NCCL's
+rings to reach their bandwidth. In fp32, 5e7 take 200 MB, and with `overlap_comm` there are two buckets."""
+BY_DEVICE = 0
+"""As `bucket_elements`: the number that BUCKET_ELEMENTS has for the device."""
 
 SAME = {
     "train_micro_batch_size_per_gpu": "schedule.micro_batch_size",
@@ -54,7 +57,7 @@ class EngineSettings:
     """None for AdamW, which DeepSpeed creates. Another is created as Class(parameter groups, lr=…, betas=…, eps=…, weight_decay=…)."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    bucket_elements: int = BUCKET_ELEMENTS
+    bucket_elements: int = BY_DEVICE
     """Elements of a bucket in which gradients are reduced and weights gathered. It changes speed and memory only."""
     explicit: Mapping[str, Any] = field(default_factory=dict)
     """The experiment's own `deepspeed={…}` table, merged last."""
@@ -92,12 +95,13 @@ def derive(settings: EngineSettings, cuda: bool) -> dict[str, Any]:
 
 
 def _zero(settings: EngineSettings, cuda: bool) -> dict[str, Any]:
+    bucket = settings.bucket_elements or BUCKET_ELEMENTS["cuda" if cuda else "cpu"]
     zero: dict[str, Any] = {
         "stage": max(1, settings.zero_stage),  # at stage 0 the gradient norm is wrong or missing: docs/deepspeed.md
         "overlap_comm": cuda,
         "contiguous_gradients": cuda,
-        "reduce_bucket_size": settings.bucket_elements,
-        "allgather_bucket_size": settings.bucket_elements,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}

@@ -3,6 +3,7 @@
 Both take the same micro-batches and return the same token means over the global batch. The grid alone decides which one runs.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,13 +15,13 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
-from parallel.distributed import device, quiet
+from parallel.distributed import device, device_name, quiet
 from parallel.engines import fp16
 from parallel.engines.deepspeed_config import EngineSettings, derive
 from parallel.engines.pipeline import LogitsFunction, LogitsHook, Mpu, Pipeline, instead_of_loss, reduce_tied_accumulated
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from parallel.layers import Layer, PlainModule, unique_parameters
+from parallel.layers import CallHook, Layer, PlainModule, unique_parameters
 from parallel.slices import gathered, slice_of
 
 Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -45,13 +46,32 @@ class MicroBatch(NamedTuple):
         return cls(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(weights), context)
 
     def on(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on `device`."""
-        ids, targets, weights, *context = (tensor.to(device, non_blocking=True) for tensor in (*self[:3], *self.context))
+        """The same micro-batch on `device`. It is copied to a GPU from pinned memory, so that the host does not wait for the copy."""
+        tensors = (*self[:3], *self.context)
+        if device.type == "cuda":
+            tensors = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
+        ids, targets, weights, *context = (tensor.to(device, non_blocking=True) for tensor in tensors)
         return MicroBatch(ids, targets, weights, tuple(context))
 
     def inputs(self) -> Tensor | tuple[Tensor, ...]:
         """The first layer's input: ids, or ids followed by the context."""
         return (self.ids, *self.context) if self.context else self.ids
+
+
+def copied_ahead(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """The micro-batches on `device`, in order. Each is read, and its copy begun, before the one in front of it is computed."""
+    waiting: deque[MicroBatch] = deque()
+    for batch in batches:
+        waiting.append(batch.on(device))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def read_numbers(*values: Tensor) -> list[float]:
+    """0-dim tensors as Python's numbers, in one copy: each copy from a GPU makes the host wait until everything before it is computed."""
+    device = values[0].device
+    return torch.stack([value.detach().to(device, torch.float64).reshape(()) for value in values]).tolist()
 
 
 class Engine:
@@ -85,6 +105,7 @@ class Engine:
                 mpu=mpu,
             )
         self._correct_deepspeed()
+        self._gradient_norm = float("nan")
 
     def train_batch(self, batches: Iterable[MicroBatch], lr: float) -> float:
         """One optimizer step at learning rate `lr` on the step's `settings.micro_batches` micro-batches of this data rank.
@@ -93,7 +114,11 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        return self._train(iter(batches))
+        loss, norm = self._train(copied_ahead(batches, self.device)), self.deepspeed.get_global_grad_norm()
+        # One copy from the device for both, the only one of a step besides DeepSpeed's own.
+        values = read_numbers(loss, norm) if isinstance(norm, Tensor) else [*read_numbers(loss), float("nan" if norm is None else norm)]
+        self._gradient_norm = values[1]
+        return values[0]
 
     def evaluate_batch(self, batch: MicroBatch) -> float:
         """`held_out_loss` of one micro-batch per data rank, averaged over data ranks; equal on every rank. No gradients, no update."""
@@ -110,8 +135,7 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """2-norm of the last step's whole gradient before clipping: unique parameters, all ranks; equal on every rank."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return self._gradient_norm
 
     @property
     def skipped_steps(self) -> int:
@@ -146,6 +170,17 @@ class Engine:
 
         self.optimizer.step = step
 
+    def watch_layers(self, hook: CallHook) -> Callable[[], None]:
+        """Calls this rank's layers, and the loss of training as "loss", through `hook(name, call)` until what is returned is called."""
+        restore, loss = self.module.watch(hook), self.loss
+        self._use_loss(hook("loss", loss))
+
+        def end() -> None:
+            restore()
+            self._use_loss(loss)
+
+        return end
+
     def owns(self, name: str) -> bool:
         """Whether a parameter is this stage's own, and not its copy of another stage's tied table."""
         return True
@@ -168,7 +203,12 @@ class Engine:
         """The module on this rank, and the `mpu` that DeepSpeed takes beside it."""
         raise NotImplementedError
 
-    def _train(self, batches: Iterator[MicroBatch]) -> float:
+    def _use_loss(self, loss: Loss) -> None:
+        """Sets the loss of training."""
+        self.loss = loss
+
+    def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
+        """`train_batch` on micro-batches of this device; the loss as a 0-dim tensor, which is not waited for."""
         raise NotImplementedError
 
     def _observe(self, batch: MicroBatch, function: LogitsFunction) -> Tensor | None:
@@ -186,7 +226,7 @@ class PlainEngine(Engine):
         with quiet(), deepspeed.zero.Init(data_parallel_group=group, mpu=mpu, config_dict_or_path=self.config, enabled=sharded):
             return PlainModule(layers), mpu
 
-    def _train(self, batches: Iterator[MicroBatch]) -> float:
+    def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
         self.deepspeed.train()
         total = torch.zeros((), device=self.device)
         for _ in range(self.settings.micro_batches):
@@ -200,7 +240,7 @@ class PlainEngine(Engine):
         self.deepspeed.eval()
         with torch.no_grad():
             loss = self._forward(batch, self.held_out_loss)
-        return self._mean_over_data(loss)
+        return float(self._mean_over_data(loss))
 
     def _observe(self, batch: MicroBatch, function: LogitsFunction) -> Tensor:
         self.deepspeed.eval()
@@ -210,11 +250,11 @@ class PlainEngine(Engine):
         here = batch.on(self.device)
         return loss(self.deepspeed(here.inputs()), (here.targets, here.weights))
 
-    def _mean_over_data(self, value: Tensor) -> float:
+    def _mean_over_data(self, value: Tensor) -> Tensor:
         mean = value.clone()
         if self.grid.data_group is not None:
             dist.all_reduce(mean, group=self.grid.data_group)
-        return float(mean / self.grid.data)
+        return mean / self.grid.data
 
 
 class PipeEngine(Engine):
@@ -233,8 +273,11 @@ class PipeEngine(Engine):
     def owns(self, name: str) -> bool:
         return any(name.startswith(f"{layer}.") for layer in self.module.own_layers)
 
-    def _train(self, batches: Iterator[MicroBatch]) -> float:
-        return float(self.deepspeed.train_batch(_pairs(batches)))
+    def _use_loss(self, loss: Loss) -> None:
+        self.loss = self.module.loss_fn = loss
+
+    def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
+        return self.deepspeed.train_batch(_pairs(batches))
 
     def evaluate_batch(self, batch: MicroBatch) -> float:
         with instead_of_loss(self.module, self.held_out_loss):
@@ -259,9 +302,11 @@ def make_engine(layers: Sequence[Layer], loss: Loss, grid: Grid, settings: Engin
 
 
 def refuse_precision(precision: str) -> None:
-    """Raises a Mistake if the precision is fp16 and the device has no fp16 kernels. It is never replaced by another precision silently."""
+    """Raises a Mistake if the device has no kernels for the precision. It is never replaced by another precision silently."""
     from deepspeed.accelerator import get_accelerator
 
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise Mistake(f"precision = 'bf16' needs bf16 kernels, which this GPU ({device_name()}) has not → use 'fp16' or 'fp32'")
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise Mistake(f"precision = 'fp16' needs fp16 kernels, which this device ({device().type}) has not → use 'bf16' or 'fp32'")
 
@@ -279,9 +324,9 @@ def gather_from_last_stages(values: Tensor | None, shape: Sequence[int], grid: G
         dist.broadcast(own, src=dist.get_process_group_ranks(grid.pipe_group)[-1], group=grid.pipe_group)
     if grid.data_group is None:
         return own.unsqueeze(0)
-    pieces = [torch.empty_like(own) for _ in range(grid.data)]
-    dist.all_gather(pieces, own, group=grid.data_group)
-    return torch.stack(pieces)
+    received = own.new_empty((grid.data * own.numel(),))
+    dist.all_gather_single(received, own.flatten(), group=grid.data_group)
+    return received.view(grid.data, *own.shape)
 
 
 def _optimizer_maker(settings: EngineSettings) -> Callable[[Any], Any] | None:

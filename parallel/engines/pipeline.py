@@ -14,6 +14,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from parallel.distributed import TIMEOUT
 from parallel.grid import Grid
 from parallel.layers import CallHook, Layer, apply_layer, stage_bounds
 
@@ -29,7 +30,10 @@ class Mpu:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        alone = dist.new_group([grid.rank], use_local_synchronization=True) if None in (grid.data_group, grid.model_group) else None
+        alone = None
+        if None in (grid.data_group, grid.model_group):
+            # A group of this rank alone needs nobody else. Created by all ranks, it would take a barrier of the world per rank.
+            alone = dist.new_group([grid.rank], timeout=TIMEOUT, use_local_synchronization=True)
         self.data_group, self.model_group = grid.data_group or alone, grid.model_group or alone
 
     def get_data_parallel_rank(self) -> int:
@@ -94,9 +98,11 @@ class Pipeline(PipelineModule):
         layers = self.named_layers[self._local_start : self._local_stop]
         self.forward_funcs: list[Any] = [partial(apply_layer, layer, call) for layer, call in zip(layers, self.forward_funcs, strict=True)]
 
-    def watch(self, hook: CallHook) -> None:
-        """Calls each of this stage's layers through `hook(name, call)` from now on."""
-        self.forward_funcs = [partial(apply_layer, layer, hook(layer.name, call)) for layer, call in (f.args for f in self.forward_funcs)]
+    def watch(self, hook: CallHook) -> Callable[[], None]:
+        """Calls this stage's layers through `hook(name, call)` until what is returned is called, the last of several hooks first."""
+        before = self.forward_funcs
+        self.forward_funcs = [partial(apply_layer, layer, hook(layer.name, call)) for layer, call in (f.args for f in before)]
+        return lambda: setattr(self, "forward_funcs", before)
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:

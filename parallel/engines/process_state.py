@@ -44,9 +44,13 @@ def set_generators(states: Any) -> None:
 
 
 def arithmetic(engine: Engine) -> dict[str, Any]:
-    """What the bits of a step on CPUs depend on besides the settings and the code: where all are equal, runs continue bit for bit alike."""
+    """What the bits of a step depend on besides the settings and the code: where all are equal, runs continue bit for bit alike.
+
+    On GPUs only if their kernels are deterministic (`distributed.use_deterministic_kernels`).
+    """
     grid, settings = engine.grid, engine.settings
     cuda = engine.device.type == "cuda"
+    kernels = {"deterministic": torch.are_deterministic_algorithms_enabled()} if cuda else {}  # a CPU's kernels always are
     return {
         "layout": {
             "pipe": grid.pipe,
@@ -65,6 +69,7 @@ def arithmetic(engine: Engine) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
+            **kernels,
             "torch": torch.__version__,
             "deepspeed": deepspeed.__version__,
         },

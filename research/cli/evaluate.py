@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
 from parallel.errors import Mistake
 from research import ROOT
 from research.cli.json_output import print_json
-from research.cli.trained_run import Trained, find, refuse_launcher, say
+from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.data.prepare import cache_folder, load_tokenizer
 from research.evaluation import lm_eval_task, perplexity, registry
@@ -27,7 +26,8 @@ from research.evaluation.results import Key, Result, Results, code_digest, model
 from research.evaluation.task import Settings, Task, TaskContext, evaluate
 from research.tracking import format as fmt
 from research.tracking import run_folder
-from research.tracking.console import Console
+from research.tracking.console import Console, TerminalConsole
+from research.tracking.own_runs import is_own
 
 WHAT = """Evaluates a trained model on tasks and keeps the results in RUN/evaluations/step_N.json. A task that was evaluated before, on the
 same checkpoint, data and settings, is not run again. The metrics are the same on any number of tensor ranks, up to rounding.
@@ -37,6 +37,8 @@ TOKENS_AT_ONCE = 8192
 """How many tokens are scored at once without --batch."""
 COLUMNS = ("task", "metric", "value", "± stderr", "examples", "precision", "time")
 RIGHT_ALIGNED = ("value", "± stderr", "examples", "time")
+LONGEST_CELL = 400
+"""The most characters of a cell: names of tasks and metrics come from files."""
 
 AnyTask = Task | LMEvalTask
 
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> None:
         show([result for key in keys.values() if (result := results.of(key))], arguments.json)
         if (path := results.path).is_file():
             console.header([("kept", str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))])
-        if evaluated:
+        if evaluated and (arguments.trust or is_own(command.folder)):  # another's run names a project that is another's
             from research.tracking import wandb_summary
 
             if line := wandb_summary.add(command.folder, summary_rows(results.results)):
@@ -102,6 +104,7 @@ def parser() -> Parser:
         help="names of tasks, separated by spaces or commas; list: shows them all",
     )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="the checkpoint of this step (default: the newest)")
+    add_trust_option(parser)
     parser.add_argument("--again", action="store_true", help="run tasks again that were evaluated before")
     data = parser.add_argument_group("data and examples")
     data.add_argument("--data", type=Path, metavar="FOLDER", help="a folder with wikitext2/test.txt and lambada/test.jsonl")
@@ -143,7 +146,7 @@ def prepared(arguments: argparse.Namespace) -> Command:
     if arguments.fewshot is not None and arguments.fewshot < 0:
         raise Mistake(f"--fewshot {arguments.fewshot} does not work → use 0 or more")
 
-    trained = find(arguments)
+    trained = find(arguments, ["validation"] if registry.VALIDATION in task_names(arguments) else [])
     seq_length = trained.experiment.model.seq_length
     settings = Settings(arguments.limit, arguments.window, arguments.stride, arguments.data)
     perplexity.window_sizes(settings, seq_length + 1)
@@ -219,10 +222,10 @@ def show(results: Sequence[Result], as_json: bool) -> None:
             no_wrap = column not in ("task", "metric")
             table.add_column(column, justify="right" if column in RIGHT_ALIGNED else "left", no_wrap=no_wrap)
         for row in rows:
-            table.add_row(*map(Text, row))
-        RichConsole().print(table)
+            table.add_row(*(Text(fmt.one_line(cell, LONGEST_CELL)) for cell in row))
+        TerminalConsole().print(table)
     else:
-        print("\n".join("\t".join(row) for row in [COLUMNS, *rows]))
+        print("\n".join("\t".join(fmt.one_line(cell, LONGEST_CELL) for cell in row) for row in [COLUMNS, *rows]))
 
 
 def table_rows(result: Result) -> list[tuple[str, ...]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from parallel.errors import Mistake
 from parallel.files import megabytes, refuse_existing, staged
-from research.cli.trained_run import say_choice
+from research.cli.trained_run import add_trust_option, say_choice, settings_of_run
 from research.cli.verbs import Parser
 from research.tracking import run_folder
 from research.tracking.console import Console
@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folder", type=Path, help="the folder to create")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="the dtype of the weights (default: float32)")
     parser.add_argument("--shard-size", default="4GB", help="largest file of weights: 500MB, 4GB (the default)")
+    add_trust_option(parser)
     arguments = parser.parse_args(argv)
     run, checkpoint = run_folder.find_checkpoint(arguments.run, needs="config.json")
     say_choice(arguments.run, run)
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     from research.exchange.exporter import Export
 
     report = Console()
-    export = Export(run, checkpoint, arguments.dtype, shard_size)
+    export = Export(run, checkpoint, settings_of_run(arguments, run), arguments.dtype, shard_size)
     report.header([("", export.line()), *(("note", note) for note in export.notes())])
     with staged(arguments.folder) as folder:
         with report.progress("writing the weights", len(export.links)) as advance:

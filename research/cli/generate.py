@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake, listed
-from parallel.text import decoded_line
+from parallel.text import decoded_line, printable
 from research import ROOT
 from research.cli.json_output import print_json
-from research.cli.trained_run import Trained, find, refuse_launcher, say
+from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.cluster.exit_codes import show_mistake
 from research.data.prepare import load_tokenizer
@@ -27,7 +27,8 @@ from research.data.tokenizer import Tokenizer
 from research.generation import prompts
 from research.generation.settings import DEFAULT_TOKENS, GenerationSettings, refuse_context, refuse_long, text_seed
 from research.tracking.console import Console
-from research.tracking.format import json_line, printable
+from research.tracking.format import json_line
+from research.tracking.streams import without_escaping
 
 if TYPE_CHECKING:  # both import torch
     from research.generation.generator import GeneratedText, TextGenerator
@@ -101,6 +102,7 @@ def parser() -> Parser:
     parser = Parser("generate", WHAT)
     parser.add_argument("run", help="a run's folder (runs/gpt_sotu/latest), its name or its title")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="the checkpoint of this step (default: the newest)")
+    add_trust_option(parser)
     source = parser.add_argument_group("what to continue; one of these")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times")
     source.add_argument(
@@ -235,16 +237,16 @@ def _write_json_lines(task: Task, generator: "TextGenerator") -> None:
 def _write_blocks(task: Task, generator: "TextGenerator", texts: tuple[str, ...]) -> None:
     """Each prompt with its text, separated by empty lines."""
     for i, text in enumerate(_generate(task, generator, texts)):
-        _put(("\n" if i else "") + printable(text.prompt + text.text) + "\n" + _logprob_lines(text, task))
+        _put(("\n" if i else "") + text.prompt + text.text + "\n" + _logprob_lines(text, task))
 
 
 def _stream(task: Task, generator: "TextGenerator", prompt: str, number: int = 0, should_stop: Callable[[], bool] = lambda: False) -> None:
     """Prints the prompt, then its text as it becomes certain, until it ends or `should_stop()`."""
     text = generator.submit(prompt, task.settings(prompt, number))
-    _put(printable(prompt))
+    _put(prompt)
     while text.finish is None:
         generator.step()
-        _put(printable(text.fresh))
+        _put(text.fresh)
         if should_stop():
             generator.cancel(text)
     _put("\n" + _logprob_lines(text, task))
@@ -305,5 +307,7 @@ def _logprob_lines(text: "GeneratedText", task: Task) -> str:
 
 
 def _put(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Writes to standard output: exactly, except that a terminal gets escapes of what would steer it."""
+    stream = without_escaping(sys.stdout)
+    stream.write(printable(text, most=None) if sys.stdout.isatty() else text)
+    stream.flush()

@@ -15,6 +15,7 @@ from research.config import experiment_folder, serialization
 from research.exchange.other_formats import refuse_other_formats
 from research.tracking import run_folder
 from research.tracking.console import Console
+from research.tracking.own_runs import is_own, mark_as_own
 from research.tracking.run_folder import RunFolder
 
 DESCRIPTION = """Reads GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2 and Qwen3 from a Hugging Face folder (safetensors), and all but the
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> None:
                 raise SystemExit(1)
             publish(place)
             run = job.named(place.staging.path)
+            if not is_own(place.run):
+                report.warn(f"the mark of {run} could not be written, so verbs that use the run will need --trust")
         report.header([("run", f"{run} · {CERTIFICATE}"), ("folder", str(arguments.experiment))])
         generate = f"python -m research generate {run} --prompt 'The meaning of life is'"
         report.next([generate, f"python {arguments.experiment / experiment_folder.LAUNCHER} --dry-run"])
@@ -79,6 +82,7 @@ def publish(place: Place) -> None:
         with staged(place.experiment) as folder:
             experiment_folder.write(folder, serialization.load(place.staging.config), place.tree)
             run_folder.keep_source(place.staging, folder)
+            mark_as_own(place.staging)
             place.run.path.parent.mkdir(parents=True, exist_ok=True)
             place.staging.path.rename(place.run.path)
     except BaseException:

@@ -3,7 +3,8 @@
 parallel.checkpoint.reader, which imports torch, is imported where it is used, so that --help and a mistake do not wait for it.
 """
 
-import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from research.cli.json_output import add_json_option, only_json_on_stdout, print
 from research.cli.trained_run import find_run
 from research.cli.verbs import Parser
 from research.tracking import format as fmt
-from research.tracking import run_folder
+from research.tracking import run_folder, run_record, run_status
 from research.tracking.console import Console
 from research.tracking.format import compact, plural
+from research.tracking.metrics import finite
 from research.tracking.run_folder import RunFolder
+
+LONGEST, MOST_LINES, MOST_ENTRIES = 160, 1000, 10_000
+"""The most characters of one value, lines about a run, and entries of a folder that are shown: all may be a stranger's."""
 
 WHAT = """Shows a run (its segments, checkpoints and incidents) or a checkpoint (step, tokens, the layout and machine that wrote it, its
 tensors and their sizes). Nothing of either is executed: they may be somebody else's."""
@@ -65,10 +70,24 @@ def inspect(what: str, check_files: bool, tensors: bool) -> tuple[dict[str, Any]
 
 def run_as_json(folder: RunFolder, checkpoints: list[Path]) -> dict[str, Any]:
     """run.json, with the folder, the status as it is now, the checkpoints and the incidents."""
-    run = read_json(folder.run)
-    saved = [{"name": path.name, "bytes": sum(file.stat().st_size for file in path.iterdir())} for path in checkpoints]
-    incidents = [read_json(path) for path in sorted(folder.incidents.glob("*.json"))]
-    return {**run, "folder": str(folder.path), "status": run_folder.status(run, folder), "checkpoints": saved, "incidents": incidents}
+    run = run_record.read(folder)
+    saved = [{"name": path.name, "bytes": size_of(path)} for path in checkpoints]
+    own = {"folder": str(folder.path), "status": run_status.status(run, folder)}
+    return {**run, **own, "checkpoints": saved, "incidents": list(incidents_of(folder))}
+
+
+def size_of(checkpoint: Path) -> int:
+    """The bytes of the files in a checkpoint's folder. A link counts as itself, wherever it leads."""
+    return sum(file.lstat().st_size for file in islice(checkpoint.iterdir(), MOST_ENTRIES))
+
+
+def incidents_of(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """The incidents of a run. Of a file that cannot be read, what is wrong with it."""
+    for path in sorted(islice(folder.incidents.glob("*.json"), MOST_ENTRIES)):
+        try:
+            yield read_json(path)
+        except (OSError, ValueError) as error:
+            yield {"file": path.name, "unreadable": str(error).partition(" → ")[0]}
 
 
 def checkpoint_as_json(path: Path, tensors: bool) -> dict[str, Any]:
@@ -88,17 +107,17 @@ def checkpoint_as_json(path: Path, tensors: bool) -> dict[str, Any]:
 
 def describe_run(folder: RunFolder, checkpoints: list[Path], console: Console) -> None:
     """Prints a run: its title, segments, checkpoints and incidents."""
-    run = read_json(folder.run)
-    title = [folder.title, run_folder.status(run, folder), run.get("layout", "?"), run.get("precision", "?"), str(folder.path)]
-    lines = [("", " · ".join(title))]
-    segments = run.get("segments", [])  # a stranger's file may hold anything
-    for i, segment in enumerate([one for one in segments if isinstance(one, dict)] if isinstance(segments, list) else [], 1):
+    run = run_record.read(folder)
+    title = [folder.title, run_status.status(run, folder), run["layout"] or "?", run["precision"] or "?", str(folder.path)]
+    lines = [("", " · ".join(fmt.one_line(part, LONGEST) for part in title))]
+    for i, segment in enumerate(run["segments"], 1):
         parts = [f"{i}", f"from step {segment.get('from_step')}", str(segment.get("started")), str(segment.get("layout", ""))]
-        lines.append(("segment", " · ".join(part for part in parts if part)))
-    for path in checkpoints:
-        lines.append(("saved", f"{path.name} · {megabytes(sum(file.stat().st_size for file in path.iterdir()))}"))
-    lines += [("incident", json.dumps(read_json(path))[:160]) for path in sorted(folder.incidents.glob("*.json"))]
-    console.header(lines)
+        lines.append(("segment", " · ".join(fmt.one_line(part, LONGEST) for part in parts if part)))
+    lines += [("saved", f"{path.name} · {megabytes(size_of(path))}") for path in checkpoints]
+    lines += [("incident", fmt.json_line(finite(incident))[:LONGEST]) for incident in incidents_of(folder)]
+    console.header(lines[:MOST_LINES])
+    if len(lines) > MOST_LINES:
+        console.header([("", f"and {len(lines) - MOST_LINES:,} lines more: --json shows all")])
 
 
 def describe_checkpoint(path: Path, console: Console) -> None:
@@ -109,7 +128,7 @@ def describe_checkpoint(path: Path, console: Console) -> None:
         """'world 2, threads 1, …'; anything but a dict as it is."""
         if not isinstance(values, dict):
             return str(values)[:200]
-        return ", ".join(f"{key} {str(value)[:60]}" for key, value in values.items())
+        return ", ".join(f"{key[:60]} {str(value)[:60]}" for key, value in islice(values.items(), 30))
 
     with Reader(path) as reader:
         facts, kinds, files = reader.facts, reader.manifest.tensors, reader.manifest.files
@@ -166,8 +185,10 @@ def list_tensors(path: Path, console: Console) -> None:
     from parallel.checkpoint.reader import Reader
 
     with Reader(path) as reader:
-        width = max(map(len, reader.tensors))
+        width = min(max(map(len, reader.tensors)), LONGEST)
         for name, tensor in reader.tensors.items():
             shape = " × ".join(map(str, tensor.shape))
             pieces = ", ".join(piece.file for piece in tensor.pieces[:2]) + (" …" if len(tensor.pieces) > 2 else "")
-            console.header([("", f"{name:<{width}}  {shape:>14}  {plural(len(tensor.pieces), 'piece')} in {pieces}")])
+            console.header(
+                [("", f"{fmt.one_line(name, LONGEST):<{width}}  {shape:>14}  {plural(len(tensor.pieces), 'piece')} in {pieces}")]
+            )

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
-from research.cli.trained_run import find_run
+from research.cli.trained_run import add_trust_option, find_run, settings_of_run
 from research.cli.verbs import Parser
 from research.cluster.environment import choose_accelerator
-from research.config import Experiment, serialization
+from research.config import Experiment
 from research.data.prepare import Corpus
 from research.tracking.console import Console
 from research.tracking.format import one_line
@@ -25,10 +25,11 @@ def main(argv: list[str]) -> None:
     parser = Parser("replay", WHAT)
     parser.add_argument("run", help="a run's folder (runs/gpt_sotu/latest), its name or its title")
     parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in the rows and in incidents/")
+    add_trust_option(parser)
     add_json_option(parser, "what was found")
     arguments = parser.parse_args(argv)
     folder = find_run(arguments.run)
-    experiment, console = serialization.load(folder.config), Console()
+    experiment, console = settings_of_run(arguments, folder, ["train", "validation"], trains=True), Console()
     choose_accelerator()  # before DeepSpeed is imported, with the next line; torch begins here
     from research.training.replay import replay
 

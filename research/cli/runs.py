@@ -5,24 +5,24 @@ In a terminal, the columns that do not fit into its width go to further lines of
 
 import contextlib
 import datetime
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.text import Text
 
 from parallel.checkpoint.folder import newest_complete
 from parallel.errors import Mistake, nearest
-from parallel.files import read_json
 from research.cli.json_output import print_json
 from research.cli.run_differences import DESCRIPTIVE, Settings, differing, settings_of
 from research.cli.verbs import Parser
 from research.config.diff import belongs
 from research.tracking import format as fmt
-from research.tracking import metrics, run_folder
+from research.tracking import metrics, run_folder, run_record, run_status
+from research.tracking.console import TerminalConsole
 from research.tracking.run_folder import RunFolder
 
 SORTED_BY = {
@@ -42,7 +42,11 @@ COLUMNS = tuple(SORTED_BY)
 OWN_COLUMN = ("seed", "precision", "parallel", "schedule.steps")
 """Settings, or groups of them, that another column shows."""
 LAST = ("progress/step", "progress/tokens", "progress/seconds", "train/loss", "val/bits_per_byte")
-COLOURS = {"running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red", "died": "red"}
+UNREADABLE = "unreadable"
+"""The status of a run whose folder is damaged, or is no run's: `differs` says what is wrong."""
+COLOURS = {"running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red", "died": "red", UNREADABLE: "red"}
+LONGEST_CELL, LONGEST_ENTRY, MOST_ENTRIES = 120, 200, 50
+"""The most characters of a cell, and of an entry of `differs`, and the most entries: a run's files may be a stranger's."""
 RIGHT_ALIGNED = ("steps", "tokens", "bits/byte", "seed")
 INDENT, GAP = "    ", "  "
 WHAT = """List the runs, newest last: how far they are, how good they are, and what tells them apart. `differs` shows each setting that
@@ -61,7 +65,10 @@ def main(argv: list[str]) -> None:
         near = nearest(arguments.sort, COLUMNS)
         raise Mistake(f"there is no column {arguments.sort} → " + (f"did you mean {near}?" if near else f"use {', '.join(COLUMNS)}"))
 
-    found = [(folder, run) for folder in run_folder.every(arguments.root) if (run := summarise(folder)) is not None]
+    found = [(folder, summarise(folder)) for folder in run_folder.every(arguments.root)]
+    known = [({"status": run["status"]}, folder) for folder, run in found]
+    for (_, run), status in zip(found, run_status.statuses(known), strict=True):  # all that must be listened to, at once
+        run["status"] = status
     tell_apart(found)
     runs = in_order([run for _, run in found], SORTED_BY[arguments.sort], arguments.reverse)
     if arguments.json:
@@ -69,22 +76,26 @@ def main(argv: list[str]) -> None:
     elif not runs:
         print(f"no runs in {arguments.root} yet · deepspeed experiments/gpt_sotu/launch.py makes one")
     elif sys.stdout.isatty():
-        console = Console(highlight=False)
+        console = TerminalConsole(highlight=False, markup=False)
         for line in lines([cells(run) for run in runs], console.width):
             console.print(line, soft_wrap=True)
     else:
         print("\n".join("\t".join(row) for row in [COLUMNS, *map(cells, runs)]))
 
 
-def summarise(folder: RunFolder) -> dict[str, Any] | None:
-    """One run as `--json` prints it; None if its run.json cannot be read."""
+def summarise(folder: RunFolder) -> dict[str, Any]:
+    """One run as `--json` prints it, `status` as run.json has it.
+
+    One that cannot be read has the status UNREADABLE and a reason, and does not end the list.
+    """
     try:
-        run = read_json(folder.run)
-        status = run_folder.status(run, folder)
-    except (OSError, ValueError, AttributeError):
-        return None
-    last = {key: value for key, value in metrics.last(folder.metrics, LAST).items() if not fmt.missing(value)}  # JSON has no nan
-    checkpoint = newest_complete(folder.checkpoints)
+        run, last = run_record.read(folder), metrics.last(folder.metrics, LAST)
+        checkpoint = newest_complete(folder.checkpoints)
+        status, settings = run["status"], settings_of(folder)
+    except Exception as error:  # whatever a folder that somebody else has made leads to
+        reason = str(error) if isinstance(error, (Mistake, OSError)) else f"{type(error).__name__}: {error}"
+        run, last, checkpoint, status, settings = {"reason": reason.partition(" → ")[0]}, {}, None, UNREADABLE, {}
+    last = {key: value for key, value in last.items() if _is_number(value)}  # JSON has no nan
     return {
         "name": folder.name,
         "id": folder.id,
@@ -92,12 +103,12 @@ def summarise(folder: RunFolder) -> dict[str, Any] | None:
         "folder": str(folder.path),
         "status": status,
         "reason": run.get("reason"),
-        "started": str(run.get("started", "")),
+        "started": run.get("started", ""),
         "ended": run.get("ended"),
         "seconds": last.get("progress/seconds"),
         "layout": run.get("layout", ""),
         "precision": run.get("precision", ""),
-        "seed": settings_of(folder).get("seed"),
+        "seed": settings.get("seed"),
         "steps_done": last.get("progress/step", 0),
         "steps_planned": run.get("steps"),
         "tokens": last.get("progress/tokens", 0),
@@ -110,12 +121,18 @@ def summarise(folder: RunFolder) -> dict[str, Any] | None:
     }
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value of metrics.jsonl is a finite number that a table can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
+
+
 def tell_apart(runs: Sequence[tuple[RunFolder, dict[str, Any]]]) -> None:
     """Adds `differs` to each run: what the command line changed, and the settings that runs of its experiment do not share."""
-    settings = {folder.title: settings_of(folder) for folder, _ in runs}
+    unreadable = [run for _, run in runs if run.get("status") == UNREADABLE]
+    settings = {folder.title: {} if run in unreadable else settings_of(folder) for folder, run in runs}
     for folder, run in runs:
         names = differing([settings[other.title] for other, _ in runs if other.name == folder.name])
-        run["differs"] = differences(run["overrides"], settings[folder.title], names)
+        run["differs"] = [run["reason"]] if run in unreadable else differences(run["overrides"], settings[folder.title], names)
 
 
 def differences(overrides: Sequence[Sequence[str]], settings: Settings, names: Sequence[str]) -> list[str]:
@@ -135,7 +152,7 @@ def in_order(runs: list[dict[str, Any]], key: str, reverse: bool) -> list[dict[s
 def cells(run: dict[str, Any]) -> tuple[str, ...]:
     """The run as one row of COLUMNS."""
     started = run["started"]
-    with contextlib.suppress(ValueError):  # UTC as this machine's date and minute: 2026-01-31 12:00
+    with contextlib.suppress(ValueError, OverflowError, OSError):  # UTC as this machine's date and minute: 2026-01-31 12:00
         started = datetime.datetime.fromisoformat(started).astimezone().strftime("%Y-%m-%d %H:%M")
     shown = {
         **{key: run[key] for key in ("status", "precision", "layout")},
@@ -145,9 +162,15 @@ def cells(run: dict[str, Any]) -> tuple[str, ...]:
         "bits/byte": fmt.loss(run["bits_per_byte"]),
         "seed": "–" if run["seed"] is None else str(run["seed"]),
         "started": started,
-        "differs": ", ".join(run["differs"]),
+        "differs": ", ".join(entries_of(run)),
     }
-    return tuple(shown[column] for column in COLUMNS)
+    return tuple(text if column == COLUMNS[-1] else fmt.one_line(text, LONGEST_CELL) for column in COLUMNS for text in [shown[column]])
+
+
+def entries_of(run: dict[str, Any]) -> list[str]:
+    """The entries of `differs` as they are shown: each on one line, and cut, as is their number."""
+    entries, left = run["differs"][:MOST_ENTRIES], len(run["differs"]) - MOST_ENTRIES
+    return [*(fmt.one_line(entry, LONGEST_ENTRY) for entry in entries), *([f"and {left:,} more"] if left > 0 else [])]
 
 
 def lines(rows: Sequence[Sequence[str]], width: int) -> list[Text]:

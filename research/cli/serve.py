@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from models.config import GPT
 from parallel.errors import Mistake
-from parallel.text import read_text
+from parallel.text import printable, read_text
 from research import ROOT
-from research.cli.trained_run import Trained, find, refuse_launcher, say
+from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
@@ -102,6 +102,7 @@ def parser() -> Parser:
     parser = Parser("serve", DESCRIPTION)
     parser.add_argument("run", help="a run's folder (runs/gpt_sotu/latest), its name or its title")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="the checkpoint of this step (default: the newest)")
+    add_trust_option(parser)
     parser.add_argument("--chat_template", type=Path, metavar="FILE", help="a jinja template (default: the one beside the run's tokenizer)")
     network = parser.add_argument_group("network and access")
     network.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"0: any free port (default: {DEFAULT_PORT})")
@@ -224,4 +225,4 @@ def _announce(task: Task, running: "Running") -> None:
 def _log(line: str) -> None:
     """Prints a line of the log. The server goes on if the reader of its output has ended or the disk is full."""
     with contextlib.suppress(OSError):
-        print(line, flush=True)
+        print(printable(line), flush=True)

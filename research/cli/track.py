@@ -1,21 +1,27 @@
 """`python -m research track RUN …`: writes complete Weights & Biases runs from the run folders' files. Imports no torch."""
 
 import argparse
+import contextlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from parallel.errors import Mistake
-from parallel.files import read_json
 from research.cli.verbs import Parser
-from research.tracking import run_folder, wandb_client, wandb_record
+from research.tracking import run_folder, run_record, run_status, wandb_artifacts, wandb_client, wandb_record
 from research.tracking.console import Console
 from research.tracking.format import plural, short_path
-from research.tracking.run_folder import FINISHED, RUNNING, RunFolder
+from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
 
-WHAT = """Writes a run to Weights & Biases (W&B) from its own files: settings, every row of metrics.jsonl, samples, the loss curve, and the
-results of `evaluate`. A run does this itself while it trains; use this verb if it had W&B disabled, or if W&B failed or started too late.
-If W&B has everything already, nothing is written."""
+WHAT = """Writes a run to Weights & Biases (W&B) from its own files: settings, every row of metrics.jsonl, samples, the loss curve, the
+results of `evaluate`, and references to its checkpoints. A run does this itself while it trains; use this verb if it had W&B disabled,
+or if W&B failed or started too late. Weights that another program has trained have no rows: the results of `evaluate` become a W&B run of
+the job type eval. If W&B has everything already, nothing is written."""
 ADVICE = """The W&B run is written to RUN/wandb, where `wandb leet RUN/wandb` shows it, and online also to W&B's server. An
 incomplete offline record is replaced."""
+PURPOSE = "python -m research track"
+EVALUATION = "eval"
+"""W&B's job type of a run that was only evaluated; that of training is `track.job_type`."""
 FINISH_SECONDS = 600.0
 """How long the upload of a whole run may take."""
 
@@ -38,20 +44,29 @@ def main(argv: list[str]) -> None:
 
 
 def track(folder: RunFolder, asked: str | None, console: Console) -> None:
-    """Writes one run unless W&B has it. Raises a Mistake for a run that has no rows, or has them still to come."""
+    """Writes one run unless W&B has it. A Mistake for a run that has neither rows nor results, has rows still to come, or is in use."""
     from research.cli.evaluate import summary_rows
     from research.evaluation import results
 
-    run = read_json(folder.run)
-    status, rows = run_folder.status(run, folder), len(wandb_record.rows(folder))
-    if not rows:
-        raise Mistake(f"{folder.title} ({status}) has no rows in {folder.metrics.name} → track a run that has trained")
+    run_folder.refuse_link(folder.wandb)
+    run = run_record.read(folder)
+    status, rows = run_status.status(run, folder), len(wandb_record.rows(folder))
+    figures = summary_rows(results.every(folder))
+    if not rows and not figures:
+        way_out = "track a run that has trained, or `evaluate` this one first"
+        raise Mistake(f"{folder.title} ({status}) has no rows in {folder.metrics.name} and no results of evaluations → {way_out}")
     if status == RUNNING:
         raise Mistake(f"{folder.title} is running and tells W&B itself what it logs → track it when it has ended")
-    figures = summary_rows(results.every(folder))
+    with contextlib.closing(run_status.take_lock(folder, PURPOSE)):  # neither a resumed run nor another `track` writes RUN/wandb meanwhile
+        _track(folder, asked, console, status, rows, figures)
+
+
+def _track(folder: RunFolder, asked: str | None, console: Console, status: str, rows: int, figures: dict[str, float]) -> None:
+    """Writes the run, whose lock is held."""
     known = wandb_record.known(folder, figures)
-    what = plural(rows, "row") + (f" and {plural(len(figures), 'result')} of evaluations" if figures else "")
-    if known.complete:
+    counts = [plural(rows, "row")] * bool(rows) + [f"{plural(len(figures), 'result')} of evaluations"] * bool(figures)
+    what = " and ".join(counts)
+    if known.complete and (not known.missing_checkpoints or was_sent(folder, known)):  # a checkpoint alone is not sent a second time
         console.header([("", f"{folder.title} · W&B has all of it already: {what}"), *ways(folder, known.online)])
         return
 
@@ -62,7 +77,7 @@ def track(folder: RunFolder, asked: str | None, console: Console) -> None:
         way_out = "leave --mode online out: then it is written to RUN/wandb"
         raise Mistake(f"{folder.title}: {twice}, and would be there twice → {way_out}")
     old = [path.parent for path in known.files if path.parent.name.startswith("offline-")]
-    opened = write(folder, "offline" if twice else mode, 0 if status == FINISHED else 1, figures, old)
+    opened = write(folder, "offline" if twice else mode, 0 if status in (FINISHED, IMPORTED) else 1, figures, old)
     why = twice if twice and mode != "offline" else opened.why
     where = f"online · {opened.run.url}" if opened.mode == "online" else f"{opened.mode} ({why})"
     instead = " · in place of an incomplete record" if old else ""
@@ -78,11 +93,16 @@ def was_sent(folder: RunFolder, known: wandb_record.Known) -> bool:
 
 
 def write(folder: RunFolder, mode: str, exit_code: int, figures: dict[str, float], old: list[Path]) -> wandb_client.Opened:
-    """The new W&B run, in place of the offline ones in the folders `old`."""
+    """The new W&B run, in place of the offline ones in the folders `old`. One that has results but no rows is an evaluation."""
     description = wandb_client.describe(folder)
+    if not wandb_record.rows(folder):
+        description = replace(description, job_type=EVALUATION)
     try:
         with wandb_record.replacing(folder.wandb, old):
-            return wandb_record.write(folder, description, mode, exit_code, figures=figures, finish_seconds=FINISH_SECONDS)
+            checkpoints = [partial(wandb_artifacts.of_checkpoint, folder, path) for path in wandb_artifacts.checkpoints(folder)]
+            return wandb_record.write(
+                folder, description, mode, exit_code, figures=figures, finish_seconds=FINISH_SECONDS, references=checkpoints
+            )
     except Exception as error:  # whatever W&B raises
         way_out = "check W&B's settings, or add --mode offline"
         raise Mistake(f"W&B could not write {folder.title} ({wandb_client.reason(error)}) → {way_out}") from error

@@ -2,18 +2,24 @@
 
 import argparse
 import sys
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake, listed
+from parallel.text import printable
+from research import ROOT
 from research.cluster.environment import find_ranks
-from research.config import Experiment, serialization
+from research.config import Experiment
 from research.config.checks import tensor_degrees
-from research.config.experiment_folder import check_variants
-from research.tracking import run_folder
+from research.config.experiment_folder import VARIANTS, check_variants
+from research.exchange.limited_tokenizer import try_tokenizer
+from research.generation.trust import WAY_OUT, executed_names, is_known_variant, said_of_trust, trusted_settings
+from research.tracking import run_folder, run_status
 from research.tracking.console import Advance, Console
+from research.tracking.own_runs import is_own
 from research.tracking.run_folder import RunFolder
 
 
@@ -27,13 +33,38 @@ class Trained:
     experiment: Experiment
 
 
-def find(arguments: argparse.Namespace) -> Trained:
-    """The run, checkpoint and tensor degree that `arguments` name (`run`; `checkpoint`, None: the newest; `tensor`).
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --trust."""
+    text = "the run is yours, or you have looked at it: use what its config.json names, and execute its variant.py"
+    parser.add_argument("--trust", action="store_true", help=f"{text}; needed once, and not for runs that this checkout has made")
 
-    Raises a Mistake if the run or the checkpoint does not exist, or the model cannot be sliced over so many ranks.
+
+def settings_of_run(arguments: argparse.Namespace, folder: RunFolder, reads: Collection[str] = (), trains: bool = False) -> Experiment:
+    """The run's settings, without what a stranger's run may not decide (`trusted_settings`). With --trust, the run counts as own now.
+
+    A tokenizer.json of a run that is not own has been tried in a child process with limits.
+    """
+    experiment = trusted_settings(folder, arguments.trust, reads, trains)
+    if is_own(folder):
+        return experiment
+    if not arguments.trust:
+        try_tokenizer(experiment.data.tokenizer, ROOT, WAY_OUT)
+        return experiment
+    console, path = Console(sys.stderr), folder.source / VARIANTS
+    if executed_names(experiment, trains) and path.is_file() and not is_known_variant(path):
+        console.warn(f"{path} is executed: no experiment of this checkout has the same")
+    console.header([("trusted", said_of_trust(folder))])
+    return experiment
+
+
+def find(arguments: argparse.Namespace, reads: Collection[str] = ()) -> Trained:
+    """The run, checkpoint and tensor degree that `arguments` name (`run`; `checkpoint`, None: the newest; `tensor`; `trust`).
+
+    `reads`: the texts of the run that are needed, besides what its tokenizer is made from. Raises a Mistake if the run or the
+    checkpoint does not exist, the model cannot be sliced over so many ranks, or the run is a stranger's and names files of this machine.
     """
     folder = find_run(arguments.run)
-    experiment = serialization.load(folder.config)
+    experiment = settings_of_run(arguments, folder, reads)
     model = experiment.model
     check_variants(folder.source, model)
     if arguments.tensor not in (degrees := tensor_degrees(model)):
@@ -58,8 +89,8 @@ def find_run(handle: str) -> RunFolder:
 
 def say_choice(handle: str, folder: RunFolder) -> None:
     """Says on standard error which run was chosen for `handle`, unless it names that run itself."""
-    if choice := run_folder.choice(handle, folder):
-        sys.stderr.write(f"{choice}\n")
+    if choice := run_status.choice(handle, folder):
+        sys.stderr.write(f"{printable(choice)}\n")
 
 
 def refuse_launcher(verb: str) -> None:

@@ -22,6 +22,7 @@ VERBS = {
     "inspect": "show what a run or a checkpoint contains, and check its files: inspect RUN --check",
     "replay": "run one step again and find where it is not finite: replay RUN --step N",
     "supervise": "launch an experiment, again after a crash: supervise experiments/gpt_sotu",
+    "cluster": "print the job script for several nodes: cluster experiments/gpt_sotu --slurm --nodes 4 --gpus 8",
     "torture": "does a run survive kills? torture experiments/gpt_sotu --trials 50",
 }
 

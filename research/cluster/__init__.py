@@ -1,1 +1,1 @@
-"""Ranks and hosts: what a launcher says in the environment, the process groups of a run, ranks forked on this machine, exit codes."""
+"""Ranks and hosts: what a launcher says in the environment, how ranks meet and agree, process groups, forked ranks, exit codes."""

@@ -3,27 +3,24 @@
 The environment variables are read here and in few other places (tests/test_arrows.py names them).
 """
 
+import base64
 import contextlib
-import hashlib
+import json
 import os
-import re
 import shlex
 import socket
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 from parallel.errors import Mistake
+from research.cluster.slurm_lists import expand_hosts, first_host, tasks_per_node
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "python"]
 LOCALHOST = "127.0.0.1"
-LIBRARY = ("parallel", "models", "research")
-"""The folders whose code computes a step."""
 STEP_SIGNS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
 FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 """From this number on, Slurm's steps were not started by srun: the batch script, an interactive shell, external processes."""
@@ -33,6 +30,16 @@ PORT_OPTION = {"deepspeed": "--master_port N", "srun": "MASTER_PORT=N"}
 """The option by which a launcher takes another master port."""
 RANKS_OPTION = {"deepspeed": "--num_gpus {}", "torchrun": "--nproc_per_node {}", "srun": "--ntasks-per-node {}"}
 """The option by which each launcher takes the number of ranks per node."""
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""The variable that names the network interface (or several, with commas) whose address gloo gives to the other ranks."""
+SETS_NUMBERS = (
+    *("DS_ACCELERATOR", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    *("TORCH_BLAS_PREFER_CUBLASLT", "DISABLE_ADDMM_CUDA_LT", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA"),
+    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "PYTHONOPTIMIZE", "PYTORCH_NVFUSER_DISABLE", "TORCHDYNAMO_DISABLE"),
+    *("NCCL_ALGO", "NCCL_PROTO", "NCCL_NET", "NCCL_P2P_LEVEL", "NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_BUFFSIZE"),
+    *("NCCL_NTHREADS", "NCCL_CROSS_NIC", "NCCL_COLLNET_ENABLE", "NCCL_NVLS_ENABLE"),
+)
+"""Variables that change how numbers are rounded, or that NCCL needs equal on all ranks. They must be equal on all hosts."""
 THREADS = "OMP_NUM_THREADS"
 MOST_THREADS = 1024
 """More threads than this are taken for a slip: the OpenMP library ends the process if it cannot create them."""
@@ -116,6 +123,13 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+def kept_alive_by_ssh(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variable that lets pdsh, and so `deepspeed --hostfile`, notice within a minute that a host is gone. Else ssh waits for ever."""
+    name = "PDSH_SSH_ARGS_APPEND"
+    given = (os.environ if environ is None else environ).get(name, "")
+    return {name: f"{given} -o ServerAliveInterval=15 -o ServerAliveCountMax=3".strip()}
+
+
 def choose_accelerator() -> int:
     """Tell DeepSpeed to use the CPU where torch sees no accelerator. It would do the same, but with a warning on every rank.
 
@@ -129,13 +143,61 @@ def choose_accelerator() -> int:
 
 
 def refuse_shared_accelerators(ranks: Ranks, accelerators: int) -> None:
-    """Raise a Mistake if this machine has accelerators, but fewer than local ranks: rank i uses accelerator i. On a CPU any number runs."""
-    if 0 < accelerators < ranks.local_world:
+    """Raise a Mistake if this machine has accelerators, but fewer than local ranks: each rank needs one. On a CPU any number runs.
+
+    srun may show each rank its own accelerators only (--gpus-per-task, --gpu-bind), so that their number says nothing about the
+    machine. Ranks of srun that really share one are refused when they have met (parallel/distributed.py, refuse_shared_gpus).
+    """
+    if 0 < accelerators < ranks.local_world and ranks.launcher != "srun":
         way_out = f"add `{RANKS_OPTION[ranks.launcher].format(accelerators)}` to the {ranks.launcher} command"
-        if ranks.launcher == "srun":  # these options of srun show each rank one GPU only, as number 0
-            way_out += ", or leave --gpus-per-task and --gpu-bind out"
         has = f"{accelerators} GPU" + ("s" if accelerators > 1 else "")
         raise Mistake(f"{ranks.local_world} ranks on this machine need a GPU each, torch sees {has} → {way_out}")
+
+
+def numeric_variables(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
+    """The variables of SETS_NUMBERS; None where one is not set."""
+    environ = os.environ if environ is None else environ
+    return {name: environ.get(name) for name in SETS_NUMBERS}
+
+
+def gloo_interfaces(environ: Mapping[str, str] | None = None) -> list[str]:
+    """The network interfaces that GLOO_SOCKET_IFNAME names; none if it is not set."""
+    text = (os.environ if environ is None else environ).get(GLOO_INTERFACE, "")
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def serves_store(ranks: Ranks, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this rank serves the store at which all ranks meet: rank 0, unless torchrun's agent does."""
+    environ = os.environ if environ is None else environ
+    return ranks.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def attempt(environ: Mapping[str, str] | None = None) -> str:
+    """How often torchrun has restarted the ranks: they come to the same store again. '0' under other launchers."""
+    return (os.environ if environ is None else environ).get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def node_names(ranks: Ranks, environ: Mapping[str, str] | None = None) -> list[str]:
+    """The name of each rank's node as the launcher knows it, in rank order; empty where it does not say: under torchrun.
+
+    srun lists the nodes of its step. DeepSpeed's launch.py, the parent of a rank, has the hosts and their ranks in its command line.
+    """
+    environ = os.environ if environ is None else environ
+    names: list[str] = []
+    if ranks.launcher == "srun":
+        hosts = expand_hosts(next((environ[name] for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if name in environ), ""))
+        counts = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(ranks.local_world)))
+        counts += [ranks.local_world] * (len(hosts) - len(counts))
+        names = [host for host, count in zip(hosts, counts, strict=False) for _ in range(count)]
+    elif ranks.launcher == "deepspeed":
+        import psutil  # a package: without it `--version` must still answer
+
+        with contextlib.suppress(psutil.Error, ValueError, AttributeError):
+            words = psutil.Process().parent().cmdline()
+            world_info = next((word.partition("=")[2] for word in words if word.startswith("--world_info=")), "")
+            nodes = json.loads(base64.urlsafe_b64decode(world_info)) if world_info else {}
+            names = [host for host, slots in nodes.items() for _ in slots]
+    return names if len(names) == ranks.world else []
 
 
 def activate_command(prefix: Path = Path(sys.prefix), environ: Mapping[str, str] | None = None) -> str | None:
@@ -227,23 +289,6 @@ def _slurm_local_world(environ: Mapping[str, str], world: int) -> int:
     raise Mistake("srun says nothing of the ranks on this node → add `--ntasks-per-node N` to the srun command")
 
 
-def tasks_per_node(text: str) -> list[int]:
-    """Slurm's '2(x3),1' -> [2, 2, 2, 1]."""
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if match is None:
-            raise Mistake(f"Slurm's tasks per node = {text!r} is not understood → add `--ntasks-per-node N` to the srun command")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
-
-
-def first_host(hosts: str) -> str:
-    """The first of Slurm's 'node[003-006,9],other': 'node003'."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else hosts)
-
-
 def _text(environ: Mapping[str, str], name: str) -> str:
     if not environ.get(name):
         raise Mistake(f"the launcher set RANK but not {name} → launch with deepspeed, torchrun, srun or plain python")
@@ -257,25 +302,6 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def versions(root: Path) -> str:
-    """'tessera 0.1.0 · 7f3a2c1 · Python 3.11.9 · torch 2.13.0 · deepspeed 0.19.8', without importing any of them.
-
-    A package that this Python lacks has a dash for its version.
-    """
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    commit, dirty = git_state(root)
-    words = [f"{project['name']} {project['version']}", f"{commit} (changed)" if dirty else commit, f"Python {sys.version.split()[0]}"]
-    return " · ".join([*words, *(f"{package} {_version_of(package)}" for package in ("torch", "deepspeed"))])
-
-
-def _version_of(package: str) -> str:
-    """'2.13.0' of '2.13.0+cpu'; '–' if this Python lacks the package."""
-    try:
-        return version(package).split("+")[0]
-    except PackageNotFoundError:
-        return "–"
-
-
 def git_state(root: Path) -> tuple[str, bool]:
     """(short commit, whether the tree differs from it); ("unknown", False) without git, or if `root` is not the top of a repository."""
     try:
@@ -284,15 +310,6 @@ def git_state(root: Path) -> tuple[str, bool]:
         return _git(root, "rev-parse", "--short", "HEAD"), bool(_git(root, "status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return "unknown", False
-
-
-def code_digest(root: Path) -> str:
-    """A digest of the library's Python files, whether they are committed or not: equal digests mean equal code."""
-    sha256 = hashlib.sha256()
-    for path in sorted(path for folder in LIBRARY for path in (root / folder).rglob("*.py")):
-        content = path.read_bytes()
-        sha256.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
-    return sha256.hexdigest()[:16]
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -2,41 +2,55 @@
 
 import contextlib
 import logging
+import re
+import socket
 from collections.abc import Iterator
 from importlib.metadata import version
 
 import torch
-import torch.distributed as dist
 
 from parallel import distributed
 from parallel.distributed import LOGGER
 from parallel.engines.engine import refuse_precision
 from parallel.errors import Mistake
 from parallel.grid import Grid, make_grid
-from research.cluster.environment import Ranks, threads_per_rank
+from research.cluster.environment import GLOO_INTERFACE, Ranks, threads_per_rank
+from research.cluster.rendezvous import Rendezvous
+
+OF_THE_NETWORK = re.compile(r"\bgloo\b|nccl|socket|connect|timed? ?out", re.I)
+"""Matches torch's errors about ranks that do not reach one another."""
 
 
 @contextlib.contextmanager
-def joined(ranks: Ranks, pipe: int, tensor: int, sequence: bool, precision: str, verbose: bool) -> Iterator[Grid]:
-    """The rank grid of this launch; torch.distributed is up inside and down afterwards. Collective."""
+def joined(
+    ranks: Ranks, pipe: int, tensor: int, sequence: bool, precision: str, verbose: bool, rendezvous: Rendezvous | None = None
+) -> Iterator[Grid]:
+    """The rank grid of this launch; torch.distributed is up inside and down afterwards. Collective.
+
+    `rendezvous`: where the ranks have met; None for a world of one.
+    """
     logging.getLogger(LOGGER).setLevel(logging.DEBUG if verbose else logging.WARNING)
     torch.set_num_threads(threads_per_rank(ranks))
-    address = f"{ranks.master_addr}:{ranks.master_port}"
-    rendezvous = f"tcp://{address}" if ranks.world > 1 else None
-    if ranks.launcher == "torchrun":  # its agent listens on the port and serves the store itself
-        rendezvous = "env://"
-    try:
-        distributed.start(ranks.rank, ranks.world, ranks.local_rank, rendezvous)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        why = "is taken by another process" if "EADDRINUSE" in str(error) else f"cannot be reached ({str(error).splitlines()[0][:160]})"
-        raise Mistake(f"the ranks cannot meet: {address} {why} → add `--master_port N` with a free port to the launch command") from error
-    try:
+    with rendezvous.telling() if rendezvous else contextlib.nullcontext():
         refuse_precision(precision)
+        if rendezvous:
+            rendezvous.decide("ready to connect", None, lambda values: None)  # from here on a rank that fails is missed by a collective
+    try:
+        distributed.start(ranks.rank, ranks.world, ranks.local_rank, rendezvous.whole_store if rendezvous else None)
+    except RuntimeError as error:
+        if not OF_THE_NETWORK.search(str(error)):
+            raise
+        raise Mistake(
+            f"rank {ranks.rank} on {socket.gethostname()} cannot connect to the other ranks ({str(error).splitlines()[0][:160]}) → "
+            f"see whether a firewall closes ports between the hosts, and whether {GLOO_INTERFACE} names the right interface; "
+            "--check-cluster shows each host's address"
+        ) from error
+    try:
         yield make_grid(pipe, tensor, sequence)
     finally:
         distributed.stop()
 
 
 def software() -> list[str]:
-    """Backend and the versions of torch and DeepSpeed, for the header of a run."""
-    return [dist.get_backend(), f"torch {torch.__version__.split('+')[0]}", f"deepspeed {version('deepspeed')}"]
+    """Backends and the versions of torch and DeepSpeed, for the header of a run."""
+    return [*distributed.backend_versions(), f"torch {torch.__version__.split('+')[0]}", f"deepspeed {version('deepspeed')}"]

@@ -8,10 +8,24 @@ from research.config.schema import (
     Experiment,
     Optimizer,
     Parallel,
+    Profile,
     Sample,
     Schedule,
     Track,
     Watch,
 )
 
-__all__ = ["GPT", "Checkpoints", "Data", "Evaluate", "Experiment", "Optimizer", "Parallel", "Sample", "Schedule", "Track", "Watch"]
+__all__ = [
+    "GPT",
+    "Checkpoints",
+    "Data",
+    "Evaluate",
+    "Experiment",
+    "Optimizer",
+    "Parallel",
+    "Profile",
+    "Sample",
+    "Schedule",
+    "Track",
+    "Watch",
+]

@@ -16,10 +16,15 @@ MOST_TRIED = 65_536
 
 def check(experiment: Experiment, ranks: Ranks) -> None:
     """Raise the first Mistake found: the settings among themselves first, then the number of ranks, then the batch size."""
+    check_settings(experiment)
+    _check_world_and_batch(experiment, ranks)
+
+
+def check_settings(experiment: Experiment) -> None:
+    """Raise the first Mistake found in the settings among themselves, whatever the number of ranks."""
     _check_tensor_slicing(experiment)
     _check_pipeline_and_zero(experiment)
     _check_schedule(experiment)
-    _check_world_and_batch(experiment, ranks)
 
 
 def kv_heads_fit(model: GPT, tensor: int) -> bool:
@@ -80,6 +85,10 @@ def _check_pipeline_and_zero(experiment: Experiment) -> None:
 
 def _check_schedule(experiment: Experiment) -> None:
     optimizer, steps = experiment.optimizer, experiment.schedule.steps
+    recorded = experiment.profile.recorded
+    if recorded and recorded[-1] > steps:
+        way_out = f"use {recorded[0]}-{steps}" if recorded[0] <= steps else f"use steps up to {steps}"
+        raise Mistake(f"profile.steps = {experiment.profile.steps!r} goes beyond the last step, schedule.steps = {steps} → {way_out}")
     warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
     if warmup > steps:
         raise Mistake(f"optimizer.warmup_steps = {warmup} is more than schedule.steps = {steps} → use {steps} or fewer warm-up steps")

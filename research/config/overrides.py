@@ -23,8 +23,8 @@ Override = tuple[str, Any, Any]
 """(dotted name, value in config.py, value on the command line)."""
 
 HELP, VERSION = ("--help", "-h"), "--version"
-FLAGS = ("dry_run", "verbose")
-OPTIONS = ("--resume", "--dry-run", "--verbose", "--version", "--help")
+FLAGS = ("dry_run", "check_cluster", "verbose")
+OPTIONS = ("--resume", "--dry-run", "--check-cluster", "--verbose", "--version", "--help")
 RESUME = "resume"
 LOCAL_RANK = "local_rank"
 TABLE = "deepspeed"
@@ -39,6 +39,8 @@ beside settings:
   --resume    auto: go on with the newest unfinished run that has these settings, or begin one · RUN or CHECKPOINT: go on with that
               one · never (the default): begin a new run. The layout may be another one, the model and the data may not
   --dry-run   resolve everything, print the layout and the batch arithmetic, train nothing
+  --check-cluster  compare the hosts of this launch (code, versions, settings, addresses, folders, clocks), time an all-reduce along
+              each axis, train nothing: a table, and exit code 0 if they agree
   --verbose   show what DeepSpeed and W&B have to say
   --version   show which code and libraries these are
   --help      this text; --help GROUP: the settings of one group, such as --help optimizer
@@ -55,11 +57,17 @@ class Options:
     resume: str = "never"
     """"auto", "never", or the name of a run or a checkpoint."""
     dry_run: bool = False
+    check_cluster: bool = False
     verbose: bool = False
     version: bool = False
     help: bool = False
     help_group: str = ""
     """The one group of settings that --help shows; empty: all of them."""
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether a launch with these options only shows or checks something."""
+        return self.help or self.version or self.dry_run or self.check_cluster
 
 
 def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list[Override], Options]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parallel.errors import listed
+from research.cluster.environment import Ranks
 from research.config.schema import DECAYS, Checkpoints, Experiment, Optimizer
 
 BUILTIN = "builtin:"
@@ -17,6 +18,8 @@ WANDB_REFUSES = {"project": "/\\#?%:", "run id": "/\\#?%:;,'"}
 """Characters that wandb.Settings and W&B's server refuse."""
 LEAST_USED = 0.5
 """The part of model.vocab_size below which the tokenizer's size gives a warning. Published models are padded by 2 % at most."""
+MOST_RECORDED = 50
+"""The most steps that `profile.steps` records without a warning."""
 FORWARD = 3
 """How many times longer a token takes in training (forward and backward pass) than in validation."""
 
@@ -40,6 +43,8 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
         yield f"data.validation = {data.validation!r} is the text of data.train → name a text that is not trained on"
     if watch.on_spike == "stop" and not watch.spike:
         yield "watch.on_spike = 'stop' has no effect with watch.spike = 0, which detects no spike → set watch.spike, for example to 6"
+    if experiment.profile.memory and experiment.profile.steps is None:
+        yield "profile.memory = True has no effect with profile.steps = None, which records no step → set profile.steps, such as 10-12"
     if experiment.checkpoints.keep_every and not experiment.checkpoints.every:
         keep = experiment.checkpoints.keep_every
         yield f"checkpoints.keep_every = {keep} has no effect with checkpoints.every = 0 → set checkpoints.every, for example to {keep}"
@@ -61,10 +66,27 @@ def doubts(experiment: Experiment) -> Iterator[str]:
         yield f"evaluate.measure is {evaluate.measure!r}, which evaluate.every = 0 never calls → set evaluate.every, for example to 50"
     if sample.prompts and not sample.every:
         yield "sample.prompts is not used with sample.every = 0: the sample at the end continues the held-out text → set sample.every"
+    if len(recorded := experiment.profile.recorded) > MOST_RECORDED:
+        instead = f"{recorded[0]}-{recorded[0] + 2}"
+        yield (
+            f"profile.steps = {experiment.profile.steps!r} records {len(recorded)} steps, more than {MOST_RECORDED}: all are kept in "
+            f"memory until the last one, and make the trace long → use a few, such as {instead}"
+        )
     if experiment.precision == "fp16" and 0 < experiment.watch.most_skips < 16:
         yield (
             f"watch.most_skips = {experiment.watch.most_skips} may stop a run in fp16 while it looks for its loss scale, which begins at "
             "2^16 and is halved where steps are skipped → use 20, or 0 for no limit"
+        )
+
+
+def doubts_of_ranks(experiment: Experiment, ranks: Ranks) -> Iterator[str]:
+    """What works on these ranks, but is probably slow: tensor ranks on several nodes."""
+    tensor, local = experiment.parallel.tensor, ranks.local_world
+    if ranks.world > local and local % tensor:
+        within = listed([str(degree) for degree in range(1, min(local, tensor) + 1) if local % degree == 0 and tensor % degree == 0], "or")
+        yield (
+            f"parallel.tensor = {tensor} does not divide the {local} rank{'s' * (local > 1)} of a node, so that activations cross the "
+            f"network in every layer → use {within}, and more of parallel.pipe or of ZeRO"
         )
 
 

@@ -3,12 +3,13 @@
 Every error is a Mistake: one sentence with the dotted name, the value and what would work (research/config/settings.py).
 """
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from models import config as shapes
-from research.config.settings import Settings
+from research.config.settings import LONGEST, Settings
 
 Count = Annotated[int, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -21,6 +22,8 @@ DECAYS = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 MEASURE = "evaluate.measure"
 TRAINING_VARIANTS = ("loss", "optimizer.name", "optimizer.decay", MEASURE)
 """The settings outside of `model` that may name a class or function of the experiment's variant.py."""
+STEP_RANGE = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?", re.ASCII)
+"""'10-12', or one step."""
 
 
 class GPT(Settings, shapes.GPT):
@@ -119,6 +122,12 @@ class Watch(Settings):
     SECTION: ClassVar[str] = "watch"
 
     hang_seconds: float = Field(default=600.0, ge=0, description="longest time without progress before the job is ended; 0: no limit")
+    rendezvous_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        description="longest wait at the start until all ranks have met; up to the end of the first step the larger of it and hang_seconds "
+        "is the time without progress that ends the job",
+    )
     non_finite: Literal["stop", "skip"] = Field(
         default="stop", description="at a loss or gradient that is not finite: stop before the update, or skip the update and continue"
     )
@@ -129,6 +138,38 @@ class Watch(Settings):
     )
     spike: float = Field(default=0.0, ge=0, description="warn of a loss so many standard deviations above the mean of 100 steps; 0: never")
     on_spike: Literal["warn", "stop"] = Field(default="warn", description="at a spike: only warn, or stop after the step")
+
+
+class Profile(Settings):
+    """Steps that are recorded by torch's profiler, in profile/ of the run folder. It does not change the training."""
+
+    SECTION: ClassVar[str] = "profile"
+
+    steps: str | None = Field(default=None, description="first and last step to record, such as 10-12; None: none")
+    memory: bool = Field(default=False, description="record as well which operation allocated how much memory in these steps")
+
+    @property
+    def recorded(self) -> range:
+        """The steps to record, counted from 1; empty for none."""
+        if self.steps is None:
+            return range(1, 1)
+        first, _, last = self.steps.partition("-")
+        return range(int(first), int(last or first) + 1)
+
+    @field_validator("steps")
+    @classmethod
+    def _is_a_range(cls, steps: str | None) -> str | None:
+        if steps is None:
+            return None
+        match = STEP_RANGE.fullmatch(steps)
+        if match is None:
+            raise ValueError(f"profile.steps = {steps[:LONGEST]!r} is not a range of steps → write FIRST-LAST, such as 10-12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first < 1:
+            raise ValueError(f"profile.steps = {steps!r} begins at step {first}, steps are counted from 1 → use 1-{max(1, last)}")
+        if last < first:
+            raise ValueError(f"profile.steps = {steps!r} ends at step {last}, before it begins at step {first} → use {last}-{first}")
+        return steps
 
 
 class Evaluate(Settings):
@@ -200,6 +241,10 @@ class Experiment(Settings):
     evaluate: Evaluate = Field(default_factory=Evaluate, description="evaluation during training")
     sample: Sample = Field(default_factory=Sample, description="text generation during training")
     track: Track = Field(default_factory=Track, description="where the run is recorded")
+    profile: Profile = Field(default_factory=Profile, description="steps recorded by torch's profiler")
+    deterministic: bool = Field(
+        default=False, description="only GPU kernels that add in a fixed order, which are slower; on a CPU every kernel does"
+    )
     seed: int = Field(ge=0, description="seed of initial weights and data order, which are the same on every layout")
     deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="merged last into the derived DeepSpeed JSON; file only")
 

@@ -8,10 +8,13 @@ from typing import Any
 
 from parallel.errors import Mistake
 from parallel.files import write_json
+from parallel.regular_files import read_table
 from research.config.schema import Experiment
 
-SCHEMA = 6
+SCHEMA = 7
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
+LARGEST = 2**20
+"""The most bytes of a config.json; one has about 3,000."""
 
 
 def resolved(experiment: Experiment) -> dict[str, Any]:
@@ -37,17 +40,13 @@ def save(experiment: Experiment, path: Path) -> None:
 def load(path: Path) -> Experiment:
     """Read a saved config.json of this schema or an older one. The file is data: nothing in it is executed."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_table(path, "give it a config.json that a run has written", LARGEST)
     except OSError as error:
         raise Mistake(f"{path} cannot be read ({error.strerror}) → name a run folder that holds config.json") from None
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"{path} is not JSON ({error}) → give it a config.json that a run has written") from None
-    if not isinstance(settings, dict):
-        raise Mistake(f"{path} holds a {type(settings).__name__} → give it a config.json that a run has written")
 
     schema = settings.pop("schema", None)
     if type(schema) is not int or schema < 1:
-        raise Mistake(f"{path} has schema = {schema!r} → give it a config.json that a run has written")
+        raise Mistake(f"{path} has schema = {schema!r:.60} → give it a config.json that a run has written")
     if schema > SCHEMA:
         raise Mistake(f"{path} has schema {schema}, this code reads up to {SCHEMA} → update the code to the version that wrote it")
     for version in range(schema, SCHEMA):
@@ -95,11 +94,17 @@ def _without_own_training(settings: dict[str, Any]) -> dict[str, Any]:
     return {"loss": "cross_entropy"} | settings | groups
 
 
+def _without_profile(settings: dict[str, Any]) -> dict[str, Any]:
+    """6 → 7: no steps were profiled, GPU kernels were not asked to be deterministic, and hang_seconds limited the wait for all ranks."""
+    return {"deterministic": False} | settings
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _without_dropout,
     2: _without_watch,
     3: _without_rotary_scaling,
     4: _without_periodic_tasks,
     5: _without_own_training,
+    6: _without_profile,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""

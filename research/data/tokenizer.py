@@ -24,6 +24,8 @@ RECIPE = 1
 """Part of every cached tokenizer's name. Raise it whenever training would give another table."""
 PIECE = 1 << 16
 """Characters per piece: small enough to spread a long document over threads and to bound memory."""
+PANIC = "PanicException"
+"""The class that pyo3 makes of a panic in Rust. No module exports it."""
 CUT = re.compile(r"(?<=\S)[ \n]")
 
 
@@ -51,19 +53,46 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without end-of-text."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def prompt(self, text: str) -> tuple[int, ...]:
         """The ids that a model continues: `begin` and the text's ids, or end-of-text (a new document begins) if both are empty."""
         return (*self.begin, *self.encode(text)) or (self.end_of_text,)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """`encode` of each text, on all cores. Other threads run meanwhile: of the library's methods, those for batches release the GIL.
+
+        Raises a Mistake if the tokenizer cannot encode a text.
+        """
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:
+            size = max(map(len, texts), default=0)
+            raise library_error(error, f"the tokenizer {self.name} cannot encode a text of {size} characters") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids. Bytes that are not a whole character become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        """The text of the ids. Bytes that are not a whole character become U+FFFD. Raises a Mistake if the tokenizer cannot decode them."""
+        numbers = [int(i) for i in ids]
+        try:
+            return self.backend.decode(numbers, skip_special_tokens=False)
+        except BaseException as error:
+            raise library_error(error, f"the tokenizer {self.name} cannot decode {len(numbers)} ids") from None
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether the tokenizers library may have raised this error.
+
+    It raises bare Exceptions. Where a regular expression of a tokenizer reaches the limit of its engine, it raises a
+    PanicException, which is no Exception.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == PANIC
+
+
+def library_error(error: BaseException, problem: str, way_out: str = "shorten it, or use another tokenizer") -> BaseException:
+    """What to raise for an error of the tokenizers library: a Mistake that begins with `problem`. Any other error is returned as it is."""
+    if isinstance(error, Mistake | MemoryError) or not is_library_error(error):
+        return error
+    return Mistake(f"{problem} ({' '.join(str(error).split())[:120]}) → {way_out}")
 
 
 def declared_vocab_size(name: str) -> int:

@@ -9,25 +9,29 @@ All of these come from unknown sources: they are read as data and nothing in the
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from parallel import regular_files
 from parallel.errors import Mistake
-from parallel.text import read_text
-from research.data import documents
-from research.data.tokenizer import END_OF_TEXT, Tokenizer
+from parallel.regular_files import LARGEST_JSON, check_inside, read_regular
+from parallel.text import decoded
+from research.data import documents, tokenizer_costs
+from research.data.tokenizer import END_OF_TEXT, Tokenizer, library_error
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-LARGEST = 256 * 2**20
-"""The most bytes of a tokenizer.json; one of 256 thousand tokens has 33 MB."""
+LARGEST, MOST_VALUES = 128 * 2**20, 2**22
+"""The most bytes and values of a tokenizer.json; one of 256 thousand tokens has 33 MB and two million values."""
 LONGEST_TEMPLATE = 2**20
 """The most characters of a chat template."""
+MOST_BEGIN = 256
+"""The most tokens that a post-processor puts in front of a text."""
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 """The usual names of the token that ends a text, for a tokenizer.json without a tokenizer_config.json."""
+RIGHT_FILE = "is it the right file?"
 WAY_OUT = "give it a tokenizer.json as Hugging Face's tokenizers saves it"
 
 
@@ -44,37 +48,50 @@ def path_of(name: str, root: Path) -> Path:
 def declared_vocab_size(name: str, root: Path) -> int:
     """One more than the highest id in the file. Imports nothing heavy."""
     path = path_of(name, root)
-    return _vocab_size(path, _table(path))
+    return _vocab_size(path, _table(path, _content(path)))
 
 
 def load(name: str, root: Path) -> Tokenizer:
     """The tokenizer in the file, its own normaliser included: `decode` of `encode` is then not always the same text."""
     path = path_of(name, root)
-    table = _table(path)
-    backend = parsed(path)
+    content = _content(path)  # read once: what is checked is what is used
+    table = _table(path, content)
+    backend = _parsed(path, content, table)
     marker = end_of_text(path, table)
     marker_id = backend.token_to_id(marker)
     if marker_id is None:
         raise Mistake(f"{path} has no token {marker!r:.80}, with which {CONFIG} ends a text → {WAY_OUT}")
-    fingerprint = hashlib.sha256(path.read_bytes() + b"\0" + marker.encode()).hexdigest()
+    fingerprint = hashlib.sha256(content + b"\0" + marker.encode()).hexdigest()
 
     # what the file's post-processor puts in front of a text; what it puts behind one is left out, because it ends texts
-    text, marked = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-    starts = (start for start in range(len(marked) - len(text) + 1) if marked[start : start + len(text)] == text)
+    try:
+        text, marked = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    except BaseException as error:
+        raise library_error(error, f"{path} cannot encode the text 'a'") from None
+    places = range(min(len(marked) - len(text), MOST_BEGIN) + 1)
+    starts = (start for start in places if marked[start : start + len(text)] == text)
     begin = tuple(marked[: next(starts, 0)])
     return Tokenizer(name, _vocab_size(path, table), marker_id, fingerprint, backend, cuts=False, begin=begin)
 
 
 def parsed(path: Path) -> Any:
-    """The library's tokenizer, set to encode the letters of special tokens as text, and neither to truncate nor to pad."""
+    """The library's tokenizer in a file, set to encode the letters of special tokens as text, and neither to truncate nor to pad.
+
+    A Mistake if it is no tokenizer, or one that makes much of little text.
+    """
+    content = _content(path)
+    return _parsed(path, content, _table(path, content))
+
+
+def _parsed(path: Path, content: bytes, table: dict[str, Any]) -> Any:
+    """`parsed` of a file's bytes, whose table is `table`."""
     from tokenizers import Tokenizer as Backend
 
+    tokenizer_costs.check(table, path)
     try:
-        backend = Backend.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exceptions, and Rust panics that are not even these
-        raise Mistake(f"{path} is not a tokenizer ({' '.join(str(error).split())[:120]}) → {WAY_OUT}") from None
+        backend = Backend.from_buffer(content)
+    except BaseException as error:
+        raise library_error(error, f"{path} is not a tokenizer", WAY_OUT) from None
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -84,7 +101,7 @@ def parsed(path: Path) -> Any:
 def end_of_text(path: Path, table: dict[str, Any]) -> str:
     """The token that ends a text: tokenizer_config.json's eos_token, or else one of the usual names."""
     config = path.with_name(CONFIG)
-    named = token_text(read_table(config).get("eos_token")) if config.is_file() else None
+    named = token_text(read_tokenizer_table(check_inside(config, config.parent)).get("eos_token")) if config.is_file() else None
     if named:
         return named
     known = {name for name, _ in _tokens(table) if isinstance(name, str)}
@@ -100,31 +117,29 @@ def token_text(value: Any) -> str | None:
     return content if isinstance(content, str) and 0 < len(content) <= 200 else None
 
 
-def read_table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:
-    """A JSON table of at most `largest` bytes. Anything else is a Mistake."""
+def read_tokenizer_table(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """A JSON table of at most `largest` bytes and MOST_VALUES values in a regular file. Anything else is a Mistake."""
     try:
-        if path.stat().st_size > largest:
-            raise Mistake(f"{path} has {path.stat().st_size} bytes, more than {largest} → is it the right file?")
-        table = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        return regular_files.read_table(path, RIGHT_FILE, largest, MOST_VALUES)
     except OSError as error:
-        raise Mistake(f"{path} cannot be read ({error.strerror}) → check the file and its permissions") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Mistake):
-            raise
-        raise Mistake(f"{path} is not JSON ({str(error)[:120]}) → is it the right file?") from None
-    if not isinstance(table, dict):
-        raise Mistake(f"{path} holds a {type(table).__name__}, not a table → is it the right file?")
-    return table
+        raise _unreadable(path, error) from None
 
 
-def _no_constant(value: str) -> float:
-    raise ValueError(f"{value} is not JSON")
+def _unreadable(path: Path, error: OSError) -> Mistake:
+    return Mistake(f"{path} cannot be read ({error.strerror or error}) → check the file and its permissions")
 
 
-def _table(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> bytes:
     if not path.is_file():
         raise Mistake(f"data.tokenizer: {path} does not exist → name a tokenizer.json, or use builtin:bpe-8192 or builtin:gpt2")
-    return read_table(path, LARGEST)
+    try:
+        return read_regular(path, LARGEST)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _table(path: Path, content: bytes) -> dict[str, Any]:
+    return regular_files.table_of(content, path, RIGHT_FILE, MOST_VALUES)
 
 
 def _tokens(table: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -174,15 +189,20 @@ def _beside(tokenizer: Tokenizer, root: Path, name: str) -> dict[str, Any]:
     """The table `name` in the folder of the tokenizer.json; empty if there is none, or the tokenizer is a built-in one."""
     if not is_file(tokenizer.name):
         return {}
-    path = path_of(tokenizer.name, root).with_name(name)
-    return read_table(path) if path.is_file() else {}
+    return table_in(path_of(tokenizer.name, root).parent, name)
+
+
+def table_in(folder: Path, name: str, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """The table `name` in a folder; empty if there is none. A Mistake if it is a link that leads out of the folder."""
+    path = folder / name
+    return read_tokenizer_table(check_inside(path, folder), largest) if path.is_file() else {}
 
 
 def find_template(folder: Path, config: Mapping[str, Any]) -> Any:
     """The chat template of a folder, unchecked: from its own file, or from tokenizer_config.json, which may hold several by name."""
     path = folder / TEMPLATE
     if path.is_file() and path.stat().st_size <= LONGEST_TEMPLATE:
-        return read_text(path)
+        return decoded(read_regular(check_inside(path, folder), LONGEST_TEMPLATE), str(path))
     template = config.get("chat_template")
     if isinstance(template, dict):
         return template.get("default")

@@ -121,11 +121,16 @@ def _definition(path: Path, read: dict[Path, list[str]]) -> dict[str, Any]:
 
 
 def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
-    """A mapping and all mappings in it: a group may define tasks of its own, inline."""
-    if isinstance(value, dict):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _mappings(inner)
+    """A mapping and all mappings in it, each once: a group may define tasks of its own, inline. YAML's aliases may nest without end."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or not isinstance(value, dict | list):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            yield value
+        waiting += reversed(list(value.values()) if isinstance(value, dict) else value)
 
 
 def _files_of_function(function: str, folder: Path) -> Iterator[Path]:
@@ -162,7 +167,5 @@ def _data_files(settings: Mapping[str, Any]) -> Iterator[Path]:
 
 def _texts(value: Any) -> Iterator[str]:
     """The texts in data_files: one pattern, a list of some, or a table of either by split."""
-    if isinstance(value, str):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _texts(inner)
+    for each in value.values() if isinstance(value, dict) else [value]:
+        yield from (text for text in (each if isinstance(each, list) else [each]) if isinstance(text, str))

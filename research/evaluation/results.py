@@ -23,9 +23,10 @@ from typing import Any
 from models.config import GPT
 from parallel.checkpoint.folder import MANIFEST
 from parallel.errors import Mistake
-from parallel.files import read_json, sha256_of, write_json
+from parallel.files import locked, read_json, sha256_of, write_json
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.evaluation.task import Metric
+from research.tracking import run_folder
 from research.tracking.metrics import finite
 from research.tracking.run_folder import RunFolder
 
@@ -133,21 +134,27 @@ def code_digest() -> str:
 
 
 class Results:
-    """The results of one checkpoint. Not for two processes at once: the last one to write wins."""
+    """The results of one checkpoint. Several processes may add theirs: the file is read again before it is written, under a lock.
+
+    They do not hold the run's lock, so that a run can be evaluated while it trains: no other process writes into evaluations/.
+    """
 
     def __init__(self, folder: RunFolder, checkpoint: Path) -> None:
         """Reads the file if it exists, but not results of another checkpoint of the same step that has been replaced since."""
         self.path = folder.path / FOLDER / f"{checkpoint.name}.json"
-        manifest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+        run_folder.refuse_link(self.path.parent)
+        manifest = sha256_of(checkpoint / MANIFEST)
         self._head = {"schema": SCHEMA, "run": folder.title, "checkpoint": checkpoint.name, "manifest_sha256": manifest}
-        self.results: list[Result] = []
+        self.results: list[Result] = self._read()
         """In the order in which they were first computed."""
+
+    def _read(self) -> list[Result]:
         if not self.path.is_file():
-            return
+            return []
         try:
             saved = read_json(self.path)
-            if saved["manifest_sha256"] == manifest and saved["schema"] in (1, SCHEMA):
-                self.results = [_result(row) for row in saved["results"]]
+            current = saved["manifest_sha256"] == self._head["manifest_sha256"] and saved["schema"] in (1, SCHEMA)
+            return [_result(row) for row in saved["results"]] if current else []
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(self.path, error) from error
 
@@ -162,7 +169,9 @@ class Results:
 
     def add(self, result: Result) -> None:
         """Adds a result, in place of an older one of the same key, and writes the file."""
-        places = [i for i, other in enumerate(self.results) if other.key == result.key]
-        self.results[slice(places[0], places[0] + 1) if places else slice(len(self.results), None)] = [result]
         self.path.parent.mkdir(exist_ok=True)
-        write_json(self.path, {**self._head, "results": [one.row() for one in self.results]})
+        with locked(self.path.parent / ".lock"):
+            self.results = self._read()  # with what other processes have added since
+            places = [i for i, other in enumerate(self.results) if other.key == result.key]
+            self.results[slice(places[0], places[0] + 1) if places else slice(len(self.results), None)] = [result]
+            write_json(self.path, {**self._head, "results": [one.row() for one in self.results]})

@@ -11,7 +11,7 @@ from parallel.checkpoint.reader import Reader, check_shape
 from parallel.errors import Mistake
 from parallel.files import write_json
 from research import ROOT
-from research.config import Experiment, serialization
+from research.config import Experiment
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.exchange import hf_tokenizer, hf_writer, parity, tokenizer_parity
@@ -23,11 +23,11 @@ from research.tracking.run_folder import RunFolder
 
 
 class Export:
-    """One export: a checkpoint of a run, and the dtype and shard size of the files."""
+    """One export: a checkpoint of a run, the run's settings, and the dtype and shard size of the files."""
 
-    def __init__(self, run: RunFolder, checkpoint: Path, dtype: str, shard_size: int) -> None:
+    def __init__(self, run: RunFolder, checkpoint: Path, experiment: Experiment, dtype: str, shard_size: int) -> None:
         self.run, self.checkpoint, self.dtype, self.shard_size = run, checkpoint, dtype, shard_size
-        self.experiment: Experiment = serialization.load(run.config)
+        self.experiment = experiment
         self.model = self.experiment.model
         self.family = mapping.family_of(self.model)
         self.links = mapping.parameter_mappings(self.model, FAMILIES[self.family])

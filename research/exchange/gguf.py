@@ -1,22 +1,30 @@
 """Reads a Llama, Qwen2 or Qwen3 from a GGUF file (llama.cpp's format): settings, tensors dequantised one by one, and the tokenizer.
 
-The `gguf` package (llama.cpp's own, pure Python) maps the file into memory and knows every quantisation. The file may come from a
-stranger.
+The `gguf` package (llama.cpp's own, pure Python) knows every quantisation. The file may come from a stranger: gguf_header.py checks what
+it says of itself before anything is allocated by it.
 """
 
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.conversion import gguf as names
 from models.conversion.read_config import settings
 from parallel.errors import Mistake
-from research.exchange.source import check_finite, check_regular_file
+from research.data.tokenizer import library_error
+from research.exchange.gguf_header import Header, TensorInfo
+from research.exchange.source import check_finite
 
 WAY_OUT = "take a whole GGUF file"
+MOST_FACTORS = 2**16
+"""The most elements of rope_freqs.weight: half of a head's width."""
+PLAIN = {0: "<f4", 1: "<f2", 28: "<f8"}
+"""ggml's number of F32, F16 and F64 -> the type of their elements."""
 CONVERSION_NAMES = {
     "tokenizer.ggml.model": "tokenizer_type",
     "tokenizer.ggml.pre": "pre_tokenizer_type",
@@ -49,64 +57,91 @@ class GGUFFile:
     """A Source that reads a GGUF file. `metadata` holds its fields without arrays, which may be long: `array` reads one."""
 
     def __init__(self, path: Path) -> None:
-        self.path = check_regular_file(path)
+        self.path = path
         try:
-            self._reader = _library().GGUFReader(str(path))
-            self._tensors = {str(tensor.name): tensor for tensor in self._reader.tensors}
-            self.shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
-            self.metadata = {name: field.contents() for name, field in self._reader.fields.items() if not _is_array(field)}
-            tokens = self._reader.fields.get("tokenizer.ggml.tokens")
-        except Mistake:
-            raise
-        except Exception as error:  # the gguf package does not validate the file, so any exception may be raised
-            raise Mistake(f"{path} is not a whole GGUF file ({type(error).__name__}: {str(error)[:100]!r}) → {WAY_OUT}") from None
+            self._header = Header(path)
+            self._sizes = {name: _stored_size(name, tensor) for name, tensor in self._header.tensors.items()}
+            self._check_places()
+        except OSError as error:
+            raise Mistake(f"{path} cannot be read ({error.strerror or error}) → {WAY_OUT}") from None
+        except ValueError as error:
+            raise Mistake(f"{path} is not a whole GGUF file ({str(error)[:200]}) → {WAY_OUT}") from None
+        self.metadata = self._header.metadata
+        self.shapes = {name: tensor.shape for name, tensor in self._header.tensors.items()}
         if (count := self.metadata.get("split.count", 1)) != 1:
             raise Mistake(f"{path} is one of {count!r:.20} files → join them first: llama-gguf-split --merge FIRST WHOLE")
-        factors = self.read(names.ROTARY_FACTORS) if names.ROTARY_FACTORS in self.shapes else None
-        vocab_size = {f"{self.metadata.get('general.architecture')}.vocab_size": len(tokens.data) if tokens else None}
+        factors = self._rotary_factors()
+        tokens = self._header.arrays.get("tokenizer.ggml.tokens")
+        vocab_size = {f"{self.metadata.get('general.architecture')}.vocab_size": tokens.count if tokens else None}
         self.config = names.config(vocab_size | self.metadata, self.shapes, factors)
         self.family = names.GGUF_FAMILIES[self.config["model_type"]]
         self.shapes.pop(names.ROTARY_FACTORS, None)
         settings(self.config)
 
+    @property
+    def header_size(self) -> int:
+        """The bytes in front of the tensors."""
+        return self._header.begin
+
     def __enter__(self) -> "GGUFFile":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Does nothing: the memory map is released with the last tensor that was read from it."""
+        """Does nothing: the memory map of a tensor is released with it."""
 
     def array(self, name: str) -> list[Any] | None:
         """Returns the values of an array field, or None if there is no such array."""
-        field = self._reader.fields.get(name)
-        if field is None or not _is_array(field):
-            return None
         try:
-            return field.contents()
-        except Exception as error:
+            return self._header.elements(name)
+        except ValueError as error:
             raise Mistake(f"{self.path}: {name} cannot be read ({str(error)[:100]!r}) → {WAY_OUT}") from None
 
     def check(self, wanted: Iterable[str]) -> None:
         """Raises a Mistake if the quantisation of one of these tensors is not supported; tries each type on one row."""
-        for tensor in {self._tensors[name].tensor_type: self._tensors[name] for name in wanted}.values():
-            self._dequantised(tensor, tensor.data[:1])
+        for name in {self._header.tensors[name].packing: name for name in wanted}.values():
+            self._dequantised(name, self._stored(name)[:1])
 
     def read(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        values = self._dequantised(tensor, tensor.data)
-        if values.numel() != tensor.n_elements:
-            raise Mistake(f"{self.path}: {name:.200} has {values.numel()} elements, not {tensor.n_elements} → {WAY_OUT}")
-        return check_finite(values.view(self.shapes[name]), name)
+        values, shape = self._dequantised(name, self._stored(name)), self._header.tensors[name].shape
+        if values.numel() != prod(shape):
+            raise Mistake(f"{self.path}: {name:.200} has {values.numel()} elements, not {prod(shape)} → {WAY_OUT}")
+        return check_finite(values.view(shape), name)
 
     def files(self) -> list[Path]:
         return [self.path]
 
-    def _dequantised(self, tensor: Any, data: Any) -> Tensor:
+    def _check_places(self) -> None:
+        """Requires that every tensor lies within the file, and no two on the same bytes."""
+        end, last = 0, ""
+        for name, tensor in sorted(self._header.tensors.items(), key=lambda item: item[1].offset):
+            if tensor.offset < end:
+                raise ValueError(f"{name!r:.80} begins within {last!r:.80}")
+            end, last = tensor.offset + self._sizes[name], name
+            if self._header.begin + end > self._header.size:
+                raise ValueError(f"{name!r:.80} ends at {self._header.begin + end:,}, the file at {self._header.size:,}")
+
+    def _rotary_factors(self) -> Tensor | None:
+        """The tensor that the rotary frequencies are divided by, if there is one. It is read before the model's shapes are known."""
+        if names.ROTARY_FACTORS not in self.shapes:
+            return None
+        if prod(self.shapes[names.ROTARY_FACTORS]) > MOST_FACTORS:
+            raise Mistake(f"{self.path}: {names.ROTARY_FACTORS} has more than {MOST_FACTORS} elements → {WAY_OUT}")
+        return self.read(names.ROTARY_FACTORS)
+
+    def _stored(self, name: str) -> np.ndarray:
+        """A tensor as it is stored, mapped into memory: '… columns' of a plain type, or '… bytes' of one that is packed."""
+        tensor = self._header.tensors[name]
+        raw = np.memmap(self.path, np.uint8, "r", self._header.begin + tensor.offset, (self._sizes[name],))
+        plain = PLAIN.get(tensor.packing)
+        return raw.view(plain).reshape(tensor.shape) if plain else raw.reshape(*tensor.shape[:-1], -1)
+
+    def _dequantised(self, name: str, stored: np.ndarray) -> Tensor:
         """The values in fp32, copied out of the memory map."""
+        packing = _library().GGMLQuantizationType(self._header.tensors[name].packing)
         try:
-            return torch.from_numpy(_library().dequantize(data, tensor.tensor_type).astype("float32", copy=True))
+            return torch.from_numpy(_library().dequantize(stored, packing).astype("float32", copy=True))
         except Exception as error:
-            quantisation = getattr(tensor.tensor_type, "name", tensor.tensor_type)
-            problem = f"{self.path}: {tensor.name!s:.200} is packed as {quantisation}, which cannot be unpacked ({str(error)[:80]!r})"
+            problem = f"{self.path}: {name:.200} is packed as {packing.name}, which cannot be unpacked ({str(error)[:80]!r})"
             raise Mistake(f"{problem} → take a file with another packing, such as Q8_0") from None
 
 
@@ -119,8 +154,16 @@ def _library() -> Any:
     return gguf
 
 
-def _is_array(field: Any) -> bool:
-    return bool(field.types) and field.types[0] == _library().GGUFValueType.ARRAY
+def _stored_size(name: str, tensor: TensorInfo) -> int:
+    """The bytes of a tensor in the file. Raises a ValueError for a packing that there is none of, or that does not fit its rows."""
+    library = _library()
+    try:
+        block, size = library.GGML_QUANT_SIZES[library.GGMLQuantizationType(tensor.packing)]
+    except (ValueError, KeyError):
+        raise ValueError(f"{name!r:.80} has the unknown packing {tensor.packing}") from None
+    if tensor.shape[-1] % block:
+        raise ValueError(f"{name!r:.80} has rows of {tensor.shape[-1]}, which are no blocks of {block}")
+    return prod(tensor.shape) // block * size
 
 
 def convert_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, Any]]:
@@ -136,10 +179,8 @@ def convert_tokenizer(file: GGUFFile) -> tuple[Any, dict[str, Any]]:
         raise Mistake(f"{file.path}: {problem} → {TOKENIZER_WAY_OUT}")
     try:
         backend = _convert_backend(fields)
-    except Mistake:
-        raise
-    except Exception as error:
-        raise Mistake(f"{file.path} holds no whole tokenizer ({str(error)[:100]!r}) → {TOKENIZER_WAY_OUT}") from None
+    except BaseException as error:
+        raise library_error(error, f"{file.path} holds no whole tokenizer", TOKENIZER_WAY_OUT) from None
 
     special: dict[str, Any] = {}
     for name, key in SPECIAL_TOKENS.items():

@@ -15,14 +15,19 @@ from torch import Tensor
 from models.conversion.families import FAMILIES
 from models.conversion.read_config import settings, without_nulls
 from parallel.errors import Mistake
-from research.data.tokenizer_file import read_table
-from research.exchange.source import check_finite, check_regular_file
+from parallel.regular_files import check_inside, open_regular, parsed_json
+from research.data.tokenizer_file import read_tokenizer_table
+from research.exchange.source import check_finite
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 MOST_SHARDS = 10_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LARGEST_CONFIG, LARGEST_INDEX, LARGEST_HEADER = 4 * 2**20, 64 * 2**20, 2**24
+"""The most bytes of config.json, of an index, and of a safetensors header. Large models have a few kB, 10 MB, and 1 MB."""
+MOST_TENSORS = 2**17
+"""The most tensors of one file: a header has about 5 values for each."""
 READABLE_DTYPES = {"F32", "F16", "BF16", "F64"}
 """Dtypes that are converted to float32: F64 is rounded, the others are exact."""
 
@@ -32,7 +37,7 @@ class HFFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = without_nulls(read_table(path / CONFIG))
+        self.config = without_nulls(read_tokenizer_table(check_inside(path / CONFIG, path), LARGEST_CONFIG))
         settings(self.config)  # raises a Mistake for a family or a setting that is not supported
         self.family = FAMILIES[self.config["model_type"]]
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -69,8 +74,9 @@ class HFFolder:
         return [self.path / name for name in (CONFIG, *index, *self._open)]
 
     def _open_file(self, name: str, index: Mapping[str, str] | None) -> None:
-        path = check_regular_file(self.path / name)
+        path = check_inside(self.path / name, self.path)
         try:
+            _check_header(path)
             file = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118  a safetensors file is not a mapping
                 if index is not None and index.get(key) != name:
@@ -78,7 +84,9 @@ class HFFolder:
                     raise Mistake(f"{path} holds {key:.200}, but {INDEX} {entry} → fetch the model again")
                 tensor = file.get_slice(key)
                 self.shapes[key], self._dtypes[key], self._file_of[key] = tuple(tensor.get_shape()), str(tensor.get_dtype()), name
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
+            if isinstance(error, Mistake):
+                raise
             raise _unreadable(path, error) from error
         self._open[name] = file
 
@@ -89,7 +97,7 @@ def _index(path: Path) -> dict[str, str] | None:
         return None
     if not (path / INDEX).exists():
         _raise_no_weights(path)
-    index = read_table(path / INDEX, 64 * 2**20).get("weight_map")
+    index = read_tokenizer_table(check_inside(path / INDEX, path), LARGEST_INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise Mistake(f"{path / INDEX} has no weight_map that is a table of tensors → fetch the model again")
     for key, name in index.items():
@@ -98,6 +106,15 @@ def _index(path: Path) -> dict[str, str] | None:
     if len(set(index.values())) > MOST_SHARDS:
         raise Mistake(f"{path / INDEX} names {len(set(index.values()))} files, more than {MOST_SHARDS} → do not use it")
     return index
+
+
+def _check_header(path: Path) -> None:
+    """Raises a ValueError for a header that would take much memory: the library reads one of up to 100 MB whole."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise ValueError(f"its header has {length:,} bytes, more than {LARGEST_HEADER:,}")
+        parsed_json(file.read(length), 8 * MOST_TENSORS)
 
 
 def _raise_no_weights(path: Path) -> NoReturn:

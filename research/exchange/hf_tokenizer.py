@@ -10,6 +10,7 @@ The files may come from a stranger and may name classes and code, so only known 
 
 import shutil
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,25 @@ from parallel.errors import Mistake, listed_up_to
 from parallel.files import write_json
 from research.data import tokenizer_file
 from research.data.tokenizer import END_OF_TEXT, Tokenizer
-from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, are_ids, find_template, read_table
+from research.data.tokenizer_file import (
+    CONFIG,
+    FILE,
+    GENERATION,
+    LONGEST_TEMPLATE,
+    SPECIAL,
+    TEMPLATE,
+    are_ids,
+    find_template,
+    read_tokenizer_table,
+    table_in,
+)
 
 ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OLDER_CONFIG, OLDER_TEMPLATE, TEMPLATES = "special_tokens_map.json", "chat_template.json", "additional_chat_templates"
 READ = ("config.json", FILE, CONFIG, OLDER_CONFIG, "added_tokens.json")
 """The files that transformers makes a tokenizer from."""
-MOST_NAMES = 8
-"""The most names in one sentence."""
+MOST_NAMES, MOST_ENTRIES = 8, 10_000
+"""The most names in one sentence, and the most entries of a folder that are looked at."""
 
 
 def copy_tokenizer(file: Path, target: Path, length: int, default_ids: Mapping[str, Any], rows: int | None = None) -> list[str]:
@@ -45,7 +57,7 @@ def copy_tokenizer(file: Path, target: Path, length: int, default_ids: Mapping[s
     left_out = [] if rows is None else leave_out_tokens(target / FILE, rows)
     backend = tokenizer_file.parsed(target / FILE)
 
-    generation = read_table(source / GENERATION) if (source / GENERATION).is_file() else {}
+    generation = table_in(source, GENERATION)
     given = {name: value for name, value in {**default_ids, **generation}.items() if name in ID_KEYS and value is not None}
     ids = {name: value for name, value in given.items() if are_ids(value) and (rows is None or _largest(value) < rows)}
     left_out += [f"{name} = {value!r:.60}: no ids of this model" for name, value in given.items() if name not in ids]
@@ -61,7 +73,9 @@ def copy_tokenizer(file: Path, target: Path, length: int, default_ids: Mapping[s
             first = named[0] if isinstance(named, list) else named
             token = None if first is None else backend.id_to_token(first)
         tokens[name] = token
-    tokens["eos_token"] = tokens["eos_token"] or tokenizer_file.end_of_text(file, read_table(target / FILE, tokenizer_file.LARGEST))
+    tokens["eos_token"] = tokens["eos_token"] or tokenizer_file.end_of_text(
+        file, read_tokenizer_table(target / FILE, tokenizer_file.LARGEST)
+    )
     template = find_template(source, config)
     _write_settings(target, backend, tokens, ids, template, length)
     return left_out + _templates_left_out(source, config, template)
@@ -69,7 +83,7 @@ def copy_tokenizer(file: Path, target: Path, length: int, default_ids: Mapping[s
 
 def named_tokens(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, with what special_tokens_map.json names where transformers reads that file."""
-    config, older = (read_table(folder / name) if (folder / name).is_file() else {} for name in (CONFIG, OLDER_CONFIG))
+    config, older = (table_in(folder, name) for name in (CONFIG, OLDER_CONFIG))
     return config if "added_tokens_decoder" in config else {**config, **older}
 
 
@@ -78,18 +92,18 @@ def leave_out_tokens(file: Path, rows: int) -> list[str]:
 
     Such a token, a `[PAD]` as a rule, has no row in the model's table. transformers fails where it occurs in a text.
     """
-    table = read_table(file, tokenizer_file.LARGEST)
+    table = read_tokenizer_table(file, tokenizer_file.LARGEST)
     added: list[Any] = table.get("added_tokens") or []
-    beyond = [entry for entry in added if isinstance(entry, dict) and _is_beyond(entry, rows)]
+    beyond = [entry for entry in added if _is_beyond(entry, rows)]
     if not beyond:
         return []
-    write_json(file, table | {"added_tokens": [entry for entry in added if entry not in beyond]})
+    write_json(file, table | {"added_tokens": [entry for entry in added if not _is_beyond(entry, rows)]})
     names = listed_up_to((f"{entry.get('content')!r:.40} ({entry['id']})" for entry in beyond), MOST_NAMES)
     return [f"{FILE}: {names}: the model's table has no row for {'it' if len(beyond) == 1 else 'them'}, only {rows}"]
 
 
-def _is_beyond(entry: Mapping[str, Any], rows: int) -> bool:
-    return isinstance(entry.get("id"), int) and entry["id"] >= rows
+def _is_beyond(entry: Any, rows: int) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("id"), int) and entry["id"] >= rows
 
 
 def _largest(ids: Any) -> int:
@@ -103,7 +117,7 @@ def _templates_left_out(folder: Path, config: Mapping[str, Any], template: Any) 
         named = {str(entry.get("name")): entry.get("template") for entry in named if isinstance(entry, dict)}
     names = sorted(named) if isinstance(named, dict) else []
     if (folder / TEMPLATES).is_dir():
-        names += sorted(path.stem for path in (folder / TEMPLATES).glob("*.jinja"))
+        names += sorted(path.stem for path in islice((folder / TEMPLATES).glob("*.jinja"), MOST_ENTRIES))
     others = listed_up_to((repr(name)[:40] for name in names if name != "default"), MOST_NAMES)
     file = folder / TEMPLATE
     if file.is_file() and file.stat().st_size > LONGEST_TEMPLATE:
@@ -133,7 +147,7 @@ def export_tokenizer(target: Path, tokenizer: Tokenizer, root: Path, length: int
         copy_tokenizer(tokenizer_file.path_of(tokenizer.name, root), target, length, {})
     else:
         save_tokenizer(target, tokenizer.backend, dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT), None, length)
-    ids = read_table(target / GENERATION)
+    ids = read_tokenizer_table(target / GENERATION)
     return {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id", tokenizer.end_of_text)}
 
 

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from models.config import GPT as Shape
 from models.conversion import mapping, read_config
 from models.conversion.mapping import Plan
@@ -17,15 +19,16 @@ from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule
 from research.data import tokenizer as tokenizers
 from research.data import tokenizer_file
 from research.data.tokenizer import Tokenizer
-from research.exchange import hf_tokenizer, left_out, parity, tokenizer_parity
-from research.exchange.gguf import GGUFFile, convert_tokenizer
+from research.exchange import left_out, parity
+from research.exchange.gguf import GGUFFile
 from research.exchange.hf_reader import CONFIG, HFFolder
 from research.exchange.parity import Certificate
 from research.exchange.source import Source, private_view, weights
+from research.exchange.tokenizer_import import TokenizerImport
 from research.exchange.tokenizer_parity import IdsComparison
 from research.tracking import run_folder
 from research.tracking.console import Advance, Console, counted
-from research.tracking.format import compact, one_line, plural
+from research.tracking.format import compact, memory, one_line, plural
 from research.tracking.run_folder import IMPORTED, RunFolder
 
 TEXT = ("builtin:state_of_the_union/train", "builtin:state_of_the_union/val")
@@ -56,6 +59,7 @@ class Import:
         """A sentence for each thing that the source holds and that is not taken."""
         self.ids: IdsComparison | None = None
         """The comparison of token ids with transformers' tokenizer; None if the tokenizer is not the folder's own."""
+        _check_memory(self.model, source)
         source.check([key for link in self.plan.parameters for key in link.keys])
 
     def line(self) -> str:
@@ -97,67 +101,19 @@ class Import:
 
     def _make_tokenizer(self, name: str | None) -> tuple[str, Tokenizer]:
         """(data.tokenizer, the tokenizer). `name` is builtin:gpt2 or a file; None means the model's own one. Files are copied."""
-        target, length = self.staging.path / TOKENIZER, self.model.seq_length
+        target = self.staging.path / TOKENIZER
         if name is not None and not tokenizer_file.is_file(name) and name != tokenizers.GPT2:
             raise Mistake(f"--tokenizer {name} is not one → name {tokenizers.GPT2} or a tokenizer.json")
         if name == tokenizers.GPT2:
             target.rmdir()
-            tokenizer = tokenizers.gpt2()
-        else:
-            file = Path(name).expanduser() if name else self.source.path / tokenizer_file.FILE
-            if name is None and isinstance(self.source, GGUFFile):
-                backend, config = convert_tokenizer(self.source)
-                hf_tokenizer.save_tokenizer(target, backend, config, config["chat_template"], length)
-            else:
-                self.left_out += hf_tokenizer.copy_tokenizer(file, target, length, self.source.config, self.model.vocab_size)
-            tokenizer = self._loaded(file.parent)
-            if name is None and isinstance(self.source, HFFolder):
-                tokenizer = self._matched(tokenizer)
-            name = self.named(target / tokenizer_file.FILE)
-        if tokenizer.vocab_size > self.model.vocab_size or max(tokenizer.begin, default=0) >= self.model.vocab_size:
-            last = tokenizer.backend.id_to_token(tokenizer.vocab_size - 1)
-            sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {self.model.vocab_size} (the last token is {last!r:.40})"
-            raise Mistake(f"{sizes} → name the one it was trained with: --tokenizer PATH")
-        return name, tokenizer
-
-    def _loaded(self, origin: Path) -> Tokenizer:
-        """The staged tokenizer. An error about it names the folder that it was copied from."""
-        target = self.staging.path / TOKENIZER
-        try:
-            return tokenizer_file.load(str(target / tokenizer_file.FILE), Path())
-        except Mistake as mistake:
-            raise Mistake(str(mistake).replace(str(target), str(origin))) from None
-
-    def _matched(self, tokenizer: Tokenizer) -> Tokenizer:
-        """A tokenizer that gives the ids of transformers' tokenizer: the staged one, or else transformers' own backend in its place.
-
-        transformers may change what tokenizer.json holds: by add_prefix_space or add_bos_token, or because it makes a class anew.
-        """
-        source, file = self.source.path, self.staging.path / TOKENIZER / tokenizer_file.FILE
-        files = [path for name in hf_tokenizer.READ if (path := source / name).is_file()]
-        with private_view(files, {CONFIG: self.source.config}) as folder:
-            try:
-                theirs = tokenizer_parity.their_tokenizer(folder, source)
-            except Mistake as mistake:
-                self.left_out.append(f"token ids were not compared: {str(mistake).partition(' → ')[0]}")
-                return tokenizer
-        first = self.ids = tokenizer_parity.compare(tokenizer, theirs)
-        if first.difference and hasattr(theirs, "backend_tokenizer"):
-            file.write_text(theirs.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-            hf_tokenizer.leave_out_tokens(file, self.model.vocab_size)
-            tokenizer = self._loaded(source)
-            self.ids = tokenizer_parity.compare(tokenizer, theirs)
-        way_out = f"--tokenizer {source / tokenizer_file.FILE} takes the file as it is"
-        if self.ids.difference:
-            raise Mistake(f"transformers gives other ids: {self.ids.difference} → {way_out}")
-        if first.difference:
-            other = f"{tokenizer_file.FILE} as it stands: transformers' {type(theirs).__name__} gives other ids, which are taken"
-            self.left_out.append(f"{other}: {first.difference} → {way_out}")
-        if self.ids.tail:
-            self.left_out.append(
-                f"{tokenizer.decode(self.ids.tail)!r:.40} at the end of a text: training puts end-of-text there, prompts nothing"
-            )
-        return tokenizer
+            if self.model.vocab_size < tokenizers.GPT2_SIZE:
+                sizes = f"the tokenizer has {tokenizers.GPT2_SIZE} tokens, the model {self.model.vocab_size}"
+                raise Mistake(f"{sizes} → name the one it was trained with: --tokenizer PATH")
+            return name, tokenizers.gpt2()
+        made = TokenizerImport(self.source, Path(name).expanduser() if name else None, target, self.model)
+        tokenizer = made.run()
+        self.left_out, self.ids = [*self.left_out, *made.left_out], made.ids
+        return self.named(target / tokenizer_file.FILE), tokenizer
 
     def _list_left_out(self, tokenizer_name: str | None) -> None:
         """Adds what of the source is left out. `tokenizer_name`: the tokenizer that takes the place of the source's own, if one does."""
@@ -196,6 +152,17 @@ class Import:
         run = {"name": self.final.name, "id": self.final.id, "status": IMPORTED, **times}
         source = {"source": str(self.source.path.name), "family": self.source.family.name}
         write_json(self.staging.run, {"schema": 1, **run, "layout": "", "precision": "fp32", "steps": 0, **run_folder.owner(), **source})
+
+
+def _check_memory(model: Shape, source: Source) -> None:
+    """Raises a Mistake if the model is too large for this machine: the certificate needs one in fp32 as a whole.
+
+    A file that is mostly holes claims terabytes and takes none of the disk.
+    """
+    needed, total = 4 * (parameters(model) or 0), psutil.virtual_memory().total
+    if needed > total:
+        size = f"{source.path} has {compact(needed // 4)} parameters, which take {memory(needed / 1e6)} in fp32"
+        raise Mistake(f"{size}, this machine has {memory(total / 1e6)} → import it on a machine with more")
 
 
 def experiment(model: Shape, source: str, checkpoint: str, tokenizer: str, runs: str) -> Experiment:

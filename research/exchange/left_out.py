@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from models.conversion.read_config import DROPOUT_KEYS, unread_keys
 from parallel.errors import listed_up_to
-from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LARGEST, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, read_table, token_text
+from research.data.tokenizer_file import CONFIG, FILE, GENERATION, LARGEST, LONGEST_TEMPLATE, SPECIAL, TEMPLATE, table_in, token_text
 from research.exchange.hf_reader import CONFIG as MODEL_CONFIG
-from research.exchange.hf_tokenizer import MOST_NAMES, TEMPLATES, is_template
+from research.exchange.hf_tokenizer import MOST_ENTRIES, MOST_NAMES, TEMPLATES, is_template
 
 QUIET_TOKENIZER_KEYS = {
     "tokenizer_class", "tokenizer_type", "model_max_length", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file",
@@ -56,7 +57,7 @@ def of_settings(config: Mapping[str, Any]) -> list[str]:
 
 def of_tokenizer(folder: Path, length: int) -> list[str]:
     """What of tokenizer.json and tokenizer_config.json in `folder` is left out. `length`: the longest text that the model reads."""
-    sentences, config = [], _table(folder / CONFIG)
+    sentences, config = [], table_in(folder, CONFIG)
     if config.get("clean_up_tokenization_spaces") is True:
         sentences.append(f"{CONFIG}: clean_up_tokenization_spaces = true: here the spaces of a decoded text stay as they are")
     if config.get("auto_map"):
@@ -66,7 +67,7 @@ def of_tokenizer(folder: Path, length: int) -> list[str]:
         sentences.append(f"{CONFIG}: model_max_length = {limit}: here a text may have {length} tokens, as {MODEL_CONFIG} says")
     if unread := [f"{key} = {_short(config[key])}" for key in config.keys() - QUIET_TOKENIZER_KEYS - {"auto_map"} if config[key]]:
         sentences.append(f"{CONFIG}: {listed_up_to(sorted(unread), MOST_NAMES)}: not kept; the tokens themselves stay")
-    table = _table(folder / FILE, LARGEST)
+    table = table_in(folder, FILE, LARGEST)
     if missing := sorted(_added_tokens(config) - _tokens(table)):
         names = listed_up_to([repr(name) for name in missing], MOST_NAMES)
         sentences.append(f"{CONFIG}: added_tokens_decoder has {names}, which {FILE} lacks: not added")
@@ -77,7 +78,7 @@ def of_tokenizer(folder: Path, length: int) -> list[str]:
 
 def of_generation(folder: Path) -> list[str]:
     """What of generation_config.json is left out: all but the ids at which a text begins and ends."""
-    config = _table(folder / GENERATION)
+    config = table_in(folder, GENERATION)
     given = {key: value for key, value in config.items() if value not in (None, False, [], {}) and key not in QUIET_GENERATION_KEYS}
     sentences = []
     if options := [f"--{key} {given[key]}" for key in OPTIONS if isinstance(given.get(key), (int, float))]:
@@ -90,7 +91,8 @@ def of_generation(folder: Path) -> list[str]:
 def of_files(folder: Path, read: Iterable[str]) -> list[str]:
     """The files and folders beside the model that were not opened. `read`: the names of those that were."""
     known = {*read, *NO_FILES_OF_A_MODEL, *REPEATED, FILE, CONFIG, GENERATION, TEMPLATE, TEMPLATES, ".cache", ".git"}
-    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in known)
+    entries = islice(folder.iterdir(), MOST_ENTRIES)
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in entries if path.name not in known)
     sentences = []
     if adapters := [name for name in names if name.startswith("adapter_")]:
         found = listed_up_to(adapters, MOST_NAMES)
@@ -127,10 +129,6 @@ def _tokens(table: Mapping[str, Any]) -> set[str]:
     names = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary or ()]
     names += [entry.get("content") for entry in (added if isinstance(added, list) else []) if isinstance(entry, dict)]
     return {name for name in names if isinstance(name, str)}
-
-
-def _table(path: Path, largest: int = 16 * 2**20) -> dict[str, Any]:
-    return read_table(path, largest) if path.is_file() else {}
 
 
 def _short(value: Any) -> str:

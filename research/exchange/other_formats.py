@@ -3,9 +3,11 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 from parallel.errors import Mistake
+from parallel.regular_files import open_regular
 
 MOST_ENTRIES = 10_000
 """The most entries of a folder that are looked at."""
@@ -36,10 +38,10 @@ def _names_in(path: Path) -> list[str]:
     """The names in a folder, and in folders of one step of a checkpoint as FOLDER/NAME, sorted."""
     names: list[str] = []
     with contextlib.suppress(OSError):
-        for entry in sorted(path.iterdir())[:MOST_ENTRIES]:
+        for entry in sorted(islice(path.iterdir(), MOST_ENTRIES)):
             names.append(entry.name)
             if entry.is_dir() and STEP.fullmatch(entry.name):
-                names += [f"{entry.name}/{inner.name}" for inner in sorted(entry.iterdir())[:MOST_ENTRIES]]
+                names += [f"{entry.name}/{inner.name}" for inner in sorted(islice(entry.iterdir(), MOST_ENTRIES))]
     return names
 
 
@@ -47,7 +49,8 @@ def _evidence(path: Path, name: str) -> str:
     """The name that gave the format away; with its text if it is a pointer to a step."""
     if name in POINTERS:
         with contextlib.suppress(OSError):
-            text = (path / name).read_bytes()[:40].decode("ascii", errors="replace").strip()
+            with open_regular(path / name) as file:
+                text = file.read(40).decode("ascii", errors="replace").strip()
             return f"{name}: {text}" if text.isprintable() else name
     return name
 

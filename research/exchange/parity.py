@@ -3,6 +3,8 @@
 import contextlib
 import io
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,12 +89,20 @@ class Certificate:
 def sample_ids(tokenizer: Tokenizer, length: int) -> Tensor:
     """The first TOKENS tokens of the fixed text, as windows 'b s' of at most WINDOW tokens and of what the model reads."""
     window = min(length, WINDOW)
-    wanted, ids = max(window, TOKENS // window * window), []
+    wanted = max(window, TOKENS // window * window)
+    ids = sample_texts(tokenizer, wanted)
+    return torch.tensor(ids[: len(ids[:wanted]) // window * window]).view(-1, window)
+
+
+def sample_texts(tokenizer: Tokenizer, wanted: int = TOKENS) -> list[int]:
+    """`wanted` or more ids of the fixed text, or all that it has."""
+    ids: list[int] = []
     for document in documents.documents(TEXT, Path()):
-        ids += tokenizer.encode(document[: 20 * TOKENS])
+        with without_panic_messages():
+            ids += tokenizer.encode(document[: 20 * TOKENS])
         if len(ids) >= wanted:
             break
-    return torch.tensor(ids[: len(ids[:wanted]) // window * window]).view(-1, window)
+    return ids
 
 
 @torch.no_grad()
@@ -192,6 +202,20 @@ def _load(make: Callable[[], Any], path: Path, shown: Path | None = None) -> Log
             said = " ".join(str(error).split()).replace(str(path), str(shown or path))[:160]
             raise Mistake(f"transformers cannot read {shown or path} ({type(error).__name__}: {said}) → fetch it again") from None
     return lambda ids: model(ids, use_cache=False).logits
+
+
+@contextlib.contextmanager
+def without_panic_messages() -> Iterator[None]:
+    """Discards what is written to the file descriptor of standard error: Rust reports a panic there before it becomes an error here."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextlib.contextmanager

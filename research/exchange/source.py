@@ -1,7 +1,6 @@
 """The interface of a model that is imported (Source), read one tensor at a time, and what its readers share."""
 
 import contextlib
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from models.conversion.families import Family
 from models.conversion.mapping import Plan, check_copy
 from parallel.errors import Mistake
 from parallel.files import write_json
-from research.data.tokenizer_file import read_table
+from research.data.tokenizer_file import read_tokenizer_table
 
 LARGEST_TABLE = 64 * 2**20
 """The most bytes of a table that is written anew."""
@@ -50,14 +49,6 @@ def weights(source: Source, plan: Plan, model: GPT) -> Iterator[Tensor]:
         yield tensor
 
 
-def check_regular_file(path: Path) -> Path:
-    """Returns the path. Raises a Mistake unless it is a regular file or a link to one, as in the hub's cache; a pipe would block."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISREG(path.stat().st_mode):
-            return path
-    raise Mistake(f"{path} is not there, or is not a file → fetch the model again")
-
-
 def check_finite(tensor: Tensor, name: str) -> Tensor:
     """Returns the tensor. Raises a Mistake if a value is not finite."""
     if not bool(torch.isfinite(tensor).all()):
@@ -75,7 +66,7 @@ def private_view(files: Iterable[Path], tables: Mapping[str, Mapping[str, Any]])
     with tempfile.TemporaryDirectory() as folder:
         for path in files:
             if path.suffix == ".json" and path.stat().st_size <= LARGEST_TABLE:
-                table = tables.get(path.name) or read_table(path, LARGEST_TABLE)
+                table = tables.get(path.name) or read_tokenizer_table(path, LARGEST_TABLE)
                 write_json(Path(folder) / path.name, {key: value for key, value in table.items() if key != "auto_map"})
             else:
                 (Path(folder) / path.name).symlink_to(path.resolve())

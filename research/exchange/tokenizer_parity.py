@@ -6,8 +6,8 @@ from typing import Any
 
 from parallel.errors import Mistake
 from research.data import documents
-from research.data.tokenizer import Tokenizer
-from research.exchange.parity import TEXT, quiet_transformers
+from research.data.tokenizer import Tokenizer, is_library_error, library_error
+from research.exchange.parity import TEXT, quiet_transformers, without_panic_messages
 
 CHARACTERS = 10_000
 """Length of the text. Its beginning is compared again behind a space, and behind line breaks."""
@@ -40,7 +40,9 @@ def their_tokenizer(folder: Path, shown: Path) -> Any:
     with quiet_transformers():
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
             said = " ".join(str(error).split()).replace(str(folder), str(shown))[:160]
             raise Mistake(f"transformers cannot read the tokenizer of {shown} ({type(error).__name__}: {said}) → fetch it again") from None
 
@@ -49,8 +51,12 @@ def compare(ours: Tokenizer, theirs: Any) -> IdsComparison:
     """Compares the ids of prompts, with the tokens that the tokenizer puts in front of a text, on the certificate's text."""
     tokens, tail = 0, tuple[int, ...]()
     for text in _texts():
-        with quiet_transformers():
-            expected = theirs(text, verbose=False).input_ids
+        try:
+            with quiet_transformers(), without_panic_messages():
+                expected = theirs(text, verbose=False).input_ids
+        except BaseException as error:
+            problem = f"transformers' tokenizer cannot encode {len(text)} characters of the certificate's text"
+            raise library_error(error, problem, "name another tokenizer: --tokenizer PATH") from None
         found = list(ours.prompt(text))
         tokens += len(found)
         if difference := _difference(found, expected[: len(found)], ours):

@@ -14,6 +14,7 @@ from models.inference.decoder import Decoder
 from research.data.tokenizer import Tokenizer
 from research.generation.batching import CANCELLED, END, LENGTH, STOP, BatchScheduler, DecoderLike, Generation, Request
 from research.generation.settings import GenerationSettings, refuse_long
+from research.generation.stop_strings import StopStringFinder
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 MAX_PENDING = 8
@@ -37,7 +38,7 @@ class IncrementalDetokenizer:
     """
 
     def __init__(self, tokenizer: SupportsDecode, prompt: Iterable[int], stops: Iterable[str] = ()) -> None:
-        self.tokenizer, self.stops = tokenizer, tuple(stops)
+        self.tokenizer, self._finder = tokenizer, StopStringFinder(stops)
         self.stopped = False
         """Whether a stop string was found; no text follows."""
         self.held = ""
@@ -70,13 +71,11 @@ class IncrementalDetokenizer:
         if self.stopped:
             return ""
         text = self.held + new
-        if starts := [start for start in (text.find(stop) for stop in self.stops) if start >= 0]:
-            self.stopped, self.held = True, ""
-            return text[: min(starts)]
-
-        # hold back the longest end of the text that is a beginning of a stop string
-        sizes = (size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-        certain = len(text) - max(sizes, default=0)
+        begin = self._finder.push(new)
+        if begin is not None:
+            text, self.stopped, self.held = text[: len(self.held) + begin], True, ""
+            return text
+        certain = len(text) - self._finder.held
         self.held = text[certain:]
         return text[:certain]
 

@@ -23,7 +23,7 @@ PATIENCE_STEPS = 3
 """Patience is at least this many times the last step, so that steps that are long by nature are not cut off."""
 LOST_PEER_SECONDS, CLOSING_SECONDS = 5.0, 10.0
 """Left to the main thread to find out by itself that another rank is gone (gloo raises, NCCL waits), and then to close its files."""
-SILENT_SECONDS = 8.0
+STOPPED_SECONDS = 8.0
 """Another rank without a heartbeat for this long is taken for stopped when this one has to leave."""
 FROM_ANOTHER_RANK = re.compile(
     r"\bgloo\b|nccl|connection (closed|reset|refused)|broken pipe|TCPStore|Dist(Backend|Network|Store)Error", re.I
@@ -48,15 +48,20 @@ class Diagnosis:
 class Diagnoser:
     """Checks, once per second, whether this rank must leave. Used by the watchdog's thread."""
 
-    def __init__(self, progress: Progress, parents: Parents, hang_seconds: float) -> None:
-        """`hang_seconds` without progress are a hang; 0: hangs are not looked for."""
+    def __init__(self, progress: Progress, parents: Parents, hang_seconds: float, start_seconds: float = 0.0) -> None:
+        """`hang_seconds` without progress are a hang; 0: hangs are not looked for.
+
+        Until the end of the first step it takes at least `start_seconds`: building a model, and the first use of each kernel and
+        connection, take as long as they take, however short the steps are.
+        """
         self.peers: PeerMonitor | None = None
         """The other ranks; None until all have met."""
         self.signal = 0
         """The first signal received; 0: none."""
         self.idle = 0.0
         """Seconds since this rank's progress has last moved."""
-        self._progress, self._parents, self._hang_seconds = progress, parents, hang_seconds
+        self._progress, self._parents = progress, parents
+        self._hang_limit, self._start_limit = hang_seconds, max(hang_seconds, start_seconds) if hang_seconds else 0.0
         self._moves, self._since_signal, self._since_lost = -1, 0.0, 0.0
 
     def check(self, seconds: float) -> Diagnosis | None:
@@ -79,6 +84,11 @@ class Diagnoser:
             return Diagnosis(HUNG, HANG, self._describe_hang())
         return None
 
+    @property
+    def _hang_seconds(self) -> float:
+        """The seconds without progress that are a hang at this moment."""
+        return self._hang_limit if self._progress.has_stepped else self._start_limit
+
     def suspects_others(self) -> bool:
         """Whether it is time to read the other ranks' heartbeats."""
         return bool(self.signal or (self._hang_seconds and self.idle >= self._hang_seconds / 10))
@@ -93,7 +103,7 @@ class Diagnoser:
 
     def _silence_of_stopped(self) -> float:
         """Seconds without a heartbeat after which a rank is taken for stopped."""
-        return min(SILENT_SECONDS, self._hang_seconds / 2 or SILENT_SECONDS)
+        return min(STOPPED_SECONDS, self._hang_seconds / 2 or STOPPED_SECONDS)
 
     def _silent(self, seconds: float) -> set[int]:
         return self.peers.silent(seconds) if self.peers else set()
@@ -112,7 +122,7 @@ class Diagnoser:
 
     def _describe_hang(self) -> str:
         if self.peers is None:
-            return f"no progress for {self.idle:.0f} s while the ranks meet: one of them is missing"
+            return f"no progress for {self.idle:.0f} s at {self._progress.doing!r}, before the ranks knew each other"
         heartbeats = self.peers.heartbeats
         seconds = max([self.idle, *heartbeats.silence.values()])
         latest = heartbeats.latest | {self.peers.rank: self.peers.heartbeat()}
@@ -127,17 +137,26 @@ def diagnose_lost(lost: Mapping[int, Heartbeat], peers: list[Peer]) -> Diagnosis
         return Diagnosis(first.code, first.left, first.why)
     if first.left:
         return Diagnosis(1, OTHERS, f"{peer} has left: {first.why}")
-    return Diagnosis(1, OTHERS, f"{peer} is gone without a word, last seen {first.where}: killed from outside or for want of memory")
+    return Diagnosis(1, OTHERS, f"{peer} is gone without a word, last seen {first.where}: it, or its host, was ended from outside")
 
 
-def diagnose_error(error: BaseException, reason: str, lost: Callable[[], Mapping[int, Heartbeat]], peers: list[Peer]) -> Diagnosis:
-    """The cause of the main thread's exception: a signal (`reason` names it), another rank's end, or a fault of this rank."""
+def diagnose_error(
+    error: BaseException,
+    reason: str,
+    lost: Callable[[], Mapping[int, Heartbeat]],
+    vanished: Callable[[float], Mapping[int, Heartbeat]],
+    peers: list[Peer],
+) -> Diagnosis:
+    """The cause of the main thread's exception: a signal (`reason` names it), another rank's end, or a fault of this rank.
+
+    `lost` and `vanished` are PeerMonitor's: the ranks known to have left, and those of other machines without a heartbeat.
+    """
     exits = isinstance(error, SystemExit)
     if exits or (isinstance(error, Exception) and FROM_ANOTHER_RANK.search(f"{type(error).__name__} {error}")):
         ends = time.monotonic() + (0.0 if exits else FIND_OUT_SECONDS)
         while not (gone := lost()) and time.monotonic() < ends:
             time.sleep(0.1)
-        if gone:
+        if gone := gone or (vanished(STOPPED_SECONDS) if not exits else {}):
             return diagnose_lost(gone, peers)
     if isinstance(error, SystemExit):
         return Diagnosis(error.code if isinstance(error.code, int) else 1, SIGNAL, reason or "asked to stop")

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from research.tracking.run_folder import HEARTBEATS, RunFolder
+from research.tracking.lock_record import HEARTBEATS
+from research.tracking.run_folder import RunFolder
 
 STACK_DEPTH = 40
 """How many frames of a stack are kept, the innermost."""
@@ -52,10 +53,13 @@ class Progress:
         """> 0 inside work of unknown length, where lack of progress is not a hang."""
         self.step_seconds = 0.0
         """How long the last step took."""
+        self.has_stepped = False
+        """Whether the first step of this process is done."""
         self._step_began = 0.0
 
     def advance(self, doing: str, stage: Stage | None = None) -> None:
         """One thing is done and `doing` begins; `stage` if that changes."""
+        self.has_stepped = self.has_stepped or self.doing == "step"
         self.doing, self.stage, self._step_began = doing, stage or self.stage, 0.0
         self.moves += 1
 
@@ -180,24 +184,6 @@ class Heartbeats:
         """Removes this rank's file: it ends as it should."""
         with contextlib.suppress(OSError):
             self._folder.heartbeat(self._rank).unlink(missing_ok=True)
-
-
-def is_beating(folder: RunFolder, seconds: float) -> bool:
-    """Whether a rank of the run writes heartbeats, on whatever machine: whether the content of its files changes within `seconds`."""
-
-    def contents() -> dict[str, bytes]:
-        read = {}
-        for path in folder.logs.glob(HEARTBEATS):
-            with contextlib.suppress(OSError):
-                read[path.name] = path.read_bytes()
-        return read
-
-    before, ends = contents(), time.monotonic() + seconds
-    while time.monotonic() < ends:
-        time.sleep(min(1.0, seconds))
-        if any(before.get(name) != content for name, content in contents().items()):  # a removed file is no sign of life
-            return True
-    return False
 
 
 def stack_of(thread: int, root: Path) -> list[str]:

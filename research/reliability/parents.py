@@ -2,6 +2,8 @@
 
 DeepSpeed's launch.py leaves its ranks running when it is killed, and the `deepspeed` command leaves launch.py running with all
 ranks. On Linux the kernel signals the first case at once; the second, and the first elsewhere, a thread detects within a second.
+On another host, what started launch.py is no `deepspeed` command but a remote shell's server, whatever its name (sshd's process for one
+connection, which ends when the connection does). There launch.py, or the shell around it, leads a session: its parent is followed.
 A process that srun or a shell started is left alone: a shell may end long before its child.
 """
 
@@ -21,7 +23,9 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 NAMES = {"deepspeed": r"deepspeed\.launcher|(^|/)(deepspeed|deepspeed\.pt|ds)$", "torchrun": r"torch\.distributed|(^|/)torchrun$"}
 """Matches each launcher's processes: the program, or the script or module that Python or a shell runs."""
 LEVELS = {"deepspeed": 2, "torchrun": 1}
-"""How many of them are above a rank: launch.py, and above it the `deepspeed` command (on another machine: the shell that it opened)."""
+"""How many of them are above a rank: launch.py, and above it the `deepspeed` command (on another host: the shell that it opened)."""
+COMMAND = {"deepspeed": r"deepspeed\.launcher\.runner|^(\S*/)?(deepspeed|deepspeed\.pt|ds)$"}
+"""Matches the command that a user types. Its own parent, a shell, may end at any time."""
 CHECK_SECONDS = 1.0
 LAUNCHER_GONE = "SIGTERM, for the launcher is gone"
 """The reason in run.json of a run that ended because its launcher died."""
@@ -41,6 +45,8 @@ class Parents:
         name, levels = NAMES.get(launcher), LEVELS.get(launcher, 0)
         self.above = _ancestors(name)[:levels] if name else []
         self.gone = bool(name) and len(self.above) < levels and _is_orphan(self.above[-1] if self.above else psutil.Process())
+        if self.above and not self.gone and (server := _remote_shell(self.above[-1], COMMAND.get(launcher))):
+            self.above.append(server)
 
     def check(self) -> bool:
         """Whether one of them has died, in which case the process below it has another parent now."""
@@ -76,12 +82,30 @@ def _ancestors(name: str) -> list[psutil.Process]:
     ancestors = []
     with contextlib.suppress(psutil.Error, ValueError):
         for parent in psutil.Process().parents():
-            program, *arguments = parent.cmdline()
-            script = next((argument for argument in arguments if not argument.startswith("-")), "")
-            if not (re.search(name, program) or re.search(name, script)):
+            if not _matches(name, parent):
                 break
             ancestors.append(parent)
     return ancestors
+
+
+def _matches(name: str, process: psutil.Process) -> bool:
+    """Whether the pattern is found in the program, or in the script or module that it runs."""
+    program, *arguments = process.cmdline()
+    script = next((argument for argument in arguments if not argument.startswith("-")), "")
+    return bool(re.search(name, program) or re.search(name, script))
+
+
+def _remote_shell(top: psutil.Process, command: str | None) -> psutil.Process | None:
+    """The parent of `top`, the launcher's uppermost process, if that was started from another host: not by the command, in its own session.
+
+    None if `top` is the command, if `command` is None, or if the parent cannot be followed: process 1 adopts orphans.
+    """
+    with contextlib.suppress(psutil.Error, OSError, ValueError):
+        if command is None or _matches(command, top) or os.getsid(top.pid) != top.pid:
+            return None
+        parent = top.parent()
+        return parent if parent is not None and parent.pid > 1 else None
+    return None
 
 
 def _is_orphan(process: psutil.Process) -> bool:

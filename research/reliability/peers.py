@@ -14,6 +14,7 @@ import psutil
 from parallel.grid import Grid
 from parallel.process_identity import ProcessIdentity
 from research.reliability.heartbeat import Heartbeat, Heartbeats, Progress
+from research.tracking.lock_record import changing
 from research.tracking.run_folder import RunFolder
 
 
@@ -72,6 +73,7 @@ class PeerMonitor:
         """Collective. `progress` is this rank's; files in stacks are named relative to `root`."""
         self.folder, self.rank, self._progress = folder, rank, progress
         self._departure: dict[str, Any] = {}
+        self._vanished: dict[int, Heartbeat] = {}
         self._main = threading.main_thread().ident or 0
         self.heartbeats = Heartbeats(folder, rank, world, root)
         self.heartbeats.write(self.heartbeat())  # before any other rank may look for it
@@ -101,11 +103,23 @@ class PeerMonitor:
     def lost(self) -> dict[int, Heartbeat]:
         """Ranks that have left before the end, and their last heartbeats. A rank that ends as it should removes its file first."""
         left = {rank: heartbeat for rank, heartbeat in self.heartbeats.latest.items() if heartbeat.left}
-        return left | {rank: heartbeat for rank in self.neighbours.gone() if (heartbeat := self.heartbeats.read(rank))}
+        return left | {rank: heartbeat for rank in self.neighbours.gone() if (heartbeat := self.heartbeats.read(rank))} | self._vanished
 
     def silent(self, seconds: float) -> set[int]:
         """Ranks without a heartbeat for so long; none if this rank's cannot be written either: then it is the file system."""
         return {rank for rank, silence in self.heartbeats.silence.items() if silence >= seconds} if self._can_write else set()
+
+    def vanished(self, seconds: float) -> dict[int, Heartbeat]:
+        """Ranks of other machines whose heartbeat does not change for so long, and their last ones. Waits as long, unless all change.
+
+        From then on they are lost. No rank is taken for vanished if this one cannot write either: then it is the file system.
+        """
+        here = self.peers[self.rank].process
+        elsewhere = [peer.rank for peer in self.peers if not peer.process.same_machine(here)]
+        last = {rank: heartbeat for rank in elsewhere if (heartbeat := self.heartbeats.read(rank))}
+        changed = changing(last, seconds, self.heartbeats.read)
+        self._vanished = {rank: last[rank] for rank in last.keys() - changed} if self._can_write else {}
+        return self._vanished
 
     def reports(self, unable: set[int]) -> bool:
         """Whether this rank reports for all: it is the first that is not `unable`."""

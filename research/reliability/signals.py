@@ -37,25 +37,40 @@ class CutShort(Exception):
     """A signal ended a task before it was complete. Raised on every rank at the same point."""
 
 
+TROUBLE = 512
+"""Added to the exit code of a trouble while the ranks agree: a number that no signal has."""
+
+
 class Stop:
     """Records a signal and lets the current step end. Ctrl-C reaches the ranks at different moments; `agreed` makes them stop together."""
 
     def __init__(self) -> None:
         self.signal = 0
-        """The first signal received; 0: none."""
+        """The first signal received, here or by another rank; 0: none."""
+        self.trouble = 0
+        """The exit code of the trouble that ends the run, found here or by another rank; 0: none."""
         catch(self._record)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
 
+    def demand(self, code: int) -> None:
+        """Stops the run as a signal would, because of a trouble that ends it with this exit code."""
+        self.trouble = max(self.trouble, code)
+
     def agreed(self) -> int:
-        """The signal that any rank has received, 0 for none; equal on every rank. Collective: one all-reduce of an integer."""
+        """0 if no rank has a signal or a trouble; else a signal, or TROUBLE + an exit code. Equal on every rank, and so is `trouble`.
+
+        Collective: one all-reduce of an integer in host memory, over gloo on every device, so that no rank waits for its GPU.
+        """
         import torch
         import torch.distributed as dist
 
-        from parallel.distributed import device
-
-        agreed = torch.tensor([self.signal], device=device())
+        agreed = torch.tensor([TROUBLE + self.trouble if self.trouble else self.signal])
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        self.signal = int(agreed) or self.signal  # a signal that came during the all-reduce is found by the next one
-        return int(agreed)
+        found = int(agreed)
+        if found > TROUBLE:
+            self.trouble = found - TROUBLE
+        else:
+            self.signal = found or self.signal  # a signal that came during the all-reduce is found by the next one
+        return found

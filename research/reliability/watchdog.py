@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from research.cluster.environment import Ranks
-from research.cluster.exit_codes import SIGNALLED
+from research.cluster.exit_codes import SIGNALLED, TAKEN
 from research.reliability.diagnosis import Diagnoser, Diagnosis, diagnose_error
 from research.reliability.heartbeat import HANG, OTHERS, SIGNAL, Progress, Stage
 from research.reliability.parents import Parents
@@ -23,6 +23,7 @@ from research.reliability.peers import Lost, PeerMonitor
 from research.reliability.signals import Stop
 from research.tracking import run_folder
 from research.tracking.run_folder import FAILED, INTERRUPTED, RunFolder
+from research.tracking.run_lock import LockView, State
 
 CHECK_SECONDS = 1.0
 HEARTBEATS_PER_SECOND = 64
@@ -35,14 +36,26 @@ LAST_SECONDS = 5.0
 class Watchdog:
     """Watches one rank: its main thread, which reports to `progress`, and the other ranks."""
 
-    def __init__(self, ranks: Ranks, root: Path, hang_seconds: float, parents: Parents, leave: Callable[[int], object] = os._exit) -> None:
-        """`root`: files in stacks are named relative to it. `hang_seconds` 0: hangs are not looked for. `leave` ends the process."""
+    def __init__(
+        self,
+        ranks: Ranks,
+        root: Path,
+        hang_seconds: float,
+        parents: Parents,
+        start_seconds: float = 0.0,
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
+        """`root`: files in stacks are named relative to it. `leave` ends the process.
+
+        `hang_seconds` 0: hangs are not looked for. Until the end of the first step, the limit is at least `start_seconds`.
+        """
         self.progress = Progress()
         self._ranks, self._root, self._exit = ranks, root, leave
-        self._diagnoser = Diagnoser(self.progress, parents, hang_seconds)
+        self._diagnoser = Diagnoser(self.progress, parents, hang_seconds, start_seconds)
         self._peers: PeerMonitor | None = None
         self._stop: Stop | None = None
         self._why = ""
+        self._lock: LockView | None = None
         self._closed = threading.Event()
         self._signal_read, self._signal_write = os.pipe()
         for end in (self._signal_read, self._signal_write):
@@ -60,26 +73,31 @@ class Watchdog:
         return self._stop
 
     @contextlib.contextmanager
-    def together(self, folder: RunFolder) -> Iterator[None]:
+    def together(self, folder: RunFolder, lock: LockView | None = None) -> Iterator[None]:
         """Inside, the ranks know each other and write heartbeats into the run's folder. Entering is collective.
+
+        `lock`: the run's lock. This rank leaves if another process takes it over.
 
         If another rank is gone, Lost is raised instead of torch's exception; SystemExit if that rank was asked to stop.
         """
+        self._lock = lock
         self._peers = self._diagnoser.peers = peers = PeerMonitor(folder, self._ranks.rank, self._ranks.world, self._root, self.progress)
         try:
             yield
         except BaseException as error:
             code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 0
             reason = self._diagnoser.reason_of(max(0, code - SIGNALLED))
-            diagnosis = diagnose_error(error, reason, peers.lost, peers.peers)
+            diagnosis = diagnose_error(error, reason, peers.lost, peers.vanished, peers.peers)
             self._why = diagnosis.why
             peers.announce(diagnosis.left, diagnosis.why, diagnosis.code)
             self._raise(diagnosis, error, peers)
+        finally:
+            self._lock = None  # rank 0 gives it up when this rank may still be closing
 
     def _raise(self, diagnosis: Diagnosis, error: BaseException, peers: PeerMonitor) -> NoReturn:
         if diagnosis.left in (OTHERS, HANG):
             logging.getLogger(__name__).error(diagnosis.why, exc_info=error)
-            run_folder.end_unless_ended(peers.folder, FAILED, diagnosis.why)  # rank 0 may be the lost one
+            run_folder.end_unless_ended(peers.folder, FAILED, diagnosis.why, peers.peers[0].process)  # rank 0 may be the lost one
             prints = diagnosis.left == OTHERS and peers.reports({*peers.lost()})  # the rank that found a hang has printed it
             raise Lost(diagnosis.why + _advice(peers) if prints else "", diagnosis.code) from None
         if diagnosis.left == SIGNAL and not isinstance(error, SystemExit):
@@ -114,6 +132,12 @@ class Watchdog:
     def _beat_until_closed(self) -> None:
         for seconds in self._intervals(max(CHECK_SECONDS, self._ranks.world / HEARTBEATS_PER_SECOND)):
             if self._peers:
+                lock = self._lock  # which the main thread sets to None when it is done
+                if lock and lock.state() is State.TAKEN:  # before the heartbeat: the other process's ranks write theirs now
+                    with contextlib.suppress(OSError):
+                        os.write(STDERR, f"error  {lock.why_lost(self._peers.folder.title)}\n".encode())
+                    self._exit(TAKEN)
+                    return
                 self._peers.beat(seconds, read_others=self._diagnoser.suspects_others())
 
     def _intervals(self, every: float) -> Iterator[float]:
@@ -139,7 +163,8 @@ class Watchdog:
         if peers:
             with contextlib.suppress(Exception):
                 peers.announce(diagnosis.left, diagnosis.why, diagnosis.code)
-                run_folder.end_unless_ended(peers.folder, INTERRUPTED if diagnosis.left == SIGNAL else FAILED, diagnosis.why)
+                status = INTERRUPTED if diagnosis.left == SIGNAL else FAILED
+                run_folder.end_unless_ended(peers.folder, status, diagnosis.why, peers.peers[0].process)
                 self._log_stacks(diagnosis, stopped, peers)
             for rank in stopped:
                 peers.neighbours.kill(rank)
@@ -161,9 +186,9 @@ def _advice(peers: PeerMonitor | None) -> str:
 
 
 @contextlib.contextmanager
-def watchdog(ranks: Ranks, root: Path, hang_seconds: float, parents: Parents) -> Iterator[Watchdog]:
+def watchdog(ranks: Ranks, root: Path, hang_seconds: float, parents: Parents, start_seconds: float = 0.0) -> Iterator[Watchdog]:
     """Inside, a watchdog watches this rank. Enter it on the main thread."""
-    watch = Watchdog(ranks, root, hang_seconds, parents)
+    watch = Watchdog(ranks, root, hang_seconds, parents, start_seconds)
     watch.start()
     try:
         yield watch

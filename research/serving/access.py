@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.errors import Mistake
-from parallel.text import BYTE_ORDER_MARK
+from parallel.regular_files import BYTE_ORDER_MARK
 from research.serving.errors import ApiError
 
 SHORTEST_TOKEN, LONGEST_TOKEN = 16, 512

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,8 +22,10 @@ from research.serving import prometheus
 from research.serving.access import Access
 from research.serving.endpoints import ChatEndpoint, CompletionEndpoint
 from research.serving.errors import ApiError, shutting_down
+from research.serving.executor import BoundedExecutor
 from research.serving.prometheus import Metrics
-from research.serving.requests import ChatRequest, CompletionRequest, read_body, validate
+from research.serving.request_queue import PendingRequest
+from research.serving.requests import ChatRequest, CompletionRequest, parse_json, read_body, validate
 from research.serving.responses import CompletionResponse, Endpoint, RequestLog, to_json
 from research.serving.service import Service
 
@@ -69,11 +72,13 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await respond(service, request, lambda body: CompletionEndpoint(service, validate(CompletionRequest, body)))
+        return await respond(
+            service, request, service.intake, lambda table: CompletionEndpoint(service, validate(CompletionRequest, table))
+        )
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await respond(service, request, lambda body: ChatEndpoint(service, validate(ChatRequest, body)))
+        return await respond(service, request, service.conversations, lambda table: ChatEndpoint(service, validate(ChatRequest, table)))
 
     @app.api_route("/v1/models", methods=READ)
     @app.api_route("/v1/models/", methods=READ)
@@ -159,23 +164,40 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(to_json(value), status, {"content-type": "application/json", **(headers or {})})
 
 
-async def respond(service: Service, request: Request, make_endpoint: Callable[[dict[str, Any]], Endpoint]) -> Response:
-    """Reads, checks and queues a request. Returns the whole response, or the beginning of a stream once the request is queued."""
-    body = await read_body(request.headers, request.stream(), service.limits)
-    endpoint = await asyncio.to_thread(make_endpoint, body)
+async def respond(
+    service: Service, request: Request, executor: BoundedExecutor, make_endpoint: Callable[[dict[str, Any]], Endpoint]
+) -> Response:
+    """Reads, checks and queues a request. Returns the whole response, or the beginning of a stream once the request is queued.
+
+    Whatever takes more than a moment runs in threads, `make_endpoint` in those of `executor`, and is given up if the client leaves.
+    """
+    if service.request_queue.closed:
+        raise shutting_down()
     log: RequestLog = request.scope["request_log"]
-    log.prompt = endpoint.prompt_tokens
-    response = CompletionResponse(endpoint, service.request_queue.submit(endpoint.jobs), log)
-    service.metrics.prompt(endpoint.prompt_tokens)
-    if endpoint.request.stream:
-        return EventStream(response)
+
+    async def checked(body: bytes) -> Endpoint:
+        table = await service.intake.run(parse_json, body, service.limits.depth)
+        return await executor.run(make_endpoint, table)
+
+    pending: PendingRequest | None = None
     try:
-        return json_response(await run_until_disconnect(request.receive, response.whole()))
-    except ClientDisconnected:
+        body = await read_body(request.headers, request.stream(), service.limits)
+        endpoint = await run_until_disconnect(request.receive, checked(body))
+        log.prompt = endpoint.prompt_tokens
+        pending = service.request_queue.submit(endpoint.jobs)
+        response = CompletionResponse(endpoint, pending, log)
+        service.metrics.prompt(endpoint.prompt_tokens)
+        if endpoint.request.stream:
+            pending = None  # from here on it is the stream's
+            return EventStream(response)
+        content = await run_until_disconnect(request.receive, response.whole())
+        return Response(content, headers={"content-type": "application/json"})
+    except (ClientDisconnected, ClientDisconnect):
         log.finish = "the client has left"
         return Response(status_code=499)  # only the log and the metrics see it
     finally:
-        service.request_queue.cancel(response.pending)
+        if pending is not None:
+            service.request_queue.cancel(pending)
 
 
 class EventStream(Response):

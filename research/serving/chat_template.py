@@ -12,8 +12,8 @@ import json
 import multiprocessing
 import re
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,7 +21,7 @@ from typing import Any
 
 from research.data.tokenizer import Tokenizer
 from research.serving import template_sandbox
-from research.serving.errors import ApiError, invalid_field
+from research.serving.errors import ApiError, invalid_field, shutting_down
 
 PRIVATE = range(0xF0000, 0xFFFFE)
 """Private-use characters, which have no meaning."""
@@ -60,33 +60,47 @@ class ChatTemplate:
     """The tokens that end an answer. The token that the template writes after an assistant's turn is added to the given ones."""
     name: str
     stops: tuple[str, ...] = ()
-    _special_backend: Any = field(init=False)
-    """A copy of the tokenizer's backend that encodes special tokens as such."""
-    _pattern: re.Pattern[str] = field(init=False)
-    """Matches any special token, the longest first; matches nothing if there are none."""
+    _with_special: Tokenizer = field(init=False)
+    """The tokenizer, except that it encodes special tokens as such."""
+    _special: "SpecialTokenFinder" = field(init=False)
 
     def __post_init__(self) -> None:
         backend = type(self.tokenizer.backend).from_str(self.tokenizer.backend.to_str())
         backend.encode_special_tokens = False
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
-        pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-        object.__setattr__(self, "_special_backend", backend)
-        object.__setattr__(self, "_pattern", pattern)
+        object.__setattr__(self, "_with_special", replace(self.tokenizer, backend=backend))
+        object.__setattr__(self, "_special", SpecialTokenFinder(special))
         object.__setattr__(self, "end_ids", tuple(dict.fromkeys([*self.end_ids, *self._end_of_turn()])))
 
     def ids(self, messages: Messages) -> Ids:
         """Returns the tokens of the conversation. Raises an ApiError if the template rejects it."""
         first, last = unused_characters("".join(text for message in messages for text in message.values()))
-        marked = [{name: self._pattern.sub(f"{first}\\g<0>{last}", text) for name, text in message.items()} for message in messages]
+        marked = [{name: self._marked(text, first, last) for name, text in message.items()} for message in messages]
         text = self.render(self._variables(marked, add_generation_prompt=True))
 
-        # Special tokens between the marks are text, all others are tokens. A mark that has lost its partner is dropped.
-        parts = re.split(f"{first}({self._pattern.pattern}){last}|[{first}{last}]", text)
-        ids = list(self._special_backend.encode(parts[0], add_special_tokens=False).ids)
-        for i, part in enumerate(parts[1:], 1):
-            if part:
-                ids += _encode_inside(self.tokenizer.backend if i % 2 else self._special_backend, part)
+        # Special tokens between the marks are text, all others are tokens. A mark that has lost its partner is dropped. The pattern
+        # is tried again at a mark only, and ends at the next one: the time is in proportion to the text.
+        parts, end = [], 0
+        for match in re.finditer(f"{first}([^{first}{last}]*){last}|[{first}{last}]", text):
+            parts += [(False, text[end : match.start()]), (match[1] in self._special.tokens, match[1] or "")]
+            end = match.end()
+        parts.append((False, text[end:]))
+
+        (_, head), *rest = parts
+        as_text = iter(_encode_inside(self.tokenizer, [part for is_text, part in rest if is_text]))
+        as_tokens = iter(_encode_inside(self._with_special, [part for is_text, part in rest if not is_text and part]))
+        ids = self._with_special.encode(head)
+        for is_text, part in rest:
+            ids += next(as_text) if is_text else next(as_tokens) if part else []
         return tuple(ids)
+
+    def _marked(self, text: str, first: str, last: str) -> str:
+        """The text with each special token in it between `first` and `last`."""
+        pieces, end = [], 0
+        for start, stop in self._special.find(text):
+            pieces += [text[end:start], first, text[start:stop], last]
+            end = stop
+        return "".join([*pieces, text[end:]])
 
     def _end_of_turn(self) -> Ids:
         """The special token that the template writes after an answer, or nothing."""
@@ -95,8 +109,9 @@ class ChatTemplate:
             after = self.render(self._variables(turns, add_generation_prompt=False)).rpartition(ANSWER)[2].lstrip()
         except ApiError:  # the template may reject this conversation
             return ()
-        match = self._pattern.match(after)
-        return (self._special_backend.token_to_id(match[0]),) if match else ()
+        start, stop = next(iter(self._special.find(after)), (1, 1))
+        token = None if start else self._with_special.backend.token_to_id(after[:stop])
+        return () if token is None else (token,)
 
     def _variables(self, messages: Messages, add_generation_prompt: bool) -> dict[str, Any]:
         """The template's variables, as transformers sets them."""
@@ -104,11 +119,33 @@ class ChatTemplate:
         return {"messages": messages, **fixed, **self.special_tokens}
 
 
-def _encode_inside(backend: Any, part: str) -> list[int]:
-    """Encodes a part that is not the beginning of the text: some tokenizers put a space in front of a text's first word."""
-    begin = backend.encode("\n", add_special_tokens=False).ids
-    ids = backend.encode("\n" + part, add_special_tokens=False).ids
-    return ids[len(begin) :] if ids[: len(begin)] == begin else backend.encode(part, add_special_tokens=False).ids
+def _encode_inside(tokenizer: Tokenizer, parts: list[str]) -> list[list[int]]:
+    """Encodes parts that are not the beginning of the text: some tokenizers put a space in front of a text's first word."""
+    begin, *encoded = tokenizer.encode_batch(["\n", *(f"\n{part}" for part in parts)])
+    inside = (ids[len(begin) :] if ids[: len(begin)] == begin else None for ids in encoded)
+    return [tokenizer.encode(part) if ids is None else ids for ids, part in zip(inside, parts, strict=True)]
+
+
+class SpecialTokenFinder:
+    """Finds special tokens in a text, of several that begin at one place the longest, in one pass however many tokens there are.
+
+    The tokenizers library does it: its tokenizer here knows these tokens only, and takes all that lies between two of them for one
+    unknown word. A regular expression of many alternatives would try them one after the other at every character.
+    """
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import models
+
+        self.tokens = frozenset(tokens) - {""}
+        unknown = "?" * (1 + max(map(len, self.tokens), default=0))  # longer than any token, so it is none of them
+        self._backend = Backend(models.WordLevel({unknown: 0}, unk_token=unknown))
+        self._backend.add_special_tokens(sorted(self.tokens))
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """The first and the last place, as of a slice, of each token in the text."""
+        [encoding] = self._backend.encode_batch([text])  # unlike `encode`, it releases the GIL
+        return [place for place, identifier in zip(encoding.offsets, encoding.ids, strict=True) if identifier]
 
 
 def unused_characters(text: str) -> tuple[str, str]:
@@ -126,15 +163,19 @@ class TemplateRenderer:
     Any thread may call `render`; one conversation is rendered at a time. `close` ends the process.
     """
 
-    def __init__(self, source: str, seconds: float) -> None:
-        self.source, self.seconds = source, seconds
+    def __init__(self, source: str, seconds: float, largest: int = template_sandbox.LARGEST) -> None:
+        """`largest` bounds the characters of a rendered conversation."""
+        self.source, self.seconds, self.largest = source, seconds, largest
         self._lock = threading.Lock()
+        self._closed = False
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
     def render(self, variables: dict[str, Any]) -> str:
         """Returns the text. Raises an ApiError about `messages` if the template rejects them, fails or takes too long."""
         with self._lock:
+            if self._closed:
+                raise shutting_down()
             connection = self._connection or self._start()
             try:
                 connection.send_bytes(json.dumps(variables).encode())
@@ -152,7 +193,8 @@ class TemplateRenderer:
         return answer["text"]
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process once it has rendered what it renders. Whoever waits, or calls `render` later, is refused."""
+        self._closed = True
         with self._lock:
             self._stop()
 
@@ -161,7 +203,7 @@ class TemplateRenderer:
         self._stop()
         spawn = multiprocessing.get_context("spawn")
         self._connection, child = spawn.Pipe()
-        self._process = spawn.Process(target=template_sandbox.run, args=(self.source, child), daemon=True)
+        self._process = spawn.Process(target=template_sandbox.run, args=(self.source, self.largest, child), daemon=True)
         self._process.start()
         child.close()
         self._connection.send_bytes(b'{"messages": []}')

@@ -1,7 +1,10 @@
 """The endpoints /v1/completions and /v1/chat/completions: what a request asks to generate, and the choices of the response."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from parallel.errors import Mistake
 from research.serving.chat_template import Messages
 from research.serving.engine import Job, Token
 from research.serving.errors import check_unicode, invalid_field
@@ -15,6 +18,15 @@ DEFAULT_TOKENS = 16
 PROMPT_TYPES = "text, a list of token ids, or a list of either"
 
 
+@contextlib.contextmanager
+def _refused_text(place: str) -> Iterator[None]:
+    """The tokenizer's refusal of a text becomes an error about the field that holds it."""
+    try:
+        yield
+    except Mistake as mistake:
+        raise invalid_field(place, f"is refused: {mistake}", "tokenizer_error") from None
+
+
 class CompletionEndpoint:
     """A request to /v1/completions: one or more prompts, `n` texts for each. Choice i is text i % n of prompt i // n."""
 
@@ -23,7 +35,9 @@ class CompletionEndpoint:
     def __init__(self, service: Service, request: CompletionRequest) -> None:
         service.check_model(request.model)
         self.service, self.request = service, request
-        self.prompts = [self._ids(prompt, place) for place, prompt in _prompts(request.prompt, service.limits.prompts)]
+        prompts = _prompts(request.prompt, service.limits.prompts)
+        service.check_characters(sum(len(prompt) for _, prompt in prompts if isinstance(prompt, str)), "prompt")
+        self.prompts = [self._ids(prompt, place) for place, prompt in prompts]
         self.left_out: dict[str, int] = {}
         if request.truncation == "auto":
             self._leave_out_beginnings()
@@ -36,12 +50,14 @@ class CompletionEndpoint:
                 max_tokens = min(max_tokens, service.tokens_left(ids))
             settings = service.generation_settings(request, (), max_tokens, request.logprobs, number)
             self.jobs += service.jobs(ids, settings, service.end_ids, "prompt", "max_tokens")
+        self._echoed = [service.tokenizer.decode(ids) for ids in self.prompts] if request.echo else []
 
     def _ids(self, prompt: Any, place: str) -> tuple[int, ...]:
         """The tokens of a prompt that is a string or a list of ids."""
         tokenizer = self.service.tokenizer
         if isinstance(prompt, str):
-            return tokenizer.prompt(check_unicode(prompt, place))
+            with _refused_text(place):
+                return tokenizer.prompt(check_unicode(prompt, place))
         if len(prompt) > self.service.context and self.request.truncation != "auto":
             message = f"has {len(prompt)} tokens, the context has {self.service.context} → send fewer"
             raise invalid_field(place, message, "context_length_exceeded")
@@ -59,7 +75,7 @@ class CompletionEndpoint:
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """A stream begins with the prompt, if the request asks to echo it."""
-        return [self.chunk(index, self._prompt_text(index), (), None)] if self.request.echo else []
+        return [self.chunk(index, self._echoed[index // self.request.n], (), None)] if self.request.echo else []
 
     def chunk(self, index: int, text: str, tokens: tuple[Token, ...], finish: str | None) -> dict[str, Any]:
         """The choice of a stream's event."""
@@ -82,10 +98,7 @@ class CompletionEndpoint:
 
     def whole(self, index: int, text: str, tokens: tuple[Token, ...], finish: str) -> dict[str, Any]:
         """The choice of a response that is not streamed."""
-        return self.chunk(index, (self._prompt_text(index) if self.request.echo else "") + text, tokens, finish)
-
-    def _prompt_text(self, index: int) -> str:
-        return self.service.tokenizer.decode(self.prompts[index // self.request.n])
+        return self.chunk(index, (self._echoed[index // self.request.n] if self.request.echo else "") + text, tokens, finish)
 
 
 def _prompts(prompt: Any, most: int) -> list[tuple[str, Any]]:
@@ -115,15 +128,18 @@ class ChatEndpoint:
         service.check_model(request.model)
         self.service, self.request = service, request
         messages = _messages(request.messages, service.limits.messages)
-        encode, most = service.chat_template.ids, request.max_completion_tokens or request.max_tokens
+        service.check_characters(sum(len(text) for message in messages for text in message.values()), "messages")
+        most = request.max_completion_tokens or request.max_tokens
         self.left_out: dict[str, int] = {}
-        if request.truncation == "auto":
-            ids, left_out = latest_messages(messages, encode, prompt_places(service.context, most))
-            self.left_out = {"messages_left_out": left_out}
-            max_tokens = min(most or service.context, service.tokens_left(ids))
-        else:
-            ids = encode(messages)
-            max_tokens = most or service.tokens_left(ids)
+        encode = service.chat_template.ids
+        with _refused_text("messages"):
+            if request.truncation == "auto":
+                ids, left_out = latest_messages(messages, encode, prompt_places(service.context, most))
+                self.left_out = {"messages_left_out": left_out}
+                max_tokens = min(most or service.context, service.tokens_left(ids))
+            else:
+                ids = encode(messages)
+                max_tokens = most or service.tokens_left(ids)
         self.prompt_tokens = len(ids)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         settings = service.generation_settings(request, service.chat_template.stops, max_tokens, logprobs)

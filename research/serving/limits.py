@@ -25,6 +25,7 @@ class Limits:
     n: int = _limit(16, "texts for one prompt")
     prompts: int = _limit(64, "prompts of one request")
     messages: int = _limit(256, "messages of one conversation")
+    characters: int = _limit(2**18, "characters of the prompts or messages of one request")
     stops: int = _limit(16, "stop strings")
     stop_length: int = _limit(256, "characters of a stop string")
     logprobs: int = _limit(20, "likeliest tokens beside each one written")
@@ -38,6 +39,7 @@ class Limits:
     stall_seconds: float = _limit(30.0, "seconds that a client may leave what was sent to it unread")
     request_seconds: float = _limit(600.0, "seconds for a whole request, waiting included")
     template_seconds: float = _limit(2.0, "seconds for the chat template to lay out a conversation")
+    template_queue: int = _limit(16, "conversations that may wait for the chat template; more are refused with 429")
     grace_seconds: float = _limit(5.0, "seconds that texts have to come to their end when the server is stopped")
 
     def __post_init__(self) -> None:

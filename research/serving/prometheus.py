@@ -13,11 +13,14 @@ REQUEST_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 class Metrics:
     """The metrics of one server, in their own registry. Any thread may call the methods."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, before_model: float = 0.0) -> None:
+        """`before_model`: resident bytes of the process before the model was read."""
         self.registry = CollectorRegistry()
         common: dict[str, Any] = {"registry": self.registry, "namespace": "tessera"}
         ProcessCollector(registry=self.registry)
         Gauge("slots", "Texts that can be written at once", **common).set(slots)
+        before = "Resident memory before the model was read, Python and its libraries: subtract it from process_resident_memory_bytes"
+        Gauge("memory_before_model_bytes", before, **common).set(before_model)
         self._used = Gauge("slots_used", "Texts being written", **common)
         self._waiting = Gauge("texts_waiting", "Texts that wait for a slot", **common)
         self._requests = Counter("requests", "Answered requests", ("path", "status"), **common)

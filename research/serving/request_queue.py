@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from research.serving.engine import FAILED, Cancel, Engine, Job, Piece, Submit
+from research.serving.engine import FAILED, Cancel, Engine, Halt, Job, Piece, Submit
 from research.serving.errors import ApiError, shutting_down
 from research.serving.limits import Limits
 from research.serving.prometheus import Metrics
@@ -81,6 +81,12 @@ class RequestQueue:
             if piece.finish:
                 del self._pending[job]
                 self.occupied -= 1
+        self.end_if_drained()
+
+    def end_if_drained(self) -> None:
+        """Ends the engine if new requests are rejected and the last text has ended."""
+        if self.closed and not self.occupied and self.engine is not None:
+            self.engine.commands.put(Halt())
 
     async def pieces(self, request: PendingRequest) -> AsyncIterator[tuple[int, Piece]]:
         """Yields (index of a job, Piece) until every job has ended. Raises an ApiError if a job failed or the request timed out."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from parallel.errors import Mistake
 from research.data.tokenizer import Tokenizer
 from research.generation.batching import LENGTH
 from research.serving.engine import Job, Token
@@ -17,6 +18,9 @@ from research.serving.service import Service
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 SPACE = "▁"
 """Sentencepiece's character for a space."""
+VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTE_OF = {chr(byte): byte for byte in VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*VISIBLE}))}
+"""Byte-level BPE: GPT-2's table of a visible character per byte. Visible bytes stand for themselves, the others follow from 256 on."""
 
 
 class Endpoint(Protocol):
@@ -63,8 +67,11 @@ class CompletionResponse:
     counts: dict[int, int] = field(default_factory=dict)
     """Number of tokens generated so far, by text."""
 
-    async def whole(self) -> dict[str, Any]:
-        """Returns the response object once all texts are finished."""
+    async def whole(self) -> bytes:
+        """Returns the response object, as JSON, once all texts are finished.
+
+        With log-probabilities it has up to half a kilobyte for each token and each text, so a thread writes it.
+        """
         texts: list[list[str]] = [[] for _ in self.pending.jobs]
         tokens: list[list[Token]] = [[] for _ in self.pending.jobs]
         finish = [""] * len(self.pending.jobs)
@@ -73,8 +80,14 @@ class CompletionResponse:
             texts[index].append(piece.text)
             tokens[index] += piece.tokens
             finish[index] = finish_reason(piece.finish) or finish[index]
-        choices = [self.endpoint.whole(i, "".join(texts[i]), tuple(tokens[i]), finish[i]) for i in range(len(texts))]
-        return self._envelope(self.endpoint.object) | {"choices": choices, "usage": self._usage()}
+
+        def write() -> bytes:
+            # one choice after the other, because json.dumps lets no other thread run
+            choices = [to_json(self.endpoint.whole(i, "".join(text), tuple(tokens[i]), finish[i])) for i, text in enumerate(texts)]
+            rest = to_json(self._envelope(self.endpoint.object) | {"usage": self._usage()})
+            return b'%b,"choices":[%b]}' % (rest.removesuffix(b"}"), b",".join(choices))
+
+        return await self.endpoint.service.intake.run(write)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yields one event per step and text, then the usage if it was requested, then [DONE].
@@ -98,6 +111,8 @@ class CompletionResponse:
                     yield chunk(endpoint.chunk(index, piece.text, piece.tokens, finish_reason(piece.finish)))
         except ApiError as error:
             yield sse_event(error.body())
+        except Mistake as mistake:  # the tokenizer cannot decode what was generated
+            yield sse_event(ApiError(500, str(mistake), code="failed").body())
         else:
             if include_usage:
                 yield sse_event(envelope | {"choices": [], "usage": self._usage()})
@@ -151,13 +166,8 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> list[int] | None:
     if name is None:
         return None
 
-    # byte-level BPE: GPT-2's table has a visible character per byte; visible bytes stand for themselves, the others follow from 256 on
-    if type(tokenizer.backend.decoder).__name__ == "ByteLevel":
-        visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-        others = [byte for byte in range(256) if byte not in visible]
-        byte_of = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
-        if all(letter in byte_of for letter in name):
-            return [byte_of[letter] for letter in name]
+    if type(tokenizer.backend.decoder).__name__ == "ByteLevel" and all(letter in BYTE_OF for letter in name):
+        return [BYTE_OF[letter] for letter in name]
 
     # sentencepiece writes a single byte as <0x0A>
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):

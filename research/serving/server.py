@@ -1,8 +1,4 @@
-"""The HTTP server: restores a model, starts the engine and uvicorn in two threads, and shuts both down together.
-
-Connection is uvicorn's HTTP connection with timeouts. uvicorn itself waits without limit for the headers of a new connection, for the
-rest of a body that nobody reads any more, and for a client that does not read; and its errors are not in OpenAI's format.
-"""
+"""The HTTP server: restores a model, starts the engine and uvicorn in two threads, and shuts both down together."""
 
 import asyncio
 import contextlib
@@ -16,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from models.config import GPT
 from parallel.checkpoint.folder import step_of
 from parallel.distributed import PRECISIONS
 from parallel.errors import Mistake
 from research import ROOT
+from research.cluster.memory import MB, HostMemory
 from research.cluster.tensor_ranks import opened
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of, special_tokens_of, template_of
@@ -33,21 +28,20 @@ from research.generation.restore import DecoderSpec
 from research.serving.access import Access
 from research.serving.app import Middleware, make_app
 from research.serving.chat_template import ChatTemplate, PlainTemplate, TemplateRenderer
+from research.serving.connection import Connection
 from research.serving.engine import Engine, Halt
-from research.serving.errors import ApiError
+from research.serving.executor import BoundedExecutor
 from research.serving.limits import Limits
 from research.serving.prometheus import Metrics
 from research.serving.request_queue import RequestQueue
-from research.serving.responses import to_json
 from research.serving.service import Service
 
-LINGER_SECONDS = 1.0
-"""How long a client may go on sending the body of a request that has been answered, so that it gets to read the answer."""
+THREADS = 2
+"""Of each executor: one request that takes long does not hold up all others."""
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
-JOIN_SECONDS = 10.0
-"""How long the event loop may take to end once every text has ended."""
-TOO_MANY_CONNECTIONS = ApiError(503, "the server has as many connections as it takes → come back later", code="too_many_connections")
+CLOSING_SECONDS, JOIN_SECONDS = 5, 10.0
+"""Once every text has ended: how long clients have to read their responses, and how long the event loop may take to end."""
 Log = Callable[[str], None]
 
 
@@ -83,11 +77,19 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
 
     They are answered from `run` on. Before the model is restored, connections are refused.
     """
-    end_ids = ends_of(spec.tokenizer, ROOT)
+    end_ids, memory = ends_of(spec.tokenizer, ROOT), HostMemory()
     decoder_spec = DecoderSpec(spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context)
-    with chat_template_of(spec, end_ids) as chat_template, opened(decoder_spec, spec.tensor) as decoder:
+    limits = spec.limits
+    with (
+        chat_template_of(spec, end_ids) as chat_template,
+        opened(decoder_spec, spec.tensor) as decoder,
+        contextlib.closing(BoundedExecutor("the parser", THREADS, limits.connections, 1)) as intake,
+        contextlib.closing(
+            BoundedExecutor("the chat template", THREADS, limits.template_queue, math.ceil(limits.template_seconds))
+        ) as conversations,
+    ):
         generator = TextGenerator(decoder, spec.tokenizer, spec.model, spec.context, end_ids)
-        metrics = Metrics(spec.slots)
+        metrics = Metrics(spec.slots, before_model=memory.before * MB)
         dtype = next(decoder.module.parameters()).dtype
         service = Service(
             name=spec.title,
@@ -101,10 +103,12 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
             end_ids=end_ids,
             chat_template=chat_template,
             example_prompts=spec.example_prompts,
-            limits=spec.limits,
+            limits=limits,
             access=Access(spec.token),
             metrics=metrics,
-            request_queue=RequestQueue(spec.slots, spec.limits, metrics),
+            request_queue=RequestQueue(spec.slots, limits, metrics),
+            intake=intake,
+            conversations=conversations if isinstance(chat_template, ChatTemplate) else intake,
         )
         _listen(spec.listener)
         yield Running(service, generator, spec.listener, log)
@@ -127,7 +131,7 @@ def chat_template_of(spec: ServerSpec, end_ids: tuple[int, ...]) -> Iterator[Pla
     if source is None:
         yield PlainTemplate(spec.tokenizer, end_ids)
         return
-    renderer = TemplateRenderer(source, spec.limits.template_seconds)
+    renderer = TemplateRenderer(source, spec.limits.template_seconds, 2 * spec.limits.characters)
     try:
         yield ChatTemplate(spec.tokenizer, renderer.render, special_tokens_of(spec.tokenizer, ROOT), end_ids, spec.template_name)
     finally:
@@ -158,11 +162,18 @@ class Running:
             raise self._error
 
     def stop(self) -> None:
-        """Rejects new requests and lets texts finish for up to `grace_seconds`. A second call ends them at once."""
-        if self.service.request_queue.closed:
+        """Rejects new requests and lets texts finish for up to `grace_seconds`. A second call ends them at once.
+
+        Until then, clients can connect and are told that the server is shutting down.
+        """
+        queue = self.service.request_queue
+        if queue.closed or queue.loop is None:
+            queue.closed = True
             self.engine.commands.put(Halt())
             return
-        self.service.request_queue.closed = self._server.should_exit = True
+        queue.closed = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so the engine has been told to end
+            queue.loop.call_soon_threadsafe(queue.end_if_drained)
         timer = threading.Timer(self.service.limits.grace_seconds, self.engine.commands.put, [Halt()])
         timer.daemon = True  # if everything ends sooner, the process does not wait for the timer
         timer.start()
@@ -196,77 +207,5 @@ def _uvicorn_config(app: Any, limits: Limits) -> uvicorn.Config:
         backlog=BACKLOG,
         h11_max_incomplete_event_size=limits.head_bytes,
         timeout_keep_alive=math.ceil(limits.idle_seconds),
-        timeout_graceful_shutdown=math.ceil(limits.grace_seconds) + 2,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
     )
-
-
-class Connection(H11Protocol):
-    """A client's connection with timeouts: for the next request's headers, and for a client that does not read its response."""
-
-    def __init__(self, limits: Limits, **uvicorn_arguments: Any) -> None:
-        super().__init__(**uvicorn_arguments)
-        self.limits = limits
-        self._request_timer: asyncio.TimerHandle | None = None
-        """Runs while no request is being handled."""
-        self._stall_timer: asyncio.TimerHandle | None = None
-        """Runs while the client does not read what was sent."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Starts to wait for a request, or rejects the connection if there are too many."""
-        super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
-            self._reject(TOO_MANY_CONNECTIONS)
-        else:
-            self._start_request_timer(self.limits.head_seconds)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Cancels both timers."""
-        for timer in (self._request_timer, self._stall_timer):
-            if timer is not None:
-                timer.cancel()
-        super().connection_lost(exc)
-
-    def handle_events(self) -> None:
-        """Cancels the timer once a request's headers are complete: from there on, the app has its own timeouts."""
-        super().handle_events()
-        if self._request_timer is not None and self.cycle is not None and not self.cycle.response_complete:
-            self._request_timer.cancel()
-            self._request_timer = None
-
-    def on_response_complete(self) -> None:
-        """Starts to wait for the next request; only briefly if the client is still sending the body of the last one."""
-        unread = self.conn.their_state is h11.SEND_BODY
-        super().on_response_complete()
-        if self.cycle.response_complete and not self.transport.is_closing():
-            self._start_request_timer(LINGER_SECONDS if unread else self.limits.idle_seconds)
-
-    def pause_writing(self) -> None:
-        """Starts the timer for a client that does not read: asyncio calls this when the send buffer is full."""
-        super().pause_writing()
-        self._stall_timer = self.loop.call_later(self.limits.stall_seconds, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Cancels the timer for a client that does not read."""
-        super().resume_writing()
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-
-    def send_400_response(self, msg: str) -> None:
-        """Rejects what is not HTTP, and headers that are too long."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            way_out = f"send HTTP/1.1 with less than {self.limits.head_bytes} bytes of headers"
-            self._reject(ApiError(400, f"{msg} → {way_out}", code="invalid_http"))
-        else:
-            self.transport.close()  # a response has begun, so no error can be sent
-
-    def _start_request_timer(self, seconds: float) -> None:
-        if self._request_timer is not None:
-            self._request_timer.cancel()
-        self._request_timer = self.loop.call_later(seconds, self.transport.abort)
-
-    def _reject(self, error: ApiError) -> None:
-        body = to_json(error.body())
-        headers = ["content-type: application/json", f"content-length: {len(body)}", "connection: close"]
-        head = "\r\n".join([f"HTTP/1.1 {error.status} Refused", *headers, "", ""])
-        self.transport.write(head.encode() + body)
-        self.transport.close()

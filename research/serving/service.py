@@ -13,6 +13,7 @@ from research.serving.access import Access
 from research.serving.chat_template import ChatTemplate, PlainTemplate
 from research.serving.engine import Job
 from research.serving.errors import ApiError, invalid_field
+from research.serving.executor import BoundedExecutor
 from research.serving.limits import Limits
 from research.serving.prometheus import Metrics
 from research.serving.request_queue import RequestQueue
@@ -45,6 +46,10 @@ class Service:
     access: Access
     metrics: Metrics
     request_queue: RequestQueue
+    intake: BoundedExecutor
+    """Parses bodies, tokenizes the prompts of completions, and writes responses."""
+    conversations: BoundedExecutor
+    """Lays out conversations. A chat template is slow at times, and completions do not wait for it."""
 
     @property
     def fingerprint(self) -> str:
@@ -78,6 +83,13 @@ class Service:
         """Raises an ApiError if a request names another model. A request may leave the name out."""
         if name not in (None, self.name):
             raise ApiError(404, f"model {str(name)[:100]!r} is not here → use {self.name}", "model", "model_not_found")
+
+    def check_characters(self, count: int, param: str) -> None:
+        """Raises an ApiError if the text of a request's field is too long to be tokenized beside the requests of others."""
+        most = self.limits.characters
+        if count > most:
+            message = f"has {count} characters, more than {most} → send less, or start the server with --characters"
+            raise invalid_field(param, message, "too_many_characters")
 
     def generation_settings(
         self, request: CommonFields, stops: tuple[str, ...], max_tokens: int, logprobs: int | None, number: int = 0

@@ -5,10 +5,8 @@ environment and its functions are those that transformers gives to a chat templa
 process starts quickly.
 """
 
-import contextlib
 import datetime
 import json
-import resource
 import signal
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,17 +18,18 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from research.cluster.limited_process import limit_address_space
+
 MEMORY = 2**29
 """Limit of the process's address space, in bytes."""
 LARGEST = 2**22
-"""Limit of a rendered conversation, in characters."""
+"""Limit of a rendered conversation, in characters, unless the server sets another one."""
 
 
-def run(source: str, connection: Connection) -> None:
+def run(source: str, largest: int, connection: Connection) -> None:
     """The main function of the process: receives tables of variables as JSON, sends {"text": …} or {"error": …}."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
-    with contextlib.suppress(ValueError, OSError):  # not every system has this limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    limit_address_space(MEMORY)
     template: jinja2.Template | None = None
     while True:
         try:
@@ -39,19 +38,19 @@ def run(source: str, connection: Connection) -> None:
             return
         try:
             template = template or environment().from_string(source)
-            answer = {"text": render(template, variables)}
+            answer = {"text": render(template, variables, largest)}
         except Exception as error:  # the template may raise anything, MemoryError and RecursionError included
             answer = {"error": f"{error}"[:300] or type(error).__name__}
         connection.send_bytes(json.dumps(answer).encode())
 
 
-def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
+def render(template: jinja2.Template, variables: dict[str, Any], largest: int = LARGEST) -> str:
     """Returns the rendered text. Raises a ValueError if it is too long."""
     parts, size = [], 0
     for part in template.generate(**variables):
         parts.append(part)
-        if (size := size + len(part)) > LARGEST:
-            raise ValueError(f"the template writes more than {LARGEST} characters")
+        if (size := size + len(part)) > largest:
+            raise ValueError(f"the template writes more than {largest} characters")
     return "".join(parts)
 
 

@@ -5,24 +5,28 @@ sequences and no wrapping, so that grep works, and instead of the bar a line eve
 the other ranks are quiet.
 """
 
+import copy
 import functools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import IO, Any, Protocol, TextIO, TypeVar
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
+from parallel.text import printable
 from research.tracking import format as fmt
-from research.tracking.streams import escape_unencodable
+from research.tracking.streams import escape_unencodable, without_escaping
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
-WIDTHS = {"step": 5, "tokens": 9, "loss": 7, "ppl": 8, "lr": 9, "|g|": 6, "tokens/s": 10, "memory": 9, "eta": 7}
+WIDTHS = {"step": 5, "tokens": 9, "loss": 7, "ppl": 8, "lr": 9, "|g|": 6, "tokens/s": 10, "memory": 9, "added": 9, "eta": 7}
 HEADER_INDENT, CLOSING_INDENT = 9, 7
 PIPE_SECONDS = 30.0
 """Time between two lines of progress where there is no terminal for a bar."""
@@ -47,14 +51,50 @@ def counted(items: Iterable[Item], advance: Advance) -> Iterator[Item]:
         advance(1)
 
 
-class _RichConsole(rich.console.Console):
+class TerminalConsole(rich.console.Console):
     """Becomes quiet when its reader has left, instead of raising: `| tee log` ends at a Ctrl-C before the run has saved."""
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream, without the escaping of what steers a terminal: rich's own colours and bars do. Text in it is `printable`."""
+        return without_escaping(super().file)
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
 
     def on_broken_pipe(self) -> None:
         """Discards further output, and what is still in a buffer."""
         self.quiet = True
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+def show_tables(tables: Sequence[Table]) -> None:
+    """Prints tables on standard output, with an empty line after each: as wide as the terminal, 80 columns in a pipe.
+
+    Their cells may hold what another machine says of itself, such as its name: each of their lines is shown as `one_line` writes it.
+    """
+    console = TerminalConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    escape_unencodable(console.file)
+    for table in tables:
+        console.print(_printable_table(table))
+        console.print()
+
+
+def _printable_table(table: Table) -> Table:
+    """A copy of the table whose cells steer no terminal: texts, and `Text` of one style."""
+    safe = copy.copy(table)
+    safe.columns, safe.rows = [column.copy() for column in table.columns], []
+    for row, cells in zip(table.rows, zip(*(column.cells for column in table.columns), strict=True), strict=True):
+        safe.add_row(*map(_printable_cell, cells), style=row.style, end_section=row.end_section)
+    return safe
+
+
+def _printable_cell(cell: Any) -> Text:
+    """The cell with its newlines, between which a table puts lines of its own."""
+    text, style = (cell.plain, cell.style) if isinstance(cell, Text) else (str(cell), "")
+    return Text("\n".join(map(fmt.one_line, text.split("\n"))), style)
 
 
 class Console:
@@ -65,7 +105,7 @@ class Console:
 
         `quiet`: nothing is written.
         """
-        self._console = _RichConsole(file=stream, force_terminal=terminal, quiet=quiet, highlight=False, markup=False, emoji=False)
+        self._console = TerminalConsole(file=stream, force_terminal=terminal, quiet=quiet, highlight=False, markup=False, emoji=False)
         if not quiet:
             escape_unencodable(self._console.file)  # a sign that the encoding lacks must not end a run
 
@@ -75,7 +115,7 @@ class Console:
             if label:
                 self._labelled(label, text, HEADER_INDENT, "cyan")
             else:
-                self._put(Text(text, "bold"))
+                self._put(Text(printable(text), "bold"))
 
     def columns(self) -> None:
         """The head of the table that `train` and `validation` fill, after an empty line."""
@@ -93,6 +133,7 @@ class Console:
             fmt.norm(row.get("train/grad_norm")),
             fmt.speed(row.get("perf/tokens_per_second")),
             fmt.memory(row.get("perf/memory_mb")),
+            fmt.memory(row.get("mem/host_added_peak_mb")),
             fmt.duration(eta),
         )
         self._put(Text(_aligned(cells)))
@@ -106,27 +147,44 @@ class Console:
 
     def evaluation(self, row: Row, figures: Sequence[Figure]) -> None:
         """The tasks with one figure each: 'eval     102 k  agreement accuracy 0.612 · wikitext word_perplexity 81.2'."""
-        results = " · ".join(f"{fmt.one_line(task)} {metric} {fmt.figure(value)}" for task, metric, value in figures)
+        results = " · ".join(f"{fmt.one_line(task)} {fmt.one_line(metric)} {fmt.figure(value)}" for task, metric, value in figures)
         self._put(Text(f"{_aligned(('eval', fmt.count(row['progress/tokens'])))}  {results}", "bold"))
 
     def saved(self, name: str, seconds: float) -> None:
         """A checkpoint that was saved during training."""
-        self._put(Text(f"{'saved':>{WIDTHS['step']}}  {name} ({seconds:.1f} s)", "dim"))
+        self._put(Text(f"{'saved':>{WIDTHS['step']}}  {printable(name)} ({seconds:.1f} s)", "dim"))
 
     def done(
-        self, steps: int, planned: int, seconds: float, best: tuple[float, int] | None, skipped: int = 0, picture: str | None = None
+        self,
+        steps: int,
+        planned: int,
+        seconds: float,
+        best: tuple[float, int] | None,
+        skipped: int = 0,
+        picture: str | None = None,
+        memory: Row | None = None,
     ) -> None:
-        """The end: '300 steps in 2:57 · best 2.021 bits/byte at step 300 · 0 skipped · loss.png'.
+        """The end: '300 steps in 2:57 · best 2.021 bits/byte at step 300 · 0 skipped · 9 MB of memory, 8 MB added by the run · loss.png'.
 
-        `best` is (bits per byte, step). If the run ended before `planned` steps, the line says so.
+        `best` is (bits per byte, step); `memory` has the keys of metrics.jsonl. If the run ended before `planned` steps, the line says so.
         """
         label, parts = "done", [f"{steps} {'step' if steps == 1 else 'steps'} in {fmt.duration(seconds)}"]
         if steps < planned:
             label, parts = "ended", [f"after {steps} of {planned} steps, {fmt.duration(seconds)}"]
         if best:
             parts.append(f"best {fmt.loss(best[0])} bits/byte at step {best[1]}")
-        parts += [f"{skipped} skipped", *([picture] if picture else [])]
+        parts.append(f"{skipped} skipped")
+        if memory:
+            parts.append(
+                f"{fmt.memory(memory['perf/memory_mb'])} of memory, {fmt.memory(memory['mem/host_added_peak_mb'])} added by the run"
+            )
+        parts += [picture] if picture else []
         self._labelled(label, " · ".join(parts), CLOSING_INDENT, "bold green")
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Lines that are aligned already, such as the tables of recorded steps."""
+        for line in lines:
+            self._put(Text(line))
 
     def sample(self, prompt: str, text: str) -> None:
         """What the model writes after `prompt`, on one line."""
@@ -136,7 +194,7 @@ class Console:
         """Commands to type next, each on one line, so that it can be copied; `first`: one that the others need, once in a terminal."""
         labels = ["first"] * bool(first) + ["next"] + [""] * (len(commands) - 1)
         for label, command in zip(labels, [*filter(None, [first]), *commands], strict=True):
-            self._put(Text.assemble((f"{label:<{CLOSING_INDENT}}", "cyan"), command))
+            self._put(Text.assemble((f"{label:<{CLOSING_INDENT}}", "cyan"), printable(command)))
 
     def warn(self, text: str, in_header: bool = False) -> None:
         """A warning: the run goes on. `in_header`: aligned with the lines of the header."""
@@ -152,6 +210,7 @@ class Console:
         if self._console.quiet:
             yield nothing
             return
+        label = printable(label)
         if not self._console.is_terminal:
             if announced:
                 self._put(Text(f"{label} …"))
@@ -165,6 +224,7 @@ class Console:
 
     def _labelled(self, label: str, text: str, indent: int, style: str) -> None:
         """`label  text`; a terminal gets long text as an indented block."""
+        label, text = printable(label), printable(text)
         lines = [Text(text)]
         if self._console.is_terminal and self._console.width > 2 * indent:
             lines = list(Text(text).wrap(self._console, self._console.width - indent))

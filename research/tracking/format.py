@@ -7,16 +7,13 @@ import functools
 import json
 import math
 import os
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+from parallel.text import LONGEST_SHOWN, is_unseen, printable
+
 SCALES = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
 SEPARATOR = " · "
-CONTROL_CATEGORIES = ("Cc", "Cs")
-"""Unicode's categories of control characters and of surrogates, which no stream can encode."""
-DIRECTION_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Marks that change the direction of writing and can make one text look like another."""
 
 
 def compact(n: int) -> str:
@@ -144,21 +141,12 @@ def short_path(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def one_line(text: str) -> str:
-    """The text on one line: single spaces, and no control characters (a model may write escape sequences)."""
-    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
-
-
-def printable(text: str) -> str:
-    """The text without control characters (newlines and tabs stay) and without marks of direction: neither can then alter the terminal."""
-    return "".join(
-        letter
-        for letter in text
-        if letter in "\n\t" or (unicodedata.category(letter) not in CONTROL_CATEGORIES and letter not in DIRECTION_MARKS)
-    )
+def one_line(text: str, most: int | None = LONGEST_SHOWN) -> str:
+    """The text on one line: single spaces, escapes of characters without a shape (`printable`), cut if it is longer than `most`."""
+    return printable(" ".join(text.split()), most)
 
 
 def json_line(value: object) -> str:
-    """A value as JSON on one line, readable in any language; the characters that `printable` removes are escaped."""
+    """A value as JSON on one line, readable in any language; characters without a shape are JSON's own escapes, so nothing is lost."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return "".join(letter if printable(letter) == letter else json.dumps(letter)[1:-1] for letter in line)
+    return "".join(json.dumps(letter)[1:-1] if is_unseen(letter) else letter for letter in line)

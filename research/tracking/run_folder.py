@@ -8,19 +8,19 @@ runs/NAME/ID/  run.json        what `python -m research runs` lists: name, id, s
                metrics.jsonl   one row per line (research/tracking/metrics.py)   samples.jsonl   what the model wrote
                loss.png        the loss curve                    source/         config.py, variant.py and SHA256SUMS
                evaluations/    step_000300.json, the results of `evaluate`
+               profile/        traces and summary of the steps that `profile.steps` names
                checkpoints/    step_000300/ …                    logs/           rank_0.txt …        wandb/   W&B's own files
+               lock/           which process may change the run (research/tracking/run_lock.py)
 ```
-A resumed run goes on in its folder: run.json lists its segments, each from one launch to its end (`reopen`).
+Whoever changes a run's files holds its lock, but for `evaluate`, whose results are files of their own, and the logs of each rank.
+A resumed run goes on in its folder: run.json lists its segments, each from one launch to its end (research/tracking/segments.py).
 JSON files are replaced atomically: a reader never sees half of one, whenever the writer was killed.
 """
 
 import contextlib
-import datetime
 import hashlib
-import json
 import secrets
 import shutil
-import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -29,23 +29,22 @@ from typing import Any
 
 from parallel.checkpoint.folder import MANIFEST, latest, newest_complete
 from parallel.errors import Mistake
-from parallel.files import published, read_json, write_json
+from parallel.files import read_json, write_json
 from parallel.process_identity import ProcessIdentity
-from research.tracking import metrics
+from research.tracking import run_lock
 from research.tracking.format import short_path
+from research.tracking.lock_record import HEARTBEATS, now
+from research.tracking.lock_record import newest as newest_record
+from research.tracking.run_lock import RunLock
 
-RUNNING, FINISHED, INTERRUPTED, FAILED, DIED = "running", "finished", "interrupted", "failed", "died"
-"""The status in run.json is one of the first four; `status` returns `died` for a `running` run whose process has ended."""
+RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
+"""The status in run.json; of a process that was killed, too, it says `running` (research/tracking/run_status.py)."""
 IMPORTED = "imported"
 """The status in run.json of weights that another program has trained."""
-LONG_SILENCE = 600.0
-"""Seconds without a heartbeat after which a process that cannot be seen counts as ended. The clocks of two machines differ by less."""
 LATEST = "latest"
-HEARTBEATS = "rank_*.alive.json"
-"""Matches the heartbeat files in logs/."""
+STARTING = "--resume auto"
+"""The purpose of a process that is about to begin a new run, because it has found none to resume."""
 SOURCES = ("config.py", "variant.py")
-STEP = "progress/step"
-DROPPED = "dropped.jsonl"
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,10 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     incidents = property(lambda self: self.path / "incidents")
     logs = property(lambda self: self.path / "logs")
+    profile = property(lambda self: self.path / "profile")
     wandb = property(lambda self: self.path / "wandb")
     wandb_json = property(lambda self: self.path / "wandb.json")
+    lock = property(lambda self: self.path / "lock")
 
     def rank_log(self, rank: int) -> Path:
         """The log of one rank."""
@@ -93,7 +94,7 @@ class RunFolder:
 
     def heartbeat(self, rank: int) -> Path:
         """The heartbeat file of one rank, while it runs (research/reliability/heartbeat.py)."""
-        return self.logs / f"rank_{rank}.alive.json"
+        return self.logs / HEARTBEATS.replace("*", str(rank))
 
 
 def create(runs: Path, name: str) -> RunFolder:
@@ -131,7 +132,7 @@ def by_start(folders: Iterable[RunFolder]) -> list[RunFolder]:
 def point_latest(runs: Path) -> None:
     """Makes `latest` in `runs` (runs/NAME) a link to the `newest` run, by one rename; there is no link if there is no run."""
     link, run = runs / LATEST, newest(runs)
-    if link.is_dir() and not _is_latest(link):  # `cp -rL` or `scp -r` has made a folder of it
+    if link.is_dir() and not is_latest(link):  # `cp -rL` or `scp -r` has made a folder of it
         return
     if run is None:
         link.unlink(missing_ok=True)
@@ -166,50 +167,48 @@ def owner() -> dict[str, Any]:
     return asdict(ProcessIdentity.current())
 
 
-def end(folder: RunFolder, status: str, reason: str = "") -> None:
-    """Sets run.json's status to finished, interrupted or failed, `ended` to now, `reason` to why it is not finished."""
+def end(folder: RunFolder, status: str, reason: str = "", code: int = 0) -> None:
+    """Sets run.json's status to finished, interrupted or failed, `ended` to now, `reason` and exit `code` to why it is not finished."""
     run = {**read_json(folder.run), "status": status, "ended": now()}
+    run.pop("code", None)  # of an earlier end
     if status == FINISHED:
-        run.pop("reason", None)  # of an earlier end
+        run.pop("reason", None)
     elif reason:
         run["reason"] = reason
-    write_json(folder.run, run)
+    write_json(folder.run, run | ({"code": code} if code else {}))
 
 
-def end_unless_ended(folder: RunFolder, status: str, reason: str) -> None:
-    """`end`, unless another rank has already written how the run ended, or discarded it. Any rank may call it."""
-    with contextlib.suppress(FileNotFoundError):
-        if read_json(folder.run).get("status") == RUNNING:
+def end_or_keep(folder: RunFolder, lock: RunLock, status: str, reason: str, code: int = 0) -> None:
+    """`end`, by the holder of the lock. If run.json cannot be written, the lock's record says how the run ended; `read_run` finds it."""
+    lock.check()
+    try:
+        end(folder, status, reason, code)
+    except (OSError, Mistake):
+        lock.keep_end({"status": status, "ended": now(), "reason": reason, **({"code": code} if code else {})})
+
+
+def end_unless_ended(folder: RunFolder, status: str, reason: str, rank_0: ProcessIdentity) -> None:
+    """`end`, unless rank 0 or another rank has written how the run ended, or another launch goes on with it. Any rank may call it.
+
+    `rank_0` is the process that run.json must name. While run.json is written here, nobody can take the lock over that rank 0 has left.
+    """
+    with contextlib.suppress(OSError), run_lock.kept_from_others(folder.lock, rank_0) as free:
+        run = read_json(folder.run)
+        process = ProcessIdentity.from_json(run)
+        if free and run.get("status") == RUNNING and (process is None or process.is_same(rank_0)):
             end(folder, status, reason)
 
 
-def status(run: dict[str, Any], folder: RunFolder) -> str:
-    """The status in `run`, which is run.json of `folder`; `died` for a `running` one whose process has ended.
-
-    If the process cannot be seen from here (another machine or container), it has died if there has been no heartbeat for long.
-    """
-    written = str(run.get("status", "unknown"))
-    if written != RUNNING:
-        return written
-    process = ProcessIdentity.from_json(run)
-    alive = process.is_alive() if process else None
-    if alive is None:
-        alive = time.time() - _last_heartbeat(folder) < LONG_SILENCE
-    return RUNNING if alive else DIED
-
-
-def _last_heartbeat(folder: RunFolder) -> float:
-    """When a rank has last written its heartbeat, or the run its run.json, in seconds since the epoch; 0: never."""
-    times = [0.0]
-    for path in (folder.run, *folder.logs.glob(HEARTBEATS)):
-        with contextlib.suppress(OSError):
-            times.append(path.stat().st_mtime)
-    return max(times)
-
-
-def now() -> str:
-    """The time in UTC, to the second: 2026-01-31T12:00:00+00:00."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def read_run(folder: RunFolder) -> dict[str, Any]:
+    """run.json; where it says that the run is running, with the end that its last process could write into the lock's record only."""
+    run = read_json(folder.run)
+    if (
+        run.get("status") == RUNNING
+        and (owner := newest_record(folder.lock))
+        and owner.end.get("status") in (FINISHED, INTERRUPTED, FAILED)
+    ):
+        return run | dict(owner.end)
+    return run
 
 
 def keep_source(folder: RunFolder, experiment: Path) -> dict[str, str]:
@@ -267,10 +266,16 @@ def find(handle: str, runs: Path = Path("runs")) -> RunFolder:
 def _run_at(path: Path) -> RunFolder | None:
     """The run that the path of a run, of an experiment's runs or of `latest` names."""
     with contextlib.suppress(OSError):  # no folder can have such a name
-        if has_file(path, "run.json") and not _is_latest(path):
+        if has_file(path, "run.json") and not is_latest(path):
             return RunFolder(path)
         return newest(path.parent if path.name == LATEST else path)
     return None
+
+
+def refuse_link(folder: Path) -> None:
+    """Raises a Mistake if a folder of a run, into which files are written, is a link: a stranger's would lead to a folder of its reader."""
+    if folder.is_symlink():
+        raise Mistake(f"{folder} is a link, and nothing is written through it → put a folder in its place")
 
 
 def has_file(folder: Path, name: str) -> bool:
@@ -280,26 +285,9 @@ def has_file(folder: Path, name: str) -> bool:
     return False
 
 
-def _is_latest(path: Path) -> bool:
+def is_latest(path: Path) -> bool:
     """Whether it is the link; a copy of a run may have its name."""
     return path.name == LATEST and path.is_symlink()
-
-
-def choice(handle: str, folder: RunFolder) -> str:
-    """Which run `find` chose, for a person: 'gpt_sotu is gpt_sotu-7f3a2c, the newest run with a checkpoint'; '' if `handle` names it.
-
-    Newer runs, which have no checkpoint, are named with their status.
-    """
-    path = Path(handle)
-    named = folder.id in (path.resolve().name, handle.rpartition("-")[2]) or folder.path in path.resolve().parents
-    if named and not _is_latest(path):
-        return ""
-    if newest_complete(folder.checkpoints) is None:
-        return f"{handle} is {folder.title}, the newest run; none has a checkpoint"
-    runs = by_start(of_experiment(folder.path.parent))
-    newer = [f"{run.title} ({status(read_json(run.run), run)})" for run in runs[runs.index(folder) + 1 :]]
-    passed_over = f"; {', '.join(newer)} {'is' if len(newer) == 1 else 'are'} newer and {'has' if len(newer) == 1 else 'have'} none"
-    return f"{handle} is {folder.title}, the newest run with a checkpoint{passed_over if newer else ''}"
 
 
 def find_checkpoint(handle: str, runs: Path = Path("runs"), needs: str = "run.json") -> tuple[RunFolder, Path]:
@@ -316,33 +304,3 @@ def find_checkpoint(handle: str, runs: Path = Path("runs"), needs: str = "run.js
     if not (folder.path / needs).is_file():
         raise Mistake(f"{handle} is a checkpoint outside of a run's folder → name one in runs/NAME/ID/checkpoints")
     return folder, path
-
-
-def reopen(folder: RunFolder, step: int, segment: dict[str, Any]) -> int:
-    """Prepares the folder of a run that resumes after `step`: removes later rows, sets run.json to running. Returns the segment's number.
-
-    Rows removed from metrics.jsonl and samples.jsonl are kept in dropped.jsonl, with the number of the segment that begins without them.
-    Each file is replaced atomically: a kill in between leaves rows that the next resume drops. Rank 0 only.
-    """
-    run = read_json(folder.run)
-    segments = [*run.get("segments", [{"from_step": 0, "started": run.get("started")}]), {"from_step": step, **segment}]
-    for path in (folder.metrics, folder.samples):
-        _drop_rows_after(path, step, folder.path / DROPPED, len(segments))
-    run.pop("reason", None)  # why the segment before this one ended
-    run |= {"status": RUNNING, "ended": None, "segments": segments, **owner()}
-    run |= {key: segment[key] for key in ("layout", "precision", "steps", "overrides", "commit", "dirty") if key in segment}
-    write_json(folder.run, run)
-    return len(segments)
-
-
-def _drop_rows_after(path: Path, step: int, dropped: Path, segment: int) -> None:
-    """Keeps the rows up to `step` in a .jsonl file and appends the later ones to `dropped`."""
-    rows = list(metrics.read(path))
-    later = [row for row in rows if row.get(STEP, 0) > step]
-    if not later:
-        return
-    with dropped.open("a", encoding="utf-8") as file:
-        for row in later:
-            file.write(json.dumps({"segment": segment, "file": path.name})[:-1] + ", " + metrics.encode(row)[1:] + "\n")
-    with published(path) as temporary:
-        temporary.write_text("".join(metrics.encode(row) + "\n" for row in rows if row.get(STEP, 0) <= step), encoding="utf-8")

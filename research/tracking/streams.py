@@ -1,6 +1,8 @@
 """Standard input, output and error of a process, made safe at its entry points (research/launch.py, research/__main__.py).
 
 A user chooses the streams: closed, in ASCII, on a full disk, in a pipe whose reader leaves. None of these may end in a traceback.
+What is written may be a stranger's, by whatever code it comes there (a traceback, a warning of a library, a new verb's print): the streams
+escape what steers a terminal. Text that this program shows is made `printable` where it is written.
 """
 
 import codecs
@@ -8,11 +10,13 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from parallel.errors import Mistake
+from parallel.text import printable
 
 ESCAPING = "tessera.escaping"
 """The name of the error handler that `escape` is registered under."""
@@ -21,6 +25,8 @@ ASCII = {
     **{"≤": "<=", "≥": ">=", "√": "sqrt", "∞": "inf", "°": "deg", "“": '"', "”": '"', "‘": "'", "’": "'", "\u00a0": " "},
 }
 """What is written for our own signs, and the commonest of English text, where an encoding lacks them."""
+STEERING_OF_LIBRARIES = re.compile(r"(\x1b\[[0-9;]{0,40}m|\r)")
+"""A colour (SGR), and a carriage return, with which a progress bar begins."""
 
 
 class OutputLost(OSError):
@@ -73,12 +79,41 @@ def _occupy_descriptors() -> None:
             os.set_inheritable(null, True)  # so that other ranks have it too
 
 
-def _text_stream(raw: io.FileIO, before: io.TextIOWrapper | Any) -> io.TextIOWrapper:
+class EscapingStream(io.TextIOWrapper):
+    """A text stream that writes `printable` text. Libraries' own colours and progress bars pass: SGR sequences and carriage returns."""
+
+    def write(self, text: str) -> int:
+        """Writes the text and returns its length, as if all of it had been written unchanged."""
+        parts = STEERING_OF_LIBRARIES.split(text)  # every second part is one that passes
+        super().write("".join(part if i % 2 else printable(part, most=None) for i, part in enumerate(parts)))
+        return len(text)
+
+    def write_exactly(self, text: str) -> int:
+        """Writes the text as it is."""
+        return super().write(text)
+
+
+class _WithoutEscaping:
+    """A EscapingStream whose `write` writes text as it is; everything else is the stream's own."""
+
+    def __init__(self, stream: EscapingStream) -> None:
+        self._stream, self.write = stream, stream.write_exactly
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def without_escaping(stream: Any) -> IO[str]:
+    """The stream without the escaping of `prepare_streams`, for text that is safe already or asked for exactly."""
+    return _WithoutEscaping(stream) if isinstance(stream, EscapingStream) else stream  # type: ignore[return-value]
+
+
+def _text_stream(raw: io.FileIO, before: io.TextIOWrapper | Any) -> EscapingStream:
     """A text stream over `raw` with the encoding and the buffering of the stream `before`, which is None if it was closed."""
     unbuffered = getattr(before, "write_through", False)
     encoding = getattr(before, "encoding", "utf-8")
     lines = getattr(before, "line_buffering", False)
-    return io.TextIOWrapper(
+    return EscapingStream(
         raw if unbuffered else io.BufferedWriter(raw),
         encoding=encoding,
         errors=ESCAPING,

@@ -22,10 +22,11 @@ from research.tracking.format import SEPARATOR
 from research.tracking.run_folder import RunFolder
 
 AXES = STEP, TOKENS = "progress/step", "progress/tokens"
-OVER_TOKENS, OVER_STEPS = ("train/*", "val/*", "eval/*", "measure/*"), ("perf/*", "progress/*")
+OVER_TOKENS, OVER_STEPS = ("train/*", "val/*", "eval/*", "measure/*"), ("perf/*", "mem/*", "progress/*")
 LOWEST = ("val/loss", "val/bits_per_byte")
 PROBE_SECONDS, INIT_SECONDS, FINISH_SECONDS = 2.5, 3.0, 7.0
 """How long a server may take: for its first answer, to accept a run, and for the last upload."""
+ALERT_SECONDS, LONGEST_TITLE, LONGEST_TEXT = 600, 63, 2000
 LOCAL_SECONDS = 300.0
 """How long W&B's own process on this machine may take to start, and to open an offline run: a busy machine is slow, not broken."""
 
@@ -230,6 +231,21 @@ def _start(mode: Literal["online", "offline"], folder: RunFolder, description: R
     for name in LOWEST:
         run.define_metric(name, step_metric=TOKENS, summary="min,last")
     return run
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A notification of W&B about a run."""
+
+    title: str
+    text: str
+    level: str
+    """INFO, WARN or ERROR."""
+
+
+def send_alert(run: Any, alert: Alert) -> None:
+    """Hands the alert to W&B. Its server drops others with the same title for ALERT_SECONDS."""
+    run.alert(alert.title[:LONGEST_TITLE], alert.text[:LONGEST_TEXT], level=alert.level, wait_duration=ALERT_SECONDS)
 
 
 def finish_run(run: Any, exit_code: int) -> bool:

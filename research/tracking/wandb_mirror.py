@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.tracking import metrics, wandb_record
+from research.tracking import metrics, wandb_artifacts, wandb_client, wandb_record
 from research.tracking.format import short_path
 from research.tracking.run_folder import RunFolder
+from research.tracking.wandb_artifacts import References
 from research.tracking.wandb_client import (
     FINISH_SECONDS,
     Opened,
@@ -44,7 +45,9 @@ class WandbMirror:
         self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         """What to do with the W&B run, in order; None: the run has ended."""
         self._opened: Opened | None = None
-        self._takes_tables = True
+        self._takes_tables = self._takes_references = True
+        self._alerts: list[wandb_client.Alert] = []
+        self._references: list[Callable[[], References]] = []
         self._failure = ""
         """The note that says why W&B was given up before the end of the run."""
         self._exit_code = 0
@@ -82,6 +85,17 @@ class WandbMirror:
         samples = list(metrics.read(self._folder.samples))
         self._calls.put(lambda run: self._log_table(run, samples))
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Queues a notification, which W&B sends online, or when an offline run is synced."""
+        alert = wandb_client.Alert(title, text, level)
+        self._alerts.append(alert)
+        self._calls.put(lambda run: self._send_alert(run, alert))
+
+    def refer_to(self, make: Callable[[], References]) -> None:
+        """Queues an artifact of references; `make` is called in W&B's thread, and may raise."""
+        self._references.append(make)
+        self._calls.put(lambda run: self._log_references(run, make))
+
     def finish(self, exit_code: int) -> None:
         """Lets W&B write what it has, and waits for that for a limited time. What is missing then can be written later."""
         if self._thread is None:
@@ -116,9 +130,27 @@ class WandbMirror:
         if self._opened is None or self._opened.mode != "online":
             run.log(wandb_record.table(samples))
         elif self._takes_tables:
-            self._takes_tables = bool(call_with_timeout(lambda: run.log(wandb_record.table(samples)) or True, TABLE_SECONDS))
+            answers = self._takes_references
+            self._takes_tables = answers and bool(call_with_timeout(lambda: run.log(wandb_record.table(samples)) or True, TABLE_SECONDS))
             if not self._takes_tables:
                 self._notes.append("W&B did not take the table of samples → each sample is a row there, and samples.jsonl has all")
+
+    def _send_alert(self, run: Any, alert: wandb_client.Alert) -> None:
+        """Online only while the server answers: W&B's own process does not end before a server has taken an alert."""
+        if self._opened is None or self._opened.mode != "online" or (self._takes_tables and self._takes_references):
+            self._try("send an alert", wandb_client.send_alert, run, alert)
+        else:
+            self._notes.append("W&B sends no alert, for its server has not answered → run.json says how the run has ended")
+
+    def _log_references(self, run: Any, make: Callable[[], References]) -> None:
+        """Online W&B asks its server first; if that does not answer in time, it is asked no more."""
+        if self._opened is None or self._opened.mode != "online":
+            self._try("refer to files", lambda: wandb_artifacts.log(run, make()))
+        elif self._takes_references:
+            answers = self._takes_tables  # a server that was silent once is not waited for again
+            self._takes_references = answers and bool(call_with_timeout(lambda: wandb_artifacts.log(run, make()), TABLE_SECONDS))
+            if not self._takes_references:
+                self._notes.append("W&B did not take references to files → no checkpoint and no store is an artifact there")
 
     def _finish(self, run: Any) -> None:
         if row := wandb_record.pictures(self._folder):
@@ -131,7 +163,15 @@ class WandbMirror:
         call_with_timeout(end_process, 1.0)
         try:
             with wandb_record.replacing(self._folder.wandb, sorted(broken)):
-                wandb_record.write(self._folder, self._description, "offline", self._exit_code, after=self._after)
+                wandb_record.write(
+                    self._folder,
+                    self._description,
+                    "offline",
+                    self._exit_code,
+                    after=self._after,
+                    references=self._references,
+                    alerts=self._alerts,
+                )
         except Exception:  # the note on the first failure stays
             return
         self._notes[:] = [note for note in self._notes if note != self._failure]
@@ -145,6 +185,13 @@ class WandbMirror:
             if not self._left.is_set():
                 self._notes.append(self._failure)
             return None
+
+    def _try(self, what: str, call: Callable[..., Any], *arguments: Any) -> None:
+        """Like `_guard`, for what W&B can do without: a note is made, and W&B goes on being used."""
+        try:
+            call(*arguments)
+        except Exception as error:  # W&B is a mirror: whatever it raises must not reach the run
+            self._notes.append(f"W&B could not {what} ({reason(error)})")
 
     def _write_later(self) -> str:
         return f"metrics.jsonl has every row: `python -m research track {self._folder.shown}` writes them to W&B"

@@ -11,26 +11,29 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from parallel.files import read_json
-from research.tracking import metrics
+from research.tracking import metrics, wandb_artifacts
 from research.tracking.run_folder import RunFolder
+from research.tracking.wandb_artifacts import References
 from research.tracking.wandb_client import (
     AXES,
     FINISH_SECONDS,
     LOWEST,
     STEP,
+    Alert,
     Opened,
     RunDescription,
     call_with_timeout,
     end_process,
     finish_run,
     open_run,
+    send_alert,
 )
 
 TEXTS = ("prompt", "text", "finish")
@@ -95,10 +98,13 @@ def write(
     after: int = 0,
     figures: Mapping[str, float] | None = None,
     finish_seconds: float = FINISH_SECONDS,
+    references: Sequence[Callable[[], References]] = (),
+    alerts: Sequence[Alert] = (),
 ) -> Opened:
     """Writes a W&B run with every row later than step `after`, the table of samples, the loss curve, and `figures` in its summary.
 
-    Raises what W&B raises, and TimeoutError if a server did not take everything within `finish_seconds`.
+    `references` make artifacts; one that cannot be made is left out. Raises what W&B raises, and TimeoutError if a server did not take
+    everything within `finish_seconds`.
     """
     opened = open_run(folder, description, mode, finish_seconds=finish_seconds)
     if (run := opened.run) is None:
@@ -116,6 +122,11 @@ def write(
             log(row)
         elif not call_with_timeout(functools.partial(log, row), finish_seconds):  # W&B waits for its server here
             raise late
+    for make in references:
+        with suppress(OSError, ValueError, KeyError):  # a checkpoint that is gone by now
+            wandb_artifacts.log(run, make())
+    for alert in alerts:
+        send_alert(run, alert)
     if figures:
         run.summary.update(dict(figures))
     done = finish_run(run, exit_code)
@@ -175,6 +186,8 @@ class Known:
     """The run-*.wandb files, oldest first: one for each time that W&B was started for this run."""
     missing_rows: int
     missing_figures: int
+    missing_checkpoints: int = 0
+    """Complete checkpoints that no artifact refers to."""
 
     @property
     def complete(self) -> bool:
@@ -192,14 +205,19 @@ def known(folder: RunFolder, figures: Mapping[str, float]) -> Known:
     files = tuple(files_of(folder))
     logged: collections.Counter[tuple[Any, ...]] = collections.Counter()
     told: Row = {}
+    referred: set[str] = set()
     for path in files:
         for record in inspect(path):
             if record["type"] == "history":
                 logged[_identity(record["history"]["item"])] += 1
             elif record["type"] == "summary":
                 told |= record["summary"].get("update", {})
+            elif record["type"] == "artifact":
+                referred |= set(record["artifact"].get("aliases", []))
     wanted = collections.Counter(map(_identity, rows(folder)))
-    return Known(files, (wanted - logged).total(), sum(told.get(name) != value for name, value in metrics.finite(dict(figures)).items()))
+    missing_figures = sum(told.get(name) != value for name, value in metrics.finite(dict(figures)).items())
+    missing_checkpoints = sum(path.name not in referred for path in wandb_artifacts.checkpoints(folder))
+    return Known(files, (wanted - logged).total(), missing_figures, missing_checkpoints)
 
 
 def files_of(folder: RunFolder) -> list[Path]:

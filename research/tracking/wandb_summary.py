@@ -12,6 +12,7 @@ from parallel.files import read_json
 from research.tracking import wandb_client, wandb_record
 from research.tracking.format import short_path
 from research.tracking.run_folder import RunFolder
+from research.tracking.run_lock import is_held
 
 
 def add(folder: RunFolder, figures: Mapping[str, float]) -> str:
@@ -19,6 +20,9 @@ def add(folder: RunFolder, figures: Mapping[str, float]) -> str:
     mode = read_json(folder.config)["track"]["mode"] if folder.config.is_file() else "disabled"
     if mode == "disabled" or not folder.wandb.is_dir():
         return ""
+    if (held := is_held(folder.lock)) is not False:  # its holder writes RUN/wandb itself; None: it cannot be seen from here, but may live
+        used = "is in use" if held else "may be in use on another host"
+        return f"W&B summary not written: the run {used} → python -m research track {folder.shown} writes it when the run has ended"
     if not wandb_record.files_of(folder):
         return f"W&B has no record of this run → python -m research track {folder.shown} writes one, with these figures"
     try:

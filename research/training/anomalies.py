@@ -26,6 +26,8 @@ from research.data.prepare import Corpus
 from research.tracking.console import Console
 from research.tracking.metrics import finite
 from research.tracking.run_folder import RunFolder
+from research.tracking.tracker import Tracker
+from research.training.holding import Holding
 
 NON_FINITE, SPIKE = "non_finite", "spike"
 WINDOW, LEAST = 100, 20
@@ -119,11 +121,14 @@ def load(folder: RunFolder, step: int) -> Incident:
 class AnomalyMonitor:
     """Looks at every step, with what all ranks know alike. `begin_step` and `check` are collective."""
 
-    def __init__(self, experiment: Experiment, engine: Engine, corpus: Corpus, folder: RunFolder, console: Console) -> None:
-        self.experiment, self.engine, self.folder, self.console = experiment, engine, folder, console
+    def __init__(
+        self, experiment: Experiment, engine: Engine, corpus: Corpus, holding: Holding, console: Console, tracker: Tracker
+    ) -> None:
+        self.experiment, self.engine, self.holding, self.console, self.tracker = experiment, engine, holding, console, tracker
+        self.folder = holding.folder
         self.num_windows = num_samples(corpus.train, experiment.model.seq_length)
         self.spikes = Spikes(experiment.watch.spike)
-        self.non_finite = NonFiniteGradients(engine.parameters, engine.device)
+        self.non_finite = NonFiniteGradients(engine.parameters)
         self.skips_in_a_row = 0
         self._skipped_before = 0
 
@@ -147,6 +152,8 @@ class AnomalyMonitor:
             said = self._report(step, NON_FINITE, loss, self._suspects())
             if watch.non_finite == "stop":
                 failure = f"{said}: stopped before the update → {self._replay(step)}, or go on past it with --resume {self.folder.shown}"
+            else:  # of a stop, the loop tells W&B
+                self.tracker.alert("skipped a step that is not finite", f"{said}: no update; training goes on")
         elif not skipped and self.spikes.is_one(loss):
             limit = self.spikes.limit()
             said = self._report(step, SPIKE, loss, [])
@@ -195,6 +202,10 @@ class AnomalyMonitor:
             suspects=suspects,
         )
         if self.engine.grid.rank == 0:
-            keep(self.folder, incident)
+            self.holding.check()
+            try:
+                keep(self.folder, incident)
+            except OSError as error:  # what it describes is said; a row that the disk refuses ends the run in order
+                self.console.warn(f"{error.filename or self.folder.incidents} cannot be written ({error.strerror or error})")
         self.console.warn(f"{incident.said} · samples {samples.start}–{samples.stop - 1} · {self.folder.shown}/incidents")
         return incident.said

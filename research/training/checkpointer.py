@@ -9,7 +9,8 @@ from parallel.checkpoint.folder import name_of
 from parallel.checkpoint.saver import BackgroundSaver, Saver
 from parallel.checkpoint.writer import Saved
 from parallel.errors import Mistake
-from research.cluster.environment import code_digest, git_state
+from research.cluster.environment import git_state
+from research.cluster.software import digest_of
 from research.config.serialization import config_hash
 from research.reliability.heartbeat import Stage
 from research.tracking import run_folder
@@ -24,18 +25,18 @@ class Checkpointer:
 
     def __init__(self, run: Run, anomalies: AnomalyMonitor, periodic: Periodic) -> None:
         self.run, self.anomalies, self.periodic = run, anomalies, periodic
-        self.saver = BackgroundSaver() if run.job.experiment.checkpoints.background else Saver()
+        check = run.holding.check
+        self.saver = BackgroundSaver(check=check) if run.job.experiment.checkpoints.background else Saver(check=check)
         self.saved_step = -1
         """The step of the newest checkpoint that was begun or resumed from; −1 for none."""
         self.unreported = False
         """Whether a checkpoint was begun that `poll` has not reported yet; equal on every rank."""
         self._is_latest = False
         """Whether runs/NAME/latest has been set since this launch saved its first checkpoint."""
-        root = run.job.root
         self.origin = {
             "config": config_hash(run.job.experiment),
-            "commit": git_state(root)[0],
-            "code": code_digest(root),
+            "commit": git_state(run.job.root)[0],
+            "code": digest_of(run.job.library),
             "data": run.corpus.fingerprint,
         }
 
@@ -76,6 +77,7 @@ class Checkpointer:
                 "interval_losses": finite(run.meter.losses),
                 **self.anomalies.state(),
                 "due": list(self.periodic.due),
+                "waiting_rows": run.tracker.waiting,
             },
         }
 
@@ -87,7 +89,8 @@ class Checkpointer:
             self.run.meter.resume(float(saved["seconds"]), [float(loss) for loss in saved["interval_losses"]])  # type: ignore[index]
             self.anomalies.restore(saved)  # type: ignore[arg-type]
             self.periodic.restore(saved)  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError) as error:
+            self.run.tracker.write_missing(saved.get("waiting_rows", {}))  # type: ignore[union-attr]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Mistake(f"the checkpoint does not say how its run stood ({error!r:.100}) → use another checkpoint of the run") from None
 
     def _report(self, published: list[Saved]) -> None:
@@ -101,7 +104,9 @@ class Checkpointer:
         keep = self.run.job.experiment.checkpoints
         if self.run.engine.grid.rank > 0:
             return
+        self.run.holding.check()
         checkpoint_folder.retain(self.run.folder.checkpoints, keep.keep_last, keep.keep_every)
+        self.run.tracker.refer_to_checkpoints(keep.keep_every)
         if not self._is_latest:
             run_folder.point_latest(self.run.folder.path.parent)
             self._is_latest = True

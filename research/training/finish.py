@@ -34,12 +34,17 @@ def finish(run: Run, checkpointer: Checkpointer) -> None:
     seconds = checkpointer.save_last()
     if run.engine.grid.rank > 0:
         return
+    run.tracker.refer_to_checkpoints(every=1)
     run.console.header([("saved", f"{run.folder.shown}/checkpoints/{name_of(run.step)} ({seconds:.1f} s)")])
     layout = f"{layout_line(run.job.experiment, run.job.layout)} · {run.job.experiment.precision}"
-    plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, layout)
+    try:
+        plot.loss_curve(run.folder.metrics, run.folder.loss_png, run.folder.title, layout)
+    except OSError as error:  # the run is complete without its picture
+        run.console.warn(f"{run.folder.loss_png} cannot be written ({error.strerror}) → `python -m research plot` draws it")
     schedule, best = run.job.experiment.schedule, checkpointer.periodic.best
-    run.console.done(run.step, schedule.steps, run.meter.seconds(), best, run.engine.skipped_steps, run.folder.loss_png.name)
-    if not run.stop.signal:  # a run that was asked to end does not start anything new
+    skipped, picture, memory = run.engine.skipped_steps, run.folder.loss_png.name, run.meter.memory_row()
+    run.console.done(run.step, schedule.steps, run.meter.seconds(), best, skipped, picture, memory)
+    if not (run.stop.signal or run.stop.trouble):  # a run that was asked to end does not start anything new
         show_sample(run)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.estimates.parameters import parameters, parameters_on_rank
@@ -15,18 +15,20 @@ from parallel.engines.deepspeed_config import derive
 from parallel.errors import Mistake
 from research import ROOT
 from research.cluster.environment import THREADS, Ranks, threads_asked_for, threads_per_rank
+from research.cluster.software import library_files
 from research.config import Experiment
 from research.config.checks import check
 from research.config.diff import flatten
 from research.config.experiment_folder import LoadedExperiment, check_variants
 from research.config.layout import Layout, engine_settings, layout
 from research.config.overrides import Options, Override
-from research.config.plausibility import contradictions, doubts, refused_by_wandb
+from research.config.plausibility import contradictions, doubts, doubts_of_ranks, refused_by_wandb
 from research.config.serialization import resolved
 from research.data.prepare import check as check_data
 from research.evaluation.in_training import check_tasks
 from research.tracking import format as fmt
 from research.tracking.format import compact, plural
+from research.tracking.run_lock import RunLock, release
 from research.training.resume import NEVER, Resume, check_init_from, doubts_of_init_from, find
 from research.training.samples import check_samples
 
@@ -46,10 +48,20 @@ class Job:
     argv: list[str]
     warnings: list[str]
     """Settings that are probably not meant, each a sentence."""
+    library: dict[str, str]
+    """The SHA-256 of each Python file of the library, by its path from `root`."""
     resume: Resume | None = None
     """The run to resume, as rank 0 found it; None on the other ranks."""
+    resume_option: str = NEVER
+    """What --resume was given."""
     why_resumed: str = ""
     """How `--resume` led to this run, or to a new one; '' where it leaves no question."""
+    locks: list[RunLock] = field(default_factory=list)
+    """The locks that this process holds: of the run, or of those who begin one with `--resume auto`. None on ranks > 0."""
+
+    def close(self) -> None:
+        """Gives up all locks. A second call does nothing."""
+        release(self.locks)
 
 
 def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, options: Options, argv: list[str]) -> Job:
@@ -71,13 +83,18 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         derive(settings, cuda=False)
     except Mistake:
         derive(settings, cuda=True)
-    found, why = None, ""
-    if ranks.rank == 0:
-        runs = ROOT / experiment.track.runs
-        found, why = find(options.resume, experiment, loaded.folder, runs, watch=not options.dry_run)
-    # A run that is resumed has begun with these settings, and may not change all of them. Only rank 0 knows whether `auto` found one.
-    if wrong and (options.resume == NEVER or (ranks.rank == 0 and found is None)):
-        raise Mistake(wrong[0])
+    found, why, locks = None, "", list[RunLock]()
+    try:
+        if ranks.rank == 0:
+            runs = ROOT / experiment.track.runs
+            found, why = find(options.resume, experiment, loaded.folder, runs, None if options.dry_run else locks)
+        # A run that is resumed has begun with these settings, and may not change all of them. Only rank 0 knows whether `auto` found one.
+        if wrong and (options.resume == NEVER or (ranks.rank == 0 and found is None)):
+            raise Mistake(wrong[0])
+    except BaseException:
+        release(locks)
+        raise
+    damaged = [f"{damage} → resumed from {found.checkpoint.name} instead" for damage in found.passed_over.values()] if found else []
     return Job(
         experiment=experiment,
         folder=loaded.folder,
@@ -89,15 +106,24 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         verbose=options.verbose,
         argv=argv,
         resume=found,
+        resume_option=options.resume,
         why_resumed=why,
-        warnings=[*wrong, *doubts(experiment), *doubts_of_init_from(experiment, ROOT)],
+        locks=locks,
+        library=library_files(ROOT),
+        warnings=[
+            *damaged,
+            *wrong,
+            *doubts(experiment),
+            *doubts_of_ranks(experiment, ranks),
+            *doubts_of_init_from(experiment, ROOT),
+        ],
     )
 
 
 def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[tuple[str, str]]:
     """The (label, text) lines of config, machine, layout, batch and model.
 
-    `device` ('cpu') and `software` ('gloo', 'torch 2.13.0') are known only once torch is imported.
+    `device` ('cpu', 'NVIDIA H200, 150.1 GB') and `software` ('gloo', 'torch 2.13.0') are known only once torch is imported.
     """
     experiment, ranks, schedule = job.experiment, job.ranks, job.experiment.schedule
 
@@ -109,6 +135,7 @@ def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[t
     nodes = plural(-(-ranks.world // ranks.local_world), "node")
     threads = f"{plural(threads_per_rank(ranks), 'thread')} each" + (f" ({THREADS})" if threads_asked_for() else "")
     machine = [f"{nodes} × {plural(ranks.local_world, 'rank')}", f"{device}, {threads}" if device else threads, *software]
+    machine += ["deterministic kernels"] * experiment.deterministic
 
     stage = " · zero_stage 0 always runs as 1" if experiment.parallel.zero_stage == 0 else ""
     product = f"{schedule.micro_batch_size} micro × {job.layout.micro_batches} accumulated × {job.layout.data} data"

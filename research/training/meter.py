@@ -1,22 +1,44 @@
-"""Measurements of a run: mean loss, tokens per second, time left, peak memory. Evaluation is not training time."""
+"""Measurements of a run: mean loss, time per step, tokens per second, time left, memory. Evaluation is not training time."""
 
 import contextlib
 import math
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from research.cluster.memory import HostMemory
 
-def peak_memory_mb() -> float:
-    """This rank's peak memory in MB (1e6 bytes): allocated on its GPU if there is one, else the resident memory of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+Item = TypeVar("Item")
+
+
+class Interval(NamedTuple):
+    """The steps since the last row: their mean loss, tokens per second of training, and milliseconds per step."""
+
+    loss: float
+    tokens_per_second: float
+    step_ms: float
+    """Without pauses."""
+    data_ms: float
+    """The part of `step_ms` in which this rank waited for its micro-batches."""
+
+
+def gpu_memory() -> dict[str, float]:
+    """The row's figures that show whether a GPU's memory is fragmented or nearly full; none on a CPU.
+
+    Reserved memory that is far above the allocated one is fragmented. A retry is an allocation that was possible only after all cached
+    memory had been given back, which is slow. An OOM is an allocation that failed.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    statistics = torch.cuda.memory_stats()
+    return {
+        "perf/memory_reserved_mb": torch.cuda.max_memory_reserved() / 1e6,
+        "perf/memory_retries": float(statistics.get("num_alloc_retries", 0)),
+        "perf/memory_ooms": float(statistics.get("num_ooms", 0)),
+    }
 
 
 @dataclass
@@ -35,6 +57,10 @@ class Meter:
     began: float = 0.0
     interval_began: float = 0.0
     interval_pause: float = 0.0
+    interval_data: float = 0.0
+    """Seconds in which this rank has waited for micro-batches since the last interval."""
+    memory: HostMemory = field(default_factory=HostMemory)
+    """Made before the model is built."""
     pauses: dict[str, list[float]] = field(default_factory=dict)
     """The duration of every pause in seconds, by its kind."""
 
@@ -62,13 +88,39 @@ class Meter:
             self.interval_pause += spent
             self.pauses.setdefault(what, []).append(spent)
 
-    def interval(self) -> tuple[float, float]:
-        """(mean loss, tokens per second) of the steps since the last call, which begins a new interval."""
-        loss = sum(self.losses) / len(self.losses)
-        trained = max(self.clock() - self.interval_began - self.interval_pause, 1e-9)
+    def waited_for(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The same micro-batches; the time until each is there counts as time spent on data."""
+        source = iter(batches)
+        while True:
+            before = self.clock()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            finally:
+                self.interval_data += self.clock() - before
+            yield batch
+
+    def interval(self) -> Interval:
+        """What the steps since the last call took; begins a new interval."""
+        loss, now = sum(self.losses) / len(self.losses), self.clock()
+        trained = max(now - self.interval_began - self.interval_pause, 1e-9)
+        steps = max(self.interval_steps, 1)
         speed = self.interval_steps * self.tokens_per_step / trained
-        self.losses, self.interval_steps, self.interval_began, self.interval_pause = [], 0, self.clock(), 0.0
-        return loss, speed
+        found = Interval(loss, speed, 1e3 * trained / steps, 1e3 * self.interval_data / steps)
+        self.losses, self.interval_steps, self.interval_began = [], 0, now
+        self.interval_pause = self.interval_data = 0.0
+        return found
+
+    def mean_step_ms(self) -> float:
+        """Milliseconds of a step of this process so far, without pauses; 0 before the first one."""
+        paused = sum(map(sum, self.pauses.values()))
+        return 1e3 * (self.clock() - self.began - paused) / self.steps if self.steps else 0.0
+
+    def memory_row(self) -> dict[str, float]:
+        """The keys of metrics.jsonl: the peak on this rank's GPU, or else of the whole process, and what the run has added on the host."""
+        peak = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else self.memory.peak()
+        return {"perf/memory_mb": peak, **gpu_memory(), **self.memory.row()}
 
     def seconds(self) -> float:
         """Seconds of the whole run so far, evaluations included."""

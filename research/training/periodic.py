@@ -206,4 +206,5 @@ class Periodic:
 def goes_on(run: Run, kind: str) -> bool:
     """Whether no rank was asked to stop; asked between two batches. Collective."""
     run.progress.advance(kind)
+    run.note_trouble()
     return not run.stop.agreed()

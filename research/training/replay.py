@@ -96,6 +96,8 @@ def module_before(
     model, variants = experiment.model, load_variants(folder.source, experiment)
     alone = experiment.model_copy(update={"parallel": Parallel()})
     loss = training_loss(experiment, None, variants)
+    if experiment.deterministic:
+        distributed.use_deterministic_kernels()
     distributed.start(0, 1, 0, None)
     try:
         layers = gpt.layers(model, Grid(), experiment.seed, variants)

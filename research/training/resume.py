@@ -4,27 +4,28 @@ Everything here is decided before torch is imported.
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from parallel.checkpoint import folder as checkpoint_folder
+from parallel.checkpoint.damage import damage_of, read_manifest
 from parallel.checkpoint.folder import MANIFEST
-from parallel.checkpoint.manifest import MAX_BYTES, parse
-from parallel.errors import Mistake, listed
-from parallel.files import read_json
-from parallel.process_identity import ProcessIdentity
+from parallel.errors import Damaged, Mistake, listed
 from research.config import Experiment, serialization
-from research.config.diff import MOST, Change, belongs, describe_changes, diff
+from research.config.diff import MOST, Change, belongs, describe_changes, diff, flatten
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import MEASURE
 from research.data.prepare import same_tokenizer
-from research.reliability.heartbeat import is_beating
-from research.tracking import run_folder
+from research.tracking import run_folder, run_status
+from research.tracking.format import short_path
+from research.tracking.lock_record import newest as newest_record
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
+from research.tracking.run_lock import Held, RunLock, is_held, take
 from research.training.schedule import learning_rate
 
 AUTO, NEVER = "auto", "never"
@@ -42,14 +43,14 @@ MAY_CHANGE = (
     "precision",
     "checkpoints",
     "watch",
+    "profile",
+    "deterministic",
     "evaluate",
     "sample",
     "track",
     "deepspeed",
 )
 """Settings, or groups of them, that may change on resume because the run stays the same experiment."""
-WATCH_SECONDS = 30.0
-"""How long a run that cannot be seen is watched for a heartbeat, which its ranks write once per second."""
 RECORDED = {
     "schedule.validate_every": "validations",
     "schedule.validate_tokens": "validations",
@@ -75,11 +76,12 @@ def continuation(
     `changes` are the settings that differ, `layout_and_machine` what differs of these (parallel/engines/process_state.py).
     `same_code`: None if the checkpoint does not say with which code it was saved, as older ones do not.
     `variants`: what the experiment names of its variant.py, for a decay of its own.
-    'bit for bit as if it had never stopped' needs that nothing differs, and a CPU: some GPU kernels add in no fixed order.
+    'bit for bit as if it had never stopped' needs that nothing differs, and a CPU or `deterministic`: some GPU kernels add in no fixed
+    order. If `deterministic` was not set before, that is among `layout_and_machine`.
     """
     rounding = [f"{name.partition('.')[2]} {then} → {to}" for name, (then, to) in layout_and_machine.items()]
     rounding += ["other DeepSpeed settings"] * any(belongs(name, ["deepspeed"]) for name, _, _ in changes)
-    rounding += ["GPU kernels"] * (device != "cpu")
+    rounding += ["GPU kernels"] * (device != "cpu" and not now.deterministic)
     exact = f"within rounding ({', '.join(rounding)})" if rounding else "bit for bit"
 
     then, to = next(((then, to) for name, then, to in changes if name == "schedule.steps"), (now.schedule.steps,) * 2)
@@ -154,6 +156,8 @@ class Resume:
     """What the checkpoint's manifest says of the run."""
     changed: list[Change]
     """The settings that differ from the saved ones, all of them in MAY_CHANGE."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Newer checkpoints of the run that are damaged, and how; `auto` has fallen back to this one."""
 
     @property
     def step(self) -> int:
@@ -161,24 +165,82 @@ class Resume:
         return self.facts["step"]
 
 
-def find(handle: str, experiment: Experiment, source: Path, runs: Path, watch: bool = True) -> tuple[Resume | None, str]:
+def find(handle: str, experiment: Experiment, source: Path, runs: Path, locks: list[RunLock] | None = None) -> tuple[Resume | None, str]:
     """(the run that `handle` names, why): handle is auto, never, a run or a checkpoint; None if a new run begins. Rank 0 only.
 
-    `source` is the experiment's folder, `runs` the folder that holds NAME/ID/. Raises a Mistake if the run cannot be resumed.
-    `watch`: whether to wait for heartbeats of a run that says that it is running and cannot be seen; a dry run does not.
+    `source` is the experiment's folder, `runs` the folder that holds NAME/ID/. Raises a Mistake if the run cannot be resumed, and Held
+    if another process holds it. `locks` gets the lock of the run, or, where `auto` finds none, a lock that keeps other processes from
+    beginning the same run until the new one has a folder. None: nothing is locked, as in a dry run, which changes nothing.
     """
     if handle == NEVER:
         return None, ""
     if handle == AUTO:
-        folder, why = _newest_match(experiment, source, runs)
-        if folder is None:
-            return None, why
-        _refuse_running(folder, watch)
-        return _resume(folder, checkpoint_folder.latest(folder.checkpoints), experiment), why
+        return _find_newest(experiment, source, runs, locks)
     folder, checkpoint = run_folder.find_checkpoint(handle, runs)
     _refuse_other_experiment(folder, checkpoint, experiment, source)
-    _refuse_running(folder, watch)
-    return _resume(folder, checkpoint, experiment), run_folder.choice(handle, folder)
+    _lock(folder, locks)
+    folder, checkpoint = run_folder.find_checkpoint(handle, runs)  # again: its last holder may have gone on in between
+    _refuse_other_experiment(folder, checkpoint, experiment, source)
+    if damage := damage_of(checkpoint):
+        whole, _ = checkpoint_folder.newest_whole(checkpoint_folder.up_to_latest(folder.checkpoints))
+        way_out = f"add --resume {short_path(whole)}, the newest whole one, or --resume auto" if whole else "no other one is whole"
+        raise Damaged(f"{checkpoint} is damaged: {damage} → {way_out}")
+    return _resume(folder, checkpoint, experiment), run_status.choice(handle, folder)
+
+
+def _find_newest(experiment: Experiment, source: Path, runs: Path, locks: list[RunLock] | None) -> tuple[Resume | None, str]:
+    """What `find` returns for auto: the newest unfinished run with these settings, from its newest whole checkpoint."""
+    start = _lock_start(experiment, source, runs) if locks is not None else None
+    try:
+        while True:
+            folder, why = _newest_match(experiment, source, runs, locks is not None)
+            if folder is None:
+                if start is not None and locks is not None:
+                    locks.append(start)
+                    start = None
+                return None, why
+            lock = _lock(folder, locks)
+            if run_folder.read_run(folder).get("status") != FINISHED and checkpoint_folder.newest_complete(folder.checkpoints):
+                break
+            if lock is None or locks is None:
+                raise Mistake(f"{folder.title} has just ended → try again")
+            locks.remove(lock)  # its last holder has finished it in between
+            lock.release()
+    finally:
+        if start is not None:
+            start.release()
+
+    checkpoint, damaged = checkpoint_folder.newest_whole(checkpoint_folder.up_to_latest(folder.checkpoints))
+    if checkpoint is None:
+        wrong = "; ".join(damaged.values())
+        raise Damaged(f"{folder.title} has no whole checkpoint: {wrong} → leave --resume out to begin a run of its own")
+    return _resume(folder, checkpoint, experiment, {path.name: damage for path, damage in damaged.items()}), why
+
+
+def _lock(folder: RunFolder, locks: list[RunLock] | None) -> RunLock | None:
+    """Takes the run's lock into `locks`. Without `locks`, refuses a run whose holder can be seen to live."""
+    if locks is not None:
+        locks.append(run_status.take_lock(folder, report=_report))
+        return locks[-1]
+    owner = newest_record(folder.lock) or run_status.earlier_owner(folder)
+    held = is_held(folder.lock, owner)
+    if held and owner is not None:
+        raise Held(folder.title, owner, "")
+    if held is None:
+        _report(f"{folder.title} may be in use by {owner}: a dry run does not watch its heartbeat")
+    return None
+
+
+def _lock_start(experiment: Experiment, source: Path, runs: Path) -> RunLock:
+    """The lock of those who look for an unfinished run with these settings, and begin one if there is none."""
+    settings = {name: value for name, value in flatten(serialization.resolved(experiment)).items() if not belongs(name, MAY_CHANGE)}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    place = runs / source.name / f".starting-{digest}"
+    return take(place, f"a run of {source.name} with these settings", run_folder.STARTING, report=_report, temporary=True)
+
+
+def _report(line: str) -> None:
+    sys.stderr.write(f"resume   {line}\n")
 
 
 def _refuse_other_experiment(folder: RunFolder, checkpoint: Path, experiment: Experiment, source: Path) -> None:
@@ -187,7 +249,7 @@ def _refuse_other_experiment(folder: RunFolder, checkpoint: Path, experiment: Ex
         raise Mistake(
             f"{folder.title} is a run of {folder.name}, this is {source.name} → launch experiments/{folder.name} to go on with it"
         )
-    status = run_folder.status(read_json(folder.run), folder)
+    status = run_folder.read_run(folder).get("status")
     if status == IMPORTED:
         raise Mistake(f"{folder.title} was imported, not trained: it holds weights alone → leave --resume out: init_from begins with them")
     steps = experiment.schedule.steps
@@ -218,22 +280,28 @@ def _first(changes: list[Change]) -> str:
     return describe_changes(changes[:MOST]) + (f" and {len(changes) - MOST} more" if len(changes) > MOST else "")
 
 
-def _resume(folder: RunFolder, checkpoint: Path, experiment: Experiment) -> Resume:
+def _resume(folder: RunFolder, checkpoint: Path, experiment: Experiment, passed_over: Mapping[str, str] = MappingProxyType({})) -> Resume:
     changed = [change for change in diff(serialization.load(folder.config), experiment) if change[0] != "schema"]
-    return Resume(folder, checkpoint, _facts(checkpoint), changed)
+    return Resume(folder, checkpoint, _facts(checkpoint), changed, dict(passed_over))
 
 
-def _newest_match(experiment: Experiment, source: Path, runs: Path) -> tuple[RunFolder | None, str]:
-    """The newest unfinished run with a checkpoint whose science and seed are `experiment`'s, and why it, or why there is none."""
+def _newest_match(experiment: Experiment, source: Path, runs: Path, listen: bool) -> tuple[RunFolder | None, str]:
+    """The newest unfinished run whose science and seed are `experiment`'s, and why it, or why there is none.
+
+    It has a checkpoint, or it is running and may save its first one soon. `listen`: whether a run that cannot be seen is listened to.
+    """
     unfinished: dict[RunFolder, list[Change]] = {}  # run -> its differences
     damaged: list[str] = []
     finished: RunFolder | None = None
     for folder in run_folder.by_start(run_folder.of_experiment(runs / source.name)):
-        if checkpoint_folder.newest_complete(folder.checkpoints) is None:
-            continue
         try:
-            status = run_folder.status(read_json(folder.run), folder)
+            status = run_folder.read_run(folder).get("status")
+            has_checkpoint = checkpoint_folder.newest_complete(folder.checkpoints) is not None
+            if not has_checkpoint and status != RUNNING:
+                continue
             changes = science_changes(folder, source, experiment)
+            if not has_checkpoint and (changes or not _is_alive(folder, listen)):
+                continue
         except (OSError, ValueError):  # this does not keep another run from being resumed
             damaged.append(folder.title)
             continue
@@ -260,6 +328,17 @@ def _newest_match(experiment: Experiment, source: Path, runs: Path) -> tuple[Run
     return None, f"a new run: {why}{unread}"
 
 
+def _is_alive(folder: RunFolder, listen: bool) -> bool:
+    """Whether the holder of a run lives. It is listened to if it cannot be seen; if it is dead, its lock then says so for good."""
+    held = is_held(folder.lock, run_status.earlier_owner(folder))
+    if held is None and listen:
+        try:
+            run_status.take_lock(folder, report=_report).release()
+        except Held:
+            return True
+    return bool(held)
+
+
 def science_changes(folder: RunFolder, source: Path, experiment: Experiment) -> list[Change]:
     """What makes the run another experiment than `experiment` of the folder `source`."""
     changes = science(diff(serialization.load(folder.config), experiment))
@@ -267,32 +346,9 @@ def science_changes(folder: RunFolder, source: Path, experiment: Experiment) -> 
     return changes if then == now else [*changes, (VARIANTS, then[:12], now[:12])]
 
 
-def _refuse_running(folder: RunFolder, watch: bool) -> None:
-    """Raises a Mistake if the run is running: its process can be seen, or is out of sight and writes heartbeats while they are watched."""
-    run = read_json(folder.run)
-    if run_folder.status(run, folder) != RUNNING:
-        return
-    process = ProcessIdentity.from_json(run)
-    seen = process is not None and process.is_alive()
-    since = run.get("segments", [run])[-1].get("started")
-    who = f"process {run.get('pid')} on {run.get('host')}, since {since}"
-    if seen:
-        raise Mistake(f"{folder.title} is running ({who}) → wait for its end, or end it: kill -USR1 {run['pid']}")
-    watched = f"its heartbeat is watched for {WATCH_SECONDS:.0f} s …" if watch else "a dry run does not watch its heartbeat"
-    sys.stderr.write(f"resume   {folder.title} says that it is running ({who}): {watched}\n")
-    if watch and is_beating(folder, WATCH_SECONDS):
-        end = f"wait for its end, or end it there: kill -USR1 {run.get('pid')}"
-        raise Mistake(f"{folder.title} is running ({who}): it cannot be seen from here, but its heartbeat goes on → {end}")
-
-
 def _facts(checkpoint: Path) -> dict[str, Any]:
     """What the manifest says without its tables. The file may come from a stranger."""
-    path = checkpoint / MANIFEST
-    try:
-        with path.open("rb") as file:
-            return parse(file.read(MAX_BYTES)).facts
-    except (OSError, ValueError) as error:
-        raise Mistake(f"{path} is not the manifest of a checkpoint: {error} → use another checkpoint of the run") from None
+    return read_manifest(checkpoint).facts
 
 
 def _variant_digests(folder: RunFolder, source: Path, experiment: Experiment) -> tuple[str, str]:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.engines.engine import Engine
+from research.cluster.exit_codes import DISK, TAKEN, WATCHED
 from research.data.prepare import Corpus
 from research.reliability.heartbeat import Progress
 from research.reliability.signals import Stop
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from research.tracking.tracker import Tracker
+from research.training.holding import Holding
 from research.training.job import Job
 from research.training.meter import Meter
 
@@ -20,6 +22,7 @@ class Run:
     """One run on one rank. `step` and `failure` are equal on every rank."""
 
     job: Job
+    holding: Holding
     folder: RunFolder
     variants: Mapping[str, Any]
     """The classes and functions of variant.py that the experiment names."""
@@ -35,6 +38,17 @@ class Run:
     """Optimizer steps attempted so far."""
     failure: str | None = None
     """Why the run stops itself after this step, as a sentence."""
+    code: int = WATCHED
+    """The exit code of a run with a failure."""
+
+    def note_trouble(self) -> None:
+        """Asks all ranks to stop if the disk has refused a row, or the run's folder was deleted. Found by rank 0."""
+        if self.tracker.failure:
+            if not self.stop.trouble:
+                self.console.warn(f"{self.tracker.failure}: the run stops, with a last checkpoint if there is room for one")
+            self.stop.demand(DISK)
+        if self.holding.was_deleted:
+            self.stop.demand(TAKEN)
 
     def axes(self) -> dict[str, float]:
         """The axes of a row of metrics.jsonl."""

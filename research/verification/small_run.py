@@ -94,7 +94,6 @@ def _rank(rank: int, settings: dict, folder: str, name: str, world: int, port: i
     ranks = Ranks(rank, rank, world, world, "deepspeed" if world > 1 else "python", LOCALHOST, port, cores=1)
     if prelude is not None:
         prelude(rank)
-    from research.cluster.exit_codes import WRONG
     from research.config import overrides
     from research.reliability.parents import Parents
     from research.reliability.peers import Lost
@@ -109,4 +108,4 @@ def _rank(rank: int, settings: dict, folder: str, name: str, world: int, port: i
     except Mistake as mistake:
         with contextlib.suppress(OSError):
             sys.stderr.write(f"error  (rank {rank}) {mistake}\n")
-        raise SystemExit(WRONG) from None
+        raise SystemExit(mistake.code) from None

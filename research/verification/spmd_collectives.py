@@ -30,9 +30,8 @@ from research import ROOT
 EQUAL, SUMMANDS = (I, R), (P, V)
 """Types that are the same on every rank; types that may be summed over ranks (a product of two V tensors is V, and meant as P)."""
 WITHOUT_RULE = (
-    *("all_gather_coalesced", "all_gather_into_tensor", "all_gather_single", "all_reduce_coalesced", "all_to_all", "all_to_all_single"),
-    *("batch_isend_irecv", "broadcast", "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter_single", "reduce_scatter_tensor"),
-    *("scatter", "send"),
+    *("all_gather_coalesced", "all_gather_into_tensor", "all_reduce_coalesced", "all_to_all", "all_to_all_single", "batch_isend_irecv"),
+    *("broadcast", "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter_tensor", "scatter", "send"),
 )
 """Collectives that our models do not call. A variant that calls one is refused, not ignored."""
 CHECKING = ("spmd_check", "spmd_collectives", "spmd_functions")
@@ -77,6 +76,7 @@ def _frames() -> Iterator[FrameType]:
 def typed_collectives() -> Iterator[None]:
     """A context in which the collectives that our code uses check and set types whenever the checker is on. The others are refused."""
     rules: dict[str, Callable] = {"all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
+    rules |= {"all_gather_single": _all_gather_single, "reduce_scatter_single": _reduce_scatter_single}
     rules |= {name: functools.partial(_refuse, name) for name in WITHOUT_RULE}
 
     def while_checking(run: Callable, rule: Callable) -> Callable:
@@ -168,6 +168,10 @@ def _all_gather(run, pieces, tensor, group=None, async_op=False):
     return done
 
 
+def _all_gather_single(run, output, tensor, group=None, async_op=False):
+    return _all_gather(lambda outputs, *rest: run(outputs[0], *rest), [output], tensor, group, async_op)
+
+
 def _reduce_scatter(run, output, pieces, op=dist.ReduceOp.SUM, group=None, async_op=False):
     axes = axes_of(group)
     _take(pieces, SUMMANDS, axes, "reduce_scatter")
@@ -175,6 +179,10 @@ def _reduce_scatter(run, output, pieces, op=dist.ReduceOp.SUM, group=None, async
         done = run(output, pieces, op, group, async_op)
     _become([output], pieces[0], V, axes)
     return done
+
+
+def _reduce_scatter_single(run, output, tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+    return _reduce_scatter(lambda own, inputs, *rest: run(own, inputs[0], *rest), output, [tensor], op, group, async_op)
 
 
 def _own_piece(run, x, group, dim):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import attention
 from models.config import GPT
 from models.position import POSITIONS
 from parallel.errors import Mistake
@@ -82,3 +83,18 @@ def test_heads_that_cannot_be_dealt_are_refused(heads, words):
     """Query heads are never cut. A kv head is shared, by features, by a whole number of ranks. Other numbers are refused."""
     with pytest.raises(Mistake, match=words):
         made("attention", shape(**heads), Grid(tensor=4, rank=1))
+
+
+def test_repeated_kv_heads_are_the_shared_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU in fp32 no fused kernel takes shared kv heads, so they are repeated; with a bias too."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 16, 8, generator=g) for heads in (6, 2, 2))
+    core = attention.Core("core", 0.0, 0, ALONE)
+    biases = [None, torch.randn(6, 16, 16, generator=g)]
+    shared = [core(q, k, v, bias, None) for bias in biases]
+    monkeypatch.setattr(attention, "needs_repeated_heads", lambda dtype, device: True)
+    for bias, expected in zip(biases, shared, strict=True):
+        torch.testing.assert_close(core(q, k, v, bias, None), expected, rtol=1e-6, atol=1e-6)
+    monkeypatch.undo()
+    cases = [("cuda", torch.float32), ("cuda", torch.bfloat16), ("cpu", torch.float32)]
+    assert [attention.needs_repeated_heads(dtype, torch.device(kind)) for kind, dtype in cases] == [True, False, False]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import collectives
-from parallel.collectives import conjugate, copy_to_tensor_ranks, identity
+from parallel.collectives import conjugate, copy_to_tensor_ranks, identity, sum_of_own_piece
 from parallel.grid import make_grid
 from tests.harness import run_ranks
 
@@ -140,6 +140,20 @@ def test_a_gradient_that_autograd_shares_is_not_written() -> None:
 def test_without_a_group_nothing_happens(name: str) -> None:
     x = torch.ones(2, 3, requires_grad=True)
     assert getattr(collectives, name)(x, None) is x
+
+
+def both_reduce_scatters() -> tuple[bool, float]:
+    """Whether the sums are equal for whole numbers, which no order changes, and how far they differ for others."""
+    group = make_grid(1, dist.get_world_size()).tensor_group
+    numbers = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(dist.get_rank()))
+    whole = [sum_of_own_piece((numbers * 100).round().chunk(3, 1), group, as_one) for as_one in (False, True)]
+    real = [sum_of_own_piece(numbers.chunk(3, 1), group, as_one) for as_one in (False, True)]
+    return torch.equal(*whole), float((real[0] - real[1]).abs().max())
+
+
+def test_a_reduce_scatter_of_one_tensor_as_on_gpus_is_that_of_a_list() -> None:
+    for equal, difference in run_ranks(both_reduce_scatters, 3):
+        assert equal and difference < 1e-6
 
 
 def uneven() -> list[str]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from parallel.errors import Mistake
-from parallel.grid import Grid, make_grid
+from parallel.grid import Grid, make_grid, neighbours_group
 from tests.harness import run_ranks
 
 SHAPES = list(itertools.product([1, 2, 3, 4], [1, 2, 3], [1, 2, 4]))
@@ -75,3 +75,18 @@ def test_a_grid_without_groups_is_alone() -> None:
     grid = Grid()
     assert grid.world == 1 and grid.is_first_stage and grid.is_last_stage
     assert grid.pipe_group is grid.data_group is grid.tensor_group is grid.model_group is None
+
+
+def neighbours(tensor: int, size: int) -> tuple[list[int], int]:
+    """The ranks of this rank's group of neighbours, and how many groups this rank has taken part in creating."""
+    grid = make_grid(1, tensor)
+    before = dist.distributed_c10d._world.group_count
+    group = neighbours_group(grid, size)
+    return dist.get_process_group_ranks(group) if group else [], dist.distributed_c10d._world.group_count - before
+
+
+def test_groups_of_neighbours_are_made_by_all_ranks() -> None:
+    """On three ranks of four, of which a group may have nobody: NCCL can split a communicator only with all its ranks."""
+    found = run_ranks(neighbours, 4, 4, 2)
+    assert found == [([0, 1], 2), ([0, 1], 2), ([2, 3], 2), ([2, 3], 2)]
+    assert neighbours_group(Grid(tensor=4), 2) is None  # describes a layout only

@@ -1,12 +1,14 @@
 """The ledger on real ranks: how it records known collectives, that it changes nothing, and that it names ranks that disagree."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from parallel.collectives import copy_to_tensor_ranks, gather_sequence
 from parallel.grid import Grid, make_grid
-from parallel.ledger import Entry, Ledger, axis_of, bookkeeping, first_difference
+from parallel.ledger import Entry, Ledger, TimedLedger, axis_of, bookkeeping, first_difference
 from tests.harness import run_ranks
 
 
@@ -46,6 +48,47 @@ def test_known_collectives_are_noted_with_axis_size_layer_and_site() -> None:
     assert all(entry.site.startswith("parallel/collectives.py:") for entry in first[:3])
     assert first[3].site.startswith("tests/parallel/test_ledger.py:")
     assert first_difference([first, second, third, _]) is None
+
+
+def timed() -> tuple[list[tuple], list[float], bool]:
+    """Three collectives; rank 1 comes half a second late to the second one, which is not waited for at once."""
+    grid = make_grid(1, 2)
+    before = {**vars(dist.ProcessGroup)}, vars(dist.Work)["wait"]
+    ledger = TimedLedger(grid)
+    layer = ledger.within("blocks.7", lambda x: copy_to_tensor_ranks(x, grid.tensor_group))
+    x = torch.ones(4, requires_grad=True)
+    with ledger:
+        dist.barrier()
+        layer(x).sum().backward()
+        time.sleep(0.5 * grid.rank)
+        ledger.between_steps()
+        late = dist.all_reduce(torch.ones(7), group=grid.tensor_group, async_op=True)
+        time.sleep(0.1)
+        dist.all_reduce(torch.ones(1), group=dist.new_group([grid.rank], use_local_synchronization=True))
+        late.wait()
+        (dist.send if grid.rank == 0 else dist.recv)(torch.zeros(6), 1 - grid.rank)
+    dist.all_reduce(torch.ones(1))
+    restored = ({**vars(dist.ProcessGroup)}, vars(dist.Work)["wait"]) == before
+    return (
+        [(entry.operation, entry.elements, entry.layer, entry.direction, entry.site) for entry in ledger.entries],
+        ledger.seconds,
+        restored,
+    )
+
+
+def test_what_a_rank_waits_for_is_timed_and_torch_is_left_as_it_was() -> None:
+    first, second = run_ranks(timed, 2)
+    for rank, (entries, seconds, restored) in enumerate((first, second)):
+        operations = [entry[:4] for entry in entries]
+        assert operations == [
+            ("barrier", 0, "", ""),
+            ("all_reduce", 4, "blocks.7", "backward"),
+            ("all_reduce", 7, "", ""),
+            ("send" if rank == 0 else "recv", 6, "", ""),
+        ]
+        assert entries[1][-1].startswith("parallel/collectives.py:") and entries[2][-1].startswith("tests/parallel/test_ledger.py:")
+        assert len(seconds) == 4 and all(value > 0 for value in seconds) and restored
+    assert first[1][2] > 0.3 and first[1][2] > 2 * second[1][2], "rank 0 waits for rank 1, less the tenth of a second before its wait"
 
 
 def test_bytes_on_a_ring() -> None:

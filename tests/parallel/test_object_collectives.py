@@ -1,12 +1,15 @@
 """An error on one rank is raised on all ranks, and lists of integers arrive as they were sent, whatever their length."""
 
+import socket
+
 import pytest
 
-from parallel.errors import Mistake
+from parallel.errors import Mistake, SharedMistake
 from parallel.grid import Grid, make_grid
 from parallel.object_collectives import HEAD, all_gather_objects, broadcast_ints, gather_objects, receive_ints, together
 from tests.harness import run_ranks
 
+HOST = socket.gethostname()
 SHORT = [[[7]], [[1], [], [2, 3]], [[-5, 2**40]], [[]]]
 MESSAGES = [*SHORT, [list(range(HEAD - 3))], [list(range(HEAD - 2))], [[9], list(range(5 * HEAD)), [4]]]
 
@@ -35,16 +38,19 @@ def raised_by(errors: dict[int, Exception]) -> tuple[str, list[int], list[int]]:
             if grid.rank in errors:
                 raise errors[grid.rank]
     except Exception as error:
-        heard = f"{type(error).__name__}: {error}"
+        heard = f"{type(error).__name__}{', reported' if isinstance(error, SharedMistake) and error.reports else ''}: {error}"
     return heard, all_gather_objects(grid.rank * 10, grid), gather_objects(grid.rank, grid)
 
 
 CASES = {
     "none": ({}, ["nothing", "nothing"]),
-    "a mistake on rank 0": ({0: Mistake("a → b")}, ["Mistake: a → b", "Mistake: a → b"]),
-    "a mistake on rank 1": ({1: Mistake("a → b")}, ["Mistake: a → b", "Mistake: a → b"]),
-    "another error": ({1: KeyError("k")}, ["RuntimeError: rank 1 failed: KeyError: 'k'", "KeyError: 'k'"]),
-    "one on each": ({0: Mistake("mine"), 1: OSError("other")}, ["Mistake: mine", "OSError: other"]),
+    "a mistake on rank 0": ({0: Mistake("a → b")}, ["SharedMistake, reported: a → b", "SharedMistake: a → b"]),
+    "a mistake on rank 1": (
+        {1: Mistake("a → b")},
+        [f"SharedMistake, reported: (rank 1 on {HOST}) a → b", f"SharedMistake: (rank 1 on {HOST}) a → b"],
+    ),
+    "another error": ({1: KeyError("k")}, [f"RuntimeError: rank 1 on {HOST} failed: KeyError: 'k'", "KeyError: 'k'"]),
+    "one on each": ({0: Mistake("mine"), 1: OSError("other")}, ["SharedMistake, reported: mine", "SharedMistake: mine"]),
 }
 
 

@@ -86,6 +86,8 @@ def test_it_is_read_back_from_json_and_an_older_file_names_no_process(other: Pro
     assert ProcessIdentity.from_json(saved) == other
     assert ProcessIdentity.from_json({"host": other.host, "pid": other.pid}) is None
     assert ProcessIdentity.from_json(saved | {"started_after_boot": "?"}) is None
+    for pid in (0, -1, 2**40, 1e400, "x"):  # a stranger's
+        assert ProcessIdentity.from_json(saved | {"pid": pid}) is None
 
 
 @pytest.mark.skipif(not can_unshare(), reason="a pid namespace may not be made here")

@@ -165,9 +165,9 @@ class Counting:
         return self
 
     def counted(self, name: str, call: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
-        """all_reduce(x), all_gather(pieces, x), reduce_scatter(mine, pieces); anything else counts by name alone."""
+        """all_reduce(x), all_gather_single(whole, x), reduce_scatter(mine, pieces); anything else counts by name alone."""
         tensors = next((a for a in arguments if isinstance(a, list)), arguments[:1])
-        self.calls[name, sum(tensor.numel() for tensor in tensors)] += 1
+        self.calls[name.removesuffix("_single"), sum(tensor.numel() for tensor in tensors)] += 1
         return call(*arguments, **settings)
 
     def __exit__(self, *raised: Any) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from parallel import text
 from parallel.errors import Mistake
+from parallel.text import printable
 
 TEXTS = ["", "one", "One\n\n  two ½\r\n猫 🙂\n", "\n\nx", "a\u2028b\x0cc\rd", "\ufeff twice"]
 
@@ -58,3 +59,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 def test_what_is_not_json_is_named(line):
     with pytest.raises(Mistake, match="^a, line 3 is not JSON .* → write {}$"):
         text.json_value(line, "a, line 3", "{}")
+
+
+STEERING = ("\x1b[31m", "\x9b2J", "\r", "\b", "\a", "\0", "\x7f", "\u202e", "\u2066", "\u200f", "\u200b", "\ufeff", "\u2028", "\U000e0041")
+"""Escape sequences (7 and 8 bit), carriage return, backspace, bell, NUL, DEL; marks of direction and zero width; other line ends; tags."""
+
+
+@pytest.mark.parametrize("mark", STEERING)
+def test_what_could_steer_a_terminal_is_an_escape(mark: str) -> None:
+    """Python's own escapes, which `unicode_escape` reads back; everything else stays as it is."""
+    shown = printable(f"a{mark}\n\té漢")
+    assert shown.endswith("\n\té漢") and all(letter.isprintable() or letter in "\n\t" for letter in shown)
+    assert shown.removesuffix("\n\té漢").encode("ascii").decode("unicode_escape") == f"a{mark}"
+
+
+def test_a_long_text_says_how_much_of_it_is_left_out() -> None:
+    text = "".join(chr(ord("a") + i % 26) for i in range(100_000))
+    assert printable(text, 50) == f"{text[:50]}… (99,950 characters left out)"
+    assert printable(text, 50, tail=20) == f"{text[:30]}… (99,950 characters left out) …{text[-20:]}"
+    assert printable(text, None) == text and printable(text[:50], 50) == text[:50]
+    assert len(printable("\x1b" * 100_000, 50)) < 300  # escapes are longer than what they stand for

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from parallel.cross_entropy import LOGITS_AT_ONCE, vocab_parallel_cross_entropy
+from parallel.cross_entropy import BY_DEVICE, vocab_parallel_cross_entropy
 from parallel.grid import Grid, make_grid
 from parallel.slices import Slice, gathered, slice_of
 from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     dtype: str = "float64"
     scale: float = 3.0
     offset: float = 0.0
-    at_once: int = LOGITS_AT_ONCE
+    at_once: int = BY_DEVICE
 
     def logits(self) -> Tensor:
         return (drawn("logits", (B, S, self.vocab_size)) * self.scale + self.offset).to(getattr(torch, self.dtype))

@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from parallel.files import locked
 from research.tracking.run_folder import RunFolder
 from tests.models.helpers.build import ROTARY
 from tests.research.helpers import untrained
+from tests.research.helpers.hosts import Cluster, why_not
 from tests.research.helpers.launches import Ended, Place, launch, run
 from tests.research.helpers.smollm2 import smollm2
 
@@ -109,6 +110,20 @@ def launched(place: Place):
     yield begin
     for each in begun:
         each.kill()
+
+
+@pytest.fixture(scope="session")
+def hosts_can_be_made() -> None:
+    """Skips the test, with the reason, where hosts cannot be made."""
+    if reason := why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def cluster(hosts_can_be_made: None, tmp_path: Path) -> Iterator[Cluster]:
+    """Two hosts with a shared disk."""
+    with Cluster(Place(tmp_path)) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

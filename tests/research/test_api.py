@@ -14,7 +14,6 @@ import transformers
 from research import ROOT, api
 from research.cli import generate
 from research.tracking import metrics
-from research.tracking.format import printable
 from tests.research.helpers import untrained
 from tests.research.helpers.example import sentence
 from tests.research.helpers.hf_models import LENGTH, VOCAB, imported, their_folder
@@ -104,7 +103,7 @@ def test_a_text_is_that_of_the_generate_verb(model: api.Model, capsys: pytest.Ca
     generate.main([str(model.folder.path), "--prompt", "the people", *options])
     printed = capsys.readouterr().out
     found = model.generate("the people", max_new_tokens=9, temperature=0.8, top_p=0.9, seed=5)
-    assert found and printed == printable(f"the people{found}\n")
+    assert found and printed == f"the people{found}\n"
     assert found == "".join(model.stream("the people", 9, seed=5, temperature=0.8, top_p=0.9))
     assert found != model.generate("the people", max_new_tokens=9, temperature=0.8, top_p=0.9, seed=6)
     assert model.generate("the people", stop=model.generate("the people")[3:5]) == model.generate("the people")[:3]
@@ -206,3 +205,16 @@ def test_it_is_installed_and_works_in_any_directory(tmp_path: Path) -> None:
     code = "from research import ROOT, api; print(ROOT, api.Model.__name__)"
     found = subprocess.run([python, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert re.fullmatch(rf"{re.escape(str(ROOT))} Model\n", found.stdout)
+
+
+def test_a_run_of_another_checkout_is_trusted_once(tmp_path: Path) -> None:
+    """It has no mark: its text is not read, until trust=True, which writes the mark and says so."""
+    run = untrained.make(tmp_path)
+    (run.path / "made_here").unlink()
+    assert sentence(lambda: api.load(run.path)).endswith("→ if it is yours, add --trust; in Python: api.load(run, trust=True)")
+    with pytest.warns(UserWarning, match=f"{run.title} counts as a run of this checkout from now on") as said:
+        api.load(run.path, trust=True)
+    with warnings.catch_warnings(action="error"):
+        api.load(run.path)
+        api.load(run.path, trust=True)
+    assert len(said) == 1

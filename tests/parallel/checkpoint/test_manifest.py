@@ -109,7 +109,7 @@ TEXTS = {
     "binary": (b"\x00\x01", "Expecting value"),
     "not UTF-8": (b'{"a": "\xff\xfe"}', "can't decode"),
     "deep": (b"[" * 100_000, "nested too deeply|maximum recursion"),
-    "a number without end": (b'{"format": 2, "step": ' + b"9" * 10_000 + b"}", "Exceeds the limit"),
+    "a number without end": (b'{"format": 2, "step": ' + b"9" * 10_000 + b"}", "it has a number of"),
     "a key twice": (b'{"format": 2, "format": 2}', "'format' is there twice"),
     "unsigned": (json.dumps(MANIFEST).encode(), "its own sha256 is not that of what it says"),
     "another's signature": (json.dumps(MANIFEST | {"sha256": HASH}).encode(), "its own sha256 is not that of what it says"),

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -323,5 +324,5 @@ def fail_on_one(place: Path) -> str:
 def test_an_error_of_our_own_is_raised_by_all_and_names_its_rank(tmp_path: Path) -> None:
     first, second = run_ranks(fail_on_one, 2, tmp_path)
     assert second == "ZeroDivisionError: integer division or modulo by zero"
-    assert first == f"RuntimeError: rank 1 failed: {second}"
+    assert first == f"RuntimeError: rank 1 on {socket.gethostname()} failed: {second}"
     assert list(tmp_path.iterdir()) == []

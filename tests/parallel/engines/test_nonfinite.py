@@ -19,7 +19,7 @@ def spoiled(layout: dict) -> tuple[list[str], list[str], float]:
     bad = [grid.rank == 1]
     if NAME in engine.parameters:
         engine.parameters[NAME].register_hook(lambda gradient: gradient * math.nan if bad[0] else gradient)
-    suspects = NonFiniteGradients(engine.parameters, engine.device)
+    suspects = NonFiniteGradients(engine.parameters)
     found, norms = [], []
     for step in range(2):
         suspects.clear()
@@ -42,7 +42,7 @@ def test_only_the_rank_that_made_it_is_suspected(layout: dict) -> None:
 
 def test_infinities_and_nan_do_not_cancel_and_large_half_numbers_are_no_suspects() -> None:
     parameters = {name: nn.Parameter(torch.zeros(4, dtype=torch.float16)) for name in ("plus and minus", "one", "large")}
-    suspects = NonFiniteGradients(parameters, torch.device("cpu"))
+    suspects = NonFiniteGradients(parameters)
     gradients = [[math.inf, -math.inf, 0, 0], [0, math.nan, 0, 0], [6e4, 6e4, 6e4, 6e4]]
     for parameter, gradient in zip(parameters.values(), gradients, strict=True):
         (parameter * torch.tensor(gradient, dtype=torch.float16)).sum().backward()

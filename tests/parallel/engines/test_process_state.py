@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from parallel.engines.process_state import arithmetic, differences, generators, set_generators
 from parallel.errors import Mistake
+from parallel.grid import Grid
 from tests.harness import run_ranks
 from tests.parallel.helpers import training
 
@@ -26,6 +28,20 @@ def test_generators_go_on_where_they_stood(seed: int) -> None:
     assert draws() != first
     set_generators(state)
     assert draws() == first
+
+
+def test_on_a_gpu_the_machine_says_whether_kernels_are_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it does not, so that older checkpoints, which say nothing of it, are the same machine."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    settings = SimpleNamespace(
+        zero_stage=1, offload_optimizer=False, offload_parameters=False, precision="fp32", micro_batch_size=1, micro_batches=1
+    )
+    machines = [
+        arithmetic(SimpleNamespace(grid=Grid(), settings=settings, device=torch.device(kind)))["machine"] for kind in ("cpu", "cuda")
+    ]
+    assert "deterministic" not in machines[0] and machines[1]["deterministic"] is False
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert arithmetic(SimpleNamespace(grid=Grid(), settings=settings, device=torch.device("cuda")))["machine"]["deterministic"] is True
 
 
 BROKEN = [None, 3, [], {}, {"python": []}, {"python": [3, "not base64!", None]}, {"python": [3, "AAAA", None]}, "text"]

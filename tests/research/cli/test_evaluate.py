@@ -107,7 +107,7 @@ def test_what_was_finished_is_kept(folder, pairs, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         rows(capsys, folder, "--tasks", "validation", f"pairs:{pairs}", "--limit", "2", "--window", "9")
     assert [json.loads(line)["task"] for line in capsys.readouterr().out.splitlines()] == ["validation"]
-    assert {path.name for path in (folder.path / "evaluations").iterdir()} <= {"step_000003.json", "step_000006.json"}
+    assert {path.name for path in (folder.path / "evaluations").iterdir()} <= {"step_000003.json", "step_000006.json", ".lock"}
 
 
 @pytest.mark.slow

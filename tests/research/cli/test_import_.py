@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,10 +86,10 @@ def test_gpt_2_s_tokenizer_or_a_file_may_be_named_instead(folder, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (bare / name).symlink_to(folder / name)
+        shutil.copyfile(folder / name, bare / name)
     with pytest.raises(Mistake, match="bare/tokenizer.json is not there → .* --tokenizer builtin:gpt2, --tokenizer PATH"):
         imported(bare, tmp_path, "mine")
-    with pytest.raises(Mistake, match="the tokenizer has 50257 tokens, the model 331 .* → name the one it was trained with"):
+    with pytest.raises(Mistake, match="the tokenizer has 50257 tokens, the model 331 → name the one it was trained with"):
         imported(bare, tmp_path, "mine", "--tokenizer", "builtin:gpt2")
     with pytest.raises(Mistake, match="--tokenizer builtin:bpe-300 is not one"):
         imported(bare, tmp_path, "mine", "--tokenizer", "builtin:bpe-300")
@@ -169,8 +170,8 @@ def test_mistakes(arguments, words, folder, tmp_path):
 def test_damage_is_one_sentence_on_the_command_line_and_exit_code_2(folder, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "config.json").symlink_to(folder / "config.json")
-    (broken / "tokenizer.json").symlink_to(folder / "tokenizer.json")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(folder / name, broken / name)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.inf
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})

@@ -62,11 +62,16 @@ def test_two_compared_runs_as_json(tmp_path, capsys) -> None:
 
 
 def test_a_run_file_of_a_stranger_is_refused_or_shown_but_never_a_traceback(tmp_path, capsys) -> None:
-    """`segments` of a wrong type are left out; the run has no checkpoint, which is the Mistake."""
+    """A field of a wrong type is named. The run that is shown has no checkpoint, which is the Mistake."""
     folder = run_folder.create(tmp_path, "x")
-    for text in ('{"segments": 5}', '{"segments": [1, {"from_step": 0}], "status": {}, "pid": "a"}'):
+    for text, words in (
+        ('{"segments": 5}', "run.json: segments = 5 is not what a run writes"),
+        ('{"segments": [1, {"from_step": 0}]}', r"run.json: segments.0 = 1 is not"),
+        ('{"status": {}}', "run.json: status = {} is not"),
+        ('{"segments": [{"from_step": 0}], "pid": "a"}', "holds no complete checkpoint"),
+    ):
         folder.run.write_text(text)
-        with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        with pytest.raises(ValueError, match=words):
             inspect.main([str(folder.path), "--json"])
     captured = capsys.readouterr()
     assert captured.out == "" and "segment  1 · from step 0" in captured.err

@@ -141,7 +141,8 @@ def test_an_unknown_column_is_a_sentence(root):
         runs.main(["--sort", "zzz"])
 
 
-def test_wreckage_is_passed_over(root, capsys):
+def test_wreckage_does_not_end_the_list(root, capsys):
+    """Each damaged run is a row that says what is wrong with it; folders without a run.json are none."""
     for name, content in (("torn", '{"sta'), ("list", "[]"), ("nothing", "")):
         (root / "gpt" / name).mkdir()
         (root / "gpt" / name / "run.json").write_text(content)
@@ -149,7 +150,41 @@ def test_wreckage_is_passed_over(root, capsys):
     (root / "file").write_text("")
     (folder,) = [folder for folder in run_folder.every(root) if folder.name == "llama"]
     folder.config.write_text("{")
-    assert len(json.loads(listed(capsys, "--json"))) == 3
+    found = {run["id"]: run for run in json.loads(listed(capsys, "--json"))}
+    assert len(found) == 6 and sum(run["status"] == "unreadable" for run in found.values()) == 3
+    assert "holds no JSON object but a list" in found["list"]["reason"] and found["list"]["differs"] == [found["list"]["reason"]]
+    assert "is not JSON" in found["torn"]["reason"] and "torn" in listed(capsys)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("steps", value) for value in ("300", -1, 2**70, 1.5, [])),
+        *(("status", value) for value in (None, 7, {})),
+        *(("started", value) for value in (None, 20260101, ["2026"])),
+        *(("overrides", value) for value in ("ab", 3, [1, 2], [["lr"]], {"lr": 1})),
+        *(("segments", value) for value in ("ab", 3, ["x"])),
+        *(("layout", []), ("precision", 32), ("reason", {}), ("commit", 1), ("dirty", "yes"), ("ended", 0)),
+    ],
+)
+def test_a_field_of_another_type_is_named(root, capsys, field, value):
+    """The other runs are listed as before."""
+    (folder,) = [folder for folder in run_folder.every(root) if folder.name == "llama"]
+    write_json(folder.run, read_json(folder.run) | {field: value})
+    *others, run = json.loads(listed(capsys, "--json"))
+    run = next(run for run in [*others, run] if run["name"] == "llama")
+    assert run["status"] == "unreadable" and f"run.json: {field}" in run["reason"] and "is not what a run writes" in run["reason"]
+    assert [other["status"] for other in others if other["name"] == "gpt"].count("unreadable") == 0
+    assert f"run.json: {field}" in listed(capsys)
+
+
+def test_impossible_values_are_shown_as_they_are(root, capsys):
+    """Dates that there are none of, and metrics that are no numbers, are no reason to leave a run out."""
+    (folder,) = [folder for folder in run_folder.every(root) if folder.name == "llama"]
+    for started in ("9999-99-99", "0001-01-01T00:00:00+23:59", "x" * 100_000):
+        write_json(folder.run, read_json(folder.run) | {"started": started})
+        JsonLines(folder.metrics).write({"progress/step": "x", "progress/tokens": 10**350, "val/bits_per_byte": {"a": 1}})
+        assert "llama" in listed(capsys) and len(listed(capsys)) < 3000
 
 
 def test_a_diverged_run_is_still_json(root, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+from parallel.errors import Mistake
 from research import ROOT
+from research.cli.supervise import WHAT, _divided, main
+from research.cluster import exit_codes
 from research.config import serialization
 from research.config.experiment_folder import load
 from research.reliability.parents import LAUNCHER_GONE
@@ -164,7 +168,13 @@ def test_a_run_with_another_seed_is_not_this_launchs(stub: Stub) -> None:
 
 @pytest.mark.parametrize(
     ("does", "code"),
-    [({"code": 2}, 2), ({"run": "a", "code": 3}, 3), ({"kill": 15}, 143), ({"run": "a", "status": "interrupted", "reason": "SIGTERM"}, 1)],
+    [
+        ({"code": 2}, 2),
+        ({"run": "a", "code": 3}, 3),
+        ({"run": "a", "code": 6}, 6),
+        ({"kill": 15}, 143),
+        ({"run": "a", "status": "interrupted", "reason": "SIGTERM"}, 1),
+    ],
 )
 def test_what_would_only_happen_again_and_what_was_asked_to_stop_is_not_launched_again(does: dict, code: int, stub: Stub) -> None:
     done = stub.run(does)
@@ -216,7 +226,6 @@ def test_a_supervisor_that_is_killed_takes_the_launch_along(stub: Stub) -> None:
         ),
         (["experiments/none"], "experiments/none has no config.py"),
         (["experiments/gpt_sotu", "--", "--model.num_head", "3"], "model.num_head is not a setting → did you mean model.num_heads?"),
-        (["experiments/gpt_sotu", "--", "--dry-run"], "--help and --dry-run start nothing that could crash"),
         (["experiments/gpt_sotu", "--seed", "3"], "python -m research supervise does not know --seed"),
     ],
 )
@@ -226,11 +235,58 @@ def test_a_mistake_is_said_before_anything_is_launched(argv: list[str], said: st
     assert done.stderr.startswith(f"error  {said}") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--help", "--version", "--dry-run", "--check-cluster"])
+def test_a_launch_that_trains_nothing_is_not_supervised(option: str) -> None:
+    with pytest.raises(Mistake, match="--check-cluster train nothing → launch with them directly, without supervise"):
+        main(["python", "experiments/gpt_sotu/launch.py", option])
+
+
+def test_its_help_names_every_exit_code_after_which_it_does_something_of_its_own() -> None:
+    """The table of docs/running.md, without those that are a crash or a signal."""
+    assert {int(code) for code in re.findall(r"\((?:exit code )?(\d)\)", WHAT)} == {
+        *exit_codes.NOT_AGAIN,
+        exit_codes.DISK,
+        exit_codes.DAMAGED,
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "ours", "settings"),
+    [
+        ("experiments/x --restarts 2 -- --seed 3", "experiments/x --restarts 2", "--seed 3"),
+        ("deepspeed --hostfile hosts experiments/x/launch.py --seed 3", "--launcher|deepspeed --hostfile hosts|experiments/x", "--seed 3"),
+        ("--shrink --restarts 2 deepspeed -H h x/launch.py", "--shrink --restarts 2 --launcher|deepspeed -H h|x", ""),
+        ("--restarts=2 launch.py --resume auto", "--restarts=2 .", "--resume auto"),
+        ("experiments/x -- --data.train launch.py", "experiments/x", "--data.train launch.py"),
+    ],
+)
+def test_a_launch_may_be_written_out(argv: str, ours: str, settings: str) -> None:
+    """A | b stands for a value with spaces."""
+    expected = [word for i, part in enumerate(ours.split("|")) for word in ([part] if i == 1 else part.split())]
+    assert _divided(argv.split()) == (expected, settings.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--shrink experiments/gpt_sotu", "--shrink chooses among the hosts of `deepspeed --hostfile FILE`, and it needs a hostfile →"),
+        ("--shrink torchrun experiments/gpt_sotu/launch.py", "and it needs a hostfile →"),
+        ("--shrink deepspeed -H h --num_gpus 2 experiments/gpt_sotu/launch.py", "and --num_gpus does not go with it →"),
+        ("--shrink deepspeed --hostfile=h --exclude=a experiments/gpt_sotu/launch.py", "and --exclude does not go with it →"),
+        ("deepspeed --hostfile none experiments/gpt_sotu/launch.py", "there is no hostfile none →"),
+    ],
+)
+def test_a_hostfile_that_cannot_be_supervised(argv: str, said: str) -> None:
+    with pytest.raises(Mistake, match=re.escape(said)):
+        main(argv.split())
+
+
 def test_it_waits_twice_as_long_each_time_and_a_minute_at_most() -> None:
     assert [pause_before(restart) for restart in range(9)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 
 
 OVER, STOPPED, CRASHED = Outcome.OVER, Outcome.STOPPED, Outcome.CRASHED
+FULL, DAMAGED = Outcome.DISK_FULL, Outcome.DAMAGED
 
 
 @pytest.mark.parametrize(
@@ -253,6 +309,10 @@ OVER, STOPPED, CRASHED = Outcome.OVER, Outcome.STOPPED, Outcome.CRASHED
         (1, 0, "interrupted", "SIGTERM", STOPPED),  # torchrun's 1
         (246, 0, "", "", STOPPED),  # a rank that SIGUSR1 ended in its imports, as DeepSpeed tells it
         (1, 15, "", "", STOPPED),
+        (4, 0, "failed", "no room", FULL),
+        (5, 0, "", "", DAMAGED),
+        (4, 15, "failed", "no room", STOPPED),
+        (6, 0, "failed", "the folder was deleted", OVER),
     ],
 )
 def test_what_is_a_crash(code: int, signalled: int, status: str, reason: str, outcome: Outcome) -> None:

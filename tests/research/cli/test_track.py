@@ -12,13 +12,16 @@ from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from research import ROOT
 from research.cli import track
-from research.tracking import run_folder, wandb_record
+from research.tracking import run_folder, run_status, wandb_record
+from research.tracking.console import Console
 from research.tracking.metrics import JsonLines
 from research.tracking.plot import loss_curve
 from research.tracking.run_folder import RunFolder
+from research.tracking.run_lock import Held
 from research.tracking.wandb_client import Opened
 from tests.research.helpers import wandb_servers as servers
 from tests.research.tracking.test_tracker import CONFIG, KEY, ROWS, SAMPLES, inspected, of
+from tests.research.tracking.test_wandb_artifacts import checkpoint
 
 RESULT = {
     **{"task": "lambada", "settings": {}, "data_sha256": "d", "tokenizer_sha256": "t", "precision": "fp32"},
@@ -61,6 +64,7 @@ def evaluated(folder: RunFolder) -> None:
 
 def test_a_run_without_w_b_gets_a_whole_one_and_only_once(folder: RunFolder) -> None:
     evaluated(folder)
+    checkpoint(folder, 20)
     loss_curve(folder.metrics, folder.loss_png, folder.title)
     place = f"{folder.path}/wandb"
     head, *ways = tracked(folder)
@@ -79,6 +83,8 @@ def test_a_run_without_w_b_gets_a_whole_one_and_only_once(folder: RunFolder) -> 
     assert (offline / "files" / picture["loss_curve.path"]).read_bytes() == folder.loss_png.read_bytes()
     assert {name: value for record in of(records, "summary") for name, value in record["update"].items() if name in FIGURES} == FIGURES
     assert [ended["exit_code"] for ended in of(records, "exit")] == [0]
+    (artifact,) = [one for one in of(records, "artifact") if one["type"] == "model"]
+    assert "step_000020" in artifact["aliases"] and of(records, "alert") == []
 
     written = {path: path.stat().st_mtime_ns for path in folder.wandb.rglob("*")}
     head, *again = tracked(folder)
@@ -95,6 +101,9 @@ def test_an_incomplete_record_is_replaced_and_keeps_its_id(folder: RunFolder) ->
     JsonLines(folder.metrics).write({"train/loss": 5.0, "progress/step": 30, "progress/tokens": 61440})
     evaluated(folder)
     assert tracked(folder)[0].endswith("rows and 1 result of evaluations · in place of an incomplete record")
+    checkpoint(folder, 30)
+    assert tracked(folder)[0].endswith("rows and 1 result of evaluations · in place of an incomplete record")
+    assert tracked(folder)[0].endswith("W&B has all of it already: 7 rows and 1 result of evaluations")
     (offline,) = folder.wandb.glob(wandb_record.OFFLINE)
     assert offline.name.endswith(f"-{drawn}") and wandb_record.known(folder, FIGURES).complete
     assert {row["item"]["progress/step"] for row in of(inspected(folder), "history")} == {10, 20, 30}
@@ -171,8 +180,24 @@ def test_what_cannot_be_tracked_is_refused_in_words(folder: RunFolder) -> None:
         track.main([str(folder.path)])
     folder.metrics.unlink()
     folder.samples.unlink()
-    with pytest.raises(Mistake, match=r"has no rows in metrics.jsonl → track a run that has trained"):
+    way_out = "track a run that has trained, or `evaluate` this one first"
+    with pytest.raises(Mistake, match=f"has no rows in metrics.jsonl and no results of evaluations → {way_out}"):
         track.main([str(folder.path)])
+
+
+@pytest.mark.slow
+def test_imported_weights_that_were_evaluated_are_an_evaluation(folder: RunFolder) -> None:
+    write_json(folder.run, read_json(folder.run) | {"status": run_folder.IMPORTED, "layout": "", "steps": 0})
+    folder.metrics.unlink()
+    folder.samples.unlink()
+    evaluated(folder)
+    assert tracked(folder)[0] == f"{folder.title} · W&B offline (no API key) · 1 result of evaluations"
+    records = inspected(folder)
+    (about,) = of(records, "run")
+    assert (about["run_id"], about["job_type"], about["run_group"]) == (folder.title, "eval", "gpt")
+    assert {name: value for record in of(records, "summary") for name, value in record["update"].items() if name in FIGURES} == FIGURES
+    assert [ended["exit_code"] for ended in of(records, "exit")] == [0]
+    assert tracked(folder)[0] == f"{folder.title} · W&B has all of it already: 1 result of evaluations"
 
 
 def test_help_imports_neither_torch_nor_w_b() -> None:
@@ -180,3 +205,16 @@ def test_help_imports_neither_torch_nor_w_b() -> None:
     code += "except SystemExit: print({'torch', 'wandb'} & {*sys.modules})"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     assert said.splitlines()[-1] == "set()" and "metrics.jsonl" in said and "wandb leet" in said
+
+
+def test_a_run_that_is_in_use_is_not_tracked(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a launch that resumes it, before run.json says so; and no run is resumed while it is tracked."""
+    lock = run_status.take_lock(folder)
+    with pytest.raises(Held, match=f"{folder.title} is running .process {os.getpid()} on "):
+        track.track(folder, "offline", Console())
+    lock.release()
+    lock = run_status.take_lock(folder, track.PURPOSE)
+    with pytest.raises(Held, match=f"{folder.title} is in use by `python -m research track` .process {os.getpid()} on "):
+        run_status.take_lock(folder)
+    lock.release()
+    assert capsys.readouterr().out == ""

@@ -17,8 +17,8 @@ def folder(tmp_path_factory):
     return untrained.make(tmp_path_factory.mktemp("trained"), steps=(3, 6))
 
 
-def arguments(run, checkpoint=None, tensor=1) -> argparse.Namespace:
-    return argparse.Namespace(run=str(run.path), checkpoint=checkpoint, tensor=tensor)
+def arguments(run, checkpoint=None, tensor=1, trust=False) -> argparse.Namespace:
+    return argparse.Namespace(run=str(run.path), checkpoint=checkpoint, tensor=tensor, trust=False)
 
 
 @pytest.mark.parametrize(("step", "name"), [(None, "step_000006"), (3, "step_000003"), (6, "step_000006")])
@@ -33,7 +33,7 @@ def test_an_experiments_name_means_its_newest_run_with_a_checkpoint_which_is_sai
     failed = run_folder.create(folder.path.parent.parent, folder.name)
     run_folder.start(failed, layout="", precision="fp32", steps=6)
     run_folder.end(failed, run_folder.FAILED, "no text")
-    assert trained_run.find(argparse.Namespace(run=str(folder.path.parent), checkpoint=None, tensor=1)).folder == folder
+    assert trained_run.find(argparse.Namespace(run=str(folder.path.parent), checkpoint=None, tensor=1, trust=False)).folder == folder
     said = capsys.readouterr()
     which = f"{folder.path.parent} is {folder.title}, the newest run with a checkpoint; {failed.title} (failed) is newer and has none\n"
     assert (said.out, said.err) == ("", which)

@@ -240,7 +240,7 @@ REPEATED = [  # tables that repeat what is derived for the example's own trainin
     {"gradient_accumulation_steps": 2},
     {"optimizer": {"type": "AdamW", "params": ADAMW}},
     {"zero_optimization": {"stage": 1}},
-    {"zero_optimization": {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}},
+    {"zero_optimization": {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}},
     {"zero_optimization": {"overlap_comm": True, "contiguous_gradients": True}},
 ]
 

@@ -13,13 +13,14 @@ from research.cluster.environment import (
     find_ranks,
     first_host,
     git_state,
+    kept_alive_by_ssh,
     rank_hint,
     refuse_shared_accelerators,
     tasks_per_node,
     threads_asked_for,
     threads_per_rank,
-    versions,
 )
+from research.cluster.software import versions
 from tests.research.helpers.example import sentence
 
 DEEPSPEED = {
@@ -212,13 +213,17 @@ def test_ranks_that_have_a_gpu_each_or_run_on_the_cpu(local: int, gpus: int) -> 
     [
         ("deepspeed", "add `--num_gpus 1` to the deepspeed command"),
         ("torchrun", "add `--nproc_per_node 1` to the torchrun command"),
-        ("srun", "add `--ntasks-per-node 1` to the srun command, or leave --gpus-per-task and --gpu-bind out"),
     ],
 )
 def test_two_ranks_on_one_gpu_are_refused(launcher, way_out: str) -> None:
     """Of 4 ranks on two nodes, two are local."""
     said = sentence(lambda: refuse_shared_accelerators(Ranks(0, 0, 4, 2, launcher, "a", 1), 1))
     assert said == f"2 ranks on this machine need a GPU each, torch sees 1 GPU → {way_out}"
+
+
+def test_ranks_of_srun_may_see_fewer_gpus_than_there_are_ranks() -> None:
+    """Under --gpus-per-task=1 each sees its own. Those that share one are refused later (tests/parallel/test_distributed.py)."""
+    refuse_shared_accelerators(Ranks(0, 3, 8, 4, "srun", "a", 1), 1)
 
 
 def test_the_activation_that_a_user_needs(tmp_path, monkeypatch) -> None:
@@ -249,3 +254,10 @@ def pinned(package: str) -> str:
     """The version that requirements.txt names."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     return next(line.partition("==")[2].split()[0] for line in lines if line.startswith(f"{package}=="))
+
+
+def test_ssh_notices_that_a_host_is_gone() -> None:
+    """What the user has set for pdsh's ssh stays."""
+    alive = "-o ServerAliveInterval=15 -o ServerAliveCountMax=3"
+    assert kept_alive_by_ssh({}) == {"PDSH_SSH_ARGS_APPEND": alive}
+    assert kept_alive_by_ssh({"PDSH_SSH_ARGS_APPEND": "-p 2222"}) == {"PDSH_SSH_ARGS_APPEND": f"-p 2222 {alive}"}

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from research.cluster.environment import Ranks
-from research.config import Parallel
+from research.config import Parallel, Profile
 from research.config.checks import check
 from research.config.layout import effective_zero_stage, layout
 from tests.research.helpers.example import example, sentence
@@ -37,6 +37,16 @@ CASES = [
         {"model": {"seq_length": 129}, "parallel": {"tensor": 2, "sequence": True}},
         2,
         "parallel.tensor = 2 does not divide model.seq_length = 129 → use 1 or 3, or parallel.sequence False",
+    ),
+    (
+        {"profile": Profile(steps="299-301")},
+        1,
+        "profile.steps = '299-301' goes beyond the last step, schedule.steps = 300 → use 299-300",
+    ),
+    (
+        {"profile": Profile(steps="500-502")},
+        1,
+        "profile.steps = '500-502' goes beyond the last step, schedule.steps = 300 → use steps up to 300",
     ),
     ({"parallel": {"pipe": 5}}, 5, "parallel.pipe = 5 leaves stages without a block of model.num_layers = 4 → use pipe 4 or fewer"),
     (

@@ -150,8 +150,9 @@ def test_a_name_stays_a_name(name, tmp_path):
     assert kinds <= {*allowed, ast.Constant, ast.Tuple, ast.UnaryOp, ast.USub}
 
 
-def test_a_file_s_name_that_is_no_text_is_shown_without_what_is_none():
-    assert importer.experiment(MODEL, "a\udcffb\x1b[31m\nc", "a", "b.json", "runs").question.startswith("What does ab[31m c know")
+def test_a_file_s_name_that_is_no_text_is_shown_with_escapes():
+    question = importer.experiment(MODEL, "a\udcffb\x1b[31m\nc", "a", "b.json", "runs").question
+    assert question.startswith(r"What does a\udcffb\x1b[31m c know")
 
 
 def test_it_reads_like_the_others(tmp_path):

@@ -170,3 +170,8 @@ def test_help_of_one_group_lists_its_settings_and_no_other(capsys, monkeypatch) 
 
 def test_version_is_an_option_and_shows_nothing_else() -> None:
     assert parse(example(), ["--local_rank=0", "--version", "--nonsense"])[2] == Options(version=True)
+
+
+def test_check_cluster_is_an_option_and_no_setting() -> None:
+    assert parse(example(), ["--check-cluster", "--parallel.tensor", "2"])[2] == Options(check_cluster=True)
+    assert "--check-cluster takes no value, got 'yes'" in sentence(lambda: parse(example(), ["--check-cluster", "yes"]))

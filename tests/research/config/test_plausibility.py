@@ -6,8 +6,9 @@ import pytest
 import wandb
 
 from research import ROOT
+from research.cluster.environment import Ranks
 from research.config import experiment_folder, schema
-from research.config.plausibility import contradictions, doubts, doubts_of_text, refused_by_wandb
+from research.config.plausibility import contradictions, doubts, doubts_of_ranks, doubts_of_text, refused_by_wandb
 from tests.research.helpers.example import example
 
 ROTARY = {"position": "rotary", "rotary_base": 1e4, "rotary_scaling": "none"}
@@ -27,6 +28,10 @@ CONTRADICTIONS = [
         "watch.on_spike = 'stop' has no effect with watch.spike = 0, which detects no spike → set watch.spike, for example to 6",
     ),
     (
+        {"profile": {"memory": True}},
+        "profile.memory = True has no effect with profile.steps = None, which records no step → set profile.steps, such as 10-12",
+    ),
+    (
         {"checkpoints": {"keep_every": 50}},
         "checkpoints.keep_every = 50 has no effect with checkpoints.every = 0 → set checkpoints.every, for example to 50",
     ),
@@ -36,6 +41,11 @@ CONTRADICTIONS = [
     ),
 ]
 DOUBTS = [
+    (
+        {"profile": {"steps": "10-100"}},
+        "profile.steps = '10-100' records 91 steps, more than 50: all are kept in memory until the last one, and make the trace long → "
+        "use a few, such as 10-12",
+    ),
     (
         {"optimizer": {"betas": (0.95, 0.9)}},
         "optimizer.betas = 0.95, 0.9: the gradient's mean is longer than that of its square, the usual order is the other → use 0.9, 0.95",
@@ -99,7 +109,8 @@ FINE = [
 
 def settled(changes: dict) -> schema.Experiment:
     """The example with changes by group, of every group."""
-    groups = {"watch": schema.Watch, "checkpoints": schema.Checkpoints, "evaluate": schema.Evaluate, "sample": schema.Sample}
+    kinds = (schema.Watch, schema.Checkpoints, schema.Evaluate, schema.Sample, schema.Profile)
+    groups = {kind.SECTION: kind for kind in kinds}
     settings = {name: groups[name](**values) if name in groups else values for name, values in changes.items()}
     if "data" in settings:
         settings["data"] = schema.Data(**example().data.model_dump() | settings["data"])
@@ -211,3 +222,22 @@ def test_what_wandb_refuses_is_refused_before() -> None:
 def test_names_that_its_server_refuses(track: dict, name: str, said: str) -> None:
     assert list(refused_by_wandb(tracked(**track), name)) == [said]
     assert list(refused_by_wandb(tracked(group="g" * 128), "n" * 121)) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "tensor", "node", "degrees"),
+    [
+        (16, 8, 8, "", ""),
+        (4, 4, 4, "", ""),
+        (16, 8, 16, "8 ranks", "1, 2, 4 or 8"),
+        (12, 6, 4, "6 ranks", "1 or 2"),
+        (2, 1, 2, "1 rank", "1"),
+    ],
+)
+def test_tensor_ranks_on_several_nodes_are_said_to_be_slow(world: int, local: int, tensor: int, node: str, degrees: str) -> None:
+    ranks = Ranks(0, 0, world, local, "torchrun", "a", 1)
+    said = (
+        f"parallel.tensor = {tensor} does not divide the {node} of a node, so that activations cross the network in every layer → "
+        f"use {degrees}, and more of parallel.pipe or of ZeRO"
+    )
+    assert list(doubts_of_ranks(example(parallel={"tensor": tensor}), ranks)) == ([said] if node else [])

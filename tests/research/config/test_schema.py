@@ -8,7 +8,7 @@ import pytest
 
 from models import config as shapes
 from models.config import FOLLOWING, ROTARY
-from research.config import GPT, Data, Experiment, Optimizer, Schedule, schema, serialization
+from research.config import GPT, Data, Experiment, Optimizer, Profile, Schedule, schema, serialization
 from research.config.overrides import parse
 from research.config.serialization import build, load, resolved, save
 from research.config.settings import is_group, needs
@@ -254,7 +254,7 @@ def test_schema_4_asked_nothing_on_the_way(tmp_path) -> None:
     assert (found.evaluate.every, found.sample.every) == (0, 0)
     now = without_schema_6(resolved(found))
     assert kept(now, then, "schema") == kept(then, then, "schema")
-    assert now.keys() - then.keys() == {"evaluate", "sample", "loss"} and now["schema"] == serialization.SCHEMA
+    assert now.keys() - then.keys() == {"evaluate", "sample", "loss", "profile", "deterministic"} and now["schema"] == serialization.SCHEMA
     assert (now["loss"], now["model"]["attention"], now["optimizer"]["name"]) == ("cross_entropy", "softmax", "adamw")
     save(found, path)
     assert load(path) == found
@@ -290,9 +290,41 @@ def test_schema_5_validated_on_all_of_the_held_out_text(tmp_path) -> None:
     assert load(tmp_path / "config.json") == example()
 
 
+@pytest.mark.parametrize(
+    ("steps", "mistake"),
+    [
+        ("12-10", "profile.steps = '12-10' ends at step 10, before it begins at step 12 → use 10-12"),
+        ("abc", "profile.steps = 'abc' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("", "profile.steps = '' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("-3", "profile.steps = '-3' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("1-2-3", "profile.steps = '1-2-3' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("10-12\n", "profile.steps = '10-12\\n' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("١-٢", "profile.steps = '١-٢' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("1" * 5000, f"profile.steps = '{'1' * 60}' is not a range of steps → write FIRST-LAST, such as 10-12"),
+        ("0-3", "profile.steps = '0-3' begins at step 0, steps are counted from 1 → use 1-3"),
+        ("0", "profile.steps = '0' begins at step 0, steps are counted from 1 → use 1-1"),
+    ],
+)
+def test_steps_that_cannot_be_recorded_are_refused(steps: str, mistake: str) -> None:
+    assert sentence(lambda: Profile(steps=steps)) == mistake
+
+
+def test_the_steps_to_record_are_counted_from_1() -> None:
+    assert [list(Profile(steps=steps).recorded) for steps in ("10-12", "7", "1-1")] == [[10, 11, 12], [7], [1]]
+    assert not Profile().recorded and not Profile(memory=True).recorded
+
+
+def test_schema_6_profiled_no_steps(tmp_path) -> None:
+    settings = resolved(example()) | {"schema": 6}
+    del settings["profile"], settings["deterministic"], settings["watch"]["rendezvous_seconds"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = load(tmp_path / "config.json")
+    assert found == example() and (found.profile.steps, found.profile.memory, found.deterministic) == (None, False, False)
+
+
 HOSTILE = ["", "{", "[1]", "[" * 100_000, "{}", '{"schema": true}', '{"schema": 0}', '{"schema": 1, "self": 1}', '{"schema": 1}']
 HOSTILE += ['{"schema": 2, "watch": 3}', '{"schema": 3, "watch": []}']
-HOSTILE += ['{"schema": 5, "schedule": 3}', '{"schema": 5}']
+HOSTILE += ['{"schema": 6, "profile": 3}', '{"schema": 5, "schedule": 3}', '{"schema": 5}']
 HOSTILE += ['{"schema": 4, "sample": 3}', '{"schema": 4, "evaluate": {"tasks": "x"}}']
 HOSTILE += ['{"schema": 1, "model": 3}', '{"schema": 1, "model": null}', '{"schema": 2}', '{"schema": 2, "model": [1]}']
 

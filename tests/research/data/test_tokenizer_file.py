@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from parallel.errors import Mistake
 from research import ROOT
-from research.data import prepare, tokenizer_file
+from research.data import prepare, tokenizer, tokenizer_file
 from research.data.token_store import TokenStore
 
 TEXT = "We the people of the United States, in order to form a more perfect union, …\n\n establish justice in 1787.\n"
@@ -180,3 +180,44 @@ def test_a_missing_one_is_refused_before_anything_is_imported(tmp_path):
 
 def test_which_names_are_files():
     assert [tokenizer_file.is_file(name) for name in ("builtin:gpt2", "builtin:x.json", "a/tokenizer.json", "gpt2")] == [0, 0, 1, 0]
+
+
+def panicking() -> Tokenizer:
+    """Its pattern tries 2^n ways on n letters without an x behind them, and gives up at the limit of its engine."""
+    found = byte_level()
+    found.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("(z+)+x"), "isolated"), found.pre_tokenizer])
+    return found
+
+
+def test_a_pattern_that_reaches_the_limit_of_its_engine_is_a_mistake(tmp_path):
+    """The library raises a PanicException, which is no Exception. Texts that do not reach it are encoded as ever."""
+    saved(tmp_path, panicking())
+    found = tokenizer_file.load("tokenizer.json", tmp_path)
+    assert found.decode(found.encode(TEXT)) == TEXT
+    for encode in (found.encode, found.prompt, lambda text: found.encode_batch(["a", text])):
+        with pytest.raises(
+            Mistake, match=r"tokenizer.json cannot encode a text of 40 characters \(Onig.*limit.*\) → shorten it, or"
+        ) as caught:
+            encode("z" * 40)
+        assert "\n" not in str(caught.value)
+
+
+def test_ids_that_cannot_be_decoded_are_a_mistake(tmp_path):
+    backend = byte_level()
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex("(z+)+x"), "")])
+    saved(tmp_path, backend)
+    found = tokenizer_file.load("tokenizer.json", tmp_path)
+    with pytest.raises(Mistake, match=r"tokenizer.json cannot decode \d+ ids \(.*\) → "):
+        found.decode(found.encode("z" * 40))
+
+
+def test_a_tokenizer_is_read_once(tmp_path, monkeypatch):
+    """What is checked is what is used: a file that is exchanged meanwhile changes neither."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer.gpt2().backend.save(str(path))
+    reads: list = []
+    read = tokenizer_file.read_regular
+    monkeypatch.setattr(tokenizer_file, "read_regular", lambda path, most: reads.append(path) or read(path, most))
+    monkeypatch.setattr(tokenizer_file.regular_files, "read_regular", lambda path, most: reads.append(path) or read(path, most))
+    tokenizer_file.load(str(path), tmp_path)
+    assert reads == [path]

@@ -9,6 +9,7 @@ import pytest
 from parallel.checkpoint.folder import newest_complete, step_of
 from parallel.files import read_json
 from research.tracking import run_folder
+from research.tracking.lock_record import newest
 from research.tracking.run_folder import RunFolder
 from tests.parallel.test_process_identity import can_unshare
 from tests.research.helpers.launches import Place, launch, run
@@ -28,8 +29,9 @@ def killed(tmp_path: Path) -> Iterator[tuple[Place, RunFolder]]:
         began = read_json(folder.run)
         assert (began["pid"], began["status"]) == (1, "running")
         refused = run(place, resume="auto", schedule__steps=8, **SAVES)  # its number means nothing here, its heartbeat does
-        who = f"process 1 on {began['host']}, since {began['started']}"
-        assert f"is running ({who}): it cannot be seen from here, but its heartbeat goes on → " in refused.err and refused.code == 2
+        owner = newest(folder.lock)
+        assert owner and str(owner).startswith(f"process 1 on {began['host']}, since ")
+        assert f"is running ({owner}): it cannot be seen from here, but it holds the lock → " in refused.err and refused.code == 2
         running.roles()["rank 0"].send_signal(signal.SIGKILL)
     finally:
         running.kill()

@@ -10,6 +10,7 @@ from research.cli import evaluate
 from research.evaluation import results
 from research.evaluation.results import Key, Result, Results
 from research.evaluation.task import Metric
+from research.tracking.own_runs import mark_as_own
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import untrained
 
@@ -40,10 +41,12 @@ def known(run: RunFolder, capsys) -> bool:
 def test_an_edited_model_or_task_is_evaluated_again(run, capsys, monkeypatch, tmp_path):
     assert not known(run, capsys) and known(run, capsys)
     (run.source / "variant.py").write_text(VARIANT.replace("pass", "'''changed'''"))
+    mark_as_own(run)
     assert not known(run, capsys) and known(run, capsys)
     settings = read_json(run.config)
     settings["model"]["norm_eps"] *= 2
     write_json(run.config, settings)
+    mark_as_own(run)
     assert not known(run, capsys) and known(run, capsys)
     (tmp_path / "room").mkdir()
     (tmp_path / "room" / "a_task.py").write_text("")
@@ -84,3 +87,15 @@ def test_results_of_an_older_schema_stay_and_are_not_known(run):
     kept(run).add(result(value=0.25))
     assert kept(run).known(KEY) and [one.metrics[0].value for one in kept(run).results] == [0.5, 0.25]
     assert read_json(path)["schema"] == 2
+
+
+def test_two_processes_that_evaluate_at_once_keep_the_results_of_both(run: RunFolder) -> None:
+    """Each has read the file before the other one has written it."""
+    one, other, third = kept(run), kept(run), dataclasses.replace(KEY, task="third")
+    one.add(result())
+    other.add(result(dataclasses.replace(KEY, task="other")))
+    one.add(result(third, 0.25))
+    one.add(result(third, 0.75))
+    found = kept(run)
+    assert [each.key.task for each in found.results] == ["lambada", "other", "third"]
+    assert found.of(third) == result(third, 0.75)

@@ -14,6 +14,7 @@ from research.cli import export
 from research.config import serialization
 from research.data.prepare import load_tokenizer
 from research.tracking import run_folder
+from research.tracking.own_runs import mark_as_own
 from research.tracking.run_folder import RunFolder
 from tests.parallel.helpers.checkpoints import save
 from tests.research.helpers.example import example
@@ -41,6 +42,7 @@ def test_a_damaged_checkpoint_is_not_exported(tensor_2: Ended, tmp_path):
     run = RunFolder(tmp_path / "runs" / "x" / "abcdef")
     run.checkpoints.mkdir(parents=True)
     run.config.write_bytes(tensor_2.folder.config.read_bytes())
+    mark_as_own(run)
     source = tensor_2.folder.checkpoints / "step_000006"
     (run.checkpoints / source.name).mkdir()
     for path in source.iterdir():

@@ -117,7 +117,7 @@ DAMAGE = {
     "endless fields": (lambda p: overwrite(p, 16, struct.pack("<Q", 2**62)), "is not a whole GGUF file"),
     "endless tensors": (lambda p: overwrite(p, 8, struct.pack("<Q", 2**62)), "is not a whole GGUF file"),
     "a name without end": (lambda p: overwrite(p, 24, struct.pack("<Q", 2**62)), "is not a whole GGUF file"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), "is not there, or is not a file"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "it is a folder, not a file"),
 }
 
 

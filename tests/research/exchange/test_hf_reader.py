@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -59,10 +60,25 @@ def test_one_file_and_several_are_the_same_model(folders):
         }
 
 
-def test_links_of_the_hubs_cache_are_followed(folders, tmp_path):
-    for path in (folders / WHOLE).iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    assert read(tmp_path).keys() == read(folders / WHOLE).keys()
+def test_links_of_the_hubs_cache_are_followed_and_no_others(folders, tmp_path):
+    """models--OWNER--NAME/snapshots/REVISION/FILE leads to the blobs of the same model; a link to anywhere else may be to a secret."""
+    model, other = tmp_path / "models--owner--name", tmp_path / "models--owner--other" / "blobs"
+    snapshot = model / "snapshots" / "0123abcd"
+    for place in (snapshot, model / "blobs", other):
+        place.mkdir(parents=True)
+    for i, path in enumerate(sorted((folders / WHOLE).iterdir())):
+        shutil.copyfile(path, model / "blobs" / f"{i:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{i:064x}")
+    assert read(snapshot).keys() == read(folders / WHOLE).keys()
+    (tmp_path / "named").symlink_to(snapshot)  # the folder that is named may be reached by a link: its user has chosen it
+    assert read(tmp_path / "named").keys() == read(folders / WHOLE).keys()
+    for place in (other, tmp_path, model / "refs"):
+        place.mkdir(exist_ok=True)
+        shutil.copyfile(folders / WHOLE / "config.json", place / "elsewhere")
+        (snapshot / "config.json").unlink()
+        (snapshot / "config.json").symlink_to(place / "elsewhere")
+        with pytest.raises(Mistake, match=f"config.json is a link that leads out of its folder, to {place}/elsewhere → copy the file"):
+            read(snapshot)
 
 
 def change(path: Path, name: str, act) -> None:
@@ -111,9 +127,9 @@ def pipe(path: Path) -> None:
 HOSTILE = {
     "no folder's files": (WHOLE, lambda p: (p / "config.json").unlink(), "config.json cannot be read"),
     "config: not JSON": (WHOLE, lambda p: (p / "config.json").write_text("{"), "config.json is not JSON"),
-    "config: a list": (WHOLE, lambda p: (p / "config.json").write_text("[]"), "config.json holds a list, not a table"),
+    "config: a list": (WHOLE, lambda p: (p / "config.json").write_text("[]"), "config.json holds no JSON object but a list"),
     "config: nested": (WHOLE, lambda p: (p / "config.json").write_text('{"a":' * 100_000), "config.json is not JSON"),
-    "config: huge": (WHOLE, lambda p: (p / "config.json").write_bytes(b" " * (17 << 20)), "more than 16777216"),
+    "config: huge": (WHOLE, lambda p: (p / "config.json").write_bytes(b" " * (17 << 20)), "more than 4,194,304"),
     "config: NaN": (WHOLE, lambda p: (p / "config.json").write_text('{"n_embd": NaN}'), "NaN is not JSON"),
     "config: latin-1": (WHOLE, lambda p: (p / "config.json").write_bytes(b'{"a": "\xff"}'), "config.json is not JSON"),
     "config: wrong type": (
@@ -124,14 +140,14 @@ HOSTILE = {
     "config: layers": (
         WHOLE,
         settings(n_layer=10**9),
-        "too few for a gpt2 of 1000000000 layers",
+        "n_layer = 1000000000, which is not a count up to 4,096",
     ),
     "config: absurd": (
         WHOLE,
-        settings(n_embd=2**37, n_head=1),
+        settings(n_embd=2**19, n_head=1),
         r"makes embedding.weight \[331, 64\]",
     ),
-    "config: odd and absurd": (WHOLE, settings(n_embd=2**37, n_head=7), "num_heads = 7 does not divide model.hidden_size = 137438953472"),
+    "config: odd and absurd": (WHOLE, settings(n_embd=2**37, n_head=7), "n_embd = 137438953472, which is not a count up to 1,048,576"),
     "config: beyond": (WHOLE, settings(n_embd=2**62), "n_embd = .* which is not a count"),
     "config: family": (
         WHOLE,
@@ -159,8 +175,8 @@ HOSTILE = {
         "model.safetensors cannot be read",
     ),
     "header: nonsense": (WHOLE, lambda p: raw_header(p, b"[[[["), "model.safetensors cannot be read"),
-    "a folder": (WHOLE, lambda p: ((p / SINGLE).unlink(), (p / SINGLE).mkdir()), "is not there, or is not a file"),
-    "a pipe": (WHOLE, pipe, "is not there, or is not a file"),
+    "a folder": (WHOLE, lambda p: ((p / SINGLE).unlink(), (p / SINGLE).mkdir()), "is a folder, not a file"),
+    "a pipe": (WHOLE, pipe, "is a pipe, not a file"),
     "missing": (
         WHOLE,
         lambda p: retensor(p, lambda t: t.pop("transformer.ln_f.bias")),
@@ -217,7 +233,11 @@ HOSTILE = {
     "index: absolute": (SHARDS, lambda p: change(p, INDEX, lambda t: t["weight_map"].update(x="/a.safetensors")), "no plain name"),
     "index: hidden": (SHARDS, lambda p: change(p, INDEX, lambda t: t["weight_map"].update(x=".a.safetensors")), "no plain name"),
     "index: other kind": (SHARDS, lambda p: change(p, INDEX, lambda t: t["weight_map"].update(x="a.bin")), "no plain name"),
-    "index: missing file": (SHARDS, lambda p: first_shard(p).unlink(), "is not there, or is not a file → fetch the model again"),
+    "index: missing file": (
+        SHARDS,
+        lambda p: first_shard(p).unlink(),
+        "cannot be read .No such file or directory. → fetch the folder again",
+    ),
     "index: missing tensor": (
         SHARDS,
         lambda p: change(p, INDEX, lambda t: t["weight_map"].update(x=first_shard(p).name)),

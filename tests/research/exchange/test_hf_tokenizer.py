@@ -198,12 +198,15 @@ def test_what_is_no_token_is_left_out(value, source):
 HOSTILE = {
     "no tokenizer": (lambda p: (p / FILE).unlink(), "tokenizer.json is not there → .* --tokenizer builtin:gpt2, --tokenizer PATH"),
     "a pipe": (lambda p: ((p / FILE).unlink(), os.mkfifo(p / FILE)), "tokenizer.json is not there"),
-    "no JSON": (lambda p: (p / FILE).write_bytes(b"\x80\x04pickle"), "tokenizer.json is not a tokenizer"),
+    "no JSON": (lambda p: (p / FILE).write_bytes(b"\x80\x04pickle"), "tokenizer.json is not JSON"),
     "another table": (lambda p: (p / FILE).write_text("{}"), "tokenizer.json is not a tokenizer"),
-    "a list": (lambda p: (p / CONFIG).write_text("[]"), "tokenizer_config.json holds a list, not a table"),
+    "a list": (lambda p: (p / CONFIG).write_text("[]"), "tokenizer_config.json holds no JSON object but a list"),
     "nested without end": (lambda p: (p / CONFIG).write_text("[" * 10**6), "tokenizer_config.json is not JSON"),
     "a constant": (lambda p: (p / GENERATION).write_text('{"eos_token_id": NaN}'), "generation_config.json is not JSON"),
-    "large": (lambda p: (p / CONFIG).write_text(" " * (16 * 2**20 + 1)), "tokenizer_config.json has 16777217 bytes, more than"),
+    "large": (
+        lambda p: (p / CONFIG).write_text(" " * (16 * 2**20 + 1)),
+        "tokenizer_config.json cannot be read .it has 16,777,217 bytes, more than",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from models.conversion import read_config
@@ -239,6 +239,21 @@ def test_ids_that_cannot_be_made_equal_are_refused_with_the_way_out(folder, tmp_
     words = r"transformers gives other ids: token 2 .* → --tokenizer .*/tokenizer.json takes the file as it is"
     with opened(folder) as source, pytest.raises(Mistake, match=words):
         begun(source, tmp_path).fill(None, Console())
+
+
+def test_a_tokenizer_that_panics_is_one_sentence(folder, tmp_path, capfd):
+    """Its pattern reaches the limit of its engine on a word of the certificate's text. What Rust writes of it is not shown."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    backend = Tokenizer.from_file(str(model / "tokenizer.json"))
+    splits = [pre_tokenizers.Split(Regex("([a-zA-Z ,.]+)+[0-9]{9}"), "isolated"), backend.pre_tokenizer]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    backend.save(str(model / "tokenizer.json"))
+    with opened(model) as source, pytest.raises(Mistake, match=r"cannot encode .* characters .*\(Onig.*\) → .*--tokenizer PATH") as caught:
+        begun(source, tmp_path).fill(None, Console())
+    assert "\n" not in str(caught.value) and "panicked" not in capfd.readouterr().err
+    with opened(folder) as source, pytest.raises(Mistake, match=r"cannot encode a text of .* characters \(Onig.*→"):
+        begun(source, tmp_path / "other").fill(str(model / "tokenizer.json"), Console())
+    assert "panicked" not in capfd.readouterr().err
 
 
 def test_no_message_names_a_temporary_path(folder, tmp_path):

@@ -66,6 +66,8 @@ def _rank(body: Body, rank: int, world: int, path: Path, hang_seconds: float, mo
             distributed.start(rank, world, rank, f"file://{path / 'rendezvous'}")
             try:
                 leave_when_asked()
+                if rank == 0:  # run.json names rank 0's process
+                    run_folder.start(folder, layout="", precision="", steps=0)
                 with watch.together(folder):
                     stopped = body(watch, rank, path, **more)
                 status = INTERRUPTED if stopped else FINISHED

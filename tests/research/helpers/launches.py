@@ -240,7 +240,8 @@ def _role(process: psutil.Process) -> str:
     if script == "deepspeed.launcher.launch":
         return "launch.py"
     if script.endswith("/launch.py"):
-        return f"rank {process.environ().get('RANK', '0')}"
+        environ = process.environ()
+        return f"rank {environ.get('RANK', environ.get('SLURM_PROCID', '0'))}"
     command = Path(script).name in ("deepspeed", "torchrun") or script in ("deepspeed.launcher.runner", "torch.distributed.run")
     return "command" if command else Path(process.cmdline()[0]).name
 

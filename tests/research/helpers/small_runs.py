@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,22 @@ def killed_in_step_8(rank: int) -> None:
     before_step(rank, 8, lambda monitor: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def signalled(number: int, victim: int, step: int, rank: int) -> None:
+    """Rank `victim` gets this signal before this step."""
+    if rank == victim:
+        before_step(rank, step, lambda monitor: os.kill(os.getpid(), number))
+
+
+def raises_in_step(step: int, rank: int) -> None:
+    """An error on rank 1 before this step."""
+
+    def fail(monitor: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    if rank == 1:
+        before_step(rank, step, fail)
+
+
 def nan_gradient_in_step_5(rank: int) -> None:
     """On rank 1 alone, one parameter's gradient is NaN in step 5."""
 
@@ -134,9 +150,7 @@ def nan_gradient_in_step_5(rank: int) -> None:
             return gradient * math.nan if len(seen) == 1 else gradient
 
         monitor.poisoned = parameter.register_hook(spoiled)
-        monitor.non_finite = type(monitor.non_finite)(
-            monitor.engine.parameters, monitor.engine.device
-        )  # hooks run in the order they were made
+        monitor.non_finite = type(monitor.non_finite)(monitor.engine.parameters)  # hooks run in the order they were made
 
     if rank == 1:
         before_step(rank, 5, poison)
@@ -213,8 +227,13 @@ def other_seed_on_rank_1(rank: int) -> None:
     from research.training import setup
 
     claims = setup.claims
+
+    def other_seed(job: Any, host: str) -> Any:
+        found = claims(job, host)
+        return replace(found, named={**found.named, "settings": {**found.named["settings"], "seed": 99}})
+
     if rank == 1:
-        setup.claims = lambda job, corpus: claims(job, corpus) | {"the seed": "99"}
+        setup.claims = other_seed
 
 
 def other_text_on_rank_1(rank: int) -> None:
@@ -254,13 +273,13 @@ def folder_is_read_only(rank: int) -> None:
 
     disk_trouble, write = setup.disk_trouble, Path.write_bytes
 
-    def read_only(folder: Any, need: int) -> Any:
+    def read_only(*arguments: Any) -> Any:
         def refuse(path: Path, data: bytes) -> int:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
         Path.write_bytes = refuse  # type: ignore[method-assign]
         try:
-            return disk_trouble(folder, need)
+            return disk_trouble(*arguments)
         finally:
             Path.write_bytes = write  # type: ignore[method-assign]
 

@@ -8,6 +8,7 @@ from research.config import schema, serialization
 from research.config.experiment_folder import load_variants
 from research.data.prepare import load_tokenizer
 from research.tracking import run_folder
+from research.tracking.own_runs import mark_as_own
 from research.tracking.run_folder import RunFolder
 from tests.models.helpers.build import random_weights
 from tests.research.helpers.example import example
@@ -29,6 +30,7 @@ def make(
     folder.source.mkdir()
     (folder.source / "variant.py").write_text(variant)
     serialization.save(experiment, folder.config)
+    mark_as_own(folder)
     run_folder.start(folder, layout="pipe 1 × data 1 × tensor 1 · ZeRO-1", precision=precision, steps=max(steps))
     for step in steps:
         save(folder, experiment, step)

@@ -7,12 +7,13 @@ import pytest
 
 from parallel.process_identity import ProcessIdentity
 from research.cluster.exit_codes import HUNG
+from research.reliability import diagnosis
 from research.reliability.diagnosis import (
     CLOSING_SECONDS,
     LOST_PEER_SECONDS,
     PATIENCE,
     PATIENCE_STEPS,
-    SILENT_SECONDS,
+    STOPPED_SECONDS,
     Diagnoser,
     describe_hang,
     diagnose_error,
@@ -57,6 +58,22 @@ def test_work_of_any_length_is_no_hang_until_it_is_over(stage: Stage) -> None:
     with progress.work("saving", stage):
         assert checks(rank) == 1000
     assert checks(rank) == HANG_SECONDS + 1
+
+
+def test_until_the_first_step_is_done_the_limit_is_that_of_the_start() -> None:
+    """Imports, building the engine and a first step take as long as they take, however short hang_seconds is."""
+    progress = Progress()
+    rank = Diagnoser(progress, SimpleNamespace(check=lambda: False), 2.0, start_seconds=30.0)  # type: ignore[arg-type]
+    progress.advance("building the engine")
+    assert checks(rank) == 31
+    progress.stepping(1)
+    assert checks(rank) == 31
+    progress.stepping(2)
+    assert checks(rank) == 3
+    longer = Diagnoser(Progress(), SimpleNamespace(check=lambda: False), HANG_SECONDS, start_seconds=30.0)  # type: ignore[arg-type]
+    assert checks(longer) == HANG_SECONDS + 1
+    off = Diagnoser(Progress(), SimpleNamespace(check=lambda: False), 0.0, start_seconds=30.0)  # type: ignore[arg-type]
+    assert checks(off) == 1000
 
 
 def test_zero_is_off() -> None:
@@ -129,9 +146,9 @@ def test_a_hang_is_not_told_before_one_can_tell_which_rank_is_stopped() -> None:
     """Otherwise the rank that stands still would be left behind: on a busy machine heartbeats are read late."""
     rank, _ = diagnoser()
     rank.peers = Missed()
-    rank.peers.heartbeats = SimpleNamespace(silence={}, latest={}, watched=SILENT_SECONDS)
+    rank.peers.heartbeats = SimpleNamespace(silence={}, latest={}, watched=STOPPED_SECONDS)
     assert checks(rank) == 1000
-    rank.peers.heartbeats.watched = SILENT_SECONDS + 1
+    rank.peers.heartbeats.watched = STOPPED_SECONDS + 1
     assert rank.check(1.0).why.startswith("no progress for ")
 
 
@@ -215,8 +232,8 @@ HUNG_RANK = heartbeat(0, left=HANG, why="no progress for 60 s: …", code=124)
     ],
 )
 def test_of_several_that_have_left_the_cause_is_told(lost: list[Heartbeat], code: int, left: str, why: str) -> None:
-    diagnosis = diagnose_lost({each.rank: each for each in lost}, PEERS)
-    assert (diagnosis.code, diagnosis.left) == (code, left) and diagnosis.why.startswith(why)
+    found = diagnose_lost({each.rank: each for each in lost}, PEERS)
+    assert (found.code, found.left) == (code, left) and found.why.startswith(why)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +246,25 @@ def test_of_several_that_have_left_the_cause_is_told(lost: list[Heartbeat], code
     ],
 )
 def test_what_an_exception_is_about(error: BaseException, lost: dict, left: str, why: str) -> None:
-    diagnosis = diagnose_error(error, "SIGTERM", lambda: lost, PEERS)
-    assert diagnosis.left == left and diagnosis.why.startswith(why) and "more" not in diagnosis.why
+    found = diagnose_error(error, "SIGTERM", lambda: lost, lambda seconds: {}, PEERS)
+    assert found.left == left and found.why.startswith(why) and "more" not in found.why
 
 
 def test_a_closed_connection_waits_until_it_is_known_who_has_gone() -> None:
     answers = iter([{}, {}, {2: KILLED}])
-    assert diagnose_error(RuntimeError("NCCL error"), "", lambda: next(answers), PEERS).left == OTHERS
+    assert diagnose_error(RuntimeError("NCCL error"), "", lambda: next(answers), lambda seconds: {}, PEERS).left == OTHERS
+
+
+def test_a_closed_connection_to_a_host_that_gives_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of another machine can be seen: its rank has gone if its heartbeat stands still. Of an exit nothing is waited for."""
+    monkeypatch.setattr(diagnosis, "FIND_OUT_SECONDS", 0.0)
+    watched: list[float] = []
+
+    def vanished(seconds: float) -> dict[int, Heartbeat]:
+        watched.append(seconds)
+        return {2: KILLED}
+
+    found = diagnose_error(RuntimeError("Connection closed by peer"), "", dict, vanished, PEERS)
+    assert found.left == OTHERS and found.why.startswith("rank 2 (process 4002 on node7) is gone without a word")
+    assert diagnose_error(SystemExit(143), "SIGTERM", dict, vanished, PEERS).left == SIGNAL and watched == [STOPPED_SECONDS]
+    assert diagnose_error(ValueError("no such head"), "", dict, vanished, PEERS).left == FAULT and len(watched) == 1

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from research import ROOT
-from research.reliability import heartbeat
-from research.reliability.heartbeat import Heartbeats, Progress, Stage, is_beating, stack_of
+from research.reliability.heartbeat import Heartbeats, Progress, Stage, stack_of
+from research.tracking import lock_record
 from research.tracking.run_folder import RunFolder
 
 
@@ -135,5 +135,5 @@ def test_a_file_that_is_removed_is_no_heartbeat(change: str, beats: bool, tmp_pa
         "add": lambda: folder.heartbeat(2).write_text("{}"),
         "remove": lambda: folder.heartbeat(1).unlink(missing_ok=True),
     }
-    monkeypatch.setattr(heartbeat.time, "sleep", lambda seconds: changes[change]())
-    assert is_beating(folder, 0.02) == beats
+    monkeypatch.setattr(lock_record.time, "sleep", lambda seconds: changes[change]())
+    assert bool(lock_record.beating([folder.lock], 0.02)) == beats

@@ -4,14 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 
+from parallel import process_identity
 from parallel.process_identity import ProcessIdentity
-from research.reliability.peers import Neighbours, Peer, all_peers
+from research.reliability.heartbeat import Progress
+from research.reliability.peers import Neighbours, Peer, PeerMonitor, all_peers
+from research.tracking.run_folder import RunFolder
 from tests.harness import run_ranks
 
 
@@ -61,3 +67,28 @@ def test_all_ranks_know_all() -> None:
     assert first == second and [peer.rank for peer in first] == [0, 1]
     assert first[0].process != first[1].process
     assert all(peer.process.same_machine(ProcessIdentity.current()) for peer in first)
+
+
+def a_host_that_falls_silent(path: Path) -> list[list[int]]:
+    """What rank 0 says of rank 1, which is on another machine: while it gives signs of life, and afterwards."""
+    rank = dist.get_rank()
+    (path / f"boot_{rank}").write_text(f"{rank}")
+    process_identity.BOOT_ID = path / f"boot_{rank}"  # of this forked rank
+    monitor = PeerMonitor(RunFolder(path), rank, 2, path, Progress())
+    if rank == 1:
+        for _ in range(10):
+            monitor.beat(0.1, read_others=False)
+            time.sleep(0.1)
+        dist.barrier()
+        dist.barrier()
+        return []
+    alive = sorted(monitor.vanished(1.0)), sorted(monitor.lost())
+    dist.barrier()
+    silent = sorted(monitor.vanished(0.5)), sorted(monitor.lost())
+    dist.barrier()
+    return [*alive, *silent]
+
+
+def test_a_host_without_a_sign_of_life_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    assert run_ranks(a_host_that_falls_silent, 2, tmp_path)[0] == [[], [], [1], [1]]

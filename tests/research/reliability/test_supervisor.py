@@ -8,10 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from parallel.checkpoint.folder import latest
+from parallel.files import write_json
 from research import ROOT
 from research.reliability.supervisor import LaunchRecord, saved_step
 from research.tracking import run_folder
 from research.tracking.run_folder import RunFolder
+from research.tracking.run_lock import is_held
+from tests.parallel.helpers.checkpoints import save as save_whole
 
 
 def script(launch: str, then: str, first: str = "") -> subprocess.CompletedProcess[str]:
@@ -174,3 +178,77 @@ def test_a_damaged_checkpoint_is_none(text: str, tmp_path: Path) -> None:
     assert saved_step(folder) == 2
     (folder.checkpoints / "step_000002/manifest.json").write_text(text)
     assert saved_step(folder) == -1
+
+
+PLANNED = """
+import json, sys
+from pathlib import Path
+place = Path(sys.argv[1])
+with (place / "calls").open("a") as calls:
+    calls.write(json.dumps(sys.argv[2:]) + "\\n")
+number = len((place / "calls").read_text().splitlines())
+run = place / "runs/gpt/aaaaaa"
+code = {plan}[number - 1]
+end = {{"status": "failed" if code else "finished", "launch": number, "code": code, "reason": "planned"}}
+(run / "run.json").write_text(json.dumps(end))
+sys.exit(1)
+"""
+
+
+def supervised(tmp_path: Path, plan: list[int], restarts: int = 1) -> tuple[int, list[list[str]], str]:
+    """(exit code, the settings of each launch, what was said) of a run that rank 0 ends with these codes; its launcher returns 1."""
+    (tmp_path / "planned.py").write_text(PLANNED.format(plan=plan))
+    command = [sys.executable, str(tmp_path / "planned.py"), str(tmp_path)]
+    code = f"""
+import sys
+from pathlib import Path
+from research.reliability import supervisor
+supervisor.FIRST_PAUSE, supervisor.DISK_PAUSES = 0.01, (0.02, 0.05)
+record = supervisor.LaunchRecord(Path({str(tmp_path / "runs/gpt")!r}), lambda folder: True)
+sys.exit(supervisor.supervise({command!r}, [], record, {restarts}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.returncode, [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()], done.stderr
+
+
+def run_with_checkpoints(tmp_path: Path, steps: int) -> RunFolder:
+    folder = RunFolder(tmp_path / "runs" / "gpt" / "aaaaaa")
+    folder.checkpoints.mkdir(parents=True)
+    for step in range(1, steps + 1):
+        save_whole(folder.checkpoints / f"step_{step:06d}", step=step)
+    write_json(folder.run, {"status": "failed"})
+    return folder
+
+
+def test_a_full_disk_is_waited_for_and_is_no_restart(tmp_path: Path) -> None:
+    folder = run_with_checkpoints(tmp_path, 1)
+    code, calls, said = supervised(tmp_path, [4, 4, 4, 4, 0])
+    assert code == 1 and calls == [[], *[["--resume", str(folder.path)]] * 4]
+    assert said.count("the disk is full: make room; this does not count as a restart") == 4 and "(planned)" in said
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_resumed(tmp_path: Path) -> None:
+    """By its hash: sizes and manifest are right."""
+    folder = run_with_checkpoints(tmp_path, 3)
+    file = sorted((folder.checkpoints / "step_000003").glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    code, calls, said = supervised(tmp_path, [5, 0])
+    assert code == 1 and calls == [[], ["--resume", str(folder.path)]]
+    assert f"{file.name} has the SHA-256 " in said and "set aside, goes on from step_000002 → launched again" in said
+    assert latest(folder.checkpoints).name == "step_000002" and not is_held(folder.lock)
+
+
+def test_damage_that_is_not_there_is_not_tried_again(tmp_path: Path) -> None:
+    """The checkpoint was named on the command line, and is another run's."""
+    run_with_checkpoints(tmp_path, 2)
+    assert supervised(tmp_path, [5, 0])[1] == [[]]
+
+
+def test_a_launch_that_came_nowhere_does_not_make_the_next_one_begin_anew(tmp_path: Path) -> None:
+    record = record_of(tmp_path / "gpt")
+    record.begin()
+    mine = run(tmp_path)
+    save(mine, 2)
+    record.end()
+    record.begin()
+    assert not record.end() and record.run is None and record.settings([]) == ["--resume", str(mine.path)]

@@ -202,7 +202,7 @@ def test_a_suspended_job_has_not_hung(tmp_path: Path) -> None:
 
 def impatient(watch: Watchdog, rank: int, path: Path) -> int:
     diagnosis.PATIENCE[Stage.TRAINING] = 5.0
-    diagnosis.SILENT_SECONDS = 2.0
+    diagnosis.STOPPED_SECONDS = 2.0
     return steps(watch, rank, path)
 
 

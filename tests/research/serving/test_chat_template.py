@@ -201,3 +201,6 @@ def test_after_one_that_was_late_the_next_is_rendered():
         renderer.render({"messages": TOLD["messages"] * 2})
     assert renderer.render(TOLD) == "ok"
     renderer.close()
+    with pytest.raises(ApiError, match="shutting down"):  # and no new process is started
+        renderer.render(TOLD)
+    assert renderer._process is None

@@ -239,14 +239,37 @@ def test_the_second_time_there_is_no_grace(small):
         assert json.loads(lines[-2][6:])["error"]["code"] == "shutting_down"
 
 
-def test_while_it_ends_nothing_new_is_taken(small):
-    with served(small, "--context", "100000", "--grace_seconds", "1") as server, server.client() as client:
+def test_health_is_503_while_texts_end_and_a_new_client_is_told_so(small):
+    """A real stop: until the last text has ended, the server listens, on new connections, too. Then it is gone at once."""
+    with served(small, "--context", "100000", "--grace_seconds", "60") as server, server.client() as client:
+        with client.stream("POST", "/v1/completions", json=LONG_TEXT | {"max_tokens": 300}) as response:
+            lines, seen = [], []
+            for line in filter(None, response.iter_lines()):
+                lines.append(line)
+                if len(lines) == 5:
+                    server.running.stop()
+                if len(lines) in (6, 7):
+                    with server.client() as other:
+                        answers = [other.get("/health"), other.post("/v1/completions", json={"prompt": "war"}), other.head("/health")]
+                    seen += [(answer.status_code, answer.headers["retry-after"]) for answer in answers]
+        assert seen == [(503, "10")] * 6 and lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
+        begun = time.monotonic()
+        server.thread.join(PATIENCE)
+        assert not server.thread.is_alive() and time.monotonic() - begun < 30, "it waited for the grace though nothing was left"
+        with pytest.raises(ConnectionRefusedError):
+            connected(server)
+
+
+def test_a_server_without_texts_ends_at_once(small):
+    """Idle connections do not keep it, and the second of two signals that come together does no harm."""
+    with served(small, "--grace_seconds", "600") as server, connected(server), server.client() as client:
         assert client.get("/health").status_code == 200
-        server.running.service.request_queue.closed = True
-        assert client.get("/health").status_code == 503
-        refused = client.post("/v1/completions", json={"prompt": "war"})
-        assert refused.status_code == 503 and "retry-after" in refused.headers
-        server.running.service.request_queue.closed = False
+        server.running.stop()
+        server.running.stop()
+        begun = time.monotonic()
+        server.thread.join(PATIENCE)
+        assert not server.thread.is_alive() and time.monotonic() - begun < 30
 
 
 def test_an_error_of_the_engine_ends_the_server(small, monkeypatch):

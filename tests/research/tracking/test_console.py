@@ -9,11 +9,13 @@ import sys
 import time
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
 from research import ROOT
 from research.tracking import console as console_module
 from research.tracking import format as fmt
-from research.tracking.console import Console
+from research.tracking.console import Console, show_tables
 
 TRAIN = {
     "progress/step": 50,
@@ -23,7 +25,8 @@ TRAIN = {
     "train/lr": 3e-3,
     "train/grad_norm": 0.8404,
     "perf/tokens_per_second": 3502.4,
-    "perf/memory_mb": 410.2,
+    "perf/memory_mb": 1410.2,
+    "mem/host_added_peak_mb": 96.4,
 }
 VALIDATION = {"progress/tokens": 614_400, "val/loss": 6.102, "val/ppl": 446.4, "val/bits_per_byte": 2.0214}
 
@@ -48,7 +51,7 @@ def test_a_number_as_a_person_reads_it(function, number, said):
 
 
 def test_text_of_a_model_cannot_steer_the_terminal():
-    assert fmt.one_line("a\n b\t\x1b[31mc\x07\u202e é▸") == "a b [31mc é▸"
+    assert fmt.one_line("a\n b\t\x1b[31mc\x07\u202e é▸") == r"a b \x1b[31mc\x07\u202e é▸"
 
 
 def test_the_table_is_aligned_to_the_character():
@@ -64,9 +67,9 @@ def test_the_table_is_aligned_to_the_character():
     lines = said(table).splitlines()
     assert lines == [
         "",
-        " step   tokens   loss     ppl       lr   |g|  tokens/s   memory    eta",
-        "   10     20 k  7.512    1830  1.0e-03  1.21     3,410   410 MB   2:51",
-        "   50    102 k  6.604     738  3.0e-03  0.84     3,502   410 MB   2:26",
+        " step   tokens   loss     ppl       lr   |g|  tokens/s   memory    added    eta",
+        "   10     20 k  7.512    1830  1.0e-03  1.21     3,410 1,410 MB    96 MB   2:51",
+        "   50    102 k  6.604     738  3.0e-03  0.84     3,502 1,410 MB    96 MB   2:26",
         "  val    614 k  6.102     446  2.021 bits/byte         saved step_000300 (0.2 s)",
         "  val    614 k  6.102     446  2.021 bits/byte ↓ best",
     ]
@@ -75,14 +78,18 @@ def test_the_table_is_aligned_to_the_character():
 
 def test_wide_and_wild_values_stay_apart():
     wild = dict.fromkeys(TRAIN, math.nan) | {"progress/step": 1_000_000, "progress/tokens": 2.048e9, "perf/tokens_per_second": 3.5e6}
-    line = said(lambda console: console.train(wild | {"perf/memory_mb": 78_000}, 3e6))
-    assert line.split() == ["1000000", "2.05", "B", "nan", "nan", "nan", "nan", "3.50", "M", "78.0", "GB", "34d", "17:20"]
+    line = said(lambda console: console.train(wild | {"perf/memory_mb": 78_000, "mem/host_added_peak_mb": 12_300}, 3e6))
+    assert line.split() == ["1000000", "2.05", "B", "nan", "nan", "nan", "nan", "3.50", "M", "78.0", "GB", "12.3", "GB", "34d", "17:20"]
     bare = said(lambda console: console.train({"progress/step": 1, "progress/tokens": 8}, None))
-    assert bare.split() == ["1", "8", *"–––––––"]
+    assert bare.split() == ["1", "8", *"––––––––"]
 
 
 DONE = [
     ((300, 300, 177, (2.021, 300), 0, "loss.png"), "done   300 steps in 2:57 · best 2.021 bits/byte at step 300 · 0 skipped · loss.png"),
+    (
+        (300, 300, 177, None, 0, "loss.png", {"perf/memory_mb": 1410.2, "mem/host_added_peak_mb": 96.4}),
+        "done   300 steps in 2:57 · 0 skipped · 1,410 MB of memory, 96 MB added by the run · loss.png",
+    ),
     ((120, 300, 70, None, 2, None), "ended  after 120 of 300 steps, 1:10 · 2 skipped"),
     ((1, 1, 0.4, None, 0, None), "done   1 step in 0:00 · 0 skipped"),
 ]
@@ -204,3 +211,12 @@ def test_a_quiet_console_says_nothing(capsys):
 def test_what_is_needed_first_comes_before_what_is_next():
     assert said(lambda r: r.next(["a b", "c"], first="source x")).split("\n")[:3] == ["first  source x", "next   a b", "       c"]
     assert said(lambda r: r.next(["a b"])).split("\n")[0] == "next   a b"
+
+
+def test_a_cell_of_a_table_steers_no_terminal(capsys):
+    """A host's name, as another machine gives it: a colour and a carriage return pass the streams' escaping, and so are escaped before."""
+    table = Table("host", "clock", box=None)
+    table.add_row("node1\x1b[31m\rnode2", Text("ahead\x1b[1mnode3", "bold"))
+    show_tables([table])
+    shown = capsys.readouterr().out
+    assert "node1\\x1b[31m node2" in shown and "ahead\\x1b[1mnode3" in shown and not {"\x1b", "\r"} & set(shown)

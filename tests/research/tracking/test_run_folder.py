@@ -1,19 +1,23 @@
 """Run folders: made once, found by what a person types, their JSON never half written."""
 
+import errno
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake
 from parallel.files import read_json, write_json
-from research.tracking import metrics, run_folder
+from parallel.process_identity import ProcessIdentity
+from research.tracking import metrics, run_folder, run_status, segments
 from research.tracking.run_folder import RunFolder
 
 
@@ -69,7 +73,7 @@ def test_a_run_that_was_refused_leaves_nothing(tmp_path):
     run_folder.discard(second)
     held.close()
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([first.id, "latest"]) and latest(first) == first.id
-    run_folder.end_unless_ended(second, run_folder.FAILED, "said by another rank, too late")
+    run_folder.end_unless_ended(second, run_folder.FAILED, "said by another rank, too late", ProcessIdentity.current())
     assert not second.path.exists()
 
 
@@ -148,42 +152,75 @@ def test_a_reader_never_sees_half_a_json(tmp_path):
 BIG = {str(i): "x" * 100 for i in range(500)}
 
 
-def test_the_status_of_a_run(folder):
-    assert run_folder.status(read_json(folder.run), folder) == "running"
-    run_folder.end(folder, run_folder.INTERRUPTED)
-    run = read_json(folder.run)
-    assert run_folder.status(run, folder) == "interrupted" and run["started"] <= run["ended"] and run["steps"] == 300
-
-
 def test_why_a_run_ended_is_said_until_it_is_finished(folder):
     run_folder.end(folder, run_folder.FAILED, "rank 1 is gone")
-    run_folder.end_unless_ended(folder, run_folder.INTERRUPTED, "another rank's word, too late")
+    run_folder.end_unless_ended(folder, run_folder.INTERRUPTED, "another rank's word, too late", ProcessIdentity.current())
     run = read_json(folder.run)
     assert (run["status"], run["reason"]) == ("failed", "rank 1 is gone")
     run_folder.end(folder, run_folder.FINISHED, "a signal after the last step")
     assert "reason" not in read_json(folder.run)
 
 
-def test_a_running_run_whose_process_has_ended_has_died(folder):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    run = read_json(folder.run)
-    assert run_folder.status(run | {"pid": gone.pid}, folder) == "died"
-    earlier = {"started_after_boot": run["started_after_boot"] - 100}  # the number is a stranger's now: this process's
-    assert run_folder.status(run | earlier, folder) == "died"
-    assert run_folder.status({}, folder) == "unknown"
+def gone() -> dict:
+    """A process of this machine that has ended, as run.json names it."""
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    named = asdict(ProcessIdentity.of(psutil.Process(process.pid)))
+    process.kill()
+    process.wait()
+    return named
 
 
-@pytest.mark.parametrize("elsewhere", [{"boot_id": "another"}, {"pid_namespace": "pid:[1]"}, {"started_after_boot": None}])
-def test_a_run_whose_process_cannot_be_seen_has_died_when_its_heartbeat_is_old(folder, elsewhere):
-    """On another machine, in another container, or begun by an older version, which wrote host and pid only."""
-    run = read_json(folder.run) | elsewhere
-    heartbeat = folder.heartbeat(1)
-    heartbeat.write_text("{}")
-    assert run_folder.status(run, folder) == "running"
-    for path in (folder.run, heartbeat):
-        os.utime(path, (0, 0))
-    assert run_folder.status(run, folder) == "died"
+def test_the_end_of_a_run_is_read_from_its_lock_where_run_json_could_not_be_written(folder, monkeypatch):
+    lock = run_status.take_lock(folder)
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "write_json", full)
+        run_folder.end_or_keep(folder, lock, run_folder.FAILED, "metrics.jsonl cannot be written", 4)
+    lock.release()
+    assert read_json(folder.run)["status"] == "running"
+    run = run_folder.read_run(folder)
+    assert (run["status"], run["reason"], run["code"]) == ("failed", "metrics.jsonl cannot be written", 4)
+    assert run_status.status(run, folder) == "failed"
+    take_again = run_status.take_lock(folder)  # the next launch
+    assert run_folder.read_run(folder)["status"] == "running"
+    take_again.release()
+
+
+def test_a_rank_that_outlives_rank_0_writes_the_end_unless_another_launch_goes_on(folder):
+    """The other launch's rank 0 is this process; the dead one had the run before it."""
+    dead = ProcessIdentity.from_json(gone())
+    write_json(folder.run, read_json(folder.run) | asdict(dead))
+    run_folder.end_unless_ended(folder, run_folder.FAILED, "rank 0 is gone", dead)
+    assert read_json(folder.run)["reason"] == "rank 0 is gone"
+    lock = run_status.take_lock(folder)
+    segments.reopen(folder, 0, {})
+    run_folder.end_unless_ended(folder, run_folder.FAILED, "rank 0 is gone", dead)
+    assert read_json(folder.run)["status"] == "running" and "reason" not in read_json(folder.run)
+    write_json(folder.run, read_json(folder.run) | asdict(dead))  # between its lock and its first word in run.json
+    run_folder.end_unless_ended(folder, run_folder.FAILED, "rank 0 is gone", dead)
+    assert read_json(folder.run)["status"] == "running"
+    lock.release()
+
+
+def test_a_half_line_goes_at_a_resume_and_takes_no_row_along(tmp_path):
+    made = with_rows(tmp_path)
+    segments.reopen(made, 4, {})
+    assert made.metrics.read_bytes().endswith(b"\n") and [row["progress/step"] for row in metrics.read(made.metrics)] == [1, 2, 3, 4]
+    assert made.metrics.read_bytes().count(b"\n") == 4 and not (made.path / "dropped.jsonl").exists()
+
+
+def test_a_segment_that_falls_back_begins_at_the_older_checkpoint(tmp_path):
+    made = with_rows(tmp_path)
+    segments.reopen(made, 3, {"checkpoint": "step_000003", "passed_over": {"step_000004": "is damaged"}})
+    segments.rewind(made, 2, "step_000002", {"step_000003": "is damaged too"})
+    segment = read_json(made.run)["segments"][-1]
+    assert (segment["from_step"], segment["checkpoint"]) == (2, "step_000002")
+    assert segment["passed_over"] == {"step_000004": "is damaged", "step_000003": "is damaged too"}
+    assert [row["progress/step"] for row in metrics.read(made.metrics)] == [1, 2]
+    assert [row["progress/step"] for row in metrics.read(made.path / "dropped.jsonl")] == [4, 3]
 
 
 @pytest.mark.parametrize("variant", [True, False])
@@ -226,39 +263,6 @@ def test_a_run_that_is_not_there_lists_those_that_are(tmp_path, monkeypatch):
     for handle in ("runs/unstarted/latest", "a whole prompt " * 100, "", "/", "nothing\0"):
         with pytest.raises(Mistake, match="there is no run folder"):
             run_folder.find_checkpoint(handle)
-
-
-@pytest.mark.parametrize("handle", ["gpt_sotu", "runs/gpt_sotu", "runs/gpt_sotu/latest", "gpt_sotu/latest"])
-def test_a_name_means_the_newest_run_with_a_checkpoint_and_which_is_said(folder, tmp_path, monkeypatch, handle):
-    """Whatever the link says: a version before this one let it point to runs that failed before their first step."""
-    monkeypatch.chdir(tmp_path)
-    assert run_folder.choice(handle, folder) == f"{handle} is {folder.title}, the newest run; none has a checkpoint"
-    save(folder)
-    assert run_folder.choice(handle, folder) == f"{handle} is {folder.title}, the newest run with a checkpoint"
-    failed, under_way = (started(tmp_path / "runs", "gpt_sotu") for _ in range(2))
-    run_folder.end(failed, run_folder.FAILED, "no text")
-    os.utime(under_way.run)
-    (tmp_path / "runs/gpt_sotu/latest").unlink()
-    (tmp_path / "runs/gpt_sotu/latest").symlink_to(failed.id)
-    assert run_folder.find(handle) == folder and run_folder.find_checkpoint(handle) == (folder, folder.checkpoints / "step_000003")
-    said = run_folder.choice(handle, folder)
-    newer = said.removeprefix(f"{handle} is {folder.title}, the newest run with a checkpoint; ").removesuffix(" are newer and have none")
-    # Both may have started in the same second.
-    assert sorted(newer.split(", ")) == sorted([f"{failed.title} (failed)", f"{under_way.title} (running)"])
-
-
-def test_nothing_is_said_of_a_run_that_is_named_itself(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(folder)
-    checkpoint = f"runs/gpt_sotu/{folder.id}/checkpoints/step_000003"
-    for handle in (folder.title, str(folder.path), f"runs/gpt_sotu/{folder.id}/", f"gpt_sotu/{folder.id}", checkpoint):
-        assert run_folder.choice(handle, folder) == "", handle
-    (tmp_path / "best").symlink_to(folder.path)
-    shutil.copytree(folder.path, tmp_path / "copy" / "latest")  # scp -r of the link
-    for handle in ("best", "copy/latest"):
-        assert run_folder.choice(handle, run_folder.find(handle)) == "" and run_folder.find(handle).id in (folder.id, "latest")
-    monkeypatch.chdir(folder.path)
-    assert run_folder.find(".") == folder and run_folder.choice(".", folder) == ""
 
 
 def test_a_copy_of_the_link_is_left_alone_and_is_no_run_of_its_own(folder):
@@ -304,7 +308,7 @@ def with_rows(tmp_path: Path) -> RunFolder:
 def test_rows_after_the_checkpoint_leave_and_are_kept(tmp_path: Path) -> None:
     made = with_rows(tmp_path)
     segment = {"layout": "pp2", "steps": 12, "commit": "0a1b2c", "dirty": True}
-    assert run_folder.reopen(made, 2, segment) == 2
+    assert segments.reopen(made, 2, segment) == 2
     assert [row["progress/step"] for row in metrics.read(made.metrics)] == [1, 2]
     assert made.metrics.read_text().splitlines()[-1] == json.dumps({"progress/step": 2, "train/loss": 0.2})  # the torn line is gone
     kept = list(metrics.read(made.path / "dropped.jsonl"))
@@ -316,7 +320,7 @@ def test_rows_after_the_checkpoint_leave_and_are_kept(tmp_path: Path) -> None:
     assert (run["status"], run["layout"], run["steps"], run["precision"]) == ("running", "pp2", 12, "fp32")
     assert (run["commit"], run["dirty"]) == ("0a1b2c", True)  # of the code that runs now
     assert [segment["from_step"] for segment in run["segments"]] == [0, 2]
-    assert run_folder.reopen(made, 2, {}) == 3 and len(list(metrics.read(made.path / "dropped.jsonl"))) == 2
+    assert segments.reopen(made, 2, {}) == 3 and len(list(metrics.read(made.path / "dropped.jsonl"))) == 2
 
 
 def test_a_number_that_json_has_not_survives_the_cut(tmp_path: Path) -> None:
@@ -324,6 +328,6 @@ def test_a_number_that_json_has_not_survives_the_cut(tmp_path: Path) -> None:
     made.metrics.write_text(
         metrics.encode({"progress/step": 1, "train/loss": float("nan")}) + "\n" + json.dumps({"progress/step": 9}) + "\n"
     )
-    run_folder.reopen(made, 1, {})
+    segments.reopen(made, 1, {})
     (row,) = metrics.read(made.metrics)
     assert row["train/loss"] != row["train/loss"]

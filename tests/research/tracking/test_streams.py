@@ -118,3 +118,28 @@ def test_the_entry_points_with_streams_that_take_nothing(command: str, redirecte
     full = redirected == ">/dev/full" and not refused
     assert done.returncode == (2 if refused or full else 0)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+NET = """
+import sys
+from rich.text import Text
+from research.tracking.console import Console
+from research.tracking.streams import prepare_streams, without_escaping
+prepare_streams()
+text = "a\\x1b]0;owned\\x07\\x1b[2J\\x9b\\u202e\\u2028b"
+print(text, "\\x1b[1mbold\\x1b[0m", "\\rbar", flush=True)
+Console(terminal=True).header([(text, text)])
+without_escaping(sys.stdout).write(text)
+raise ValueError(text)
+"""
+
+
+def test_the_streams_escape_what_steers_a_terminal():
+    """A print, our console, and a traceback. Colours and carriage returns of libraries pass, as does what is asked for exactly."""
+    done = subprocess.run([sys.executable, "-c", NET], capture_output=True, cwd=ROOT, timeout=120)
+    escaped = r"a\x1b]0;owned\x07\x1b[2J\x9b\u202e\u2028b"
+    printed, *header, exactly = done.stdout.decode().split("\n")
+    assert printed == f"{escaped} \x1b[1mbold\x1b[0m \rbar"
+    assert len(header) == 1 and header[0].startswith("\x1b[") and header[0].count(escaped) == 2 and "]0;" in header[0]
+    assert header[0].count("\x1b") == 2 and exactly == "a\x1b]0;owned\x07\x1b[2J\x9b\u202e\u2028b"
+    assert f"ValueError: {escaped}" in done.stderr.decode()

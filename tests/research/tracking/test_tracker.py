@@ -4,6 +4,7 @@ Every run is a process of its own with an environment of its own; the times are 
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from research.tracking.tracker import Tracker
 from research.tracking.wandb_client import RunDescription
 from research.tracking.wandb_record import TEXTS
 from tests.research.helpers import wandb_servers as servers
+from tests.research.tracking.test_wandb_artifacts import checkpoint
 
 BOUND = 30  # seconds; promised: 10
 KEY = "0123456789" * 4
@@ -81,6 +83,10 @@ def run(mode="auto", rows=1, kill=0, again=True):
         tracker.log(LATER)
     tracker.samples(SAMPLES[:2])
     tracker.samples(SAMPLES[2:])
+    checkpoint(folder, 20)
+    for _ in range(2):
+        tracker.refer_to_checkpoints(every=10)
+    tracker.alert("failed", "after step 20 of 20: the loss is nan", "ERROR")
     if kill == signal.SIGTERM:  # found only when it is asked to finish
         _end_children(kill, again)
     ended = time.monotonic()
@@ -208,8 +214,30 @@ def test_the_offline_run_has_our_axes(offline):
         "val/loss": "progress/tokens",
         "val/bits_per_byte": "progress/tokens",
         "perf/*": "progress/step",
+        "mem/*": "progress/step",
         "progress/*": "progress/step",
     }
+
+
+def test_the_offline_run_refers_to_the_checkpoint_and_has_the_alert(offline):
+    """The checksums are those of the files; nothing is copied into W&B's folder."""
+    assert_has_artifact_and_alert(offline[0]["folder"])
+
+
+def assert_has_artifact_and_alert(folder):
+    (artifact,) = [one for one in of(inspected(folder), "artifact") if one["type"] != "run_table"]  # as W&B keeps the samples
+    assert (artifact["name"], artifact["type"], artifact["run_id"]) == (f"{folder.title}-checkpoints", "model", folder.title)
+    assert set(artifact["aliases"]) >= {"step_000020"} and json.loads(artifact["metadata"]) == {"step": 20, "tokens": 2000}
+    place = folder.checkpoints / "step_000020"
+    entries = {entry["path"]: (entry["ref"], int(entry["size"]), entry["digest"]) for entry in artifact["manifest"]["contents"]}
+    assert entries == {
+        path.name: (path.absolute().as_uri(), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in place.iterdir()
+    }
+    assert not [path for path in folder.wandb.rglob("*") if path.name in entries]
+    (alert,) = of(inspected(folder), "alert")
+    assert alert["title"] == f"failed · {folder.title}" and alert["text"] == "after step 20 of 20: the loss is nan"
+    assert (alert["level"], int(alert["wait_duration"])) == ("ERROR", 600_000)
 
 
 def test_the_offline_run_is_quiet_tidy_and_says_what_to_do(offline, tmp_path):
@@ -302,10 +330,13 @@ def working():
 
 
 def test_online_mirrors_every_row(tmp_path, working):
-    """The server answers too little for the tables of a run under way: that is said once, and costs nothing else."""
+    """The server answers too little for the tables and artifacts of a run under way: that is said once each, and costs nothing else."""
     told, errors = launch(tmp_path, server=working)
     assert told["line"] == f"W&B online · {working}/somebody/tessera/runs/{told['folder'].title}"
-    assert ["did not take the table of samples" in note for note in told["notes"]] == [True]
+    assert [note.partition(" → ")[0] for note in told["notes"]] == [
+        "W&B did not take the table of samples", "W&B did not take references to files",
+        "W&B sends no alert, for its server has not answered",
+    ]  # fmt: skip
     seen = [{key: value for key, value in row.items() if not key.startswith("_")} for row in servers.Works.rows]
     assert [row.get("progress/step") for row in seen] == [10, 20, 20, 20, 20, 20] and seen[0] == ROWS[0] and seen[2] == ROWS[2]
     first = servers.Works.runs[0]
@@ -351,9 +382,17 @@ def test_a_row_without_an_axis_is_refused(tmp_path):
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet = Tracker(run_folder.RunFolder(tmp_path / "none"), None, "online", after=5)
-    assert {name for name in vars(Tracker) if not name.startswith("_")} == {"log", "samples", "finish", "line"}
+    known = {"log", "samples", "alert", "refer_to_checkpoints", "refer_to_store", "finish", "line"}
+    known |= {"write_waiting", "waiting", "write_missing"}
+    assert {name for name in vars(Tracker) if not name.startswith("_")} == known
+    quiet.write_waiting()
+    quiet.write_missing({"metrics": ["{}"]})
+    assert quiet.waiting == {}
     quiet.log({})
     quiet.samples([{}])
+    quiet.alert("failed", "why")
+    quiet.refer_to_checkpoints(every=1)
+    quiet.refer_to_store(Path("nowhere"))
     quiet.finish("failed")
     assert (quiet.line, quiet.notes, list(tmp_path.iterdir())) == ("", [], [])
 

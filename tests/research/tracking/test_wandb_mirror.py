@@ -13,7 +13,19 @@ from parallel.files import write_json
 from research.tracking import metrics, run_folder, wandb_mirror
 from research.tracking.tracker import Tracker
 from research.tracking.wandb_client import Opened
-from tests.research.tracking.test_tracker import CONFIG, DESCRIPTION, LATER, ROWS, SAMPLES, inspected, launch, of, tables, untabled
+from tests.research.tracking.test_tracker import (
+    CONFIG,
+    DESCRIPTION,
+    LATER,
+    ROWS,
+    SAMPLES,
+    assert_has_artifact_and_alert,
+    inspected,
+    launch,
+    of,
+    tables,
+    untabled,
+)
 
 LONG = 30.0
 
@@ -75,6 +87,17 @@ def test_a_w_b_that_never_starts_holds_up_nothing_and_the_hint_says_what_writes_
     slow.ready.set()
 
 
+def test_what_w_b_does_without_costs_a_note_and_no_row(tracker: Tracker, slow: SlowWandb) -> None:
+    """This client knows no alerts and no artifacts, and the store is not there; the row after them is taken all the same."""
+    tracker.alert("skipped a step", "step 3: the loss is nan")
+    tracker.refer_to_store(Path("nowhere"))
+    tracker.log(LATER)
+    slow.ready.set()
+    tracker.finish()
+    assert repr(slow.rows) == repr([*ROWS, LATER]) and slow.ended == [0]
+    assert [note.partition(" (")[0] for note in tracker.notes][:2] == ["W&B could not send an alert", "W&B could not refer to files"]
+
+
 def test_an_online_address_that_comes_late_is_shown_at_the_end(tracker: Tracker, slow: SlowWandb) -> None:
     slow.mode = "online"
     slow.ready.set()
@@ -95,6 +118,7 @@ def test_an_offline_run_whose_process_died_is_written_again(number: int, tmp_pat
     assert [first, *others] == [ROWS[0], ROWS[2], *later]
     assert tables(folder)[-1]["data"] == [[*row.values()] for row in SAMPLES]
     assert (wild["train/loss"], wild["train/grad_norm"]) == ("NaN", "Infinity") and sample["sample/text"] == "of the United States"
+    assert_has_artifact_and_alert(folder)
     (record,) = of(inspected(folder), "run")
     assert record["run_id"] == folder.title and record["run_group"] == "gpt_sotu" and "model" in record["config"]["update"]
     assert {"train/*", "val/*"} <= {metric.get("glob_name") for metric in of(inspected(folder), "metric")}

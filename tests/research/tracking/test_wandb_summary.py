@@ -13,6 +13,7 @@ from research.tracking import run_folder, wandb_record, wandb_summary
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers import wandb_servers as servers
 from tests.research.tracking import test_tracker as training
+from tests.research.tracking.test_run_lock import elsewhere
 
 FIGURES = {"eval/lambada/accuracy": 0.45, "eval/validation/loss": 3.5}
 
@@ -108,3 +109,16 @@ def test_a_sync_of_both_segments_ends_with_both_kinds_of_figures(tmp_path, worki
     rows = [row for row in servers.Works.rows if not any(str(key).startswith("samples") for key in row)]
     assert len(rows) == len(training.ROWS) + len(training.SAMPLES) and len(servers.Works.rows) == len(rows) + 2  # two tables of samples
     assert {run["name"] for run in servers.Works.runs} == {folder.title}
+
+
+def test_nothing_is_written_beside_a_holder_that_cannot_be_seen(tmp_path: Path) -> None:
+    """It is on another host, and goes on or not: here nobody can say so at once. `track` listens to it."""
+    folder = RunFolder(tmp_path / "runs" / "gpt" / "aaaaaa")
+    folder.wandb.mkdir(parents=True)
+    write_json(folder.config, {"track": {"mode": "offline"}})
+    record = elsewhere(folder.lock)
+    before = sorted(folder.path.rglob("*"))
+    assert "the run may be in use on another host → python -m research track " in wandb_summary.add(folder, FIGURES)
+    assert sorted(folder.path.rglob("*")) == before
+    record.write_bytes(record.read_bytes().replace(b'"released": false', b'"released": true '))
+    assert "W&B has no record of this run" in wandb_summary.add(folder, FIGURES)

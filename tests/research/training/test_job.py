@@ -11,7 +11,7 @@ from research.config.experiment_folder import LoadedExperiment
 from research.config.overrides import Options
 from research.tracking import run_folder
 from research.tracking.run_folder import INTERRUPTED
-from research.training.job import dry_run, resolve
+from research.training.job import describe, dry_run, resolve
 from research.training.resume import AUTO
 from tests.parallel.helpers.checkpoints import save
 from tests.research.helpers.example import example, sentence
@@ -41,3 +41,13 @@ def test_a_contradiction_is_refused_in_a_new_run_and_a_warning_in_one_that_goes_
     assert job.resume and job.resume.folder == folder
     assert [warning.startswith(said) for warning in job.warnings] == [True]
     assert f"\nwarn     {job.warnings[0]}\n" in dry_run(job, "unknown", False)
+
+
+def test_the_machine_line_names_the_gpu_and_deterministic_kernels() -> None:
+    lines = []
+    for deterministic in (False, True):
+        loaded = LoadedExperiment(example(deterministic=deterministic), ROOT / "experiments" / "gpt_sotu", "gpt_sotu")
+        job = resolve(loaded, [], ALONE, Options(), [])
+        lines.append(dict(describe(job, "NVIDIA H200, 150.1 GB", ["nccl 2.27.5", "gloo"]))["machine"])
+    assert lines[0].startswith("1 node × 1 rank · NVIDIA H200, 150.1 GB, ") and lines[0].endswith(" · nccl 2.27.5 · gloo")
+    assert lines[1] == f"{lines[0]} · deterministic kernels"

@@ -17,7 +17,8 @@ from parallel.checkpoint.folder import latest
 from parallel.checkpoint.reader import Reader
 from research import __main__ as research_main
 from research.config import serialization
-from research.tracking.format import one_line, printable
+from research.tracking.format import one_line
+from research.tracking.run_lock import is_held
 from tests.models.helpers import reference
 from tests.parallel.helpers.checkpoints import by_another_reader
 from tests.research.end_to_end.test_launchers import assert_same_experiment
@@ -25,7 +26,8 @@ from tests.research.helpers.launches import ROOT, Ended, Place, run
 from tests.research.tracking.test_tracker import inspected, of
 
 STEPS, TOKENS_PER_STEP, BATCH = 6, 256, 8
-TRAIN = {"train/loss", "train/ppl", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/memory_mb"}
+TRAIN = {"train/loss", "train/ppl", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/step_ms", "perf/data_ms"}
+TRAIN |= {"perf/memory_mb", "mem/host_mb", "mem/host_added_mb", "mem/host_added_peak_mb"}
 VALIDATION = {"val/loss", "val/ppl", "val/bits_per_byte", "val/tokens"}
 PROGRESS = {"progress/step", "progress/tokens", "progress/samples", "progress/applied_steps", "progress/seconds"}
 LABELS = [
@@ -60,8 +62,10 @@ def test_every_file_of_a_finished_run(ended: Ended) -> None:
     folder = ended.folder
     made = {path.name for path in folder.path.iterdir()} - {"wandb", "wandb.json"}
     assert made == {
-        "run.json", "config.json", "deepspeed.json", "metrics.jsonl", "samples.jsonl", "loss.png", "source", "checkpoints", "logs"
+        "run.json", "config.json", "deepspeed.json", "metrics.jsonl", "samples.jsonl", "loss.png", "source", "checkpoints", "logs", "lock",
+        "made_here",
     }  # fmt: skip
+    assert is_held(folder.lock) is False
     assert (folder.path.parent / "latest").is_symlink()
     assert folder.loss_png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["latest", "step_000006"]
@@ -107,6 +111,10 @@ def test_the_keys_of_every_row(ended: Ended) -> None:
     for row in trained:
         assert row["train/ppl"] == pytest.approx(math.exp(row["train/loss"]))
         assert 1 < row["perf/memory_mb"] < 1e5 and row["perf/tokens_per_second"] > 0
+        assert row["perf/tokens_per_second"] * row["perf/step_ms"] == pytest.approx(1e3 * TOKENS_PER_STEP)
+        assert 0 < row["perf/data_ms"] < row["perf/step_ms"]
+        assert 0 < row["mem/host_mb"] <= row["perf/memory_mb"]
+        assert row["mem/host_added_mb"] <= row["mem/host_added_peak_mb"] < row["perf/memory_mb"] / 2, "the libraries are not the run's"
 
 
 def test_the_learning_rate_of_every_step(alone: Ended) -> None:
@@ -127,7 +135,8 @@ def test_what_is_read_in_a_pipe(alone: Ended) -> None:
     assert re.match(r"config   experiments/gpt_sotu \+ \d+ overrides: model.num_layers 4 → 2, model.hidden_size 192 → 32, ", lines[1])
     assert "batch    8 sequences = 2 micro × 4 accumulated × 1 data · 256 tokens a step" in lines
     assert "model    gpt 2 layers, hidden 32, 2 heads · 30.7 k parameters" in lines
-    assert any(line.startswith("done   6 steps in ") and line.endswith(" at step 6 · 0 skipped · loss.png") for line in lines)
+    ending = re.compile(r"done   6 steps in .* at step 6 · 0 skipped · [\d,.]+ [MG]B of memory, [\d,.]+ [MG]B added by the run · loss.png")
+    assert any(ending.fullmatch(line) for line in lines)
 
 
 def test_plain_python_writes_nothing_to_standard_error(alone: Ended) -> None:
@@ -241,7 +250,7 @@ def test_generate_writes_what_the_run_wrote(ended: Ended, capsys) -> None:
     assert research_main.main(["generate", str(ended.folder.path), "--prompt", row["prompt"], *asked]) == 0
     written = capsys.readouterr().out
     assert written.startswith(row["prompt"])
-    assert one_line(written.removeprefix(row["prompt"])) == one_line(printable(row["text"]))
+    assert one_line(written.removeprefix(row["prompt"])) == one_line(row["text"])
 
 
 def test_runs_lists_it(tensor_2: Ended, place: Place) -> None:
@@ -261,7 +270,7 @@ def test_what_to_type_next_can_be_typed(alone: Ended) -> None:
     assert f"wandb leet {alone.folder.wandb}\n" in following and alone.folder.wandb.is_dir()
 
 
-def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> None:
+def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended, place: Place) -> None:
     """The exit code is 0, and the offline run has every row, the whole configuration and our axes."""
     assert alone.code == 0
     assert "\ntracking W&B offline (no answer from http://127.0.0.1:9) · later: wandb sync " in alone.out
@@ -279,8 +288,11 @@ def test_an_unreachable_server_costs_nothing_but_the_mirror(alone: Ended) -> Non
     assert told["derived_deepspeed"] == json.loads(alone.folder.deepspeed.read_text())
     assert (about["run_group"], about["run_id"]) == ("gpt_sotu", alone.folder.title)
     assert about["tags"] == ["pipe 1 × data 1 × tensor 1", "ZeRO-1", "fp32"]
+    stores, (checkpoint,) = ([one for one in of(records, "artifact") if one["type"] == kind] for kind in ("dataset", "model"))
+    assert [json.loads(store["metadata"])["source"] for store in stores] == [str(place.train), str(place.validation)]
+    assert "step_000006" in checkpoint["aliases"] and of(records, "alert") == []
     axes = {metric.get("name") or metric["glob_name"]: metric.get("step_metric") for metric in of(records, "metric")}
-    assert axes["train/*"] == axes["val/*"] == "progress/tokens" and axes["perf/*"] == "progress/step"
+    assert axes["train/*"] == axes["val/*"] == "progress/tokens" and axes["perf/*"] == axes["mem/*"] == "progress/step"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from research.verification.spmd_check import fake_world
 from research.verification.spmd_collectives import WITHOUT_RULE, TypeMismatch, typed_collectives
 
 TENSOR = spmd.MeshAxis.of(4, 1)
-RULES = {"all_reduce", "all_gather", "reduce_scatter"}
+RULES = {"all_reduce", "all_gather", "all_gather_single", "reduce_scatter", "reduce_scatter_single"}
 WORDS = ("all_", "broadcast", "gather", "reduce", "scatter", "send", "recv")
 
 
@@ -42,6 +42,13 @@ def test_sums_maxima_and_gathers():
                     dist.all_reduce(of(wrong))
             with pytest.raises(TypeMismatch, match="takes V"):
                 dist.all_gather(pieces, of(P))
+            dist.all_gather_single(whole := torch.cat([of(R)] * 4), of(V))
+            dist.reduce_scatter_single(mine := of(V), torch.cat([of(P)] * 4))
+            assert [spmd.get_axis_local_type(x, TENSOR) for x in (whole, mine)] == [I, V]
+            with pytest.raises(TypeMismatch, match="takes V"):
+                dist.all_gather_single(whole, of(P))
+            with pytest.raises(TypeMismatch, match="takes P or V"):
+                dist.reduce_scatter_single(mine, torch.cat([of(I)] * 4))
             with pytest.raises(TypeMismatch, match="has no rule"):
                 dist.broadcast(of(I), 0)
         dist.broadcast(torch.ones(1), 0)  # the checker is off
