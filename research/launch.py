@@ -68,7 +68,7 @@ def _run(file: Path, argv: list[str]) -> None:
         refuse_shared_accelerators(ranks, choose_accelerator())  # torch begins here
     except Mistake as mistake:  # of this rank, perhaps of this host alone
         if ranks.world > 1 and not {"--dry-run", "--dry_run"} & {*argv}:
-            rendezvous.tell(ranks, mistake, rendezvous_seconds)
+            rendezvous.report_before_meeting(ranks, mistake, rendezvous_seconds)
         raise
     if "--check-cluster" in argv or "--check_cluster" in argv:
         from research.training import cluster_check

@@ -6,7 +6,7 @@ from typing import Any
 from research.config import serialization
 from research.config.diff import belongs, flatten
 from research.tracking.run_folder import RunFolder
-from research.training.resume import RECORDED
+from research.training.continuation import RECORDED
 
 DESCRIPTIVE = ("schema", "question", "parent", "track", "data.cache")
 """Settings, or groups of them, that say nothing about what a run computes."""

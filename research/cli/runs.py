@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
     found = [(folder, summarise(folder)) for folder in run_folder.every(arguments.root)]
     known = [({"status": run["status"]}, folder) for folder, run in found]
-    for (_, run), status in zip(found, run_status.statuses(known), strict=True):  # all that must be listened to, at once
+    for (_, run), status in zip(found, run_status.statuses(known), strict=True):  # all heartbeats that must be watched, at once
         run["status"] = status
     tell_apart(found)
     runs = in_order([run for _, run in found], SORTED_BY[arguments.sort], arguments.reverse)

@@ -24,7 +24,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
 """Seconds between two looks into the store."""
 GRACE = 10.0
 """How much longer than rank 0 the other ranks wait: for its sentence about who is missing."""
-LINGER, LINGER_MISSING = 5.0, 1.0
+READING_SECONDS, READING_SECONDS_IF_MISSING = 5.0, 1.0
 """How long a rank that serves the store stays, so that all ranks read why the launch ends: on one host, where a launcher ends ranks that
 have not come yet, and after others have been waited for. With several hosts, PATIENCE."""
 FAILED = "failed"
@@ -42,7 +42,7 @@ class Rendezvous:
         self.ranks, self.seconds, self.host = ranks, seconds, host or socket.gethostname()
         self.whole_store, self._report = store, report
         self.store = dist.PrefixStore("rendezvous", store)
-        self.told = False
+        self.reported = False
         """Whether this rank has said or read why the launch ends."""
 
     @classmethod
@@ -115,24 +115,24 @@ class Rendezvous:
 
         If another rank has failed before, its sentence is the one that counts. `shows`: False if the sentence has been shown already.
         """
-        self.told = True
+        self.reported = True
         if self.store.add(f"{FAILED}/first", 1) > 1:
             self._raise_failure()
         if shows:
             sys.stderr.write(f"error  {sentence(text)}\n")
             sys.stderr.flush()
         self._set(FAILED, [text, code, self.ranks.rank - self.ranks.local_rank])
-        self._linger(code)
+        self._wait_until_read(code)
         raise SharedMistake(text, reports=False, code=code)
 
     @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
+    def sharing_errors(self) -> Iterator[None]:
         """An error of this rank inside ends all ranks, with a sentence that names it and its host. Calls of `decide` may be inside."""
         try:
             yield
         except SharedMistake as mistake:
-            if not self.told:
-                self._linger(mistake.code)
+            if not self.reported:
+                self._wait_until_read(mistake.code)
             raise
         except Exception as error:
             is_mistake = isinstance(error, Mistake)
@@ -186,16 +186,16 @@ class Rendezvous:
         raise SharedMistake(text, reports, code)
 
     def _wait_for_sentence(self) -> None:
-        deadline = time.monotonic() + LINGER
+        deadline = time.monotonic() + READING_SECONDS
         while not self.failure() and time.monotonic() < deadline:
             time.sleep(SHORTEST_PAUSE)
 
-    def _linger(self, code: int) -> None:
+    def _wait_until_read(self, code: int) -> None:
         """If this rank serves the store: stays until every other rank has read the failure, or has had its time to come and read it."""
         if not serves_store(self.ranks):
             return
         one_host = self.ranks.world == self.ranks.local_world and self.ranks.launcher != "srun"
-        deadline = time.monotonic() + (LINGER_MISSING if code == HUNG else LINGER if one_host else PATIENCE)
+        deadline = time.monotonic() + (READING_SECONDS_IF_MISSING if code == HUNG else READING_SECONDS if one_host else PATIENCE)
         while self.store.add(f"{FAILED}/read", 0) < self.ranks.world - 1 and time.monotonic() < deadline:
             time.sleep(SHORTEST_PAUSE)
 
@@ -209,7 +209,7 @@ class Rendezvous:
         return f"rank 0 {what} after {seconds:g} s, {len(here)} of {self.ranks.world} ranks are there → see what the host of rank 0 says"
 
 
-def tell(ranks: Ranks, mistake: Mistake, seconds: float, patience: float = PATIENCE) -> None:
+def report_before_meeting(ranks: Ranks, mistake: Mistake, seconds: float, patience: float = PATIENCE) -> None:
     """Ends every rank because of a Mistake that this one has found before the ranks met. Returns if its own exit ends the others.
 
     The other ranks have most likely found the same one. So rank 0 reports at once. Any other rank waits for the store: with several

@@ -31,7 +31,7 @@ def joined(
     """
     logging.getLogger(LOGGER).setLevel(logging.DEBUG if verbose else logging.WARNING)
     torch.set_num_threads(threads_per_rank(ranks))
-    with rendezvous.telling() if rendezvous else contextlib.nullcontext():
+    with rendezvous.sharing_errors() if rendezvous else contextlib.nullcontext():
         refuse_precision(precision)
         if rendezvous:
             rendezvous.decide("ready to connect", None, lambda values: None)  # from here on a rank that fails is missed by a collective

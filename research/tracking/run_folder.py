@@ -31,7 +31,7 @@ from parallel.checkpoint.folder import MANIFEST, latest, newest_complete
 from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from parallel.process_identity import ProcessIdentity
-from research.tracking import run_lock
+from research.tracking import acquire_lock
 from research.tracking.format import short_path
 from research.tracking.lock_record import HEARTBEATS, now
 from research.tracking.lock_record import newest as newest_record
@@ -192,7 +192,7 @@ def end_unless_ended(folder: RunFolder, status: str, reason: str, rank_0: Proces
 
     `rank_0` is the process that run.json must name. While run.json is written here, nobody can take the lock over that rank 0 has left.
     """
-    with contextlib.suppress(OSError), run_lock.kept_from_others(folder.lock, rank_0) as free:
+    with contextlib.suppress(OSError), acquire_lock.kept_from_others(folder.lock, rank_0) as free:
         run = read_json(folder.run)
         process = ProcessIdentity.from_json(run)
         if free and run.get("status") == RUNNING and (process is None or process.is_same(rank_0)):

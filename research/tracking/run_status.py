@@ -11,15 +11,15 @@ from typing import Any
 from parallel.checkpoint.folder import newest_complete
 from parallel.files import read_json
 from parallel.process_identity import ProcessIdentity
-from research.tracking import run_lock
+from research.tracking import acquire_lock
 from research.tracking.lock_record import TRAINING, Owner, beating
 from research.tracking.run_folder import RUNNING, RunFolder, by_start, is_latest, of_experiment, read_run
 from research.tracking.run_lock import RunLock
 
 DIED = "died"
 """The status of a run whose run.json says `running`, but whose process has ended."""
-STATUS_LISTEN_SECONDS = 4.0
-"""How long `status` listens to a run whose process cannot be seen. Its heartbeat changes every second."""
+STATUS_WATCH_SECONDS = 4.0
+"""How long `status` watches the heartbeat of a run whose process cannot be seen. It changes every second."""
 
 
 def earlier_owner(folder: RunFolder) -> Owner | None:
@@ -44,27 +44,27 @@ def take_lock(folder: RunFolder, purpose: str = TRAINING, report: Callable[[str]
     earlier = earlier_owner(folder)
     if earlier and earlier.process and earlier.process.is_same(ProcessIdentity.current()):
         earlier = None
-    return run_lock.take(folder.lock, folder.title, purpose, earlier, report)
+    return acquire_lock.take(folder.lock, folder.title, purpose, earlier, report)
 
 
 def status(run: Mapping[str, Any], folder: RunFolder) -> str:
     """The status in `run`, which is run.json of `folder`; `died` for a `running` one whose process has ended.
 
-    A process that cannot be seen from here, on another machine or in another container, is listened to for STATUS_LISTEN_SECONDS.
+    If a process cannot be seen from here (another machine or container), its heartbeat is watched for STATUS_WATCH_SECONDS.
     """
     return statuses([(run, folder)])[0]
 
 
 def statuses(runs: Sequence[tuple[Mapping[str, Any], RunFolder]]) -> list[str]:
-    """`status` of each run. Those whose processes cannot be seen are listened to at the same time."""
+    """`status` of each run. The heartbeats of those whose processes cannot be seen are watched at the same time."""
     found, unseen = [str(run.get("status", "unknown")) for run, _ in runs], dict[int, Path]()
     for i, (_, folder) in enumerate(runs):
         if found[i] == RUNNING:
-            held = run_lock.is_held(folder.lock, earlier_owner(folder))
+            held = acquire_lock.is_held(folder.lock, earlier_owner(folder))
             found[i] = RUNNING if held else DIED
             if held is None:
                 unseen[i] = folder.lock
-    alive = beating([*unseen.values()], STATUS_LISTEN_SECONDS) if unseen else set[Path]()
+    alive = beating([*unseen.values()], STATUS_WATCH_SECONDS) if unseen else set[Path]()
     return [RUNNING if unseen.get(i) in alive else word for i, word in enumerate(found)]
 
 

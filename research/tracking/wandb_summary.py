@@ -10,9 +10,9 @@ from pathlib import Path
 
 from parallel.files import read_json
 from research.tracking import wandb_client, wandb_record
+from research.tracking.acquire_lock import is_held
 from research.tracking.format import short_path
 from research.tracking.run_folder import RunFolder
-from research.tracking.run_lock import is_held
 
 
 def add(folder: RunFolder, figures: Mapping[str, float]) -> str:

@@ -27,7 +27,7 @@ from research.tracking.console import Console
 from research.tracking.metrics import finite
 from research.tracking.run_folder import RunFolder
 from research.tracking.tracker import Tracker
-from research.training.holding import Holding
+from research.training.locked_run import LockedRun
 
 NON_FINITE, SPIKE = "non_finite", "spike"
 WINDOW, LEAST = 100, 20
@@ -122,10 +122,10 @@ class AnomalyMonitor:
     """Looks at every step, with what all ranks know alike. `begin_step` and `check` are collective."""
 
     def __init__(
-        self, experiment: Experiment, engine: Engine, corpus: Corpus, holding: Holding, console: Console, tracker: Tracker
+        self, experiment: Experiment, engine: Engine, corpus: Corpus, locked: LockedRun, console: Console, tracker: Tracker
     ) -> None:
-        self.experiment, self.engine, self.holding, self.console, self.tracker = experiment, engine, holding, console, tracker
-        self.folder = holding.folder
+        self.experiment, self.engine, self.locked, self.console, self.tracker = experiment, engine, locked, console, tracker
+        self.folder = locked.folder
         self.num_windows = num_samples(corpus.train, experiment.model.seq_length)
         self.spikes = Spikes(experiment.watch.spike)
         self.non_finite = NonFiniteGradients(engine.parameters)
@@ -202,7 +202,7 @@ class AnomalyMonitor:
             suspects=suspects,
         )
         if self.engine.grid.rank == 0:
-            self.holding.check()
+            self.locked.check()
             try:
                 keep(self.folder, incident)
             except OSError as error:  # what it describes is said; a row that the disk refuses ends the run in order

@@ -25,7 +25,7 @@ class Checkpointer:
 
     def __init__(self, run: Run, anomalies: AnomalyMonitor, periodic: Periodic) -> None:
         self.run, self.anomalies, self.periodic = run, anomalies, periodic
-        check = run.holding.check
+        check = run.locked.check
         self.saver = BackgroundSaver(check=check) if run.job.experiment.checkpoints.background else Saver(check=check)
         self.saved_step = -1
         """The step of the newest checkpoint that was begun or resumed from; −1 for none."""
@@ -104,7 +104,7 @@ class Checkpointer:
         keep = self.run.job.experiment.checkpoints
         if self.run.engine.grid.rank > 0:
             return
-        self.run.holding.check()
+        self.run.locked.check()
         checkpoint_folder.retain(self.run.folder.checkpoints, keep.keep_last, keep.keep_every)
         self.run.tracker.refer_to_checkpoints(keep.keep_every)
         if not self._is_latest:

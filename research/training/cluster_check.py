@@ -11,7 +11,7 @@ from research.reliability.parents import Parents
 from research.reliability.watchdog import watchdog
 from research.tracking.console import Console, show_tables
 from research.tracking.format import plural
-from research.training import setup
+from research.training import preflight
 from research.training.job import Job
 
 MUST_BE_SHARED = ("track.runs",)
@@ -36,10 +36,10 @@ def _check(job: Job, progress: Progress) -> None:
     seconds = experiment.watch.rendezvous_seconds
     with progress.work("meeting the other ranks"):
         rendezvous = Rendezvous.open(ranks, seconds, console.warn) if ranks.world > 1 else Rendezvous.alone(ranks)
-    with progress.work("comparing the hosts"), rendezvous.telling():  # whose waits have limits of their own
+    with progress.work("comparing the hosts"), rendezvous.sharing_errors():  # whose waits have limits of their own
         rendezvous.arrive()
         load_variants(job.folder, experiment)
-        claims = setup.claims(job, rendezvous.host)
+        claims = preflight.claims(job, rendezvous.host)
         folders = {name: job.root / path for name, path in (("track.runs", experiment.track.runs), ("data.cache", experiment.data.cache))}
         report = host_tables.compare(rendezvous, claims, folders)
         fault = show_report(report, console) if report else None

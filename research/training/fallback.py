@@ -15,7 +15,7 @@ from research.config.diff import Change
 from research.tracking import segments
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
-from research.training.holding import Holding
+from research.training.locked_run import LockedRun
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Start:
     """The settings that differ from the checkpoint's."""
 
 
-def load_newest_whole(start: Start, is_auto: bool, holding: Holding, engine: Engine, console: Console) -> tuple[Start, dict[str, Any]]:
+def load_newest_whole(start: Start, is_auto: bool, locked: LockedRun, engine: Engine, console: Console) -> tuple[Start, dict[str, Any]]:
     """The start from the newest checkpoint whose hashes are right, and its facts. The engine has its state then. Collective.
 
     Unless `is_auto`, damage is a Mistake: the checkpoint was chosen by its name. Rows later than the older checkpoint are removed.
@@ -41,7 +41,7 @@ def load_newest_whole(start: Start, is_auto: bool, holding: Holding, engine: Eng
             if mistake.code != DAMAGED or not is_auto:
                 raise
             damage = str(mistake).partition(" → ")[0]
-        older = Path(broadcast_object(_set_aside(start, damage, holding) if engine.grid.rank == 0 else ""))
+        older = Path(broadcast_object(_set_aside(start, damage, locked) if engine.grid.rank == 0 else ""))
         if not older.name:
             sentence = f"{damage}; {start.folder.title} has no other whole checkpoint → begin a run of its own, without --resume"
             raise SharedMistake(sentence, reports=engine.grid.rank == 0, code=DAMAGED)
@@ -49,9 +49,9 @@ def load_newest_whole(start: Start, is_auto: bool, holding: Holding, engine: Eng
         start = replace(start, checkpoint=older, step=read_manifest(older).facts["step"])
 
 
-def _set_aside(start: Start, damage: str, holding: Holding) -> str:
+def _set_aside(start: Start, damage: str, locked: LockedRun) -> str:
     """Sets the damaged checkpoint aside; returns the path of the newest older one that seems whole, '' if there is none. Rank 0 only."""
-    holding.check()
+    locked.check()
     checkpoints = start.folder.checkpoints
     checkpoint_folder.set_aside([start.checkpoint])
     before = [path for path in checkpoint_folder.steps(checkpoints) if checkpoint_folder.step_of(path) < start.step]

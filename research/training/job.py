@@ -27,9 +27,11 @@ from research.config.serialization import resolved
 from research.data.prepare import check as check_data
 from research.evaluation.in_training import check_tasks
 from research.tracking import format as fmt
+from research.tracking.acquire_lock import release
 from research.tracking.format import compact, plural
-from research.tracking.run_lock import RunLock, release
-from research.training.resume import NEVER, Resume, check_init_from, doubts_of_init_from, find
+from research.tracking.run_lock import RunLock
+from research.training.init_from import check_init_from, doubts_of_init_from
+from research.training.resume import NEVER, Resume, find
 from research.training.samples import check_samples
 
 

@@ -21,12 +21,12 @@ from research.reliability.watchdog import watchdog
 from research.tracking.console import Console
 from research.tracking.metrics import perplexity
 from research.tracking.run_folder import FAILED, FINISHED, INTERRUPTED
-from research.training import setup
+from research.training import preflight, setup
 from research.training.anomalies import AnomalyMonitor
 from research.training.checkpointer import Checkpointer
 from research.training.finish import finish, show_next_commands
-from research.training.holding import deleted, disk_errors
 from research.training.job import Job
+from research.training.locked_run import deleted, disk_errors
 from research.training.periodic import Periodic
 from research.training.profiler import StepProfiler
 from research.training.schedule import learning_rate
@@ -40,7 +40,7 @@ def train(job: Job, parents: Parents) -> None:
     """Trains the experiment of `job`, from its first step or a checkpoint, to its last step or a signal. Collective.
 
     Returns when the run is finished; raises SystemExit(WATCHED) where it has stopped itself, 128 + n after signal n, and the code of a
-    trouble with its folder (research/training/holding.py). The job's locks are given up in any case.
+    trouble with its folder (research/training/locked_run.py). The job's locks are given up in any case.
     """
     ranks, experiment, layout = job.ranks, job.experiment, job.experiment.parallel
     console = Console(quiet=ranks.rank > 0)
@@ -50,12 +50,12 @@ def train(job: Job, parents: Parents) -> None:
         stack.callback(job.close)
         limits = experiment.watch
         watch = stack.enter_context(watchdog(ranks, job.root, limits.hang_seconds, parents, limits.rendezvous_seconds))
-        job, variants, rendezvous = setup.meet(job, console, watch)
+        job, variants, rendezvous = preflight.meet(job, console, watch)
         grid = stack.enter_context(
             joined(ranks, layout.pipe, layout.tensor, layout.sequence, experiment.precision, job.verbose, rendezvous)
         )
         resumed = setup.agree_on_resume(job)
-        held = setup.open_folder(job, grid, resumed)
+        locked = setup.open_folder(job, grid, resumed)
 
         def has_begun() -> bool:
             """Whether there are steps to go on from."""
@@ -64,9 +64,9 @@ def train(job: Job, parents: Parents) -> None:
         status, failure, code, refused = FAILED, "", 0, False
         try:
             leave_when_asked()
-            with watch.together(held.folder, held.view), disk_errors(held.folder.path, has_begun):
-                setup.header(job, held.folder, console)
-                run, anomalies, periodic, checkpointer = setup.prepare_run(job, held, grid, console, resumed, watch, variants)
+            with watch.together(locked.folder, locked.view), disk_errors(locked.folder.path, has_begun):
+                setup.header(job, locked.folder, console)
+                run, anomalies, periodic, checkpointer = setup.prepare_run(job, locked, grid, console, resumed, watch, variants)
                 status = train_and_finish(run, anomalies, periodic, checkpointer)
                 failure, code = run.failure or "", run.code if run.failure else 0
         except SystemExit:  # a signal came before the first step
@@ -77,9 +77,9 @@ def train(job: Job, parents: Parents) -> None:
             raise
         finally:
             if refused:  # the run has not begun, and nothing in its folder is worth keeping
-                held.discard()
+                locked.discard()
             else:
-                held.end(status, failure or watch.reason, code)
+                locked.end(status, failure or watch.reason, code)
         show_next_commands(run)
         dist.barrier()  # the first rank to leave with an exit code makes a launcher end the others
     if run.failure:
@@ -125,7 +125,7 @@ def finish_in_trouble(run: Run, checkpointer: Checkpointer, finished: bool) -> N
         trouble = deleted(run.folder.path)
         checkpointer.saved_step = -1  # whatever was saved is gone, too
         with together(run.engine.grid):
-            run.holding.restore()
+            run.locked.restore()
     run.tracker.write_waiting()
     try:
         if is_gone or not finished:

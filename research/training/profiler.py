@@ -71,7 +71,7 @@ class StepProfiler:
         with run.progress.work("writing the profile"), run.meter.paused("profile"):
             own, refusals = recording.stop(), list[str]()
             with refused_by_the_disk(refusals):
-                run.holding.check()
+                run.locked.check()
                 folder.mkdir(exist_ok=True)
                 recording.write(folder, self._rank)
             if not (ranks := gather_objects((own, refusals), run.engine.grid)):
@@ -79,7 +79,7 @@ class StepProfiler:
             summary = profile_summary.Summary(recording.steps, [found for found, _ in ranks], self._before_ms)
             refusals = [f"of rank {rank} {why}" for rank, (_, refused) in enumerate(ranks) for why in refused]
             with refused_by_the_disk(refusals):
-                run.holding.check()
+                run.locked.check()
                 write_json(folder / "summary.json", summary.to_json())
                 with published(folder / "summary.txt") as temporary:
                     temporary.write_text("\n".join(summary.lines(every_block=True)) + "\n", encoding="utf-8")

@@ -29,8 +29,9 @@ from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
-from research.training import anomalies, resume
+from research.training import anomalies
 from research.training.components import optimizer_class, training_loss
+from research.training.init_from import init_from_path
 from research.training.schedule import learning_rate
 
 Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -105,7 +106,7 @@ def module_before(
         engine = make_engine(layers, loss, Grid(), settings)
         if checkpoint is not None:
             load_checkpoint(checkpoint, engine)
-        elif path := resume.init_from_path(experiment, ROOT):
+        elif path := init_from_path(experiment, ROOT):
             load_initial(path, engine)
         with console.progress("steps in between", step - 1 - taken) as advance:
             for before in range(taken, step - 1):

@@ -1,4 +1,4 @@
-"""Resuming: the run and the checkpoint that `--resume` names, or `init_from`, and whether today's settings allow it.
+"""Resuming: the run and the checkpoint that `--resume` names, and whether today's settings allow it.
 
 Everything here is decided before torch is imported.
 """
@@ -6,7 +6,7 @@ Everything here is decided before torch is imported.
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -14,19 +14,17 @@ from typing import Any
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.damage import damage_of, read_manifest
-from parallel.checkpoint.folder import MANIFEST
-from parallel.errors import Damaged, Mistake, listed
+from parallel.errors import Damaged, Mistake
 from research.config import Experiment, serialization
 from research.config.diff import MOST, Change, belongs, describe_changes, diff, flatten
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import MEASURE
-from research.data.prepare import same_tokenizer
 from research.tracking import run_folder, run_status
+from research.tracking.acquire_lock import Held, is_held, take
 from research.tracking.format import short_path
 from research.tracking.lock_record import newest as newest_record
 from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
-from research.tracking.run_lock import Held, RunLock, is_held, take
-from research.training.schedule import learning_rate
+from research.tracking.run_lock import RunLock
 
 AUTO, NEVER = "auto", "never"
 MAY_CHANGE = (
@@ -51,99 +49,6 @@ MAY_CHANGE = (
     "deepspeed",
 )
 """Settings, or groups of them, that may change on resume because the run stays the same experiment."""
-RECORDED = {
-    "schedule.validate_every": "validations",
-    "schedule.validate_tokens": "validations",
-    "schedule.log_every": "rows of metrics.jsonl",
-    "evaluate": "evaluations",
-    "sample": "samples",
-    "watch": "checks of each step",
-}
-"""Settings that change no step, but what is recorded of it or what an anomaly leads to -> what they change."""
-
-
-def continuation(
-    step: int,
-    changes: Sequence[Change],
-    now: Experiment,
-    layout_and_machine: Mapping[str, tuple[Any, Any]],
-    same_code: bool | None,
-    device: str,
-    variants: Mapping[str, Any] = MappingProxyType({}),
-) -> str:
-    """How far a run that resumes at `step` is the run that was never stopped, in words that say no more than is true.
-
-    `changes` are the settings that differ, `layout_and_machine` what differs of these (parallel/engines/process_state.py).
-    `same_code`: None if the checkpoint does not say with which code it was saved, as older ones do not.
-    `variants`: what the experiment names of its variant.py, for a decay of its own.
-    'bit for bit as if it had never stopped' needs that nothing differs, and a CPU or `deterministic`: some GPU kernels add in no fixed
-    order. If `deterministic` was not set before, that is among `layout_and_machine`.
-    """
-    rounding = [f"{name.partition('.')[2]} {then} → {to}" for name, (then, to) in layout_and_machine.items()]
-    rounding += ["other DeepSpeed settings"] * any(belongs(name, ["deepspeed"]) for name, _, _ in changes)
-    rounding += ["GPU kernels"] * (device != "cpu" and not now.deterministic)
-    exact = f"within rounding ({', '.join(rounding)})" if rounding else "bit for bit"
-
-    then, to = next(((then, to) for name, then, to in changes if name == "schedule.steps"), (now.schedule.steps,) * 2)
-    if not _same_rates(now, then, to, range(step), variants):
-        said = f"same state, other learning rates from here on ({now.optimizer.decay} over {to} steps, not {then})"
-        said += f", {exact}" if rounding else ""
-    elif not _same_rates(now, then, to, range(step, min(then, to)), variants):
-        said = f"{exact} as if it had been begun with {to} steps"
-    else:
-        said = f"{exact} as if it had never stopped"
-
-    other = dict.fromkeys(what for prefix, what in RECORDED.items() if any(belongs(name, [prefix]) for name, _, _ in changes))
-    said += f", with other {listed(other, 'and')}" if other else ""
-    if same_code is None:
-        return f"{said}, if the code is the one that saved it, which this checkpoint does not say"
-    return said if same_code else f"{said}, if the code, which has changed, still computes the same"
-
-
-def _same_rates(experiment: Experiment, then: int, to: int, steps: Iterable[int], variants: Mapping[str, Any]) -> bool:
-    """Whether a run of `then` and one of `to` steps have the same learning rate in each of `steps`."""
-    optimizer = experiment.optimizer
-    if then == to:
-        return True
-    return all(learning_rate(step, optimizer, then, variants) == learning_rate(step, optimizer, to, variants) for step in steps)
-
-
-def init_from_path(experiment: Experiment, root: Path) -> Path | None:
-    """The folder of the checkpoint that `init_from` names, relative to `root`; None if weights are drawn."""
-    return None if experiment.init_from is None else Path(root) / Path(experiment.init_from).expanduser()
-
-
-def check_init_from(experiment: Experiment, root: Path) -> None:
-    """Raises a Mistake if `init_from` is set and names no checkpoint."""
-    path = init_from_path(experiment, root)
-    if path is None or (path / MANIFEST).is_file():
-        return
-    newest = checkpoint_folder.newest_complete(path / "checkpoints") if (path / "checkpoints").is_dir() else None
-    such = f"{experiment.init_from}/checkpoints/{newest.name}" if newest else "runs/NAME/ID/checkpoints/step_N"
-    raise Mistake(f"init_from = {experiment.init_from!r}: {path} is not a checkpoint, it has no {MANIFEST} → name {such}")
-
-
-def doubts_of_init_from(experiment: Experiment, root: Path) -> Iterator[str]:
-    """A warning if the weights that a run begins with know other tokens, as far as the folder of their run tells."""
-    path, now = init_from_path(experiment, root), experiment.data
-    config = path.parent.parent / "config.json" if path else None
-    if config is None or not config.is_file():
-        return
-    then = serialization.load(config).data
-    if not same_tokenizer(then, now, root):
-        trained = f" trained on {then.train!r}, not on {now.train!r}" if then.tokenizer == now.tokenizer else f", not {now.tokenizer!r}"
-        yield (
-            f"init_from = {experiment.init_from!r}: its weights know the tokens of {then.tokenizer!r}{trained}, so that the ids mean "
-            "other text → set data.tokenizer to the tokenizer.json that `python -m research export` writes for that run"
-        )
-
-
-def init_from_digest(experiment: Experiment, root: Path) -> str:
-    """A digest of the manifest, which holds the digest of every file; 'drawn' without init_from, 'missing' if it is not on this host."""
-    path = init_from_path(experiment, root)
-    if path is None:
-        return "drawn"
-    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16] if (path / MANIFEST).is_file() else "missing"
 
 
 @dataclass(frozen=True)
@@ -285,10 +190,10 @@ def _resume(folder: RunFolder, checkpoint: Path, experiment: Experiment, passed_
     return Resume(folder, checkpoint, _facts(checkpoint), changed, dict(passed_over))
 
 
-def _newest_match(experiment: Experiment, source: Path, runs: Path, listen: bool) -> tuple[RunFolder | None, str]:
+def _newest_match(experiment: Experiment, source: Path, runs: Path, watch: bool) -> tuple[RunFolder | None, str]:
     """The newest unfinished run whose science and seed are `experiment`'s, and why it, or why there is none.
 
-    It has a checkpoint, or it is running and may save its first one soon. `listen`: whether a run that cannot be seen is listened to.
+    It has a checkpoint, or it is running and may save its first one soon. `watch`: watch the heartbeat of one that cannot be seen.
     """
     unfinished: dict[RunFolder, list[Change]] = {}  # run -> its differences
     damaged: list[str] = []
@@ -300,7 +205,7 @@ def _newest_match(experiment: Experiment, source: Path, runs: Path, listen: bool
             if not has_checkpoint and status != RUNNING:
                 continue
             changes = science_changes(folder, source, experiment)
-            if not has_checkpoint and (changes or not _is_alive(folder, listen)):
+            if not has_checkpoint and (changes or not _is_alive(folder, watch)):
                 continue
         except (OSError, ValueError):  # this does not keep another run from being resumed
             damaged.append(folder.title)
@@ -328,10 +233,10 @@ def _newest_match(experiment: Experiment, source: Path, runs: Path, listen: bool
     return None, f"a new run: {why}{unread}"
 
 
-def _is_alive(folder: RunFolder, listen: bool) -> bool:
-    """Whether the holder of a run lives. It is listened to if it cannot be seen; if it is dead, its lock then says so for good."""
+def _is_alive(folder: RunFolder, watch: bool) -> bool:
+    """Whether the holder of a run lives. Its heartbeat is watched if it cannot be seen; if it is dead, its lock then says so for good."""
     held = is_held(folder.lock, run_status.earlier_owner(folder))
-    if held is None and listen:
+    if held is None and watch:
         try:
             run_status.take_lock(folder, report=_report).release()
         except Held:

@@ -12,8 +12,8 @@ from research.reliability.signals import Stop
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
 from research.tracking.tracker import Tracker
-from research.training.holding import Holding
 from research.training.job import Job
+from research.training.locked_run import LockedRun
 from research.training.meter import Meter
 
 
@@ -22,7 +22,7 @@ class Run:
     """One run on one rank. `step` and `failure` are equal on every rank."""
 
     job: Job
-    holding: Holding
+    locked: LockedRun
     folder: RunFolder
     variants: Mapping[str, Any]
     """The classes and functions of variant.py that the experiment names."""
@@ -47,7 +47,7 @@ class Run:
             if not self.stop.trouble:
                 self.console.warn(f"{self.tracker.failure}: the run stops, with a last checkpoint if there is room for one")
             self.stop.demand(DISK)
-        if self.holding.was_deleted:
+        if self.locked.was_deleted:
             self.stop.demand(TAKEN)
 
     def axes(self) -> dict[str, float]:

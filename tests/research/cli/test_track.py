@@ -13,11 +13,11 @@ from parallel.files import read_json, write_json
 from research import ROOT
 from research.cli import track
 from research.tracking import run_folder, run_status, wandb_record
+from research.tracking.acquire_lock import Held
 from research.tracking.console import Console
 from research.tracking.metrics import JsonLines
 from research.tracking.plot import loss_curve
 from research.tracking.run_folder import RunFolder
-from research.tracking.run_lock import Held
 from research.tracking.wandb_client import Opened
 from tests.research.helpers import wandb_servers as servers
 from tests.research.tracking.test_tracker import CONFIG, KEY, ROWS, SAMPLES, inspected, of

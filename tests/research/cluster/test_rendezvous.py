@@ -11,7 +11,7 @@ import torch.distributed as dist
 from parallel.errors import Mistake, SharedMistake
 from research.cluster.environment import Ranks
 from research.cluster.exit_codes import CRASHED, HUNG, WRONG
-from research.cluster.rendezvous import Rendezvous, missing_sentence, tell
+from research.cluster.rendezvous import Rendezvous, missing_sentence, report_before_meeting
 from tests.harness import run_ranks
 from tests.research.helpers.launches import free_port
 
@@ -30,7 +30,7 @@ def met(world: int, body: Body, seconds: float = 20.0, absent: tuple[int, ...] =
     def run(rank: int) -> None:
         rendezvous = Rendezvous(ranks_of(rank, world, launcher), store, seconds, host="abcd"[rank // 2])
         try:
-            with rendezvous.telling():
+            with rendezvous.sharing_errors():
                 rendezvous.arrive()
                 found[rank] = body(rendezvous)
         except Exception as error:
@@ -144,12 +144,12 @@ def over_tcp(port: int, fails: bool) -> Any:
     ranks = ranks_of(rank, 4, port=port)
     if fails and rank == 2:
         try:
-            tell(ranks, Mistake("data.train = 'x' is missing → copy it"), seconds=20.0)
+            report_before_meeting(ranks, Mistake("data.train = 'x' is missing → copy it"), seconds=20.0)
         except SharedMistake as mistake:
             return str(mistake), mistake.reports
     rendezvous = Rendezvous.open(ranks, 20.0)
     try:
-        with rendezvous.telling():
+        with rendezvous.sharing_errors():
             rendezvous.arrive()
             found = rendezvous.decide("sum", rank, sum)
             dist.barrier()  # the store ends with rank 0
@@ -175,10 +175,10 @@ def late_host(port: int) -> tuple[str, bool]:
     ranks = Ranks(rank, 0, 2, 1, "deepspeed", "127.0.0.1", port)
     try:
         if rank == 1:
-            tell(ranks, Mistake("data.train = 'x' is missing → copy it"), seconds=30.0, patience=0.1)
+            report_before_meeting(ranks, Mistake("data.train = 'x' is missing → copy it"), seconds=30.0, patience=0.1)
         time.sleep(0.5)
         rendezvous = Rendezvous.open(ranks, 30.0)
-        with rendezvous.telling():
+        with rendezvous.sharing_errors():
             rendezvous.arrive()
             rendezvous.decide("never", None, list)
     except SharedMistake as mistake:

@@ -12,8 +12,8 @@ import pytest
 from parallel.checkpoint.folder import latest
 from parallel.files import read_json
 from research.cluster.exit_codes import DAMAGED, DISK
+from research.tracking.acquire_lock import is_held
 from research.tracking.run_folder import RunFolder
-from research.tracking.run_lock import is_held
 from research.verification import torture
 from tests.research.helpers import small_runs as r
 from tests.research.helpers.small_runs import PHASES, Ended, Stage

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from parallel.errors import Mistake
-from research.tracking import lock_record, metrics, run_folder, run_lock, run_status, segments
+from research.tracking import acquire_lock, lock_record, metrics, run_folder, run_lock, run_status, segments
 from research.tracking.run_folder import RunFolder
 
 BEAT, LISTEN, SETTLE = 0.1, 2.0, 0.5
@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for module in (lock_record, run_lock):
         module.BEAT_SECONDS = BEAT  # type: ignore[attr-defined]
-    run_lock.LISTEN_SECONDS, run_lock.SETTLE_SECONDS = LISTEN, SETTLE
+    acquire_lock.WATCH_SECONDS, acquire_lock.SETTLE_SECONDS = LISTEN, SETTLE
     if not arguments.flock:
         lock_record.fcntl.flock = no_flock  # type: ignore[assignment]
     folder, own = RunFolder(arguments.run), metrics.JsonLines(arguments.own)

@@ -224,16 +224,16 @@ def disk_full_in_save_2(rank: int) -> None:
 
 def other_seed_on_rank_1(rank: int) -> None:
     """Rank 1 has another seed than the other ranks."""
-    from research.training import setup
+    from research.training import preflight
 
-    claims = setup.claims
+    claims = preflight.claims
 
     def other_seed(job: Any, host: str) -> Any:
         found = claims(job, host)
         return replace(found, named={**found.named, "settings": {**found.named["settings"], "seed": 99}})
 
     if rank == 1:
-        setup.claims = other_seed
+        preflight.claims = other_seed
 
 
 def other_text_on_rank_1(rank: int) -> None:
@@ -259,9 +259,9 @@ def crash_before_step_1(rank: int) -> None:
 
 def no_room(rank: int) -> None:
     """The disk has a kilobyte left."""
-    from research.training import setup
+    from research.training import preflight
 
-    setup.free_bytes = lambda folder: 1000
+    preflight.free_bytes = lambda folder: 1000
 
 
 def folder_is_read_only(rank: int) -> None:
@@ -269,9 +269,9 @@ def folder_is_read_only(rank: int) -> None:
     import errno
     from pathlib import Path
 
-    from research.training import setup
+    from research.training import preflight
 
-    disk_trouble, write = setup.disk_trouble, Path.write_bytes
+    disk_trouble, write = preflight.disk_trouble, Path.write_bytes
 
     def read_only(*arguments: Any) -> Any:
         def refuse(path: Path, data: bytes) -> int:
@@ -283,4 +283,4 @@ def folder_is_read_only(rank: int) -> None:
         finally:
             Path.write_bytes = write  # type: ignore[method-assign]
 
-    setup.disk_trouble = read_only
+    preflight.disk_trouble = read_only

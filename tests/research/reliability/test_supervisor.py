@@ -13,8 +13,8 @@ from parallel.files import write_json
 from research import ROOT
 from research.reliability.supervisor import LaunchRecord, saved_step
 from research.tracking import run_folder
+from research.tracking.acquire_lock import is_held
 from research.tracking.run_folder import RunFolder
-from research.tracking.run_lock import is_held
 from tests.parallel.helpers.checkpoints import save as save_whole
 
 

@@ -19,18 +19,19 @@ from parallel.errors import Mistake
 from parallel.process_identity import ProcessIdentity
 from research import ROOT
 from research.cluster import exit_codes
-from research.tracking import lock_record, run_lock
+from research.tracking import acquire_lock, lock_record, run_lock
+from research.tracking.acquire_lock import Held, is_held, take
 from research.tracking.lock_record import Owner, beating, encoded, newest, path_of
-from research.tracking.run_lock import Held, LockView, RunLock, State, is_held, take
+from research.tracking.run_lock import LockView, RunLock, State
 from tests.parallel.test_process_identity import IN_A_NAMESPACE, can_unshare
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from research.tracking import lock_record, run_lock
+from research.tracking import acquire_lock, lock_record, run_lock
 lock_record.BEAT_SECONDS = run_lock.BEAT_SECONDS = 0.05
-run_lock.LISTEN_SECONDS, run_lock.SETTLE_SECONDS = 0.6, 0.2
-lock = run_lock.take(Path(sys.argv[1]), "gpt-aaaaaa")
+acquire_lock.WATCH_SECONDS, acquire_lock.SETTLE_SECONDS = 0.6, 0.2
+lock = acquire_lock.take(Path(sys.argv[1]), "gpt-aaaaaa")
 print("held", flush=True)
 sys.stdin.read()
 lock.check()
@@ -43,8 +44,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats and waits take tens of milliseconds instead of seconds, in the same proportions."""
     for module in (lock_record, run_lock):
         monkeypatch.setattr(module, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(run_lock, "LISTEN_SECONDS", 0.2)
-    monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(acquire_lock, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(acquire_lock, "SETTLE_SECONDS", 0.05)
     monkeypatch.setattr(run_lock, "FLOCK_SECONDS", 0.05)
 
 
@@ -114,7 +115,7 @@ def test_a_killed_holder_leaves_it_at_once(place: Path) -> None:
         process.wait()
         began = time.monotonic()
         lock = take(place, "gpt-aaaaaa")
-        assert time.monotonic() - began < run_lock.LISTEN_SECONDS and lock.number == 2
+        assert time.monotonic() - began < acquire_lock.WATCH_SECONDS and lock.number == 2
         lock.release()
 
 
@@ -129,7 +130,7 @@ def test_a_strangers_process_with_the_number_does_not_hold_it(place: Path) -> No
 def test_a_holder_that_cannot_be_seen_is_known_by_its_flock_and_its_heartbeat(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As process 1 of another container. Without flock it is the heartbeat; killed, it is passed over after it was listened to."""
     said: list[str] = []
-    monkeypatch.setattr(run_lock, "LISTEN_SECONDS", 2.0)
+    monkeypatch.setattr(acquire_lock, "WATCH_SECONDS", 2.0)
     with holder(place, in_a_namespace=True) as process:
         assert is_held(place) is True
         with pytest.raises(Held, match="process 1 on .*: it cannot be seen from here, but it holds the lock → .* there: kill -USR1 1"):
@@ -182,7 +183,7 @@ def test_a_silent_holder_elsewhere_is_listened_to_and_then_passed_over(place: Pa
     record, said = elsewhere(place), list[str]()
     began = time.monotonic()
     lock = take(place, "gpt-aaaaaa", report=said.append)
-    assert time.monotonic() - began >= run_lock.LISTEN_SECONDS + run_lock.SETTLE_SECONDS
+    assert time.monotonic() - began >= acquire_lock.WATCH_SECONDS + acquire_lock.SETTLE_SECONDS
     assert said == ["gpt-aaaaaa may be in use by process 1 on node7, since 2026-01-31T12:00:00+00:00: its heartbeat is watched for 0 s …"]
     assert LockView(place, 1, "theirs").state() is State.TAKEN and lock.number == 2
     assert json.loads(record.read_bytes())["released"]
@@ -226,11 +227,11 @@ def test_of_two_contenders_at_once_one_wins_and_the_other_names_it(place: Path, 
     claim = lock_record.claim
 
     def late(*arguments: object) -> bool:
-        monkeypatch.setattr(run_lock, "claim", claim)
+        monkeypatch.setattr(acquire_lock, "claim", claim)
         winner.append(take(place, "gpt-aaaaaa"))
         return claim(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run_lock, "claim", late)
+    monkeypatch.setattr(acquire_lock, "claim", late)
     with pytest.raises(Held, match=f"process {os.getpid()} on "):
         take(place, "gpt-aaaaaa")
     assert winner[0].state() is State.OURS
@@ -243,15 +244,15 @@ def test_a_contender_that_slept_through_other_holders_does_not_hold_it(place: Pa
     claim = lock_record.claim
 
     def after_a_nap(*arguments: object) -> bool:
-        monkeypatch.setattr(run_lock, "claim", claim)
-        for _ in range(run_lock.KEPT_RECORDS + 4):
+        monkeypatch.setattr(acquire_lock, "claim", claim)
+        for _ in range(acquire_lock.KEPT_RECORDS + 4):
             take(place, "gpt-aaaaaa").release()
         return claim(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run_lock, "claim", after_a_nap)
+    monkeypatch.setattr(acquire_lock, "claim", after_a_nap)
     lock = take(place, "gpt-aaaaaa")
-    assert lock.number == run_lock.KEPT_RECORDS + 6 and lock.state() is State.OURS
-    assert len(list(place.glob("*.json"))) <= run_lock.KEPT_RECORDS + 2
+    assert lock.number == acquire_lock.KEPT_RECORDS + 6 and lock.state() is State.OURS
+    assert len(list(place.glob("*.json"))) <= acquire_lock.KEPT_RECORDS + 2
     lock.release()
 
 
@@ -330,13 +331,13 @@ def test_a_contender_that_slept_while_the_folder_was_replaced_does_not_take_it_f
     claim, new = lock_record.claim, list[RunLock]()
 
     def after_a_nap(*arguments: object) -> bool:
-        monkeypatch.setattr(run_lock, "claim", claim)
+        monkeypatch.setattr(acquire_lock, "claim", claim)
         take(below, "the start", temporary=True).release()
         new.append(take(below, "the start", temporary=True))
         new[0]._closed.set()  # its thread is slow
         return claim(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run_lock, "claim", after_a_nap)
+    monkeypatch.setattr(acquire_lock, "claim", after_a_nap)
     with pytest.raises(Held, match=f"the start is running .process {os.getpid()} on "):
         take(below, "the start", temporary=True)
     assert new[0].number == 1 and new[0].state() is State.OURS and [path.name for path in below.glob("*.json")] == ["000001.json"]
@@ -353,7 +354,7 @@ def test_a_holder_that_took_the_place_of_the_one_that_is_listened_to_is_not_take
         record.write_bytes(encoded({**json.loads(record.read_bytes()), **asdict(ProcessIdentity.current()), "token": "new"}))
         return set()
 
-    monkeypatch.setattr(run_lock, "beating", replaced)
+    monkeypatch.setattr(acquire_lock, "beating", replaced)
     with pytest.raises(Held, match=f"process {os.getpid()} on "):
         take(place, "gpt-aaaaaa")
 
@@ -379,6 +380,6 @@ def test_a_full_disk_gives_no_lock(place: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_endless_rivals_are_a_sentence(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "claim", lambda *arguments: False)
+    monkeypatch.setattr(acquire_lock, "claim", lambda *arguments: False)
     with pytest.raises(Mistake, match="20 other processes have taken its lock"):
         take(place, "gpt-aaaaaa")

@@ -45,7 +45,7 @@ def test_a_running_run_is_known_by_its_lock(folder):
 @pytest.mark.parametrize("elsewhere", [{"boot_id": "another"}, {"pid_namespace": "pid:[1]"}, {"started_after_boot": None}])
 def test_a_run_whose_process_cannot_be_seen_has_died_if_its_heartbeat_does_not_change(folder, elsewhere, monkeypatch):
     """On another machine, in another container, or begun by an older version, which wrote host and pid only."""
-    monkeypatch.setattr(run_status, "STATUS_LISTEN_SECONDS", 0.2)
+    monkeypatch.setattr(run_status, "STATUS_WATCH_SECONDS", 0.2)
     write_json(folder.run, read_json(folder.run) | elsewhere)
     heartbeat, beats, sleep = folder.heartbeat(1), iter(range(1000)), time.sleep
     heartbeat.write_text("{}")
@@ -60,7 +60,7 @@ def test_runs_out_of_sight_are_listened_to_at_the_same_time(tmp_path, monkeypatc
     for one in runs:
         write_json(one.run, read_json(one.run) | {"boot_id": "another"})
     slept = []
-    monkeypatch.setattr(run_status, "STATUS_LISTEN_SECONDS", 0.2)
+    monkeypatch.setattr(run_status, "STATUS_WATCH_SECONDS", 0.2)
     monkeypatch.setattr(lock_record.time, "sleep", lambda seconds: slept.append(seconds) or sleep_(seconds))
     assert run_status.statuses([(read_json(one.run), one) for one in runs]) == ["died"] * 8
     assert sum(slept) < 0.5

@@ -8,7 +8,7 @@ import pytest
 from research.config import schema, serialization
 from research.tracking import run_folder
 from research.tracking.run_folder import IMPORTED, RunFolder
-from research.training import resume
+from research.training import init_from
 from research.training.resume import AUTO, find
 from tests.parallel.helpers.checkpoints import save
 from tests.research.helpers.example import example, sentence
@@ -27,12 +27,12 @@ def imported(runs: Path, experiment) -> RunFolder:
 def test_a_checkpoint_is_taken_whatever_else_is_refused_with_the_one_meant(tmp_path: Path) -> None:
     folder = imported(tmp_path / "runs", example())
     name = f"runs/mine/{folder.id}"
-    resume.check_init_from(example(), tmp_path)
-    resume.check_init_from(example(init_from=f"{name}/checkpoints/step_000000"), tmp_path)
-    resume.check_init_from(example(init_from=str(folder.checkpoints / "step_000000")), Path("/elsewhere"))
-    said = sentence(lambda: resume.check_init_from(example(init_from=name), tmp_path))
+    init_from.check_init_from(example(), tmp_path)
+    init_from.check_init_from(example(init_from=f"{name}/checkpoints/step_000000"), tmp_path)
+    init_from.check_init_from(example(init_from=str(folder.checkpoints / "step_000000")), Path("/elsewhere"))
+    said = sentence(lambda: init_from.check_init_from(example(init_from=name), tmp_path))
     assert said.endswith(f"→ name {name}/checkpoints/step_000000") and f"init_from = '{name}'" in said
-    assert sentence(lambda: resume.check_init_from(example(init_from="nothing"), tmp_path)).endswith(
+    assert sentence(lambda: init_from.check_init_from(example(init_from="nothing"), tmp_path)).endswith(
         "→ name runs/NAME/ID/checkpoints/step_N"
     )
 
@@ -48,7 +48,7 @@ def test_weights_that_know_other_tokens_are_doubtful(tmp_path: Path) -> None:
         texts = {"train": "a.txt", "validation": "b.txt", "tokenizer": "builtin:bpe-300"}
         serialization.save(example(data=schema.Data(**texts | then)), folder / "config.json")
         name = "runs/old/aaaaaa/checkpoints/step_000006"
-        return list(resume.doubts_of_init_from(example(data=schema.Data(**texts | now), init_from=name), tmp_path))
+        return list(init_from.doubts_of_init_from(example(data=schema.Data(**texts | now), init_from=name), tmp_path))
 
     for then, now in (({}, {}), ({}, {"train": "copy.txt"}), ({"tokenizer": "t.json"}, {"tokenizer": "u.json", "train": "b.txt"})):
         assert said(then, now) == []
@@ -61,14 +61,14 @@ def test_weights_that_know_other_tokens_are_doubtful(tmp_path: Path) -> None:
     assert "know the tokens of 't.json', not 'v.json', so that" in other
     assert len(said({"train": "gone.txt"}, {})) == 1
     (folder / "config.json").unlink()
-    assert list(resume.doubts_of_init_from(example(init_from="runs/old/aaaaaa/checkpoints/step_000006"), tmp_path)) == []
+    assert list(init_from.doubts_of_init_from(example(init_from="runs/old/aaaaaa/checkpoints/step_000006"), tmp_path)) == []
 
 
 def test_ranks_compare_the_weights_they_begin_with(tmp_path: Path) -> None:
     save(tmp_path / "a")
     save(tmp_path / "b", offset=1.0)
-    digests = [resume.init_from_digest(example(init_from=where), tmp_path) for where in ("a", "b", "c")]
-    assert len(set(digests)) == 3 and digests[2] == "missing" and resume.init_from_digest(example(), tmp_path) == "drawn"
+    digests = [init_from.init_from_digest(example(init_from=where), tmp_path) for where in ("a", "b", "c")]
+    assert len(set(digests)) == 3 and digests[2] == "missing" and init_from.init_from_digest(example(), tmp_path) == "drawn"
 
 
 def test_what_was_imported_is_begun_with_not_resumed(tmp_path: Path) -> None:

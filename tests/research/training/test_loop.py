@@ -17,8 +17,8 @@ from parallel.checkpoint.folder import latest
 from parallel.checkpoint.reader import Reader
 from research import __main__ as research_main
 from research.config import serialization
+from research.tracking.acquire_lock import is_held
 from research.tracking.format import one_line
-from research.tracking.run_lock import is_held
 from tests.models.helpers import reference
 from tests.parallel.helpers.checkpoints import by_another_reader
 from tests.research.end_to_end.test_launchers import assert_same_experiment

@@ -13,9 +13,10 @@ from parallel.errors import Damaged, Mistake
 from parallel.files import read_json, write_json
 from research.cluster.exit_codes import DAMAGED
 from research.config import serialization
-from research.tracking import run_folder, run_lock, run_status
+from research.tracking import acquire_lock, run_folder, run_status
+from research.tracking.acquire_lock import is_held, release
 from research.tracking.run_folder import FAILED, FINISHED, INTERRUPTED, RUNNING, RunFolder
-from research.tracking.run_lock import RunLock, is_held, release
+from research.tracking.run_lock import RunLock
 from research.training.resume import AUTO, find
 from tests.parallel.helpers.checkpoints import save
 from tests.research.helpers.example import example, sentence
@@ -142,8 +143,8 @@ def test_a_process_out_of_sight_is_known_by_its_heartbeat(
     tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed as process 1 of its container, it can be resumed; while it lives, it is refused, whatever process 1 is here."""
-    monkeypatch.setattr(run_lock, "LISTEN_SECONDS", 0.5)
-    monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(acquire_lock, "WATCH_SECONDS", 0.5)
+    monkeypatch.setattr(acquire_lock, "SETTLE_SECONDS", 0.0)
     folder = made(tmp_path, RUNNING)
     run = read_json(folder.run) | elsewhere | {"pid": 1}
     write_json(folder.run, {key: value for key, value in run.items() if value is not None})

@@ -10,6 +10,7 @@ from research.config import Experiment, schema
 from research.config.diff import diff
 from research.tracking.run_folder import RunFolder
 from research.training import resume
+from research.training.continuation import RECORDED, continuation
 from research.training.fallback import Start
 from tests.research.helpers.example import example
 
@@ -70,17 +71,17 @@ def test_bit_for_bit_is_said_only_where_nothing_that_matters_has_changed(then: d
     changes = diff(settled(then), settled(now))
     assert resume.science(changes) == []
     for same_code, condition in SAME_CODE.items():
-        assert resume.continuation(120, changes, settled(now), differences, same_code, "cpu") == f"{said}{condition}"
-    assert "bit for bit" not in resume.continuation(120, changes, settled(now), differences, True, "cuda")
+        assert continuation(120, changes, settled(now), differences, same_code, "cpu") == f"{said}{condition}"
+    assert "bit for bit" not in continuation(120, changes, settled(now), differences, True, "cuda")
     deterministic = settled(now | {"deterministic": True})  # on a GPU, then and now: what is said of a CPU holds
-    assert resume.continuation(120, changes, deterministic, differences, True, "cuda") == f"{said}{SAME_CODE[True]}"
+    assert continuation(120, changes, deterministic, differences, True, "cuda") == f"{said}{SAME_CODE[True]}"
 
 
 def test_kernels_that_are_deterministic_only_now_make_no_bit_for_bit() -> None:
     now = settled({"deterministic": True})
-    said = resume.continuation(120, [], now, {"machine.deterministic": (False, True)}, True, "cuda")
+    said = continuation(120, [], now, {"machine.deterministic": (False, True)}, True, "cuda")
     assert said == "within rounding (deterministic False → True) as if it had never stopped"
-    said = resume.continuation(120, [], settled({}), {"machine.deterministic": (True, False)}, True, "cuda")
+    said = continuation(120, [], settled({}), {"machine.deterministic": (True, False)}, True, "cuda")
     assert said == "within rounding (deterministic True → False, GPU kernels) as if it had never stopped"
 
 
@@ -106,4 +107,4 @@ def test_every_setting_that_may_change_is_known_to_change_steps_or_not() -> None
     nothing = {"schema", "question", "parent", "data.cache", "checkpoints", "track", "profile"}
     # parallel/engines/process_state.py compares these
     by_arithmetic = {"schedule.micro_batch_size", "parallel", "precision", "deterministic"}
-    assert nothing | by_arithmetic | {"schedule.steps", "deepspeed"} | resume.RECORDED.keys() == set(resume.MAY_CHANGE)
+    assert nothing | by_arithmetic | {"schedule.steps", "deepspeed"} | RECORDED.keys() == set(resume.MAY_CHANGE)

@@ -1,7 +1,7 @@
-"""A run's folder in the hands of one launch: its lock, the troubles that end the run, and how its end is recorded.
+"""A run's folder and its lock during one launch: what a full disk or a deleted folder does to the run, and how its end is recorded.
 
-Two troubles are found while the run trains, and end it after the step: its disk refuses a row, or its folder was deleted. The rank that
-finds one asks all others to stop, as a signal would, so that a last checkpoint can be written where that is possible.
+A run ends after the step in which its disk refuses a row, or its folder was deleted. The rank that
+finds this asks all others to stop, as a signal would, so that a last checkpoint can be written where that is possible.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from research.tracking.run_lock import LockView, RunLock, State
 from research.training.job import Job
 
 
-class Holding:
-    """The folder of a run as this rank holds it. Rank 0 has the lock; the others see its record."""
+class LockedRun:
+    """The folder of a run, and its lock as this rank knows it. Rank 0 has the lock; the others see its record."""
 
     def __init__(self, folder: RunFolder, view: LockView, experiment: Experiment) -> None:
         self.folder, self.view, self._experiment = folder, view, experiment
@@ -79,12 +79,12 @@ def take(job: Job, folder: RunFolder) -> RunLock:
     return lock
 
 
-def share(lock: RunLock | None, experiment: Experiment) -> Holding:
-    """The run's folder in the hands of this rank. Rank 0 brings the lock, whose record the others see. Collective."""
+def share(lock: RunLock | None, experiment: Experiment) -> LockedRun:
+    """The run's folder and lock on this rank. Rank 0 brings the lock, whose record the others see. Collective."""
     said = json.dumps([str(lock.place.parent), lock.number, lock.token]) if lock else ""
     path, number, token = json.loads(broadcast_object(said))
     folder = RunFolder(Path(path))
-    return Holding(folder, lock or LockView(folder.lock, number, token), experiment)
+    return LockedRun(folder, lock or LockView(folder.lock, number, token), experiment)
 
 
 @contextlib.contextmanager
