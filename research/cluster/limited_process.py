@@ -5,6 +5,7 @@ its parent. Of its result only JSON comes back.
 """
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -100,6 +101,7 @@ def _ending(status: int, cpu_seconds: float, memory: int) -> str:
 def _be_child(function: Callable[[], Any], writing: int, cpu_seconds: float, memory: int) -> NoReturn:
     """The child's whole life. It ends without running anything that its parent has left for its own end."""
     try:
+        gc.freeze()  # so the parent's garbage is not collected here: a destructor that waits for a thread of the parent would hang
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):  # a panic in Rust reports itself there, an abort in C

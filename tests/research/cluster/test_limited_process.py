@@ -1,8 +1,10 @@
 """A function in a child that may use little memory and time: its result, its Mistakes, and the end of what takes more."""
 
 import faulthandler
+import gc
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -19,6 +21,27 @@ def test_its_result_comes_back_and_nothing_else_happens_here():
     changed: list[int] = []
     assert run(lambda: [os.getpid() != os.getppid(), changed.append(1), {"a": [1.5, None]}]) == [True, None, {"a": [1.5, None]}]
     assert changed == []
+
+
+class WaitsForAThread:
+    """Garbage of this process whose destructor would never return in the child, as that of torch's process groups."""
+
+    def __init__(self, ended: threading.Event) -> None:
+        self.itself, self.ended = self, ended
+
+    def __del__(self) -> None:
+        self.ended.wait()
+
+
+def test_the_child_does_not_collect_this_processs_garbage():
+    ended = threading.Event()
+    gc.disable()
+    try:
+        WaitsForAThread(ended)
+        assert run(lambda: gc.collect() >= 0, cpu_seconds=0.3) is True
+    finally:
+        ended.set()
+        gc.enable()
 
 
 def test_its_mistakes_are_raised_and_other_errors_are_one():
