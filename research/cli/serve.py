@@ -15,6 +15,8 @@ from parallel.text import printable, read_text
 from research import ROOT
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
+from research.cluster.environment import limit_kernel_cache
+from research.cluster.memory import limit_heaps
 from research.data.prepare import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import LONGEST_TEMPLATE, TEMPLATE
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from research.serving.server import Running, ServerSpec
 
 DEFAULT_PORT, DEFAULT_SLOTS, DEFAULT_CONTEXT = 8000, 8, 4096
+HEAPS, KERNELS = 2, 64
+"""What keeps the process's memory bounded whatever clients send: the C library's heaps, and the kernels that oneDNN keeps compiled."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client", "jinja2": "jinja2"}
 """Import name -> name on PyPI."""
@@ -86,6 +90,8 @@ class Task(Trained):
 def main(argv: list[str]) -> None:
     """Serves until Ctrl-C or SIGTERM."""
     task = checked_task(parser().parse_args(argv))
+    limit_heaps(HEAPS)
+    limit_kernel_cache(KERNELS)
     _check_memory(task)  # imports torch
     from research.serving.server import make_server
 

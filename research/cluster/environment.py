@@ -142,6 +142,16 @@ def choose_accelerator() -> int:
     return torch.accelerator.device_count()
 
 
+def limit_kernel_cache(kernels: int) -> None:
+    """Limits the kernels that oneDNN, and torch beside it, keep compiled. Variables that the user has set stay as they are.
+
+    oneDNN compiles a kernel for each shape of weight and each number of rows. A server reads prompts of any number of tokens, and would
+    keep 1,024 kernels in each of the two caches, of up to 100 KB each. It must be called before torch multiplies.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(kernels))
+
+
 def refuse_shared_accelerators(ranks: Ranks, accelerators: int) -> None:
     """Raise a Mistake if this machine has accelerators, but fewer than local ranks: each rank needs one. On a CPU any number runs.
 

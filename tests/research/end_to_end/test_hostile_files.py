@@ -120,6 +120,7 @@ def test_one_of_each_kind(bases, tmp_path):
     checked(chosen, tmp_path)
 
 
+@pytest.mark.slow
 def test_there_are_hundreds_and_each_has_a_name(bases):
     names = [case.name for case in cases(bases)]
     assert len(names) >= 700 and [name for name, count in Counter(names).items() if count > 1] == []

@@ -170,6 +170,7 @@ def test_it_gives_up_on_processes_that_cannot_be_killed(tmp_path: Path, left_beh
         launcher_on(Here(kills=False), tmp_path)._wait_until_gone(Launcher(), ["node1"], mark)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_wait_for_processes_that_are_left(tmp_path: Path, left_behind: Any, in_this_process: None) -> None:
     mark, process = left_behind
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()

@@ -138,7 +138,7 @@ ELSEWHERE = [{"boot_id": "another", "host": "node7"}, {"pid_namespace": "pid:[1]
 """On another machine, in another container, and in a run.json of an older version, which had host and pid only."""
 
 
-@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+@pytest.mark.parametrize("elsewhere", [ELSEWHERE[0], *(pytest.param(each, marks=pytest.mark.slow) for each in ELSEWHERE[1:])])
 def test_a_process_out_of_sight_is_known_by_its_heartbeat(
     tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
