@@ -29,6 +29,7 @@ import torch
 from parallel.engines.engine import MicroBatch
 from research.cli.verbs import count
 from research.cluster.exit_codes import refusing
+from research.data.batch_sizes import BatchSizes
 from research.data.batches import StreamSampler, one_source
 from research.data.blend import Blend, Stage
 from research.data.token_store import TokenStore, write
@@ -126,10 +127,10 @@ def main() -> None:
         for length in LENGTHS:
             blend = Blend(names, [Stage(0, (1.0,) * len(names))], 0)
             readers: dict[str, Reader | None] = {
-                "ours": of_sampler(one_source(store, length, size, size, 0)),
+                "ours": of_sampler(one_source(store, length, BatchSizes(size), size, 0)),
                 "nanoGPT": of_nanogpt(store, length, size),
                 "datasets": of_datasets(store, length, size),
-                "blend": of_sampler(StreamSampler(parts, blend, length, size, size, 0)),
+                "blend": of_sampler(StreamSampler(parts, blend, length, BatchSizes(size), size, 0)),
             }
             found = measured({name: reader for name, reader in readers.items() if reader}, size, arguments.repetitions)
             print(f"seq_length {length}, micro-batches of {size}, {arguments.tokens:,} tokens")

@@ -115,13 +115,15 @@ class Engine:
         self._correct_deepspeed()
         self._gradient_norm = float("nan")
 
-    def train_batch(self, batches: Iterable[MicroBatch], lr: float) -> float:
-        """One optimizer step at learning rate `lr` on the step's `settings.micro_batches` micro-batches of this data rank.
+    def train_batch(self, batches: Iterable[MicroBatch], lr: float, micro_batches: int | None = None) -> float:
+        """One optimizer step at learning rate `lr` on the step's micro-batches of this data rank.
 
-        Returns the step's loss before the update: the mean over unmasked tokens of the global batch, equal on every rank.
+        `micro_batches`: how many there are, equal on every rank; None: `settings.micro_batches`. Returns the step's loss before the
+        update: the mean over unmasked tokens of the global batch, equal on every rank.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self._accumulate(micro_batches or self.settings.micro_batches)
         loss, norm = self._train(copied_ahead(batches, self.device)), self.deepspeed.get_global_grad_norm()
         # One copy from the device for both, the only one of a step besides DeepSpeed's own.
         values = read_numbers(loss, norm) if isinstance(norm, Tensor) else [*read_numbers(loss), float("nan" if norm is None else norm)]
@@ -215,6 +217,12 @@ class Engine:
         """Sets the loss of training."""
         self.loss = loss
 
+    def _accumulate(self, micro_batches: int) -> None:
+        """Sets the number of micro-batches of the next step."""
+        if micro_batches != self.deepspeed.gradient_accumulation_steps():
+            self.deepspeed.set_train_batch_size(micro_batches * self.settings.micro_batch_size * self.grid.data)
+            self.deepspeed.micro_steps = 0  # the step ends where this is a multiple of the number
+
     def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
         """`train_batch` on micro-batches of this device; the loss as a 0-dim tensor, which is not waited for."""
         raise NotImplementedError
@@ -237,12 +245,13 @@ class PlainEngine(Engine):
     def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
         self.deepspeed.train()
         total = torch.zeros((), device=self.device)
-        for _ in range(self.settings.micro_batches):
+        micro_batches = self.deepspeed.gradient_accumulation_steps()
+        for _ in range(micro_batches):
             loss = self._forward(next(batches), self.loss)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += loss.detach()
-        return self._mean_over_data(total / self.settings.micro_batches)
+        return self._mean_over_data(total / micro_batches)
 
     def evaluate_batch(self, batch: MicroBatch) -> float:
         self.deepspeed.eval()

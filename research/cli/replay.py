@@ -7,6 +7,7 @@ from research.cli.trained_run import add_trust_option, find_run, settings_of_run
 from research.cli.verbs import Parser
 from research.cluster.environment import choose_accelerator
 from research.config import Experiment
+from research.config.layout import batch_sizes
 from research.data.prepare import Corpus
 from research.tracking.console import Console
 from research.tracking.format import one_line
@@ -57,9 +58,8 @@ def show(console: Console, folder: RunFolder, experiment: Experiment, corpus: Co
     from research.training import anomalies
     from research.training.replay import batches
 
-    schedule = experiment.schedule
-    first = (step - 1) * schedule.batch_size
-    console.header([("samples", f"{first}–{first + schedule.batch_size - 1}")])
+    sizes = batch_sizes(experiment.schedule)
+    console.header([("samples", f"{sizes.before(step - 1)}–{sizes.before(step) - 1}")])
     for culprit in examined.culprits:
         samples = ", ".join(str(number) for number in _samples(culprit, experiment, step)[:4])
         where = f" · sample {samples}" if samples and culprit.phase != "weights" else ""
@@ -80,6 +80,5 @@ def show(console: Console, folder: RunFolder, experiment: Experiment, corpus: Co
 
 def _samples(culprit: "FirstNonFinite", experiment: Experiment, step: int) -> list[int]:
     """The numbers of the samples in which the culprit is not finite."""
-    schedule = experiment.schedule
-    first = (step - 1) * schedule.batch_size + culprit.micro_batch * schedule.micro_batch_size
+    first = batch_sizes(experiment.schedule).before(step - 1) + culprit.micro_batch * experiment.schedule.micro_batch_size
     return [first + row for row in culprit.rows]

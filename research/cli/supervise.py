@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import shlex
 import shutil
 import sys
@@ -13,6 +14,7 @@ from research.cli.verbs import Parser, suggestion
 from research.cluster.hostfile import read as read_hostfile
 from research.config import Experiment
 from research.config.experiment_folder import load
+from research.config.layout import batch_sizes
 from research.config.overrides import parse
 from research.reliability.hosts import HostLauncher, Shape
 from research.reliability.supervisor import LaunchRecord, supervise
@@ -92,7 +94,7 @@ def _host_launcher(command: list[str], experiment: Experiment, shrink: bool) -> 
             )
         return None
     parallel, schedule = experiment.parallel, experiment.schedule
-    shape = Shape(parallel.pipe, parallel.tensor, schedule.batch_size, schedule.micro_batch_size)
+    shape = Shape(parallel.pipe, parallel.tensor, math.gcd(*batch_sizes(schedule).sizes), schedule.micro_batch_size)
     port = after.get("--ssh_port", "")
     return HostLauncher(command, read_hostfile(Path(path)), shape, Path.cwd(), shrink, int(port) if port.isdecimal() else None)
 

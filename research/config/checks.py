@@ -8,6 +8,7 @@ import math
 from models.config import GPT, VARIANT
 from parallel.errors import Mistake, listed
 from research.cluster.environment import RANKS_OPTION, Ranks
+from research.config.layout import batch_sizes
 from research.config.schema import Experiment
 
 MOST_TRIED = 65_536
@@ -85,6 +86,7 @@ def _check_pipeline_and_zero(experiment: Experiment) -> None:
 
 def _check_schedule(experiment: Experiment) -> None:
     optimizer, steps = experiment.optimizer, experiment.schedule.steps
+    batch_sizes(experiment.schedule)  # raises a Mistake if a ramp does not lead to batch_size
     recorded = experiment.profile.recorded
     if recorded and recorded[-1] > steps:
         way_out = f"use {recorded[0]}-{steps}" if recorded[0] <= steps else f"use steps up to {steps}"
@@ -119,7 +121,13 @@ def _check_world_and_batch(experiment: Experiment, ranks: Ranks) -> None:
     # the batch is split evenly: over the data ranks, and on each of them into micro-batches
     data, batch, micro = world // unit, experiment.schedule.batch_size, experiment.schedule.micro_batch_size
     unit = micro * data
-    if batch % unit:
+    uneven = next((size for size in batch_sizes(experiment.schedule).sizes if size % unit), None)
+    if uneven not in (None, batch):
+        raise Mistake(
+            f"schedule.batch_ramp has steps of {uneven} sequences, which is not a multiple of schedule.micro_batch_size × data ranks = "
+            f"{micro} × {data} = {unit} → use a start and an increment that are"
+        )
+    if uneven:
         way_out = f"batch_size {listed(size for size in (batch - batch % unit, batch + -batch % unit) if size)}"
         if batch % data == 0:
             fitting = [size for size in range(1, min(micro, batch // data + 1, MOST_TRIED)) if batch // data % size == 0] or [1]

@@ -6,7 +6,8 @@ Imports no torch.
 from dataclasses import dataclass
 
 from parallel.engines.deepspeed_config import EngineSettings
-from research.config.schema import Experiment, Parallel
+from research.config.schema import Experiment, Parallel, Schedule
+from research.data.batch_sizes import BatchSizes
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,15 @@ class Layout:
     world: int
     zero_stage: int
     micro_batches: int
-    """Micro-batches that a data rank accumulates before each optimizer step."""
+    """Micro-batches that a data rank accumulates before an optimizer step with schedule.batch_size sequences."""
     tokens_per_step: int
+    """Of a step with schedule.batch_size sequences."""
+    batch_sizes: BatchSizes
+    """The sequences of each step."""
+
+    def micro_batches_of(self, step: int) -> int:
+        """Micro-batches that a data rank accumulates in a step, counted from 0."""
+        return self.micro_batches * self.batch_sizes.of(step) // self.batch_sizes.size
 
 
 def layout(experiment: Experiment, world: int) -> Layout:
@@ -35,7 +43,13 @@ def layout(experiment: Experiment, world: int) -> Layout:
         zero_stage=effective_zero_stage(parallel),
         micro_batches=schedule.batch_size // (schedule.micro_batch_size * data),
         tokens_per_step=schedule.batch_size * experiment.model.seq_length,
+        batch_sizes=batch_sizes(schedule),
     )
+
+
+def batch_sizes(schedule: Schedule) -> BatchSizes:
+    """The sequences of each step."""
+    return BatchSizes(schedule.batch_size, schedule.batch_ramp)
 
 
 def effective_zero_stage(parallel: Parallel) -> int:

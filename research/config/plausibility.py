@@ -9,7 +9,8 @@ from pathlib import Path
 
 from parallel.errors import listed
 from research.cluster.environment import Ranks
-from research.config.schema import DECAYS, Checkpoints, Experiment, Optimizer
+from research.config.layout import batch_sizes
+from research.config.schema import DECAYS, Checkpoints, Experiment, Optimizer, Schedule
 
 BUILTIN = "builtin:"
 LONGEST_NAME = 128
@@ -55,6 +56,7 @@ def doubts(experiment: Experiment) -> Iterator[str]:
     data, evaluate, sample = experiment.data, experiment.evaluate, experiment.sample
     yield from _doubts_of_optimizer(experiment.optimizer, experiment.schedule.steps)
     yield from _doubts_of_checkpoints(experiment.checkpoints, experiment.schedule.steps)
+    yield from _doubts_of_ramp(experiment.schedule)
     if data.validation.startswith(BUILTIN) and not data.train.startswith(BUILTIN):
         yield (
             f"data.validation = {data.validation!r} is not held out of data.train = {data.train!r}: the validation loss is that of "
@@ -125,7 +127,17 @@ def _doubts_of_checkpoints(checkpoints: Checkpoints, steps: int) -> Iterator[str
         )
 
 
-def doubts_of_text(experiment: Experiment, tokenizer_size: int, validation_tokens: int, tokens_per_step: int) -> Iterator[str]:
+def _doubts_of_ramp(schedule: Schedule) -> Iterator[str]:
+    """A ramp that the run does not see the end of."""
+    last = batch_sizes(schedule).phases[-1]
+    if last.step >= schedule.steps:
+        yield (
+            f"schedule.batch_ramp reaches schedule.batch_size = {schedule.batch_size} at step {last.step + 1:,}, the run has "
+            f"{schedule.steps:,} → use fewer samples for the ramp, or more steps"
+        )
+
+
+def doubts_of_text(experiment: Experiment, tokenizer_size: int, validation_tokens: int) -> Iterator[str]:
     """What is probably not meant, and is known only with the tokenizer and the texts: `validation_tokens` are predicted each time."""
     size, schedule = experiment.model.vocab_size, experiment.schedule
     if tokenizer_size < LEAST_USED * size:
@@ -134,9 +146,10 @@ def doubts_of_text(experiment: Experiment, tokenizer_size: int, validation_token
             f"{size - tokenizer_size} rows of the embedding are never used → use model.vocab_size {tokenizer_size}"
         )
     times = math.ceil(schedule.steps / (schedule.validate_every or schedule.steps))
-    trained, validated = schedule.steps * tokens_per_step, times * validation_tokens
+    length, sizes = experiment.model.seq_length, batch_sizes(schedule)
+    trained, validated = sizes.before(schedule.steps) * length, times * validation_tokens
     if validated > FORWARD * trained:
-        fair = max(tokens_per_step, FORWARD * trained // (10 * times))
+        fair = max(sizes.size * length, FORWARD * trained // (10 * times))
         yield (
             f"{times} validation{'s' * (times > 1)} of {validation_tokens:,} tokens will take about {validated / FORWARD / trained:.1f} "
             f"times as long as the training on {trained:,} → use schedule.validate_tokens {fair}, or validate less often"

@@ -11,7 +11,7 @@ from parallel.files import write_json
 from parallel.regular_files import read_table
 from research.config.schema import Experiment
 
-SCHEMA = 7
+SCHEMA = 8
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 LARGEST = 2**20
 """The most bytes of a config.json; one has about 3,000."""
@@ -99,6 +99,11 @@ def _without_profile(settings: dict[str, Any]) -> dict[str, Any]:
     return {"deterministic": False} | settings
 
 
+def _without_ramp(settings: dict[str, Any]) -> dict[str, Any]:
+    """7 → 8: every step had batch_size sequences, as without schedule.batch_ramp."""
+    return settings
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _without_dropout,
     2: _without_watch,
@@ -106,5 +111,6 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     4: _without_periodic_tasks,
     5: _without_own_training,
     6: _without_profile,
+    7: _without_ramp,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""

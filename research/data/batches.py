@@ -14,6 +14,7 @@ import numpy as np
 
 from parallel.errors import Mistake
 from research.data import order
+from research.data.batch_sizes import BatchSizes
 from research.data.blend import BLOCK, KEPT_BLOCKS, Blend, Stage
 from research.data.token_store import TokenStore
 
@@ -67,13 +68,14 @@ def micro_batches_per_step(batch_size: int, micro_batch_size: int, data_size: in
     return batch_size // unit
 
 
-def step_samples(batch_size: int, micro_batch_size: int, data_rank: int, data_size: int, step: int) -> np.ndarray:
+def step_samples(batch_sizes: BatchSizes, micro_batch_size: int, data_rank: int, data_size: int, step: int) -> np.ndarray:
     """'m b': the run's sample numbers, counted over epochs, in each micro-batch of one step of this data rank.
 
-    A step is batch_size consecutive numbers, whatever the layout; data rank r takes the r-th equal share of them.
+    The samples of a step are consecutive numbers, whatever the layout; data rank r takes the r-th equal share of them.
     """
-    passes = micro_batches_per_step(batch_size, micro_batch_size, data_size)
-    first = step * batch_size + data_rank * (batch_size // data_size)
+    size = batch_sizes.of(step)
+    passes = micro_batches_per_step(size, micro_batch_size, data_size)
+    first = batch_sizes.before(step) + data_rank * (size // data_size)
     return first + np.arange(passes * micro_batch_size).reshape(passes, micro_batch_size)
 
 
@@ -105,10 +107,10 @@ class StreamSampler:
     """
 
     def __init__(
-        self, stores: Sequence[TokenStore], blend: Blend, seq_length: int, batch_size: int, micro_batch_size: int, seed: int
+        self, stores: Sequence[TokenStore], blend: Blend, seq_length: int, batch_sizes: BatchSizes, micro_batch_size: int, seed: int
     ) -> None:
         self.stores, self.blend, self.seq_length = tuple(stores), blend, seq_length
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.batch_sizes, self.micro_batch_size = batch_sizes, micro_batch_size
         self._sizes = np.array([num_samples(store, seq_length) for store in stores])
         self._seeds = np.array([seed & order.WORD] if len(stores) == 1 else [_seed_of(seed, name) for name in blend.names], np.uint64)
         self._views = [_windows(store.tokens, seq_length) for store in stores]
@@ -116,7 +118,7 @@ class StreamSampler:
 
     def micro_batches(self, step: int, data_rank: int, data_size: int) -> Iterator[Batch]:
         """As in Sampler."""
-        numbers = step_samples(self.batch_size, self.micro_batch_size, data_rank, data_size, step)
+        numbers = step_samples(self.batch_sizes, self.micro_batch_size, data_rank, data_size, step)
         weight = len(numbers) * data_size / self.mask_sum(step)
         for samples, sources, windows in zip(numbers, *self.locate(numbers), strict=True):
             tokens = self._tokens(sources, windows)
@@ -125,7 +127,7 @@ class StreamSampler:
 
     def mask_sum(self, step: int) -> int:
         """As in Sampler."""
-        return self.batch_size * self.seq_length
+        return self.batch_sizes.of(step) * self.seq_length
 
     def locate(self, samples: np.ndarray) -> Located:
         """As in Sampler."""
@@ -162,10 +164,10 @@ class StreamSampler:
         return Located(place.sources, windows)
 
 
-def one_source(store: TokenStore, seq_length: int, batch_size: int, micro_batch_size: int, seed: int) -> StreamSampler:
+def one_source(store: TokenStore, seq_length: int, batch_sizes: BatchSizes, micro_batch_size: int, seed: int) -> StreamSampler:
     """The sampler of a single store."""
     blend = Blend([store.prefix.name], [Stage(0, (1.0,))], seed)
-    return StreamSampler([store], blend, seq_length, batch_size, micro_batch_size, seed)
+    return StreamSampler([store], blend, seq_length, batch_sizes, micro_batch_size, seed)
 
 
 def _seed_of(seed: int, name: str) -> int:

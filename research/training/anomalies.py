@@ -20,9 +20,8 @@ from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from parallel.object_collectives import all_gather_objects
 from research.config import Experiment
-from research.data import order
-from research.data.batches import num_samples
-from research.data.prepare import Corpus
+from research.config.layout import batch_sizes
+from research.data.batches import Sampler
 from research.tracking.console import Console
 from research.tracking.metrics import finite
 from research.tracking.run_folder import RunFolder
@@ -122,11 +121,11 @@ class AnomalyMonitor:
     """Looks at every step, with what all ranks know alike. `begin_step` and `check` are collective."""
 
     def __init__(
-        self, experiment: Experiment, engine: Engine, corpus: Corpus, locked: LockedRun, console: Console, tracker: Tracker
+        self, experiment: Experiment, engine: Engine, sampler: Sampler, locked: LockedRun, console: Console, tracker: Tracker
     ) -> None:
         self.experiment, self.engine, self.locked, self.console, self.tracker = experiment, engine, locked, console, tracker
         self.folder = locked.folder
-        self.num_windows = num_samples(corpus.train, experiment.model.seq_length)
+        self.sampler = sampler
         self.spikes = Spikes(experiment.watch.spike)
         self.non_finite = NonFiniteGradients(engine.parameters)
         self.skips_in_a_row = 0
@@ -187,9 +186,9 @@ class AnomalyMonitor:
 
     def _report(self, step: int, kind: str, loss: float, suspects: list[Suspect]) -> str:
         """Writes the incident down and warns of it; returns the sentence that describes it."""
-        batch = self.experiment.schedule.batch_size
-        samples = range((step - 1) * batch, step * batch)
-        windows = order.sample(np.arange(samples.start, samples.stop), self.num_windows, self.experiment.seed)
+        sizes = batch_sizes(self.experiment.schedule)
+        samples = range(sizes.before(step - 1), sizes.before(step))
+        windows = self.sampler.locate(np.arange(samples.start, samples.stop)).windows
         before = [path for path in checkpoint_folder.steps(self.folder.checkpoints) if checkpoint_folder.step_of(path) <= step]
         incident = Incident(
             step=step,

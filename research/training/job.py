@@ -142,6 +142,9 @@ def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[t
     stage = " · zero_stage 0 always runs as 1" if experiment.parallel.zero_stage == 0 else ""
     product = f"{schedule.micro_batch_size} micro × {job.layout.micro_batches} accumulated × {job.layout.data} data"
     batch = f"{plural(schedule.batch_size, 'sequence')} = {product} · {job.layout.tokens_per_step:,} tokens a step"
+    if schedule.batch_ramp:
+        last = job.layout.batch_sizes.phases[-1]
+        batch += f" · from {schedule.batch_ramp[0]} sequences on, all of them from step {last.step + 1:,}"
     return [
         ("config", config),
         *([("resume", job.why_resumed)] if job.why_resumed else []),
@@ -185,7 +188,7 @@ def dry_run(job: Job, commit: str, dirty: bool) -> str:
     experiment, schedule, optimizer = job.experiment, job.experiment.schedule, job.experiment.optimizer
     tree = f"{commit} ({'changed' if dirty else 'clean'})" if commit != "unknown" else "no commit"
 
-    tokens = compact(schedule.steps * job.layout.tokens_per_step)
+    tokens = compact(job.layout.batch_sizes.before(schedule.steps) * experiment.model.seq_length)
     rate = f"lr {optimizer.lr:g}, {optimizer.decay}" + (f" to {optimizer.min_lr:g}" if optimizer.decay != "constant" else "")
     warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
     described = [

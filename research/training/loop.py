@@ -159,9 +159,10 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
         anomalies.begin_step(run.step + 1)
         lr = learning_rate(run.step, optimizer, schedule.steps, run.variants)
         with profiler.step(run.step + 1):
-            loss = run.engine.train_batch(profiler.batches(run.meter.waited_for(step_batches(run))), lr)
+            batches = profiler.batches(run.meter.waited_for(step_batches(run)))
+            loss = run.engine.train_batch(batches, lr, run.job.layout.micro_batches_of(run.step))
+        run.meter.step(loss, run.sampler.mask_sum(run.step))
         run.step += 1
-        run.meter.step(loss)
         run.failure = anomalies.check(run.step, loss)
 
         # once in a while: a row for the terminal, metrics.jsonl and W&B

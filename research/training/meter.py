@@ -45,7 +45,6 @@ def gpu_memory() -> dict[str, float]:
 class Meter:
     """Collects every step's loss and is read once per interval. `clock` returns seconds."""
 
-    tokens_per_step: int
     clock: Callable[[], float] = time.monotonic
     losses: list[float] = field(default_factory=list)
     """The losses of the steps since the last interval."""
@@ -54,6 +53,7 @@ class Meter:
     steps: int = 0
     """Steps taken by this process."""
     interval_steps: int = 0
+    interval_tokens: int = 0
     began: float = 0.0
     interval_began: float = 0.0
     interval_pause: float = 0.0
@@ -72,10 +72,11 @@ class Meter:
         """Continues where another process stood after `seconds`, with the `losses` of its steps that no row holds yet."""
         self.earlier, self.losses = seconds, losses
 
-    def step(self, loss: float) -> None:
+    def step(self, loss: float, tokens: int) -> None:
         """Counts one step."""
         self.losses.append(loss)
         self.steps, self.interval_steps = self.steps + 1, self.interval_steps + 1
+        self.interval_tokens += tokens
 
     @contextlib.contextmanager
     def paused(self, what: str) -> Iterator[None]:
@@ -106,9 +107,9 @@ class Meter:
         loss, now = sum(self.losses) / len(self.losses), self.clock()
         trained = max(now - self.interval_began - self.interval_pause, 1e-9)
         steps = max(self.interval_steps, 1)
-        speed = self.interval_steps * self.tokens_per_step / trained
+        speed = self.interval_tokens / trained
         found = Interval(loss, speed, 1e3 * trained / steps, 1e3 * self.interval_data / steps)
-        self.losses, self.interval_steps, self.interval_began = [], 0, now
+        self.losses, self.interval_steps, self.interval_tokens, self.interval_began = [], 0, 0, now
         self.interval_pause = self.interval_data = 0.0
         return found
 

@@ -198,10 +198,10 @@ def prepare_run(
     tracker = open_tracker(job, locked, engine, console, resumed)
     for store in (corpus.train, corpus.validation):
         tracker.refer_to_store(store.prefix)
-    meter = Meter(job.layout.tokens_per_step, memory=memory)
+    meter = Meter(memory=memory)
     sampler = components.sampler(experiment, corpus)
     run = Run(job, locked, folder, variants, corpus, sampler, engine, tracker, console, meter, watch.note_signals(), watch.progress)
-    anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, locked, console, tracker), Periodic(run, text, tasks, prompts)
+    anomalies, periodic = AnomalyMonitor(experiment, engine, sampler, locked, console, tracker), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
         checkpointer.restore(facts)
@@ -211,12 +211,12 @@ def prepare_run(
 def show_data(job: Job, corpus: Corpus, text: HeldOut, console: Console) -> None:
     """Shows the texts, the tokenizer and their sizes, and warns of what does not fit together and only the texts can tell."""
     data, schedule = job.experiment.data, job.experiment.schedule
-    seen = epochs(corpus.train, job.experiment.model.seq_length, schedule.steps * schedule.batch_size)
+    seen = epochs(corpus.train, job.experiment.model.seq_length, job.layout.batch_sizes.before(schedule.steps))
     sizes = f"{fmt.count(corpus.train.num_tokens)} train, {fmt.count(corpus.validation.num_tokens)} validation tokens"
     if text.tokens < corpus.validation.num_tokens - 1:
         sizes += f" (of which the first {fmt.count(text.tokens)} are predicted)"
     console.header([("data", f"{data.train} · {corpus.tokenizer.name} · {sizes} · {schedule.steps} steps = {seen:.2f} epochs")])
-    for warning in doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, text.tokens, job.layout.tokens_per_step):
+    for warning in doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, text.tokens):
         console.warn(warning, in_header=True)
 
 

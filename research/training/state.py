@@ -54,10 +54,11 @@ class Run:
 
     def axes(self) -> dict[str, float]:
         """The axes of a row of metrics.jsonl."""
+        samples = self.job.layout.batch_sizes.before(self.step)
         return {
             "progress/step": self.step,
-            "progress/tokens": self.step * self.job.layout.tokens_per_step,
-            "progress/samples": self.step * self.job.experiment.schedule.batch_size,
+            "progress/tokens": samples * self.job.experiment.model.seq_length,
+            "progress/samples": samples,
             "progress/applied_steps": self.step - self.engine.skipped_steps,
             "progress/seconds": self.meter.seconds(),
         }

@@ -139,7 +139,7 @@ def test_nothing_that_is_shipped_is_doubtful(name: str) -> None:
     experiment = experiment_folder.load(ROOT / "experiments" / name).experiment
     assert [*contradictions(experiment, ROOT), *doubts(experiment), *refused_by_wandb(experiment, name)] == []
     # 8192 tokens are learned from the built-in text, and 70,812 predicted each time (tests/research/data/test_prepare.py)
-    assert list(doubts_of_text(experiment, 8192, 70_812, experiment.schedule.batch_size * experiment.model.seq_length)) == []
+    assert list(doubts_of_text(experiment, 8192, 70_812)) == []
 
 
 def test_one_text_under_another_path_is_the_same_text(tmp_path: Path) -> None:
@@ -154,27 +154,27 @@ def test_one_text_under_another_path_is_the_same_text(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_with_hardly_any_tokens_is_said_with_the_size_that_fits() -> None:
-    (said,) = doubts_of_text(example(), 2114, 1000, 2048)
+    (said,) = doubts_of_text(example(), 2114, 1000)
     assert said == (
         "model.vocab_size = 8192, but data.tokenizer = 'builtin:bpe-8192' has 2114 tokens on this text: 6078 rows of the embedding are "
         "never used → use model.vocab_size 2114"
     )
     for tokens, size in ((50257, 50304), (32000, 32064), (50254, 50688), (151_665, 152_064)):  # GPT-2, Llama 2, Pythia, Qwen2 as padded
-        assert list(doubts_of_text(example(model={"vocab_size": size}), tokens, 1000, 2048)) == []
+        assert list(doubts_of_text(example(model={"vocab_size": size}), tokens, 1000)) == []
 
 
 def test_validations_longer_than_the_training_are_said_with_a_bound_that_ends_the_warning() -> None:
     """300 steps of 2,048 tokens, validated every 10th: 30 passes over 1,000,000 tokens, three of which take as long as one trained."""
     experiment = example(schedule={"validate_every": 10})
-    (said,) = doubts_of_text(experiment, 8192, 1_000_000, 2048)
+    (said,) = doubts_of_text(experiment, 8192, 1_000_000)
     assert said == (
         "30 validations of 1,000,000 tokens will take about 16.3 times as long as the training on 614,400 → "
         "use schedule.validate_tokens 6144, or validate less often"
     )
-    assert list(doubts_of_text(experiment, 8192, 6144, 2048)) == []
-    assert list(doubts_of_text(experiment, 8192, 61_440, 2048)) == []  # exactly as long
-    assert len(list(doubts_of_text(experiment, 8192, 61_441, 2048))) == 1
-    assert len(list(doubts_of_text(example(schedule={"validate_every": 0}), 8192, 2_000_000, 2048))) == 1
+    assert list(doubts_of_text(experiment, 8192, 6144)) == []
+    assert list(doubts_of_text(experiment, 8192, 61_440)) == []  # exactly as long
+    assert len(list(doubts_of_text(experiment, 8192, 61_441))) == 1
+    assert len(list(doubts_of_text(example(schedule={"validate_every": 0}), 8192, 2_000_000))) == 1
 
 
 # Weights & Biases.

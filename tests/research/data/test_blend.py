@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from parallel.errors import Mistake
 from research.data import order
+from research.data.batch_sizes import BatchSizes
 from research.data.batches import StreamSampler, one_source
 from research.data.blend import BLOCK, Blend, Stage, apportioned
 
@@ -110,7 +111,7 @@ def test_a_blend_of_stores_gives_the_same_steps_on_every_layout(token_store) -> 
     for step in (0, 1, 2, 90):
         steps = []
         for data_size, micro in LAYOUTS:
-            sampler = StreamSampler(stores, blend, 10, 24, micro, seed=5)
+            sampler = StreamSampler(stores, blend, 10, BatchSizes(24), micro, seed=5)
             found = [batch for rank in range(data_size) for batch in sampler.micro_batches(step, rank, data_size)]
             rows = sorted(
                 (int(n), ids.tolist(), targets.tolist()) for b in found for n, ids, targets in zip(b.samples, b.ids, b.targets, strict=True)
@@ -127,7 +128,7 @@ def test_a_blend_of_stores_gives_the_same_steps_on_every_layout(token_store) -> 
 
 def test_an_epoch_of_each_source_is_every_window_once(token_store) -> None:
     stores = [token_store(301, "a"), token_store(201, "b")]
-    sampler = StreamSampler(stores, Blend(["a", "b"], [Stage(0, (1.0, 1.0))], seed=5), 10, 24, 1, seed=5)
+    sampler = StreamSampler(stores, Blend(["a", "b"], [Stage(0, (1.0, 1.0))], seed=5), 10, BatchSizes(24), 1, seed=5)
     sources, windows = sampler.locate(np.arange(500))
     for source, size in ((0, 30), (1, 20)):
         assert sorted(windows[sources == source][:size].tolist()) == list(range(size))
@@ -138,7 +139,7 @@ def test_a_source_keeps_its_order_when_others_are_added(token_store) -> None:
     a, b, c = (token_store(501, name) for name in "abc")
 
     def order_of(names: str, stores: list, weights: tuple[float, ...]) -> list[int]:
-        sampler = StreamSampler(stores, Blend(names, [Stage(0, weights)], seed=5), 10, 24, 1, seed=5)
+        sampler = StreamSampler(stores, Blend(names, [Stage(0, weights)], seed=5), 10, BatchSizes(24), 1, seed=5)
         sources, windows = sampler.locate(np.arange(400))
         return windows[sources == names.index("a")][:50].tolist()
 
@@ -146,5 +147,5 @@ def test_a_source_keeps_its_order_when_others_are_added(token_store) -> None:
 
 
 def test_the_only_source_is_read_as_before_there_were_blends(token_store) -> None:
-    located = one_source(token_store(1001, "a"), 10, 24, 1, seed=7).locate(np.arange(5000))
+    located = one_source(token_store(1001, "a"), 10, BatchSizes(24), 1, seed=7).locate(np.arange(5000))
     assert located.windows.tolist() == order.sample(np.arange(5000), 100, 7).tolist()

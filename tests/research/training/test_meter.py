@@ -32,7 +32,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def meter(clock: Clock) -> Meter:
-    found = Meter(512, clock)
+    found = Meter(clock)
     clock.now += 50.0  # building the engine is not training
     found.start()
     return found
@@ -41,7 +41,7 @@ def meter(clock: Clock) -> Meter:
 def take(meter: Meter, clock: Clock, *losses: float, seconds: float = 2.0) -> None:
     for loss in losses:
         clock.now += seconds
-        meter.step(loss)
+        meter.step(loss, 512)
 
 
 def test_an_interval_is_the_mean_of_its_steps(meter: Meter, clock: Clock) -> None:
@@ -141,7 +141,7 @@ def test_the_time_until_a_batch_is_there_is_time_spent_on_data(meter: Meter, clo
             seen.append(number)
             clock.now += 0.4
         assert seen == [0, 1, 2]
-        meter.step(1.0)
+        meter.step(1.0, 512)
     interval = meter.interval()
     assert interval.step_ms == pytest.approx(1600.0) and interval.data_ms == pytest.approx(400.0)
     take(meter, clock, 1.0)
