@@ -6,10 +6,16 @@ PREFIX.idx   magic, uint64 version, uint8 type code, uint64 sequences, uint64 do
 PREFIX.json  not part of Megatron-LM's format: where the ids came from, and the UTF-8 bytes of the text (for bits per byte)
 """
 
+import contextlib
+import hashlib
 import json
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -57,28 +63,88 @@ class TokenStore:
         return int(self.facts["bytes"])
 
 
-def write(prefix: Path, documents: Iterable[tuple[np.ndarray, int]], vocab_size: int, facts: dict) -> None:
-    """Write a store from (ids with their end-of-text, UTF-8 bytes of the text) of each document.
+class StoreWriter:
+    """Writes a store document by document, in bounded memory: `with StoreWriter(prefix, vocab_size, facts) as writer: writer.add(…)`.
 
-    Every file appears whole, by a rename, and the .idx last: where there is an .idx, the store is complete. `facts` go into
-    PREFIX.json, beside the counts of documents, tokens and bytes.
+    On leaving, .bin, .json and last .idx appear, each whole, by a rename: where there is an .idx, the store is complete. An exception
+    leaves nothing behind. PREFIX.json holds `facts`, the counts of documents, tokens and bytes, the largest id, and the .bin's SHA-256.
     """
-    dtype = np.dtype("<u2" if vocab_size < SHORT_VOCABULARY else "<i4")
-    lengths: list[int] = []
-    num_bytes = 0
-    with published(_file(prefix, ".bin")) as temporary, open(temporary, "wb") as file:
-        for document_ids, document_bytes in documents:
-            ids = np.asarray(document_ids)
-            if ids.max(initial=0) >= vocab_size:
-                raise ValueError(f"token id {ids.max()} of document {len(lengths)} is not below {vocab_size}")
-            file.write(ids.astype(dtype).tobytes())
-            lengths.append(len(ids))
-            num_bytes += document_bytes
-    counts = {"documents": len(lengths), "tokens": sum(lengths), "bytes": num_bytes}
-    with published(_file(prefix, ".json")) as temporary:
-        temporary.write_text(json.dumps(facts | counts, indent=1) + "\n", encoding="utf-8")
-    with published(_file(prefix, ".idx")) as temporary:
-        temporary.write_bytes(_index_bytes(np.array(lengths, np.int64), dtype))
+
+    def __init__(self, prefix: Path, vocab_size: int, facts: dict):
+        self.prefix, self.vocab_size, self.facts = Path(prefix), vocab_size, facts
+        self.dtype = np.dtype("<u2" if vocab_size < SHORT_VOCABULARY else "<i4")
+        self.documents = self.tokens = self.num_bytes = 0
+        self.max_id = -1
+        self._sha256 = hashlib.sha256()
+        self._files = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as files:
+            # they appear in the opposite order when the files are left
+            self._index, self._sidecar, stream = (
+                files.enter_context(published(_file(self.prefix, end))) for end in (".idx", ".json", ".bin")
+            )
+            self._stream = files.enter_context(open(stream, "wb"))
+            self._lengths = files.enter_context(tempfile.TemporaryFile(dir=self.prefix.parent))
+            self._files = files.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._files.__exit__(kind, error, trace)
+            return
+        with self._files:  # an error here leaves nothing behind either
+            with open(self._index, "wb") as file:
+                self._write_index(file)
+            counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.num_bytes, "max_id": self.max_id}
+            sidecar = self.facts | counts | {"bin_sha256": self._sha256.hexdigest()}
+            self._sidecar.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+
+    def add(self, ids: np.ndarray, num_bytes: int) -> None:
+        """Appends one document: its ids, end-of-text included, and the UTF-8 bytes of its text."""
+        self.add_documents(ids, np.array([len(ids)]), num_bytes)
+
+    def add_documents(self, ids: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
+        """Appends documents that lie one after the other in `ids`: their lengths in tokens, and the UTF-8 bytes of all their texts."""
+        if lengths.sum() != len(ids):
+            raise ValueError(f"{len(ids)} ids are not {lengths.sum()}, the sum of the documents' lengths")
+        if len(lengths) and lengths.max() > LONGEST:
+            raise Mistake(f"a document has {lengths.max()} tokens, the format allows {LONGEST} → split the document")
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            position = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
+            document = self.documents + int(np.searchsorted(np.cumsum(lengths), position, side="right"))
+            raise ValueError(f"token id {ids[position]} of document {document} is not in [0, {self.vocab_size})")
+        raw = ids.astype(self.dtype).tobytes()
+        self._stream.write(raw)
+        self._sha256.update(raw)
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self.documents += len(lengths)
+        self.tokens += len(ids)
+        self.num_bytes += num_bytes
+        self.max_id = max(self.max_id, int(ids.max(initial=-1)))
+
+    def _write_index(self, file: BinaryIO) -> None:
+        """The .idx file, with one sequence per document, as Megatron-LM's own preparation writes plain text."""
+        code = next(code for code, name in CODES.items() if np.dtype(name) == self.dtype)
+        file.write(HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1))
+        self._lengths.seek(0)
+        shutil.copyfileobj(self._lengths, file)
+        self._lengths.seek(0)
+        pointer = 0
+        while chunk := self._lengths.read(4 * CHUNK):
+            sizes = np.frombuffer(chunk, "<i4").astype(np.int64) * self.dtype.itemsize
+            ends = pointer + np.cumsum(sizes)
+            file.write((ends - sizes).astype("<i8").tobytes())
+            pointer = int(ends[-1])
+        for first in range(0, self.documents + 1, CHUNK):
+            file.write(np.arange(first, min(first + CHUNK, self.documents + 1), dtype="<i8").tobytes())
+
+
+def write(prefix: Path, documents: Iterable[tuple[np.ndarray, int]], vocab_size: int, facts: dict) -> None:
+    """Writes a store from (ids with their end-of-text, UTF-8 bytes of the text) of each document."""
+    with StoreWriter(prefix, vocab_size, facts) as writer:
+        for ids, num_bytes in documents:
+            writer.add(np.asarray(ids), num_bytes)
 
 
 def check_ids(store: TokenStore, vocab_size: int) -> None:
@@ -99,22 +165,6 @@ def check_ids(store: TokenStore, vocab_size: int) -> None:
 
 def _file(prefix: Path, suffix: str) -> Path:
     return Path(f"{prefix}{suffix}")
-
-
-def _index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
-    """The .idx file, with one sequence per document, as Megatron-LM's own preparation writes plain text."""
-    if lengths.size and lengths.max() > LONGEST:
-        raise Mistake(f"a document has {lengths.max()} tokens, the format allows {LONGEST} → split the document")
-    code = next(code for code, name in CODES.items() if np.dtype(name) == dtype)
-    pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * dtype.itemsize
-    return b"".join(
-        [
-            HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1),
-            lengths.astype("<i4").tobytes(),
-            pointers[: len(lengths)].astype("<i8").tobytes(),
-            np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
-        ]
-    )
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:

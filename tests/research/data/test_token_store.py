@@ -1,5 +1,6 @@
 """The token store: read by an independent reader, by byte offsets, and refused where it is broken."""
 
+import hashlib
 import json
 import struct
 
@@ -150,5 +151,23 @@ def test_a_negative_id_is_refused(tmp_path):
 
 
 def test_sidecar_is_plain_json(tmp_path):
-    facts = json.loads((tmp_path / f"{write(tmp_path).name}.json").read_text())
-    assert facts == {"source": "here", "documents": 3, "tokens": 8, "bytes": 15}
+    prefix = write(tmp_path)
+    facts = json.loads((tmp_path / f"{prefix.name}.json").read_text())
+    sha256 = hashlib.sha256((tmp_path / f"{prefix.name}.bin").read_bytes()).hexdigest()
+    assert facts == {"source": "here", "documents": 3, "tokens": 8, "bytes": 15, "max_id": 65499, "bin_sha256": sha256}
+
+
+def test_many_documents_at_once_are_the_same_files(tmp_path, monkeypatch):
+    """Also where the lengths are read back in several pieces."""
+    one = write(tmp_path)
+    monkeypatch.setattr(token_store, "CHUNK", 2)
+    with token_store.StoreWriter(tmp_path / "many", 65500, {"source": "here"}) as writer:
+        writer.add_documents(np.array(DOCUMENTS[0][0] + DOCUMENTS[1][0]), np.array([4, 1]), 11)
+        writer.add_documents(np.array([], np.int64), np.array([], np.int64), 0)
+        assert [path.name for path in tmp_path.glob("many*")] == []
+        writer.add_documents(np.array(DOCUMENTS[2][0]), np.array([3]), 4)
+    for suffix in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"many{suffix}").read_bytes() == (tmp_path / f"{one.name}{suffix}").read_bytes()
+    with pytest.raises(ValueError, match="3 ids are not 4"), token_store.StoreWriter(tmp_path / "wrong", 65500, {}) as writer:
+        writer.add_documents(np.array([1, 2, 3]), np.array([4]), 0)
+    assert not [path for path in tmp_path.iterdir() if "wrong" in path.name]
