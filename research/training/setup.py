@@ -199,7 +199,8 @@ def prepare_run(
     for store in (corpus.train, corpus.validation):
         tracker.refer_to_store(store.prefix)
     meter = Meter(job.layout.tokens_per_step, memory=memory)
-    run = Run(job, locked, folder, variants, corpus, engine, tracker, console, meter, watch.note_signals(), watch.progress)
+    sampler = components.sampler(experiment, corpus)
+    run = Run(job, locked, folder, variants, corpus, sampler, engine, tracker, console, meter, watch.note_signals(), watch.progress)
     anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, locked, console, tracker), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
