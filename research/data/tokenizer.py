@@ -1,8 +1,10 @@
 """Byte-level BPE tokenizers: trained on the training text in seconds, or GPT-2's own tables. They can encode every text."""
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ PIECE = 1 << 16
 """Characters per piece: small enough to spread a long document over threads and to bound memory."""
 PANIC = "PanicException"
 """The class that pyo3 makes of a panic in Rust. No module exports it."""
+Waiting = Callable[[], AbstractContextManager[object]]
 CUT = re.compile(r"(?<=\S)[ \n]")
 
 
@@ -112,15 +115,15 @@ def declared_vocab_size(name: str) -> int:
     return int(size)
 
 
-def trained(name: str, texts: Iterable[str], source: str, cache: Path) -> Tokenizer:
+def trained(name: str, texts: Iterable[str], source: str, cache: Path, waiting: Waiting = contextlib.nullcontext) -> Tokenizer:
     """The `builtin:bpe-N` trained on `texts`, cached in the folder `cache` under `source`, the digest of the texts.
 
-    Any number of processes may call this at once: one reads the texts and trains, the others wait for its file.
+    Any number of processes may call this at once: one reads the texts and trains, the others wait for its file, inside of `waiting`.
     """
     size, path = declared_vocab_size(name), _cached_file(name, source, cache)
     tokenizer = _read(name, path)
     if tokenizer is None:
-        with locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock"), waiting):
             tokenizer = _read(name, path)
             if tokenizer is None:
                 text = train_bpe(texts, size)

@@ -1,5 +1,6 @@
 """The token store: read by an independent reader, by byte offsets, and refused where it is broken."""
 
+import hashlib
 import json
 import struct
 
@@ -48,7 +49,7 @@ def check_layout(prefix, documents, code, name):
 def test_reader_gives_back_what_was_written(tmp_path):
     found = token_store.TokenStore(write(tmp_path))
     assert found.tokens.tolist() == [i for ids, _ in DOCUMENTS for i in ids]
-    assert found.document_offsets.tolist() == [0, 4, 5, 8]
+    assert found.document_offsets().tolist() == [0, 4, 5, 8]
     assert (found.num_tokens, found.num_documents, found.num_bytes) == (8, 3, 15)
     assert found.facts["source"] == "here"
     assert isinstance(found.tokens.base, np.memmap) and not found.tokens.flags.writeable
@@ -60,7 +61,7 @@ def test_reads_documents_of_several_sequences_as_megatron_writes_them(tmp_path):
     index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 3) + struct.pack("<3i", 1, 2, 3) + struct.pack("<3q", 0, 2, 6)
     (tmp_path / "m.idx").write_bytes(index + struct.pack("<3q", 0, 2, 3))
     found = token_store.TokenStore(tmp_path / "m")
-    assert found.document_offsets.tolist() == [0, 3, 6] and found.tokens.tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.document_offsets().tolist() == [0, 3, 6] and found.tokens.tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(Mistake, match="m.json is missing"):
         _ = found.num_bytes
 
@@ -150,5 +151,23 @@ def test_a_negative_id_is_refused(tmp_path):
 
 
 def test_sidecar_is_plain_json(tmp_path):
-    facts = json.loads((tmp_path / f"{write(tmp_path).name}.json").read_text())
-    assert facts == {"source": "here", "documents": 3, "tokens": 8, "bytes": 15}
+    prefix = write(tmp_path)
+    facts = json.loads((tmp_path / f"{prefix.name}.json").read_text())
+    digests = {f"{end}_sha256": hashlib.sha256((tmp_path / f"{prefix.name}.{end}").read_bytes()).hexdigest() for end in ("bin", "idx")}
+    assert facts == {"source": "here", "documents": 3, "tokens": 8, "bytes": 15, "max_id": 65499, **digests}
+
+
+def test_many_documents_at_once_are_the_same_files(tmp_path, monkeypatch):
+    """Also where the lengths are read back in several pieces."""
+    one = write(tmp_path)
+    monkeypatch.setattr(token_store, "CHUNK", 2)
+    with token_store.StoreWriter(tmp_path / "many", 65500, {"source": "here"}) as writer:
+        writer.add_documents(np.array(DOCUMENTS[0][0] + DOCUMENTS[1][0]), np.array([4, 1]), 11)
+        writer.add_documents(np.array([], np.int64), np.array([], np.int64), 0)
+        assert [path.name for path in tmp_path.glob("many*")] == []
+        writer.add_documents(np.array(DOCUMENTS[2][0]), np.array([3]), 4)
+    for suffix in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"many{suffix}").read_bytes() == (tmp_path / f"{one.name}{suffix}").read_bytes()
+    with pytest.raises(ValueError, match="3 ids are not 4"), token_store.StoreWriter(tmp_path / "wrong", 65500, {}) as writer:
+        writer.add_documents(np.array([1, 2, 3]), np.array([4]), 0)
+    assert not [path for path in tmp_path.iterdir() if "wrong" in path.name]
