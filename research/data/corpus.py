@@ -6,7 +6,6 @@ on whether the work was killed and continued.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -69,9 +68,9 @@ class Prepared:
 
 
 def plan_of(options: Options, inputs: Inputs) -> dict[str, Any]:
-    """What has to be the same for work to be continued."""
+    """What has to be the same for work to be continued. The split is made last."""
     recipe = hashlib.sha256(json.dumps([FORMAT, tokenizer.RECIPE, PART_TOKENS]).encode()).hexdigest()
-    return {"the program": recipe, "the input": inputs.identity(), **{f"--{k}": v for k, v in dataclasses.asdict(options).items()}}
+    return {"the program": recipe, "the input": inputs.identity(), "--tokenizer": [options.tokenizer, options.tokenizer_sha256]}
 
 
 def prepare(
@@ -89,6 +88,7 @@ def prepare(
     """
     if why := work.follow(plan_of(options, inputs)):
         warn(f"{why}: begun anew")
+    continued = work.inventory is not None
     inventory = work.inventory
     if inventory is None:
         with progress("reading the text", inputs.file_bytes, "bytes") as advance:
@@ -97,6 +97,8 @@ def prepare(
     _make_tokenizer(work, inputs, inventory, options.tokenizer, write_tokenizer, progress)
     file = work.path / TOKENIZER / FILE
     own = tokenizer_processes.open_tokenizer(options.tokenizer, file)
+    if continued:
+        warn(f"continued: {sum(1 for _ in work.parts())} parts of at least {PART_TOKENS:,} tokens are there already")
     cuts, tokens = _tokenize(work, inputs, own, options.tokenizer, workers, progress)
 
     split = Split(corpus_split.shares_of(options.split), inventory.documents, tokens, options.seed)

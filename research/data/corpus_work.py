@@ -127,6 +127,7 @@ def opened(target: Path, replace: bool) -> Iterator[Work]:
         if old.exists() and not target.exists():  # a process was killed between the two renames
             old.rename(target)
     elif target.exists() or target.is_symlink():
+        _remove_leftovers(target)
         raise Mistake(f"{target} is there already → name another corpus, or add --replace")
     path = target.with_name(f".{target.name}.work")
     work = Work(target, path)
@@ -146,6 +147,15 @@ def opened(target: Path, replace: bool) -> Iterator[Work]:
         where = error.filename2 or error.filename or path
         room = "make room" if error.errno in FULL else "check the folder and its permissions"
         raise Mistake(f"{where} cannot be written ({error.strerror or error}) → {room}; {AGAIN}") from error
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes the work folder of a finished corpus, if the process that published it was killed before it could."""
+    path = target.with_name(f".{target.name}.work")
+    if (path / TOKENIZED).is_file() and not (path / RESULT).exists():
+        with contextlib.suppress(Mistake, OSError), _locked(path, target):
+            if not (path / RESULT).exists():
+                shutil.rmtree(path)
 
 
 @contextlib.contextmanager

@@ -77,7 +77,11 @@ class _Child:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=function, args=(theirs, *arguments), daemon=True)
-        self.process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: it is this process that handles Ctrl-C
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def __enter__(self) -> "_Child":
@@ -115,7 +119,6 @@ class _Child:
 
 def _tokenize(connection: Connection, name: str, file: str) -> None:
     """Answers each list of texts with the ids of each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     own = open_tokenizer(name, Path(file))
     with contextlib.suppress(EOFError, OSError):  # the parent has ended
         while True:
@@ -128,6 +131,5 @@ def _tokenize(connection: Connection, name: str, file: str) -> None:
 
 def _make(connection: Connection, name: str) -> None:
     """Answers the texts, up to None, with the tokenizer made from them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         connection.send(tokenizer.made_from(name, iter(connection.recv, None)))
