@@ -53,14 +53,14 @@ def shape_of(small: bool, **settings: Any):
     return GPT(**{"num_kv_heads": whole["num_heads"], **whole})
 
 
-def batch_of(shape, step: int, size: int, samples: bool = False):
+def batch_of(shape, step: int, size: int):
     """A micro-batch that can be learned: every text counts upwards in threes from a random token."""
     from parallel.engines.engine import MicroBatch
 
     first = torch.randint(0, shape.vocab_size, (size, 1), generator=torch.Generator().manual_seed(step))
     tokens = (first + 3 * torch.arange(shape.seq_length + 1)) % shape.vocab_size
-    context = (step * size + torch.arange(size),) if samples else ()
-    return MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.full((size, shape.seq_length), 1 / (size * shape.seq_length)), context)
+    weights = torch.full((size, shape.seq_length), 1 / (size * shape.seq_length))
+    return MicroBatch(tokens[:, :-1], (tokens[:, 1:], weights), {"samples": step * size + torch.arange(size)})
 
 
 def make(precision: str, zero: int, small: bool, size: int, micro_batches: int, offload: bool = False, **settings: Any):
@@ -121,7 +121,7 @@ def train(
     for step in range(first, steps):
         if step - first == min(3, steps - first - 1):
             began, measured = time.perf_counter(), steps - step
-        batches = [batch_of(shape, step * micro_batches + i, size, shape.drops) for i in range(micro_batches)]
+        batches = [batch_of(shape, step * micro_batches + i, size) for i in range(micro_batches)]
         found["loss"].append(engine.train_batch(batches, 3e-3 * min(1.0, (step + 1) / 10)))
         found["norm"].append(engine.gradient_norm())
     found["seconds_per_step"] = (time.perf_counter() - began) / max(measured, 1)

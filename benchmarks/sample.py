@@ -51,9 +51,9 @@ def batches(experiment: Experiment, count: int) -> Iterator[MicroBatch]:
     """A step's micro-batches of random tokens."""
     shape = (experiment.schedule.micro_batch_size, experiment.model.seq_length)
     tokens = torch.randint(0, experiment.model.vocab_size, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(0))
-    context = (torch.arange(shape[0]),) if experiment.model.drops else ()
+    labels, context = (tokens[:, 1:], torch.full(shape, 1 / (shape[0] * shape[1]))), {"samples": torch.arange(shape[0])}
     for _ in range(count):
-        yield MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.full(shape, 1 / (shape[0] * shape[1])), context)
+        yield MicroBatch(tokens[:, :-1], labels, context)
 
 
 def written(live: Live, prompt: int, tokens: int) -> None:

@@ -104,7 +104,7 @@ def theirs(vocab_size: int, grid: Grid, settings: EngineSettings) -> Engine:
 def batch(vocab_size: int) -> MicroBatch:
     """One micro-batch of random tokens, all weighted alike."""
     tokens = torch.randint(0, vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    return MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.full((BATCH, LENGTH), 1 / (BATCH * LENGTH)))
+    return MicroBatch(tokens[:, :-1], (tokens[:, 1:], torch.full((BATCH, LENGTH), 1 / (BATCH * LENGTH))))
 
 
 def cpu_seconds(step: Callable[[], object], steps: int) -> float:

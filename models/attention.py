@@ -12,9 +12,11 @@ from models.position import Position
 from models.recompute import recomputed
 from models.registry import BuildContext
 from models.seed import seed_of
+from models.token_positions import TokenPositions
 from parallel.collectives import gather_shared
 from parallel.grid import Grid
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, refuse_uneven
+from parallel.region import region_of
 
 
 class Core(nn.Module):
@@ -23,6 +25,7 @@ class Core(nn.Module):
     def __init__(self, name: str, p: float, seed: int, grid: Grid) -> None:
         super().__init__()
         self.p, self.key, self.tensor_rank = p, seed_of(seed, f"{name}.dropout"), grid.tensor_rank
+        self.places = TokenPositions(region_of(grid))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
         """q 'b h s e', k and v 'b k s e', bias 'h s s' or None (causal) -> 'b h s e'."""
@@ -57,14 +60,13 @@ class DroppingCore(Core):
         causal = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1) if bias is None else bias
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + causal
         probabilities = scores.float().softmax(-1).to(q.dtype) if q.dtype.itemsize < 4 else scores.softmax(-1)
-        return probabilities.masked_fill(self.mask(samples, q.shape[1], length), 0.0) * (1 / (1 - self.p)) @ v
+        return probabilities.masked_fill(self.mask(samples, q), 0.0) * (1 / (1 - self.p)) @ v
 
-    def mask(self, samples: Tensor | None, heads: int, length: int) -> Tensor:
-        """'b h s s' bool, True where a probability is dropped. `heads`: number of query heads on this rank."""
-        queries = mixed(self.key, samples, 0, length)  # b s
-        keys = torch.arange(length, device=queries.device)
-        global_heads = torch.arange(heads, device=queries.device) + self.tensor_rank * heads
-        features = (global_heads[:, None] << 32) + keys  # h t; a head's numbers do not depend on the length
+    def mask(self, samples: Tensor | None, q: Tensor) -> Tensor:
+        """'b h s t' bool, True where a probability of this rank's queries 'b h s e' is dropped."""
+        heads, queries = q.shape[1], mixed(self.key, samples, self.places.of(q))  # b s
+        global_heads = torch.arange(heads, device=q.device) + self.tensor_rank * heads
+        features = (global_heads[:, None] << 32) + self.places.of_keys(q)  # h t; a head's numbers do not depend on the length
         return rearrange(dropped(queries, features.flatten(), self.p), "b s (h t) -> b h s t", h=heads)
 
 

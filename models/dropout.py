@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.seed import seed_of
+from models.token_positions import TokenPositions
 from parallel.grid import Grid
 from parallel.region import region_of
 
@@ -30,15 +31,15 @@ class Dropout(nn.Module):
     def __init__(self, name: str, p: float, seed: int, grid: Grid, sliced: bool = False) -> None:
         super().__init__()
         self.p, self.key = p, seed_of(seed, f"{name}.dropout")
-        self.region, self.feature_rank = region_of(grid), grid.tensor_rank if sliced else 0
-        self.sliced = sliced
+        self.places, self.sliced = TokenPositions(region_of(grid)), sliced
+        self.feature_rank = grid.tensor_rank if sliced else 0
 
     def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
         """'b s d' -> 'b s d'."""
         if not (self.training and self.p):
             return x
-        first = 0 if self.sliced else self.region.first_position(x)
-        hashes = mixed(self.key, samples, first, x.shape[1])  # b s
+        positions = self.places.of(x) if self.sliced else self.places.own(x)
+        hashes = mixed(self.key, samples, positions)  # b s
         features = torch.arange(x.shape[2], device=x.device) + self.feature_rank * x.shape[2]
         return x.masked_fill(dropped(hashes, features, self.p), 0.0) * (1 / (1 - self.p))
 
@@ -46,13 +47,12 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
-def mixed(key: int, samples: Tensor | None, first: int, length: int) -> Tensor:
-    """A 64-bit hash for each (sample, position first … first + length − 1) of the layer `key`: int64 'b s'."""
+def mixed(key: int, samples: Tensor | None, positions: Tensor) -> Tensor:
+    """A 64-bit hash for each sample 'b' and position 's' (or 'b s') of the layer `key`: int64 'b s'."""
     if samples is None:  # a block that does not pass them on would otherwise train without dropout, and nobody would notice
         raise ValueError("dropout in training needs the samples' numbers 'b' (MicroBatch.context), handed on by every module to its parts")
-    positions = torch.arange(first, first + length, device=samples.device)
     of_sample = _mix_64(samples.to(torch.int64) + key)
-    return _mix_64(of_sample[:, None] + positions[None, :] * MIX_64[0])
+    return _mix_64(of_sample[:, None] + positions * MIX_64[0])
 
 
 def dropped(hashes: Tensor, features: Tensor, p: float) -> Tensor:

@@ -17,6 +17,9 @@ from parallel.grid import Grid
 from parallel.layers import Layer
 from parallel.vocab import TiedHead, VocabParallelEmbedding, VocabParallelHead
 
+SAMPLES = ("samples",)
+"""The context of a model that drops: the global sample indices 'b', from which dropout masks are computed."""
+
 
 def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | None = None, recompute: str = "none") -> list[Layer]:
     """The unbuilt layers in order: embedding, (position), blocks.0 …, (final_norm), head.
@@ -24,25 +27,26 @@ def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | Non
     Needs no process group. On a grid that has them, all ranks call it together: ranks that share a kv head get a group of their own.
 
     Input: ids 'b s'. Between any two layers: x 'b s d'. Output: logits 'b s v' of this rank's vocabulary rows. If the model has
-    dropout, the global sample indices 'b' are passed along beside x.
+    dropout, the context is `samples` 'b', the global sample indices; otherwise there is none.
     """
     context = BuildContext(model, grid, seed, variants or {}, recompute)
+    passed = SAMPLES if model.drops else ()
     block, position = context.chosen("residual", RESIDUALS), context.chosen("position")
     result = [_vocabulary("embedding", VocabParallelEmbedding, context)]
     if position.at_input:
         result.append(Layer("position", position, {"name": "position", "model": model, "init": context.init, "grid": grid}))
     if model.embedding_dropout:
         dropout = {"name": "embedding", "p": model.embedding_dropout, "seed": seed, "grid": grid}
-        result.append(Layer("embedding_dropout", Dropout, dropout, reads_context=True))
+        result.append(Layer("embedding_dropout", Dropout, dropout, reads=passed))
     make_block = recomputed(block) if recompute == "full" else block
     for i in range(model.num_layers):
         # By position, because a block of a variant.py may give these parameters other names.
         build = partial(make_block, f"blocks.{i}", context)
-        result.append(Layer(f"blocks.{i}", build, is_block=True, reads_context=True))
+        result.append(Layer(f"blocks.{i}", build, is_block=True, reads=passed))
     if block.final_norm:
         result.append(Layer("final_norm", context.norm, {"name": "final_norm", "size": model.hidden_size}))
     head = Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, context)
-    return [*result, replace(head, drops_context=True)]
+    return [replace(layer, context=passed) for layer in (*result, replace(head, drops_context=True))]
 
 
 def _vocabulary(name: str, make: Callable, context: BuildContext) -> Layer:
@@ -63,7 +67,7 @@ class TokenLoss:
     group: ProcessGroup | None
     logits_at_once: int = BY_DEVICE
 
-    def __call__(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(self, logits: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
         """logits 'b s v', labels (targets 'b s', weights 'b s')."""
         targets, weights = labels
         settings = (self.group, self.vocab_size, self.label_smoothing, self.logits_at_once)

@@ -4,40 +4,18 @@ Tables are computed where they are used, in fp32: a buffer would be rounded to b
 """
 
 import math
-from collections.abc import Callable, Hashable
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from models.config import GPT
 from models.init import GPT2Init
+from models.token_positions import TokenPositions
 from parallel.collectives import copy_to_tensor_ranks
 from parallel.grid import Grid
 from parallel.region import region_of
 from parallel.slices import Slice, make_parameter
-
-T = TypeVar("T")
-
-
-class TokenPositions:
-    """The positions of the tokens of a pass: 0, 1, 2, … of a whole sequence. models/inference/cache.py has a subclass for decoding."""
-
-    def of(self, x: Tensor, first: int = 0) -> Tensor:
-        """Positions of the tokens of x '… s d', the first of which is at `first`: int64 's', or a shape that broadcasts to '… s'."""
-        return torch.arange(first, first + x.shape[-2], device=x.device)
-
-    def of_keys(self, x: Tensor) -> Tensor:
-        """Positions 't' of the keys that queries x 'b h s e' attend to."""
-        return self.of(x)
-
-    def rows(self, table: Tensor, x: Tensor, first: int = 0) -> Tensor:
-        """The rows of a table 'seq_length d' at the positions of x 'b s d': 's d' or 'b s d'."""
-        return table[first : first + x.shape[1]]
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """`make()`. A subclass may return what another layer made under the same key for the same positions."""
-        return make()
 
 
 class Position(nn.Module):
@@ -55,7 +33,7 @@ class Position(nn.Module):
     def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
         super().__init__()
         self.model, self.grid, self.region = model, grid, region_of(grid)
-        self.places = TokenPositions()
+        self.places = TokenPositions(self.region)
 
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' -> 'b s d'; under sequence parallelism this rank's positions."""
@@ -85,7 +63,7 @@ class Learned(Position):
 
     def forward(self, x: Tensor) -> Tensor:
         table = copy_to_tensor_ranks(self.weight, self.region.partial_group)
-        return x + self.places.rows(table, x, self.region.first_position(x))
+        return x + self.places.rows(table, x)
 
 
 class Sinusoidal(Position):
@@ -94,8 +72,7 @@ class Sinusoidal(Position):
     at_input = True
 
     def forward(self, x: Tensor) -> Tensor:
-        positions = self.places.of(x, self.region.first_position(x))
-        angles = positions[..., None].float() * _frequencies(x.shape[2], 10_000.0, x.device)
+        angles = self.places.own(x)[..., None].float() * _frequencies(x.shape[2], 10_000.0, x.device)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : x.shape[2]]
         return x + table.to(x.dtype)
 

@@ -23,4 +23,4 @@ def recomputed(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 def rerun(forward: Callable) -> Callable:
     """`forward`, run again in the backward pass. Non-reentrant: integer inputs are allowed, and collectives are issued again."""
-    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return lambda *inputs, **context: checkpoint(forward, *inputs, **context, use_reentrant=False, preserve_rng_state=False)

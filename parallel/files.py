@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from parallel.errors import DiskRefuses, Mistake
 from parallel.regular_files import LARGEST_JSON, MOST_VALUES, open_regular, read_table
@@ -23,6 +25,8 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Errors of a disk that is full, of a user's quota, and of a limit on the size of files."""
 FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG})
 """Errors that do not pass by themselves."""
+SHORT_WAIT = 0.5
+"""Seconds for which a lock is waited for without a word."""
 
 
 @contextlib.contextmanager
@@ -68,16 +72,33 @@ def refuse_existing(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext) -> Iterator[None]:
     """Holds an exclusive lock on `path`, a file made for this and never deleted. The kernel releases it when a process dies.
+
+    `waiting` is entered if another process keeps the lock for longer than SHORT_WAIT, and left when this one has it.
 
     If the file system has no locks, the body runs without one: everything made under this lock is deterministic and published by
     one rename, so two processes that make it at once waste work and do no harm.
     """
     with open(path, "ab") as file:
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _locked_soon(file):
+                with waiting():
+                    fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _locked_soon(file: IO[bytes]) -> bool:
+    """Takes the lock if it is free within SHORT_WAIT seconds."""
+    deadline = time.monotonic() + SHORT_WAIT
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(SHORT_WAIT / 50)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -103,11 +103,11 @@ class LayerTimer:
             for part, module in call.named_children():
                 self._watch(Label(layer, part), module)
 
-        def timed(*inputs: Any) -> Any:
+        def timed(*inputs: Any, **context: Any) -> Any:
             if not self.active:
-                return call(*inputs)
+                return call(*inputs, **context)
             with self.during(Label(layer, "", FORWARD)):
-                y = call(*inputs)
+                y = call(*inputs, **context)
             self._mark_backward(y, Label(layer, "", BACKWARD))
             return y
 

@@ -25,8 +25,10 @@ class Layer:
     """Name of an earlier layer, which is then the only argument of `make`: a head that uses the embedding's weight."""
     is_block: bool = False
     """Blocks are distributed over the stages; every stage needs one, or it would have nothing to train."""
-    reads_context: bool = False
-    """Whether the layer takes the context tensors behind x; other layers only pass them on."""
+    context: tuple[str, ...] = ()
+    """The names of the context tensors behind x, in order: the same for every layer of a list."""
+    reads: tuple[str, ...] = ()
+    """The names of those that the layer takes, as keyword arguments. The others it only passes on."""
     drops_context: bool = False
     """Whether the result is returned without the context: the last layer."""
 
@@ -39,18 +41,22 @@ Activations: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """What one layer passes to the next: x, or x followed by integer context tensors that no layer changes."""
 
 Call: TypeAlias = Callable[..., Any]
-"""A layer's module, or a replacement for it: x (and context) -> x."""
+"""A layer's module, or a replacement for it: x (and context tensors by name) -> x."""
 CallHook: TypeAlias = Callable[[str, Call], Call]
 """(layer's name, its call) -> a call that does the same and observes it."""
 
 
 def apply_layer(layer: Layer, call: Call, passed: Activations) -> Activations:
-    """Calls one layer on x, and on the context if it reads it; returns the result with the context beside it."""
+    """Calls one layer on x, and on the context tensors that it reads; returns the result with the context beside it.
+
+    x alone, without context, goes through every layer alone: inference has none.
+    """
     if isinstance(passed, Tensor):
         return call(passed)
-    x, *context = passed
-    y = call(x, *context) if layer.reads_context else call(x)
-    return y if layer.drops_context else (y, *context)
+    x, *tensors = passed
+    context = dict(zip(layer.context, tensors, strict=True))
+    y = call(x, **{name: context[name] for name in layer.reads})
+    return y if layer.drops_context else (y, *tensors)
 
 
 class PlainModule(nn.Module):
@@ -71,6 +77,8 @@ class PlainModule(nn.Module):
             parent.add_module(last, module)
         self.steps: list[tuple[Layer, Call]] = list(zip(layers, built.values(), strict=True))
         """The layers in order. A plain list is not registered by nn.Module, so each module is registered once."""
+        self.context = layers[0].context
+        """The names of the context tensors that `forward` takes behind the ids."""
 
     def watch(self, hook: CallHook) -> Callable[[], None]:
         """Calls each layer through `hook(name, call)` until what is returned is called, the last of several hooks first."""

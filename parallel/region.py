@@ -32,7 +32,7 @@ class TensorParallelRegion:
         return reduce_from_tensor_ranks(x, self.group)
 
     def first_position(self, x: Tensor) -> int:
-        """The position in the sequence of x[:, 0]."""
+        """The position in the sequence of x[:, 0] outside a sliced region. Modules ask models.token_positions.TokenPositions."""
         return 0
 
 
@@ -59,7 +59,7 @@ class SequenceParallelRegion(TensorParallelRegion):
         return reduce_scatter_sequence(x, self.group)
 
     def first_position(self, x: Tensor) -> int:
-        """The position in the sequence of x[:, 0]."""
+        """The position in the sequence of x[:, 0] outside a sliced region."""
         return 0 if self.group is None else self.group.rank() * x.shape[1]
 
 

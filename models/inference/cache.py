@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import Attention, Core
-from models.position import Position, T, TokenPositions
+from models.position import Position
+from models.token_positions import T, TokenPositions
+from parallel.region import TensorParallelRegion
 
 
 class CacheRows(TokenPositions):
@@ -22,6 +24,7 @@ class CacheRows(TokenPositions):
     """
 
     def __init__(self, slots: int, length: int, device: torch.device) -> None:
+        super().__init__(TensorParallelRegion(None))  # no pass of a decoder is cut by positions
         self.slots, self.length, self.device = slots, length, device
         self.lengths: list[int] = []
         """Tokens in each row in use, including those of the current pass."""
@@ -61,17 +64,19 @@ class CacheRows(TokenPositions):
         assert self._positions is not None
         return self._positions
 
-    def of(self, x: Tensor, first: int = 0) -> Tensor:
+    def of(self, x: Tensor) -> Tensor:
         """'s' for prompts, which all start at 0; 'n 1' or 'n 1 1' for one token per row of x 'n 1 d' or 'n h 1 e'."""
-        return super().of(x, first) if self.prefilling else self.positions.view(-1, *(1 for _ in x.shape[2:]))
+        return super().of(x) if self.prefilling else self.positions.view(-1, *(1 for _ in x.shape[2:]))
 
     def of_keys(self, x: Tensor) -> Tensor:
         """'t': as many as the longest row has."""
         return super().of_keys(x) if self.prefilling else torch.arange(max(self.lengths), device=x.device)
 
-    def rows(self, table: Tensor, x: Tensor, first: int = 0) -> Tensor:
+    own = of
+
+    def rows(self, table: Tensor, x: Tensor) -> Tensor:
         """'s d' for prompts, 'n 1 d' for one token per row."""
-        return super().rows(table, x, first) if self.prefilling else F.embedding(self.positions[:, None], table)
+        return super().rows(table, x) if self.prefilling else F.embedding(self.positions[:, None], table)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What the first layer of the current pass that asked for this key made."""
@@ -162,6 +167,6 @@ def remove_cache(module: nn.Module) -> None:
     """Undoes `install_cache`; without a cache it does nothing."""
     for part in list(module.modules()):
         if isinstance(part, Position):
-            part.places = TokenPositions()
+            part.places = TokenPositions(part.region)
         if isinstance(part, Attention) and isinstance(part.core, CachedCore):
             part.core = part.core.core

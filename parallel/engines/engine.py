@@ -4,8 +4,9 @@ Both take the same micro-batches and return the same token means over the global
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -24,38 +25,41 @@ from parallel.grid import Grid
 from parallel.layers import CallHook, Layer, PlainModule, unique_parameters
 from parallel.slices import gathered, slice_of
 
-Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
-"""(logits, (targets, weights)) -> Σ weights · loss, a 0-dim tensor."""
+Loss = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
+"""(logits, labels) -> Σ weights · loss, a 0-dim tensor. What the labels are is between the loss and the data: models.gpt.TokenLoss takes
+targets and weights."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class MicroBatch(NamedTuple):
-    """The input of one pass: ids 'b s' int64, targets 'b s' int64, weights 'b s' fp32 (research/data/batches.py defines them).
+    """The input of one pass: ids 'b s' int64, and the labels that the loss takes beside the logits.
 
-    `context` holds integer tensors that travel beside x through all layers, e.g. the sample numbers 'b' for dropout.
+    `context` holds integer tensors that travel beside x through all layers, by name: `samples` 'b', the sample numbers, for dropout.
     """
 
     ids: Tensor
-    targets: Tensor
-    weights: Tensor
-    context: tuple[Tensor, ...] = ()
+    labels: tuple[Tensor, ...]
+    context: Mapping[str, Tensor] = NOTHING
 
     @classmethod
-    def of(cls, ids: np.ndarray, targets: np.ndarray, weights: np.ndarray, samples: np.ndarray | None) -> "MicroBatch":
-        """The same arrays as tensors, memory shared. `samples` are the sample numbers 'b'; None for a model that drops nothing."""
-        context = () if samples is None else (torch.from_numpy(samples),)
-        return cls(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(weights), context)
+    def of(cls, ids: np.ndarray, labels: Sequence[np.ndarray], context: Mapping[str, np.ndarray] = NOTHING) -> "MicroBatch":
+        """The same arrays as tensors, memory shared."""
+        tensors = {name: torch.from_numpy(array) for name, array in context.items()}
+        return cls(torch.from_numpy(ids), tuple(map(torch.from_numpy, labels)), tensors)
 
     def on(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`. It is copied to a GPU from pinned memory, so that the host does not wait for the copy."""
-        tensors = (*self[:3], *self.context)
-        if device.type == "cuda":
-            tensors = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
-        ids, targets, weights, *context = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return MicroBatch(ids, targets, weights, tuple(context))
 
-    def inputs(self) -> Tensor | tuple[Tensor, ...]:
-        """The first layer's input: ids, or ids followed by the context."""
-        return (self.ids, *self.context) if self.context else self.ids
+        def there(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+            return pinned.to(device, non_blocking=True)
+
+        context = {name: there(tensor) for name, tensor in self.context.items()}
+        return MicroBatch(there(self.ids), tuple(map(there, self.labels)), context)
+
+    def inputs(self, names: Sequence[str]) -> Tensor | tuple[Tensor, ...]:
+        """The first layer's input: ids, or ids followed by the context tensors `names`, which are those that its list of layers has."""
+        return (self.ids, *(self.context[name] for name in names)) if names else self.ids
 
 
 def copied_ahead(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
@@ -93,6 +97,8 @@ class Engine:
         self.grid, self.settings, self.loss, self.device = grid, settings, loss, device()
         self.held_out_loss = held_out_loss or loss
         self.config = derive(settings, cuda=self.device.type == "cuda")
+        self.context = layers[0].context
+        """The names of the context tensors of a micro-batch that the layers read."""
         self.module, mpu = self._build_module(layers)
         self.parameters = dict(unique_parameters(self.module))
         """This rank's parameters by logical name."""
@@ -244,11 +250,11 @@ class PlainEngine(Engine):
 
     def _observe(self, batch: MicroBatch, function: LogitsFunction) -> Tensor:
         self.deepspeed.eval()
-        return function(self.deepspeed(batch.on(self.device).inputs()))
+        return function(self.deepspeed(batch.on(self.device).inputs(self.context)))
 
     def _forward(self, batch: MicroBatch, loss: Loss) -> Tensor:
         here = batch.on(self.device)
-        return loss(self.deepspeed(here.inputs()), (here.targets, here.weights))
+        return loss(self.deepspeed(here.inputs(self.context)), here.labels)
 
     def _mean_over_data(self, value: Tensor) -> Tensor:
         mean = value.clone()
@@ -277,23 +283,22 @@ class PipeEngine(Engine):
         self.loss = self.module.loss_fn = loss
 
     def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
-        return self.deepspeed.train_batch(_pairs(batches))
+        return self.deepspeed.train_batch(self._pairs(batches))
 
     def evaluate_batch(self, batch: MicroBatch) -> float:
         with instead_of_loss(self.module, self.held_out_loss):
-            return float(self.deepspeed.eval_batch(_pairs(iter([batch])), num_micro_batches=1))
+            return float(self.deepspeed.eval_batch(self._pairs(iter([batch])), num_micro_batches=1))
 
     def _observe(self, batch: MicroBatch, function: LogitsFunction) -> Tensor | None:
         hook = LogitsHook(function)
         with instead_of_loss(self.module, hook):
-            self.deepspeed.eval_batch(_pairs(iter([batch])), reduce_output=None, bcast_loss=False, num_micro_batches=1)
+            self.deepspeed.eval_batch(self._pairs(iter([batch])), reduce_output=None, bcast_loss=False, num_micro_batches=1)
         return hook.result
 
-
-def _pairs(batches: Iterator[MicroBatch]) -> Iterator[tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, Tensor]]]:
-    """What DeepSpeed's pipeline reads: (inputs of the first stage, labels of the last stage)."""
-    for batch in batches:
-        yield batch.inputs(), (batch.targets, batch.weights)
+    def _pairs(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        """What DeepSpeed's pipeline reads: (inputs of the first stage, labels of the last stage)."""
+        for batch in batches:
+            yield batch.inputs(self.context), batch.labels
 
 
 def make_engine(layers: Sequence[Layer], loss: Loss, grid: Grid, settings: EngineSettings, held_out_loss: Loss | None = None) -> Engine:

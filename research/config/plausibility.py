@@ -12,6 +12,8 @@ from research.cluster.environment import Ranks
 from research.config.schema import DECAYS, Checkpoints, Experiment, Optimizer
 
 BUILTIN = "builtin:"
+NO_FILE = (BUILTIN, "store:", "split:")
+"""How the name of a text begins that is not the path of a file. Stores are compared by what is in them, once they are opened."""
 LONGEST_NAME = 128
 """The most characters of a project, a group and a run id that W&B's server takes."""
 WANDB_REFUSES = {"project": "/\\#?%:", "run id": "/\\#?%:;,'"}
@@ -38,7 +40,7 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
             f"model.rotary_fraction = {model.rotary_fraction:g} of heads of {model.head_size} features is less than the two that are "
             f"rotated together, so that no position is encoded → {instead}, or position 'none'"
         )
-    texts = [root / Path(text).expanduser() for text in (data.train, data.validation) if not text.startswith(BUILTIN)]
+    texts = [root / Path(text).expanduser() for text in (data.train, data.validation) if not text.startswith(NO_FILE)]
     if data.train == data.validation or (len(texts) == 2 and texts[0].samefile(texts[1])):
         yield f"data.validation = {data.validation!r} is the text of data.train → name a text that is not trained on"
     if watch.on_spike == "stop" and not watch.spike:

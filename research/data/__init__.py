@@ -2,7 +2,8 @@
 
 from research.data.batches import (
     Batch,
-    train_micro_batches,
+    Sampler,
+    StreamSampler,
     validation_batches,
 )
 from research.data.prepare import (
@@ -14,4 +15,15 @@ from research.data.prepare import (
 from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Corpus", "TokenStore", "Tokenizer", "check", "load", "load_tokenizer", "train_micro_batches", "validation_batches"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Sampler",
+    "StreamSampler",
+    "TokenStore",
+    "Tokenizer",
+    "check",
+    "load",
+    "load_tokenizer",
+    "validation_batches",
+]

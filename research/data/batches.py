@@ -6,7 +6,8 @@ token but the very first exactly once (in training also without the rest at the 
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +27,16 @@ class Batch(NamedTuple):
     targets: np.ndarray  # b s, int64
     weights: np.ndarray  # b s, float32
     samples: np.ndarray  # b, int64: the run's sample numbers, counted over epochs
+
+    @property
+    def labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """What models.gpt.TokenLoss takes beside the logits."""
+        return self.targets, self.weights
+
+    @property
+    def context(self) -> dict[str, np.ndarray]:
+        """What layers may read beside x, by name."""
+        return {"samples": self.samples}
 
 
 def num_samples(store: TokenStore, seq_length: int) -> int:
@@ -64,23 +75,37 @@ def step_samples(batch_size: int, micro_batch_size: int, data_rank: int, data_si
     return first + np.arange(passes * micro_batch_size).reshape(passes, micro_batch_size)
 
 
-def train_micro_batches(
-    store: TokenStore,
-    seq_length: int,
-    batch_size: int,
-    micro_batch_size: int,
-    data_rank: int,
-    data_size: int,
-    seed: int,
-    step: int,
-) -> Iterator[Batch]:
-    """The micro-batches of one step of this data rank, in order. They depend on the arguments alone: there is no state."""
-    numbers = step_samples(batch_size, micro_batch_size, data_rank, data_size, step)
-    tokens = batch_size * seq_length  # of the global batch: plain windows mask nothing
-    weight = len(numbers) * data_size / tokens
-    windows = num_samples(store, seq_length)
-    for samples in numbers:
-        yield _batch(store.tokens, order.sample(samples, windows, seed), samples, seq_length, weight)
+class Sampler(Protocol):
+    """What training reads: the micro-batches of any step, on any layout. They depend on the arguments alone: there is no state."""
+
+    def micro_batches(self, step: int, data_rank: int, data_size: int) -> Iterator[Batch]:
+        """The micro-batches of one step (from 0) of this data rank, in order."""
+
+    def mask_sum(self, step: int) -> int:
+        """The number of tokens of the step's whole batch whose loss counts. It is known without communication."""
+
+
+@dataclass(frozen=True)
+class StreamSampler:
+    """Samples are the windows of one store's stream, each epoch in an order of its own (order.py). Every token counts."""
+
+    store: TokenStore
+    seq_length: int
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+
+    def micro_batches(self, step: int, data_rank: int, data_size: int) -> Iterator[Batch]:
+        """As in Sampler."""
+        numbers = step_samples(self.batch_size, self.micro_batch_size, data_rank, data_size, step)
+        weight = len(numbers) * data_size / self.mask_sum(step)
+        windows = num_samples(self.store, self.seq_length)
+        for samples in numbers:
+            yield _batch(self.store.tokens, order.sample(samples, windows, self.seed), samples, self.seq_length, weight)
+
+    def mask_sum(self, step: int) -> int:
+        """As in Sampler."""
+        return self.batch_size * self.seq_length
 
 
 def validation_batches(

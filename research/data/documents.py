@@ -67,6 +67,11 @@ def digest(spec: str, root: Path) -> str:
     return whole.hexdigest()
 
 
+def paths(spec: str, root: Path) -> list[Path]:
+    """The files that are read, in order."""
+    return [file.path for file in _files(spec, root)]
+
+
 def _digest(file: TextFile) -> "hashlib._Hash":
     sha256 = hashlib.sha256(f"{file.kind}{file.compression}\0".encode())
     with file.readable(), open(file.path, "rb") as opened:

@@ -1,21 +1,21 @@
 """Preparing a corpus: tokenizer and token stores, made once by whichever process comes first and cached under data.cache."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from parallel.errors import Mistake
-from parallel.files import locked
-from research.data import documents, token_store, tokenizer_file
+from parallel.files import locked, megabytes
+from research.data import documents, splits, stores, token_store, tokenizer_file
+from research.data.records import Advance, Cache, Progress, silent
 from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer, declared_vocab_size, fixed, is_made_from_text, kept, pieces, trained
 
@@ -26,15 +26,6 @@ GROUP = 1 << 22
 
 CHARACTER = 4
 """The most tokens that one character can have: a byte each."""
-
-Advance = Callable[[int], object]
-Progress = Callable[[str], AbstractContextManager[Advance]]
-"""Called with what begins; the context lasts as long as it does, and is told how many more characters are done."""
-
-
-def silent(what: str) -> AbstractContextManager[Advance]:
-    """The Progress that shows nothing."""
-    return contextlib.nullcontext(lambda characters: None)
 
 
 class DataSettings(Protocol):
@@ -64,34 +55,40 @@ class Corpus:
     fingerprint: str
 
 
-def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress = silent) -> Corpus:
+def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress = silent, believe_since_ns: int = 0) -> Corpus:
     """The corpus that `data` describes, for a model with `vocab_size` tokens (it may have more than the tokenizer).
 
     Every rank calls this at the same time: the first one prepares what is not in data.cache (a relative path starts at `root`),
-    the others wait. `progress` is called in the process that does the work.
+    the others wait and say so. `progress` is called in the process that does the work. What was prepared before is opened without being
+    read, however large it is. `believe_since_ns`: what was found by reading files before that time.time_ns() is found again.
     """
     check(data, root, vocab_size)
-    tokenizer = load_tokenizer(data, root, progress)
+    tokenizer = load_tokenizer(data, root, progress, believe_since_ns)
     _refuse_small_vocabulary(tokenizer.vocab_size, data, vocab_size)
-    digests = [documents.digest(spec, root) for spec in (data.train, data.validation)]
-    with cache_folder(data.cache, root) as cache:
-        train, validation = (
-            _prepared(spec, digest, tokenizer, root, cache, progress)
-            for spec, digest in zip((data.train, data.validation), digests, strict=True)
-        )
+    with cache_folder(data.cache, root) as folder:
+        cache = Cache(folder, progress, believe_since_ns)
+        train = _opened(data.train, root, tokenizer, cache)
+        if splits.is_split(data.validation):
+            train, validation, _ = (_identified(part) for part in splits.split(train, data.validation, data.train))
+        else:
+            validation = _opened(data.validation, root, tokenizer, cache)
+        validation = stores.with_bytes(validation, tokenizer, cache)
     for store in (train, validation):
-        token_store.check_ids(store, vocab_size)
+        if store.facts["max_id"] >= vocab_size:
+            token_store.check_ids(store, vocab_size)
+    digests = [store.facts["source_sha256"] for store in (train, validation)]
     return Corpus(tokenizer, train, validation, _join(*digests, tokenizer.fingerprint))
 
 
-def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent) -> Tokenizer:
+def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent, believe_since_ns: int = 0) -> Tokenizer:
     """The tokenizer alone, made as in `load` if it is not cached. Generation needs no more: no text is tokenized."""
     if tokenizer_file.is_file(data.tokenizer):
         return tokenizer_file.load(data.tokenizer, root)
     if not is_made_from_text(data.tokenizer):
         return fixed(data.tokenizer)
-    digest = documents.digest(data.train, root)
-    with contextlib.ExitStack() as work, cache_folder(data.cache, root) as cache:
+    stores.check_tokenizer(data.train, data.tokenizer)
+    with contextlib.ExitStack() as work, cache_folder(data.cache, root) as folder:
+        cache = Cache(folder, progress, believe_since_ns)
 
         def texts() -> Iterator[str]:  # taken only if there is no tokenizer yet
             advance = work.enter_context(progress(f"training {data.tokenizer} on {data.train}"))
@@ -100,14 +97,42 @@ def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent) 
                     yield piece
                     advance(len(piece))
 
-        return trained(data.tokenizer, texts(), digest, cache)
+        waiting = functools.partial(cache.waiting, f"training {data.tokenizer}")
+        return trained(data.tokenizer, texts(), text_digest(data.train, root, cache), folder, waiting)
 
 
-def split(data: DataSettings, spec: str, root: Path, tokenizer: Tokenizer, progress: Progress = silent) -> TokenStore:
-    """The token store of another text, tokenized as the run's own corpus and made as in `load` if it is not cached."""
-    digest = documents.digest(spec, root)
-    with cache_folder(data.cache, root) as cache:
-        return _prepared(spec, digest, tokenizer, root, cache, progress)
+def held_out_store(data: DataSettings, spec: str, root: Path, tokenizer: Tokenizer, progress: Progress = silent) -> TokenStore:
+    """The token store of another text, or of data.validation, tokenized as the run's own corpus and made as in `load`."""
+    with cache_folder(data.cache, root) as folder:
+        cache = Cache(folder, progress)
+        if splits.is_split(spec):
+            _, store, _ = splits.split(_opened(data.train, root, tokenizer, cache), spec, data.train)
+        else:
+            store = _opened(spec, root, tokenizer, cache)
+        return stores.with_bytes(store, tokenizer, cache)
+
+
+def digest(data: DataSettings, spec: str, root: Path, progress: Progress = silent) -> str:
+    """SHA-256 (hex) of a text: equal digests mean equal documents. It is read only if it has changed since it was read last."""
+    with cache_folder(data.cache, root) as folder:
+        cache = Cache(folder, progress)
+        if splits.is_split(spec):
+            return _join(text_digest(data.train, root, cache), spec)
+        return text_digest(spec, root, cache)
+
+
+def text_digest(spec: str, root: Path, cache: Cache) -> str:
+    """`digest` of a text that is not a split."""
+    if stores.is_store(spec):
+        return stores.digest(spec, root, cache)
+    paths = documents.paths(spec, root)
+    size = sum(path.stat().st_size for path in paths)
+
+    def find() -> dict[str, str]:
+        with cache.progress(f"hashing {spec} ({megabytes(size)})") if size > stores.LONG else silent(""):
+            return {"sha256": documents.digest(spec, root)}
+
+    return str(cache.remembered("text", paths, f"hashing {spec}", find)["sha256"])
 
 
 def tokenizer_at_hand(data: DataSettings, root: Path) -> Tokenizer | None:
@@ -127,17 +152,29 @@ def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:
     if not is_made_from_text(now.tokenizer) or then.train == now.train:
         return True
     try:
-        return documents.digest(then.train, root) == documents.digest(now.train, root)
+        return digest(then, then.train, root) == digest(now, now.train, root)
     except Mistake:  # the text is not there any more
         return False
 
 
+def check_text(spec: str, root: Path, setting: str) -> None:
+    """Refuse a text, or a token store, that is not there. Reads no text, imports no torch."""
+    if stores.is_store(spec):
+        stores.check(spec, root, setting)
+    else:
+        documents.check_exists(spec, root, setting)
+
+
 def check(data: DataSettings, root: Path, vocab_size: int) -> None:
     """Refuse, in milliseconds and before torch is imported, missing files, unknown names and a vocabulary that is too small."""
-    documents.check_exists(data.train, root, "data.train")
-    documents.check_exists(data.validation, root, "data.validation")
+    check_text(data.train, root, "data.train")
+    if splits.is_split(data.validation):
+        splits.shares(data.validation)
+    else:
+        check_text(data.validation, root, "data.validation")
     is_file = tokenizer_file.is_file(data.tokenizer)
     declared = tokenizer_file.declared_vocab_size(data.tokenizer, root) if is_file else declared_vocab_size(data.tokenizer)
+    stores.check_tokenizer(data.train, data.tokenizer)
     _refuse_small_vocabulary(declared, data, vocab_size)
 
 
@@ -173,13 +210,14 @@ def leading_bytes(store: TokenStore, tokenizer: Tokenizer, count: int) -> int:
     if count >= store.num_tokens:
         return store.num_bytes
     total = 0
-    for start, end in pairwise(store.document_offsets.tolist()):
+    for start, end in store.documents():
         if start >= count:
             break
-        ids, here = store.tokens[start : end - 1], count - start
-        text = tokenizer.decode(ids[:here])
-        if here < len(ids):  # a character that is not complete is decoded as U+FFFD, which a few more tokens change (unless it is one)
-            text = os.path.commonprefix([text, tokenizer.decode(ids[: here + CHARACTER])])
+        stop = min(end, count)
+        text = tokenizer.decode(stores.without(store.tokens[start:stop], tokenizer.end_of_text))
+        if stop < end:  # a character that is not complete is decoded as U+FFFD, which a few more tokens change (unless it is one)
+            longer = stores.without(store.tokens[start : min(end, stop + CHARACTER)], tokenizer.end_of_text)
+            text = os.path.commonprefix([text, tokenizer.decode(longer)])
         total += len(text.encode("utf-8"))
     return total
 
@@ -195,30 +233,43 @@ def cache_folder(name: str, root: Path) -> Iterator[Path]:
         raise Mistake(f"data.cache = {name!r} cannot be used ({error}) → name a folder that you may write to") from error
 
 
-def _prepared(spec: str, digest: str, tokenizer: Tokenizer, root: Path, cache: Path, progress: Progress) -> TokenStore:
-    """The token store of one split, from the cache or made now. A damaged one in the cache is made again."""
+def _opened(spec: str, root: Path, tokenizer: Tokenizer, cache: Cache) -> TokenStore:
+    """The store that `spec` names, or that of a text, from the cache or made now. One in the cache that is damaged is made again."""
+    if stores.is_store(spec):
+        return stores.load(spec, root, tokenizer, cache)
+    digest = text_digest(spec, root, cache)
     # the file name tells a person which corpus and tokenizer it is; the hash beside them is what counts
     labels = (re.sub(r"[^A-Za-z0-9_.]+", "-", name.removeprefix(documents.BUILTIN)).strip("-.")[-60:] for name in (spec, tokenizer.name))
-    prefix = cache / f"{'-'.join(labels)}-{_join(digest, tokenizer.fingerprint)[:16]}-v{RECIPE}"
-    store = _open(prefix)
+    prefix = cache.folder / f"{'-'.join(labels)}-{_join(digest, tokenizer.fingerprint)[:16]}-v{RECIPE}"
+    store = _cached(prefix, spec, cache)
     if store is not None:
         return store
-    with locked(Path(f"{prefix}.lock")):
-        if _open(prefix) is None:
+    with locked(Path(f"{prefix}.lock"), functools.partial(cache.waiting, f"tokenizing {spec}")):
+        if (store := _cached(prefix, spec, cache)) is None:
             facts = {"source": spec, "source_sha256": digest, "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.fingerprint}
-            with progress(f"tokenizing {spec}") as advance:
+            with cache.progress(f"tokenizing {spec}") as advance:
                 encoded = _encoded(documents.documents(spec, root), tokenizer, advance)
                 token_store.write(prefix, encoded, tokenizer.vocab_size, facts)
-    return TokenStore(prefix)
+    return store or TokenStore(prefix)
 
 
-def _open(prefix: Path) -> TokenStore | None:
-    """The store in the cache; None if there is none, it is damaged, or its text was empty."""
+def _cached(prefix: Path, spec: str, cache: Cache) -> TokenStore | None:
+    """The store in the cache, whose largest id is known; None if there is none, it is damaged, or its text was empty."""
     try:
         store = TokenStore(prefix)
-        return store if store.num_bytes else None
+        if not store.num_bytes:
+            return None
+        store.facts |= stores.known(store, cache, f"the tokens of {spec}")
     except Mistake:
         return None
+    return store
+
+
+def _identified(part: TokenStore) -> TokenStore:
+    """A part of a store, with a source_sha256 of its own."""
+    first, documents_ = part.facts["first_document"], part.num_documents
+    part.facts["source_sha256"] = _join(part.facts["source_sha256"], f"documents {first} to {first + documents_}")
+    return part
 
 
 def _encoded(texts: Iterable[str], tokenizer: Tokenizer, advance: Advance) -> Iterator[tuple[np.ndarray, int]]:

@@ -1,66 +1,111 @@
-"""Token store: a split's token ids as one memory-mapped stream, in Megatron-LM's .bin/.idx format (MMIDIDX, version 1).
+"""Token store: a split's token ids as one memory-mapped stream, in Megatron-LM's .bin/.idx format (research/data/megatron_index.py).
 
-PREFIX.bin   the ids, nothing else
-PREFIX.idx   magic, uint64 version, uint8 type code, uint64 sequences, uint64 document indices (documents + 1);
-             int32 lengths, int64 byte offsets, int64 document indices (all little-endian)
-PREFIX.json  not part of Megatron-LM's format: where the ids came from, and the UTF-8 bytes of the text (for bits per byte)
+PREFIX.json, beside PREFIX.bin and PREFIX.idx, is not part of that format. Stores that are written here have it: where the ids came from,
+how many documents, tokens and UTF-8 bytes of text there are (for bits per byte), the largest id, and the SHA-256 of both files.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
-import shutil
-import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 
 from parallel.errors import Mistake
 from parallel.files import published, read_json
+from research.data.megatron_index import AT_OPENING, CHUNK, HEADER, MAGIC, MegatronIndex, file_of
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-"""Megatron-LM's codes for integers (6 and 7 are floats). DeepSpeed's reader numbers them differently from 6 on."""
 SHORT_VOCABULARY = 65500
 """Below this many tokens an id is stored as uint16, else as int32: Megatron-LM's rule."""
+CODES = {"<u2": 8, "<i4": 4}
+"""Type codes of what is written here, which mean the same to every reader but DeepSpeed's own."""
 LONGEST = 2**31 - 1
-CHUNK = 1 << 22
-AGAIN = "→ prepare it again"
+COUNTS = ("documents", "tokens")
 
 
 class TokenStore:
-    """A split's tokens, read-only, as they lie on disk: documents one after the other, each followed by end-of-text."""
+    """The tokens of documents, read-only, as they lie on disk one after the other. Opening reads a few pages, however long the store is.
+
+    Where Tessera or Megatron-LM's --append-eod has written the store, each document ends in end-of-text.
+    """
 
     def __init__(self, prefix: Path):
         self.prefix = Path(prefix)
-        dtype, lengths, self.document_offsets = _read_index(_file(prefix, ".idx"))
-        self.num_documents = len(self.document_offsets) - 1
-        """Number of documents. Document k is tokens[document_offsets[k] : document_offsets[k + 1]]."""
-        self.tokens = _map_tokens(_file(prefix, ".bin"), dtype, int(lengths.sum()))
-        self.num_tokens = len(self.tokens)
-        """Tokens of the stream, each document's end-of-text included."""
+        self._index = MegatronIndex(prefix)
+        self._first = 0
+        self.num_documents = self._index.num_documents
+        self.num_tokens = self._index.num_tokens
+        """Tokens of the stream, end-of-text included."""
+        self.tokens: np.ndarray = np.memmap(self._index.stream, self._index.dtype, mode="r").view(np.ndarray)
+        self.facts = self._sidecar()
+        """What is known of the store: the content of PREFIX.json, or {} if there is none or it is not that of these files."""
 
     def __repr__(self) -> str:
         return f"TokenStore({self.prefix.name}: {self.num_documents:,} documents, {self.num_tokens:,} tokens)"
 
     @property
-    def facts(self) -> dict:
-        """The content of PREFIX.json: source and tokenizer (with hashes), documents, tokens, bytes."""
-        path = _file(self.prefix, ".json")
-        try:
-            return read_json(path)
-        except (OSError, ValueError) as error:
-            raise Mistake(f"{path} is missing or broken: bits per byte needs its count of bytes {AGAIN}") from error
-
-    @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text; end-of-text is not counted."""
+        if "bytes" not in self.facts:
+            path = file_of(self.prefix, ".json")
+            raise Mistake(f"{path} is missing or broken: bits per byte needs its count of bytes → prepare the store again")
         return int(self.facts["bytes"])
+
+    def document_offsets(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """int64: document k is tokens[offsets[k] : offsets[k + 1]]. The offsets of documents `first` to `last`, of all if None."""
+        last = self.num_documents if last is None else last
+        origin = self._index.document_offsets(self._first, self._first)[0]
+        return self._index.document_offsets(self._first + first, self._first + last) - origin
+
+    def documents(self) -> Iterator[tuple[int, int]]:
+        """(first token, end) of each document, in order. Reads the index in pieces."""
+        for first in range(0, self.num_documents, AT_OPENING):
+            yield from pairwise(self.document_offsets(first, min(first + AT_OPENING, self.num_documents)).tolist())
+
+    def document_at(self, position: int) -> int:
+        """The document that holds the token at `position`, found in O(log documents)."""
+        low, high = 0, self.num_documents
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.document_offsets(middle, middle)[0] <= position else (low, middle)
+        return low
+
+    def part(self, first: int, last: int) -> "TokenStore":
+        """A view of documents `first` to `last` (excluded): a store with the same files, whose `facts` have no count of bytes."""
+        begin, end = (int(self.document_offsets(document, document)[0]) for document in (first, last))
+        view = copy.copy(self)
+        view._first, view.num_documents = self._first + first, last - first
+        view.tokens, view.num_tokens = self.tokens[begin:end], end - begin
+        view.facts = self.facts | {"first_document": view._first, "documents": view.num_documents, "tokens": view.num_tokens}
+        view.facts.pop("bytes", None)
+        return view
+
+    def read(self, advance: Callable[[int], object] = lambda tokens: None) -> dict[str, Any]:
+        """The smallest and largest id and the SHA-256 of both files. Reads them whole; a Mistake if the index is not in order."""
+        self._index.check_order()
+        smallest, largest, sha256 = 0, -1, hashlib.sha256()
+        with self._index.stream.open("rb") as file:
+            while piece := file.read(CHUNK * self._index.dtype.itemsize):
+                sha256.update(piece)
+                ids = np.frombuffer(piece, self._index.dtype)
+                smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
+                advance(len(ids))
+        with self._index.path.open("rb") as file:
+            index_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"min_id": smallest, "max_id": largest, "bin_sha256": sha256.hexdigest(), "idx_sha256": index_sha256}
+
+    def _sidecar(self) -> dict[str, Any]:
+        try:
+            facts = read_json(file_of(self.prefix, ".json"))
+        except (OSError, ValueError):
+            return {}
+        return facts if [facts.get(name) for name in COUNTS] == [self.num_documents, self.num_tokens] else {}
 
 
 class StoreWriter:
@@ -83,7 +128,7 @@ class StoreWriter:
         with contextlib.ExitStack() as files:
             # they appear in the opposite order when the files are left
             self._index, self._sidecar, stream = (
-                files.enter_context(published(_file(self.prefix, end))) for end in (".idx", ".json", ".bin")
+                files.enter_context(published(file_of(self.prefix, end))) for end in (".idx", ".json", ".bin")
             )
             self._stream = files.enter_context(open(stream, "wb"))
             self._lengths = files.enter_context(tempfile.TemporaryFile(dir=self.prefix.parent))
@@ -97,11 +142,16 @@ class StoreWriter:
         with self._files:  # an error here leaves nothing behind either
             if self._begun:
                 self.add_tokens(np.zeros(0, self.dtype), np.array([0]), 0)
+            self._stream.close()
+            index_sha256 = hashlib.sha256()
             with open(self._index, "wb") as file:
-                self._write_index(file)
+                for piece in self._index_pieces():
+                    file.write(piece)
+                    index_sha256.update(piece)
             counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.num_bytes, "max_id": self.max_id}
-            sidecar = self.facts | counts | {"bin_sha256": self._sha256.hexdigest()}
-            self._sidecar.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+            digests = {"bin_sha256": self._sha256.hexdigest(), "idx_sha256": index_sha256.hexdigest()}
+            # written last: a sidecar that is older than the other files is not believed
+            self._sidecar.write_text(json.dumps(self.facts | counts | digests, indent=1) + "\n", encoding="utf-8")
 
     def add(self, ids: np.ndarray, num_bytes: int) -> None:
         """Appends one document: its ids, end-of-text included, and the UTF-8 bytes of its text."""
@@ -135,21 +185,21 @@ class StoreWriter:
         self.num_bytes += num_bytes
         self.max_id = max(self.max_id, int(ids.max()) if len(ids) else -1)
 
-    def _write_index(self, file: BinaryIO) -> None:
-        """The .idx file, with one sequence per document, as Megatron-LM's own preparation writes plain text."""
-        code = next(code for code, name in CODES.items() if np.dtype(name) == self.dtype)
-        file.write(HEADER.pack(MAGIC, 1, code, self.documents, self.documents + 1))
+    def _index_pieces(self) -> Iterator[bytes]:
+        """The .idx file in pieces, with one sequence per document, as Megatron-LM's own preparation writes plain text."""
+        yield HEADER.pack(MAGIC, 1, CODES[self.dtype.str], self.documents, self.documents + 1)
         self._lengths.seek(0)
-        shutil.copyfileobj(self._lengths, file)
+        while piece := self._lengths.read(4 * CHUNK):
+            yield piece
         self._lengths.seek(0)
         pointer = 0
-        while chunk := self._lengths.read(4 * CHUNK):
-            sizes = np.frombuffer(chunk, "<i4").astype(np.int64) * self.dtype.itemsize
+        while piece := self._lengths.read(4 * CHUNK):
+            sizes = np.frombuffer(piece, "<i4").astype(np.int64) * self.dtype.itemsize
             ends = pointer + np.cumsum(sizes)
-            file.write((ends - sizes).astype("<i8").tobytes())
+            yield (ends - sizes).astype("<i8").tobytes()
             pointer = int(ends[-1])
         for first in range(0, self.documents + 1, CHUNK):
-            file.write(np.arange(first, min(first + CHUNK, self.documents + 1), dtype="<i8").tobytes())
+            yield np.arange(first, min(first + CHUNK, self.documents + 1), dtype="<i8").tobytes()
 
 
 def write(prefix: Path, documents: Iterable[tuple[np.ndarray, int]], vocab_size: int, facts: dict) -> None:
@@ -159,58 +209,19 @@ def write(prefix: Path, documents: Iterable[tuple[np.ndarray, int]], vocab_size:
             writer.add(np.asarray(ids), num_bytes)
 
 
-def check_ids(store: TokenStore, vocab_size: int) -> None:
-    """Raise a Mistake naming document and offset if a token is not in [0, vocab_size). Reads the whole store, at memory speed."""
+def check_ids(store: TokenStore, vocab_size: int, whose: str = "model.vocab_size", way_out: str = "") -> None:
+    """Raise a Mistake naming document and offset if a token is not in [0, vocab_size). Reads the whole store, at memory speed.
+
+    `whose`: the setting that gives vocab_size. `way_out`: what would work; '' for a larger vocab_size.
+    """
     for start in range(0, store.num_tokens, CHUNK):
         chunk = store.tokens[start : start + CHUNK]
         if chunk.max() < vocab_size and chunk.min() >= 0:
             continue
         position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
-        document = int(np.searchsorted(store.document_offsets, position, side="right")) - 1
-        offset, token = position - int(store.document_offsets[document]), int(store.tokens[position])
-        way_out = f"set model.vocab_size to {token + 1} or more" if token >= 0 else "prepare it again"
+        document = store.document_at(position)
+        offset, token = position - int(store.document_offsets(document, document)[0]), int(store.tokens[position])
+        way_out = (way_out or f"set {whose} to {token + 1} or more") if token >= 0 else "prepare it again"
         raise Mistake(
-            f"{store.prefix}: token id {token} of document {document} at offset {offset} is not below "
-            f"model.vocab_size = {vocab_size} → {way_out}"
+            f"{store.prefix}: token id {token} of document {document} at offset {offset} is not below {whose} = {vocab_size} → {way_out}"
         )
-
-
-def _file(prefix: Path, suffix: str) -> Path:
-    return Path(f"{prefix}{suffix}")
-
-
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """Token type, sequence lengths (int64), and the documents' offsets in tokens, the end included."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise Mistake(f"{path} cannot be read ({error.strerror}) {AGAIN}") from error
-    if len(raw) < HEADER.size or not raw.startswith(MAGIC):
-        raise Mistake(f"{path} is not a Megatron-LM index (it does not begin with MMIDIDX) {AGAIN}")
-    _, version, code, sequences, indices = HEADER.unpack_from(raw)
-    if version != 1 or code not in CODES:
-        known = ", ".join(map(str, CODES))
-        raise Mistake(f"{path} has version {version} and type code {code}; known are version 1 and codes {known} {AGAIN}")
-    if len(raw) < HEADER.size + 12 * sequences + 8 * indices or indices == 0:
-        raise Mistake(f"{path} is cut short: {len(raw)} bytes for {sequences} sequences and {indices} document indices {AGAIN}")
-    lengths = np.frombuffer(raw, "<i4", sequences, HEADER.size).astype(np.int64)
-    pointers = np.frombuffer(raw, "<i8", sequences, HEADER.size + 4 * sequences)
-    documents = np.frombuffer(raw, "<i8", indices, HEADER.size + 12 * sequences)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    dtype = np.dtype(CODES[code])
-    if lengths.min(initial=0) < 0 or not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
-        raise Mistake(f"{path}: the sequences do not lie one after the other {AGAIN}")
-    if documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
-        raise Mistake(f"{path}: the documents do not cover the {sequences} sequences in order {AGAIN}")
-    return dtype, lengths, offsets[documents]
-
-
-def _map_tokens(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """The memory-mapped ids, once the file's size is what the index says."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise Mistake(f"{path} is missing {AGAIN}") from error
-    if size != count * dtype.itemsize or count == 0:
-        raise Mistake(f"{path} has {size} bytes, its index promises {count} tokens = {count * dtype.itemsize} bytes {AGAIN}")
-    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)

@@ -6,9 +6,11 @@ builtin:bytes    UTF-8 bytes: id = byte, 256 is end-of-text; encodes every text
 builtin:chars    the characters of the training text, sorted, then end-of-text; another character in a text is a Mistake
 """
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +43,7 @@ NO_CHARACTER = "<no such character>"
 _SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_LETTERS = [chr(byte if byte in _SHOWN else 256 + sum(other not in _SHOWN for other in range(byte))) for byte in range(256)]
 """The letter that stands for each byte in a byte-level vocabulary (GPT-2's bytes_to_unicode)."""
+Waiting = Callable[[], AbstractContextManager[object]]
 CUT = re.compile(r"(?<=\S)[ \n]")
 
 
@@ -187,15 +190,15 @@ def fixed(name: str) -> Tokenizer:
     return gpt2() if name == GPT2 else from_json(BYTES, unit_tokenizer())
 
 
-def trained(name: str, texts: Iterable[str], source: str, cache: Path) -> Tokenizer:
+def trained(name: str, texts: Iterable[str], source: str, cache: Path, waiting: Waiting = contextlib.nullcontext) -> Tokenizer:
     """The `builtin:bpe-N` or `builtin:chars` made from `texts`, cached in the folder `cache` under `source`, the digest of the texts.
 
-    Any number of processes may call this at once: one reads the texts and trains, the others wait for its file.
+    Any number of processes may call this at once: one reads the texts and trains, the others wait for its file, inside of `waiting`.
     """
     path = _cached_file(name, source, cache)
     tokenizer = _read(name, path)
     if tokenizer is None:
-        with locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock"), waiting):
             tokenizer = _read(name, path)
             if tokenizer is None:
                 text = made_from(name, texts)

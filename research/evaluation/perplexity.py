@@ -11,8 +11,7 @@ from itertools import islice
 from typing import Any
 
 from parallel.errors import Mistake
-from research.data import documents
-from research.data.prepare import split
+from research.data import prepare
 from research.data.token_store import TokenStore
 from research.evaluation import statistics
 from research.evaluation.scorer import Score, ScoreRequest
@@ -77,11 +76,12 @@ class Perplexity:
 
     def digest(self, context: TaskContext) -> str:
         """SHA-256 of the text as stored and of the format it is read in, in hexadecimal."""
-        return documents.digest(self.corpus or context.data.validation, context.root)
+        return prepare.digest(context.data, self.corpus or context.data.validation, context.root, context.progress)
 
     def requests(self, context: TaskContext) -> TaskRequests:
         """One request per window."""
-        store = split(context.data, self.corpus or context.data.validation, context.root, context.tokenizer, context.progress)
+        text = self.corpus or context.data.validation
+        store = prepare.held_out_store(context.data, text, context.root, context.tokenizer, context.progress)
         window, stride = window_sizes(self.options, context.length)
         limit = self.options.limit
         tokens = store.tokens[: None if limit is None else 1 + window + limit * stride].tolist()

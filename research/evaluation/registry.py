@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parallel.errors import Mistake, nearest
-from research.data import documents
+from research.data.prepare import check_text
 from research.evaluation import examples
 from research.evaluation.lambada import Lambada
 from research.evaluation.minimal_pairs import MinimalPairs
@@ -79,7 +79,7 @@ def create_tasks(names: Sequence[str], settings: Settings | None = None) -> list
         if name == VALIDATION:
             tasks.append(Perplexity(name, settings))
         elif kind_name == TEXT and file:
-            documents.check_exists(file, settings.root, name)
+            check_text(file, settings.root, name)
             tasks.append(Perplexity(name, settings, file))
         elif kind_name in KINDS and (file or not colon):
             kind = KINDS[kind_name]

@@ -105,8 +105,8 @@ class Live:
         if not self.should_continue():
             raise CutShort
         ids = self._own_rows(sequences, shape)
-        context = (torch.zeros(shape[0], dtype=torch.int64),) if self.model.drops else ()  # nothing is dropped, but it travels
-        return self.engine.observe(MicroBatch(ids, ids, torch.zeros(shape), context), function, seen).cpu()
+        context = {"samples": torch.zeros(shape[0], dtype=torch.int64)}  # nothing is dropped, but it travels
+        return self.engine.observe(MicroBatch(ids, (ids, torch.zeros(shape)), context), function, seen).cpu()
 
     def _shape(self, sequences: Sequence[Ids]) -> tuple[int, int]:
         """'b s' of a data rank's share: as small as the engine allows."""

@@ -13,7 +13,6 @@ from parallel.errors import Mistake
 from parallel.object_collectives import together
 from research.cluster.exit_codes import SIGNALLED, TAKEN
 from research.cluster.world import joined
-from research.data.batches import train_micro_batches
 from research.reliability.heartbeat import Stage
 from research.reliability.parents import Parents
 from research.reliability.signals import leave_when_asked
@@ -191,18 +190,8 @@ def stopped(run: Run) -> bool:
 
 def step_batches(run: Run) -> Iterator[MicroBatch]:
     """This data rank's micro-batches of the next step."""
-    experiment, grid = run.job.experiment, run.engine.grid
-    batches = train_micro_batches(
-        run.corpus.train,
-        experiment.model.seq_length,
-        experiment.schedule.batch_size,
-        experiment.schedule.micro_batch_size,
-        grid.data_rank,
-        grid.data,
-        experiment.seed,
-        run.step,
-    )
-    return (MicroBatch.of(b.ids, b.targets, b.weights, b.samples if experiment.model.drops else None) for b in batches)
+    batches = run.sampler.micro_batches(run.step, run.engine.grid.data_rank, run.engine.grid.data)
+    return (MicroBatch.of(batch.ids, batch.labels, batch.context) for batch in batches)
 
 
 def log_interval(run: Run, lr: float, pauses: dict[str, int]) -> None:

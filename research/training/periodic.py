@@ -54,13 +54,11 @@ def validate(
     engine: Engine,
     text: HeldOut,
     seq_length: int,
-    numbered: bool = False,
     should_continue: Callable[[], bool] = lambda: True,
     advance: Advance = nothing,
 ) -> Validation | None:
     """Every held-out token, predicted once from at most seq_length tokens before it. Collective.
 
-    `numbered`: batches carry context, as the training ones do (nothing is dropped, but a pipeline's shapes are fixed).
     `should_continue()` is called before each batch and must return the same on every rank. Returns None if it was False.
     Bits per byte = Σ nats / (ln 2 · bytes): end-of-text's loss counts, its bytes do not.
     """
@@ -69,8 +67,7 @@ def validate(
     for batch, count in validation_batches(ids, seq_length, settings.micro_batch_size, grid.data_rank, grid.data):
         if not should_continue():
             return None
-        micro_batch = MicroBatch.of(batch.ids, batch.targets, batch.weights, batch.samples if numbered else None)
-        nats += engine.evaluate_batch(micro_batch) * count
+        nats += engine.evaluate_batch(MicroBatch.of(batch.ids, batch.labels, batch.context)) * count
         advance(count)
     return Validation(loss=nats / text.tokens, bits_per_byte=nats / math.log(2) / text.num_bytes, tokens=text.tokens)
 
@@ -129,7 +126,7 @@ class Periodic:
     def _validate(self) -> None:
         run, model = self.run, self.run.job.experiment.model
         with run.console.progress(VALIDATION, self.text.tokens, announced=False) as advance:
-            found = validate(run.engine, self.text, model.seq_length, model.drops, lambda: goes_on(run, VALIDATION), advance)
+            found = validate(run.engine, self.text, model.seq_length, lambda: goes_on(run, VALIDATION), advance)
         if found is None:
             raise CutShort
         is_best = self.best is None or found.bits_per_byte < self.best[0]

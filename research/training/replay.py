@@ -25,11 +25,10 @@ from research.config import Experiment, Parallel
 from research.config.experiment_folder import load_variants
 from research.config.layout import engine_settings, layout
 from research.data import prepare
-from research.data.batches import train_micro_batches
 from research.data.prepare import Corpus
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
-from research.training import anomalies
+from research.training import anomalies, components
 from research.training.components import optimizer_class, training_loss
 from research.training.init_from import init_from_path
 from research.training.schedule import learning_rate
@@ -126,11 +125,8 @@ def module_before(
 
 def batches(experiment: Experiment, corpus: Corpus, step: int) -> list[MicroBatch]:
     """All micro-batches of a step (from 1), as one data rank would take them."""
-    schedule, model = experiment.schedule, experiment.model
-    micro_batches = train_micro_batches(
-        corpus.train, model.seq_length, schedule.batch_size, schedule.micro_batch_size, 0, 1, experiment.seed, step - 1
-    )
-    return [MicroBatch.of(batch.ids, batch.targets, batch.weights, batch.samples if model.drops else None) for batch in micro_batches]
+    found = components.sampler(experiment, corpus).micro_batches(step - 1, data_rank=0, data_size=1)
+    return [MicroBatch.of(batch.ids, batch.labels, batch.context) for batch in found]
 
 
 def find_non_finite(module: PlainModule, loss: Loss, batches: Iterable[MicroBatch], scale: float = 1.0) -> Examined:
@@ -142,7 +138,7 @@ def find_non_finite(module: PlainModule, loss: Loss, batches: Iterable[MicroBatc
         # every module without modules of its own: its output, and the gradient that comes back to it
         leaves = [(name, part) for name, part in module.named_modules() if name and not any(part.children())]
         hooks = [part.register_forward_hook(_hook(name, i, seen)) for name, part in leaves]
-        value = loss(module(batch.inputs()), (batch.targets, batch.weights))
+        value = loss(module(batch.inputs(module.context)), batch.labels)
         (value * scale).backward()
         for hook in hooks:
             hook.remove()

@@ -6,6 +6,7 @@ from typing import Any
 
 from parallel.engines.engine import Engine
 from research.cluster.exit_codes import DISK, TAKEN, WATCHED
+from research.data.batches import Sampler
 from research.data.prepare import Corpus
 from research.reliability.heartbeat import Progress
 from research.reliability.signals import Stop
@@ -27,6 +28,7 @@ class Run:
     variants: Mapping[str, Any]
     """The classes and functions of variant.py that the experiment names."""
     corpus: Corpus
+    sampler: Sampler
     engine: Engine
     tracker: Tracker
     console: Console

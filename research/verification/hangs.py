@@ -55,9 +55,9 @@ def advance_at_layers(progress: Progress) -> CallHook:
     """A hook that moves `progress` whenever the forward pass of a layer begins."""
 
     def advancing(layer: str, call: Call) -> Call:
-        def advanced(*arguments: Any) -> Any:
+        def advanced(*arguments: Any, **context: Any) -> Any:
             progress.advance(f"forward from {layer} on")
-            return call(*arguments)
+            return call(*arguments, **context)
 
         return advanced
 

@@ -54,8 +54,8 @@ class TrainingRecord:
     def keep_output(self, layer: str, call: Call) -> Call:
         """A CallHook that keeps what the layer returns. The outputs of a step's micro-batches are joined in their order."""
 
-        def kept(*arguments: Any) -> Any:
-            result = call(*arguments)
+        def kept(*arguments: Any, **context: Any) -> Any:
+            result = call(*arguments, **context)
             key = f"{layer}@{len(self.losses)}"
             earlier = [self.outputs[key]] if key in self.outputs else []
             self.outputs[key] = torch.cat([*earlier, result.detach()])
@@ -153,9 +153,9 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
             group["lr"] = lr
 
         batch = batch_of(experiment, step)
-        logits = module(batch.inputs())
+        logits = module(batch.inputs(module.context))
         assert isinstance(logits, Tensor)
-        loss = loss_function(logits, (batch.targets, batch.weights))
+        loss = loss_function(logits, batch.labels)
         loss.backward()
         record.add_gradients({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()})
         record.losses.append(float(loss.detach()))
@@ -234,14 +234,15 @@ def batch_of(experiment: Experiment, step: int) -> MicroBatch:
     mask = torch.ones(BATCH, model.seq_length)
     mask[BATCH // 2 :, ::3] = 0
     samples = step * BATCH + torch.arange(BATCH)
-    return MicroBatch(tokens[:, :-1], tokens[:, 1:], mask / mask.sum(), (samples,) if model.drops else ())
+    return MicroBatch(tokens[:, :-1], (tokens[:, 1:], mask / mask.sum()), {"samples": samples})
 
 
 def share_of(experiment: Experiment, step: int, grid: Grid, case: LayoutCase) -> Iterator[MicroBatch]:
     """This data rank's micro-batches of a step, with weights for engines that average over micro-batches and data ranks."""
     whole, micro = batch_of(experiment, step), case.micro_batch
+    targets, weights = whole.labels
     for i in range(case.accumulated):
         first = (grid.data_rank * case.accumulated + i) * micro
         rows = slice(first, first + micro)
-        weights = whole.weights[rows] * case.accumulated * case.data
-        yield MicroBatch(whole.ids[rows], whole.targets[rows], weights, tuple(tensor[rows] for tensor in whole.context))
+        labels = targets[rows], weights[rows] * case.accumulated * case.data
+        yield MicroBatch(whole.ids[rows], labels, {name: tensor[rows] for name, tensor in whole.context.items()})

@@ -21,12 +21,17 @@ SEED = 7
 EVERYWHERE = dict(embedding_dropout=0.1, residual_dropout=0.1, mlp_dropout=0.1, attention_dropout=0.1)
 
 
+def queries(heads: int, length: int) -> Tensor:
+    """'b h s e' of which only the shape counts."""
+    return torch.empty(1, heads, length, 4)
+
+
 # The hash, once more, in integers.
 
 
 def kept(p: float, samples, positions=64, features=256, name="layer", seed=SEED, first=0, first_feature=0) -> Tensor:
     """'b s d' bool: what the library keeps of a whole layer."""
-    places = mixed(seed_of(seed, f"{name}.dropout"), torch.as_tensor(samples), first, positions)
+    places = mixed(seed_of(seed, f"{name}.dropout"), torch.as_tensor(samples), torch.arange(first, first + positions))
     return ~dropped(places, torch.arange(first_feature, first_feature + features), p)
 
 
@@ -46,7 +51,7 @@ def test_the_module_s_mask_is_that_of_plain_integers():
 
 def test_attention_s_mask_is_that_of_plain_integers():
     """Key u of head h is feature number h·2³² + u of the query's position."""
-    mask = DroppingCore("layer", 0.4, SEED, ALONE).mask(torch.tensor([3, 8]), 3, 5)
+    mask = DroppingCore("layer", 0.4, SEED, ALONE).mask(torch.tensor([3, 8]), queries(3, 5))
     for (i, sample), head, t, u in itertools.product(enumerate([3, 8]), range(3), range(5), range(5)):
         assert bool(mask[i, head, t, u]) == is_dropped(true_place("layer", sample, t, SEED), (head << 32) + u, 0.4)
 
@@ -58,13 +63,13 @@ GOLDEN_MASK = "c8a69bf7e1ae3d7b7844c30cb7c63708223b07bee22fec2ef791c8807fd7f1cb"
 def test_the_hash_is_the_one_that_earlier_runs_used():
     """Golden values: with another mask, a resumed run would not continue the same run."""
     digest = hashlib.sha256(kept(0.1, [0, 1, 2**33]).numpy().tobytes()).hexdigest()
-    assert [f"{int(x) & M64:016x}" for x in mixed(seed_of(SEED, "layer.dropout"), torch.tensor([5]), 0, 2)[0]] == GOLDEN_PLACES
+    assert [f"{int(x) & M64:016x}" for x in mixed(seed_of(SEED, "layer.dropout"), torch.tensor([5]), torch.arange(2))[0]] == GOLDEN_PLACES
     assert digest == GOLDEN_MASK
 
 
 def attention_mask(p: float) -> Tensor:
     """'b h s s' of eight samples and heads."""
-    return DroppingCore("layer", p, SEED, ALONE).mask(torch.arange(8), 8, 64)
+    return DroppingCore("layer", p, SEED, ALONE).mask(torch.arange(8), queries(8, 64))
 
 
 # Statistics. Everything is fixed, so a bound of five deviations is met once and for all.
@@ -138,7 +143,7 @@ def chi_squared(values: Tensor, kinds: int) -> float:
 
 def test_every_byte_of_a_place_is_uniform():
     """Over consecutive samples and positions, which is what is hashed."""
-    places = mixed(seed_of(SEED, "layer.dropout"), torch.arange(512), 0, 512)
+    places = mixed(seed_of(SEED, "layer.dropout"), torch.arange(512), torch.arange(512))
     for shift in range(0, 64, 8):
         assert abs(chi_squared(places >> shift & 255, 256)) <= 5, shift
 
@@ -146,7 +151,7 @@ def test_every_byte_of_a_place_is_uniform():
 def test_the_number_that_decides_is_uniform():
     """Its highest six bits are how many of 63 thresholds lie below it: over positions, over features and over both."""
     for positions, features in ((256, 256), (1, 1 << 16), (1 << 16, 1)):
-        places = mixed(seed_of(SEED, "layer.dropout"), torch.tensor([11]), 0, positions)
+        places = mixed(seed_of(SEED, "layer.dropout"), torch.tensor([11]), torch.arange(positions))
         bits = sum(~dropped(places, torch.arange(features), k / 64) for k in range(1, 64))
         assert abs(chi_squared(bits, 64)) <= 5, (positions, features)
 
@@ -185,15 +190,15 @@ def test_slices_of_features_positions_and_samples_are_slices_of_the_whole(tensor
 
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_a_rank_s_heads_are_dropped_as_on_one_rank(tensor):
-    whole = DroppingCore("layer", 0.3, SEED, ALONE).mask(SAMPLES, 8, 16)
+    whole = DroppingCore("layer", 0.3, SEED, ALONE).mask(SAMPLES, queries(8, 16))
     for rank in range(tensor):
-        own = DroppingCore("layer", 0.3, SEED, described(tensor, rank)).mask(SAMPLES, 8 // tensor, 16)
+        own = DroppingCore("layer", 0.3, SEED, described(tensor, rank)).mask(SAMPLES, queries(8 // tensor, 16))
         assert torch.equal(own, whole.chunk(tensor, 1)[rank])
 
 
 def test_a_shorter_sequence_is_dropped_as_the_beginning_of_a_longer_one():
     core = DroppingCore("layer", 0.3, SEED, ALONE)
-    assert torch.equal(core.mask(SAMPLES, 4, 9), core.mask(SAMPLES, 4, 16)[..., :9, :9])
+    assert torch.equal(core.mask(SAMPLES, queries(4, 9)), core.mask(SAMPLES, queries(4, 16))[..., :9, :9])
 
 
 # The module.

@@ -1,10 +1,12 @@
 """The list of layers: how it is divided into stages, and the parameter names of the module built from it."""
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from models import gpt
 from models.config import GPT
+from parallel.engines.engine import MicroBatch
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import Layer, PlainModule, stage_bounds, unique_parameters
@@ -56,3 +58,36 @@ def test_the_list_is_pure_and_in_order() -> None:
     layers = gpt.layers(GPT(**MODEL), Grid(pipe=2, tensor=2, rank=3), seed=1)
     assert [layer.name for layer in layers] == ["embedding", "position", *(f"blocks.{i}" for i in range(4)), "final_norm", "head"]
     assert [layer.is_block for layer in layers] == [layer.name.startswith("blocks.") for layer in layers]
+
+
+class AddsBoth(nn.Module):
+    """x + 10 · second + 100 · first, each a number per row."""
+
+    def forward(self, x: Tensor, second: Tensor, first: Tensor) -> Tensor:
+        return x + 10 * second[:, None] + 100 * first[:, None]
+
+
+class AddsOne(nn.Module):
+    """x + 1000 · second."""
+
+    def forward(self, x: Tensor, second: Tensor) -> Tensor:
+        return x + 1000 * second[:, None]
+
+
+def test_layers_take_the_context_that_they_read_by_name() -> None:
+    """The order of the names in a micro-batch, and that of a layer's parameters, do not matter."""
+    names = ("first", "second")
+    layers = [
+        Layer("both", AddsBoth, context=names, reads=names),
+        Layer("none", nn.Identity, context=names),
+        Layer("one", AddsOne, context=names, reads=("second",), drops_context=True),
+    ]
+    module, x = PlainModule(layers), torch.zeros(2, 3, dtype=torch.int64)
+    first, second = torch.tensor([1, 2]), torch.tensor([3, 4])
+    batch = MicroBatch(x, (), {"second": second, "first": first, "read by nobody": second})
+    expected = (1010 * second + 100 * first)[:, None].expand(2, 3)
+    assert torch.equal(module(batch.inputs(module.context)), expected)
+    with pytest.raises(KeyError, match="first"):
+        MicroBatch(x, (), {"second": second}).inputs(module.context)
+    with pytest.raises(ValueError, match="zip"):
+        module((x, first))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from models import gpt
 from models.config import GPT
 from parallel.engines import engine as engines
-from parallel.engines.engine import gather_from_last_stages
+from parallel.engines.engine import MicroBatch, gather_from_last_stages
 from parallel.engines.pipeline import LogitsHook, instead_of_loss
 from parallel.errors import Mistake
 from parallel.grid import Grid, make_grid
@@ -211,8 +211,8 @@ def test_stage_zero_is_run_as_stage_one() -> None:
 
 def token_mean(logits: torch.Tensor, batch, smoothing: float) -> torch.Tensor:
     """The mean over unmasked tokens, from the mask itself."""
-    losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none", label_smoothing=smoothing)
-    mask = batch.weights.flatten() > 0
+    losses = F.cross_entropy(logits.flatten(0, 1), batch.labels[0].flatten(), reduction="none", label_smoothing=smoothing)
+    mask = batch.labels[1].flatten() > 0
     return losses[mask].sum() / mask.sum()
 
 
@@ -227,7 +227,7 @@ def trained_by_torch_alone(subject: str) -> dict:
     found: dict = {"loss": [], "norm": []}
     for step in range(STEPS):
         batch = training.batch_of(step, shape)
-        loss = token_mean(module(batch.inputs()), batch, LABEL_SMOOTHING)
+        loss = token_mean(module(batch.inputs(module.context)), batch, LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         found["norm"].append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)))
@@ -292,12 +292,12 @@ def forget_to_sum_norms(engine: engines.Engine) -> None:
 
 def begin_at_zero(engine: engines.Engine) -> None:
     """Every rank believes that its positions are the first ones."""
-    engine.module.get_submodule("position").region = TensorParallelRegion(None)
+    engine.module.get_submodule("position").places.region = TensorParallelRegion(None)
 
 
 def drop_as_if_whole(engine: engines.Engine) -> None:
     """The same in dropout alone: both ranks use the mask of the first positions."""
-    engine.module.get_submodule("blocks.1.mlp_dropout").region = TensorParallelRegion(None)
+    engine.module.get_submodule("blocks.1.mlp_dropout").places.region = TensorParallelRegion(None)
 
 
 def drop_as_rank_0(engine: engines.Engine) -> None:
@@ -305,21 +305,23 @@ def drop_as_rank_0(engine: engines.Engine) -> None:
     engine.module.get_submodule("blocks.0.mlp").dropout.feature_rank = 0
 
 
-def number_within_rank(batches: Iterable[engines.MicroBatch], grid: Grid) -> Iterable[engines.MicroBatch]:
+def number_within_rank(batches: Iterable[MicroBatch], grid: Grid) -> Iterable[MicroBatch]:
     """Samples counted from zero in every micro-batch."""
-    return [batch._replace(context=(torch.arange(len(batch.ids)),)) for batch in batches]
+    return [batch._replace(context={"samples": torch.arange(len(batch.ids))}) for batch in batches]
 
 
-def mean_of_own_batch(batches: Iterable[engines.MicroBatch], grid: Grid) -> Iterable[engines.MicroBatch]:
+def mean_of_own_batch(batches: Iterable[MicroBatch], grid: Grid) -> Iterable[MicroBatch]:
     """Each data rank takes the mean over its *own* tokens, as a plain masked mean does."""
     own = list(batches)
-    total = sum(float(batch.weights.sum()) for batch in own)
-    return [batch._replace(weights=batch.weights * len(own) / total) for batch in own]
+    total = sum(float(weights.sum()) for _, (_, weights), _ in own)
+    return [MicroBatch(ids, (targets, weights * len(own) / total), context) for ids, (targets, weights), context in own]
 
 
-def equal_weights(batches: Iterable[engines.MicroBatch], grid: Grid) -> Iterable[engines.MicroBatch]:
+def equal_weights(batches: Iterable[MicroBatch], grid: Grid) -> Iterable[MicroBatch]:
     """Masked tokens are counted."""
-    return [batch._replace(weights=torch.full_like(batch.weights, 1 / batch.weights.numel())) for batch in batches]
+    return [
+        MicroBatch(ids, (targets, torch.full_like(weights, 1 / weights.numel())), context) for ids, (targets, weights), context in batches
+    ]
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,8 @@ def largest_gradients(module: nn.Module, model: GPT, step: int) -> float:
     handles = [layer.register_forward_hook(lambda layer, _, y: y.register_hook(meet) and None) for layer in layers]
     for batch in training.micro_batches(step, model, Grid(), MICRO):
         module.zero_grad()
-        weights = batch.weights.double() / (BATCH // MICRO)  # of the step's mean: the engine divides by the number of micro-batches
-        gpt.TokenLoss(model.vocab_size, LABEL_SMOOTHING, None)(module(batch.inputs()), (batch.targets, weights)).backward()
+        weights = batch.labels[1].double() / (BATCH // MICRO)  # of the step's mean: the engine divides by the number of micro-batches
+        gpt.TokenLoss(model.vocab_size, LABEL_SMOOTHING, None)(module(batch.inputs(module.context)), (batch.labels[0], weights)).backward()
         for parameter in module.parameters():
             meet(parameter.grad)
     for handle in handles:
@@ -172,7 +172,8 @@ class NotFiniteAtStep:
 
     def __call__(self, batches: Iterable[MicroBatch], grid: Grid) -> list[MicroBatch]:
         self.left -= 1
-        return [batch._replace(weights=batch.weights * math.nan) if self.left == -1 else batch for batch in batches]
+        factor = math.nan if self.left == -1 else 1.0
+        return [MicroBatch(ids, (targets, weights * factor), context) for ids, (targets, weights), context in batches]
 
 
 @functools.cache

@@ -64,7 +64,7 @@ def test_buckets_are_larger_on_a_gpu_and_may_be_set() -> None:
 
 
 def numbered(i: int) -> MicroBatch:
-    return MicroBatch(torch.tensor([i]), torch.tensor([i]), torch.tensor([float(i)]), (torch.tensor([i]),))
+    return MicroBatch(torch.tensor([i]), (torch.tensor([i]), torch.tensor([float(i)])), {"samples": torch.tensor([i])})
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])

@@ -60,16 +60,17 @@ def batch_of(step: int, model: GPT) -> MicroBatch:
     mask = torch.ones(BATCH, model.seq_length)
     mask[BATCH // 2 :, ::3] = 0
     samples = step * BATCH + torch.arange(BATCH)
-    return MicroBatch(tokens[:, :-1], tokens[:, 1:], mask / mask.sum(), context=(samples,) if model.drops else ())
+    return MicroBatch(tokens[:, :-1], (tokens[:, 1:], mask / mask.sum()), {"samples": samples})
 
 
 def micro_batches(step: int, model: GPT, grid: Grid, micro: int) -> Iterator[MicroBatch]:
     """This data rank's micro-batches of a step, weighted for engines that average over micro-batches and data ranks."""
     share = BATCH // grid.data
-    ids, targets, weights, context = batch_of(step, model)
+    ids, (targets, weights), context = batch_of(step, model)
     for first in range(grid.data_rank * share, (grid.data_rank + 1) * share, micro):
         rows = slice(first, first + micro)
-        yield MicroBatch(ids[rows], targets[rows], weights[rows] * (BATCH // micro), tuple(tensor[rows] for tensor in context))
+        labels = targets[rows], weights[rows] * (BATCH // micro)
+        yield MicroBatch(ids[rows], labels, {name: tensor[rows] for name, tensor in context.items()})
 
 
 def build(

@@ -44,7 +44,7 @@ def test_stores_hold_the_documents_each_followed_by_end_of_text(settings, tmp_pa
         expected = [i for text in texts for i in [*found.tokenizer.encode(text), found.tokenizer.end_of_text]]
         assert split.tokens.tolist() == expected
         assert split.num_bytes == sum(len(text.encode()) for text in texts)
-        cut = np.split(split.tokens, split.document_offsets[1:-1])
+        cut = np.split(split.tokens, split.document_offsets()[1:-1])
         assert [found.tokenizer.decode(ids[:-1]) for ids in cut] == texts
 
 
@@ -186,7 +186,8 @@ def test_a_broken_line_leaves_no_half_made_file(settings, tmp_path):
         file.write("{broken\n")
     with pytest.raises(Mistake, match="train.jsonl, line 21 is not JSON"):
         prepare.load(settings, tmp_path, 300)
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    names = {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"}
+    assert names == {"text"}, "only the digest of the text"
 
 
 LOAD = """
@@ -215,7 +216,7 @@ def test_all_ranks_at_once_one_does_the_work(tmp_path, lines):
         time.sleep(0.01)
     (tmp_path / "go").touch()
     said = [finished(rank).splitlines() for rank in ranks]
-    work = sorted(line for lines_ in said for line in lines_ if line.startswith("did"))
+    work = sorted(line for lines_ in said for line in lines_ if line.startswith("did") and "waiting for another" not in line)
     assert work == ["did tokenizing train.jsonl", "did tokenizing val.jsonl", "did training builtin:bpe-400 on train.jsonl"]
     assert len({lines_[-1] for lines_ in said}) == 1
     assert not list((tmp_path / "cache").glob(".*"))

@@ -49,7 +49,7 @@ def check_layout(prefix, documents, code, name):
 def test_reader_gives_back_what_was_written(tmp_path):
     found = token_store.TokenStore(write(tmp_path))
     assert found.tokens.tolist() == [i for ids, _ in DOCUMENTS for i in ids]
-    assert found.document_offsets.tolist() == [0, 4, 5, 8]
+    assert found.document_offsets().tolist() == [0, 4, 5, 8]
     assert (found.num_tokens, found.num_documents, found.num_bytes) == (8, 3, 15)
     assert found.facts["source"] == "here"
     assert isinstance(found.tokens.base, np.memmap) and not found.tokens.flags.writeable
@@ -61,7 +61,7 @@ def test_reads_documents_of_several_sequences_as_megatron_writes_them(tmp_path):
     index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 3) + struct.pack("<3i", 1, 2, 3) + struct.pack("<3q", 0, 2, 6)
     (tmp_path / "m.idx").write_bytes(index + struct.pack("<3q", 0, 2, 3))
     found = token_store.TokenStore(tmp_path / "m")
-    assert found.document_offsets.tolist() == [0, 3, 6] and found.tokens.tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.document_offsets().tolist() == [0, 3, 6] and found.tokens.tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(Mistake, match="m.json is missing"):
         _ = found.num_bytes
 
@@ -153,8 +153,8 @@ def test_a_negative_id_is_refused(tmp_path):
 def test_sidecar_is_plain_json(tmp_path):
     prefix = write(tmp_path)
     facts = json.loads((tmp_path / f"{prefix.name}.json").read_text())
-    sha256 = hashlib.sha256((tmp_path / f"{prefix.name}.bin").read_bytes()).hexdigest()
-    assert facts == {"source": "here", "documents": 3, "tokens": 8, "bytes": 15, "max_id": 65499, "bin_sha256": sha256}
+    digests = {f"{end}_sha256": hashlib.sha256((tmp_path / f"{prefix.name}.{end}").read_bytes()).hexdigest() for end in ("bin", "idx")}
+    assert facts == {"source": "here", "documents": 3, "tokens": 8, "bytes": 15, "max_id": 65499, **digests}
 
 
 def test_many_documents_at_once_are_the_same_files(tmp_path, monkeypatch):

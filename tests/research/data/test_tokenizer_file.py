@@ -105,7 +105,7 @@ def test_bytes_of_the_first_documents_are_those_of_their_text(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXT, "the the", TEXT)))
     settings = types.SimpleNamespace(train="a.jsonl", validation="a.jsonl", tokenizer="tokenizer.json", cache="cache")
     found = prepare.load(settings, tmp_path, 300)
-    sizes = [prepare.leading_bytes(found.train, found.tokenizer, int(end)) for end in found.train.document_offsets]
+    sizes = [prepare.leading_bytes(found.train, found.tokenizer, int(end)) for end in found.train.document_offsets()]
     assert sizes == [0, len(TEXT.encode()), len(TEXT.encode()) + 7, 2 * len(TEXT.encode()) + 7]
 
 

@@ -80,8 +80,8 @@ def means_of_means() -> None:
 
     def own_mean(experiment, step, grid, case):
         for batch in share(experiment, step, grid, case):
-            mask = (batch.weights > 0).float()
-            yield MicroBatch(batch.ids, batch.targets, mask / mask.sum(), batch.context)
+            mask = (batch.labels[1] > 0).float()
+            yield MicroBatch(batch.ids, (batch.labels[0], mask / mask.sum()), batch.context)
 
     training.share_of = own_mean
 
@@ -91,8 +91,8 @@ def accumulation_forgotten() -> None:
     share = training.share_of
 
     def small(experiment, step, grid, case):
-        for batch in share(experiment, step, grid, case):
-            yield batch._replace(weights=batch.weights / case.accumulated)
+        for ids, (targets, weights), context in share(experiment, step, grid, case):
+            yield MicroBatch(ids, (targets, weights / case.accumulated), context)
 
     training.share_of = small
 

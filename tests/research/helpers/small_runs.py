@@ -159,13 +159,15 @@ def nan_gradient_in_step_5(rank: int) -> None:
 
 def nan_from_step_5_on(rank: int) -> None:
     """Every step's loss is NaN from the fifth on, on every rank."""
+    from parallel.engines.engine import MicroBatch
     from research.training import loop
 
     batches = loop.step_batches
 
     def weights_of_nan(run):
-        for batch in batches(run):
-            yield batch._replace(weights=batch.weights * math.nan) if run.step + 1 >= 5 else batch
+        factor = math.nan if run.step + 1 >= 5 else 1.0
+        for ids, (targets, weights), context in batches(run):
+            yield MicroBatch(ids, (targets, weights * factor), context)
 
     loop.step_batches = weights_of_nan
 

@@ -75,7 +75,7 @@ def module_and_batch() -> tuple[PlainModule, MicroBatch, gpt.TokenLoss]:
     model = config.GPT(**MODEL)
     module = PlainModule(gpt.layers(model, Grid(), 0))
     ids = torch.arange(3 * 16).reshape(3, 16) % model.vocab_size
-    return module, MicroBatch(ids, ids, torch.ones(3, 16) / 48), gpt.TokenLoss(model.vocab_size, 0.0, None)
+    return module, MicroBatch(ids, (ids, torch.ones(3, 16) / 48)), gpt.TokenLoss(model.vocab_size, 0.0, None)
 
 
 def test_all_is_well_with_a_healthy_step() -> None:
