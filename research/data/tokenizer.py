@@ -85,10 +85,9 @@ class Tokenizer:
         try:
             return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         except BaseException as error:
-            if type(self.backend.model).__name__ == "WordLevel" and is_library_error(error):
-                known = self.backend.get_vocab()
-                if letter := next((letter for text in texts for letter in text if letter not in known), ""):
-                    raise no_such_character(letter, self.name) from None
+            if is_library_error(error) and (lacking := [text for text in texts if known_letters(self.backend, text) != text]):
+                letter = next(letter for letter in lacking[0] if not known_letters(self.backend, letter))
+                raise no_such_character(letter, self.name) from None
             size = max(map(len, texts), default=0)
             raise library_error(error, f"the tokenizer {self.name} cannot encode a text of {size} characters") from None
 
@@ -134,6 +133,14 @@ class UnitTokenizer(Tokenizer):
                 raise no_such_character(chr(points[int(np.argmax(unknown))]), self.name)
             found.append(ids)
         return found
+
+
+def known_letters(backend: "tokenizers.Tokenizer", text: str) -> str:
+    """The characters of `text` that a tokenizer of characters knows; of any other tokenizer, all of them."""
+    if type(backend.model).__name__ != "WordLevel":
+        return text
+    vocabulary = backend.get_vocab()
+    return "".join(letter for letter in text if letter in vocabulary)
 
 
 def no_such_character(letter: str, name: str) -> Mistake:
