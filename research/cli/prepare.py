@@ -25,15 +25,16 @@ from research.tracking.console import Console
 
 FOLDER = "corpora"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
-DESCRIPTION = f"""Turns your own text into token stores for training and the tokenizer beside them, in {FOLDER}/NAME of this checkout, and
-prints the lines to paste into an experiment."""
+DESCRIPTION = f"""Turns your own text into token stores for training and the tokenizer beside
+them, in {FOLDER}/NAME of this checkout. Prints the lines for an experiment."""
 DETAILS = f"""what is read:
   .txt, .md, and files of any other name that are text: one document each
   .jsonl     one JSON object a line and a document, its text under --key
-  .parquet   one row a document, its text in the column --key   ({INSTALL})
-  the first two also as .gz, .xz, .zst (.zst: {INSTALL})
+  .parquet   one row a document, its text in the column --key
+  the first two also as .gz, .xz, .zst
   folders of these, such as a tree of code: sorted by path; hidden and binary
   files are left out and counted
+.parquet and .zst need {INSTALL}
 
 tokenizers:
   builtin:bpe-8192   byte-level BPE of 8,192 tokens (any number from 257),
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     with corpus_work.opened(target, arguments.replace) as work:
         console.header([("", f"prepare {shown(target)}"), ("input", f"{fmt.plural(len(inputs.files), 'file')}, {size(inputs.file_bytes)}")])
         if left := inputs.left.sentence():
-            console.header([("", f"         {left}")])
+            console.header([("left out", left)])
         try:
             with environment(SINGLE) if arguments.workers > 1 else contextlib.nullcontext():
                 prepared = corpus.prepare(work, inputs, options, arguments.workers, write_tokenizer, console.progress, console.warn)
@@ -149,7 +150,7 @@ def write_ranks(ranks: dict[bytes, int], folder: Path) -> None:
 
 def size(num_bytes: int) -> str:
     """'12.3 MB'."""
-    return f"{fmt.compact(num_bytes).replace('k', 'K') if num_bytes >= 1000 else str(num_bytes) + ' '}B".replace("K", "k")
+    return f"{fmt.compact(num_bytes)}{'B' if num_bytes >= 1000 else ' B'}"
 
 
 def shown(path: Path) -> str:
@@ -160,14 +161,12 @@ def shown(path: Path) -> str:
 def report(prepared: Prepared, target: Path, console: Console) -> None:
     """What the corpus holds, what was left out of it, and the lines for an experiment."""
     found, name = prepared.inventory, shown(target)
-    skipped = [
+    counted = [
         (found.empty, "empty document", "left out"),
-        (found.replaced, "sequence", "that is not UTF-8 replaced by U+FFFD"),
-        (prepared.cuts, "place", "where a long document was cut, with ids that may differ from those of the whole"),
+        (found.replaced, "replacement", "by U+FFFD, of bytes that are not UTF-8"),
+        (prepared.cuts, "place", "where a long document was cut, so that ids may differ from those of the whole"),
     ]
-    for number, noun, what in skipped:
-        if number:
-            console.header([("counted", f"{fmt.plural(number, noun)} {what}")])
+    console.header([("counted", f"{fmt.plural(number, noun)} {what}") for number, noun, what in counted if number])
     console.header([("tokens", f"{prepared.tokenizer.name} · {prepared.tokenizer.vocab_size:,} in the vocabulary")])
     console.header([("split", prepared.split.line())])
     rows = [["", "documents", "tokens", "bytes", "tokens/byte"]]

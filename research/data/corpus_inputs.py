@@ -66,17 +66,20 @@ class Inputs:
         self.reading, self.left = reading, Left()
         self.files: list[TextFile] = []
         for name in names:
-            self.files += text_files.find(root / Path(name).expanduser(), name, self.left)
-        if not self.files:
-            raise Mistake(
-                f"{listed(names, 'and')} has no file of text: {self.left.sentence() or 'it is empty'} → name another folder or file"
-            )
-        seen: dict[tuple[int, int], str] = {}
+            left = Left()
+            found = text_files.find(root / Path(name).expanduser(), name, left)
+            if not found:
+                raise Mistake(f"{name} has no file of text: {left.sentence() or 'it is empty'} → leave it out, or name another folder")
+            self.files += found
+            for reason, number in left.files.items():
+                self.left.leave_out(reason, number)
+        seen: dict[Path, str] = {}
         self.states: list[tuple[str, int, int]] = []
         for file in self.files:
-            status = file.path.stat()
-            if (other := seen.setdefault((status.st_dev, status.st_ino), file.name)) is not file.name:
-                raise Mistake(f"{file.name} is {other} once more → name each text once, so that it is not both trained on and held out")
+            place = file.path.resolve()
+            if place in seen:
+                raise Mistake(f"{file.name} is {seen[place]} once more → name each text once, so that none is both trained on and held out")
+            status, seen[place] = file.path.stat(), file.name
             self.states.append((file.name, status.st_size, status.st_mtime_ns))
         self.file_bytes = sum(size for _, size, _ in self.states)
 

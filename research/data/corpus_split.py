@@ -9,6 +9,7 @@ If a part would get no document, as of a single one, tokens take the place of do
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,7 @@ from research.data.tokenizer import Tokenizer
 
 NAMES = ("train", "val", "test")
 EXAMPLE = "98,1,1"
+SHARE = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 
 
 class Part(NamedTuple):
@@ -41,12 +43,10 @@ class Part(NamedTuple):
 
 def shares_of(text: str) -> dict[str, Fraction]:
     """{"train": 98/100, "val": 1/100, "test": 1/100} for '98,1,1': the parts that get anything, in order."""
-    try:
-        weights = [Fraction(word.strip()) for word in text.split(",")]
-        if not 1 <= len(weights) <= len(NAMES) or min(weights) < 0 or not weights[0] or any("/" in word for word in text.split(",")):
-            raise ValueError
-    except (ValueError, ZeroDivisionError):
-        raise Mistake(f"--split {text} is not one to three shares, of {', '.join(NAMES)} → write for example {EXAMPLE}") from None
+    words = [word.strip() for word in text.split(",")]
+    weights = [Fraction(word) for word in words if SHARE.fullmatch(word)]
+    if len(weights) < len(words) or len(words) > len(NAMES) or not weights[0]:
+        raise Mistake(f"--split {text} is not one to three shares, of {', '.join(NAMES)} → write for example {EXAMPLE}")
     return {name: weight / sum(weights) for name, weight in zip(NAMES, weights, strict=False) if weight}
 
 

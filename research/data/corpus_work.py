@@ -100,19 +100,20 @@ class Work:
 
     def publish(self, replace: bool) -> None:
         """Renames the result to the corpus's folder. A corpus that is replaced is renamed first and removed afterwards."""
-        old = self.target.with_name(f".{self.target.name}.replaced")
+        old, done = _hidden(self.target, "replaced"), _hidden(self.target, "done")
         sync_folder(self.path / RESULT)
         if replace and self.target.exists():
             shutil.rmtree(old, ignore_errors=True)
             self.target.rename(old)
         (self.path / RESULT).rename(self.target)
         sync_folder(self.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.path)
+        self.path.rename(done)  # from here on nothing is left to continue with
+        for folder in (old, done):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def is_worth_keeping(self) -> bool:
         """Whether a later process could continue with anything here."""
-        return (self.path / INVENTORY).is_file()
+        return self.part_file(1).is_file()
 
 
 @contextlib.contextmanager
@@ -122,14 +123,15 @@ def opened(target: Path, replace: bool) -> Iterator[Work]:
     A Mistake if another process does, if `target` exists and is not to be replaced, or if the disk refuses. After a Mistake in the body
     nothing is left of a folder in which nothing is finished.
     """
+    shutil.rmtree(_hidden(target, "done"), ignore_errors=True)  # a process was killed while it removed this
     if replace:
-        old = target.with_name(f".{target.name}.replaced")
+        old = _hidden(target, "replaced")
         if old.exists() and not target.exists():  # a process was killed between the two renames
             old.rename(target)
     elif target.exists() or target.is_symlink():
         _remove_leftovers(target)
         raise Mistake(f"{target} is there already → name another corpus, or add --replace")
-    path = target.with_name(f".{target.name}.work")
+    path = _hidden(target, "work")
     work = Work(target, path)
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
@@ -149,9 +151,14 @@ def opened(target: Path, replace: bool) -> Iterator[Work]:
         raise Mistake(f"{where} cannot be written ({error.strerror or error}) → {room}; {AGAIN}") from error
 
 
+def _hidden(target: Path, what: str) -> Path:
+    """The folder .NAME.work beside the corpus NAME, or another one of its kind."""
+    return target.with_name(f".{target.name}.{what}")
+
+
 def _remove_leftovers(target: Path) -> None:
     """Removes the work folder of a finished corpus, if the process that published it was killed before it could."""
-    path = target.with_name(f".{target.name}.work")
+    path = _hidden(target, "work")
     if (path / TOKENIZED).is_file() and not (path / RESULT).exists():
         with contextlib.suppress(Mistake, OSError), _locked(path, target):
             if not (path / RESULT).exists():

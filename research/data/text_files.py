@@ -71,9 +71,9 @@ class Left:
     files: dict[str, int] = field(default_factory=dict)
     replaced: int = 0
 
-    def leave_out(self, reason: str) -> None:
-        """Counts one file."""
-        self.files[reason] = self.files.get(reason, 0) + 1
+    def leave_out(self, reason: str, number: int = 1) -> None:
+        """Counts files."""
+        self.files[reason] = self.files.get(reason, 0) + number
 
     def sentence(self) -> str:
         """'12 files are left out (9 not text, 3 hidden)'; empty if none is."""
@@ -286,7 +286,7 @@ def _in_folder(folder: Path, name: str, left: Left) -> list[TextFile]:
 
     for place, folders, names in os.walk(folder, onerror=refuse):
         for entry in [entry for entry in folders if entry.startswith(".") or (Path(place) / entry).is_symlink()]:
-            left.leave_out("hidden" if entry.startswith(".") else "links to folders")
+            left.leave_out("hidden" if entry.startswith(".") else "links")
             folders.remove(entry)
         for entry in names:
             path = Path(place) / entry
@@ -303,6 +303,8 @@ def _why_left_out(file: TextFile) -> str:
     """Why a file of a folder is not read; empty if it is."""
     if file.path.name.startswith("."):
         return "hidden"
+    if file.path.is_symlink():
+        return "links"
     if not file.path.is_file():
         return "not a file"
     if not file.path.stat().st_size:

@@ -158,12 +158,13 @@ def test_what_a_folder_holds_is_sorted_and_counted(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(raw)
     (tmp_path / "again").symlink_to(tmp_path / "b")
+    (tmp_path / "again.txt").symlink_to(tmp_path / "a.txt")
     os.mkfifo(tmp_path / "pipe.txt")
     left = Left()
     names = [file.name for file in text_files.find(tmp_path, "my", left)]
     assert names == ["my/a.txt", "my/b/x.md", "my/b.log.gz", "my/c.parquet", "my/code.py", "my/notes"]
-    assert left.files == {"hidden": 2, "not text": 4, "empty": 1, "links to folders": 1, "not a file": 1}
-    assert left.sentence() == "9 files are left out (1 empty, 2 hidden, 1 links to folders, 1 not a file, 4 not text)"
+    assert left.files == {"hidden": 2, "not text": 4, "empty": 1, "links": 2, "not a file": 1}
+    assert left.sentence() == "10 files are left out (1 empty, 2 hidden, 2 links, 1 not a file, 4 not text)"
 
 
 def test_what_is_named_itself_is_refused_in_a_sentence(tmp_path):
