@@ -138,7 +138,7 @@ def test_ids_are_those_of_whole_documents(tmp_path, lines, prepare, small_sizes,
     monkeypatch.setattr(corpus_inputs, "PIECE", 50)
     (tmp_path / "a.txt").write_text("".join(TEXTS) + "many words  in one \n\n line " * 200)
     lines("b.jsonl", TEXTS)
-    for name in (tokenizer.GPT2, "builtin:bpe-300", tokenizer.CHARS):
+    for name in ("builtin:bpe-300", tokenizer.CHARS):
         folder, _ = prepare(["a.txt", "b.jsonl"], name, "100", title=name[8:])
         own = tokenizer_file.load(str(folder / "tokenizer.json"), ROOT)
         documents = [(tmp_path / "a.txt").read_bytes().decode(), *TEXTS]
@@ -201,7 +201,7 @@ def test_what_is_finished_is_continued_with(tmp_path, lines, prepare, small_size
     assert warned == ["the input changed since this corpus was begun: begun anew"]
     assert sum(len(store) for store in stores_of(folder).values()) == len(TEXTS) - 1
     interrupted(prepare, monkeypatch, ["a.jsonl"], title="third")
-    _, warned = prepare(["a.jsonl"], tokenizer.GPT2, title="third")
+    _, warned = prepare(["a.jsonl"], tokenizer.CHARS, title="third")
     assert warned == ["--tokenizer changed since this corpus was begun: begun anew"]
     assert whole.is_dir()
 
