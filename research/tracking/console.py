@@ -275,7 +275,7 @@ def _progress_lines(put: Callable[[str], None], label: str, total: int | None, u
     def report() -> None:
         while not over.wait(PIPE_SECONDS):
             seconds = time.monotonic() - began
-            counted, left = f"{done:,} of {total:,} · " if total else f"{fmt.count(done)} {unit} · " if unit else "", ""
+            counted, left = f"{done:,} of {total:,} · " if total else f"{fmt.count(done)} {unit} · " if unit and done else "", ""
             if total and unit:
                 counted = f"{_amount(done, total, unit, done / seconds)} · "
                 left = f", {fmt.duration(seconds * (total - done) / done)} left" if done else ""
