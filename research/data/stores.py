@@ -49,7 +49,7 @@ def check_tokenizer(train: str, tokenizer: str) -> None:
     """Refuses a tokenizer that would have to be trained on the text of a store."""
     if is_store(train) and is_made_from_text(tokenizer):
         raise Mistake(
-            f"data.tokenizer = {tokenizer!r} is made from a text, and data.train = {train!r} has only tokens → name the tokenizer that "
+            f"data.tokenizer = {tokenizer!r} is trained on a text, and data.train = {train!r} has only tokens → name the tokenizer that "
             "the store was made with: builtin:gpt2 or a tokenizer.json"
         )
 
