@@ -17,7 +17,7 @@ from parallel.files import locked, megabytes
 from research.data import documents, splits, stores, token_store, tokenizer_file
 from research.data.records import LONG, Advance, Cache, Progress, silent
 from research.data.token_store import TokenStore
-from research.data.tokenizer import GPT2, TRAINED, Tokenizer, declared_vocab_size, gpt2, kept, pieces, trained
+from research.data.tokenizer import Tokenizer, declared_vocab_size, fixed, is_made_from_text, kept, pieces, trained
 
 RECIPE = 1
 """Part of every store's name. Raise it whenever the same text would give other tokens."""
@@ -64,6 +64,7 @@ def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress = s
     """
     check(data, root, vocab_size)
     tokenizer = load_tokenizer(data, root, progress, believe_since_ns)
+    _refuse_small_vocabulary(tokenizer.vocab_size, data, vocab_size)
     with cache_folder(data.cache, root) as folder:
         cache = Cache(folder, progress, believe_since_ns)
         train = _opened(data.train, root, tokenizer, cache)
@@ -83,8 +84,8 @@ def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent, 
     """The tokenizer alone, made as in `load` if it is not cached. Generation needs no more: no text is tokenized."""
     if tokenizer_file.is_file(data.tokenizer):
         return tokenizer_file.load(data.tokenizer, root)
-    if data.tokenizer == GPT2:
-        return gpt2()
+    if not is_made_from_text(data.tokenizer):
+        return fixed(data.tokenizer)
     stores.check_tokenizer(data.train, data.tokenizer)
     with contextlib.ExitStack() as work, cache_folder(data.cache, root) as folder:
         cache = Cache(folder, progress, believe_since_ns)
@@ -129,19 +130,19 @@ def text_digest(spec: str, root: Path, cache: Cache) -> str:
     """`digest` of a text that is not a split."""
     if stores.is_store(spec):
         return stores.digest(spec, root, cache)
-    path = documents.check_exists(spec, root)
-    size = path.stat().st_size
+    paths = documents.paths(spec, root)
+    size = sum(path.stat().st_size for path in paths)
 
     def find() -> dict[str, str]:
         with cache.progress(f"hashing {spec} ({megabytes(size)})") if size > LONG else silent(""):
             return {"sha256": documents.digest(spec, root)}
 
-    return str(cache.remembered("text", [path], f"hashing {spec}", find)["sha256"])
+    return str(cache.remembered("text", paths, f"hashing {spec}", find)["sha256"])
 
 
 def tokenizer_at_hand(data: DataSettings, root: Path) -> Tokenizer | None:
     """The tokenizer if it is available at once: in a file of its own, or cached for a built-in text. None otherwise."""
-    if tokenizer_file.is_file(data.tokenizer) or data.tokenizer == GPT2:
+    if tokenizer_file.is_file(data.tokenizer) or not is_made_from_text(data.tokenizer):
         return load_tokenizer(data, root)
     if not data.train.startswith(documents.BUILTIN):  # it may be long, and its digest needs all of it
         return None
@@ -153,7 +154,7 @@ def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:
     paths = [tokenizer_file.path_of(data.tokenizer, root) for data in (then, now)]
     if then.tokenizer != now.tokenizer:
         return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
-    if not now.tokenizer.startswith(TRAINED) or then.train == now.train:
+    if not is_made_from_text(now.tokenizer) or then.train == now.train:
         return True
     try:
         return digest(then, then.train, root) == digest(now, now.train, root)
@@ -179,10 +180,14 @@ def check(data: DataSettings, root: Path, vocab_size: int) -> None:
     is_file = tokenizer_file.is_file(data.tokenizer)
     declared = tokenizer_file.declared_vocab_size(data.tokenizer, root) if is_file else declared_vocab_size(data.tokenizer)
     stores.check_tokenizer(data.train, data.tokenizer)
-    if declared > vocab_size:
+    _refuse_small_vocabulary(declared, data, vocab_size)
+
+
+def _refuse_small_vocabulary(tokens: int, data: DataSettings, vocab_size: int) -> None:
+    if tokens > vocab_size:
         raise Mistake(
-            f"model.vocab_size = {vocab_size} has no room for the {declared} tokens of data.tokenizer = "
-            f"{data.tokenizer!r} → set model.vocab_size = {declared}"
+            f"model.vocab_size = {vocab_size} has no room for the {tokens} tokens of data.tokenizer = "
+            f"{data.tokenizer!r} → set model.vocab_size = {tokens}"
         )
 
 
@@ -276,9 +281,9 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer, advance: Advance) -> It
     """Each text's ids, end-of-text last, and its UTF-8 bytes. Works on GROUP characters at a time, however long a text is."""
     ids, num_bytes = [], 0
     for group in _groups(texts, tokenizer):
-        encoded = tokenizer.encode_batch([piece for piece, _ in group])
+        encoded = tokenizer.encode_arrays([piece for piece, _ in group])
         for (piece, is_last), piece_ids in zip(group, encoded, strict=True):
-            ids.append(np.array(piece_ids, np.int32))
+            ids.append(piece_ids)
             num_bytes += len(piece.encode("utf-8"))
             if is_last:
                 yield np.concatenate([*ids, [tokenizer.end_of_text]]), num_bytes
