@@ -75,6 +75,20 @@ def step_samples(batch_size: int, micro_batch_size: int, data_rank: int, data_si
     return first + np.arange(passes * micro_batch_size).reshape(passes, micro_batch_size)
 
 
+class Window(NamedTuple):
+    """Where a sample comes from: its ids, and after them its last target, are store.tokens[start:stop]."""
+
+    sample: int
+    """The run's sample number, counted over epochs."""
+    epoch: int
+    """Of the store, counted from 0."""
+    number: int
+    """Among the windows of the store, counted from 0."""
+    store: TokenStore
+    start: int
+    stop: int
+
+
 class Sampler(Protocol):
     """What training reads: the micro-batches of any step, on any layout. They depend on the arguments alone: there is no state."""
 
@@ -83,6 +97,9 @@ class Sampler(Protocol):
 
     def mask_sum(self, step: int) -> int:
         """The number of tokens of the step's whole batch whose loss counts. It is known without communication."""
+
+    def windows(self, step: int) -> Iterator[Window]:
+        """Where each sample of one step (from 0) comes from, in the order of the samples' numbers."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +116,24 @@ class StreamSampler:
         """As in Sampler."""
         numbers = step_samples(self.batch_size, self.micro_batch_size, data_rank, data_size, step)
         weight = len(numbers) * data_size / self.mask_sum(step)
-        windows = num_samples(self.store, self.seq_length)
         for samples in numbers:
-            yield _batch(self.store.tokens, order.sample(samples, windows, self.seed), samples, self.seq_length, weight)
+            yield _batch(self.store.tokens, self._places(samples), samples, self.seq_length, weight)
 
     def mask_sum(self, step: int) -> int:
         """As in Sampler."""
         return self.batch_size * self.seq_length
+
+    def windows(self, step: int) -> Iterator[Window]:
+        """As in Sampler."""
+        (samples,) = step_samples(self.batch_size, self.batch_size, 0, 1, step)
+        per_epoch = num_samples(self.store, self.seq_length)
+        for sample, number in zip(samples.tolist(), self._places(samples).tolist(), strict=True):
+            start = number * self.seq_length
+            yield Window(sample, sample // per_epoch, number, self.store, start, start + self.seq_length + 1)
+
+    def _places(self, samples: np.ndarray) -> np.ndarray:
+        """Which window of the store each sample is."""
+        return order.sample(samples, num_samples(self.store, self.seq_length), self.seed)
 
 
 def validation_batches(

@@ -54,6 +54,7 @@ from research.training.job import Job, describe, layout_line
 from research.training.locked_run import LockedRun
 from research.training.meter import Meter
 from research.training.periodic import Periodic
+from research.training.sampler import sampler_of
 from research.training.state import Run
 
 
@@ -199,7 +200,7 @@ def prepare_run(
     for store in (corpus.train, corpus.validation):
         tracker.refer_to_store(store.prefix)
     meter = Meter(job.layout.tokens_per_step, memory=memory)
-    sampler = components.sampler(experiment, corpus)
+    sampler = sampler_of(experiment, corpus)
     run = Run(job, locked, folder, variants, corpus, sampler, engine, tracker, console, meter, watch.note_signals(), watch.progress)
     anomalies, periodic = AnomalyMonitor(experiment, engine, corpus, locked, console, tracker), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
