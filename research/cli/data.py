@@ -20,7 +20,7 @@ from research.cli import store_description
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
 from research.cli.trained_run import add_trust_option, find_run, say, settings_of_run
 from research.cli.verbs import Parser, count
-from research.data import inspection, prepare
+from research.data import inspection, order, prepare
 from research.data.batches import Window
 from research.data.megatron_index import file_of
 from research.data.prepare import Corpus
@@ -31,7 +31,7 @@ from research.tracking.console import Console
 from research.tracking.run_folder import IMPORTED, RunFolder
 from research.training.sampler import sampler_of
 
-SAMPLES, CHARACTERS = 64, 200
+SAMPLES, SAMPLES_AS_JSON, CHARACTERS = 64, 1 << 16, 200
 """The most samples that are printed unless --samples says otherwise, and the most characters of a text."""
 LONGEST_SOURCE, SHORTEST_TEXT, GAP = 24, 16, "  "
 STORE_FILES = (".idx", ".bin", ".json")
@@ -94,7 +94,9 @@ def _parser() -> Parser:
     parser.add_argument("what", metavar="RUN|PREFIX", help="a run's folder, name or title; or a token store")
     of_run = parser.add_argument_group("a step of a run")
     of_run.add_argument("--step", type=int, metavar="N", help="the step, counted from 1 as in the run's rows")
-    of_run.add_argument("--samples", type=count, metavar="K", help=f"print the first K samples (default: {SAMPLES}; with --json: all)")
+    of_run.add_argument(
+        "--samples", type=count, metavar="K", help=f"print the first K samples (default: {SAMPLES}; with --json: {SAMPLES_AS_JSON:,})"
+    )
     of_store = parser.add_argument_group("a token store")
     of_store.add_argument("--texts", type=count, metavar="K", help=f"the first {CHARACTERS} characters of K documents, evenly spaced")
     of_store.add_argument(
@@ -149,24 +151,29 @@ def documents_of_step(arguments: argparse.Namespace) -> dict[str, Any]:
     steps = experiment.schedule.steps
     if not 1 <= step <= steps:
         raise Mistake(f"--step {step} is not one of the {steps} steps of {folder.title} → use 1 to {steps}")
+    if step * experiment.schedule.batch_size > order.LARGEST:
+        size = f"schedule.batch_size = {experiment.schedule.batch_size:.6g}"
+        raise Mistake(f"{folder.config}: {size} is not what a run trains with → restore the file")
     corpus = prepare.load(experiment.data, ROOT, experiment.model.vocab_size, say)
     checkpoint = compared_checkpoint(folder, corpus)
-    logged = metrics.last(folder.metrics, ["progress/step"]).get("progress/step", 0)
+    logged = metrics.last(folder.metrics, ["progress/step"]).get("progress/step")
+    logged = logged if isinstance(logged, int) else 0
 
-    windows = list(sampler_of(experiment, corpus).windows(step - 1))
-    most = arguments.samples or (len(windows) if arguments.json else SAMPLES)
-    samples = [sample_as_json(window, corpus) for window in windows[:most]]
-    left_out = len(windows) - len(samples)
+    sampler = sampler_of(experiment, corpus)
+    numbers = sampler.samples(step - 1)
+    shown = numbers[: arguments.samples or (SAMPLES_AS_JSON if arguments.json else SAMPLES)]
+    samples = [sample_as_json(sampler.window(number), corpus) for number in shown]
+    left_out = len(numbers) - len(shown)
 
-    first, last = windows[0].sample, windows[-1].sample
     size = f"{experiment.model.seq_length} + 1 tokens each"
-    console.header([("", f"{folder.title} · step {step} of {steps} · samples {first:,}–{last:,} of {size}")])
+    console.header([("", f"{folder.title} · step {step} of {steps} · samples {numbers[0]:,}–{numbers[-1]:,} of {size}")])
     console.header([("data", f"{experiment.data.train} · {corpus.tokenizer.name} · {said_of_text(checkpoint)}")])
     if step > logged:
-        console.warn(f"step {step} is not logged: the last row of {folder.metrics.name} is of step {logged}", in_header=True)
+        newest = f"the last row is of step {logged}" if logged else "there is no row yet"
+        console.warn(f"step {step} is not in {folder.metrics.name}, {newest}: this is what it reads once it is trained", in_header=True)
     console.lines(table(samples, console.width))
     if left_out:
-        console.lines([f"and {left_out:,} more: --samples {len(windows)} prints all"])
+        console.lines([f"and {left_out:,} more: --samples {len(numbers)} prints all"])
     return {
         **{"run": folder.title, "folder": str(folder.path), "step": step, "steps": steps, "last_logged_step": logged},
         **{"compared_with": checkpoint, "samples": samples, "samples_left_out": left_out},

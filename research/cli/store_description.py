@@ -14,7 +14,7 @@ from research.data.inspection import Extract, Lengths
 from research.data.megatron_index import file_of
 from research.data.stores import LONG, STORE
 from research.data.token_store import TokenStore
-from research.data.tokenizer import GPT2, TRAINED, Tokenizer
+from research.data.tokenizer import GPT2, TRAINED, Tokenizer, declared_vocab_size
 from research.exchange.limited_tokenizer import try_tokenizer
 from research.tracking import format as fmt
 from research.tracking import plot
@@ -27,6 +27,8 @@ FORMATS = (".png", ".svg")
 LONGEST, CHARACTERS, BAR = 160, 200, 40
 """The most characters of a name, and of a text, and the columns of the longest bar."""
 EIGHTHS = "▏▎▍▌▋▊▉█"
+FIXED = (GPT2,)
+"""Built-in tokenizers that are not made from a text."""
 MOST_TICKS = 14
 """Numbers below the picture: of more bars, every second or third has one."""
 
@@ -34,7 +36,7 @@ MOST_TICKS = 14
 def describe(prefix: Path, texts: int | None, tokenizer_name: str | None, picture: Path | None) -> dict[str, Any]:
     """Prints the store and returns it as JSON data. `texts`: how many documents are decoded; `picture`: where their lengths are drawn."""
     if picture is not None and picture.suffix.lower() not in FORMATS:
-        raise Mistake(f"--plot {picture} is neither PNG nor SVG → use {picture.with_suffix('.png').name} or .svg")
+        raise Mistake(f"--plot {picture} is neither PNG nor SVG → use {picture.stem or 'lengths'}.png or .svg")
     if tokenizer_name is not None and not texts:
         raise Mistake(f"--tokenizer {tokenizer_name} decodes texts, and none are asked for → add --texts 3")
     store, console = TokenStore(prefix), Console()
@@ -178,12 +180,12 @@ def find_tokenizer(store: TokenStore, named: str | None, largest: int) -> Tokeni
     if beside is not None:  # nobody has named it
         named = str(beside)
         try_tokenizer(named, Path(), "name another one with --tokenizer, or leave --texts out")
-    elif named is None and made_with is not None and is_fixed(made_with):
+    elif named is None and made_with in FIXED:  # a file that the sidecar names is not read: it may be a stranger's
         named = made_with
     if named is None:
-        known = f", {made_with:.{LONGEST}}," if made_with else ""
+        known = f" ({made_with:.{LONGEST}})" if made_with else ""
         raise Mistake(
-            f"--texts needs the tokenizer{known} that {store.prefix} was made with, and no {tokenizer_file.FILE} lies beside it → "
+            f"--texts needs the tokenizer that {store.prefix} was made with{known}, and no {tokenizer_file.FILE} lies beside it → "
             f"add --tokenizer with the path of a {tokenizer_file.FILE}, or {GPT2}"
         )
     tokenizer = load_tokenizer(store, named)
@@ -203,11 +205,6 @@ def find_tokenizer(store: TokenStore, named: str | None, largest: int) -> Tokeni
     return tokenizer
 
 
-def is_fixed(name: str) -> bool:
-    """Whether a name in a sidecar is that of a built-in tokenizer that is not made from a text. Files that it names are not read."""
-    return name == GPT2
-
-
 def load_tokenizer(store: TokenStore, name: str) -> Tokenizer:
     """A tokenizer.json, or a built-in tokenizer that is not made from a text. Relative paths start at the working directory."""
     if name.startswith(TRAINED):
@@ -216,6 +213,7 @@ def load_tokenizer(store: TokenStore, name: str) -> Tokenizer:
         )
     if tokenizer_file.is_file(name):
         return tokenizer_file.load(name, Path())
+    declared_vocab_size(name)  # a name that is not known is a Mistake
     text = f"{STORE}{store.prefix}"
     return prepare.load_tokenizer(Data(train=text, validation=text, tokenizer=name), ROOT)
 

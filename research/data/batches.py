@@ -98,8 +98,11 @@ class Sampler(Protocol):
     def mask_sum(self, step: int) -> int:
         """The number of tokens of the step's whole batch whose loss counts. It is known without communication."""
 
-    def windows(self, step: int) -> Iterator[Window]:
-        """Where each sample of one step (from 0) comes from, in the order of the samples' numbers."""
+    def samples(self, step: int) -> range:
+        """The run's sample numbers in one step (from 0), over all data ranks."""
+
+    def window(self, sample: int) -> Window:
+        """Where a sample comes from."""
 
 
 @dataclass(frozen=True)
@@ -116,24 +119,24 @@ class StreamSampler:
         """As in Sampler."""
         numbers = step_samples(self.batch_size, self.micro_batch_size, data_rank, data_size, step)
         weight = len(numbers) * data_size / self.mask_sum(step)
+        windows = num_samples(self.store, self.seq_length)
         for samples in numbers:
-            yield _batch(self.store.tokens, self._places(samples), samples, self.seq_length, weight)
+            yield _batch(self.store.tokens, order.sample(samples, windows, self.seed), samples, self.seq_length, weight)
 
     def mask_sum(self, step: int) -> int:
         """As in Sampler."""
         return self.batch_size * self.seq_length
 
-    def windows(self, step: int) -> Iterator[Window]:
+    def samples(self, step: int) -> range:
         """As in Sampler."""
-        (samples,) = step_samples(self.batch_size, self.batch_size, 0, 1, step)
-        per_epoch = num_samples(self.store, self.seq_length)
-        for sample, number in zip(samples.tolist(), self._places(samples).tolist(), strict=True):
-            start = number * self.seq_length
-            yield Window(sample, sample // per_epoch, number, self.store, start, start + self.seq_length + 1)
+        return range(step * self.batch_size, (step + 1) * self.batch_size)
 
-    def _places(self, samples: np.ndarray) -> np.ndarray:
-        """Which window of the store each sample is."""
-        return order.sample(samples, num_samples(self.store, self.seq_length), self.seed)
+    def window(self, sample: int) -> Window:
+        """As in Sampler."""
+        windows = num_samples(self.store, self.seq_length)
+        number = order.sample(sample, windows, self.seed)
+        start = number * self.seq_length
+        return Window(sample, sample // windows, number, self.store, start, start + self.seq_length + 1)
 
 
 def validation_batches(

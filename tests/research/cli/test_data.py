@@ -158,7 +158,7 @@ def test_the_table_fits_the_terminal_and_says_what_is_left_out(run: RunFolder, c
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{run.title} · step 2 of 20 · samples 6–11 of 32 + 1 tokens each"
     assert "no checkpoint tells whether the text is still the same" in lines[1]
-    assert "step 2 is not logged: the last row of metrics.jsonl is of step 0" in lines[2]
+    assert "step 2 is not in metrics.jsonl, there is no row yet" in lines[2]
     assert lines[3].split() == ["sample", "epoch", "window", "document", "offset", "tokens", "text"]
     assert max(map(len, lines[3:])) == 90 and lines[-1] == "and 2 more: --samples 6 prints all"
     assert [line.split()[0] for line in lines[4:-1] if line[:6].strip()] == ["6", "7", "8", "9"]
@@ -299,9 +299,10 @@ def test_texts_need_the_tokenizer_that_the_store_was_made_with(run: RunFolder, t
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"s{suffix}").write_bytes(made.with_name(made.name + suffix).read_bytes())
     prefix = str(tmp_path / "s")
-    assert f"the tokenizer, builtin:bpe-384, that {prefix} was made with" in sentence(lambda: data.main([prefix, "--texts", "1"]))
+    assert f"that {prefix} was made with (builtin:bpe-384), and no tokenizer.json" in sentence(lambda: data.main([prefix, "--texts", "1"]))
     assert "is another (SHA-256" in sentence(lambda: data.main([prefix, "--texts", "1", "--tokenizer", "builtin:gpt2"]))
     assert "is made from a text" in sentence(lambda: data.main([prefix, "--texts", "1", "--tokenizer", "builtin:bpe-300"]))
+    assert "(builtin:gpt2 is meant?)" in sentence(lambda: data.main([prefix, "--texts", "1", "--tokenizer", "builtin:gpt3"]))
     assert "none are asked for → add --texts" in sentence(lambda: data.main([prefix, "--tokenizer", "builtin:gpt2"]))
     corpus.tokenizer.backend.save(str(tmp_path / "tokenizer.json"), pretty=False)
     assert [one["text"] for one in shown_json(capsys, prefix, "--texts", "99")["texts"]] == [text[:200] for text in texts()]
@@ -328,7 +329,8 @@ def test_files_that_are_no_store_are_one_sentence(tmp_path: Path, capsys: pytest
         assert research.main(["data", str(tmp_path / name)]) == 2
         said = capsys.readouterr()
         assert said.out == "" and words in said.err and said.err.startswith("error  ") and said.err.count("\n") == 1
-    assert "neither PNG nor SVG" in sentence(lambda: data.main([str(whole), "--plot", "a.jpg"]))
+    for picture in ("a.jpg", ""):
+        assert "neither PNG nor SVG" in sentence(lambda picture=picture: data.main([str(whole), "--plot", picture]))
     assert "cannot be written" in sentence(lambda: data.main([str(whole), "--plot", str(tmp_path / "no" / "a.png")]))
 
 
