@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from research import ROOT
+from tests.research.helpers import megatron_files
 from tests.research.helpers.hf_models import their_folder
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -104,6 +106,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     their_folder(folder / "hf_model", "llama, grouped")
     words = (ROOT / "README.md").read_text("utf-8").split()
     book = "\n".join(" ".join(words[i % 500 :][:40]) for i in range(3000))
+    documents = np.random.default_rng(0).integers(0, 50257, (1000, 1, 60))
+    megatron_files.write(folder / "corpus_text_document", documents.tolist(), 8, "<u2")
     for name, text in {**FILES, "book.txt": book}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, "utf-8")

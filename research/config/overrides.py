@@ -23,8 +23,8 @@ Override = tuple[str, Any, Any]
 """(dotted name, value in config.py, value on the command line)."""
 
 HELP, VERSION = ("--help", "-h"), "--version"
-FLAGS = ("dry_run", "check_cluster", "verbose")
-OPTIONS = ("--resume", "--dry-run", "--check-cluster", "--verbose", "--version", "--help")
+FLAGS = ("rehash", "dry_run", "check_cluster", "verbose")
+OPTIONS = ("--resume", "--rehash", "--dry-run", "--check-cluster", "--verbose", "--version", "--help")
 RESUME = "resume"
 LOCAL_RANK = "local_rank"
 TABLE = "deepspeed"
@@ -38,6 +38,8 @@ USAGE = """start it, from any folder:
 beside settings:
   --resume    auto: go on with the newest unfinished run that has these settings, or begin one · RUN or CHECKPOINT: go on with that
               one · never (the default): begin a new run. The layout may be another one, the model and the data may not
+  --rehash    read the texts and the token stores whole, whatever data.cache remembers of them; otherwise a file is read again only if
+              its size or its modification time has changed
   --dry-run   resolve everything, print the layout and the batch arithmetic, train nothing
   --check-cluster  compare the hosts of this launch (code, versions, settings, addresses, folders, clocks), time an all-reduce along
               each axis, train nothing: a table, and exit code 0 if they agree
@@ -56,6 +58,8 @@ class Options:
 
     resume: str = "never"
     """"auto", "never", or the name of a run or a checkpoint."""
+    rehash: bool = False
+    """Whether texts and token stores are read whole, whatever data.cache remembers of them."""
     dry_run: bool = False
     check_cluster: bool = False
     verbose: bool = False

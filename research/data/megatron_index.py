@@ -70,19 +70,26 @@ class MegatronIndex:
             self._check_documents(first, min(first + CHUNK, self.num_documents))
 
     def _check_size(self, code: int) -> np.dtype:
-        """The type of the tokens, once the size of the .bin is what the last sequence that is not empty promises."""
-        last = self.num_sequences - 1
-        while last >= 0 and self.lengths[last] == 0:
-            last -= 1
+        """The type of the tokens, once the .bin ends where the last sequence that is not empty ends."""
         try:
             size = self.stream.stat().st_size
         except OSError as error:
             raise Mistake(f"{self.stream} is missing, and {self.path} is there {AGAIN}") from error
+        first, last = 0, self.num_sequences - 1
+        while last >= 0 and self.lengths[last] == 0:
+            last -= 1
         if last < 0:
             raise Mistake(f"{self.path} has {self.num_sequences} sequences without a token, {self.stream} has {size} bytes → use more text")
-        begin, length = int(self.pointers[last]), int(self.lengths[last])
+        while self.lengths[first] == 0:
+            first += 1
+
+        # where the second sequence begins tells how many bytes a token has; of a single one, only the size of the .bin can
         types, floats = TYPES[code], FLOATS.get(code, {})
-        for bytes_per_token in {**types, **floats}:
+        begin, length = int(self.pointers[last]), int(self.lengths[last])
+        possible = [each for each in sorted({**types, **floats}) if first == last or self.pointers[first + 1] == self.lengths[first] * each]
+        if not possible:
+            raise self._wrong_sequences()
+        for bytes_per_token in possible:
             if size != begin + length * bytes_per_token:
                 continue
             if bytes_per_token in types:
@@ -91,16 +98,15 @@ class MegatronIndex:
                 f"{self.path} has type code {code}, and {self.stream} {bytes_per_token} bytes per token: that is {floats[bytes_per_token]} "
                 "→ write the store with whole numbers, uint16 (type code 8) or int32 (4)"
             )
-        promised = (
-            f"{(begin + length * each) // each} tokens = {begin + length * each} bytes" for each in sorted({**types, **floats})
-        )  # of each type that the code may mean
-        raise Mistake(f"{self.stream} has {size} bytes, its index promises {listed(promised)} {AGAIN}")
+        ends = [begin + length * each for each in possible]
+        promised = listed(f"{end // each} tokens = {end} bytes" for each, end in zip(possible, ends, strict=True))
+        raise Mistake(f"{self.stream} has {size} bytes, its index promises {promised} {AGAIN}")
 
     def _check_sequences(self, first: int, last: int) -> None:
         lengths = self.lengths[first:last].astype(np.int64)
         begins = np.append(self.pointers[first:last], self._pointer(last))
         if (lengths < 0).any() or begins[0] < 0 or (first == 0 and begins[0]) or (np.diff(begins) != lengths * self.dtype.itemsize).any():
-            raise Mistake(f"{self.path}: the sequences do not lie one after the other {AGAIN}")
+            raise self._wrong_sequences()
 
     def _pointer(self, sequence: int) -> int:
         """Where a sequence begins, in bytes; of the number of sequences, the end."""
@@ -110,6 +116,9 @@ class MegatronIndex:
         sequences = self.document_indices[first : last + 1]
         if sequences[0] < 0 or sequences.max() > self.num_sequences or (np.diff(sequences) < 0).any():
             raise self._wrong_documents()
+
+    def _wrong_sequences(self) -> Mistake:
+        return Mistake(f"{self.path}: the sequences do not lie one after the other {AGAIN}")
 
     def _wrong_documents(self) -> Mistake:
         return Mistake(f"{self.path}: the documents do not cover the {self.num_sequences} sequences in order {AGAIN}")

@@ -15,7 +15,7 @@ import numpy as np
 from parallel.errors import Mistake
 from parallel.files import locked, megabytes
 from research.data import documents, splits, stores, token_store, tokenizer_file
-from research.data.records import Advance, Cache, Progress, silent
+from research.data.records import LONG, Advance, Cache, Progress, silent
 from research.data.token_store import TokenStore
 from research.data.tokenizer import GPT2, TRAINED, Tokenizer, declared_vocab_size, gpt2, kept, pieces, trained
 
@@ -128,7 +128,7 @@ def text_digest(spec: str, root: Path, cache: Cache) -> str:
     size = path.stat().st_size
 
     def find() -> dict[str, str]:
-        with cache.progress(f"hashing {spec} ({megabytes(size)})") if size > stores.LONG else silent(""):
+        with cache.progress(f"hashing {spec} ({megabytes(size)})") if size > LONG else silent(""):
             return {"sha256": documents.digest(spec, root)}
 
     return str(cache.remembered("text", [path], f"hashing {spec}", find)["sha256"])

@@ -2,7 +2,7 @@
 
 A record is a small JSON file: path, size and modification time of the files that were read, when the reading began, and what was found.
 It is believed while sizes and modification times are the same, and if the files had not changed in the seconds before the reading: a file
-can change twice within one tick of its file system's clock.
+can change twice within one tick of its file system's clock. Small files that have just changed are read again; long ones are given time.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ from parallel.files import locked, read_json, write_json
 
 SETTLED_NS = 2 * 10**9
 """How long before the reading a file must have been changed last. No common file system has a coarser clock."""
+LONG = 64 * 2**20
+"""Bytes from which on reading is shown, and is worth a wait of SETTLED_NS. Fewer take a moment."""
 
 Advance = Callable[[int], object]
 Progress = Callable[[str], AbstractContextManager[Advance]]
@@ -64,6 +66,10 @@ class Cache:
         with locked(record.with_suffix(".lock"), functools.partial(self.waiting, what)):
             found = self._believed(record, paths, asked)
             if found is None:
+                seen = _seen(paths)
+                if sum(size for _, size, _ in seen) > LONG:
+                    young = max(changed for _, _, changed in seen) + SETTLED_NS - time.time_ns()
+                    time.sleep(min(max(young + 10**6, 0), SETTLED_NS) / 1e9)
                 began, seen = time.time_ns(), _seen(paths)
                 found = find()
                 write_json(record, {"files": seen, "began_ns": began, "found": found})

@@ -12,15 +12,13 @@ import numpy as np
 from parallel.errors import Mistake
 from parallel.files import megabytes
 from research.data.megatron_index import file_of
-from research.data.records import Cache, silent
+from research.data.records import LONG, Cache, silent
 from research.data.token_store import TokenStore, check_ids
 from research.data.tokenizer import TRAINED, Tokenizer
 
 STORE = "store:"
 FOUND = ("max_id", "bin_sha256", "idx_sha256")
 """What is to be known of a store and only reading all of it tells."""
-LONG = 64 * 2**20
-"""Bytes from which on reading a file is shown. Fewer take a moment."""
 
 
 def is_store(spec: str) -> bool:

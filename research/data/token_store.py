@@ -171,7 +171,7 @@ class StoreWriter:
         self.documents += len(lengths)
         self.tokens += len(ids)
         self.num_bytes += num_bytes
-        self.max_id = max(self.max_id, int(ids.max(initial=-1)))
+        self.max_id = max(self.max_id, int(ids.max())) if len(ids) else self.max_id
 
     def _index_pieces(self) -> Iterator[bytes]:
         """The .idx file in pieces, with one sequence per document, as Megatron-LM's own preparation writes plain text."""

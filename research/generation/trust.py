@@ -23,7 +23,7 @@ from research import ROOT
 from research.config import Evaluate, Experiment, Profile, Sample, Track, serialization
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import Data
-from research.data import documents, tokenizer_file
+from research.data import documents, splits, tokenizer_file
 from research.data.tokenizer import TRAINED
 from research.tracking.own_runs import is_own, mark_as_own
 from research.tracking.run_folder import RunFolder
@@ -66,10 +66,11 @@ def _trusted_data(folder: RunFolder, data: Data, reads: Collection[str], root: P
     allowed: dict[str, str] = {"cache": str(Data.model_fields["cache"].default)}
     for name in TEXTS:
         text = getattr(data, name)
-        if text.startswith(documents.BUILTIN):
+        read = data.train if splits.is_split(text) else text
+        if read.startswith(documents.BUILTIN):
             continue
         if name in needed:
-            raise _refused(f"data.{name}", text, folder, "is a file, not a built-in text", "it is not read")
+            raise _refused(f"data.{name}", text, folder, f"is {'a part of ' * (read != text)}a file, not a built-in text", "it is not read")
         allowed[name] = NOT_READ
     return data.model_copy(update=allowed)
 

@@ -260,7 +260,7 @@ def _progress_lines(put: Callable[[str], None], label: str, total: int | None, u
 
     def report() -> None:
         while not over.wait(PIPE_SECONDS):
-            counted = f"{done:,} of {total:,} · " if total else f"{fmt.count(done)} {unit} · " if unit else ""
+            counted = f"{done:,} of {total:,} · " if total else f"{fmt.count(done)} {unit} · " if unit and done else ""
             put(f"{label} … {counted}{fmt.duration(time.monotonic() - began)}")
 
     thread = threading.Thread(target=report, daemon=True)

@@ -113,10 +113,10 @@ class Tracker:
                 self._referred.add(path.name)
                 self._wandb.refer_to(functools.partial(wandb_artifacts.of_checkpoint, self._folder, path))
 
-    def refer_to_store(self, prefix: Path) -> None:
-        """Tells W&B where the token store PREFIX.bin, .idx and .json is."""
+    def refer_to_store(self, prefix: Path, facts: Mapping[str, Any]) -> None:
+        """Tells W&B where the token store PREFIX.bin, .idx and .json is, and what is known of it."""
         if not self._quiet:
-            self._wandb.refer_to(functools.partial(wandb_artifacts.of_store, prefix))
+            self._wandb.refer_to(functools.partial(wandb_artifacts.of_store, prefix, facts))
 
     def finish(self, status: str = FINISHED) -> None:
         """Closes everything; `status` is finished, interrupted or failed. A second call does nothing.

@@ -13,7 +13,6 @@ from typing import Any
 
 from parallel.checkpoint.folder import MANIFEST, step_of, steps
 from parallel.checkpoint.manifest import parse
-from parallel.files import read_json
 from research.tracking.run_folder import RunFolder
 
 CHECKPOINTS, STORE = "checkpoints", "tokens"
@@ -59,11 +58,10 @@ def of_checkpoint(folder: RunFolder, checkpoint: Path) -> References:
     return References(artifact_name(f"{folder.title}-{CHECKPOINTS}"), MODEL, files, description, checkpoint.name, known)
 
 
-def of_store(prefix: Path) -> References:
-    """The token store PREFIX.bin, .idx and .json."""
-    facts = read_json(Path(f"{prefix}.json"))
+def of_store(prefix: Path, facts: Mapping[str, Any]) -> References:
+    """The token store PREFIX.bin and .idx, of which `facts` are known, and PREFIX.json, if there is one."""
     made_from = hashlib.sha256(f"{facts['source_sha256']}\0{facts['tokenizer_sha256']}".encode()).hexdigest()
-    paths = [Path(f"{prefix}{suffix}") for suffix in STORE_SUFFIXES]
+    paths = [path for suffix in STORE_SUFFIXES if (path := Path(f"{prefix}{suffix}")).is_file() or suffix != ".json"]
     files = {f"{STORE}{path.suffix}": File(path, path.stat().st_size, made_from) for path in paths}
     description = f"{facts['source']} as tokens of {facts['tokenizer']}; its checksum is that of the text and the tokenizer"
     return References(artifact_name(prefix.name), DATASET, files, description, metadata=facts)

@@ -56,6 +56,8 @@ class Job:
     """The run to resume, as rank 0 found it; None on the other ranks."""
     resume_option: str = NEVER
     """What --resume was given."""
+    rehash: bool = False
+    """Whether texts and token stores are read whole (--rehash)."""
     why_resumed: str = ""
     """How `--resume` led to this run, or to a new one; '' where it leaves no question."""
     locks: list[RunLock] = field(default_factory=list)
@@ -109,6 +111,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         argv=argv,
         resume=found,
         resume_option=options.resume,
+        rehash=options.rehash,
         why_resumed=why,
         locks=locks,
         library=library_files(ROOT),

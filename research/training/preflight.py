@@ -67,7 +67,7 @@ def claims(job: Job, host: str) -> Claims:
         job.ranks,
         host,
         settings=flatten(serialization.resolved(job.experiment)),
-        options={"--resume": job.resume_option},
+        options={"--resume": job.resume_option, "--rehash": job.rehash},
         weights={"the initial weights": init_from_digest(job.experiment, job.root)},
         library=job.library,
         experiment=experiment_files(job.folder),

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import random
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from parallel.engines import process_state
 from parallel.engines.engine import Engine, make_engine
 from parallel.files import write_json
 from parallel.grid import Grid
-from parallel.object_collectives import broadcast_object, together
+from parallel.object_collectives import all_gather_objects, broadcast_object, together
 from research.cluster.environment import git_state
 from research.cluster.memory import HostMemory
 from research.cluster.software import digest_of
@@ -35,6 +36,7 @@ from research.config.plausibility import doubts_of_text
 from research.data import prepare
 from research.data.batches import epochs
 from research.data.prepare import Corpus, HeldOut
+from research.data.splits import refuse_short
 from research.evaluation import in_training
 from research.reliability.watchdog import Watchdog
 from research.tracking import format as fmt
@@ -171,9 +173,12 @@ def prepare_run(
     `variants`: what the experiment names of its variant.py.
     """
     experiment, folder = job.experiment, locked.folder
+    # with --rehash, what one rank of a node reads from this moment on is read for all of them
+    believe_since_ns = all_gather_objects(time.time_ns(), grid)[0] if job.rehash else 0
     with watch.progress.work("preparing the text"), together(grid):  # a rank may be the only one that finds its text wrong
         show = functools.partial(console.progress, unit="characters")
-        corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, show)
+        corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, show, believe_since_ns)
+        refuse_short(experiment.data.validation, corpus.train, corpus.validation, experiment.model.seq_length)
         text = prepare.held_out(corpus, experiment.schedule.validate_tokens)
         if not resumed:
             prepare.refuse_same_text(experiment.data, corpus)
@@ -197,8 +202,8 @@ def prepare_run(
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, locked, engine, console, resumed)
-    for store in (corpus.train, corpus.validation):
-        tracker.refer_to_store(store.prefix)
+    for store in {store.prefix: store for store in (corpus.validation, corpus.train)}.values():  # the parts of a split have one
+        tracker.refer_to_store(store.prefix, store.facts)
     meter = Meter(job.layout.tokens_per_step, memory=memory)
     sampler = sampler_of(experiment, corpus)
     run = Run(job, locked, folder, variants, corpus, sampler, engine, tracker, console, meter, watch.note_signals(), watch.progress)

@@ -76,16 +76,24 @@ def test_a_corpus_of_nothing_through_deepspeed(place: Place, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_token_outside_of_the_vocabulary(place: Place, alone: Ended, tmp_path) -> None:
-    """In a prepared store, which no tokenizer has checked."""
+    """In a store of another program, of which no tokenizer has checked the ids; and in the cache, whose stores are made again."""
     cache = tmp_path / "cache"
     shutil.copytree(place.path / "cache", cache)
     (file,) = cache.glob("*train.txt-*.bin")
+    (tokenizer,) = cache.glob("bpe-*.json")
     tokens = np.fromfile(file, "<u2")
+    right = tokens[1000]
     tokens[1000] = 391
     tokens.tofile(file)
     assert TokenStore(file.with_suffix("")).tokens[1000] == 391
-    said = assert_refused(run(place, data__cache=cache))
-    assert "391" in said and "1000" in said.replace(",", "") and "model.vocab_size" in said
+    for suffix in (".bin", ".idx"):
+        shutil.copy(file.with_suffix(suffix), tmp_path / f"foreign{suffix}")
+    said = assert_refused(run(place, data__cache=cache, data__train=f"store:{tmp_path}/foreign", data__tokenizer=tokenizer))
+    assert "391" in said and "1000" in said.replace(",", "") and "data.tokenizer" in said
+
+    ended = run(place, data__cache=cache)
+    assert ended.code == 0 and ended.column("train/loss") == alone.column("train/loss"), ended.err
+    assert TokenStore(file.with_suffix("")).tokens[1000] == right
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     quiet.samples([{}])
     quiet.alert("failed", "why")
     quiet.refer_to_checkpoints(every=1)
-    quiet.refer_to_store(Path("nowhere"))
+    quiet.refer_to_store(Path("nowhere"), {})
     quiet.finish("failed")
     assert (quiet.line, quiet.notes, list(tmp_path.iterdir())) == ("", [], [])
 

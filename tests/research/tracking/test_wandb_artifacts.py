@@ -63,7 +63,7 @@ def test_stores_have_one_checksum_if_and_only_if_text_and_tokenizer_are_the_same
     def store(name: str, **facts: str) -> wandb_artifacts.References:
         told = {"source": "a.txt", "source_sha256": "s", "tokenizer": "bpe", "tokenizer_sha256": "t"} | facts
         token_store.write(tmp_path / name, [(np.arange(5), 9)], 100, told)
-        return wandb_artifacts.of_store(tmp_path / name)
+        return wandb_artifacts.of_store(tmp_path / name, token_store.TokenStore(tmp_path / name).facts)
 
     first, again = store("one"), store("two", source="b.txt")
     others = [

@@ -90,7 +90,7 @@ def test_a_w_b_that_never_starts_holds_up_nothing_and_the_hint_says_what_writes_
 def test_what_w_b_does_without_costs_a_note_and_no_row(tracker: Tracker, slow: SlowWandb) -> None:
     """This client knows no alerts and no artifacts, and the store is not there; the row after them is taken all the same."""
     tracker.alert("skipped a step", "step 3: the loss is nan")
-    tracker.refer_to_store(Path("nowhere"))
+    tracker.refer_to_store(Path("nowhere"), {})
     tracker.log(LATER)
     slow.ready.set()
     tracker.finish()
