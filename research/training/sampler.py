@@ -1,11 +1,11 @@
 """The sampler of an experiment: which samples training reads in which step. Imports no torch, so that `data` need not wait for it."""
 
 from research.config import Experiment
-from research.data.batches import Sampler, StreamSampler
+from research.data.batches import Sampler, one_source
 from research.data.prepare import Corpus
 
 
 def sampler_of(experiment: Experiment, corpus: Corpus) -> Sampler:
     """What training reads, in the order that the experiment's seed gives."""
     schedule = experiment.schedule
-    return StreamSampler(corpus.train, experiment.model.seq_length, schedule.batch_size, schedule.micro_batch_size, experiment.seed)
+    return one_source(corpus.train, experiment.model.seq_length, schedule.batch_size, schedule.micro_batch_size, experiment.seed)

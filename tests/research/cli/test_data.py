@@ -18,7 +18,7 @@ from research import __main__ as research
 from research.cli import data, store_description
 from research.config import Data, serialization
 from research.data import inspection, prepare
-from research.data.batches import StreamSampler
+from research.data.batches import one_source
 from research.data.token_store import TokenStore
 from research.tracking import run_folder
 from research.tracking.metrics import JsonLines
@@ -133,7 +133,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def test_a_step_is_what_the_sampler_gives_on_any_layout(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     experiment = serialization.load(run.config)
     corpus = prepare.load(experiment.data, Path(), 391)
-    sampler, documents = StreamSampler(corpus.train, 32, 6, 1, experiment.seed), documents_on_disk(corpus.train.prefix)
+    sampler, documents = one_source(corpus.train, 32, 6, 1, experiment.seed), documents_on_disk(corpus.train.prefix)
     for step in (1, 9):
         shown = shown_json(capsys, str(run.path), "--step", str(step))
         batches = [batch for rank in range(3) for batch in sampler.micro_batches(step - 1, rank, 3)]
