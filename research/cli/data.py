@@ -112,8 +112,8 @@ def _parser() -> Parser:
 
 def find_prefix(what: str) -> Path | None:
     """The PREFIX of the token store that `what` names, by the PREFIX or one of its files; None if there is no such .idx or .bin."""
-    path = Path(what.removeprefix(STORE)).expanduser()
-    with contextlib.suppress(OSError):  # no file can have such a name
+    with contextlib.suppress(OSError, RuntimeError):  # no file can have such a name, or nobody such a home
+        path = Path(what.removeprefix(STORE)).expanduser()
         for prefix in [path, *([path.with_suffix("")] if path.suffix in STORE_FILES else [])]:
             if file_of(prefix, ".idx").is_file() or file_of(prefix, ".bin").is_file():
                 return prefix
