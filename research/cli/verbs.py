@@ -20,6 +20,7 @@ VERBS = {
     "plot": "draw the metrics of one run, or of several over each other: plot RUN RUN",
     "track": "write a run to Weights & Biases from its metrics.jsonl: track RUN",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
+    "data": "which documents did a step train on? what is in a token store? data RUN --step N, data PREFIX",
     "inspect": "show what a run or a checkpoint contains, and check its files: inspect RUN --check",
     "replay": "run one step again and find where it is not finite: replay RUN --step N",
     "supervise": "launch an experiment, again after a crash: supervise experiments/gpt_sotu",

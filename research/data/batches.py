@@ -86,6 +86,20 @@ class Located(NamedTuple):
     windows: np.ndarray
 
 
+class Window(NamedTuple):
+    """Where a sample comes from: its ids, and after them its last target, are store.tokens[start:stop]."""
+
+    sample: int
+    """The run's sample number, counted over epochs."""
+    epoch: int
+    """Of the store, counted from 0."""
+    number: int
+    """Among the windows of the store, counted from 0."""
+    store: TokenStore
+    start: int
+    stop: int
+
+
 class Sampler(Protocol):
     """What training reads: the micro-batches of any step, on any layout. They depend on the arguments alone: there is no state."""
 
@@ -97,6 +111,12 @@ class Sampler(Protocol):
 
     def locate(self, samples: np.ndarray) -> Located:
         """The windows that samples of the run are, by their numbers, in any shape."""
+
+    def samples(self, step: int) -> range:
+        """The run's sample numbers in one step (from 0), over all data ranks."""
+
+    def window(self, sample: int) -> Window:
+        """Where a sample comes from."""
 
 
 class StreamSampler:
@@ -143,6 +163,18 @@ class StreamSampler:
             sources, windows = self._block(block)
             found.sources[here], found.windows[here] = sources[places[here]], windows[places[here]]
         return found
+
+    def samples(self, step: int) -> range:
+        """As in Sampler."""
+        return range(self.batch_sizes.before(step), self.batch_sizes.before(step + 1))
+
+    def window(self, sample: int) -> Window:
+        """As in Sampler."""
+        numbers = np.array([sample])
+        (source,), (number,) = (found.tolist() for found in self.locate(numbers))
+        epoch = int(self.blend.place(numbers).numbers[0] // self._sizes[source])
+        start = number * self.seq_length
+        return Window(sample, epoch, number, self.stores[source], start, start + self.seq_length + 1)
 
     def epochs(self, samples: int) -> np.ndarray:
         """'sources': the number of passes through each source that the first `samples` samples of the run make."""

@@ -109,6 +109,11 @@ class Console:
         if not quiet:
             escape_unencodable(self._console.file)  # a sign that the encoding lacks must not end a run
 
+    @property
+    def width(self) -> int:
+        """Columns of the terminal; 80 in a pipe, unless COLUMNS says otherwise."""
+        return self._console.width
+
     def header(self, lines: Sequence[tuple[str, str]]) -> None:
         """What was resolved, as (label, text) pairs; an empty label makes a title."""
         for label, text in lines:

@@ -163,7 +163,8 @@ def draw(runs: Sequence[Curves], panels: Sequence[Panel], x: XAxis, theme: Theme
     )
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(lines, columns, i + 1)
-        _frame(axes, panel, x, theme)
+        style_axes(axes, x.label, panel.label, theme)
+        axes.xaxis.set_major_formatter(lambda value, _: x.tick(value) if value >= 0 else "")
         _draw_panel(axes, runs, panel, x, theme)
         axes.set_xlim(0, farthest * 1.02 or 1)
         if interval := next((seconds for seconds in x.intervals if farthest <= 8 * seconds), None):
@@ -173,17 +174,16 @@ def draw(runs: Sequence[Curves], panels: Sequence[Panel], x: XAxis, theme: Theme
     return figure
 
 
-def _frame(axes: Any, panel: Panel, x: XAxis, theme: Theme) -> None:
+def style_axes(axes: Any, x_label: str, y_label: str, theme: Theme) -> None:
     """Labels, grid and colours of a pair of axes."""
     axes.set_facecolor(theme.background)
-    axes.set_xlabel(x.label, color=theme.text, fontsize=9)
-    axes.set_ylabel(panel.label, color=theme.text, fontsize=9, parse_math=False)
+    axes.set_xlabel(x_label, color=theme.text, fontsize=9)
+    axes.set_ylabel(y_label, color=theme.text, fontsize=9, parse_math=False)
     axes.tick_params(which="both", colors=theme.faint, labelsize=8.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.faint)
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_formatter(lambda value, _: x.tick(value) if value >= 0 else "")
 
 
 def _draw_panel(axes: Any, runs: Sequence[Curves], panel: Panel, x: XAxis, theme: Theme) -> None:

@@ -20,7 +20,6 @@ from parallel.errors import Mistake
 from parallel.files import read_json, write_json
 from parallel.object_collectives import all_gather_objects
 from research.config import Experiment
-from research.config.layout import batch_sizes
 from research.data.batches import Sampler
 from research.tracking.console import Console
 from research.tracking.metrics import finite
@@ -186,8 +185,7 @@ class AnomalyMonitor:
 
     def _report(self, step: int, kind: str, loss: float, suspects: list[Suspect]) -> str:
         """Writes the incident down and warns of it; returns the sentence that describes it."""
-        sizes = batch_sizes(self.experiment.schedule)
-        samples = range(sizes.before(step - 1), sizes.before(step))
+        samples = self.sampler.samples(step - 1)
         windows = self.sampler.locate(np.arange(samples.start, samples.stop)).windows
         before = [path for path in checkpoint_folder.steps(self.folder.checkpoints) if checkpoint_folder.step_of(path) <= step]
         incident = Incident(

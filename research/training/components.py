@@ -1,8 +1,7 @@
-"""The parts of training that an experiment names: the order of its data, its loss and its optimizer.
+"""The parts of training that an experiment names: its loss and its optimizer, registered here or classes of its variant.py.
 
-Loss and optimizer are either registered here or classes of its variant.py.
-
-The learning-rate decays are in research/training/schedule.py, measurements in research/training/measurement.py.
+The order of its data is in research/training/sampler.py, the learning-rate decays are in research/training/schedule.py, and measurements
+in research/training/measurement.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,20 +15,11 @@ from parallel.engines.engine import Loss
 from parallel.engines.optimizer_state import state_names_of
 from parallel.errors import Mistake
 from research.config import Experiment
-from research.config.layout import batch_sizes
 from research.config.schema import LOSSES, OPTIMIZERS
-from research.data.batches import Sampler, one_source
-from research.data.prepare import Corpus
 
 LOSS_CLASSES: dict[str, Callable[..., Loss]] = {LOSSES[0]: TokenLoss}
 OPTIMIZER_CLASSES: dict[str, type | None] = {OPTIMIZERS[0]: None}
 """None stands for the optimizer that DeepSpeed creates from its own configuration, torch's AdamW."""
-
-
-def sampler(experiment: Experiment, corpus: Corpus) -> Sampler:
-    """What training reads, in the order that the experiment's seed gives."""
-    schedule = experiment.schedule
-    return one_source(corpus.train, experiment.model.seq_length, batch_sizes(schedule), schedule.micro_batch_size, experiment.seed)
 
 
 def training_loss(experiment: Experiment, group: ProcessGroup | None, variants: Mapping[str, Any]) -> Loss:

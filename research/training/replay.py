@@ -28,9 +28,10 @@ from research.data import prepare
 from research.data.prepare import Corpus
 from research.tracking.console import Console
 from research.tracking.run_folder import RunFolder
-from research.training import anomalies, components
+from research.training import anomalies
 from research.training.components import optimizer_class, training_loss
 from research.training.init_from import init_from_path
+from research.training.sampler import sampler_of
 from research.training.schedule import learning_rate
 
 Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -125,7 +126,7 @@ def module_before(
 
 def batches(experiment: Experiment, corpus: Corpus, step: int) -> list[MicroBatch]:
     """All micro-batches of a step (from 1), as one data rank would take them."""
-    found = components.sampler(experiment, corpus).micro_batches(step - 1, data_rank=0, data_size=1)
+    found = sampler_of(experiment, corpus).micro_batches(step - 1, data_rank=0, data_size=1)
     return [MicroBatch.of(batch.ids, batch.labels, batch.context) for batch in found]
 
 

@@ -56,6 +56,7 @@ from research.training.job import Job, describe, layout_line
 from research.training.locked_run import LockedRun
 from research.training.meter import Meter
 from research.training.periodic import Periodic
+from research.training.sampler import sampler_of
 from research.training.state import Run
 
 
@@ -201,11 +202,10 @@ def prepare_run(
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, locked, engine, console, resumed)
-    tracker.refer_to_store(corpus.train.prefix, corpus.train.facts)
-    if corpus.validation.prefix != corpus.train.prefix:  # they are not parts of one store
-        tracker.refer_to_store(corpus.validation.prefix, corpus.validation.facts)
+    for store in {store.prefix: store for store in (corpus.validation, corpus.train)}.values():  # the parts of a split have one
+        tracker.refer_to_store(store.prefix, store.facts)
     meter = Meter(memory=memory)
-    sampler = components.sampler(experiment, corpus)
+    sampler = sampler_of(experiment, corpus)
     run = Run(job, locked, folder, variants, corpus, sampler, engine, tracker, console, meter, watch.note_signals(), watch.progress)
     anomalies, periodic = AnomalyMonitor(experiment, engine, sampler, locked, console, tracker), Periodic(run, text, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)

@@ -149,3 +149,19 @@ def test_a_source_keeps_its_order_when_others_are_added(token_store) -> None:
 def test_the_only_source_is_read_as_before_there_were_blends(token_store) -> None:
     located = one_source(token_store(1001, "a"), 10, BatchSizes(24), 1, seed=7).locate(np.arange(5000))
     assert located.windows.tolist() == order.sample(np.arange(5000), 100, 7).tolist()
+
+
+def test_a_window_names_the_tokens_of_a_sample_and_its_epoch(token_store):
+    """The epoch is counted here: how often the same window of the same source came before. Ids tell source and position."""
+    stores = [token_store(first, f"store {first}") for first in (101, 58, 333)]
+    sampler = StreamSampler(stores, Blend("abc", [Stage(0, (0.5, 0.3, 0.2)), Stage(2500, (0.1, 0.1, 0.8))], 3), 10, BatchSizes(8), 4, 3)
+    sources, windows = sampler.locate(np.arange(5000))
+    for sample in (0, 7, 8, 2047, 2048, 2499, 2500, 4999):
+        window = sampler.window(sample)
+        assert sample in sampler.samples(sample // 8) and len(sampler.samples(3)) == 8
+        assert (window.sample, window.store) == (sample, stores[sources[sample]])
+        earlier = (sources[:sample] == sources[sample]) & (windows[:sample] == windows[sample])
+        assert (window.number, window.epoch) == (windows[sample], earlier.sum())
+        (batch,) = [batch for batch in sampler.micro_batches(sample // 8, 0, 1) if sample in batch.samples]
+        row = batch.samples.tolist().index(sample)
+        assert [*batch.ids[row], batch.targets[row, -1]] == window.store.tokens[window.start : window.stop].tolist()

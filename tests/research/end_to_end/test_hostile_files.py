@@ -40,6 +40,7 @@ def bases(tmp_path_factory) -> Bases:
     import transformers
     import transformers.integrations.gguf  # noqa: F401
 
+    import research.cli.data
     import research.cli.evaluate
     import research.cli.generate
     import research.cli.inspect

@@ -110,12 +110,14 @@ def run_cases(bases: Bases) -> Iterator[Case]:
         return Case(f"run: {name} ({verb[0]})", make, shown)
 
     generate = ("generate", "--prompt", "the people", "--max_new_tokens", "2")
+    data = ("data", "--step", "1")
     for name, make in FILES.items():
         yield case(f"run.json is {name}", lambda run, make=make: replaced(run.run, make), "runs", shown=True)
         yield case(f"config.json is {name}", lambda run, make=make: replaced(run.config, make), *generate)
         yield case(f"metrics.jsonl is {name}", lambda run, make=make: replaced(run.metrics, make), "runs", shown=True)
         yield case(f"metrics.jsonl is {name}", lambda run, make=make: replaced(run.metrics, make), "plot")
         yield case(f"checkpoints/ is {name}", lambda run, make=make: replaced(run.checkpoints, make), *generate)
+        yield case(f"metrics.jsonl is {name}", lambda run, make=make: replaced(run.metrics, make), *data)
     for field in RUN_FIELDS:
         for name in ("text", "long", "beyond", "list", "null"):
             change = assign(field, WRONG[name])
@@ -126,6 +128,7 @@ def run_cases(bases: Bases) -> Iterator[Case]:
             yield case(f"{field} is {name}", functools.partial(_change_settings, assign(field, WRONG[name])), *generate)
     for field, name in (("data.train", "secret.txt"), ("data.tokenizer", "secret.json")):
         yield case(f"{field} is a secret", functools.partial(_with_secret, field, name), *generate)
+        yield case(f"{field} is a secret", functools.partial(_with_secret, field, name), *data)
     yield case("data.validation is a secret", functools.partial(_with_secret, "data.validation", "secret.txt"), "evaluate", "--limit", "1")
     yield case("variant.py is a program", _with_variant, *generate)
     yield case("incidents are pipes", lambda run: (run.incidents.mkdir(), pipe(run.incidents / "a.json")), "inspect", shown=True)
