@@ -8,6 +8,7 @@ import shutil
 import struct
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,22 @@ def test_what_was_found_is_not_looked_for_again(stores, tmp_path):
     (tmp_path / "m_text_document.bin").write_bytes(bytes(len(changed)))
     again = prepare.load(stores, tmp_path, 300, noting(said), time.time_ns())
     assert again.fingerprint != first.fingerprint
+
+
+def test_of_all_ranks_at_once_one_reads(stores, tmp_path, monkeypatch):
+    """Threads stand for ranks: each opens the lock for itself. The one that reads takes long enough for the others to ask."""
+    read, reads, said = TokenStore.read, [], []
+
+    def slow(store):
+        reads.append(store.prefix.name)
+        time.sleep(0.1)
+        return read(store)
+
+    monkeypatch.setattr(TokenStore, "read", slow)
+    with ThreadPoolExecutor(4) as ranks:
+        found = [*ranks.map(lambda rank: prepare.load(stores, tmp_path, 300, noting(said)).fingerprint, range(4))]
+    assert sorted(reads) == ["m_text_document", "v"] and len(set(found)) == 1
+    assert [word for word in said if "decoding" in str(word)] == ["decoding store:v to count its bytes"]
 
 
 def test_a_text_is_not_read_at_the_second_start(settings, tmp_path):
