@@ -27,6 +27,8 @@ CODES = {"<u2": 8, "<i4": 4}
 """Type codes of what is written here, which mean the same to every reader but DeepSpeed's own."""
 LONGEST = 2**31 - 1
 COUNTS = ("documents", "tokens")
+KINDS = {**dict.fromkeys((*COUNTS, "bytes", "max_id"), int), **dict.fromkeys(("bin_sha256", "idx_sha256", "tokenizer_sha256"), str)}
+"""What PREFIX.json says, where it does."""
 
 
 class TokenStore:
@@ -105,7 +107,8 @@ class TokenStore:
             facts = read_json(file_of(self.prefix, ".json"))
         except (OSError, ValueError):
             return {}
-        return facts if [facts.get(name) for name in COUNTS] == [self.num_documents, self.num_tokens] else {}
+        fits = [facts.get(name) for name in COUNTS] == [self.num_documents, self.num_tokens]
+        return facts if fits and all(type(facts[name]) is kind for name, kind in KINDS.items() if name in facts) else {}
 
 
 class StoreWriter:

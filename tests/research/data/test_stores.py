@@ -168,6 +168,14 @@ def test_a_json_of_that_name_that_is_no_sidecar_is_passed_over(stores, corpus, t
         assert prepare.load(stores, tmp_path, 300).validation.num_bytes == corpus.validation.num_bytes
 
 
+@pytest.mark.parametrize(("name", "value"), [("max_id", "7"), ("bytes", None), ("bin_sha256", 5), ("tokenizer_sha256", [])])
+def test_a_sidecar_with_a_value_of_another_kind_is_passed_over(stores, corpus, tmp_path, name, value):
+    stores.train = own(tmp_path, corpus)
+    table = json.loads((tmp_path / "own.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps(table | {name: value}))
+    assert prepare.load(stores, tmp_path, 300).train.facts["max_id"] == corpus.train.tokens.max()
+
+
 def test_ids_that_model_or_tokenizer_do_not_have_are_named(stores, tmp_path):
     megatron_files.write(tmp_path / "m_text_document", [[[1, 2, 0]], [[5, 320, 0]]], 8, "<u2")
     with pytest.raises(Mistake, match=r"token id 320 of document 1 at offset 1 is not below the tokens of data.tokenizer .* → name the"):
