@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -88,7 +88,7 @@ class TokenStore:
         view.facts.pop("bytes", None)
         return view
 
-    def read(self, advance: Callable[[int], object] = lambda tokens: None) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         """The smallest and largest id and the SHA-256 of both files. Reads them whole; a Mistake if the index is not in order."""
         self._index.check_order()
         smallest, largest, sha256 = 0, -1, hashlib.sha256()
@@ -97,7 +97,6 @@ class TokenStore:
                 sha256.update(piece)
                 ids = np.frombuffer(piece, self._index.dtype)
                 smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
-                advance(len(ids))
         with self._index.path.open("rb") as file:
             index_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"min_id": smallest, "max_id": largest, "bin_sha256": sha256.hexdigest(), "idx_sha256": index_sha256}
@@ -115,7 +114,7 @@ class StoreWriter:
     """Writes a store document by document, in bounded memory: `with StoreWriter(prefix, vocab_size, facts) as writer: writer.add(…)`.
 
     On leaving, .bin, .json and last .idx appear, each whole, by a rename: where there is an .idx, the store is complete. An exception
-    leaves nothing behind. PREFIX.json holds `facts`, the counts of documents, tokens and bytes, the largest id, and the .bin's SHA-256.
+    leaves nothing behind. PREFIX.json holds `facts`, the counts of documents, tokens and bytes, the largest id, and the SHA-256 of both files.
     """
 
     def __init__(self, prefix: Path, vocab_size: int, facts: dict):
