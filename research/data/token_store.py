@@ -1,7 +1,7 @@
 """Token store: a split's token ids as one memory-mapped stream, in Megatron-LM's .bin/.idx format (research/data/megatron_index.py).
 
 PREFIX.json, beside PREFIX.bin and PREFIX.idx, is not part of that format. Stores that are written here have it: where the ids came from,
-how many documents, tokens and UTF-8 bytes of text there are (for bits per byte), the largest id, and the SHA-256 of both files.
+how many documents, tokens and UTF-8 bytes of text there are (for bits per byte), the largest id, and both SHA-256.
 """
 
 import contextlib
@@ -114,7 +114,7 @@ class StoreWriter:
     """Writes a store document by document, in bounded memory: `with StoreWriter(prefix, vocab_size, facts) as writer: writer.add(…)`.
 
     On leaving, .bin, .json and last .idx appear, each whole, by a rename: where there is an .idx, the store is complete. An exception
-    leaves nothing behind. PREFIX.json holds `facts`, the counts of documents, tokens and bytes, the largest id, and the SHA-256 of both files.
+    leaves nothing behind. PREFIX.json holds `facts`, the counts of documents, tokens and bytes, the largest id, and both SHA-256.
     """
 
     def __init__(self, prefix: Path, vocab_size: int, facts: dict):
