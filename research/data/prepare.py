@@ -93,7 +93,8 @@ def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent, 
         def texts() -> Iterator[str]:  # taken only if there is no tokenizer yet
             advance, end = work.enter_context(progress(f"training {data.tokenizer} on {data.train}")), None
             if splits.is_split(data.validation):
-                end = splits.borders(data.validation, sum(1 for _ in documents.documents(data.train, root)))[1]
+                count = sum(1 for _ in documents.documents(data.train, root))
+                end = splits.borders(data.validation, count)[1] if count > 1 else None
             for text in islice(documents.documents(data.train, root), end):
                 for piece in pieces(text):
                     yield piece
