@@ -28,6 +28,8 @@ from parallel.slices import gathered, slice_of
 Loss = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 """(logits, labels) -> Σ weights · loss, a 0-dim tensor. What the labels are is between the loss and the data: models.gpt.TokenLoss takes
 targets and weights."""
+COPIED_AHEAD = 2
+"""Micro-batches whose copies to the device are under way while one is computed."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -63,11 +65,11 @@ class MicroBatch(NamedTuple):
 
 
 def copied_ahead(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
-    """The micro-batches on `device`, in order. Each is read, and its copy begun, before the one in front of it is computed."""
+    """The micro-batches on `device`, in order. Each is read, and its copy begun, while the COPIED_AHEAD in front of it are computed."""
     waiting: deque[MicroBatch] = deque()
     for batch in batches:
         waiting.append(batch.on(device))
-        if len(waiting) > 1:
+        if len(waiting) > COPIED_AHEAD:
             yield waiting.popleft()
     yield from waiting
 

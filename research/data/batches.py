@@ -4,15 +4,17 @@ Sample i is tokens[i*s : i*s + s + 1]. Windows follow one another and share the 
 token but the very first exactly once (in training also without the rest at the end, which fills no window).
 """
 
+import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from parallel.errors import Mistake
 from research.data import order
+from research.data.blend import BLOCK, KEPT_BLOCKS, Blend, Stage
 from research.data.token_store import TokenStore
 
 
@@ -75,6 +77,13 @@ def step_samples(batch_size: int, micro_batch_size: int, data_rank: int, data_si
     return first + np.arange(passes * micro_batch_size).reshape(passes, micro_batch_size)
 
 
+class Located(NamedTuple):
+    """Where samples of a run lie: the number of each one's source, and its window in that source. Arrays of one shape."""
+
+    sources: np.ndarray
+    windows: np.ndarray
+
+
 class Sampler(Protocol):
     """What training reads: the micro-batches of any step, on any layout. They depend on the arguments alone: there is no state."""
 
@@ -84,28 +93,91 @@ class Sampler(Protocol):
     def mask_sum(self, step: int) -> int:
         """The number of tokens of the step's whole batch whose loss counts. It is known without communication."""
 
+    def locate(self, samples: np.ndarray) -> Located:
+        """The windows that samples of the run are, by their numbers, in any shape."""
 
-@dataclass(frozen=True)
+
 class StreamSampler:
-    """Samples are the windows of one store's stream, each epoch in an order of its own (order.py). Every token counts."""
+    """Samples are windows of the token streams of one or several stores, in the proportions of a blend. Every token counts.
 
-    store: TokenStore
-    seq_length: int
-    batch_size: int
-    micro_batch_size: int
-    seed: int
+    Each epoch of a source has an order of its own (order.py). The order of the only source is that of `seed`; of several, each has
+    the order of `seed` and its name, so that it stays when others are added.
+    """
+
+    def __init__(
+        self, stores: Sequence[TokenStore], blend: Blend, seq_length: int, batch_size: int, micro_batch_size: int, seed: int
+    ) -> None:
+        self.stores, self.blend, self.seq_length = tuple(stores), blend, seq_length
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self._sizes = np.array([num_samples(store, seq_length) for store in stores])
+        self._seeds = np.array([seed & order.WORD] if len(stores) == 1 else [_seed_of(seed, name) for name in blend.names], np.uint64)
+        self._views = [_windows(store.tokens, seq_length) for store in stores]
+        self._block = lru_cache(KEPT_BLOCKS)(self._locate_block)
 
     def micro_batches(self, step: int, data_rank: int, data_size: int) -> Iterator[Batch]:
         """As in Sampler."""
         numbers = step_samples(self.batch_size, self.micro_batch_size, data_rank, data_size, step)
         weight = len(numbers) * data_size / self.mask_sum(step)
-        windows = num_samples(self.store, self.seq_length)
-        for samples in numbers:
-            yield _batch(self.store.tokens, order.sample(samples, windows, self.seed), samples, self.seq_length, weight)
+        for samples, sources, windows in zip(numbers, *self.locate(numbers), strict=True):
+            tokens = self._tokens(sources, windows)
+            weights = np.full((len(samples), self.seq_length), weight, np.float32)
+            yield Batch(tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64), weights, samples)
 
     def mask_sum(self, step: int) -> int:
         """As in Sampler."""
         return self.batch_size * self.seq_length
+
+    def locate(self, samples: np.ndarray) -> Located:
+        """As in Sampler."""
+        first, last = int(samples.min()) // BLOCK, int(samples.max()) // BLOCK
+        if first == last:
+            sources, windows = self._block(first)
+            places = samples - first * BLOCK
+            return Located(sources[places], windows[places])
+        blocks, places = np.divmod(samples, BLOCK)
+        found = Located(np.empty(samples.shape, np.int64), np.empty(samples.shape, np.int64))
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            sources, windows = self._block(block)
+            found.sources[here], found.windows[here] = sources[places[here]], windows[places[here]]
+        return found
+
+    def epochs(self, samples: int) -> np.ndarray:
+        """'sources': the number of passes through each source that the first `samples` samples of the run make."""
+        return self.blend.before(samples) / self._sizes
+
+    def _tokens(self, sources: np.ndarray, windows: np.ndarray) -> np.ndarray:
+        """'b s+1': the windows, in the type of the only source, or in int64."""
+        if len(self.stores) == 1:
+            return self._views[0][windows]
+        tokens = np.empty((len(windows), self.seq_length + 1), np.int64)
+        for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
+            tokens[row] = self._views[source][window]
+        return tokens
+
+    def _locate_block(self, block: int) -> Located:
+        """`locate` of the samples of one block, together: order.sample takes a fraction of a millisecond even for one."""
+        place = self.blend.place(np.arange(block * BLOCK, (block + 1) * BLOCK))
+        windows = order.sample(place.numbers, self._sizes[place.sources], self._seeds[place.sources])
+        return Located(place.sources, windows)
+
+
+def one_source(store: TokenStore, seq_length: int, batch_size: int, micro_batch_size: int, seed: int) -> StreamSampler:
+    """The sampler of a single store."""
+    blend = Blend([store.prefix.name], [Stage(0, (1.0,))], seed)
+    return StreamSampler([store], blend, seq_length, batch_size, micro_batch_size, seed)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """A seed of its own for a source, which depends on nothing but the run's seed and the source's name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little")
+
+
+def _windows(tokens: np.ndarray, seq_length: int) -> np.ndarray:
+    """'n s+1': all windows of a stream as a view of it. Each begins with the last token of the one before."""
+    size = tokens.itemsize
+    shape = ((len(tokens) - 1) // seq_length, seq_length + 1)
+    return np.lib.stride_tricks.as_strided(tokens, shape, (seq_length * size, size), writeable=False)
 
 
 def validation_batches(

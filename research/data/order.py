@@ -19,35 +19,45 @@ Ints = np.ndarray
 @overload
 def sample(i: int, n: int, seed: int) -> int: ...
 @overload
-def sample(i: Ints, n: int, seed: int) -> Ints: ...
+def sample(i: Ints, n: int | Ints, seed: int | Ints) -> Ints: ...
 def sample(i, n, seed):
-    """Which of n samples is the i-th to be seen. Each epoch (i // n) sees every sample once, in an order of its own."""
+    """Which of n samples is the i-th to be seen. Each epoch (i // n) sees every sample once, in an order of its own.
+
+    With arrays, n and seed may have a value for each i: then each i is a position in the order of its own n and seed.
+    """
     positions = np.atleast_1d(np.asarray(i, np.int64))
-    if not 0 < n <= LARGEST or np.any(positions < 0):
+    sizes = np.asarray(n, np.int64)
+    if sizes.min() <= 0 or sizes.max() > LARGEST or np.any(positions < 0):
         raise ValueError(f"no order: i = {i} must not be negative and n = {n} must be in [1, 2^62]")
-    epoch, position = np.divmod(positions, n)
+    epoch, position = np.divmod(positions, sizes)
     keys = _mix(_mix(_words(seed)) + epoch.astype(np.uint64))
-    samples = _permute(position, n, keys)
+    samples = _permute(position, np.broadcast_to(sizes, position.shape), keys)
     return samples if isinstance(i, np.ndarray) and i.ndim else int(samples[0])
 
 
-def _permute(positions: Ints, n: int, keys: Ints) -> Ints:
+def _permute(positions: Ints, sizes: Ints, keys: Ints) -> Ints:
     """The image of each position under its key's permutation of [0, n), by cycle walking."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)  # bits of each half: the smallest 4^half >= n
-    images = _feistel(positions.astype(np.uint64), half, keys)
+    distinct, which = np.unique(sizes, return_inverse=True)
+    halves = [max(1, ((n - 1).bit_length() + 1) // 2) for n in distinct.tolist()]  # bits of each half: the smallest 4^half >= n
+    half, n = np.array(halves, np.uint64)[which.reshape(sizes.shape)], sizes.astype(np.uint64)
+    distinct_keys, key = np.unique(keys, return_inverse=True)
+    round_keys, key = _mix(distinct_keys + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN), key.reshape(keys.shape)
+    images = _feistel(positions.astype(np.uint64), half, round_keys, key)
     while (outside := images >= n).any():
-        images[outside] = _feistel(images[outside], half, keys[outside])
+        images[outside] = _feistel(images[outside], half[outside], round_keys, key[outside])
     return images.astype(np.int64)
 
 
-def _feistel(x: Ints, half: int, keys: Ints) -> Ints:
-    """A keyed permutation of [0, 4^half): each round exchanges the halves of x and mixes one into the other."""
-    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = x >> bits, x & mask
-    for turn in range(1, ROUNDS + 1):
-        turn_keys = _mix(keys + _words(turn) * GOLDEN)
-        left, right = right, left ^ (_mix(right ^ turn_keys) & mask)
-    return (left << bits) | right
+def _feistel(x: Ints, half: Ints, round_keys: Ints, key: Ints) -> Ints:
+    """A keyed permutation of [0, 4^half): each round exchanges the halves of x and mixes one into the other.
+
+    round_keys: 'round key', the keys of each round; key: which of them is that of each element of x.
+    """
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & mask
+    for keys in round_keys:
+        left, right = right, left ^ (_mix(right ^ keys[key]) & mask)
+    return (left << half) | right
 
 
 def _mix(x: Ints) -> Ints:
@@ -58,6 +68,8 @@ def _mix(x: Ints) -> Ints:
     return x ^ (x >> np.uint64(31))
 
 
-def _words(value: int) -> Ints:
-    """Any integer as one 64-bit word. The result is an array because numpy warns when a *scalar* wraps around."""
-    return np.array([value & WORD], np.uint64)
+def _words(values: int | Ints) -> Ints:
+    """Integers as 64-bit words. The result is an array because numpy warns when a *scalar* wraps around."""
+    if isinstance(values, np.ndarray):
+        return values.astype(np.uint64)
+    return np.array([values & WORD], np.uint64)

@@ -101,15 +101,20 @@ def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent, 
         return trained(data.tokenizer, texts(), text_digest(data.train, root, cache), folder, waiting)
 
 
-def held_out_store(data: DataSettings, spec: str, root: Path, tokenizer: Tokenizer, progress: Progress = silent) -> TokenStore:
-    """The token store of another text, or of data.validation, tokenized as the run's own corpus and made as in `load`."""
+def held_out_store(
+    data: DataSettings, spec: str, root: Path, tokenizer: Tokenizer, progress: Progress = silent, counts_bytes: bool = True
+) -> TokenStore:
+    """The token store of another text, or of data.validation, tokenized as the run's own corpus and made as in `load`.
+
+    `counts_bytes` False: the bytes of its text are not counted where that means to decode all of it.
+    """
     with cache_folder(data.cache, root) as folder:
         cache = Cache(folder, progress)
         if splits.is_split(spec):
             _, store, _ = splits.split(_opened(data.train, root, tokenizer, cache), spec, data.train)
         else:
             store = _opened(spec, root, tokenizer, cache)
-        return stores.with_bytes(store, tokenizer, cache)
+        return stores.with_bytes(store, tokenizer, cache) if counts_bytes else store
 
 
 def digest(data: DataSettings, spec: str, root: Path, progress: Progress = silent) -> str:

@@ -80,14 +80,14 @@ class Perplexity:
 
     def requests(self, context: TaskContext) -> TaskRequests:
         """One request per window."""
-        text = self.corpus or context.data.validation
-        store = prepare.held_out_store(context.data, text, context.root, context.tokenizer, context.progress)
+        text, limit = self.corpus or context.data.validation, self.options.limit
+        store = prepare.held_out_store(context.data, text, context.root, context.tokenizer, context.progress, counts_bytes=limit is None)
         window, stride = window_sizes(self.options, context.length)
-        limit = self.options.limit
         tokens = store.tokens[: None if limit is None else 1 + window + limit * stride].tolist()
         requests = list(islice(sliding_windows(tokens, window, stride), limit))
         complete = sum(request.scored for request in requests) == store.num_tokens - 1
-        return TaskRequests(requests, len(requests), lambda scores: metrics_of(scores, store if complete else None))
+        known = complete and "bytes" in store.facts
+        return TaskRequests(requests, len(requests), lambda scores: metrics_of(scores, store if known else None))
 
 
 def metrics_of(scores: Sequence[Score], store: TokenStore | None) -> list[Metric]:

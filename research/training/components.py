@@ -17,7 +17,7 @@ from parallel.engines.optimizer_state import state_names_of
 from parallel.errors import Mistake
 from research.config import Experiment
 from research.config.schema import LOSSES, OPTIMIZERS
-from research.data.batches import Sampler, StreamSampler
+from research.data.batches import Sampler, one_source
 from research.data.prepare import Corpus
 
 LOSS_CLASSES: dict[str, Callable[..., Loss]] = {LOSSES[0]: TokenLoss}
@@ -28,7 +28,7 @@ OPTIMIZER_CLASSES: dict[str, type | None] = {OPTIMIZERS[0]: None}
 def sampler(experiment: Experiment, corpus: Corpus) -> Sampler:
     """What training reads, in the order that the experiment's seed gives."""
     schedule = experiment.schedule
-    return StreamSampler(corpus.train, experiment.model.seq_length, schedule.batch_size, schedule.micro_batch_size, experiment.seed)
+    return one_source(corpus.train, experiment.model.seq_length, schedule.batch_size, schedule.micro_batch_size, experiment.seed)
 
 
 def training_loss(experiment: Experiment, group: ProcessGroup | None, variants: Mapping[str, Any]) -> Loss:

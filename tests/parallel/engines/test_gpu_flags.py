@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel.distributed import PRECISIONS
 from parallel.engines import engine as engines
 from parallel.engines.deepspeed_config import BUCKET_ELEMENTS, EngineSettings, derive
-from parallel.engines.engine import MicroBatch, copied_ahead, read_numbers
+from parallel.engines.engine import COPIED_AHEAD, MicroBatch, copied_ahead, read_numbers
 from parallel.errors import Mistake
 from tests.harness import run_ranks
 from tests.parallel.helpers import training
@@ -68,7 +68,7 @@ def numbered(i: int) -> MicroBatch:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_micro_batches_are_copied_one_ahead_and_in_order(count: int) -> None:
+def test_micro_batches_are_copied_ahead_and_in_order(count: int) -> None:
     read: list[int] = []
 
     def batches():
@@ -79,7 +79,7 @@ def test_micro_batches_are_copied_one_ahead_and_in_order(count: int) -> None:
     given = []
     for batch in copied_ahead(batches(), CPU):
         given.append(int(batch.ids))
-        assert len(read) == min(len(given) + 1, count)  # the next one is under way, and no more than that
+        assert len(read) == min(len(given) + COPIED_AHEAD, count)  # the next ones are under way, and no more than those
     assert given == list(range(count))
 
 

@@ -15,13 +15,13 @@ LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 3), (4, 2), (5, 1)]
 
 def step_of(store, s, data_size, micro, step, batch_size=24, seed=3):
     """Every micro-batch of a step, data rank by data rank."""
-    sampler = batches.StreamSampler(store, s, batch_size, micro, seed)
+    sampler = batches.one_source(store, s, batch_size, micro, seed)
     return [list(sampler.micro_batches(step, r, data_size)) for r in range(data_size)]
 
 
 def test_the_mask_s_sum_is_what_the_weights_are_made_of(token_store):
     """On every layout the weights of all passes, each over passes × data ranks, add up to 1: that of a mean over `mask_sum` tokens."""
-    sampler = batches.StreamSampler(token_store(101), 10, 24, 2, seed=3)
+    sampler = batches.one_source(token_store(101), 10, 24, 2, seed=3)
     for data_size in (1, 2, 3):
         found = [batch for rank in range(data_size) for batch in sampler.micro_batches(4, rank, data_size)]
         assert sum((batch.weights > 0).sum() for batch in found) == sampler.mask_sum(4)
@@ -29,7 +29,7 @@ def test_the_mask_s_sum_is_what_the_weights_are_made_of(token_store):
 
 
 def test_a_sample_is_a_window_and_targets_follow(token_store):
-    found = list(batches.StreamSampler(token_store(101), 10, 4, 2, seed=7).micro_batches(5, 0, 1))
+    found = list(batches.one_source(token_store(101), 10, 4, 2, seed=7).micro_batches(5, 0, 1))
     assert len(found) == 2
     windows = [order.sample(5 * 4 + j, 10, 7) for j in range(4)]
     for row, window in enumerate(windows):
@@ -124,7 +124,7 @@ def test_validation_covers_every_token_once_on_every_layout(token_store, layout,
 
 def test_a_corpus_shorter_than_a_sequence_is_refused_for_training_with_both_numbers(token_store):
     with pytest.raises(Mistake, match=r"model.seq_length = 128 is longer .* 128 tokens → use model.seq_length = 127 or less"):
-        list(batches.StreamSampler(token_store(128), 128, 4, 1, seed=0).micro_batches(0, 0, 1))
+        list(batches.one_source(token_store(128), 128, 4, 1, seed=0).micro_batches(0, 0, 1))
     assert batches.num_samples(token_store(129, "longer"), 128) == 1
 
 

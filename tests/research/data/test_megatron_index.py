@@ -57,6 +57,28 @@ def test_what_is_written_here_is_read_by_the_reader_of_the_format(tmp_path):
         assert megatron_files.read(tmp_path / "s") == [[[5, 6, vocab_size - 1]], [[0]], [[1, 0]]]
 
 
+@pytest.mark.slow
+def test_deepspeeds_own_reader_and_writer(tmp_path):
+    """Its reader reads our int32; its writer's files are read here, with its codes for unsigned integers. uint16 means 8 to us, 6 to it."""
+    from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetBuilder
+
+    with StoreWriter(tmp_path / "ours", 100_000, {}) as writer:
+        writer.add_documents(np.array([5, 6, 70_000, 0, 1, 0]), np.array([4, 2]), 1)
+    found = MMapIndexedDataset(str(tmp_path / "ours"), skip_warmup=True)
+    assert [found[i].tolist() for i in range(len(found))] == [[5, 6, 70_000, 0], [1, 0]] and found.doc_idx.tolist() == [0, 1, 2]
+
+    for dtype in (np.uint8, np.int16, np.int32, np.int64, np.uint16, np.uint64):
+        builder = MMapIndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype)
+        for document in DOCUMENTS:
+            for sequence in document:
+                builder.add_item_numpy(np.array(sequence, dtype))
+            builder.end_document()
+        builder.finalize(str(tmp_path / "theirs.idx"))
+        store = TokenStore(tmp_path / "theirs")
+        assert store.tokens.dtype == dtype and store.tokens.tolist() == [5, 6, 7, 0, 100, 1, 2, 3, 4, 5]
+        assert store.document_offsets().tolist() == [0, 4, 4, 5, 10]
+
+
 def test_the_document_of_a_position(tmp_path):
     megatron_files.write(tmp_path / "m", DOCUMENTS, 4, "<i4")
     found = TokenStore(tmp_path / "m")

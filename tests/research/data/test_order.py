@@ -35,7 +35,7 @@ def reference(i, n, key):
 def permute(i, n, key):
     """The image of i, a number or an array, under the key's permutation of [0, n)."""
     positions = np.atleast_1d(np.asarray(i, np.int64))
-    images = order._permute(positions, n, np.broadcast_to(order._words(key), positions.shape))
+    images = order._permute(positions, np.full_like(positions, n), np.broadcast_to(order._words(key), positions.shape))
     return images if isinstance(i, np.ndarray) else int(images[0])
 
 

@@ -1,0 +1,146 @@
+"""Reading training samples: our sampler beside a nanoGPT-style reader and Hugging Face's datasets, in samples per CPU second.
+
+    python benchmarks/data.py [--tokens 20000000] [--micro_batch 8] [--repetitions 7] [--sources 100]
+
+Writes a store of random tokens (uint16) to a temporary folder. Each reader takes micro-batches of ids and targets in int64 as torch
+tensors, at random places of the store:
+
+    ours      StreamSampler over the store, as training calls it: order, windows, weights
+    nanoGPT   np.memmap; for each sample two slices, .astype(np.int64), torch.from_numpy, torch.stack, as its get_batch does
+    datasets  a Dataset of rows of seq_length + 1 tokens, format "torch", indexed with random rows (left out if it is not installed)
+
+The readers take turns, so that a machine whose speed drifts slows all of them; each is measured in CPU seconds of this process, one thread.
+The last lines are what a blend of --sources stores of equal weights costs more per sample than one store.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from parallel.engines.engine import MicroBatch
+from research.cli.verbs import count
+from research.cluster.exit_codes import refusing
+from research.data.batches import StreamSampler, one_source
+from research.data.blend import Blend, Stage
+from research.data.token_store import TokenStore, write
+
+LENGTHS = (128, 1024)
+VOCABULARY = 50_257
+DOCUMENT = 1000
+"""Tokens of each document of a store."""
+Reader = Callable[[int], object]
+"""Reads the micro-batch of this number."""
+
+
+def store_of(folder: Path, name: str, tokens: int, seed: int) -> TokenStore:
+    """A store of random tokens."""
+    generator = np.random.default_rng(seed)
+    write(folder / name, ((generator.integers(0, VOCABULARY, DOCUMENT), DOCUMENT) for _ in range(tokens // DOCUMENT)), VOCABULARY, {})
+    return TokenStore(folder / name)
+
+
+def of_sampler(sampler: StreamSampler) -> Reader:
+    """One step of one micro-batch each, on one data rank."""
+
+    def read(number: int) -> object:
+        (batch,) = sampler.micro_batches(number, 0, 1)
+        return MicroBatch.of(batch.ids, batch.labels, batch.context)
+
+    return read
+
+
+def of_nanogpt(store: TokenStore, length: int, size: int) -> Reader:
+    """The reader of karpathy/nanoGPT's train.py, on the same file."""
+    data = np.memmap(f"{store.prefix}.bin", dtype=np.uint16, mode="r")
+
+    def read(number: int) -> object:
+        starts = torch.randint(len(data) - length, (size,))
+        x = torch.stack([torch.from_numpy(data[i : i + length].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + length].astype(np.int64)) for i in starts])
+        return x, y
+
+    return read
+
+
+def of_datasets(store: TokenStore, length: int, size: int) -> Reader | None:
+    """Rows of an Arrow table; None if `datasets` is not installed."""
+    try:
+        from datasets import Dataset
+    except ImportError:
+        return None
+    rows = (store.num_tokens - 1) // (length + 1)
+    table = np.asarray(store.tokens[: rows * (length + 1)]).reshape(rows, length + 1)
+    dataset = Dataset.from_dict({"ids": table}).with_format("torch")
+    generator = np.random.default_rng(0)
+
+    def read(number: int) -> object:
+        ids = dataset[generator.integers(0, rows, size).tolist()]["ids"].to(torch.int64)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    return read
+
+
+def microseconds(reader: Reader, first: int, times: int, size: int) -> float:
+    """CPU time per sample."""
+    begun = time.process_time()
+    for number in range(first, first + times):
+        reader(number)
+    return (time.process_time() - begun) / times / size * 1e6
+
+
+def measured(readers: dict[str, Reader], size: int, repetitions: int) -> dict[str, list[float]]:
+    """Microseconds per sample of each reader in each repetition, in turns, after one that is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in readers}
+    times = max(1, 4096 // size)
+    for repetition in range(repetitions + 1):
+        for name, reader in readers.items():
+            taken = microseconds(reader, repetition * times, times, size)
+            if repetition:
+                found[name].append(taken)
+    return found
+
+
+def main() -> None:
+    """Parses the arguments, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=count, default=20_000_000)
+    parser.add_argument("--micro_batch", type=count, default=8)
+    parser.add_argument("--repetitions", type=count, default=7)
+    parser.add_argument("--sources", type=count, default=100)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    size = arguments.micro_batch
+    with tempfile.TemporaryDirectory() as folder:
+        store = store_of(Path(folder), "one", arguments.tokens, 0)
+        parts = [store_of(Path(folder), f"part{i}", arguments.tokens // arguments.sources, i) for i in range(arguments.sources)]
+        names = [part.prefix.name for part in parts]
+        for length in LENGTHS:
+            blend = Blend(names, [Stage(0, (1.0,) * len(names))], 0)
+            readers: dict[str, Reader | None] = {
+                "ours": of_sampler(one_source(store, length, size, size, 0)),
+                "nanoGPT": of_nanogpt(store, length, size),
+                "datasets": of_datasets(store, length, size),
+                "blend": of_sampler(StreamSampler(parts, blend, length, size, size, 0)),
+            }
+            found = measured({name: reader for name, reader in readers.items() if reader}, size, arguments.repetitions)
+            print(f"seq_length {length}, micro-batches of {size}, {arguments.tokens:,} tokens")
+            for name in found:
+                ratios = [other / own for own, other in zip(found["ours"], found[name], strict=True)]
+                spread = f"({min(ratios):.1f} – {max(ratios):.1f})"
+                print(f"  {name:<9} {statistics.median(found[name]):7.2f} µs per sample   {statistics.median(ratios):5.1f} × ours {spread}")
+            more = statistics.median(blended - own for own, blended in zip(found["ours"], found["blend"], strict=True))
+            print(f"  a blend of {len(parts)} sources costs {more:.2f} µs per sample more than one source")
+
+
+if __name__ == "__main__":
+    with refusing():
+        main()
