@@ -273,7 +273,10 @@ def _cached(prefix: Path, spec: str, cache: Cache) -> TokenStore | None:
 def _identified(part: TokenStore) -> TokenStore:
     """A part of a store, with a source_sha256 of its own."""
     first, documents_ = part.facts["first_document"], part.num_documents
-    part.facts["source_sha256"] = _join(part.facts["source_sha256"], f"documents {first} to {first + documents_}")
+    words = [f"documents {first} to {first + documents_}"]
+    if "first_token" in part.facts:
+        words.append(f"{part.num_tokens} tokens from {part.facts['first_token']}")
+    part.facts["source_sha256"] = _join(part.facts["source_sha256"], *words)
     return part
 
 

@@ -60,6 +60,8 @@ class TokenStore:
     def document_offsets(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """int64: document k is tokens[offsets[k] : offsets[k + 1]]. The offsets of documents `first` to `last`, of all if None."""
         last = self.num_documents if last is None else last
+        if self.num_documents == 1:  # perhaps a piece of the document
+            return np.array([0, self.num_tokens])[first : last + 1]
         origin = self._index.document_offsets(self._first, self._first)[0]
         return self._index.document_offsets(self._first + first, self._first + last) - origin
 
@@ -83,6 +85,14 @@ class TokenStore:
         view._first, view.num_documents = self._first + first, last - first
         view.tokens, view.num_tokens = self.tokens[begin:end], end - begin
         view.facts = self.facts | {"first_document": view._first, "documents": view.num_documents, "tokens": view.num_tokens}
+        view.facts.pop("bytes", None)
+        return view
+
+    def piece(self, begin: int, end: int) -> "TokenStore":
+        """A view of tokens `begin` to `end` (excluded) of a store of one document, as `part` is one of documents."""
+        view = copy.copy(self)
+        view.tokens, view.num_tokens = self.tokens[begin:end], end - begin
+        view.facts = self.facts | {"first_document": self._first, "first_token": begin, "tokens": view.num_tokens}
         view.facts.pop("bytes", None)
         return view
 
