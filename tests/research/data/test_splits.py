@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from parallel.errors import Mistake
-from research.data import prepare, splits
+from research.data import prepare, splits, tokenizer
 from research.data.token_store import TokenStore
 from tests.research.helpers import megatron_files
 
@@ -62,6 +62,15 @@ def test_one_document_is_split_by_position(tmp_path):
         assert prepare.held_out(corpus, 100).num_bytes == len(bytes(parts[1][:101]).decode(errors="ignore").encode())
     digests = {store.facts["source_sha256"] for corpus in found.values() for store in (corpus.train, corpus.validation)}
     assert len(digests) == 4 and found["split:0.05"].fingerprint != found["split:80,20"].fingerprint
+
+
+def test_characters_are_taken_from_all_parts_and_bpe_from_the_first(tmp_path):
+    (tmp_path / "a.txt").write_text("ab " * 500 + "cd " * 500)
+    data = types.SimpleNamespace(train="a.txt", validation="split:0.5", tokenizer="builtin:chars", cache="cache")
+    assert prepare.load(data, tmp_path, 300).tokenizer.vocab_size == 6
+    data.tokenizer = "builtin:bpe-300"
+    found, whole = prepare.load(data, tmp_path, 300).tokenizer, tokenizer.train_bpe(["ab " * 500], 300)
+    assert found.fingerprint == tokenizer.from_json("builtin:bpe-300", whole).fingerprint
 
 
 @pytest.mark.parametrize(

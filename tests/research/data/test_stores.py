@@ -210,6 +210,16 @@ def test_one_text_gives_both_parts(settings, corpus, tmp_path):
     assert found.validation.num_bytes == sum(len(text.encode()) for text in texts[18:])
 
 
+def test_a_tokenizer_is_trained_on_the_training_part_alone(settings, tmp_path, lines):
+    texts = list(documents.documents("train.jsonl", tmp_path))
+    settings.validation = "split:0.3"
+    found, again = (prepare.load(settings, tmp_path, 300).tokenizer for _ in range(2))
+    settings.train, settings.validation = lines("part.jsonl", texts[:14]), "val.jsonl"
+    assert found.fingerprint == again.fingerprint == prepare.load(settings, tmp_path, 300).tokenizer.fingerprint
+    settings.train = "train.jsonl"
+    assert prepare.load(settings, tmp_path, 300).tokenizer.fingerprint != found.fingerprint
+
+
 TOKENS, DOCUMENTS = 10**9, 10**5
 
 
