@@ -58,7 +58,8 @@ def prepare(tmp_path):
 
 @pytest.fixture
 def small_sizes(monkeypatch):
-    """Parts and groups of a few documents."""
+    """Parts and groups of a few documents, which may begin in one and end in the next."""
+    monkeypatch.setattr(corpus_inputs, "PIECE", 20)
     monkeypatch.setattr(corpus, "PART_TOKENS", 3000)
     monkeypatch.setattr(corpus_inputs, "GROUP", 1000)
 
@@ -72,13 +73,14 @@ def stores_of(folder, names=("train", "val", "test")):
 
 def test_an_independent_reader_finds_every_document_once(tmp_path, lines, prepare, small_sizes):
     """Exact shares, the order of the input in each part, and the bytes of the text in the sidecar."""
-    lines("a.jsonl", [*TEXTS[:120], ""])
-    lines("b.jsonl", TEXTS[120:])
+    texts = [*TEXTS, *(f"{i} long words " * 150 for i in range(20))]
+    lines("a.jsonl", [*texts[:120], ""])
+    lines("b.jsonl", texts[120:])
     folder, _ = prepare(["a.jsonl", "b.jsonl"], split="90,5,5")
     stores = stores_of(folder)
-    documents = [[*text.encode(), 256] for text in TEXTS]
+    documents = [[*text.encode(), 256] for text in texts]
     where = [next(name for name in stores if document in stores[name]) for document in documents]
-    count = len(TEXTS)
+    count = len(texts)
     assert [len(stores[name]) for name in stores] == [
         round(0.9 * count),
         round(0.95 * count) - round(0.9 * count),
