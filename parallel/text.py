@@ -4,9 +4,11 @@ Every reader of a corpus, a file of prompts, a task or a chat template is built 
 a text and an error names file and line. Whatever leaves for a terminal goes through `printable`. Imports no torch.
 """
 
+import codecs
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from parallel.errors import Mistake
 from parallel.regular_files import BYTE_ORDER_MARK
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+REPLACEMENT = "\ufffd"
+"""The character that stands for bytes that are no UTF-8."""
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, of marks without a shape (direction, zero width), of surrogates, and of line ends."""
 LONGEST_SHOWN = 4000
@@ -45,6 +49,30 @@ def decoded(raw: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         before = raw[: error.start].split(b"\n")
         raise _not_utf8(raw, f"{where}, line {len(before)}", len(before[-1]), error.reason) from None
+
+
+def decoded_blocks(blocks: Iterable[bytes], where: str, replace: bool = False) -> Iterator[tuple[str, int]]:
+    """(text, sequences replaced in it) of each block of a whole text, in memory for one block. A character may lie in two blocks.
+
+    The first block has at least three bytes, unless the text is shorter. `replace`: each sequence of bytes that is not UTF-8 becomes one
+    U+FFFD and is counted. Otherwise it is a Mistake that names line and byte as `decoded` does.
+    """
+    rest, line, column = b"", 1, 0
+    for number, block in enumerate(chain(blocks, [None])):
+        raw = rest + (block or b"")
+        if number == 0 and raw.startswith(UTF16_MARKS):
+            raise _not_utf8(raw, f"{where}, line 1", 0, "")
+        raw = raw.removeprefix(BYTE_ORDER_MARK) if number == 0 else raw
+        try:
+            text, used = codecs.utf_8_decode(raw, "replace" if replace else "strict", block is None)
+        except UnicodeDecodeError as error:
+            last = raw.rfind(b"\n", 0, error.start)
+            byte = column + error.start if last < 0 else error.start - last - 1
+            bad = line + raw.count(b"\n", 0, error.start)
+            raise _not_utf8(b"", f"{where}, line {bad}", byte, error.reason) from None
+        yield text, text.count(REPLACEMENT) - raw.count(REPLACEMENT.encode(), 0, used)
+        last = raw.rfind(b"\n", 0, used)
+        line, column, rest = line + raw.count(b"\n", 0, used), column + used if last < 0 else used - last - 1, raw[used:]
 
 
 def lines(raw_lines: Iterable[bytes], where: str) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import NoReturn
 from parallel.errors import Mistake, nearest
 
 VERBS = {
+    "prepare": "turn your own text into a corpus to train on: prepare book.txt notes/ --as mine",
     "runs": "list the runs: status, steps, bits per byte, and what differs",
     "generate": "continue a prompt with a trained model: generate RUN --prompt 'My fellow citizens'",
     "evaluate": "evaluate a trained model on tasks: evaluate RUN --tasks validation agreement",

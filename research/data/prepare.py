@@ -18,7 +18,7 @@ from parallel.files import locked, megabytes
 from research.data import documents, splits, stores, token_store, tokenizer_file
 from research.data.records import LONG, Advance, Cache, Progress, silent
 from research.data.token_store import TokenStore
-from research.data.tokenizer import GPT2, TRAINED, Tokenizer, declared_vocab_size, gpt2, kept, pieces, trained
+from research.data.tokenizer import TRAINED, Tokenizer, declared_vocab_size, fixed, is_made_from_text, kept, pieces, trained
 
 RECIPE = 1
 """Part of every store's name. Raise it whenever the same text would give other tokens."""
@@ -65,6 +65,7 @@ def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress = s
     """
     check(data, root, vocab_size)
     tokenizer = load_tokenizer(data, root, progress, believe_since_ns)
+    _refuse_small_vocabulary(tokenizer.vocab_size, data, vocab_size)
     with cache_folder(data.cache, root) as folder:
         cache = Cache(folder, progress, believe_since_ns)
         train = _opened(data.train, root, tokenizer, cache)
@@ -84,18 +85,15 @@ def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent, 
     """The tokenizer alone, made as in `load` if it is not cached. Generation needs no more: no text is tokenized."""
     if tokenizer_file.is_file(data.tokenizer):
         return tokenizer_file.load(data.tokenizer, root)
-    if data.tokenizer == GPT2:
-        return gpt2()
+    if not is_made_from_text(data.tokenizer):
+        return fixed(data.tokenizer)
     stores.check_tokenizer(data.train, data.tokenizer)
     with contextlib.ExitStack() as work, cache_folder(data.cache, root) as folder:
         cache = Cache(folder, progress, believe_since_ns)
 
         def texts() -> Iterator[str]:  # taken only if there is no tokenizer yet
-            advance, end = work.enter_context(progress(f"training {data.tokenizer} on {data.train}")), None
-            if splits.is_split(data.validation):
-                count = sum(1 for _ in documents.documents(data.train, root))
-                end = splits.borders(data.validation, count)[1] if count > 1 else None
-            for text in islice(documents.documents(data.train, root), end):
+            advance = work.enter_context(progress(f"training {data.tokenizer} on {data.train}"))
+            for text in _seen_texts(data, root):
                 for piece in pieces(text):
                     yield piece
                     advance(len(piece))
@@ -104,9 +102,25 @@ def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent, 
         return trained(data.tokenizer, texts(), _trained_on(data, text_digest(data.train, root, cache)), folder, waiting)
 
 
+def _seen_texts(data: DataSettings, root: Path) -> Iterator[str]:
+    """The documents, or the beginning of a single one, that a tokenizer is trained on."""
+    texts = documents.documents(data.train, root)
+    if not _is_trained_on_a_part(data):
+        return texts
+    count = sum(1 for _ in documents.documents(data.train, root))
+    if count > 1:
+        return islice(texts, splits.borders(data.validation, count)[1])
+    return (text[: splits.borders(data.validation, len(text))[1]] for text in texts)
+
+
 def _trained_on(data: DataSettings, train_digest: str) -> str:
     """The digest of what a tokenizer is trained on: of data.train, or of its training part if the held-out text is another part of it."""
-    return _join(train_digest, data.validation) if splits.is_split(data.validation) else train_digest
+    return _join(train_digest, data.validation) if _is_trained_on_a_part(data) else train_digest
+
+
+def _is_trained_on_a_part(data: DataSettings) -> bool:
+    """Whether the tokenizer does not see the held-out part of data.train. Characters are taken from all of it, so that none is unknown."""
+    return splits.is_split(data.validation) and data.tokenizer.startswith(TRAINED)
 
 
 def held_out_store(
@@ -138,19 +152,19 @@ def text_digest(spec: str, root: Path, cache: Cache) -> str:
     """`digest` of a text that is not a split."""
     if stores.is_store(spec):
         return stores.digest(spec, root, cache)
-    path = documents.check_exists(spec, root)
-    size = path.stat().st_size
+    paths = documents.paths(spec, root)
+    size = sum(path.stat().st_size for path in paths)
 
     def find() -> dict[str, str]:
         with cache.progress(f"hashing {spec} ({megabytes(size)})") if size > LONG else silent(""):
             return {"sha256": documents.digest(spec, root)}
 
-    return str(cache.remembered("text", [path], f"hashing {spec}", find)["sha256"])
+    return str(cache.remembered("text", paths, f"hashing {spec}", find)["sha256"])
 
 
 def tokenizer_at_hand(data: DataSettings, root: Path) -> Tokenizer | None:
     """The tokenizer if it is available at once: in a file of its own, or cached for a built-in text. None otherwise."""
-    if tokenizer_file.is_file(data.tokenizer) or data.tokenizer == GPT2:
+    if tokenizer_file.is_file(data.tokenizer) or not is_made_from_text(data.tokenizer):
         return load_tokenizer(data, root)
     if not data.train.startswith(documents.BUILTIN):  # it may be long, and its digest needs all of it
         return None
@@ -162,7 +176,7 @@ def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:
     paths = [tokenizer_file.path_of(data.tokenizer, root) for data in (then, now)]
     if then.tokenizer != now.tokenizer:
         return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
-    if not now.tokenizer.startswith(TRAINED) or (then.train == now.train and _trained_on(then, "") == _trained_on(now, "")):
+    if not is_made_from_text(now.tokenizer) or (then.train == now.train and _trained_on(then, "") == _trained_on(now, "")):
         return True
     try:
         return _trained_on(then, digest(then, then.train, root)) == _trained_on(now, digest(now, now.train, root))
@@ -188,10 +202,14 @@ def check(data: DataSettings, root: Path, vocab_size: int) -> None:
     is_file = tokenizer_file.is_file(data.tokenizer)
     declared = tokenizer_file.declared_vocab_size(data.tokenizer, root) if is_file else declared_vocab_size(data.tokenizer)
     stores.check_tokenizer(data.train, data.tokenizer)
-    if declared > vocab_size:
+    _refuse_small_vocabulary(declared, data, vocab_size)
+
+
+def _refuse_small_vocabulary(tokens: int, data: DataSettings, vocab_size: int) -> None:
+    if tokens > vocab_size:
         raise Mistake(
-            f"model.vocab_size = {vocab_size} has no room for the {declared} tokens of data.tokenizer = "
-            f"{data.tokenizer!r} → set model.vocab_size = {declared}"
+            f"model.vocab_size = {vocab_size} has no room for the {tokens} tokens of data.tokenizer = "
+            f"{data.tokenizer!r} → set model.vocab_size = {tokens}"
         )
 
 
@@ -277,7 +295,10 @@ def _cached(prefix: Path, spec: str, cache: Cache) -> TokenStore | None:
 def _identified(part: TokenStore) -> TokenStore:
     """A part of a store, with a source_sha256 of its own."""
     first, documents_ = part.facts["first_document"], part.num_documents
-    part.facts["source_sha256"] = _join(part.facts["source_sha256"], f"documents {first} to {first + documents_}")
+    words = [f"documents {first} to {first + documents_}"]
+    if "first_token" in part.facts:
+        words.append(f"{part.num_tokens} tokens from {part.facts['first_token']}")
+    part.facts["source_sha256"] = _join(part.facts["source_sha256"], *words)
     return part
 
 
@@ -285,9 +306,9 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer, advance: Advance) -> It
     """Each text's ids, end-of-text last, and its UTF-8 bytes. Works on GROUP characters at a time, however long a text is."""
     ids, num_bytes = [], 0
     for group in _groups(texts, tokenizer):
-        encoded = tokenizer.encode_batch([piece for piece, _ in group])
+        encoded = tokenizer.encode_arrays([piece for piece, _ in group])
         for (piece, is_last), piece_ids in zip(group, encoded, strict=True):
-            ids.append(np.array(piece_ids, np.int32))
+            ids.append(piece_ids)
             num_bytes += len(piece.encode("utf-8"))
             if is_last:
                 yield np.concatenate([*ids, [tokenizer.end_of_text]]), num_bytes

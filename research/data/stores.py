@@ -14,7 +14,7 @@ from parallel.files import megabytes
 from research.data.megatron_index import file_of
 from research.data.records import LONG, Cache, silent
 from research.data.token_store import TokenStore, check_ids
-from research.data.tokenizer import TRAINED, Tokenizer
+from research.data.tokenizer import Tokenizer, is_made_from_text
 
 STORE = "store:"
 FOUND = ("max_id", "bin_sha256", "idx_sha256")
@@ -47,7 +47,7 @@ def check(spec: str, root: Path, setting: str) -> None:
 
 def check_tokenizer(train: str, tokenizer: str) -> None:
     """Refuses a tokenizer that would have to be trained on the text of a store."""
-    if is_store(train) and tokenizer.startswith(TRAINED):
+    if is_store(train) and is_made_from_text(tokenizer):
         raise Mistake(
             f"data.tokenizer = {tokenizer!r} is trained on a text, and data.train = {train!r} has only tokens → name the tokenizer that "
             "the store was made with: builtin:gpt2 or a tokenizer.json"
@@ -126,6 +126,8 @@ def with_bytes(store: TokenStore, tokenizer: Tokenizer, cache: Cache) -> TokenSt
 
     first = store.facts.get("first_document", 0)
     kind = f"bytes-{tokenizer.fingerprint[:16]}-{first}-{first + store.num_documents}"
+    if "first_token" in store.facts:
+        kind += f"-{store.facts['first_token']}-{store.num_tokens}"
     files = [file_of(store.prefix, suffix) for suffix in (".bin", ".idx")]
     store.facts |= cache.remembered(kind, files, f"decoding {name}", find)
     return store

@@ -62,6 +62,8 @@ class TokenStore:
     def document_offsets(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """int64: document k is tokens[offsets[k] : offsets[k + 1]]. The offsets of documents `first` to `last`, of all if None."""
         last = self.num_documents if last is None else last
+        if self.num_documents == 1:  # perhaps a piece of the document
+            return np.array([0, self.num_tokens])[first : last + 1]
         origin = self._index.document_offsets(self._first, self._first)[0]
         return self._index.document_offsets(self._first + first, self._first + last) - origin
 
@@ -85,6 +87,14 @@ class TokenStore:
         view._first, view.num_documents = self._first + first, last - first
         view.tokens, view.num_tokens = self.tokens[begin:end], end - begin
         view.facts = self.facts | {"first_document": view._first, "documents": view.num_documents, "tokens": view.num_tokens}
+        view.facts.pop("bytes", None)
+        return view
+
+    def piece(self, begin: int, end: int) -> "TokenStore":
+        """A view of tokens `begin` to `end` (excluded) of a store of one document, as `part` is one of documents."""
+        view = copy.copy(self)
+        view.tokens, view.num_tokens = self.tokens[begin:end], end - begin
+        view.facts = self.facts | {"first_document": self._first, "first_token": begin, "tokens": view.num_tokens}
         view.facts.pop("bytes", None)
         return view
 
@@ -122,6 +132,7 @@ class StoreWriter:
         self.dtype = np.dtype("<u2" if vocab_size < SHORT_VOCABULARY else "<i4")
         self.documents = self.tokens = self.num_bytes = 0
         self.max_id = -1
+        self._begun = 0
         self._sha256 = hashlib.sha256()
         self._files = contextlib.ExitStack()
 
@@ -141,6 +152,8 @@ class StoreWriter:
             self._files.__exit__(kind, error, trace)
             return
         with self._files:  # an error here leaves nothing behind either
+            if self._begun:
+                self.add_tokens(np.zeros(0, self.dtype), np.array([0]), 0)
             self._stream.close()
             index_sha256 = hashlib.sha256()
             with open(self._index, "wb") as file:
@@ -160,17 +173,26 @@ class StoreWriter:
         """Appends documents that lie one after the other in `ids`: their lengths in tokens, and the UTF-8 bytes of all their texts."""
         if lengths.sum() != len(ids):
             raise ValueError(f"{len(ids)} ids are not {lengths.sum()}, the sum of the documents' lengths")
-        if len(lengths) and lengths.max() > LONGEST:
-            raise Mistake(f"a document has {lengths.max()} tokens, the format allows {LONGEST} → split the document")
+        self.add_tokens(ids, np.cumsum(lengths), num_bytes)
+
+    def add_tokens(self, ids: np.ndarray, ends: np.ndarray, num_bytes: int) -> None:
+        """Appends tokens of documents that may have begun in an earlier call and may go on in the next.
+
+        `ends`: how many of these tokens there are up to the end of each document that ends in them. The last document ends with the store.
+        """
+        lengths = np.diff(ends, prepend=-self._begun) if len(ends) else np.zeros(0, np.int64)
+        begun = len(ids) - int(ends[-1]) if len(ends) else self._begun + len(ids)
+        if max(lengths.max(initial=0), begun) > LONGEST:
+            raise Mistake(f"a document has {max(lengths.max(initial=0), begun)} tokens, the format allows {LONGEST} → split the document")
         if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
             position = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
-            document = self.documents + int(np.searchsorted(np.cumsum(lengths), position, side="right"))
+            document = self.documents + int(np.searchsorted(ends, position, side="right"))
             raise ValueError(f"token id {ids[position]} of document {document} is not in [0, {self.vocab_size})")
         raw = ids.astype(self.dtype).tobytes()
         self._stream.write(raw)
         self._sha256.update(raw)
         self._lengths.write(lengths.astype("<i4").tobytes())
-        self.documents += len(lengths)
+        self.documents, self._begun = self.documents + len(lengths), begun
         self.tokens += len(ids)
         self.num_bytes += num_bytes
         self.max_id = max(self.max_id, int(ids.max())) if len(ids) else self.max_id

@@ -1,13 +1,21 @@
-"""Byte-level BPE tokenizers: trained on the training text in seconds, or GPT-2's own tables. They can encode every text."""
+"""The built-in tokenizers, all made with the tokenizers library.
+
+builtin:bpe-N    byte-level BPE of at most N tokens, trained on the training text; encodes every text
+builtin:gpt2     GPT-2's own byte-level BPE; encodes every text
+builtin:bytes    UTF-8 bytes: id = byte, 256 is end-of-text; encodes every text
+builtin:chars    the characters of the training text, sorted, then end-of-text; another character in a text is a Mistake
+"""
 
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from parallel.errors import Mistake, nearest
 from parallel.files import locked, published
@@ -18,6 +26,8 @@ if TYPE_CHECKING:
 
 GPT2 = "builtin:gpt2"
 GPT2_SIZE = 50257
+BYTES, BYTES_SIZE = "builtin:bytes", 257
+CHARS = "builtin:chars"
 TRAINED = "builtin:bpe-"
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257
@@ -28,6 +38,11 @@ PIECE = 1 << 16
 """Characters per piece: small enough to spread a long document over threads and to bound memory."""
 PANIC = "PanicException"
 """The class that pyo3 makes of a panic in Rust. No module exports it."""
+NO_CHARACTER = "<no such character>"
+"""What a WordLevel model calls an unknown token. The vocabulary does not have it, so that the library raises an error."""
+_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_LETTERS = [chr(byte if byte in _SHOWN else 256 + sum(other not in _SHOWN for other in range(byte))) for byte in range(256)]
+"""The letter that stands for each byte in a byte-level vocabulary (GPT-2's bytes_to_unicode)."""
 Waiting = Callable[[], AbstractContextManager[object]]
 CUT = re.compile(r"(?<=\S)[ \n]")
 
@@ -70,8 +85,15 @@ class Tokenizer:
         try:
             return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         except BaseException as error:
+            if is_library_error(error) and (lacking := [text for text in texts if known_letters(self.backend, text) != text]):
+                letter = next(letter for letter in lacking[0] if not known_letters(self.backend, letter))
+                raise no_such_character(letter, self.name) from None
             size = max(map(len, texts), default=0)
             raise library_error(error, f"the tokenizer {self.name} cannot encode a text of {size} characters") from None
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode_batch` as arrays of int32."""
+        return [np.array(ids, np.int32) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids. Bytes that are not a whole character become U+FFFD. Raises a Mistake if the tokenizer cannot decode them."""
@@ -80,6 +102,53 @@ class Tokenizer:
             return self.backend.decode(numbers, skip_special_tokens=False)
         except BaseException as error:
             raise library_error(error, f"the tokenizer {self.name} cannot decode {len(numbers)} ids") from None
+
+
+@dataclass(frozen=True)
+class UnitTokenizer(Tokenizer):
+    """`builtin:bytes` or `builtin:chars`: the ids of its `backend` by one look into a table, about a hundred times as fast."""
+
+    alphabet: tuple[str, ...] = ()
+    """The characters whose places are their ids; none: bytes."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """As Tokenizer's."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """As Tokenizer's. A Mistake names the first character that has no id."""
+        try:
+            encoded = [text.encode("utf-32-le" if self.alphabet else "utf-8") for text in texts]
+        except UnicodeEncodeError as error:  # half a surrogate pair
+            raise library_error(error, f"the tokenizer {self.name} cannot encode a text") from None
+        if not self.alphabet:
+            return [np.frombuffer(raw, np.uint8).astype(np.int32) for raw in encoded]
+        known = np.array([ord(letter) for letter in self.alphabet], np.uint32)
+        found = []
+        for raw in encoded:
+            points = np.frombuffer(raw, "<u4")
+            ids = np.searchsorted(known, points).astype(np.int32)
+            unknown = known[np.minimum(ids, len(known) - 1)] != points
+            if unknown.any():
+                raise no_such_character(chr(points[int(np.argmax(unknown))]), self.name)
+            found.append(ids)
+        return found
+
+
+def known_letters(backend: "tokenizers.Tokenizer", text: str) -> str:
+    """The characters of `text` that a tokenizer of characters knows; of any other tokenizer, all of them."""
+    if type(backend.model).__name__ != "WordLevel":
+        return text
+    vocabulary = backend.get_vocab()
+    return "".join(letter for letter in text if letter in vocabulary)
+
+
+def no_such_character(letter: str, name: str) -> Mistake:
+    """The Mistake for a text with a character that a tokenizer of characters was not made from."""
+    which = f"{letter!r} (U+{ord(letter):04X})"
+    return Mistake(
+        f"the tokenizer {name} has no character {which} → leave it out, or use {BYTES} or {TRAINED}8192, which encode every text"
+    )
 
 
 def is_library_error(error: BaseException) -> bool:
@@ -99,39 +168,62 @@ def library_error(error: BaseException, problem: str, way_out: str = "shorten it
 
 
 def declared_vocab_size(name: str) -> int:
-    """The size in a tokenizer's name (training on little text may give fewer tokens). Imports nothing heavy.
+    """The size in a tokenizer's name (training on little text may give fewer tokens, and builtin:chars has more). Imports nothing heavy.
 
     A name that is not known is a Mistake.
     """
-    if name == GPT2:
-        return GPT2_SIZE
+    if name in (GPT2, BYTES):
+        return GPT2_SIZE if name == GPT2 else BYTES_SIZE
+    if name == CHARS:
+        return 2  # at least: the text tells
     size = name.removeprefix(TRAINED)
     if not name.startswith(TRAINED) or not (size.isascii() and size.isdecimal()):
-        near = nearest(name, [f"{TRAINED}8192", GPT2])
+        near = nearest(name, [f"{TRAINED}8192", GPT2, BYTES, CHARS])
         guess = f" ({near} is meant?)" if near else ""
-        raise Mistake(f"data.tokenizer = {name!r} is not known{guess} → use {TRAINED}8192 (any size), {GPT2} or a tokenizer.json")
+        others = f"{GPT2}, {BYTES}, {CHARS} or a tokenizer.json"
+        raise Mistake(f"data.tokenizer = {name!r} is not known{guess} → use {TRAINED}8192 (any size), {others}")
     if int(size) < SMALLEST:
         raise Mistake(f"data.tokenizer = {name!r} is smaller than {SMALLEST}, 256 bytes and end-of-text → use {TRAINED}8192")
     return int(size)
 
 
+def is_made_from_text(name: str) -> bool:
+    """Whether the tokenizer depends on the training text."""
+    return name.startswith(TRAINED) or name == CHARS
+
+
+def fixed(name: str) -> Tokenizer:
+    """GPT2 or BYTES."""
+    return gpt2() if name == GPT2 else from_json(BYTES, unit_tokenizer())
+
+
 def trained(name: str, texts: Iterable[str], source: str, cache: Path, waiting: Waiting = contextlib.nullcontext) -> Tokenizer:
-    """The `builtin:bpe-N` trained on `texts`, cached in the folder `cache` under `source`, the digest of the texts.
+    """The `builtin:bpe-N` or `builtin:chars` made from `texts`, cached in the folder `cache` under `source`, the digest of the texts.
 
     Any number of processes may call this at once: one reads the texts and trains, the others wait for its file, inside of `waiting`.
     """
-    size, path = declared_vocab_size(name), _cached_file(name, source, cache)
+    path = _cached_file(name, source, cache)
     tokenizer = _read(name, path)
     if tokenizer is None:
         with locked(path.with_suffix(".lock"), waiting):
             tokenizer = _read(name, path)
             if tokenizer is None:
-                text = train_bpe(texts, size)
+                text = made_from(name, texts)
                 with published(path) as temporary:
                     temporary.write_text(text, encoding="utf-8")
                 tokenizer = _read(name, path)
     assert tokenizer is not None, path
     return tokenizer
+
+
+def made_from(name: str, texts: Iterable[str]) -> str:
+    """The `builtin:bpe-N` or `builtin:chars` made from `texts`, as JSON."""
+    if name == CHARS:
+        letters: set[str] = set()
+        for text in texts:
+            letters.update(text)
+        return unit_tokenizer(sorted(letters))
+    return train_bpe(texts, declared_vocab_size(name))
 
 
 def kept(name: str, source: str, cache: Path) -> Tokenizer | None:
@@ -140,7 +232,8 @@ def kept(name: str, source: str, cache: Path) -> Tokenizer | None:
 
 
 def _cached_file(name: str, source: str, cache: Path) -> Path:
-    return cache / f"bpe-{declared_vocab_size(name)}-{source[:16]}-v{RECIPE}.json"
+    kind = "chars" if name == CHARS else f"bpe-{declared_vocab_size(name)}"
+    return cache / f"{kind}-{source[:16]}-v{RECIPE}.json"
 
 
 def gpt2() -> Tokenizer:
@@ -150,6 +243,20 @@ def gpt2() -> Tokenizer:
     vocabulary, merges = documents.FOLDER / "gpt2" / "vocab.json", documents.FOLDER / "gpt2" / "merges.txt"
     backend = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
     return _wrap(GPT2, backend, hashlib.sha256(vocabulary.read_bytes() + merges.read_bytes()).hexdigest())
+
+
+def unit_tokenizer(alphabet: Sequence[str] = ()) -> str:
+    """A tokenizer of single characters, or without an alphabet of bytes, as JSON: the ids are the places, the last is end-of-text."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    if not alphabet:
+        letters = BYTE_LETTERS
+        return _byte_level(models.BPE({letter: i for i, letter in enumerate([*letters, END_OF_TEXT])}, [])).to_str()
+    backend = Backend(models.WordLevel({letter: i for i, letter in enumerate([*alphabet, END_OF_TEXT])}, unk_token=NO_CHARACTER))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return backend.to_str()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
@@ -203,19 +310,26 @@ def _wrap(name: str, backend: "tokenizers.Tokenizer", fingerprint: str) -> Token
     backend.encode_special_tokens = True  # the marker's letters in a text are encoded as letters
     end_of_text = backend.token_to_id(END_OF_TEXT)
     assert end_of_text is not None, name
+    if name in (BYTES, CHARS):
+        alphabet = sorted(backend.get_vocab().keys() - {END_OF_TEXT}) if name == CHARS else ()
+        return UnitTokenizer(name, backend.get_vocab_size(), end_of_text, fingerprint, backend, alphabet=tuple(alphabet))
     return Tokenizer(name, backend.get_vocab_size(), end_of_text, fingerprint, backend)
 
 
 def _read(name: str, path: Path) -> Tokenizer | None:
     """The cached tokenizer; None if there is none or its file is damaged."""
-    from tokenizers import Tokenizer as Backend
-
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     try:
-        backend = Backend.from_str(text)
+        return from_json(name, text)
     except Exception:  # the library raises bare Exception; whatever it is, the file is of no use and is made again
         return None
-    return _wrap(name, backend, hashlib.sha256(text.encode()).hexdigest())
+
+
+def from_json(name: str, text: str) -> Tokenizer:
+    """The built-in tokenizer `name` from its JSON."""
+    from tokenizers import Tokenizer as Backend
+
+    return _wrap(name, Backend.from_str(text), hashlib.sha256(text.encode()).hexdigest())

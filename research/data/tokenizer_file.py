@@ -18,7 +18,7 @@ from parallel.errors import Mistake
 from parallel.regular_files import LARGEST_JSON, check_inside, read_regular
 from parallel.text import decoded
 from research.data import documents, tokenizer_costs
-from research.data.tokenizer import END_OF_TEXT, Tokenizer, library_error
+from research.data.tokenizer import END_OF_TEXT, Tokenizer, known_letters, library_error
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
@@ -64,10 +64,11 @@ def load(name: str, root: Path) -> Tokenizer:
     fingerprint = hashlib.sha256(content + b"\0" + marker.encode()).hexdigest()
 
     # what the file's post-processor puts in front of a text; what it puts behind one is left out, because it ends texts
+    probe = known_letters(backend, "a") or next((token for token in backend.get_vocab() if token != marker), "")
     try:
-        text, marked = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        text, marked = (backend.encode(probe, add_special_tokens=special).ids for special in (False, True))
     except BaseException as error:
-        raise library_error(error, f"{path} cannot encode the text 'a'") from None
+        raise library_error(error, f"{path} cannot encode the text {probe!r:.40}") from None
     places = range(min(len(marked) - len(text), MOST_BEGIN) + 1)
     starts = (start for start in places if marked[start : start + len(text)] == text)
     begin = tuple(marked[: next(starts, 0)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from research.cluster.limited_process import run_limited
 from research.data import tokenizer_file
+from research.data.tokenizer import known_letters
 
 CPU_SECONDS, CPU_SECONDS_PER_MB = 3.0, 3.0
 MEMORY, MEMORY_PER_BYTE = 192 * 2**20, 64
@@ -30,6 +31,6 @@ def try_tokenizer(name: str, root: Path, way_out: str) -> None:
 
     def use() -> None:
         tokenizer = tokenizer_file.load(name, root)
-        tokenizer.decode(tokenizer.encode(TRIAL))
+        tokenizer.decode(tokenizer.encode(known_letters(tokenizer.backend, TRIAL)))
 
     run_limited(use, f"the tokenizer {path}", way_out, *limits(path.stat().st_size if path.is_file() else 0))

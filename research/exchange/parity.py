@@ -22,7 +22,7 @@ from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters
 from research.data import documents
-from research.data.tokenizer import Tokenizer
+from research.data.tokenizer import Tokenizer, known_letters
 from research.generation.restore import without_init
 from research.tracking.console import Advance, counted, nothing
 from research.tracking.metrics import finite
@@ -95,14 +95,14 @@ def sample_ids(tokenizer: Tokenizer, length: int) -> Tensor:
 
 
 def sample_texts(tokenizer: Tokenizer, wanted: int = TOKENS) -> list[int]:
-    """`wanted` or more ids of the fixed text, or all that it has."""
+    """`wanted` or more ids of the fixed text, or all that it has. Of a tokenizer of characters, of those that it knows."""
     ids: list[int] = []
     for document in documents.documents(TEXT, Path()):
         with without_panic_messages():
-            ids += tokenizer.encode(document[: 20 * TOKENS])
+            ids += tokenizer.encode(known_letters(tokenizer.backend, document[: 20 * TOKENS]))
         if len(ids) >= wanted:
             break
-    return ids
+    return ids or [i % tokenizer.vocab_size for i in range(wanted)]
 
 
 @torch.no_grad()

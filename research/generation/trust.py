@@ -24,7 +24,7 @@ from research.config import Evaluate, Experiment, Profile, Sample, Track, serial
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import Data
 from research.data import documents, splits, tokenizer_file
-from research.data.tokenizer import TRAINED
+from research.data.tokenizer import is_made_from_text
 from research.tracking.own_runs import is_own, mark_as_own
 from research.tracking.run_folder import RunFolder
 
@@ -60,7 +60,7 @@ def trusted_settings(
 
 
 def _trusted_data(folder: RunFolder, data: Data, reads: Collection[str], root: Path) -> Data:
-    needed = {*reads, *(["train"] if data.tokenizer.startswith(TRAINED) else [])}
+    needed = {*reads, *(["train"] if is_made_from_text(data.tokenizer) else [])}
     if tokenizer_file.is_file(data.tokenizer) and not _is_within(folder, tokenizer_file.path_of(data.tokenizer, root)):
         raise _refused("data.tokenizer", data.tokenizer, folder, "lies outside of its folder", "it is not read")
     allowed: dict[str, str] = {"cache": str(Data.model_fields["cache"].default)}

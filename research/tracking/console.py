@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any, Protocol, TextIO, TypeVar
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -204,7 +204,7 @@ class Console:
     def progress(self, label: str, total: int | None = None, unit: str = "", announced: bool = True) -> Iterator[Advance]:
         """Around slow work: a bar that is removed at the end, or in a pipe a plain line at the beginning and one every half minute.
 
-        Yields `advance(n)`; `total` None: unknown, then `unit` says what is counted, if anything is.
+        Yields `advance(n)`; `total` None: unknown. `unit`: what is counted; with a total, the rate and the time left are shown as well.
         `announced` False: in a pipe nothing is said of work that takes less than half a minute.
         """
         if self._console.quiet:
@@ -217,7 +217,8 @@ class Console:
             with _progress_lines(lambda line: self._put(Text(line)), label, total, unit) as advance:
                 yield advance
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        counts = _AmountColumn(unit) if unit else MofNCompleteColumn()
+        columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn())
         with Progress(*(columns if total else columns[:2]), console=self._console, transient=True) as bar:
             task = bar.add_task(label, total=total)
             yield functools.partial(bar.advance, task)
@@ -241,9 +242,27 @@ class Console:
             self._console.on_broken_pipe()
 
 
+class _AmountColumn(ProgressColumn):
+    """'1.20 B of 2.00 B bytes · 3.10 M/s'."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        """The amount that is done, and the rate as soon as there is one."""
+        return Text(_amount(task.completed, task.total or 0, self.unit, task.finished_speed or task.speed))
+
+
+def _amount(done: float, total: float, unit: str, rate: float | None) -> str:
+    return f"{fmt.count(done)} of {fmt.count(total)} {unit}" + (f" · {fmt.count(rate)}/s" if rate else "")
+
+
 @contextmanager
 def _progress_lines(put: Callable[[str], None], label: str, total: int | None, unit: str) -> Iterator[Advance]:
     """Calls `put` every PIPE_SECONDS with how far the work is: 'tokenizing a.txt … 41.0 M characters · 1:30'. Yields `advance(n)`.
+
+    With a total and a unit: 'tokenizing … 41.0 M of 99.0 M bytes · 456 k/s · 1:30, 2:07 left'.
 
     A thread does it: some work, such as the training of a tokenizer, does not say how far it is.
     """
@@ -255,8 +274,12 @@ def _progress_lines(put: Callable[[str], None], label: str, total: int | None, u
 
     def report() -> None:
         while not over.wait(PIPE_SECONDS):
-            counted = f"{done:,} of {total:,} · " if total else f"{fmt.count(done)} {unit} · " if unit and done else ""
-            put(f"{label} … {counted}{fmt.duration(time.monotonic() - began)}")
+            seconds = time.monotonic() - began
+            counted, left = f"{done:,} of {total:,} · " if total else f"{fmt.count(done)} {unit} · " if unit and done else "", ""
+            if total and unit:
+                counted = f"{_amount(done, total, unit, done / seconds)} · "
+                left = f", {fmt.duration(seconds * (total - done) / done)} left" if done else ""
+            put(f"{label} … {counted}{fmt.duration(seconds)}{left}")
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()

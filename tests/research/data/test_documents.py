@@ -82,7 +82,7 @@ LINE = b'{"text": "fine"}\n'
         ("a.jsonl.xz", lzma.compress(JSONL)[:-8], ["is not a whole .jsonl.xz file"]),
         ("a.jsonl.gz", b"not compressed", ["is not a whole .jsonl.gz file"]),
         ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-9], ["is not a whole .jsonl.gz file"]),
-        ("a.parquet", b"PAR1", ["not a kind of file", ".jsonl, .jsonl.xz, .jsonl.gz or .txt"]),
+        ("a.bin", b"ab\0cd", ["is not text, its beginning is binary", ".txt, .md, .jsonl or .parquet"]),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, name, raw, words):
@@ -96,7 +96,7 @@ def test_a_broken_file_is_named(tmp_path, name, raw, words):
     ("spec", "words"),
     [
         ("nowhere.jsonl", ["data.train = 'nowhere.jsonl'", "does not exist", "builtin:state_of_the_union/train"]),
-        (".", ["is a folder"]),
+        (".", ["holds no file of text", "it is empty"]),
         ("builtin:state_of_the_union/trian", ["builtin:state_of_the_union/train is meant?", "state_of_the_union/val"]),
         ("builtin:../gpt2/vocab", ["not a built-in corpus"]),
         ("builtin:", ["not a built-in corpus"]),
@@ -113,6 +113,22 @@ def test_digest_follows_content_and_kind(tmp_path):
         (tmp_path / name).write_bytes(raw)
     a, b, text, c = (documents.digest(name, tmp_path) for name in ("a.jsonl", "b.jsonl", "a.txt", "c.jsonl"))
     assert a == b and len({a, text, c}) == 3
+
+
+def test_a_folder_is_its_files_in_the_order_of_their_paths(tmp_path):
+    """Its digest follows their names and contents, and nothing that is not read."""
+    folder = tmp_path / "more"
+    (folder / "b").mkdir(parents=True)
+    (folder / "b" / "a.txt").write_text("second")
+    (folder / "a.jsonl").write_bytes(JSONL)
+    (folder / "c.py").write_text("last = 1\n")
+    assert list(documents.documents("more", tmp_path)) == [*TEXTS, "second", "last = 1\n"]
+    before = documents.digest("more", tmp_path)
+    for ignored in (".hidden.txt", "picture.png"):
+        (folder / ignored).write_bytes(b"\x89PNG\0")
+    assert documents.digest("more", tmp_path) == before
+    (folder / "c.py").rename(folder / "d.py")
+    assert documents.digest("more", tmp_path) != before
 
 
 def test_checking_imports_neither_torch_nor_tokenizers():

@@ -1,0 +1,182 @@
+"""`python -m research prepare INPUT… --as NAME`: turns text into a corpus to train on, corpora/NAME, with its tokenizer."""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from parallel.errors import Mistake
+from parallel.regular_files import read_regular
+from research import ROOT
+from research.cli.verbs import Parser, count
+from research.cluster.environment import environment
+from research.cluster.limited_process import SINGLE
+from research.data import corpus, corpus_split, corpus_work, documents, tokenizer, tokenizer_ranks
+from research.data.corpus import Options, Prepared
+from research.data.corpus_inputs import Inputs
+from research.data.text_files import INSTALL, KINDS, Reading
+from research.data.tokenizer_file import CONFIG, FILE, LARGEST, TEMPLATE
+from research.tracking import format as fmt
+from research.tracking.console import Console
+
+FOLDER = "corpora"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
+DESCRIPTION = f"""Turns your own text into token stores for training and the tokenizer beside
+them, in {FOLDER}/NAME of this checkout. Prints the lines for an experiment."""
+DETAILS = f"""what is read:
+  .txt, .md, and files of any other name that are text: one document each
+  .jsonl     one JSON object a line and a document, its text under --key
+  .parquet   one row a document, its text in the column --key
+  the first two also as .gz, .xz, .zst
+  folders of these, such as a tree of code: sorted by path; hidden and binary
+  files are left out and counted
+.parquet and .zst need {INSTALL}
+
+tokenizers:
+  builtin:bpe-8192   byte-level BPE of 8,192 tokens (any number from 257),
+                     trained on the text
+  builtin:gpt2       GPT-2's 50,257 tokens
+  builtin:bytes      257 tokens: the 256 bytes and end-of-text
+  builtin:chars      the characters of the text and end-of-text
+  PATH               a tokenizer.json, a transformers folder that holds one, or
+                     tiktoken's ranks (.tiktoken)
+
+Memory does not grow with the text. If the work is ended at any moment, the same
+command continues it. The result does not depend on --workers.
+
+examples:
+  python -m research prepare book.txt --as book --tokenizer builtin:bpe-1024
+  python -m research prepare notes/ more.jsonl.gz --as mine --split 90,10
+  python -m research prepare src/ --as code --tokenizer builtin:bytes"""
+LENGTH = 2**31 - 1
+"""model_max_length in tokenizer_config.json: the corpus does not limit it."""
+WAY_OUT = "do not use it, or name another one: --tokenizer builtin:bpe-8192"
+
+
+def main(argv: list[str]) -> None:
+    """Prepares the corpus and prints what it holds."""
+    arguments = parsed(argv)
+    console, target = Console(), arguments.corpora / arguments.name
+    corpus_split.shares_of(arguments.split)
+    write_tokenizer, tokenizer_sha256 = chosen_tokenizer(arguments.tokenizer)
+    options = Options(arguments.tokenizer, tokenizer_sha256, arguments.split, arguments.seed)
+    inputs = Inputs(arguments.inputs, Path.cwd(), Reading(arguments.key, arguments.invalid == "replace"))
+    with corpus_work.opened(target, arguments.replace) as work:
+        console.header([("", f"prepare {shown(target)}"), ("input", f"{fmt.plural(len(inputs.files), 'file')}, {size(inputs.file_bytes)}")])
+        if left := inputs.left.sentence():
+            console.header([("left out", left)])
+        try:
+            with environment(SINGLE) if arguments.workers > 1 else contextlib.nullcontext():
+                prepared = corpus.prepare(work, inputs, options, arguments.workers, write_tokenizer, console.progress, console.warn)
+            work.publish(arguments.replace)
+        except KeyboardInterrupt:
+            Console(sys.stderr).warn(f"ended by Ctrl-C: {work.path} has what is finished, and {corpus_work.AGAIN}")
+            raise
+    report(prepared, target, console)
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser("prepare", DESCRIPTION)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = DETAILS
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=f"a file ({', '.join(KINDS)}, …) or a folder")
+    parser.add_argument("--as", dest="name", required=True, metavar="NAME", help=f"the corpus to make: {FOLDER}/NAME")
+    parser.add_argument("--tokenizer", default="builtin:bpe-8192", help="see below (default: builtin:bpe-8192)")
+    parser.add_argument(
+        "--split", default=corpus_split.EXAMPLE, metavar="SHARES", help="shares of train, val and test, by document (default: 98,1,1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="draws the documents that are held out (default: 0)")
+    parser.add_argument("--key", default="text", help="the key or column of the text (default: text)")
+    parser.add_argument(
+        "--invalid", choices=("error", "replace"), default="error", help="bytes that are not UTF-8: refused, or U+FFFD, and counted"
+    )
+    parser.add_argument(
+        "--workers", type=count, default=1, metavar="N", help="processes that tokenize (default: 1, with a thread per core)"
+    )
+    parser.add_argument("--replace", action="store_true", help="replace a finished corpus of this name")
+    parser.add_argument("--corpora", type=Path, default=None, help=f"the folder of corpora (default: {FOLDER}, in this checkout)")
+    arguments = parser.parse_args(argv)
+    if not NAME.fullmatch(arguments.name):
+        raise Mistake(f"--as {arguments.name} is no name of a corpus → use letters, digits, dots, dashes and underscores: --as my_text")
+    arguments.corpora = arguments.corpora or ROOT / FOLDER
+    return arguments
+
+
+def chosen_tokenizer(name: str) -> tuple[Callable[[Path], None] | None, str]:
+    """(what writes its files into a folder, a hash of its own files) for a tokenizer that is not built in; (None, "") for one that is."""
+    if name.startswith(documents.BUILTIN):
+        try:
+            tokenizer.declared_vocab_size(name)
+        except Mistake as mistake:
+            raise Mistake(str(mistake).replace("data.tokenizer", "--tokenizer")) from None
+        return None, ""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / FILE
+    if not path.is_file():
+        models = ", ".join(entry.name for entry in path.parent.glob("*.model")) if path.parent.is_dir() else ""
+        instead = f" (there is {models}: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes one)" if models else ""
+        raise Mistake(f"--tokenizer {name}: {path} does not exist{instead} → name a {FILE}, its folder, or a .tiktoken file")
+    if path.name.endswith(tokenizer_ranks.SUFFIX):
+        ranks = tokenizer_ranks.read(path)
+        return functools.partial(write_ranks, ranks), hashlib.sha256(repr(ranks).encode()).hexdigest()
+    if path.suffix != ".json":
+        raise Mistake(f"--tokenizer {name} is not a kind of file that is known → name a {FILE}, its folder, or a .tiktoken file")
+
+    # a stranger's: tried in a child process before it is used here
+    from research.exchange.hf_tokenizer import copy_tokenizer
+    from research.exchange.limited_tokenizer import try_tokenizer
+
+    try_tokenizer(str(path), Path(), WAY_OUT)
+    beside = [file for other in (FILE, CONFIG, TEMPLATE) if (file := path.with_name(other)).is_file()]
+    digest = hashlib.sha256(b"\0".join(read_regular(file, LARGEST) for file in {path: 0} | dict.fromkeys(beside, 0)))
+
+    def write(folder: Path) -> None:
+        copy_tokenizer(path, folder, LENGTH, {})
+
+    return write, digest.hexdigest()
+
+
+def write_ranks(ranks: dict[bytes, int], folder: Path) -> None:
+    """The files of a tokenizer made from tiktoken's ranks."""
+    (folder / FILE).write_text(tokenizer_ranks.tokenizer_json(ranks), encoding="utf-8")
+    corpus.write_config(folder)
+
+
+def size(num_bytes: int) -> str:
+    """'12.3 MB'."""
+    return f"{fmt.compact(num_bytes)}{'B' if num_bytes >= 1000 else ' B'}"
+
+
+def shown(path: Path) -> str:
+    """The path as a setting names it: relative to the checkout if it is inside."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.absolute())
+
+
+def report(prepared: Prepared, target: Path, console: Console) -> None:
+    """What the corpus holds, what was left out of it, and the lines for an experiment."""
+    found, name = prepared.inventory, shown(target)
+    counted = [
+        (found.empty, "empty document", "left out"),
+        (found.replaced, "replacement", "by U+FFFD, of bytes that are not UTF-8"),
+        (prepared.cuts, "place", "where a long document was cut, so that ids may differ from those of the whole"),
+    ]
+    console.header([("counted", f"{fmt.plural(number, noun)} {what}") for number, noun, what in counted if number])
+    console.header([("tokens", f"{prepared.tokenizer.name} · {prepared.tokenizer.vocab_size:,} in the vocabulary")])
+    console.header([("split", prepared.split.line())])
+    rows = [["", "documents", "tokens", "bytes", "tokens/byte"]]
+    for part, counts in prepared.counts.items():
+        ratio = f"{counts['tokens'] / counts['bytes']:.3f}" if counts["bytes"] else "–"
+        rows.append([part, *(f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")), ratio])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    console.lines(["", *("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows), ""])
+    console.lines(["in an experiment's config.py:"])
+    held_out = next((part for part in ("val", "test") if part in prepared.counts), None)
+    settings = [f'train="store:{name}/train"', *([f'validation="store:{name}/{held_out}"'] if held_out else [])]
+    settings.append(f'tokenizer="{name}/{FILE}"')
+    console.lines([*(f"  data.{setting}" for setting in settings), f"  model.vocab_size={prepared.tokenizer.vocab_size}"])
