@@ -29,7 +29,7 @@ import torch
 from parallel.engines.engine import MicroBatch
 from research.cli.verbs import count
 from research.cluster.exit_codes import refusing
-from research.data.batch_sizes import BatchSizes
+from research.config.batch_sizes import BatchSizes
 from research.data.batches import StreamSampler, one_source
 from research.data.blend import Blend, Stage
 from research.data.token_store import TokenStore, write

@@ -13,7 +13,7 @@ from research.tracking.streams import flushed_output, prepare_streams
 
 HELP = """usage: python -m research VERB …
 
-Inspects runs and uses the models they have trained. A run is named by its folder: runs/gpt_sotu/latest, or just gpt_sotu.
+Prepares text, inspects runs and uses the models they have trained. A run is named by its folder: runs/gpt_sotu/latest, or just gpt_sotu.
 
 {verbs}
 

@@ -6,8 +6,8 @@ Imports no torch.
 from dataclasses import dataclass
 
 from parallel.engines.deepspeed_config import EngineSettings
+from research.config.batch_sizes import BatchSizes
 from research.config.schema import Experiment, Parallel, Schedule
-from research.data.batch_sizes import BatchSizes
 
 
 @dataclass(frozen=True)

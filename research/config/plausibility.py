@@ -44,6 +44,11 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
     texts = [root / Path(text).expanduser() for text in (data.train, data.validation) if not text.startswith(NO_FILE)]
     if data.train == data.validation or (len(texts) == 2 and texts[0].samefile(texts[1])):
         yield f"data.validation = {data.validation!r} is the text of data.train → name a text that is not trained on"
+    elif len(texts) == 2 and (_is_inside(*texts) or _is_inside(*reversed(texts))):
+        yield (
+            f"data.validation = {data.validation!r} and data.train = {data.train!r} lie one in the other, so that the same text would be "
+            "trained on and held out → move it out of the folder"
+        )
     if watch.on_spike == "stop" and not watch.spike:
         yield "watch.on_spike = 'stop' has no effect with watch.spike = 0, which detects no spike → set watch.spike, for example to 6"
     if experiment.profile.memory and experiment.profile.steps is None:
@@ -51,6 +56,10 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
     if experiment.checkpoints.keep_every and not experiment.checkpoints.every:
         keep = experiment.checkpoints.keep_every
         yield f"checkpoints.keep_every = {keep} has no effect with checkpoints.every = 0 → set checkpoints.every, for example to {keep}"
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
 
 
 def doubts(experiment: Experiment) -> Iterator[str]:

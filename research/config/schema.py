@@ -38,13 +38,13 @@ class Data(Settings):
     SECTION: ClassVar[str] = "data"
 
     train: Text = Field(
-        description="text to train on: builtin:state_of_the_union/train, a .txt, .jsonl or .jsonl.xz file, or store:PREFIX (.bin and .idx)"
+        description="text to train on: builtin:state_of_the_union/train, a file or folder of text, or store:PREFIX (.bin and .idx)"
     )
     validation: Text = Field(
         description="held-out text, named the same way, or split:969,30,1, a part of the training text; never trained on"
     )
     tokenizer: Text = Field(
-        description="builtin:bpe-8192 (trained on the train text), builtin:gpt2 or the path of a tokenizer.json; not above model.vocab_size"
+        description="builtin:bpe-8192 or builtin:chars (made from the train text), builtin:bytes, builtin:gpt2, or a tokenizer.json's path"
     )
     cache: Text = Field(default=".cache", description="folder for token stores and tokenizers, relative to the repository; safe to delete")
 

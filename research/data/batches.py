@@ -14,7 +14,6 @@ import numpy as np
 
 from parallel.errors import Mistake
 from research.data import order
-from research.data.batch_sizes import BatchSizes
 from research.data.blend import BLOCK, KEPT_BLOCKS, Blend, Stage
 from research.data.token_store import TokenStore
 
@@ -55,6 +54,16 @@ def num_samples(store: TokenStore, seq_length: int) -> int:
 def epochs(store: TokenStore, seq_length: int, samples: int) -> float:
     """The number of passes through the store that `samples` samples make."""
     return samples / num_samples(store, seq_length)
+
+
+class BatchSizes(Protocol):
+    """The number of samples of each step: research.config.batch_sizes.BatchSizes. research/data/ imports no other room."""
+
+    def of(self, step: int) -> int:
+        """The samples of a step, counted from 0."""
+
+    def before(self, step: int) -> int:
+        """The samples of all steps before `step`."""
 
 
 def micro_batches_per_step(batch_size: int, micro_batch_size: int, data_size: int) -> int:

@@ -68,9 +68,10 @@ class Prepared:
 
 
 def plan_of(options: Options, inputs: Inputs) -> dict[str, Any]:
-    """What has to be the same for work to be continued. The split is made last."""
+    """What has to be the same for work to be continued. The split is made last, but a BPE is trained on the part that it makes."""
     recipe = hashlib.sha256(json.dumps([FORMAT, tokenizer.RECIPE, PART_TOKENS]).encode()).hexdigest()
-    return {"the program": recipe, "the input": inputs.identity(), "--tokenizer": [options.tokenizer, options.tokenizer_sha256]}
+    plan = {"the program": recipe, "the input": inputs.identity(), "--tokenizer": [options.tokenizer, options.tokenizer_sha256]}
+    return plan | ({"--split": options.split, "--seed": options.seed} if options.tokenizer.startswith(TRAINED) else {})
 
 
 def prepare(
@@ -94,7 +95,7 @@ def prepare(
         with progress("reading the text", inputs.file_bytes, "bytes") as advance:
             inventory = inputs.take_stock(work.path / SOURCES, advance)
         work.keep_inventory(inventory)
-    _make_tokenizer(work, inputs, inventory, options.tokenizer, write_tokenizer, progress)
+    _make_tokenizer(work, inputs, inventory, options, write_tokenizer, progress)
     file = work.path / TOKENIZER / FILE
     own = tokenizer_processes.open_tokenizer(options.tokenizer, file)
     if continued:
@@ -119,12 +120,12 @@ def _make_tokenizer(
     work: Work,
     inputs: Inputs,
     inventory: Inventory,
-    name: str,
+    options: Options,
     write_tokenizer: Callable[[Path], None] | None,
     progress: Progress,
 ) -> None:
     """The folder with tokenizer.json, and tokenizer_config.json, which names the end of a text."""
-    folder = work.path / TOKENIZER
+    folder, name = work.path / TOKENIZER, options.tokenizer
     if folder.is_dir():
         return
     with contextlib.ExitStack() as stack:
@@ -136,8 +137,13 @@ def _make_tokenizer(
         else:
             if tokenizer.is_made_from_text(name):
                 advance = stack.enter_context(progress(f"making {name}", inventory.file_bytes, "bytes"))
-                texts = inputs.texts(inventory.characters if name.startswith(TRAINED) else 0, advance)
-                text = tokenizer_processes.made_in_process(name, texts) if name.startswith(TRAINED) else tokenizer.made_from(name, texts)
+                if name.startswith(TRAINED):
+                    shares = corpus_split.shares_of(options.split)
+                    split = Split(shares, inventory.documents, inventory.characters + 1, options.seed)
+                    seen = inputs.training_texts(split, int(inventory.characters * shares["train"]), advance)
+                    text = tokenizer_processes.made_in_process(name, seen)
+                else:
+                    text = tokenizer.made_from(name, inputs.texts(advance))
             else:
                 text = tokenizer.fixed(name).backend.to_str()
             (made / FILE).write_text(text, encoding="utf-8")

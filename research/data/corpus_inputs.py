@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from parallel.errors import Mistake, listed
 from parallel.files import published, sha256_of
 from research.data import text_files
+from research.data.corpus_split import Split
 from research.data.text_files import Advance, Fragment, Left, Reading, TextFile
 from research.data.tokenizer import PIECE, Tokenizer, UnitTokenizer, pieces
 
@@ -19,6 +22,8 @@ LONGEST_WORD = 1 << 18
 """Characters without a place to cut from which on a text is cut anywhere, for any tokenizer."""
 GROUP = 1 << 19
 """Characters that are tokenized at a time."""
+AT_ONCE = 1 << 12
+"""Documents that are assigned to parts at a time."""
 MOST_TRAINED = 1 << 27
 """Characters that a byte-level BPE is trained on at most, spread evenly over the texts."""
 
@@ -123,14 +128,28 @@ class Inputs:
                 raise Mistake(f"{file.path} has changed while it was read → run the command again when nothing writes to it")
             yield from reading
 
-    def texts(self, characters: int, advance: Advance) -> Iterator[str]:
-        """Pieces to make a tokenizer from: all of them, or of `characters` characters as many as MOST_TRAINED, spread evenly."""
-        seen = used = 0
+    def texts(self, advance: Advance) -> Iterator[str]:
+        """All texts, in pieces."""
+        return (piece.text for piece in self._pieces(PIECE, False, advance))
+
+    def training_texts(self, split: Split, characters: int, advance: Advance) -> Iterator[str]:
+        """Pieces of the part `train` of a split, in characters if it is by position: MOST_TRAINED of about `characters`, spread evenly."""
+        seen = used = number = first = 0
+        chosen = np.zeros(0, bool)  # of the documents from `first` on: whether they are in train
         for piece in self._pieces(PIECE, False, advance):
-            seen += len(piece.text)
-            if used * characters < seen * MOST_TRAINED:
-                used += len(piece.text)
-                yield piece.text
+            text = piece.text
+            if split.by_position:
+                text = text[: max(0, split.limits[0] - seen)]
+            else:
+                if number >= first + len(chosen):
+                    first = number
+                    chosen = split.of_documents(np.arange(first, min(first + AT_ONCE, split.documents))) == 0
+                text = text if chosen[number - first] else ""
+            number += piece.is_last
+            seen += len(text)
+            if text and used * characters <= seen * MOST_TRAINED:
+                used += len(text)
+                yield text
 
     def groups(self, tokenizer: Tokenizer, advance: Advance) -> Iterator[Group]:
         """All texts in order, in groups of about GROUP characters whose ids, one after the other, are the ids of the texts."""

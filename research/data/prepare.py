@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,7 +18,7 @@ from parallel.files import locked, megabytes
 from research.data import documents, splits, stores, token_store, tokenizer_file
 from research.data.records import LONG, Advance, Cache, Progress, silent
 from research.data.token_store import TokenStore
-from research.data.tokenizer import Tokenizer, declared_vocab_size, fixed, is_made_from_text, kept, pieces, trained
+from research.data.tokenizer import TRAINED, Tokenizer, declared_vocab_size, fixed, is_made_from_text, kept, pieces, trained
 
 RECIPE = 1
 """Part of every store's name. Raise it whenever the same text would give other tokens."""
@@ -92,13 +93,34 @@ def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent, 
 
         def texts() -> Iterator[str]:  # taken only if there is no tokenizer yet
             advance = work.enter_context(progress(f"training {data.tokenizer} on {data.train}"))
-            for text in documents.documents(data.train, root):
+            for text in _seen_texts(data, root):
                 for piece in pieces(text):
                     yield piece
                     advance(len(piece))
 
         waiting = functools.partial(cache.waiting, f"training {data.tokenizer}")
-        return trained(data.tokenizer, texts(), text_digest(data.train, root, cache), folder, waiting)
+        return trained(data.tokenizer, texts(), _trained_on(data, text_digest(data.train, root, cache)), folder, waiting)
+
+
+def _seen_texts(data: DataSettings, root: Path) -> Iterator[str]:
+    """The documents, or the beginning of a single one, that a tokenizer is trained on."""
+    texts = documents.documents(data.train, root)
+    if not _is_trained_on_a_part(data):
+        return texts
+    count = sum(1 for _ in documents.documents(data.train, root))
+    if count > 1:
+        return islice(texts, splits.borders(data.validation, count)[1])
+    return (text[: splits.borders(data.validation, len(text))[1]] for text in texts)
+
+
+def _trained_on(data: DataSettings, train_digest: str) -> str:
+    """The digest of what a tokenizer is trained on: of data.train, or of its training part if the held-out text is another part of it."""
+    return _join(train_digest, data.validation) if _is_trained_on_a_part(data) else train_digest
+
+
+def _is_trained_on_a_part(data: DataSettings) -> bool:
+    """Whether the tokenizer does not see the held-out part of data.train. Characters are taken from all of it, so that none is unknown."""
+    return splits.is_split(data.validation) and data.tokenizer.startswith(TRAINED)
 
 
 def held_out_store(
@@ -146,7 +168,7 @@ def tokenizer_at_hand(data: DataSettings, root: Path) -> Tokenizer | None:
         return load_tokenizer(data, root)
     if not data.train.startswith(documents.BUILTIN):  # it may be long, and its digest needs all of it
         return None
-    return kept(data.tokenizer, documents.digest(data.train, root), Path(root) / Path(data.cache).expanduser())
+    return kept(data.tokenizer, _trained_on(data, documents.digest(data.train, root)), Path(root) / Path(data.cache).expanduser())
 
 
 def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:
@@ -154,10 +176,10 @@ def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:
     paths = [tokenizer_file.path_of(data.tokenizer, root) for data in (then, now)]
     if then.tokenizer != now.tokenizer:
         return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
-    if not is_made_from_text(now.tokenizer) or then.train == now.train:
+    if not is_made_from_text(now.tokenizer) or (then.train == now.train and _trained_on(then, "") == _trained_on(now, "")):
         return True
     try:
-        return digest(then, then.train, root) == digest(now, now.train, root)
+        return _trained_on(then, digest(then, then.train, root)) == _trained_on(now, digest(now, now.train, root))
     except Mistake:  # the text is not there any more
         return False
 
@@ -273,7 +295,10 @@ def _cached(prefix: Path, spec: str, cache: Cache) -> TokenStore | None:
 def _identified(part: TokenStore) -> TokenStore:
     """A part of a store, with a source_sha256 of its own."""
     first, documents_ = part.facts["first_document"], part.num_documents
-    part.facts["source_sha256"] = _join(part.facts["source_sha256"], f"documents {first} to {first + documents_}")
+    words = [f"documents {first} to {first + documents_}"]
+    if "first_token" in part.facts:
+        words.append(f"{part.num_tokens} tokens from {part.facts['first_token']}")
+    part.facts["source_sha256"] = _join(part.facts["source_sha256"], *words)
     return part
 
 

@@ -1,4 +1,7 @@
-"""Splits of one text by whole documents: 'split:969,30,1', Megatron-LM's shares of training, validation and test, or 'split:0.05'."""
+"""Splits of one text by whole documents: 'split:969,30,1', Megatron-LM's shares of training, validation and test, or 'split:0.05'.
+
+A text of one document is split by position, with the same rule for tokens.
+"""
 
 import math
 from itertools import accumulate, pairwise
@@ -38,7 +41,12 @@ def borders(spec: str, documents: int) -> list[int]:
 
 
 def split(store: TokenStore, spec: str, name: str) -> list[TokenStore]:
-    """The training, validation and test part of the store of `name`. A Mistake if a part that has a share has no document."""
+    """The training, validation and test part of the store of `name`. A Mistake if a part that has a share has no document.
+
+    The parts of a single document have `first_token` among their facts.
+    """
+    if store.num_documents == 1:
+        return [store.piece(begin, end) for begin, end in pairwise(borders(spec, store.num_tokens))]
     ends = borders(spec, store.num_documents)
     sizes = [end - begin for begin, end in pairwise(ends)]
     for part, share, size in zip(PARTS, shares(spec), sizes, strict=True):

@@ -126,6 +126,8 @@ def with_bytes(store: TokenStore, tokenizer: Tokenizer, cache: Cache) -> TokenSt
 
     first = store.facts.get("first_document", 0)
     kind = f"bytes-{tokenizer.fingerprint[:16]}-{first}-{first + store.num_documents}"
+    if "first_token" in store.facts:
+        kind += f"-{store.facts['first_token']}-{store.num_tokens}"
     files = [file_of(store.prefix, suffix) for suffix in (".bin", ".idx")]
     store.facts |= cache.remembered(kind, files, f"decoding {name}", find)
     return store

@@ -5,13 +5,13 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from parallel.errors import Mistake
-from research.data.documents import check_exists, documents
+from research.data.documents import documents, paths
 
 COUNT = 4
 MOST_DOCUMENTS, MOST_LINES = 64, 64
 """Of the text that is read for prompts, and of each document."""
 LARGEST = 64 * 2**20
-"""Bytes of the file. A larger one would delay the start of the server."""
+"""Bytes of the text's files. A larger one would delay the start of the server."""
 FEWEST_WORDS, MOST_WORDS, MOST_CHARACTERS = 3, 9, 56
 """Of a prompt."""
 NEUTRAL = ("Once upon a time", "In the beginning", "The most important thing is", "There was")
@@ -21,7 +21,7 @@ NEUTRAL = ("Once upon a time", "In the beginning", "The most important thing is"
 def example_prompts(validation: str, root: Path) -> tuple[str, ...]:
     """Up to COUNT prompts from the corpus that data.validation names; NEUTRAL if it cannot be read or has no line to begin with."""
     try:
-        if check_exists(validation, root).stat().st_size > LARGEST:
+        if sum(path.stat().st_size for path in paths(validation, root)) > LARGEST:
             return NEUTRAL
         return opening_words(documents(validation, root)) or NEUTRAL
     except Mistake:

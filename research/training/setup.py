@@ -221,6 +221,8 @@ def show_data(job: Job, corpus: Corpus, text: HeldOut, console: Console) -> None
     sizes = f"{fmt.count(corpus.train.num_tokens)} train, {fmt.count(corpus.validation.num_tokens)} validation tokens"
     if text.tokens < corpus.validation.num_tokens - 1:
         sizes += f" (of which the first {fmt.count(text.tokens)} are predicted)"
+    if "first_token" in corpus.validation.facts:
+        sizes += " (one document, split by position)"
     console.header([("data", f"{data.train} · {corpus.tokenizer.name} · {sizes} · {schedule.steps} steps = {seen:.2f} epochs")])
     for warning in doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, text.tokens):
         console.warn(warning, in_header=True)

@@ -17,8 +17,8 @@ from parallel.errors import Mistake
 from research import __main__ as research
 from research.cli import data, store_description
 from research.config import Data, serialization
+from research.config.batch_sizes import BatchSizes
 from research.data import inspection, prepare
-from research.data.batch_sizes import BatchSizes
 from research.data.batches import one_source
 from research.data.token_store import TokenStore
 from research.tracking import run_folder

@@ -33,7 +33,7 @@ def test_every_verb_is_a_file():
     ("argv", "message"),
     [
         (["rnus"], "error  python -m research does not know rnus → did you mean runs?"),
-        (["xyz"], "error  python -m research does not know xyz → use runs, generate, "),
+        (["xyz"], "error  python -m research does not know xyz → use prepare, runs, generate, "),
         (["__main__"], "error  python -m research does not know __main__"),
         (["runs", "--jsno"], "error  python -m research runs does not know --jsno → did you mean --json?"),
         (["runs", "--root"], "error  python -m research runs: argument --root: expected one argument"),

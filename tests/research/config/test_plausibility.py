@@ -153,6 +153,16 @@ def test_one_text_under_another_path_is_the_same_text(tmp_path: Path) -> None:
         assert said == f"data.validation = {name!r} is the text of data.train → name a text that is not trained on"
 
 
+def test_a_text_within_the_folder_of_the_other_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "all" / "more").mkdir(parents=True)
+    (tmp_path / "all" / "more" / "a.txt").write_text("text")
+    (tmp_path / "other").mkdir()
+    for train, validation in (("all", "all/more/a.txt"), ("./all/../all/more", "all")):
+        (said,) = contradictions(settled({"data": {"train": train, "validation": validation}}), tmp_path)
+        assert said.startswith(f"data.validation = {validation!r} and data.train = {train!r} lie one in the other")
+    assert list(contradictions(settled({"data": {"train": "all", "validation": "other"}}), tmp_path)) == []
+
+
 def test_a_vocabulary_with_hardly_any_tokens_is_said_with_the_size_that_fits() -> None:
     (said,) = doubts_of_text(example(), 2114, 1000)
     assert said == (

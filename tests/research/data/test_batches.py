@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from parallel.errors import Mistake
+from research.config.batch_sizes import BatchSizes
 from research.data import batches, order
-from research.data.batch_sizes import BatchSizes
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 3), (4, 2), (5, 1)]
 """(data ranks, sequences a micro-batch)"""

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.errors import Mistake
+from research.config.batch_sizes import BatchSizes
 from research.data import order
-from research.data.batch_sizes import BatchSizes
 from research.data.batches import StreamSampler, one_source
 from research.data.blend import BLOCK, Blend, Stage, apportioned
 

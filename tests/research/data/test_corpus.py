@@ -11,7 +11,7 @@ import pytest
 
 from parallel.errors import Mistake
 from research import ROOT
-from research.data import corpus, corpus_inputs, corpus_split, corpus_work, tokenizer, tokenizer_file
+from research.data import corpus, corpus_inputs, corpus_split, corpus_work, tokenizer, tokenizer_file, tokenizer_processes
 from research.data.corpus import Options
 from research.data.corpus_inputs import Inputs
 from research.data.corpus_split import Split, shares_of
@@ -58,7 +58,8 @@ def prepare(tmp_path):
 
 @pytest.fixture
 def small_sizes(monkeypatch):
-    """Parts and groups of a few documents."""
+    """Parts and groups of a few documents, which may begin in one and end in the next."""
+    monkeypatch.setattr(corpus_inputs, "PIECE", 20)
     monkeypatch.setattr(corpus, "PART_TOKENS", 3000)
     monkeypatch.setattr(corpus_inputs, "GROUP", 1000)
 
@@ -72,13 +73,14 @@ def stores_of(folder, names=("train", "val", "test")):
 
 def test_an_independent_reader_finds_every_document_once(tmp_path, lines, prepare, small_sizes):
     """Exact shares, the order of the input in each part, and the bytes of the text in the sidecar."""
-    lines("a.jsonl", [*TEXTS[:120], ""])
-    lines("b.jsonl", TEXTS[120:])
+    texts = [*TEXTS, *(f"{i} long words " * 150 for i in range(20))]
+    lines("a.jsonl", [*texts[:120], ""])
+    lines("b.jsonl", texts[120:])
     folder, _ = prepare(["a.jsonl", "b.jsonl"], split="90,5,5")
     stores = stores_of(folder)
-    documents = [[*text.encode(), 256] for text in TEXTS]
+    documents = [[*text.encode(), 256] for text in texts]
     where = [next(name for name in stores if document in stores[name]) for document in documents]
-    count = len(TEXTS)
+    count = len(texts)
     assert [len(stores[name]) for name in stores] == [
         round(0.9 * count),
         round(0.95 * count) - round(0.9 * count),
@@ -166,6 +168,25 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, lines, prepare, small_siz
     for name in names:
         same = (one / name).read_bytes() == (two / name).read_bytes().replace(b"w2/", b"w1/")
         assert same, name
+
+
+def test_bpe_is_trained_on_the_training_part(lines, prepare, small_sizes, tmp_path, monkeypatch):
+    """The table is that of the documents of `train` alone, or of the beginning of a single document."""
+    monkeypatch.setattr(corpus_inputs, "AT_ONCE", 7)
+    monkeypatch.setattr(tokenizer_processes, "made_in_process", tokenizer.made_from)
+    lines("a.jsonl", [f"{chr(97 + i % 26) * 5} the cat" for i in range(100)])
+    folder, _ = prepare(["a.jsonl"], "builtin:bpe-300", "50,50")
+    own = tokenizer_file.load(str(folder / "tokenizer.json"), ROOT)
+    texts = [own.decode(ids[:-1]) for ids in read_store(folder / "train")]
+    assert len(texts) == 50 and (folder / "tokenizer.json").read_text() == tokenizer.train_bpe(texts, 300)
+    (tmp_path / "b.txt").write_text("ab " * 500 + "cd " * 500)
+    folder, _ = prepare(["b.txt"], "builtin:bpe-300", "50,50", title="b")
+    assert (folder / "tokenizer.json").read_text() == tokenizer.train_bpe(["ab " * 500], 300)
+    monkeypatch.setattr(corpus_inputs, "MOST_TRAINED", 300)
+    inputs = Inputs(["b.txt"], tmp_path, Reading())
+    monkeypatch.setattr(corpus_inputs, "PIECE", 30)
+    some = list(inputs.training_texts(Split(shares_of("50,50"), 1, 3001, 0), 1500, nothing))
+    assert 280 <= sum(map(len, some)) <= 340 and set("".join(some)) == set("ab ")
 
 
 def interrupted(prepare, monkeypatch, *arguments, **settings):

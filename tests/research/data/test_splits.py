@@ -1,12 +1,13 @@
 """Splits: Megatron-LM's rule, computed here a second time, and what leaves a part without a document."""
 
 import re
+import types
 
 import numpy as np
 import pytest
 
 from parallel.errors import Mistake
-from research.data import splits
+from research.data import prepare, splits, tokenizer
 from research.data.token_store import TokenStore
 from tests.research.helpers import megatron_files
 
@@ -43,6 +44,33 @@ def test_the_parts_are_whole_documents_and_all_of_them(tmp_path):
     parts = splits.split(store(tmp_path, 10), "split:7,2,1", "store:m")
     assert [part.tokens[::3].tolist() for part in parts] == [[0, 1, 2, 3, 4, 5, 6], [7, 8], [9]]
     assert [part.num_documents for part in parts] == [7, 2, 1]
+
+
+def test_one_document_is_split_by_position(tmp_path):
+    """A text file in an experiment: the parts follow one another, know their bytes, and are not taken for one another."""
+    text = "".join(f"{i} état, " for i in range(500))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found = {}
+    for split in ("split:0.05", "split:80,20"):
+        data = types.SimpleNamespace(train="a.txt", validation=split, tokenizer="builtin:bytes", cache="cache")
+        found[split] = corpus = prepare.load(data, tmp_path, 257)
+        tokens, share = len(text.encode()) + 1, 0.95 if split == "split:0.05" else 0.8
+        parts = [corpus.train.tokens.tolist(), corpus.validation.tokens.tolist()]
+        assert sum(parts, []) == [*text.encode(), 256] and len(parts[0]) == round(share * tokens)
+        assert [store.document_offsets().tolist() for store in (corpus.train, corpus.validation)] == [[0, len(part)] for part in parts]
+        assert corpus.validation.num_bytes == len(bytes(parts[1][:-1]).decode(errors="replace").encode())
+        assert prepare.held_out(corpus, 100).num_bytes == len(bytes(parts[1][:101]).decode(errors="ignore").encode())
+    digests = {store.facts["source_sha256"] for corpus in found.values() for store in (corpus.train, corpus.validation)}
+    assert len(digests) == 4 and found["split:0.05"].fingerprint != found["split:80,20"].fingerprint
+
+
+def test_characters_are_taken_from_all_parts_and_bpe_from_the_first(tmp_path):
+    (tmp_path / "a.txt").write_text("ab " * 500 + "cd " * 500)
+    data = types.SimpleNamespace(train="a.txt", validation="split:0.5", tokenizer="builtin:chars", cache="cache")
+    assert prepare.load(data, tmp_path, 300).tokenizer.vocab_size == 6
+    data.tokenizer = "builtin:bpe-300"
+    found, whole = prepare.load(data, tmp_path, 300).tokenizer, tokenizer.train_bpe(["ab " * 500], 300)
+    assert found.fingerprint == tokenizer.from_json("builtin:bpe-300", whole).fingerprint
 
 
 @pytest.mark.parametrize(

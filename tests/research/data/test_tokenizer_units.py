@@ -134,6 +134,19 @@ def test_ranks_give_tiktokens_ids(tmp_path, ranks):
     assert own.end_of_text == len(ranks) and own.vocab_size == len(ranks) + 1
 
 
+def test_a_token_may_be_made_of_any_two_tokens(tmp_path):
+    """'abcd' of 'abc' and 'd' or of 'ab' and 'cd', whichever neighbours there are, as tiktoken merges by the rank of the whole."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {
+        token: 256 + i for i, token in enumerate([b"ab", b"abc", b"cd", b"abcd", b"yz"])
+    }
+    own = load(tmp_path, ranks)
+    for text in ("abcd", "xabcd", "xabcdyz", "abcabcd", "cdab cdabcd", "xyzabccd"):
+        words = regex.findall(tokenizer_ranks.CL100K, text)
+        assert own.encode(text) == [ranks[part] for word in words for part in merged([bytes([byte]) for byte in word.encode()], ranks)], (
+            text
+        )
+
+
 @given(TEXT)
 @settings(max_examples=50, deadline=None)
 def test_any_text_comes_back_from_ranks(tmp_path_factory, ranks, text):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import latest
@@ -12,6 +13,7 @@ from parallel.checkpoint.reader import Reader
 from parallel.errors import Mistake
 from research.cli import export
 from research.config import serialization
+from research.data import tokenizer
 from research.data.prepare import load_tokenizer
 from research.tracking import run_folder
 from research.tracking.own_runs import mark_as_own
@@ -20,6 +22,7 @@ from tests.parallel.helpers.checkpoints import save
 from tests.research.helpers.example import example
 from tests.research.helpers.hf_models import imported
 from tests.research.helpers.launches import ROOT, Ended
+from tests.research.helpers.untrained import make
 
 
 def test_imported_again_it_is_the_same_to_the_bit(tensor_2: Ended, tmp_path):
@@ -63,6 +66,22 @@ def untrained(place: Path, **model) -> RunFolder:
     run_folder.start(run, layout="", precision="fp32", steps=1)
     checkpoint_folder.point_latest(run.checkpoints / "step_000001")
     return run
+
+
+@pytest.mark.parametrize("letters", ["ab é\n", "猫犬"])
+def test_a_run_on_characters_is_exported_and_imported_again(letters, tmp_path):
+    """Its tokenizer encodes little of the certificate's text, or nothing of it."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text(tokenizer.made_from(tokenizer.CHARS, [letters]), encoding="utf-8")
+    run = make(tmp_path)
+    settings = serialization.load(run.config)
+    data = settings.data.model_copy(update={"tokenizer": str(file)})
+    serialization.save(settings.model_copy(update={"data": data}), run.config)
+    mark_as_own(run)
+    export.main([str(run.path), str(tmp_path / "out")])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(letters).input_ids == [sorted(letters).index(letter) for letter in letters]
+    assert theirs.decode(theirs(letters).input_ids) == letters and theirs.eos_token_id == len(letters)
 
 
 def test_settings_without_a_counterpart_are_refused_with_the_list(tmp_path):

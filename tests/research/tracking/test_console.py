@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -158,6 +159,18 @@ def test_long_work_says_in_a_pipe_how_far_it_is(monkeypatch):
     assert lines(lambda advance: advance(1200), "validation", 2000)[:2] == ["validation …", "validation … 1,200 of 2,000 · 0:00"]
     assert lines(lambda advance: advance(41_000_000), "tokenizing a", unit="characters")[1] == "tokenizing a … 41.0 M characters · 0:00"
     assert lines(lambda advance: None, "saving", announced=False)[0] == "saving … 0:00"
+    pattern = r"reading … 1\.20 k of 2\.00 k bytes · [\d.,]+( [kMBT])?/s · 0:00, 0:00 left"
+    assert re.fullmatch(pattern, lines(lambda advance: advance(1200), "reading", 2000, "bytes")[1])
+
+
+def test_a_bar_shows_amount_and_rate_of_what_is_counted():
+    def act(console):
+        with console.progress("reading", 2000, "bytes") as advance:
+            advance(500)
+            time.sleep(0.05)
+            advance(700)
+
+    assert re.search(r"1\.20 k of 2\.00 k bytes · [\d.,]+( [kMBT])?/s", said(act, terminal=True))
 
 
 def test_short_work_that_is_not_announced_leaves_no_line():

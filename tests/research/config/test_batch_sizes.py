@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import Mistake
-from research.data.batch_sizes import BatchSizes
+from research.config.batch_sizes import BatchSizes
 
 
 def counted(size: int, ramp: tuple[int, int, int], steps: int) -> list[int]:
