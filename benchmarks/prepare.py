@@ -20,6 +20,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS, SECONDS = 50_000, 0.05
+BLOCKS = 64
+"""Blocks of 1 MB that are drawn. A longer text repeats them."""
 
 
 def generate(path: Path, num_bytes: int, one_line: bool) -> None:
@@ -29,14 +31,18 @@ def generate(path: Path, num_bytes: int, one_line: bool) -> None:
     words = ["".join(draw.choice(letters, size)) for size in draw.integers(2, 11, WORDS)]
     chances = 1 / np.arange(1, WORDS + 1)
     chances /= chances.sum()
-    written = 0
+    written, blocks = 0, list[str]()
     with path.open("w", encoding="utf-8") as file:
         while written < num_bytes:
+            if len(blocks) == BLOCKS:
+                written += sum(map(file.write, blocks))
+                continue
             numbers = draw.choice(WORDS, 200_000, p=chances)
             cuts = np.cumsum(draw.integers(2, 2000, 300))
             texts = [" ".join(words[i] for i in part) for part in np.split(numbers, cuts[cuts < len(numbers)])]
             block = " ".join(texts) + " " if one_line else "".join(json.dumps({"text": text}) + "\n" for text in texts)
             written += file.write(block)
+            blocks.append(block)
 
 
 def measured(command: list[str]) -> tuple[float, float, str]:
