@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -90,14 +91,22 @@ def load_tokenizer(data: DataSettings, root: Path, progress: Progress = silent, 
         cache = Cache(folder, progress, believe_since_ns)
 
         def texts() -> Iterator[str]:  # taken only if there is no tokenizer yet
-            advance = work.enter_context(progress(f"training {data.tokenizer} on {data.train}"))
-            for text in documents.documents(data.train, root):
+            advance, end = work.enter_context(progress(f"training {data.tokenizer} on {data.train}")), None
+            if splits.is_split(data.validation):
+                count = sum(1 for _ in documents.documents(data.train, root))
+                end = splits.borders(data.validation, count)[1] if count > 1 else None
+            for text in islice(documents.documents(data.train, root), end):
                 for piece in pieces(text):
                     yield piece
                     advance(len(piece))
 
         waiting = functools.partial(cache.waiting, f"training {data.tokenizer}")
-        return trained(data.tokenizer, texts(), text_digest(data.train, root, cache), folder, waiting)
+        return trained(data.tokenizer, texts(), _trained_on(data, text_digest(data.train, root, cache)), folder, waiting)
+
+
+def _trained_on(data: DataSettings, train_digest: str) -> str:
+    """The digest of what a tokenizer is trained on: of data.train, or of its training part if the held-out text is another part of it."""
+    return _join(train_digest, data.validation) if splits.is_split(data.validation) else train_digest
 
 
 def held_out_store(
@@ -145,7 +154,7 @@ def tokenizer_at_hand(data: DataSettings, root: Path) -> Tokenizer | None:
         return load_tokenizer(data, root)
     if not data.train.startswith(documents.BUILTIN):  # it may be long, and its digest needs all of it
         return None
-    return kept(data.tokenizer, documents.digest(data.train, root), Path(root) / Path(data.cache).expanduser())
+    return kept(data.tokenizer, _trained_on(data, documents.digest(data.train, root)), Path(root) / Path(data.cache).expanduser())
 
 
 def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:
@@ -153,10 +162,10 @@ def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:
     paths = [tokenizer_file.path_of(data.tokenizer, root) for data in (then, now)]
     if then.tokenizer != now.tokenizer:
         return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
-    if not now.tokenizer.startswith(TRAINED) or then.train == now.train:
+    if not now.tokenizer.startswith(TRAINED) or (then.train == now.train and _trained_on(then, "") == _trained_on(now, "")):
         return True
     try:
-        return digest(then, then.train, root) == digest(now, now.train, root)
+        return _trained_on(then, digest(then, then.train, root)) == _trained_on(now, digest(now, now.train, root))
     except Mistake:  # the text is not there any more
         return False
 

@@ -1,7 +1,7 @@
 """Token store: a split's token ids as one memory-mapped stream, in Megatron-LM's .bin/.idx format (research/data/megatron_index.py).
 
 PREFIX.json, beside PREFIX.bin and PREFIX.idx, is not part of that format. Stores that are written here have it: where the ids came from,
-how many documents, tokens and UTF-8 bytes of text there are (for bits per byte), the largest id, and the SHA-256 of both files.
+how many documents, tokens and UTF-8 bytes of text there are (for bits per byte), the largest id, and both SHA-256.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,8 @@ CODES = {"<u2": 8, "<i4": 4}
 """Type codes of what is written here, which mean the same to every reader but DeepSpeed's own."""
 LONGEST = 2**31 - 1
 COUNTS = ("documents", "tokens")
+KINDS = {**dict.fromkeys((*COUNTS, "bytes", "max_id"), int), **dict.fromkeys(("bin_sha256", "idx_sha256", "tokenizer_sha256"), str)}
+"""What PREFIX.json says, where it does."""
 
 
 class TokenStore:
@@ -86,7 +88,7 @@ class TokenStore:
         view.facts.pop("bytes", None)
         return view
 
-    def read(self, advance: Callable[[int], object] = lambda tokens: None) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         """The smallest and largest id and the SHA-256 of both files. Reads them whole; a Mistake if the index is not in order."""
         self._index.check_order()
         smallest, largest, sha256 = 0, -1, hashlib.sha256()
@@ -95,7 +97,6 @@ class TokenStore:
                 sha256.update(piece)
                 ids = np.frombuffer(piece, self._index.dtype)
                 smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
-                advance(len(ids))
         with self._index.path.open("rb") as file:
             index_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"min_id": smallest, "max_id": largest, "bin_sha256": sha256.hexdigest(), "idx_sha256": index_sha256}
@@ -105,14 +106,15 @@ class TokenStore:
             facts = read_json(file_of(self.prefix, ".json"))
         except (OSError, ValueError):
             return {}
-        return facts if [facts.get(name) for name in COUNTS] == [self.num_documents, self.num_tokens] else {}
+        fits = [facts.get(name) for name in COUNTS] == [self.num_documents, self.num_tokens]
+        return facts if fits and all(type(facts[name]) is kind for name, kind in KINDS.items() if name in facts) else {}
 
 
 class StoreWriter:
     """Writes a store document by document, in bounded memory: `with StoreWriter(prefix, vocab_size, facts) as writer: writer.add(…)`.
 
     On leaving, .bin, .json and last .idx appear, each whole, by a rename: where there is an .idx, the store is complete. An exception
-    leaves nothing behind. PREFIX.json holds `facts`, the counts of documents, tokens and bytes, the largest id, and the .bin's SHA-256.
+    leaves nothing behind. PREFIX.json holds `facts`, the counts of documents, tokens and bytes, the largest id, and both SHA-256.
     """
 
     def __init__(self, prefix: Path, vocab_size: int, facts: dict):

@@ -72,6 +72,7 @@ def test_the_last_of_two_counts_and_no_change_is_no_override() -> None:
 def test_options(local: list[str]) -> None:
     assert parse(example(), [*local, "--dry-run", "--verbose"])[1:] == ([], Options(dry_run=True, verbose=True))
     assert parse(example(), [*local, "--dry_run"])[2] == Options(dry_run=True)
+    assert parse(example(), [*local, "--rehash", "--resume", "auto"])[1:] == ([], Options(rehash=True, resume="auto"))
     assert parse(example(), [*local, "--nonsense", "--help"])[2] == Options(help=True)
     assert parse(example(), [*local, "--help", "--verbose"])[2] == Options(help=True)
 

@@ -8,6 +8,7 @@ import shutil
 import struct
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,22 @@ def test_what_was_found_is_not_looked_for_again(stores, tmp_path):
     assert again.fingerprint != first.fingerprint
 
 
+def test_of_all_ranks_at_once_one_reads(stores, tmp_path, monkeypatch):
+    """Threads stand for ranks: each opens the lock for itself. The one that reads takes long enough for the others to ask."""
+    read, reads, said = TokenStore.read, [], []
+
+    def slow(store):
+        reads.append(store.prefix.name)
+        time.sleep(0.1)
+        return read(store)
+
+    monkeypatch.setattr(TokenStore, "read", slow)
+    with ThreadPoolExecutor(4) as ranks:
+        found = [*ranks.map(lambda rank: prepare.load(stores, tmp_path, 300, noting(said)).fingerprint, range(4))]
+    assert sorted(reads) == ["m_text_document", "v"] and len(set(found)) == 1
+    assert [word for word in said if "decoding" in str(word)] == ["decoding store:v to count its bytes"]
+
+
 def test_a_text_is_not_read_at_the_second_start(settings, tmp_path):
     first = prepare.load(settings, tmp_path, 300)
     rewrite(tmp_path / "train.jsonl", "x" * (tmp_path / "train.jsonl").stat().st_size)
@@ -151,6 +168,14 @@ def test_a_json_of_that_name_that_is_no_sidecar_is_passed_over(stores, corpus, t
         assert prepare.load(stores, tmp_path, 300).validation.num_bytes == corpus.validation.num_bytes
 
 
+@pytest.mark.parametrize(("name", "value"), [("max_id", "7"), ("bytes", None), ("bin_sha256", 5), ("tokenizer_sha256", [])])
+def test_a_sidecar_with_a_value_of_another_kind_is_passed_over(stores, corpus, tmp_path, name, value):
+    stores.train = own(tmp_path, corpus)
+    table = json.loads((tmp_path / "own.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps(table | {name: value}))
+    assert prepare.load(stores, tmp_path, 300).train.facts["max_id"] == corpus.train.tokens.max()
+
+
 def test_ids_that_model_or_tokenizer_do_not_have_are_named(stores, tmp_path):
     megatron_files.write(tmp_path / "m_text_document", [[[1, 2, 0]], [[5, 320, 0]]], 8, "<u2")
     with pytest.raises(Mistake, match=r"token id 320 of document 1 at offset 1 is not below the tokens of data.tokenizer .* → name the"):
@@ -208,6 +233,16 @@ def test_one_text_gives_both_parts(settings, corpus, tmp_path):
     cut = [found.tokenizer.decode(found.validation.tokens[begin : end - 1]) for begin, end in found.validation.documents()]
     assert cut == texts[18:] and found.train.num_documents == 18
     assert found.validation.num_bytes == sum(len(text.encode()) for text in texts[18:])
+
+
+def test_a_tokenizer_is_trained_on_the_training_part_alone(settings, tmp_path, lines):
+    texts = list(documents.documents("train.jsonl", tmp_path))
+    settings.validation = "split:0.3"
+    found, again = (prepare.load(settings, tmp_path, 300).tokenizer for _ in range(2))
+    settings.train, settings.validation = lines("part.jsonl", texts[:14]), "val.jsonl"
+    assert found.fingerprint == again.fingerprint == prepare.load(settings, tmp_path, 300).tokenizer.fingerprint
+    settings.train = "train.jsonl"
+    assert prepare.load(settings, tmp_path, 300).tokenizer.fingerprint != found.fingerprint
 
 
 TOKENS, DOCUMENTS = 10**9, 10**5

@@ -65,6 +65,15 @@ def test_texts_and_cache_of_a_strangers_run(tmp_path):
     assert (trusted_settings(copy).data.validation, trusted_settings(copy).data.cache) == (NOT_READ, ".cache")
     with pytest.raises(Mistake, match="data.validation = .*validation.txt"):
         trusted_settings(copy, reads=["validation"])
+    change(copy, "data", validation="split:0.1")
+    assert trusted_settings(copy, reads=["validation"]).data.validation == "split:0.1", "a part of a built-in text"
+    change(copy, "data", train="store:/etc/passwd", tokenizer="builtin:gpt2")
+    assert (trusted_settings(copy).data.train, trusted_settings(copy).data.validation) == (NOT_READ, NOT_READ)
+    with pytest.raises(Mistake, match="data.validation = 'split:0.1' of copy-abcdef is a part of a file, .* it is not read"):
+        trusted_settings(copy, reads=["validation"])
+    with pytest.raises(Mistake, match="data.train = 'store:/etc/passwd' of copy-abcdef is a file, .* it is not read"):
+        trusted_settings(copy, reads=["train"])
+    change(copy, "data", train="builtin:state_of_the_union/val")
     (copy.path / "held_out.jsonl.xz").write_bytes(b"")  # it may unpack to any size
     change(copy, "data", validation=str(copy.path / "held_out.jsonl.xz"))
     with pytest.raises(
