@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
+from parallel.files import megabytes
 from research import ROOT
 from research.config import Data
 from research.data import inspection, prepare, tokenizer_file
@@ -156,10 +157,9 @@ def _place(tokens: float) -> float:
 
 def read_largest_id(store: TokenStore) -> int:
     """The largest id of a store whose sidecar does not tell. Standard error shows the reading of a large one."""
-    if store.tokens.nbytes <= LONG:
-        return inspection.largest_id(store)
-    with Console(sys.stderr).progress(f"reading {store.prefix.name} for its largest id", store.num_tokens) as advance:
-        return inspection.largest_id(store, advance)
+    shown = Console(sys.stderr, quiet=store.tokens.nbytes <= LONG)
+    with shown.progress(f"reading {store.prefix.name} for its largest id ({megabytes(store.tokens.nbytes)})"):
+        return int(store.read()["max_id"])
 
 
 def sample_texts(store: TokenStore, tokenizer: Tokenizer, count: int) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""What a token store holds: the documents that a stretch of tokens touches, the lengths of its documents, its largest id, its texts.
+"""What a token store holds: the documents that a stretch of tokens touches, the lengths of its documents, the texts of some.
 
 Everything is read in pieces, so memory stays bounded however long the store is.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import FILE, LARGEST
 
-DOCUMENTS, TOKENS = 1 << 20, 1 << 24
-"""Documents, and tokens, that are looked at at a time."""
+DOCUMENTS = 1 << 20
+"""Documents whose lengths are looked at at a time."""
 TOKENS_PER_CHARACTER = 4
 """The most tokens that one character can have: a byte each."""
 CACHED = re.compile(r"builtin:([a-z]+(?:-\d+)?)")
@@ -81,16 +81,6 @@ def document_lengths(store: TokenStore) -> Lengths:
         values, places = np.unique(np.concatenate([values, new]), return_inverse=True)
         counts = np.bincount(places, weights=np.concatenate([counts, new_counts])).astype(np.int64)  # exact below 2^53
     return Lengths(values, counts)
-
-
-def largest_id(store: TokenStore, advance: Callable[[int], object] = lambda tokens: None) -> int:
-    """The largest id of the store. Reads all of its tokens; `advance` is told how many more have been read."""
-    largest = -1
-    for start in range(0, store.num_tokens, TOKENS):
-        piece = store.tokens[start : start + TOKENS]
-        largest = max(largest, int(piece.max()))
-        advance(len(piece))
-    return largest
 
 
 def evenly_spaced(store: TokenStore, count: int) -> list[int]:

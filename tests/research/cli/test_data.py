@@ -234,7 +234,6 @@ def store_of(prefix: Path, lengths: list[int], ids: np.ndarray, sequences_per_do
 def test_figures_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     """Of a store that another program has written, with empty documents and documents of two sequences. Read in small pieces."""
     monkeypatch.setattr(inspection, "DOCUMENTS", 7)
-    monkeypatch.setattr(inspection, "TOKENS", 100)
     draw = np.random.default_rng(1)
     for documents in (1, 2, 101, 200):
         lengths = np.maximum(0, draw.geometric(0.02, 2 * documents) - 3)
