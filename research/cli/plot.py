@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dark", action="store_true", help="light lines on a dark background")
     arguments = parser.parse_args(argv)
     if arguments.out.suffix.lower() not in FORMATS:
-        raise Mistake(f"--out {arguments.out} is neither PNG nor SVG → use {arguments.out.with_suffix('.png').name} or .svg")
+        raise Mistake(f"--out {arguments.out} is neither PNG nor SVG → use {arguments.out.stem or 'plot'}.png or .svg")
 
     folders = list({folder.path: folder for folder in map(run_folder.find, arguments.runs)}.values())
     runs = curves(folders)

@@ -15,7 +15,7 @@ from research.data.inspection import Extract, Lengths
 from research.data.megatron_index import file_of
 from research.data.stores import LONG, STORE
 from research.data.token_store import TokenStore
-from research.data.tokenizer import GPT2, TRAINED, Tokenizer, declared_vocab_size
+from research.data.tokenizer import BYTES, GPT2, Tokenizer, declared_vocab_size, is_made_from_text
 from research.exchange.limited_tokenizer import try_tokenizer
 from research.tracking import format as fmt
 from research.tracking import plot
@@ -28,7 +28,7 @@ FORMATS = (".png", ".svg")
 LONGEST, CHARACTERS, BAR = 160, 200, 40
 """The most characters of a name, and of a text, and the columns of the longest bar."""
 EIGHTHS = "▏▎▍▌▋▊▉█"
-FIXED = (GPT2,)
+FIXED = (GPT2, BYTES)
 """Built-in tokenizers that are not made from a text."""
 MOST_TICKS = 14
 """Numbers below the picture: of more bars, every second or third has one."""
@@ -207,7 +207,7 @@ def find_tokenizer(store: TokenStore, named: str | None, largest: int) -> Tokeni
 
 def load_tokenizer(store: TokenStore, name: str) -> Tokenizer:
     """A tokenizer.json, or a built-in tokenizer that is not made from a text. Relative paths start at the working directory."""
-    if name.startswith(TRAINED):
+    if is_made_from_text(name):
         raise Mistake(
             f"--tokenizer {name} is made from a text, which a token store does not hold → name its {tokenizer_file.FILE}: data.cache has it"
         )
