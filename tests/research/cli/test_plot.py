@@ -72,6 +72,7 @@ def test_mistakes_are_sentences(place: Path) -> None:
         ([path, "--metric", "grad_nrm"], "no row has the metric grad_nrm → did you mean grad_norm?"),
         ([path, "--metric", "zzzz"], "no row has the metric zzzz → use loss, lr, grad_norm, train/loss"),
         ([path, "--out", "a.jpg"], "--out a.jpg is neither PNG nor SVG → use a.png or .svg"),
+        ([path, "--out", ""], "--out . is neither PNG nor SVG → use plot.png or .svg"),
         ([path, "--out", "no/a.png"], "--out no/a.png cannot be written .No such file or directory. → name a file in a folder that exists"),
         ([str(run_of(place, "fresh", 0.003, 1, rows=0).path)], "has no rows in metrics.jsonl → plot a run that has logged a step"),
         (["nothing"], "there is no run folder nothing"),
