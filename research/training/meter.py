@@ -120,8 +120,9 @@ class Meter:
 
     def memory_row(self) -> dict[str, float]:
         """The keys of metrics.jsonl: the peak on this rank's GPU, or else of the whole process, and what the run has added on the host."""
+        host = self.memory.row()  # before the peak, which is then not below it
         peak = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else self.memory.peak()
-        return {"perf/memory_mb": peak, **gpu_memory(), **self.memory.row()}
+        return {"perf/memory_mb": peak, **gpu_memory(), **host}
 
     def seconds(self) -> float:
         """Seconds of the whole run so far, evaluations included."""

@@ -202,8 +202,9 @@ def prepare_run(
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, locked, engine, console, resumed)
-    for store in {store.prefix: store for store in (corpus.validation, corpus.train)}.values():  # the parts of a split have one
-        tracker.refer_to_store(store.prefix, store.facts)
+    tracker.refer_to_store(corpus.train.prefix, corpus.train.facts)
+    if corpus.validation.prefix != corpus.train.prefix:  # they are not parts of one store
+        tracker.refer_to_store(corpus.validation.prefix, corpus.validation.facts)
     meter = Meter(memory=memory)
     sampler = sampler_of(experiment, corpus)
     run = Run(job, locked, folder, variants, corpus, sampler, engine, tracker, console, meter, watch.note_signals(), watch.progress)

@@ -102,18 +102,19 @@ def typed_recompute() -> Iterator[None]:
     def twice_checked(checkpoint: Callable) -> Callable:
         def run(forward: Callable, *inputs: Any, **settings: Any) -> Any:
             modes = _get_current_function_mode_stack()
-            types = [spmd.get_local_type(x) if isinstance(x, Tensor) else None for x in inputs]
+            context = [setting for setting in settings.values() if isinstance(setting, Tensor)]
+            types = [spmd.get_local_type(x) if isinstance(x, Tensor) else None for x in (*inputs, *context)]
 
-            def first_or_again(*arguments: Any) -> Any:
+            def first_or_again(*arguments: Any, **context: Any) -> Any:
                 if _get_current_function_mode_stack():  # the first time
-                    return forward(*arguments)
-                for x, known in zip(arguments, types, strict=True):
+                    return forward(*arguments, **context)
+                for x, known in zip((*arguments, *context.values()), types, strict=True):
                     if isinstance(x, Tensor) and not spmd.has_local_type(x):
                         spmd.assert_type(x, known)
                 with ExitStack() as again:
                     for mode in modes:
                         again.enter_context(mode)
-                    return forward(*arguments)
+                    return forward(*arguments, **context)
 
             return checkpoint(first_or_again, *inputs, **settings)
 

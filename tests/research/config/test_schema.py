@@ -109,7 +109,7 @@ ADDED = {GPT: {"attention"}, Optimizer: {"name"}}
 def test_science_has_no_defaults() -> None:
     for kind in (GPT, Data, Schedule, Optimizer):
         optional = {name for name, field in kind.model_fields.items() if not field.is_required()}
-        assert optional <= {*ROTARY, *FOLLOWING, "cache", "log_every", "validate_tokens", "decay_steps", *ADDED.get(kind, ())}
+        assert optional <= {*ROTARY, *FOLLOWING, "cache", "log_every", "validate_tokens", "decay_steps", "batch_ramp", *ADDED.get(kind, ())}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

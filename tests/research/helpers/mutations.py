@@ -134,11 +134,11 @@ def dropout_by_local_position() -> None:
     forward = Dropout.forward
 
     def local(self, x, samples):
-        whole, self.region = self.region, region.TensorParallelRegion(None)
+        whole, self.places.region = self.places.region, region.TensorParallelRegion(None)
         try:
             return forward(self, x, samples)
         finally:
-            self.region = whole
+            self.places.region = whole
 
     Dropout.forward = local
 
