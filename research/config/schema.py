@@ -12,7 +12,8 @@ from models import config as shapes
 from research.config.settings import LONGEST, Settings
 
 Count = Annotated[int, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*\z")]
+"""Not empty, and without a zero byte, which no path may have."""
 Label = Annotated[str, Field(min_length=1, max_length=64)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

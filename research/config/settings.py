@@ -150,6 +150,8 @@ def _bounds(constraints: Iterable[Any]) -> Iterator[str]:
                 yield f"{words} {getattr(bound, attribute)}"
         if isinstance(bound, annotated_types.MinLen):  # the schema uses no other length than 1
             yield "that is not empty"
+        if getattr(bound, "pattern", None) is not None:  # the schema uses no other pattern
+            yield "has no zero byte"
         if isinstance(bound, annotated_types.MaxLen):
             yield f"has at most {bound.max_length} characters"
 

@@ -54,8 +54,8 @@ REFUSED = [
     ("parallel", "zero_stage", 4, "parallel.zero_stage = 4 does not work → use 0, 1, 2 or 3"),
     ("parallel", "tensors", 2, "parallel.tensors is not a setting → did you mean parallel.tensor?"),
     ("evaluate", "every", -1, "evaluate.every = -1 does not work → use a whole number at least 0"),
-    ("evaluate", "tasks", "validation", f"evaluate.tasks = 'validation' does not work → {TEXTS} that is not empty"),
-    ("evaluate", "tasks", ("",), f"evaluate.tasks[0] = '' does not work → {TEXTS} that is not empty"),
+    ("evaluate", "tasks", "validation", f"evaluate.tasks = 'validation' does not work → {TEXTS} that is not empty and has no zero byte"),
+    ("evaluate", "tasks", ("",), f"evaluate.tasks[0] = '' does not work → {TEXTS} that is not empty and has no zero byte"),
     ("sample", "prompts", (3,), f"sample.prompts[0] = 3 does not work → {TEXTS}"),
     ("sample", "top_p", 0.0, "sample.top_p = 0.0 does not work → use a finite number greater than 0 and at most 1"),
     ("schedule", "validate_tokens", -1, "schedule.validate_tokens = -1 does not work → use a whole number at least 0"),
@@ -91,7 +91,7 @@ def test_experiment_level_mistakes() -> None:
     assert sentence(lambda: example(lr=3)) == "lr is not a setting → did you mean optimizer.lr?"
     assert sentence(lambda: example(modell=3)) == "modell is not a setting → did you mean model?"
     assert sentence(lambda: example(precision="fp8")) == "precision = 'fp8' does not work → use fp32, bf16 or fp16"
-    assert sentence(lambda: example(question="")) == "question = '' does not work → use text that is not empty"
+    assert sentence(lambda: example(question="")) == "question = '' does not work → use text that is not empty and has no zero byte"
     assert sentence(lambda: example(deepspeed={"hook": print})).startswith("deepspeed")
     assert sentence(lambda: example(data=3)) == "data = 3 does not work → use Data(…)"
 

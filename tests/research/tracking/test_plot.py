@@ -82,7 +82,9 @@ def test_smoothing_keeps_a_line_and_averages_the_middle():
 @pytest.mark.slow
 def test_nothing_is_printed_where_home_cannot_be_written(tmp_path):
     imports = "from pathlib import Path; from research.tracking.plot import loss_curve"
-    code = f"{imports}; p = Path({str(tmp_path)!r}); loss_curve(p, p / 'a.png', 'a')"
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"progress/step": 1, "train/loss": 2.0}\n{"progress/step": 2, "train/loss": 1.0}\n')
+    code = f"{imports}; p = Path({str(metrics)!r}); loss_curve(p, p.with_name('a.png'), 'a')"
     home = {"PATH": "/usr/bin:/bin", "HOME": "/dev/null/nowhere"}
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=home, timeout=120)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
