@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from parallel.engines.engine import MicroBatch
+from parallel.engines.micro_batch import MicroBatch
 from research.cli.verbs import count
 from research.cluster.exit_codes import refusing
 from research.config.batch_sizes import BatchSizes

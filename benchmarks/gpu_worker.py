@@ -55,7 +55,7 @@ def shape_of(small: bool, **settings: Any):
 
 def batch_of(shape, step: int, size: int):
     """A micro-batch that can be learned: every text counts upwards in threes from a random token."""
-    from parallel.engines.engine import MicroBatch
+    from parallel.engines.micro_batch import MicroBatch
 
     first = torch.randint(0, shape.vocab_size, (size, 1), generator=torch.Generator().manual_seed(step))
     tokens = (first + 3 * torch.arange(shape.seq_length + 1)) % shape.vocab_size

@@ -54,6 +54,7 @@ def train(words: list[str], precision: str) -> None:
     from parallel import distributed
     from parallel.engines import engine as engines
     from parallel.engines.deepspeed_config import EngineSettings
+    from parallel.engines.micro_batch import MicroBatch
     from parallel.grid import make_grid
 
     shape = GPT(
@@ -81,7 +82,7 @@ def train(words: list[str], precision: str) -> None:
             batches = []
             for _ in range(2):
                 tokens = torch.randint(0, 391, (2, 65), generator=draw)
-                batches.append(engines.MicroBatch(tokens[:, :-1], (tokens[:, 1:], torch.full((2, 64), 1 / 128))))
+                batches.append(MicroBatch(tokens[:, :-1], (tokens[:, 1:], torch.full((2, 64), 1 / 128))))
             losses.append(engine.train_batch(batches, 1e-3).hex())
             taken += 1
             if "trim" in numbers and taken % numbers["trim"] == 0:

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from models import gpt
-from parallel.engines.engine import Engine, MicroBatch, make_engine
+from parallel.engines.engine import Engine, make_engine
+from parallel.engines.micro_batch import MicroBatch
 from parallel.grid import make_grid
 from research.cli.verbs import count
 from research.cluster import forked_ranks

@@ -26,7 +26,8 @@ from models import gpt
 from models.config import GPT
 from parallel import distributed
 from parallel.engines.deepspeed_config import EngineSettings
-from parallel.engines.engine import Engine, MicroBatch, make_engine
+from parallel.engines.engine import Engine, make_engine
+from parallel.engines.micro_batch import MicroBatch
 from parallel.grid import Grid, make_grid
 from parallel.layers import Layer
 from parallel.slices import Slice

@@ -3,14 +3,11 @@
 Both take the same micro-batches and return the same token means over the global batch. The grid alone decides which one runs.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from parallel.distributed import device, device_name, quiet
 from parallel.engines import fp16
 from parallel.engines.deepspeed_config import EngineSettings, derive
+from parallel.engines.micro_batch import MicroBatch, copied_ahead
 from parallel.engines.pipeline import LogitsFunction, LogitsHook, Mpu, Pipeline, instead_of_loss, reduce_tied_accumulated
 from parallel.errors import Mistake
 from parallel.grid import Grid
@@ -28,50 +26,6 @@ from parallel.slices import gathered, slice_of
 Loss = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 """(logits, labels) -> Σ weights · loss, a 0-dim tensor. What the labels are is between the loss and the data: models.gpt.TokenLoss takes
 targets and weights."""
-COPIED_AHEAD = 2
-"""Micro-batches whose copies to the device are under way while one is computed."""
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-class MicroBatch(NamedTuple):
-    """The input of one pass: ids 'b s' int64, and the labels that the loss takes beside the logits.
-
-    `context` holds integer tensors that travel beside x through all layers, by name: `samples` 'b', the sample numbers, for dropout.
-    """
-
-    ids: Tensor
-    labels: tuple[Tensor, ...]
-    context: Mapping[str, Tensor] = NOTHING
-
-    @classmethod
-    def of(cls, ids: np.ndarray, labels: Sequence[np.ndarray], context: Mapping[str, np.ndarray] = NOTHING) -> "MicroBatch":
-        """The same arrays as tensors, memory shared."""
-        tensors = {name: torch.from_numpy(array) for name, array in context.items()}
-        return cls(torch.from_numpy(ids), tuple(map(torch.from_numpy, labels)), tensors)
-
-    def on(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on `device`. It is copied to a GPU from pinned memory, so that the host does not wait for the copy."""
-
-        def there(tensor: Tensor) -> Tensor:
-            pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-            return pinned.to(device, non_blocking=True)
-
-        context = {name: there(tensor) for name, tensor in self.context.items()}
-        return MicroBatch(there(self.ids), tuple(map(there, self.labels)), context)
-
-    def inputs(self, names: Sequence[str]) -> Tensor | tuple[Tensor, ...]:
-        """The first layer's input: ids, or ids followed by the context tensors `names`, which are those that its list of layers has."""
-        return (self.ids, *(self.context[name] for name in names)) if names else self.ids
-
-
-def copied_ahead(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
-    """The micro-batches on `device`, in order. Each is read, and its copy begun, while the COPIED_AHEAD in front of it are computed."""
-    waiting: deque[MicroBatch] = deque()
-    for batch in batches:
-        waiting.append(batch.on(device))
-        if len(waiting) > COPIED_AHEAD:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def read_numbers(*values: Tensor) -> list[float]:

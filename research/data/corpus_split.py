@@ -19,7 +19,7 @@ import numpy as np
 
 from parallel.errors import Mistake
 from research.data import order
-from research.data.prepare import CHARACTER
+from research.data.prepare import TOKENS_PER_CHARACTER
 from research.data.text_files import Advance
 from research.data.token_store import StoreWriter
 from research.data.tokenizer import Tokenizer
@@ -139,7 +139,7 @@ def _bytes_before(part: Part, position: int, tokenizer: Tokenizer) -> int:
         if position == stop - 1 and part.ids[position] == tokenizer.end_of_text:
             return total + int(part.num_bytes[whole])
         text = tokenizer.decode(ids)
-        more = part.ids[start : min(position + CHARACTER, stop)]
+        more = part.ids[start : min(position + TOKENS_PER_CHARACTER, stop)]
         text = os.path.commonprefix([text, tokenizer.decode(more[more != tokenizer.end_of_text])])
         total += len(text.encode("utf-8"))
     return total

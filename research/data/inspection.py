@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.regular_files import read_regular
+from research.data.prepare import TOKENS_PER_CHARACTER
 from research.data.stores import without
 from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
@@ -20,8 +21,6 @@ from research.data.tokenizer_file import FILE, LARGEST
 
 DOCUMENTS = 1 << 20
 """Documents whose lengths are looked at at a time."""
-TOKENS_PER_CHARACTER = 4
-"""The most tokens that one character can have: a byte each."""
 CACHED = re.compile(r"builtin:([a-z]+(?:-\d+)?)")
 """A built-in tokenizer; the group is what its file in data.cache begins with, if it was made from a text."""
 

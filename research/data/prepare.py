@@ -25,7 +25,7 @@ RECIPE = 1
 GROUP = 1 << 22
 """Characters tokenized at a time: enough for all cores, little enough for any memory."""
 
-CHARACTER = 4
+TOKENS_PER_CHARACTER = 4
 """The most tokens that one character can have: a byte each."""
 
 
@@ -243,7 +243,7 @@ def leading_bytes(store: TokenStore, tokenizer: Tokenizer, count: int) -> int:
         stop = min(end, count)
         text = tokenizer.decode(stores.without(store.tokens[start:stop], tokenizer.end_of_text))
         if stop < end:  # a character that is not complete is decoded as U+FFFD, which a few more tokens change (unless it is one)
-            longer = stores.without(store.tokens[start : min(end, stop + CHARACTER)], tokenizer.end_of_text)
+            longer = stores.without(store.tokens[start : min(end, stop + TOKENS_PER_CHARACTER)], tokenizer.end_of_text)
             text = os.path.commonprefix([text, tokenizer.decode(longer)])
         total += len(text.encode("utf-8"))
     return total

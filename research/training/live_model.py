@@ -19,7 +19,8 @@ from models.inference.sampling_params import SamplingParams
 from models.inference.scoring import token_scores
 from models.inference.variant_check import TOLERANCE, errors_of_variants, refuse_different, shorter_lengths, trial_ids
 from parallel.collectives import gather_from_tensor_ranks
-from parallel.engines.engine import Engine, MicroBatch
+from parallel.engines.engine import Engine
+from parallel.engines.micro_batch import MicroBatch
 from research.data.tokenizer import Tokenizer
 from research.evaluation.scorer import Score, ScoreRequest
 from research.generation.generator import GeneratedText, TextGenerator

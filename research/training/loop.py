@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from parallel.distributed import use_deterministic_kernels
-from parallel.engines.engine import MicroBatch
+from parallel.engines.micro_batch import MicroBatch
 from parallel.errors import Mistake
 from parallel.object_collectives import together
 from research.cluster.exit_codes import SIGNALLED, TAKEN

@@ -11,7 +11,8 @@ from typing import Any
 
 from models.config import chosen
 from models.inference.variant_check import UnusableLogits
-from parallel.engines.engine import Engine, MicroBatch
+from parallel.engines.engine import Engine
+from parallel.engines.micro_batch import MicroBatch
 from parallel.errors import Mistake
 from research.config import Experiment
 from research.config.schema import MEASURE

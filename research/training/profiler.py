@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from parallel.engines.engine import Engine, MicroBatch
+from parallel.engines.engine import Engine
+from parallel.engines.micro_batch import MicroBatch
 from parallel.files import published, write_json
 from parallel.layer_timer import DATA, OPTIMIZER, Label, LayerTimer
 from parallel.ledger import TimedLedger, bookkeeping

@@ -16,7 +16,8 @@ from models import gpt
 from parallel import distributed
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.load import load_checkpoint, load_initial
-from parallel.engines.engine import MicroBatch, make_engine
+from parallel.engines.engine import make_engine
+from parallel.engines.micro_batch import MicroBatch
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule, unique_parameters

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from models import gpt
 from parallel.engines.deepspeed_config import EngineSettings
-from parallel.engines.engine import Engine, Loss, MicroBatch, make_engine
+from parallel.engines.engine import Engine, Loss, make_engine
+from parallel.engines.micro_batch import MicroBatch
 from parallel.grid import Grid, make_grid
 from parallel.layers import Call, PlainModule, unique_parameters
 from parallel.slices import slice_of

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from models import gpt
 from models.config import GPT
-from parallel.engines.engine import MicroBatch
+from parallel.engines.micro_batch import MicroBatch
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import Layer, PlainModule, stage_bounds, unique_parameters

@@ -5,7 +5,7 @@ import torch
 
 from models import gpt
 from models.config import GPT
-from parallel.engines.engine import MicroBatch
+from parallel.engines.micro_batch import MicroBatch
 from parallel.grid import Grid
 from parallel.layers import PlainModule
 from tests.harness import run_ranks

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from models import gpt
 from models.config import GPT
 from parallel.engines import engine as engines
-from parallel.engines.engine import MicroBatch, gather_from_last_stages
+from parallel.engines.engine import gather_from_last_stages
+from parallel.engines.micro_batch import MicroBatch
 from parallel.engines.pipeline import LogitsHook, instead_of_loss
 from parallel.errors import Mistake
 from parallel.grid import Grid, make_grid

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from models import gpt
 from models.config import GPT
-from parallel.engines.engine import Engine, MicroBatch
+from parallel.engines.engine import Engine
+from parallel.engines.micro_batch import MicroBatch
 from parallel.grid import Grid
 from parallel.layers import PlainModule
 from tests.harness import run_ranks

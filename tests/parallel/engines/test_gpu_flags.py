@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel.distributed import PRECISIONS
 from parallel.engines import engine as engines
 from parallel.engines.deepspeed_config import BUCKET_ELEMENTS, EngineSettings, derive
-from parallel.engines.engine import COPIED_AHEAD, MicroBatch, copied_ahead, read_numbers
+from parallel.engines.engine import read_numbers
+from parallel.engines.micro_batch import COPIED_AHEAD, MicroBatch, copied_ahead
 from parallel.errors import Mistake
 from tests.harness import run_ranks
 from tests.parallel.helpers import training

@@ -11,7 +11,8 @@ from models.config import GPT
 from parallel.checkpoint.load import load_checkpoint
 from parallel.checkpoint.saver import Saver
 from parallel.engines.deepspeed_config import EngineSettings
-from parallel.engines.engine import Engine, MicroBatch, make_engine
+from parallel.engines.engine import Engine, make_engine
+from parallel.engines.micro_batch import MicroBatch
 from parallel.grid import Grid, make_grid
 
 MODEL = dict(

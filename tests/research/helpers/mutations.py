@@ -15,7 +15,7 @@ from models.init import GPT2Init
 from models.norm import Norm
 from models.position import Alibi
 from parallel import collectives, cross_entropy, layers, linear, region, slices, vocab
-from parallel.engines.engine import MicroBatch
+from parallel.engines.micro_batch import MicroBatch
 from research.verification import training
 
 

@@ -159,7 +159,7 @@ def nan_gradient_in_step_5(rank: int) -> None:
 
 def nan_from_step_5_on(rank: int) -> None:
     """Every step's loss is NaN from the fifth on, on every rank."""
-    from parallel.engines.engine import MicroBatch
+    from parallel.engines.micro_batch import MicroBatch
     from research.training import loop
 
     batches = loop.step_batches

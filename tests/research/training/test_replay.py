@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import config, gpt
-from parallel.engines.engine import MicroBatch
+from parallel.engines.micro_batch import MicroBatch
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from parallel.layers import PlainModule
