@@ -29,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are so small that a second thread only waits: up to 40 times slower on shared cores
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """The name of a case made of bytes: their number. A compressed file holds the second in which it was made, and the
+    processes of one run must collect the same names."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker(HOSTS):

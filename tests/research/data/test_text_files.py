@@ -132,6 +132,7 @@ def test_the_bytes_read_are_told(tmp_path):
         ("a.jsonl.xz", lzma.compress(b'{"text": "\xff"}'), "line 1 is not UTF-8"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "a.jsonl is UTF-16"),
     ],
+    ids=["key", "long line", "cut gzip", "cut zstandard", "text for zstandard", "cut parquet", "no UTF-8", "UTF-16"],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, name, raw, words):
     monkeypatch.setattr(text_files, "LONGEST_LINE", 100)
