@@ -25,7 +25,7 @@ class Limits:
     n: int = _limit(16, "texts for one prompt")
     prompts: int = _limit(64, "prompts of one request")
     messages: int = _limit(256, "messages of one conversation")
-    characters: int = _limit(2**18, "characters of the prompts or messages of one request")
+    characters: int = _limit(2**17, "characters of the prompts or messages of one request")
     stops: int = _limit(16, "stop strings")
     stop_length: int = _limit(256, "characters of a stop string")
     logprobs: int = _limit(20, "likeliest tokens beside each one written")

@@ -29,6 +29,31 @@ def test_the_newest_turns_that_fit():
         assert (ids, left_out) == (tried[best], cuts[best] - first)
 
 
+def test_the_time_depends_on_the_room():
+    """Whatever the length of the conversation, what is tokenized to find the turns that fit is a few times the room."""
+    tokenized = []
+
+    def counted(messages):
+        tokenized.append(sum(len(message["content"]) for message in messages))
+        return encode(messages)
+
+    turns = [{"role": "user", "content": "x" * 10} for _ in range(1000)]
+    assert latest_messages(turns, counted, 240)[1] == 1000 - 20
+    assert sum(tokenized) < 10 * 240
+
+    tokenized.clear()
+    long, last = {"role": "user", "content": "x" * 100_000}, {"role": "user", "content": "x"}
+    assert latest_messages([long, *turns[:6], last], counted, 240)[1] == 1
+    assert sum(tokenized) < 10 * 240, "a turn that cannot fit is not tokenized"
+
+    blanks = {"role": "user", "content": "x" + " " * 100_000}
+
+    def stripped(messages):
+        return tuple(letter for message in messages for letter in message["content"].strip())
+
+    assert latest_messages([blanks, last], stripped, 240) == (("x", "x"), 0), "blanks may be left out by the template"
+
+
 def test_a_conversation_without_turns_stays():
     messages = [{"role": "system", "content": "x" * 50}]
     assert latest_messages(messages, encode, 5) == (encode(messages), 0)
