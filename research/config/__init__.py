@@ -11,6 +11,7 @@ from research.config.schema import (
     Profile,
     Sample,
     Schedule,
+    Source,
     Track,
     Watch,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Profile",
     "Sample",
     "Schedule",
+    "Source",
     "Track",
     "Watch",
 ]

@@ -15,9 +15,10 @@ from pydantic import BaseModel, create_model
 from pydantic.fields import FieldInfo
 
 from parallel.errors import Mistake, listed, nearest
-from research.config.schema import Experiment
+from research.config.schema import Data, Experiment
 from research.config.serialization import build
 from research.config.settings import is_group, names, needs, unknown
+from research.config.sources import describe_texts
 
 Override = tuple[str, Any, Any]
 """(dotted name, value in config.py, value on the command line)."""
@@ -108,18 +109,27 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
 def show_help(experiment: Experiment, path: str, group: str = "") -> None:
     """Print the experiment's question, how to start it, and every setting with its value and meaning; or the settings of one `group`."""
     description = f"{experiment.question}\n\n{usage(experiment, path)}"
-    shown: BaseModel = experiment.model_copy(update={TABLE: {}})  # tyro does not list an empty table
+    data = _texts_as_words(experiment.data)
+    whole = create_model(Experiment.__name__, __base__=Experiment, data=(type(data), Experiment.model_fields["data"]))
+    shown: BaseModel = whole(**{**dict(experiment), "data": data, TABLE: {}})  # tyro does not list an empty table
     if group:
         name, groups = group.partition(".")[0], [name for name, field in Experiment.model_fields.items() if is_group(field)]
         if name not in groups:
             near = (nearest(group, [*groups, *names(Experiment)]) or "").partition(".")[0]  # of a setting, its group
             raise Mistake(f"--help {group} is not a group of settings → use {listed([near] if near in groups else groups)}")
-        one_group: dict[str, Any] = {name: (type(getattr(experiment, name)), ...)}
-        shown = create_model(Experiment.__name__, **one_group)(**{name: getattr(experiment, name)})
+        one_group: dict[str, Any] = {name: (type(getattr(shown, name)), ...)}
+        shown = create_model(Experiment.__name__, **one_group)(**{name: getattr(shown, name)})
         description = f"{Experiment.model_fields[name].description} (--help alone shows all settings)"
     config = (tyro.conf.FlagConversionOff,)  # True and False are written out, on the command line as in the file
     with contextlib.suppress(SystemExit):
         tyro.cli(type(shown), prog=path, description=description, default=shown, args=["--help"], config=config, use_underscores=True)
+
+
+def _texts_as_words(data: Data) -> Data:
+    """The settings of the texts as tyro can show them: it makes commands of a setting of several types."""
+    train = FieldInfo(annotation=str, description=Data.model_fields["train"].description)
+    shown = create_model(Data.__name__, __base__=Data, __doc__=Data.__doc__, train=(str, train))
+    return shown(**{**dict(data), "train": describe_texts(data.train)})
 
 
 def usage(experiment: Experiment, path: str) -> str:
@@ -178,6 +188,8 @@ def _read(field: FieldInfo, name: str, words: list[str], current: Any) -> Any:
         now = " ".join(map(str, current)) if isinstance(current, tuple) else current
         raise Mistake(f"--{name} has no value → give it {needs(field)}, now: {now}")
     if _is_text(annotation):
+        if len(words) > 1 and any(get_origin(part) is tuple for part in get_args(annotation)):
+            return tuple(words)
         if len(words) > 1:
             raise Mistake(f'--{name} takes one value, got {len(words)} → put quotes around it: --{name} "{" ".join(words)}"')
         return None if words == ["None"] and annotation is not str else words[0]

@@ -9,11 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from models import config as shapes
-from research.config.settings import LONGEST, Settings
+from research.config.settings import LONGEST, Settings, Text
+from research.config.sources import Source, check_sources
 
 Count = Annotated[int, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*\z")]
-"""Not empty, and without a zero byte, which no path may have."""
 Label = Annotated[str, Field(min_length=1, max_length=64)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -23,6 +22,7 @@ DECAYS = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 MEASURE = "evaluate.measure"
 TRAINING_VARIANTS = ("loss", "optimizer.name", "optimizer.decay", MEASURE)
 """The settings outside of `model` that may name a class or function of the experiment's variant.py."""
+SOURCES = "Source(path=…, weight=…)"
 STEP_RANGE = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?", re.ASCII)
 """'10-12', or one step."""
 
@@ -34,12 +34,13 @@ class GPT(Settings, shapes.GPT):
 
 
 class Data(Settings):
-    """The training text and the held-out text."""
+    """The training text, or several with their shares, and the held-out text."""
 
     SECTION: ClassVar[str] = "data"
 
-    train: Text = Field(
-        description="text to train on: builtin:state_of_the_union/train, a file or folder of text, or store:PREFIX (.bin and .idx)"
+    train: Text | tuple[Text, ...] | tuple[Source, ...] = Field(
+        description="text to train on: builtin:state_of_the_union/train, a file or folder of text, or store:PREFIX (.bin and .idx); "
+        "several files and folders, read as one text; or, in config.py only, several Source(path=…, weight=…)",
     )
     validation: Text = Field(
         description="held-out text, named the same way, or split:969,30,1, a part of the training text; never trained on"
@@ -48,6 +49,24 @@ class Data(Settings):
         description="builtin:bpe-8192 or builtin:chars (made from the train text), builtin:bytes, builtin:gpt2, or a tokenizer.json's path"
     )
     cache: Text = Field(default=".cache", description="folder for token stores and tokenizers, relative to the repository; safe to delete")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _as_sources(cls, train: Any) -> Any:
+        """A list of texts or of sources as a tuple, and a list of one text as that text."""
+        if isinstance(train, str) and train:
+            return train
+        if not isinstance(train, list | tuple) or not train:
+            raise ValueError(f"data.train = {repr(train)[:LONGEST]} is no text → use the name of a text, several names, or {SOURCES}")
+        entries = tuple(Source(**entry) if isinstance(entry, dict) else entry for entry in train)
+        sources = [entry for entry in entries if isinstance(entry, Source)]
+        for entry in entries:
+            if not isinstance(entry, Source) and (sources or not isinstance(entry, str) or not entry):
+                shown, what = repr(entry)[:LONGEST], "source with a weight" if sources else "name of a text"
+                raise ValueError(f"data.train holds {shown}, which is no {what} → use names alone, or {SOURCES} alone")
+        if sources:
+            check_sources(sources)
+        return entries[0] if len(entries) == 1 and not sources else entries
 
 
 class Schedule(Settings):

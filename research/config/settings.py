@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from parallel.errors import Mistake, listed, nearest
 
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*\z")]
+"""Not empty, and without a zero byte, which no path may have."""
 UNKNOWN = ("extra_forbidden", "no_such_attribute")
 """pydantic's error types for a name that is not a setting."""
 WORDS = {
@@ -68,7 +70,7 @@ class Settings(BaseModel):
 def refusal(error: ValidationError, group: type[BaseModel]) -> Mistake:
     """One sentence for the most telling problem: an unknown name, then a validator's own sentence, a wrong value, a missing setting."""
     section = getattr(group, "SECTION", "")
-    problems = sorted(error.errors(include_url=False), key=_rank)
+    problems = sorted(({**problem, "loc": _place(group, problem["loc"])} for problem in error.errors(include_url=False)), key=_rank)
     first = problems[0]
     if _rank(first) == 0:
         candidates = names(_owner(group, first["loc"]), _dotted(section, first["loc"][:-1]))
@@ -168,6 +170,21 @@ def _rank(problem: Any) -> int:
 def _is_absent(problem: Any) -> bool:
     """Whether a setting was not given. A missing second value of a tuple is part of a wrong value instead."""
     return problem["type"] == "missing" and isinstance(problem["loc"][-1], str)
+
+
+def _place(group: type[BaseModel] | None, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """`loc` without the words with which pydantic tells the types of a union apart."""
+    place: list[int | str] = []
+    is_union = False
+    for part in loc:
+        if is_union and isinstance(part, str):
+            continue
+        place.append(part)
+        field = group.model_fields.get(str(part)) if group else None
+        if field is not None:
+            is_union = get_origin(field.annotation) in (Union, types.UnionType)
+            group = field.annotation if is_group(field) else None  # type: ignore[assignment]
+    return tuple(place)
 
 
 def _owner(group: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
