@@ -27,7 +27,7 @@ from parallel.grid import Grid
 from parallel.layers import Call, PlainModule, unique_parameters
 from research import ROOT
 from research.config import Experiment
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of
 from research.exchange.limited_tokenizer import try_tokenizer

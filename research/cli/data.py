@@ -20,6 +20,7 @@ from research.cli import store_description
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
 from research.cli.trained_run import add_trust_option, find_run, say, settings_of_run
 from research.cli.verbs import Parser, count
+from research.config.sources import describe_texts
 from research.data import inspection, order, prepare
 from research.data.batches import Window
 from research.data.megatron_index import file_of
@@ -167,7 +168,7 @@ def documents_of_step(arguments: argparse.Namespace) -> dict[str, Any]:
 
     size = f"{experiment.model.seq_length} + 1 tokens each"
     console.header([("", f"{folder.title} · step {step} of {steps} · samples {numbers[0]:,}–{numbers[-1]:,} of {size}")])
-    console.header([("data", f"{experiment.data.train} · {corpus.tokenizer.name} · {said_of_text(checkpoint)}")])
+    console.header([("data", f"{describe_texts(experiment.data.train)} · {corpus.tokenizer.name} · {said_of_text(checkpoint)}")])
     if step > logged:
         newest = f"the last row is of step {logged}" if logged else "there is no row yet"
         console.warn(f"step {step} is not in {folder.metrics.name}, {newest}: this is what it reads once it is trained", in_header=True)

@@ -19,7 +19,8 @@ from research import ROOT
 from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
-from research.data.prepare import cache_folder, load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
+from research.data.text_stores import cache_folder
 from research.evaluation import lm_eval_task, perplexity, registry
 from research.evaluation.lm_eval_task import LMEvalTask
 from research.evaluation.results import Key, Result, Results, code_digest, model_digest, with_digests

@@ -22,7 +22,7 @@ from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.cluster.exit_codes import show_mistake
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.generation import prompts
 from research.generation.settings import DEFAULT_TOKENS, GenerationSettings, refuse_context, refuse_long, text_seed

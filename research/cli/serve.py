@@ -17,7 +17,7 @@ from research.cli.trained_run import Trained, add_trust_option, find, refuse_lau
 from research.cli.verbs import Parser
 from research.cluster.environment import limit_kernel_cache
 from research.cluster.memory import limit_heaps
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import LONGEST_TEMPLATE, TEMPLATE
 from research.generation.settings import refuse_context

@@ -10,7 +10,7 @@ from parallel.errors import Mistake
 from parallel.files import megabytes
 from research import ROOT
 from research.config import Data
-from research.data import inspection, prepare, tokenizer_file
+from research.data import inspection, run_tokenizer, tokenizer_file
 from research.data.inspection import Extract, Lengths
 from research.data.megatron_index import file_of
 from research.data.stores import LONG, STORE
@@ -215,7 +215,7 @@ def load_tokenizer(store: TokenStore, name: str) -> Tokenizer:
         return tokenizer_file.load(name, Path())
     declared_vocab_size(name)  # a name that is not known is a Mistake
     text = f"{STORE}{store.prefix}"
-    return prepare.load_tokenizer(Data(train=text, validation=text, tokenizer=name), ROOT)
+    return run_tokenizer.load_tokenizer(Data(train=text, validation=text, tokenizer=name), ROOT)
 
 
 def _fact(store: TokenStore, name: str) -> int | None:

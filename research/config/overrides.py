@@ -181,7 +181,7 @@ def _read(field: FieldInfo, name: str, words: list[str], current: Any) -> Any:
         return True
 
     # any number of texts: each word is one of them, whatever it contains
-    if parts and parts[-1] is ... and _is_text(parts[0].__origin__ if get_origin(parts[0]) is Annotated else parts[0]):
+    if parts and parts[-1] is ... and _is_text(parts[0]):
         return tuple(words)
 
     if not words:
@@ -212,7 +212,8 @@ def _read(field: FieldInfo, name: str, words: list[str], current: Any) -> Any:
 def _is_text(annotation: Any) -> bool:
     """Whether the annotation is `str` or a union with `str`."""
     optional = get_origin(annotation) in (Union, types.UnionType)
-    return str in (get_args(annotation) if optional else (annotation,))
+    parts = get_args(annotation) if optional else (annotation,)
+    return str in [part.__origin__ if get_origin(part) is Annotated else part for part in parts]
 
 
 def _get(experiment: Experiment, name: str) -> Any:

@@ -3,6 +3,7 @@
 Each finding is one sentence with both numbers and the way out. Imports no torch and reads no text.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 from parallel.errors import listed
 from research.cluster.environment import Ranks
 from research.config.layout import batch_sizes
-from research.config.schema import DECAYS, Checkpoints, Experiment, Optimizer, Schedule
+from research.config.schema import DECAYS, Checkpoints, Data, Experiment, Optimizer, Schedule
+from research.config.sources import Source, describe_texts, own_held_out_texts, texts_to_train_on
 
 BUILTIN = "builtin:"
 NO_FILE = (BUILTIN, "store:", "split:")
@@ -41,14 +43,16 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
             f"model.rotary_fraction = {model.rotary_fraction:g} of heads of {model.head_size} features is less than the two that are "
             f"rotated together, so that no position is encoded → {instead}, or position 'none'"
         )
-    texts = [root / Path(text).expanduser() for text in (data.train, data.validation) if not text.startswith(NO_FILE)]
-    if data.train == data.validation or (len(texts) == 2 and texts[0].samefile(texts[1])):
-        yield f"data.validation = {data.validation!r} is the text of data.train → name a text that is not trained on"
-    elif len(texts) == 2 and (_is_inside(*texts) or _is_inside(*reversed(texts))):
-        yield (
-            f"data.validation = {data.validation!r} and data.train = {data.train!r} lie one in the other, so that the same text would be "
-            "trained on and held out → move it out of the folder"
-        )
+    held_out_texts = [("data.validation", data.validation), *own_held_out_texts(data.train)]
+    for train, (setting, held_out) in itertools.product(texts_to_train_on(data.train), held_out_texts):
+        files = [root / Path(text).expanduser() for text in (train, held_out) if not text.startswith(NO_FILE)]
+        if train == held_out or (len(files) == 2 and files[0].samefile(files[1])):
+            yield f"{setting} = {held_out!r} is the text {train!r} of data.train → name a text that is not trained on"
+        elif len(files) == 2 and (_is_inside(*files) or _is_inside(*reversed(files))):
+            yield (
+                f"{setting} = {held_out!r} and data.train = {train!r} lie one in the other, so that the same text would be trained on and "
+                "held out → move it out of the folder"
+            )
     if watch.on_spike == "stop" and not watch.spike:
         yield "watch.on_spike = 'stop' has no effect with watch.spike = 0, which detects no spike → set watch.spike, for example to 6"
     if experiment.profile.memory and experiment.profile.steps is None:
@@ -68,10 +72,11 @@ def doubts(experiment: Experiment) -> Iterator[str]:
     yield from _doubts_of_optimizer(experiment.optimizer, experiment.schedule.steps)
     yield from _doubts_of_checkpoints(experiment.checkpoints, experiment.schedule.steps)
     yield from _doubts_of_ramp(experiment.schedule)
-    if data.validation.startswith(BUILTIN) and not data.train.startswith(BUILTIN):
+    yield from _doubts_of_sources(experiment.data, experiment.schedule.steps)
+    if data.validation.startswith(BUILTIN) and not any(text.startswith(BUILTIN) for text in texts_to_train_on(data.train)):
         yield (
-            f"data.validation = {data.validation!r} is not held out of data.train = {data.train!r}: the validation loss is that of "
-            "another text → set data.validation to a part of your text that is not trained on"
+            f"data.validation = {data.validation!r} is not held out of data.train = {describe_texts(data.train)!r}: the validation loss "
+            "is that of another text → set data.validation to a part of your text that is not trained on"
         )
     if evaluate.tasks and not evaluate.every:
         yield f"evaluate.tasks has {listed(evaluate.tasks, 'and')}, which evaluate.every = 0 never evaluates → set evaluate.every"
@@ -146,6 +151,16 @@ def _doubts_of_ramp(schedule: Schedule) -> Iterator[str]:
             f"schedule.batch_ramp reaches schedule.batch_size = {schedule.batch_size} at step {last.step + 1:,}, the run has "
             f"{schedule.steps:,} → use fewer samples for the ramp, or more steps"
         )
+
+
+def _doubts_of_sources(data: Data, steps: int) -> Iterator[str]:
+    """Weights that the run never comes to."""
+    for source in data.train:
+        if isinstance(source, Source) and source.from_step >= steps:
+            yield (
+                f"data.train gives {source.name!r} the weight {source.weight:g} from step {source.from_step:,} on, the run ends after "
+                f"{steps:,} → use an earlier step, or more steps"
+            )
 
 
 def doubts_of_text(experiment: Experiment, tokenizer_size: int, validation_tokens: int) -> Iterator[str]:

@@ -70,7 +70,8 @@ class Settings(BaseModel):
 def refusal(error: ValidationError, group: type[BaseModel]) -> Mistake:
     """One sentence for the most telling problem: an unknown name, then a validator's own sentence, a wrong value, a missing setting."""
     section = getattr(group, "SECTION", "")
-    problems = sorted(({**problem, "loc": _place(group, problem["loc"])} for problem in error.errors(include_url=False)), key=_rank)
+    problems: list[Any] = [{**problem, "loc": _place(group, problem["loc"])} for problem in error.errors(include_url=False)]
+    problems.sort(key=_rank)
     first = problems[0]
     if _rank(first) == 0:
         candidates = names(_owner(group, first["loc"]), _dotted(section, first["loc"][:-1]))

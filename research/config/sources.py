@@ -2,15 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from parallel.errors import listed
 from research.config.settings import LONGEST, Settings, Text
 
+TRAIN = "data.train"
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 SPLITS = ("builtin", "store", "train", "val", "valid", "validation", "test")
 """Words of a path that do not tell one text from another."""
@@ -19,7 +18,7 @@ SPLITS = ("builtin", "store", "train", "val", "valid", "validation", "test")
 class Source(Settings):
     """One of several texts to train on, with its share of the samples from a step on. A later entry of the same name gives it another."""
 
-    SECTION: ClassVar[str] = "data.train"
+    SECTION: ClassVar[str] = TRAIN
 
     path: Text = Field(description="the text, named as data.train is")
     weight: float = Field(ge=0, description="its share of the samples, relative to the other weights; 0: it is left out")
@@ -75,18 +74,19 @@ def check_sources(sources: Sequence[Source]) -> None:
     name, step = max(places, key=lambda place: places[place])
     if places[name, step] > 1:
         raise ValueError(f"data.train gives {name!r} two weights from step {step} on → leave one of them out, or give it another from_step")
-    for step in sorted({0, *(source.from_step for source in sources)}):
-        if not any(weights_from(sources, step).values()):
-            raise ValueError(f"data.train: no source has a weight above 0 from step {step} on → give {listed(seen)} a weight")
 
 
-def weights_from(sources: Iterable[Source], step: int) -> dict[str, float]:
-    """The weight that each source has in `step`: that of its entry with the latest from_step up to it, or 0."""
-    weights = dict.fromkeys((source.name for source in sources), 0.0)
-    for source in sorted(sources, key=attrgetter("from_step")):
-        if source.from_step <= step:
-            weights[source.name] = source.weight
-    return weights
+def texts_to_train_on(train: str | Sequence[str] | Sequence[Source]) -> list[str]:
+    """The names of all texts of data.train, each once."""
+    if isinstance(train, str):
+        return [train]
+    return list(dict.fromkeys(entry.path if isinstance(entry, Source) else entry for entry in train))
+
+
+def own_held_out_texts(train: str | Sequence[str] | Sequence[Source]) -> list[tuple[str, str]]:
+    """(the setting in words, the name of the text) of each held-out text that a source has of its own."""
+    sources = [entry for entry in train if isinstance(entry, Source)]
+    return [(f"the validation of {source.name!r}", source.validation) for source in sources if source.validation is not None]
 
 
 def describe_texts(train: str | Sequence[str] | Sequence[Source]) -> str:

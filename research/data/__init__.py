@@ -10,8 +10,8 @@ from research.data.prepare import (
     Corpus,
     check,
     load,
-    load_tokenizer,
 )
+from research.data.run_tokenizer import load_tokenizer
 from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
 

@@ -127,6 +127,9 @@ class Sampler(Protocol):
     def window(self, sample: int) -> Window:
         """Where a sample comes from."""
 
+    def epochs(self, samples: int) -> np.ndarray:
+        """'sources': the number of passes through each source that the first `samples` samples of the run make."""
+
 
 class StreamSampler:
     """Samples are windows of the token streams of one or several stores, in the proportions of a blend. Every token counts.
@@ -186,7 +189,7 @@ class StreamSampler:
         return Window(sample, epoch, number, self.stores[source], start, start + self.seq_length + 1)
 
     def epochs(self, samples: int) -> np.ndarray:
-        """'sources': the number of passes through each source that the first `samples` samples of the run make."""
+        """As in Sampler."""
         return self.blend.before(samples) / self._sizes
 
     def _tokens(self, sources: np.ndarray, windows: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Documents of a corpus: a built-in text, or the user's own file or folder of text (research/data/text_files.py)."""
+"""Documents of a corpus: a built-in text, or the user's own files and folders of text (research/data/text_files.py)."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,11 +10,29 @@ from research.data.text_files import KINDS, Left, Reading, TextFile
 
 BUILTIN = "builtin:"
 FOLDER = Path(__file__).parent / "builtin"
+Spec = str | tuple[str, ...]
+"""The name of a text: of one, or of several whose documents follow one another."""
+SHOWN = 2
+"""Of several texts, how many a sentence names."""
 CONTENT = f"some text (of a .txt), or one object such as {text_files.EXAMPLE} a line (of a .jsonl)"
 
 
-def documents(spec: str, root: Path) -> Iterator[str]:
-    """The documents of `builtin:NAME/SPLIT`, of a file or of a folder's files, in order. A relative path starts at `root`.
+def each(spec: Spec) -> tuple[str, ...]:
+    """The texts that are read as one."""
+    return (spec,) if isinstance(spec, str) else spec
+
+
+def label(spec: Spec) -> str:
+    """'a.txt', or 'a.txt, b.txt and 7 more'."""
+    names = each(spec)
+    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return names[0] if len(names) == 1 else listed([*names[:SHOWN], *more], "and")
+
+
+def documents(spec: Spec, root: Path) -> Iterator[str]:
+    """The documents of `builtin:NAME/SPLIT`, of a file or of a folder's files, in order; of several, one after the other.
+
+    A relative path starts at `root`.
 
     A file of plain text is one document; the other kinds hold one per line (blank lines are skipped) or row, under "text". Whatever
     cannot be read, a corpus without a single character included, is a Mistake that names file and line.
@@ -29,7 +47,8 @@ def documents(spec: str, root: Path) -> Iterator[str]:
                 yield "".join(parts)
                 parts.clear()
     if not characters:
-        raise Mistake(f"{check_exists(spec, root)} holds no text → give it {CONTENT}, or use {listed(builtin_names())}")
+        names = label(tuple(str(check_exists(name, root)) for name in each(spec)))
+        raise Mistake(f"{names} holds no text → give it {CONTENT}, or use {listed(builtin_names())}")
 
 
 def check_exists(spec: str, root: Path, setting: str = "the corpus") -> Path:
@@ -53,11 +72,13 @@ def check_exists(spec: str, root: Path, setting: str = "the corpus") -> Path:
     return path
 
 
-def digest(spec: str, root: Path) -> str:
+def digest(spec: Spec, root: Path) -> str:
     """SHA-256 (hex) of the stored corpus and of the way it is read: equal digests mean equal documents.
 
-    Of a folder, that of its files and of their names in it, in order.
+    Of a folder, that of its files and of their names in it, in order. Of several texts, that of their digests.
     """
+    if not isinstance(spec, str):
+        return hashlib.sha256("\0".join(digest(name, root) for name in spec).encode()).hexdigest()
     files = _files(spec, root)
     if not check_exists(spec, root).is_dir():
         return _digest(files[0]).hexdigest()
@@ -67,7 +88,7 @@ def digest(spec: str, root: Path) -> str:
     return whole.hexdigest()
 
 
-def paths(spec: str, root: Path) -> list[Path]:
+def paths(spec: Spec, root: Path) -> list[Path]:
     """The files that are read, in order."""
     return [file.path for file in _files(spec, root)]
 
@@ -80,9 +101,12 @@ def _digest(file: TextFile) -> "hashlib._Hash":
     return sha256
 
 
-def _files(spec: str, root: Path) -> list[TextFile]:
-    path = check_exists(spec, root)
-    return text_files.find(path, "", Left()) if path.is_dir() else [TextFile(path, path.name)]
+def _files(spec: Spec, root: Path) -> list[TextFile]:
+    found = []
+    for name in each(spec):
+        path = check_exists(name, root)
+        found += text_files.find(path, "", Left()) if path.is_dir() else [TextFile(path, path.name)]
+    return found
 
 
 def builtin_names() -> list[str]:

@@ -5,12 +5,13 @@ What a store's files do not say is found by reading them once, and kept in data.
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from parallel.errors import Mistake
 from parallel.files import megabytes
+from research.data.documents import Spec
 from research.data.megatron_index import file_of
 from research.data.records import LONG, Cache, silent
 from research.data.token_store import TokenStore, check_ids
@@ -21,9 +22,9 @@ FOUND = ("max_id", "bin_sha256", "idx_sha256")
 """What is to be known of a store and only reading all of it tells."""
 
 
-def is_store(spec: str) -> bool:
+def is_store(spec: Spec) -> TypeGuard[str]:
     """Whether a text of the settings is a token store."""
-    return spec.startswith(STORE)
+    return isinstance(spec, str) and spec.startswith(STORE)
 
 
 def prefix_of(spec: str, root: Path) -> Path:
@@ -45,7 +46,7 @@ def check(spec: str, root: Path, setting: str) -> None:
         raise Mistake(f"{setting} = {spec!r}: {mistake}") from None
 
 
-def check_tokenizer(train: str, tokenizer: str) -> None:
+def check_tokenizer(train: Spec, tokenizer: str) -> None:
     """Refuses a tokenizer that would have to be trained on the text of a store."""
     if is_store(train) and is_made_from_text(tokenizer):
         raise Mistake(

@@ -6,7 +6,7 @@ from typing import Any
 
 from parallel.errors import Mistake
 from research.config import Experiment
-from research.data.prepare import Progress, silent
+from research.data.records import Progress, silent
 from research.data.tokenizer import Tokenizer
 from research.evaluation import registry
 from research.evaluation.scorer import Scorer

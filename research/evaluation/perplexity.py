@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of running text: the run's validation split, or any file that can be a corpus.
+"""Perplexity and bits per byte of running text: the run's held-out text, or any file that can be a corpus.
 
 The text is split into windows. Every token but the first is scored once: the last `stride` tokens of each window, given what precedes
 them in the window.
@@ -7,12 +7,11 @@ them in the window.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from parallel.errors import Mistake
 from research.data import prepare
-from research.data.token_store import TokenStore
 from research.evaluation import statistics
 from research.evaluation.scorer import Score, ScoreRequest
 from research.evaluation.task import Metric, Settings, TaskContext, TaskRequests
@@ -81,25 +80,27 @@ class Perplexity:
     def requests(self, context: TaskContext) -> TaskRequests:
         """One request per window."""
         text, limit = self.corpus or context.data.validation, self.options.limit
-        store = prepare.held_out_store(context.data, text, context.root, context.tokenizer, context.progress, counts_bytes=limit is None)
+        stores = prepare.held_out_stores(context.data, text, context.root, context.tokenizer, context.progress, counts_bytes=limit is None)
         window, stride = window_sizes(self.options, context.length)
-        tokens = store.tokens[: None if limit is None else 1 + window + limit * stride].tolist()
-        requests = list(islice(sliding_windows(tokens, window, stride), limit))
-        complete = sum(request.scored for request in requests) == store.num_tokens - 1
-        known = complete and "bytes" in store.facts
-        return TaskRequests(requests, len(requests), lambda scores: metrics_of(scores, store if known else None))
+        most = None if limit is None else 1 + window + limit * stride
+        windows = (sliding_windows(store.tokens[:most].tolist(), window, stride) for store in stores)
+        requests = list(islice(chain.from_iterable(windows), limit))
+        complete = sum(request.scored for request in requests) == sum(store.num_tokens - 1 for store in stores)
+        known = complete and all("bytes" in store.facts for store in stores)
+        num_bytes = sum(store.num_bytes for store in stores) if known else None
+        return TaskRequests(requests, len(requests), lambda scores: metrics_of(scores, num_bytes))
 
 
-def metrics_of(scores: Sequence[Score], store: TokenStore | None) -> list[Metric]:
+def metrics_of(scores: Sequence[Score], num_bytes: int | None) -> list[Metric]:
     """loss (nats per token), perplexity and bits_per_byte.
 
-    `store` holds the whole text; None if only a part of it is scored, whose bytes are not known: there is no bits_per_byte then.
+    `num_bytes`: of the whole text; None if only a part of it is scored, whose bytes are not known: there is no bits_per_byte then.
     """
     nats, counts = [-score.logprob for score in scores], [float(len(score.logprobs)) for score in scores]
     total, tokens, stderr = math.fsum(nats), sum(counts), statistics.of_ratio(nats, counts)
     loss = total / tokens
     metrics = [Metric("loss", loss, stderr), Metric("perplexity", perplexity(loss), stderr and stderr * perplexity(loss))]
-    if store is not None:
-        bits = math.log(2) * store.num_bytes
+    if num_bytes is not None:
+        bits = math.log(2) * num_bytes
         metrics.append(Metric("bits_per_byte", total / bits, stderr and stderr * tokens / bits))
     return metrics

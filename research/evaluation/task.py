@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from research.data.prepare import DataSettings as Data
-from research.data.prepare import Progress, silent
+from research.data.records import Progress, silent
+from research.data.sources import DataSettings as Data
 from research.data.tokenizer import Tokenizer
 from research.evaluation.scorer import Score, Scorer, ScoreRequest
 

@@ -12,7 +12,7 @@ from parallel.errors import Mistake
 from parallel.files import write_json
 from research import ROOT
 from research.config import Experiment
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.exchange import hf_tokenizer, hf_writer, parity, tokenizer_parity
 from research.exchange.hf_reader import CONFIG

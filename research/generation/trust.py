@@ -23,12 +23,12 @@ from research import ROOT
 from research.config import Evaluate, Experiment, Profile, Sample, Track, serialization
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import Data
+from research.config.sources import own_held_out_texts, texts_to_train_on
 from research.data import documents, splits, tokenizer_file
 from research.data.tokenizer import is_made_from_text
 from research.tracking.own_runs import is_own, mark_as_own
 from research.tracking.run_folder import RunFolder
 
-TEXTS = ("train", "validation")
 NOT_READ = f"{documents.BUILTIN}not_read"
 """What stands for a text that may not be read, and is not needed."""
 LARGEST_VARIANT = 2**20
@@ -64,13 +64,16 @@ def _trusted_data(folder: RunFolder, data: Data, reads: Collection[str], root: P
     if tokenizer_file.is_file(data.tokenizer) and not _is_within(folder, tokenizer_file.path_of(data.tokenizer, root)):
         raise _refused("data.tokenizer", data.tokenizer, folder, "lies outside of its folder", "it is not read")
     allowed: dict[str, str] = {"cache": str(Data.model_fields["cache"].default)}
-    for name in TEXTS:
-        text = getattr(data, name)
-        read = data.train if splits.is_split(text) else text
-        if read.startswith(documents.BUILTIN):
+    trained_on = [*texts_to_train_on(data.train), *(text for _, text in own_held_out_texts(data.train))]
+    texts = {"train": trained_on, "validation": trained_on if splits.is_split(data.validation) else [data.validation]}
+    for name, names in texts.items():
+        unread = next((text for text in names if not text.startswith(documents.BUILTIN)), None)
+        if unread is None:
             continue
         if name in needed:
-            raise _refused(f"data.{name}", text, folder, f"is {'a part of ' * (read != text)}a file, not a built-in text", "it is not read")
+            part = "a part of " * (name == "validation" and unread != data.validation)
+            value = data.validation if part else unread
+            raise _refused(f"data.{name}", value, folder, f"is {part}a file, not a built-in text", "it is not read")
         allowed[name] = NOT_READ
     return data.model_copy(update=allowed)
 

@@ -7,6 +7,7 @@ from typing import Any
 from parallel.errors import listed
 from research.config import Experiment
 from research.config.diff import Change, belongs
+from research.config.sources import TRAIN
 from research.training.schedule import learning_rate
 
 RECORDED = {
@@ -48,6 +49,8 @@ def continuation(
         said += f", {exact}" if rounding else ""
     elif not _same_rates(now, then, to, range(step, min(then, to)), variants):
         said = f"{exact} as if it had been begun with {to} steps"
+    elif any(name == TRAIN for name, _, _ in changes):
+        said = f"{exact} as if it had been begun with these weights of the sources"
     else:
         said = f"{exact} as if it had never stopped"
 

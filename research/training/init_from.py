@@ -8,7 +8,7 @@ from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import MANIFEST
 from parallel.errors import Mistake
 from research.config import Experiment, serialization
-from research.data.prepare import same_tokenizer
+from research.data.run_tokenizer import same_tokenizer
 
 
 def init_from_path(experiment: Experiment, root: Path) -> Path | None:

@@ -24,6 +24,7 @@ from research.config.layout import Layout, engine_settings, layout
 from research.config.overrides import Options, Override
 from research.config.plausibility import contradictions, doubts, doubts_of_ranks, refused_by_wandb
 from research.config.serialization import resolved
+from research.config.sources import describe_texts
 from research.data.prepare import check as check_data
 from research.evaluation.in_training import check_tasks
 from research.tracking import format as fmt
@@ -32,6 +33,7 @@ from research.tracking.format import compact, plural
 from research.tracking.run_lock import RunLock
 from research.training.init_from import check_init_from, doubts_of_init_from
 from research.training.resume import NEVER, Resume, find
+from research.training.sampler import blend_of
 from research.training.samples import check_samples
 
 
@@ -77,6 +79,7 @@ def resolve(loaded: LoadedExperiment, overrides: list[Override], ranks: Ranks, o
         os.stat(ROOT / experiment.track.runs)
     check_variants(loaded.folder, experiment)
     check_data(experiment.data, ROOT, experiment.model.vocab_size)
+    blend_of(experiment)  # a Mistake if the weights of sources do not work
     check_init_from(experiment, ROOT)
     check_tasks(experiment, ROOT)
     check_samples(experiment, ROOT)
@@ -196,7 +199,7 @@ def dry_run(job: Job, commit: str, dirty: bool) -> str:
     warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
     described = [
         *describe(job),
-        ("data", f"{experiment.data.train} · held out {experiment.data.validation} · {experiment.data.tokenizer}"),
+        ("data", f"{describe_texts(experiment.data.train)} · held out {experiment.data.validation} · {experiment.data.tokenizer}"),
         ("schedule", f"{plural(schedule.steps, 'step')} = {tokens} tokens · {rate}{warmup}"),
     ]
     described += [("warn", warning) for warning in job.warnings]

@@ -17,7 +17,7 @@ from parallel.errors import Mistake
 from research.config import Experiment
 from research.config.schema import MEASURE
 from research.data.batches import validation_batches
-from research.data.prepare import HeldOut
+from research.data.prepare import SHARED, HeldOut
 from research.evaluation import in_training
 from research.evaluation.in_training import PreparedTask
 from research.evaluation.task import Metric
@@ -35,20 +35,31 @@ VALIDATION, EVALUATION, SAMPLES = KINDS = ("validation", "evaluation", "samples"
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean nats a token, and the same per UTF-8 byte in bits; over how many tokens."""
+    """The sum of nats of the tokens of a text, the tokens, and their UTF-8 bytes."""
 
-    loss: float
-    bits_per_byte: float
+    nats: float
     tokens: int
+    num_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Σ nats / (ln 2 · bytes): end-of-text's loss counts, its bytes do not."""
+        return self.nats / math.log(2) / self.num_bytes
 
     @property
     def perplexity(self) -> float:
         """e^loss."""
         return perplexity(self.loss)
 
-    def row(self) -> dict[str, float]:
+    def row(self, group: str = "val") -> dict[str, float]:
         """The keys of metrics.jsonl."""
-        return {"val/loss": self.loss, "val/ppl": self.perplexity, "val/bits_per_byte": self.bits_per_byte, "val/tokens": self.tokens}
+        values = {"loss": self.loss, "ppl": self.perplexity, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
+        return {f"{group}/{name}": value for name, value in values.items()}
 
 
 def validate(
@@ -61,7 +72,6 @@ def validate(
     """Every held-out token, predicted once from at most seq_length tokens before it. Collective.
 
     `should_continue()` is called before each batch and must return the same on every rank. Returns None if it was False.
-    Bits per byte = Σ nats / (ln 2 · bytes): end-of-text's loss counts, its bytes do not.
     """
     grid, settings = engine.grid, engine.settings
     nats, ids = 0.0, text.store.tokens[: text.tokens + 1]
@@ -70,7 +80,12 @@ def validate(
             return None
         nats += engine.evaluate_batch(MicroBatch.of(batch.ids, batch.labels, batch.context)) * count
         advance(count)
-    return Validation(loss=nats / text.tokens, bits_per_byte=nats / math.log(2) / text.num_bytes, tokens=text.tokens)
+    return Validation(nats, text.tokens, text.num_bytes)
+
+
+def shared_texts(texts: Sequence[HeldOut]) -> list[HeldOut]:
+    """The held-out texts that make val/loss: that of data.validation, or of a split of several sources all parts."""
+    return [text for text in texts if text.source == SHARED] or list(texts)
 
 
 def intervals(experiment: Experiment) -> dict[str, int]:
@@ -83,9 +98,9 @@ def intervals(experiment: Experiment) -> dict[str, int]:
 class Periodic:
     """Carries out what is due between two steps. All methods but `state` and `restore` are collective."""
 
-    def __init__(self, run: Run, text: HeldOut, tasks: Sequence[PreparedTask], prompts: Sequence[str]) -> None:
-        """`text` is validated on every schedule.validate_every steps; `tasks` and `prompts` have intervals of their own."""
-        self.run, self.text, self.tasks, self.prompts = run, text, tasks, prompts
+    def __init__(self, run: Run, texts: Sequence[HeldOut], tasks: Sequence[PreparedTask], prompts: Sequence[str]) -> None:
+        """`texts` are validated on every schedule.validate_every steps; `tasks` and `prompts` have intervals of their own."""
+        self.run, self.texts, self.tasks, self.prompts = run, texts, tasks, prompts
         self.intervals = intervals(run.job.experiment)
         self.best: tuple[float, int] | None = None
         """The lowest bits per byte so far and its step."""
@@ -125,17 +140,31 @@ class Periodic:
             self.due = [VALIDATION] if saved["validation_due"] else []
 
     def _validate(self) -> None:
+        """Logs one row: val/… of the text that all sources share, or of all parts of a split, and val/NAME/… of each source."""
         run, model = self.run, self.run.job.experiment.model
-        with run.console.progress(VALIDATION, self.text.tokens, announced=False) as advance:
-            found = validate(run.engine, self.text, model.seq_length, lambda: goes_on(run, VALIDATION), advance)
-        if found is None:
-            raise CutShort
-        is_best = self.best is None or found.bits_per_byte < self.best[0]
+        found: dict[str, Validation] = {}
+        with run.console.progress(VALIDATION, sum(text.tokens for text in self.texts), announced=False) as advance:
+            for text in self.texts:
+                one = validate(run.engine, text, model.seq_length, lambda: goes_on(run, VALIDATION), advance)
+                if one is None:
+                    raise CutShort
+                found[text.source] = one
+        shared = [found[text.source] for text in shared_texts(self.texts)]
+        whole = Validation(sum(one.nats for one in shared), sum(one.tokens for one in shared), sum(one.num_bytes for one in shared))
+        is_best = self.best is None or whole.bits_per_byte < self.best[0]
         if is_best:
-            self.best = (found.bits_per_byte, run.step)
-        row = found.row() | run.axes()
-        run.tracker.log(row)
+            self.best = (whole.bits_per_byte, run.step)
+        row = whole.row() | run.axes()
+        for source, one in found.items():
+            row |= one.row(f"val/{source}") if source != SHARED else {}
+        run.tracker.log(row | self._epochs())
         run.console.validation(row, is_best)
+
+    def _epochs(self) -> dict[str, float]:
+        """The passes through each of several sources so far, as data/NAME/epochs."""
+        sampler, sources = self.run.sampler, list(self.run.corpus.sources)
+        passes = sampler.epochs(sampler.samples(self.run.step).start).tolist() if len(sources) > 1 else []
+        return {f"data/{name}/epochs": seen for name, seen in zip(sources, passes, strict=False)}
 
     def _evaluate(self) -> None:
         """Logs one row with the metrics of all tasks and the numbers of the experiment's own measurement, if there are any."""

@@ -28,7 +28,8 @@ from research.cluster.software import experiment_files
 from research.config import serialization
 from research.config.diff import flatten
 from research.config.experiment_folder import load_variants
-from research.data.prepare import Corpus
+from research.data.prepare import SHARED, Corpus
+from research.data.sources import ONLY
 from research.evaluation.in_training import PreparedTask
 from research.reliability.watchdog import Watchdog
 from research.tracking.console import Console
@@ -89,12 +90,16 @@ def check_shared_checkpoint(rendezvous: Rendezvous, job: Job) -> None:
 def data_claims(corpus: Corpus, tasks: Sequence[PreparedTask]) -> dict[str, str | None]:
     """Digests of what this rank reads, by the words for it. They are known once the text is prepared, and must be equal on all ranks."""
     return {
-        "the text of data.train": corpus.train.facts.get("source_sha256"),
-        "the text of data.validation": corpus.validation.facts.get("source_sha256"),
+        **{_named("data.train", name): store.facts.get("source_sha256") for name, store in corpus.sources.items()},
+        **{_named("data.validation", name): store.facts.get("source_sha256") for name, store in corpus.held_out.items()},
         "the tokenizer of data.tokenizer": corpus.tokenizer.fingerprint,
         "the prepared data": corpus.fingerprint,
         **{f"the data of task {task.task.name!r}": task.digest or None for task in tasks},
     }
+
+
+def _named(setting: str, source: str) -> str:
+    return f"the text of {setting}" + (f", source {source!r}" if source not in (ONLY, SHARED) else "")
 
 
 def refuse_data_that_differ(own: dict[str, str | None], grid: Grid) -> None:

@@ -19,6 +19,8 @@ from research.config import Experiment, serialization
 from research.config.diff import MOST, Change, belongs, describe_changes, diff, flatten
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import MEASURE
+from research.config.sources import TRAIN
+from research.data.sources import same_until
 from research.tracking import run_folder, run_status
 from research.tracking.acquire_lock import Held, is_held, take
 from research.tracking.format import short_path
@@ -60,7 +62,7 @@ class Resume:
     facts: dict[str, Any]
     """What the checkpoint's manifest says of the run."""
     changed: list[Change]
-    """The settings that differ from the saved ones, all of them in MAY_CHANGE."""
+    """The settings that differ from the saved ones, all of them in MAY_CHANGE but for later weights of data.train."""
     passed_over: dict[str, str] = field(default_factory=dict)
     """Newer checkpoints of the run that are damaged, and how; `auto` has fallen back to this one."""
 
@@ -168,7 +170,7 @@ def _refuse_other_experiment(folder: RunFolder, checkpoint: Path, experiment: Ex
             f"{source / VARIANTS} is not what {folder.title} was trained with (SHA-256 {then[:12]} → {now[:12]}) → "
             f"put {folder.source / VARIANTS} back, or begin a run of its own"
         )
-    if refused := science(diff(serialization.load(folder.config), experiment)):
+    if refused := _refused_changes(serialization.load(folder.config), experiment, _facts(checkpoint)["step"]):
         raise Mistake(
             f"{folder.title} cannot go on with {_first(refused)}: its steps so far were taken with the old value → "
             "put it back, or begin a run of its own (without --resume), in a copy of the experiment's folder"
@@ -178,6 +180,12 @@ def _refuse_other_experiment(folder: RunFolder, checkpoint: Path, experiment: Ex
 def science(changes: list[Change]) -> list[Change]:
     """The changes that make it another experiment: those not in MAY_CHANGE."""
     return [change for change in changes if not belongs(change[0], MAY_CHANGE)]
+
+
+def _refused_changes(then: Experiment, now: Experiment, step: int) -> list[Change]:
+    """The changes that make it another experiment. Other weights of sources, or more sources, do not if they begin at `step` or later."""
+    goes_on = same_until(then.data.train, now.data.train, step)
+    return [change for change in science(diff(then, now)) if not (goes_on and change[0] == TRAIN)]
 
 
 def _first(changes: list[Change]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake
 from research.config import Experiment
-from research.data.prepare import Corpus, tokenizer_at_hand
+from research.data.prepare import Corpus
+from research.data.run_tokenizer import tokenizer_at_hand
 from research.data.tokenizer import Tokenizer
 from research.generation import prompts
 from research.tracking import format as fmt

@@ -9,7 +9,7 @@ import logging
 import random
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ from research.config import serialization
 from research.config.diff import describe_changes
 from research.config.layout import engine_settings
 from research.config.plausibility import doubts_of_text
+from research.config.sources import TRAIN, describe_texts
 from research.data import prepare
-from research.data.batches import epochs
+from research.data.batches import StreamSampler
 from research.data.prepare import Corpus, HeldOut
-from research.data.splits import refuse_short
 from research.evaluation import in_training
 from research.reliability.watchdog import Watchdog
 from research.tracking import format as fmt
@@ -55,9 +55,12 @@ from research.training.init_from import init_from_path
 from research.training.job import Job, describe, layout_line
 from research.training.locked_run import LockedRun
 from research.training.meter import Meter
-from research.training.periodic import Periodic
+from research.training.periodic import Periodic, shared_texts
 from research.training.sampler import sampler_of
 from research.training.state import Run
+
+MOST_EPOCHS = 4
+"""Passes through a source from which on its repetition gives a warning: up to four are nearly as good as new text (arXiv:2305.16264)."""
 
 
 def resume_line(start: Start, facts: dict[str, Any], job: Job, engine: Engine, variants: Mapping[str, Any]) -> str:
@@ -178,11 +181,11 @@ def prepare_run(
     with watch.progress.work("preparing the text"), together(grid):  # a rank may be the only one that finds its text wrong
         show = functools.partial(console.progress, unit="characters")
         corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, show, believe_since_ns)
-        refuse_short(experiment.data.validation, corpus.train, corpus.validation, experiment.model.seq_length)
-        text = prepare.held_out(corpus, experiment.schedule.validate_tokens)
+        prepare.refuse_short_parts(experiment.data, corpus, experiment.model.seq_length)
+        sampler, texts = sampler_of(experiment, corpus), prepare.held_out_texts(corpus, experiment.schedule.validate_tokens)
         if not resumed:
             prepare.refuse_same_text(experiment.data, corpus)
-        show_data(job, corpus, text, console)
+        show_data(job, corpus, sampler, texts, console)
         prompts = samples.prompts_of(experiment, corpus)
         tasks = in_training.prepare_tasks(experiment, job.root, corpus.tokenizer, show)
     preflight.refuse_data_that_differ(preflight.data_claims(corpus, tasks), grid)
@@ -196,37 +199,59 @@ def prepare_run(
         if resumed:
             with console.progress("reading the checkpoint", announced=False):
                 resumed, facts = load_newest_whole(resumed, job.resume_option == resume.AUTO, locked, engine, console)
-            refuse_other_data(facts, corpus.fingerprint, resumed.checkpoint)
+            train = next((then for name, then, _ in resumed.changes if name == TRAIN), None)
+            sources = list(corpus.sources) if train is None else [name for name in corpus.sources if name in {one["name"] for one in train}]
+            refuse_other_data(facts, corpus.fingerprint_of(sources), resumed.checkpoint)
             console.header([("resume", resume_line(resumed, facts, job, engine, variants))])
         elif path := init_from_path(experiment, job.root):
             console.header([("weights", f"{experiment.init_from} · step {load_initial(path, engine)['step']}")])
     watch.progress.advance("starting the tracker")
     tracker = open_tracker(job, locked, engine, console, resumed)
-    tracker.refer_to_store(corpus.train.prefix, corpus.train.facts)
-    if corpus.validation.prefix != corpus.train.prefix:  # they are not parts of one store
-        tracker.refer_to_store(corpus.validation.prefix, corpus.validation.facts)
+    stores = {store.prefix: store.facts for store in (*corpus.held_out.values(), *corpus.sources.values())}  # parts of one store once
+    for prefix, store_facts in reversed(stores.items()):
+        tracker.refer_to_store(prefix, store_facts)
     meter = Meter(memory=memory)
-    sampler = sampler_of(experiment, corpus)
     run = Run(job, locked, folder, variants, corpus, sampler, engine, tracker, console, meter, watch.note_signals(), watch.progress)
-    anomalies, periodic = AnomalyMonitor(experiment, engine, sampler, locked, console, tracker), Periodic(run, text, tasks, prompts)
+    anomalies, periodic = AnomalyMonitor(experiment, engine, sampler, locked, console, tracker), Periodic(run, texts, tasks, prompts)
     checkpointer = Checkpointer(run, anomalies, periodic)
     if facts:
         checkpointer.restore(facts)
     return run, anomalies, periodic, checkpointer
 
 
-def show_data(job: Job, corpus: Corpus, text: HeldOut, console: Console) -> None:
+def show_data(job: Job, corpus: Corpus, sampler: StreamSampler, texts: Sequence[HeldOut], console: Console) -> None:
     """Shows the texts, the tokenizer and their sizes, and warns of what does not fit together and only the texts can tell."""
     data, schedule = job.experiment.data, job.experiment.schedule
-    seen = epochs(corpus.train, job.experiment.model.seq_length, job.layout.batch_sizes.before(schedule.steps))
-    sizes = f"{fmt.count(corpus.train.num_tokens)} train, {fmt.count(corpus.validation.num_tokens)} validation tokens"
-    if text.tokens < corpus.validation.num_tokens - 1:
-        sizes += f" (of which the first {fmt.count(text.tokens)} are predicted)"
+    seen = sampler.epochs(job.layout.batch_sizes.before(schedule.steps))
+    shared = shared_texts(texts)
+    predicted, there = sum(text.tokens for text in shared), sum(text.store.num_tokens for text in shared)
+    trained = sum(store.num_tokens for store in corpus.sources.values())
+    sizes = f"{fmt.count(trained)} train, {fmt.count(there)} validation tokens"
+    if predicted < there - len(shared):
+        sizes += f" (of which the first {fmt.count(predicted)} are predicted)"
     if "first_token" in corpus.validation.facts:
         sizes += " (one document, split by position)"
-    console.header([("data", f"{data.train} · {corpus.tokenizer.name} · {sizes} · {schedule.steps} steps = {seen:.2f} epochs")])
-    for warning in doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, text.tokens):
+    epochs = f" = {seen[0]:.2f} epochs" if len(seen) == 1 else ""
+    lines = [("data", f"{describe_texts(data.train)} · {corpus.tokenizer.name} · {sizes} · {schedule.steps} steps{epochs}")]
+    if len(seen) > 1:
+        for (name, store), passes in zip(corpus.sources.items(), seen.tolist(), strict=True):
+            where = store.facts.get("source", store.prefix)
+            lines.append(("", f"{name} · {fmt.count(store.num_tokens)} tokens · {passes:.2f} epochs · {where}"))
+    console.header(lines)
+    predicted_each_time = sum(text.tokens for text in texts)
+    warnings = [*doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, predicted_each_time), *doubts_of_epochs(corpus, seen)]
+    for warning in warnings:
         console.warn(warning, in_header=True)
+
+
+def doubts_of_epochs(corpus: Corpus, seen: np.ndarray) -> Iterator[str]:
+    """One warning for each of several sources that the run reads many times. 'sources': its passes through each."""
+    for (name, store), passes in zip(corpus.sources.items(), seen.tolist(), strict=True):
+        if len(seen) > 1 and passes > MOST_EPOCHS:
+            yield (
+                f"the source {name!r} of {store.num_tokens:,} tokens is read {passes:.1f} times, more than {MOST_EPOCHS}: repeated text "
+                "teaches less each time (arXiv:2305.16264) → give it a smaller weight, or more text"
+            )
 
 
 def build_engine(job: Job, grid: Grid, variants: Mapping[str, Any]) -> Engine:

@@ -19,7 +19,10 @@ from research.cluster import forked_ranks
 from research.cluster.environment import LOCALHOST, Ranks
 from research.config import Experiment, serialization
 from research.config.experiment_folder import LoadedExperiment
+from research.config.sources import texts_to_train_on
 from research.data import documents
+from research.data.splits import SPLIT
+from research.data.stores import STORE
 from research.tracking.run_folder import RunFolder, every
 
 CHARACTERS = 40_000
@@ -35,6 +38,9 @@ SIZES: dict[str, dict[str, Any]] = {
 """The settings that are small or switched off. Tasks and prompts are off because the context is too short for them.
 
 If the experiment has grouped queries, they stay grouped. No tensor degree divides the vocabulary."""
+
+NOT_TEXT = (STORE, SPLIT)
+BUILTIN_TEXTS = {"train": "state_of_the_union/train", "validation": "state_of_the_union/val"}
 
 
 def small(loaded: LoadedExperiment, place: Path, changes: dict[str, dict[str, Any]] | None = None) -> LoadedExperiment:
@@ -52,10 +58,15 @@ def small(loaded: LoadedExperiment, place: Path, changes: dict[str, dict[str, An
 
 
 def write_texts(loaded: LoadedExperiment, place: Path) -> None:
-    """Writes the beginning of the experiment's own training text and of its validation text to `place`."""
+    """Writes the beginning of the experiment's own training text and of its validation text to `place`.
+
+    A token store holds no text and a split is none of its own: the built-in text stands for them.
+    """
     place.mkdir(parents=True, exist_ok=True)
-    for name, most in (("train", CHARACTERS), ("validation", CHARACTERS // 20)):
-        text, source = "", documents.documents(getattr(loaded.experiment.data, name), ROOT)
+    data = loaded.experiment.data
+    for name, named, most in (("train", texts_to_train_on(data.train), CHARACTERS), ("validation", [data.validation], CHARACTERS // 20)):
+        texts = tuple(text for text in named if not text.startswith(NOT_TEXT)) or f"{documents.BUILTIN}{BUILTIN_TEXTS[name]}"
+        text, source = "", documents.documents(texts, ROOT)
         while len(text) < most and (document := next(source, None)) is not None:
             text += document[: most - len(text)]
         (place / f"{name}.txt").write_text(text, encoding="utf-8")

@@ -12,7 +12,7 @@ from parallel.errors import Mistake
 from parallel.grid import Grid
 from research.cli import export
 from research.config import serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.exchange import parity
 from research.generation.restore import DecoderSpec, restored
 from research.tracking.run_folder import find_checkpoint

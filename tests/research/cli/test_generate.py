@@ -10,7 +10,7 @@ import pytest
 
 from research import __main__ as research_main
 from research.cli import generate as generate_file
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.tracking.run_folder import RunFolder
 from tests.models.helpers.decoding import logits_of
 from tests.research.helpers import untrained

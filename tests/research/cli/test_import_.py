@@ -17,7 +17,7 @@ from parallel.checkpoint.reader import Reader
 from parallel.errors import Mistake
 from research.cli import import_, runs
 from research.config import experiment_folder, serialization
-from research.data import prepare
+from research.data.run_tokenizer import load_tokenizer
 from research.exchange import importer, parity
 from research.exchange.importer import CERTIFICATE, Import
 from research.tracking import run_folder
@@ -52,7 +52,7 @@ def test_a_run_folder_that_later_verbs_take(made, folder):
         reader.check()
         assert reader.facts["step"] == 0 and set(reader.facts["imported"]) == {"config.json", "model.safetensors"}
         assert list(reader.manifest.tensors) == ["weights"] and set(reader) == set(mapping.shapes(found.model))
-    words = prepare.load_tokenizer(found.data, ROOT)
+    words = load_tokenizer(found.data, ROOT)
     assert words.encode("We, the people") == their_tokenizer()("We, the people").input_ids and words.end_of_text == 0
     certificate = json.loads((run.path / CERTIFICATE).read_text())
     assert certificate["passed"] and certificate["relative"] < 1e-5 and certificate["tokens"] == 512

@@ -15,6 +15,7 @@ import pytest
 from parallel.errors import Mistake
 from research import ROOT
 from research.data import documents, prepare, tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.data.token_store import TokenStore
 
 PATIENCE = 60
@@ -62,7 +63,7 @@ def test_a_second_load_writes_nothing_and_says_nothing(settings, tmp_path):
     before = files(tmp_path / "cache")
     again = prepare.load(settings, tmp_path, 300, noting(said))
     assert len(said) == 6 and files(tmp_path / "cache") == before and again.fingerprint == first.fingerprint
-    assert prepare.load_tokenizer(settings, tmp_path, noting(said)).fingerprint == first.tokenizer.fingerprint and len(said) == 6
+    assert load_tokenizer(settings, tmp_path, noting(said)).fingerprint == first.tokenizer.fingerprint and len(said) == 6
 
 
 def test_long_documents_and_many_small_ones_are_grouped_without_a_trace(settings, tmp_path, lines, monkeypatch):
@@ -117,14 +118,14 @@ def test_what_a_validation_predicts_is_bounded_and_never_nothing(settings, tmp_p
     store = found.validation
     there = store.num_tokens - 1
     for bound, tokens in ((0, there), (5, 5), (there - 1, there - 1), (there, there), (10**9, there)):
-        text = prepare.held_out(found, bound)
+        text = prepare.held_out_texts(found, bound)[0]
         assert text == (store, tokens, prepare.leading_bytes(store, found.tokenizer, tokens + 1))
-    assert prepare.held_out(found, 0).num_bytes == store.num_bytes
+    assert prepare.held_out_texts(found, 0)[0].num_bytes == store.num_bytes
     settings.validation, settings.tokenizer = lines("one.jsonl", ["", "a"]), "builtin:bpe-300"
     alone = prepare.load(settings, tmp_path, 300)
     alone.validation.num_tokens = 1
     with pytest.raises(Mistake, match="nothing to predict → use more text"):
-        prepare.held_out(alone, 0)
+        prepare.held_out_texts(alone, 0)
 
 
 def test_a_copy_of_the_training_text_is_not_held_out(settings, tmp_path):

@@ -59,7 +59,7 @@ def test_one_document_is_split_by_position(tmp_path):
         assert sum(parts, []) == [*text.encode(), 256] and len(parts[0]) == round(share * tokens)
         assert [store.document_offsets().tolist() for store in (corpus.train, corpus.validation)] == [[0, len(part)] for part in parts]
         assert corpus.validation.num_bytes == len(bytes(parts[1][:-1]).decode(errors="replace").encode())
-        assert prepare.held_out(corpus, 100).num_bytes == len(bytes(parts[1][:101]).decode(errors="ignore").encode())
+        assert prepare.held_out_texts(corpus, 100)[0].num_bytes == len(bytes(parts[1][:101]).decode(errors="ignore").encode())
     digests = {store.facts["source_sha256"] for corpus in found.values() for store in (corpus.train, corpus.validation)}
     assert len(digests) == 4 and found["split:0.05"].fingerprint != found["split:80,20"].fingerprint
 

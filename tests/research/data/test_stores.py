@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from parallel.errors import Mistake
-from research.data import documents, prepare
+from research.data import documents, prepare, tokenizer_file
+from research.data import stores as token_stores
 from research.data.records import Cache, silent
+from research.data.text_stores import joined
 from research.data.token_store import StoreWriter, TokenStore
 from tests.research.data.conftest import settle
 from tests.research.data.test_prepare import noting
@@ -115,11 +117,11 @@ def test_the_fingerprint_depends_on_content_alone(stores, settings, tmp_path):
     assert prepare.load(copied, tmp_path, 300).fingerprint == first
     texts = prepare.load(settings, tmp_path, 300)
     digests = [documents.digest(spec, tmp_path) for spec in (settings.train, settings.validation)]
-    assert texts.fingerprint == prepare._join(*digests, texts.tokenizer.fingerprint)
+    assert texts.fingerprint == joined(*digests, texts.tokenizer.fingerprint)
 
 
 def own(tmp_path, corpus, name="own", **facts):
-    made = {"tokenizer": "tok", "tokenizer_sha256": prepare.tokenizer_file.load("tokenizer.json", tmp_path).fingerprint} | facts
+    made = {"tokenizer": "tok", "tokenizer_sha256": tokenizer_file.load("tokenizer.json", tmp_path).fingerprint} | facts
     with StoreWriter(tmp_path / name, 300, made) as writer:
         writer.add_documents(corpus.train.tokens, np.diff(corpus.train.document_offsets()), corpus.train.num_bytes)
     return f"store:{name}"
@@ -136,7 +138,7 @@ def test_a_store_of_our_own_is_not_even_read_once(stores, corpus, tmp_path):
 
 def test_a_store_that_was_made_with_another_tokenizer_is_refused_with_both(stores, corpus, tmp_path):
     stores.train = own(tmp_path, corpus, tokenizer="builtin:gpt2", tokenizer_sha256="ab" * 32)
-    right = prepare.tokenizer_file.load("tokenizer.json", tmp_path).fingerprint[:16]
+    right = tokenizer_file.load("tokenizer.json", tmp_path).fingerprint[:16]
     with pytest.raises(
         Mistake, match=rf"made with the tokenizer 'builtin:gpt2' .*{'ab' * 8}.*'tokenizer.json' is another .*{right}.* → name"
     ):
@@ -217,7 +219,7 @@ def test_one_store_gives_both_parts(stores, corpus, tmp_path):
     texts = list(documents.documents("train.jsonl", tmp_path))
     assert found.validation.num_bytes == sum(len(text.encode()) for text in texts[14:18])
     prepare.refuse_same_text(stores, found)
-    held_out = prepare.held_out_store(stores, stores.validation, tmp_path, found.tokenizer)
+    held_out = prepare.held_out_stores(stores, stores.validation, tmp_path, found.tokenizer)[0]
     assert held_out.tokens.tolist() == found.validation.tokens.tolist() and held_out.num_bytes == found.validation.num_bytes
     prints = {found.fingerprint}
     for split in ("split:7,3", "split:7,1,2"):
@@ -293,4 +295,4 @@ def test_the_digest_of_a_text_of_a_task(stores, settings, tmp_path):
         assert len(prepare.digest(stores, spec, tmp_path)) == 64
     assert prepare.digest(stores, settings.train, tmp_path) == documents.digest(settings.train, tmp_path)
     cache = Cache(tmp_path / "cache", silent)
-    assert prepare.digest(stores, "store:v", tmp_path) == prepare.stores.digest("store:v", tmp_path, cache)
+    assert prepare.digest(stores, "store:v", tmp_path) == token_stores.digest("store:v", tmp_path, cache)

@@ -8,7 +8,7 @@ import pytest
 
 from research import ROOT
 from research.config import serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.evaluation import lm_eval_task
 from research.evaluation.task import TaskContext
 from research.tracking.run_folder import RunFolder

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from research.config import schema, serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.evaluation import in_training
 from research.evaluation.scorer import Score, ScoreRequest
 from research.evaluation.task import Metric

@@ -9,7 +9,7 @@ import torch
 from parallel.grid import Grid
 from research.cli import evaluate, export
 from research.config import serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.evaluation.session import Session
 from research.generation.restore import DecoderSpec, restored
 from research.tracking.run_folder import RunFolder

@@ -9,7 +9,7 @@ from models.config import GPT
 from parallel.grid import Grid
 from research.cluster.tensor_ranks import opened
 from research.config import serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.evaluation.scorer import Score, ScoreRequest
 from research.evaluation.session import RestoredScorer, Session, batches
 from research.generation.restore import DecoderSpec, ScorerSpec, restored

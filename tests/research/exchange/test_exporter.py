@@ -14,7 +14,7 @@ from parallel.errors import Mistake
 from research.cli import export
 from research.config import serialization
 from research.data import tokenizer
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.tracking import run_folder
 from research.tracking.own_runs import mark_as_own
 from research.tracking.run_folder import RunFolder

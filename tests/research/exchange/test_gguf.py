@@ -19,7 +19,7 @@ from parallel.checkpoint.reader import Reader
 from parallel.errors import Mistake
 from research.cli import export
 from research.config import serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.exchange import source
 from research.exchange.gguf import GGUFFile, convert_tokenizer
 from tests.research.helpers.gguf_files import Q8_0, tokens_and_merges, unpacked, write

@@ -16,7 +16,7 @@ from parallel.errors import Mistake
 from parallel.grid import Grid
 from research.config import serialization
 from research.data import tokenizer as tokenizers
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.generation.generator import GeneratedText, IncrementalDetokenizer, TextGenerator, as_json
 from research.generation.restore import DecoderSpec

@@ -6,7 +6,7 @@ from typing import Any
 from parallel.checkpoint.writer import write
 from research.config import schema, serialization
 from research.config.experiment_folder import load_variants
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.tracking import run_folder
 from research.tracking.own_runs import mark_as_own
 from research.tracking.run_folder import RunFolder

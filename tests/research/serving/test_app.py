@@ -13,7 +13,7 @@ import httpx
 from models.inference.sampling_params import SamplingParams
 from parallel.grid import Grid
 from research.config import serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec
 from research.generation.settings import GenerationSettings, text_seed

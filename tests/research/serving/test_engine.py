@@ -10,7 +10,7 @@ pytest.importorskip("prometheus_client")
 from parallel.errors import Mistake
 from parallel.grid import Grid
 from research.config import serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec
 from research.generation.settings import GenerationSettings

@@ -7,7 +7,7 @@ import pytest
 from parallel.errors import Mistake
 from research import __main__ as research_main
 from research.config import schema, serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.tracking import run_folder
 from research.training import finish
 from tests.research.helpers import untrained

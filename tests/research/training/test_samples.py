@@ -4,7 +4,7 @@ import pytest
 
 from models.inference.sampling_params import SamplingParams
 from research.config import schema, serialization
-from research.data.prepare import load_tokenizer
+from research.data.run_tokenizer import load_tokenizer
 from research.training import samples
 from tests.research.helpers import untrained
 from tests.research.helpers.example import example, sentence
