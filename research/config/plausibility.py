@@ -47,7 +47,8 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
     for train, (setting, held_out) in itertools.product(texts_to_train_on(data.train), held_out_texts):
         files = [root / Path(text).expanduser() for text in (train, held_out) if not text.startswith(NO_FILE)]
         if train == held_out or (len(files) == 2 and files[0].samefile(files[1])):
-            yield f"{setting} = {held_out!r} is the text {train!r} of data.train → name a text that is not trained on"
+            which = "the text" if train == data.train else "a text"
+            yield f"{setting} = {held_out!r} is {which} of data.train → name a text that is not trained on"
         elif len(files) == 2 and (_is_inside(*files) or _is_inside(*reversed(files))):
             yield (
                 f"{setting} = {held_out!r} and data.train = {train!r} lie one in the other, so that the same text would be trained on and "

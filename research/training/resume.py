@@ -170,7 +170,7 @@ def _refuse_other_experiment(folder: RunFolder, checkpoint: Path, experiment: Ex
             f"{source / VARIANTS} is not what {folder.title} was trained with (SHA-256 {then[:12]} → {now[:12]}) → "
             f"put {folder.source / VARIANTS} back, or begin a run of its own"
         )
-    if refused := _refused_changes(serialization.load(folder.config), experiment, _facts(checkpoint)["step"]):
+    if refused := _refused_changes(serialization.load(folder.config), experiment, checkpoint):
         raise Mistake(
             f"{folder.title} cannot go on with {_first(refused)}: its steps so far were taken with the old value → "
             "put it back, or begin a run of its own (without --resume), in a copy of the experiment's folder"
@@ -182,10 +182,12 @@ def science(changes: list[Change]) -> list[Change]:
     return [change for change in changes if not belongs(change[0], MAY_CHANGE)]
 
 
-def _refused_changes(then: Experiment, now: Experiment, step: int) -> list[Change]:
-    """The changes that make it another experiment. Other weights of sources, or more sources, do not if they begin at `step` or later."""
-    goes_on = same_until(then.data.train, now.data.train, step)
-    return [change for change in science(diff(then, now)) if not (goes_on and change[0] == TRAIN)]
+def _refused_changes(then: Experiment, now: Experiment, checkpoint: Path) -> list[Change]:
+    """The changes that make it another experiment. Other weights of sources, or more sources, do not if they begin after the checkpoint."""
+    changes = science(diff(then, now))
+    if not any(name == TRAIN for name, _, _ in changes) or not same_until(then.data.train, now.data.train, _facts(checkpoint)["step"]):
+        return changes
+    return [change for change in changes if change[0] != TRAIN]
 
 
 def _first(changes: list[Change]) -> str:

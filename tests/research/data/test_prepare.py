@@ -14,7 +14,7 @@ import pytest
 
 from parallel.errors import Mistake
 from research import ROOT
-from research.data import documents, prepare, tokenizer
+from research.data import documents, prepare, text_stores, tokenizer
 from research.data.run_tokenizer import load_tokenizer
 from research.data.token_store import TokenStore
 
@@ -69,7 +69,7 @@ def test_a_second_load_writes_nothing_and_says_nothing(settings, tmp_path):
 def test_long_documents_and_many_small_ones_are_grouped_without_a_trace(settings, tmp_path, lines, monkeypatch):
     settings.validation = lines("long.jsonl", ["tiny", "word and \n\nword " * 50, "", "x" * 200, "end "])
     whole = prepare.load(settings, tmp_path, 300).validation.tokens.tolist()
-    monkeypatch.setattr(prepare, "GROUP", 37)
+    monkeypatch.setattr(text_stores, "GROUP", 37)
     monkeypatch.setattr(tokenizer, "pieces", lambda text: pieces(text, 11))
     settings.cache = "other"
     assert prepare.load(settings, tmp_path, 300).validation.tokens.tolist() == whole
@@ -119,7 +119,7 @@ def test_what_a_validation_predicts_is_bounded_and_never_nothing(settings, tmp_p
     there = store.num_tokens - 1
     for bound, tokens in ((0, there), (5, 5), (there - 1, there - 1), (there, there), (10**9, there)):
         text = prepare.held_out_texts(found, bound)[0]
-        assert text == (store, tokens, prepare.leading_bytes(store, found.tokenizer, tokens + 1))
+        assert text == (store, tokens, prepare.leading_bytes(store, found.tokenizer, tokens + 1), prepare.SHARED)
     assert prepare.held_out_texts(found, 0)[0].num_bytes == store.num_bytes
     settings.validation, settings.tokenizer = lines("one.jsonl", ["", "a"]), "builtin:bpe-300"
     alone = prepare.load(settings, tmp_path, 300)
