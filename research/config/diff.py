@@ -5,6 +5,7 @@ from typing import Any
 
 from research.config.schema import Experiment
 from research.config.serialization import resolved
+from research.config.sources import TRAIN, Source, describe_texts
 
 MOST = 8
 """The most differences that one sentence lists."""
@@ -21,7 +22,14 @@ def diff(then: Experiment, now: Experiment) -> list[Change]:
 
 def describe_changes(changes: list[Change]) -> str:
     """'schedule.steps 300 → 600, parallel.tensor 1 → 2'."""
-    return ", ".join(f"{name} {then} → {now}" for name, then, now in changes)
+    return ", ".join(f"{name} {_shown(name, then)} → {_shown(name, now)}" for name, then, now in changes)
+
+
+def _shown(name: str, value: Any) -> Any:
+    """The value as a sentence shows it: that of data.train in words, whether it is a setting or read from config.json."""
+    if name != TRAIN or isinstance(value, str):
+        return value
+    return describe_texts([Source(**entry) if isinstance(entry, dict) else entry for entry in value])
 
 
 def belongs(name: str, groups: Iterable[str]) -> bool:

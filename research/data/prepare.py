@@ -199,6 +199,8 @@ def refuse_same_text(data: DataSettings, corpus: Corpus) -> None:
 
 def refuse_short_parts(data: DataSettings, corpus: Corpus, seq_length: int) -> None:
     """Raises a Mistake if the training or the held-out part of a split is shorter than one sample."""
+    if not splits.is_split(data.validation):
+        return
     for name, store in corpus.sources.items():
         splits.refuse_short(data.validation, store, corpus.held_out[SHARED if name == ONLY else name], seq_length)
 

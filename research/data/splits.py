@@ -61,7 +61,7 @@ def split(store: TokenStore, spec: str, name: str) -> list[TokenStore]:
 def refuse_short(spec: str, train: TokenStore, validation: TokenStore, seq_length: int) -> None:
     """Raises a Mistake if the training or the validation part of a split is shorter than one sample."""
     for part, store in zip(PARTS, (train, validation), strict=False):
-        if is_split(spec) and store.num_tokens <= seq_length:
+        if store.num_tokens <= seq_length:
             raise Mistake(
                 f"data.validation = {spec!r} leaves {store.num_tokens} tokens to the {part} part, a sample of model.seq_length = "
                 f"{seq_length} needs {seq_length + 1} → give that part a larger share, or use more text"

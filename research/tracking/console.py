@@ -8,6 +8,7 @@ the other ranks are quiet.
 import copy
 import functools
 import os
+import re
 import sys
 import threading
 import time
@@ -27,6 +28,8 @@ from research.tracking.streams import escape_unencodable, without_escaping
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
 WIDTHS = {"step": 5, "tokens": 9, "loss": 7, "ppl": 8, "lr": 9, "|g|": 6, "tokens/s": 10, "memory": 9, "added": 9, "eta": 7}
+VAL_OF_SOURCE = re.compile("val/([^/]+)/loss")
+"""The key of a source's own validation."""
 HEADER_INDENT, CLOSING_INDENT = 9, 7
 PIPE_SECONDS = 30.0
 """Time between two lines of progress where there is no terminal for a bar."""
@@ -144,11 +147,14 @@ class Console:
         self._put(Text(_aligned(cells)))
 
     def validation(self, row: Row, best: bool, saved: str | None = None) -> None:
-        """One validation; `best`: the lowest so far; `saved`: what was written, e.g. 'step_000050 (0.2 s)'."""
+        """One validation, and a line for each source; `best`: the lowest so far; `saved`: what was written, e.g. 'step_000050 (0.2 s)'."""
         cells = ("val", fmt.count(row["progress/tokens"]), fmt.loss(row["val/loss"]), fmt.perplexity(row["val/ppl"]))
         mark, checkpoint = "↓ best" if best else "", f"saved {saved}" if saved else ""
         line = f"{_aligned(cells)}  {fmt.loss(row['val/bits_per_byte'])} bits/byte {mark:6}  {checkpoint}".rstrip()
         self._put(Text(line, "bold green" if best else "bold"))
+        for name in [match[1] for match in map(VAL_OF_SOURCE.fullmatch, row) if match]:
+            loss, bits = (fmt.loss(row[f"val/{name}/{figure}"]) for figure in ("loss", "bits_per_byte"))
+            self._put(Text(f"{_aligned(('', '', loss, fmt.perplexity(row[f'val/{name}/ppl'])))}  {bits} bits/byte of {name}", "dim"))
 
     def evaluation(self, row: Row, figures: Sequence[Figure]) -> None:
         """The tasks with one figure each: 'eval     102 k  agreement accuracy 0.612 · wikitext word_perplexity 81.2'."""

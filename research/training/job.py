@@ -18,7 +18,7 @@ from research.cluster.environment import THREADS, Ranks, threads_asked_for, thre
 from research.cluster.software import library_files
 from research.config import Experiment
 from research.config.checks import check
-from research.config.diff import flatten
+from research.config.diff import describe_changes, flatten
 from research.config.experiment_folder import LoadedExperiment, check_variants
 from research.config.layout import Layout, engine_settings, layout
 from research.config.overrides import Options, Override
@@ -137,8 +137,7 @@ def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[t
 
     config = str(job.folder.relative_to(job.root) if job.folder.is_relative_to(job.root) else job.folder)
     if job.overrides:
-        changes = ", ".join(f"{name} {old} → {new}" for name, old, new in job.overrides)
-        config += f" + {plural(len(job.overrides), 'override')}: {changes}"
+        config += f" + {plural(len(job.overrides), 'override')}: {describe_changes(job.overrides)}"
 
     nodes = plural(-(-ranks.world // ranks.local_world), "node")
     threads = f"{plural(threads_per_rank(ranks), 'thread')} each" + (f" ({THREADS})" if threads_asked_for() else "")

@@ -236,7 +236,7 @@ def show_data(job: Job, corpus: Corpus, sampler: StreamSampler, texts: Sequence[
     if len(seen) > 1:
         for (name, store), passes in zip(corpus.sources.items(), seen.tolist(), strict=True):
             where = store.facts.get("source", store.prefix)
-            lines.append(("", f"{name} · {fmt.count(store.num_tokens)} tokens · {passes:.2f} epochs · {where}"))
+            lines.append(("source", f"{name} · {fmt.count(store.num_tokens)} tokens · {passes:.2f} epochs · {where}"))
     console.header(lines)
     predicted_each_time = sum(text.tokens for text in texts)
     warnings = [*doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, predicted_each_time), *doubts_of_epochs(corpus, seen)]

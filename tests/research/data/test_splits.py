@@ -104,7 +104,6 @@ def test_a_split_without_one_of_the_first_two_parts_is_refused():
 def test_a_part_shorter_than_a_sample_is_refused(tmp_path):
     train, validation, _ = splits.split(store(tmp_path, 10), "split:9,1", "store:m")
     splits.refuse_short("split:9,1", train, validation, 2)
-    splits.refuse_short("validation.txt", train, validation, 100)
     with pytest.raises(Mistake, match=r"leaves 3 tokens to the validation part, a sample of model.seq_length = 3 needs 4 → give"):
         splits.refuse_short("split:9,1", train, validation, 3)
     with pytest.raises(Mistake, match=r"leaves 27 tokens to the training part"):
