@@ -22,7 +22,7 @@ from research.tracking.format import SEPARATOR
 from research.tracking.run_folder import RunFolder
 
 AXES = STEP, TOKENS = "progress/step", "progress/tokens"
-OVER_TOKENS, OVER_STEPS = ("train/*", "val/*", "eval/*", "measure/*"), ("perf/*", "mem/*", "progress/*")
+OVER_TOKENS, OVER_STEPS = ("train/*", "val/*", "eval/*", "measure/*", "data/*"), ("perf/*", "mem/*", "progress/*")
 LOWEST = ("val/loss", "val/bits_per_byte")
 PROBE_SECONDS, INIT_SECONDS, FINISH_SECONDS = 2.5, 3.0, 7.0
 """How long a server may take: for its first answer, to accept a run, and for the last upload."""
