@@ -211,6 +211,7 @@ def test_the_offline_run_has_our_axes(offline):
         "val/*": "progress/tokens",
         "eval/*": "progress/tokens",
         "measure/*": "progress/tokens",
+        "data/*": "progress/tokens",
         "val/loss": "progress/tokens",
         "val/bits_per_byte": "progress/tokens",
         "perf/*": "progress/step",
