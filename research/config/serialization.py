@@ -11,7 +11,7 @@ from parallel.files import write_json
 from parallel.regular_files import read_table
 from research.config.schema import Experiment
 
-SCHEMA = 8
+SCHEMA = 9
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 LARGEST = 2**20
 """The most bytes of a config.json; one has about 3,000."""
@@ -104,6 +104,11 @@ def _without_ramp(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _without_length_ramp(settings: dict[str, Any]) -> dict[str, Any]:
+    """8 → 9: every sequence had seq_length tokens, as without schedule.length_ramp."""
+    return settings
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _without_dropout,
     2: _without_watch,
@@ -112,5 +117,6 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     5: _without_own_training,
     6: _without_profile,
     7: _without_ramp,
+    8: _without_length_ramp,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""
