@@ -68,8 +68,9 @@ def test_it_is_deepspeed_s_fixed_linear_curriculum(start: int, length: int, step
 
 
 def test_without_a_ramp_all_samples_are_whole() -> None:
-    lengths = SequenceLengths(128, BatchSizes(24))
-    assert (lengths.of(0), lengths.of(10**9), lengths.before(0), lengths.before(10**9), lengths.lengths) == (128, 128, 0, 128 * 10**9, [128])
+    lengths, many = SequenceLengths(128, BatchSizes(24)), 10**9
+    assert (lengths.of(0), lengths.of(many), lengths.before(0), lengths.before(many)) == (128, 128, 0, 128 * many)
+    assert lengths.lengths == [128]
 
 
 def test_an_example() -> None:
