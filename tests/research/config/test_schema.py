@@ -209,6 +209,14 @@ def test_schema_2_saved_once_and_watched_for_nothing(tmp_path) -> None:
     assert (found.watch.hang_seconds, found.watch.non_finite, found.watch.most_skips, found.watch.spike) == (0.0, "skip", 0, 0.0)
 
 
+@pytest.mark.parametrize(("schema", "ramps"), [(7, ("batch_ramp", "length_ramp")), (8, ("length_ramp",))])
+def test_steps_were_alike_before_there_were_ramps(schema: int, ramps: tuple[str, ...], tmp_path) -> None:
+    settings = resolved(example()) | {"schema": schema}
+    assert [settings["schedule"].pop(ramp) for ramp in ramps] == [None] * len(ramps)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load(tmp_path / "config.json") == example()
+
+
 def test_schema_3_had_rotary_positions_of_their_own_wavelengths(tmp_path) -> None:
     rotary = {"position": "rotary", "rotary_fraction": 0.5, "rotary_base": 5e5, "rotary_scaling": "none"}
     settings = resolved(example(model=rotary)) | {"schema": 3}
