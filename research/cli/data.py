@@ -42,10 +42,11 @@ Prints which documents a step of a run trained on, or describes a token store.
 RUN --step N: each sample of the step, whatever layout the run had, and each
 document that the sample touches: its number, where in the document the sample
 begins and how many of the document's tokens it has, and their first words. A
-sample is a window of model.seq_length + 1 tokens; the last one is predicted
-only. Steps and epochs are counted from 1, everything else from 0. The run may
-still be running, and needs no checkpoint; with one, its text is compared with
-what was trained on. Nothing of the run is changed or locked.
+sample is a window of model.seq_length + 1 tokens, or, in the first steps of a
+schedule.length_ramp, its beginning; the last token is predicted only. Steps
+and epochs are counted from 1, everything else from 0. The run may still be
+running, and needs no checkpoint; with one, its text is compared with what was
+trained on. Nothing of the run is changed or locked.
 
 PREFIX: the documents, tokens, bytes of text, ids, source and tokenizer of the
 store in PREFIX.bin, PREFIX.idx and PREFIX.json, and how long its documents are.
@@ -166,7 +167,8 @@ def documents_of_step(arguments: argparse.Namespace) -> dict[str, Any]:
     samples = [sample_as_json(sampler.window(number), corpus) for number in shown]
     left_out = len(numbers) - len(shown)
 
-    size = f"{experiment.model.seq_length} + 1 tokens each"
+    first = sampler.window(numbers[0])
+    size = f"{first.stop - first.start - 1} + 1 tokens each"
     console.header([("", f"{folder.title} · step {step} of {steps} · samples {numbers[0]:,}–{numbers[-1]:,} of {size}")])
     console.header([("data", f"{describe_texts(experiment.data.train)} · {corpus.tokenizer.name} · {said_of_text(checkpoint)}")])
     if step > logged:

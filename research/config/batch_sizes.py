@@ -60,5 +60,10 @@ class BatchSizes:
         phase = self._phase(step)
         return phase.sample + (step - phase.step) * phase.size
 
+    def step_from(self, sample: int) -> int:
+        """The first step that begins with `sample` or a later one."""
+        phase = self.phases[bisect_right(self.phases, sample, key=attrgetter("sample")) - 1]
+        return phase.step - (phase.sample - sample) // phase.size
+
     def _phase(self, step: int) -> Phase:
         return self.phases[bisect_right(self.phases, step, key=attrgetter("step")) - 1]
