@@ -95,7 +95,7 @@ def test_sample_numbers_count_over_epochs():
 def test_a_batch_names_its_samples_in_the_run(token_store, data_size, micro):
     """Sequence j of step t is sample t·24 + j, whatever the layout: the numbers of a step in order, beside their windows."""
     store = token_store(1000)
-    for step in (0, 3, 4, 1000):
+    for step in (0, 3, 4, 341, 1000):  # sample 8,192, where a new span begins, is in the middle of step 341
         found = [batch for rank in step_of(store, 9, data_size, micro, step) for batch in rank]
         assert all(batch.samples.dtype == np.int64 and batch.samples.shape == (micro,) for batch in found)
         numbers = np.concatenate([batch.samples for batch in found])

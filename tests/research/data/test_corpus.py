@@ -160,9 +160,10 @@ def test_a_word_longer_than_memory_is_cut_and_counted(tmp_path, monkeypatch):
         assert sum(group.cuts for group in groups) == cuts
 
 
-def test_two_processes_give_the_bytes_of_one(tmp_path, lines, prepare, small_sizes):
+@pytest.mark.parametrize("name", [tokenizer.BYTES, pytest.param("builtin:bpe-300", marks=pytest.mark.slow)])
+def test_two_processes_give_the_bytes_of_one(name, tmp_path, lines, prepare, small_sizes):
     lines("a.jsonl", TEXTS)
-    one, two = (prepare(["a.jsonl"], "builtin:bpe-300", "80,10,10", workers=workers, title=f"w{workers}")[0] for workers in (1, 2))
+    one, two = (prepare(["a.jsonl"], name, "80,10,10", workers=workers, title=f"w{workers}")[0] for workers in (1, 2))
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in two.iterdir()) and len(names) == 12
     for name in names:
