@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from parallel.errors import Mistake
-from parallel.files import write_json
+from parallel.files import sync_tree, write_json
 from research.data import corpus_split, tokenizer, tokenizer_file, tokenizer_processes
 from research.data.corpus_inputs import Group, Inputs, Inventory
 from research.data.corpus_split import Part, Split
@@ -148,6 +148,7 @@ def _make_tokenizer(
                 text = tokenizer.fixed(name).backend.to_str()
             (made / FILE).write_text(text, encoding="utf-8")
             write_config(made)
+        sync_tree(made)
         made.rename(folder)
 
 

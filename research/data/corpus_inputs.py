@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.errors import Mistake, listed
-from parallel.files import published, sha256_of
+from parallel.files import published, sha256_of, user_path
 from research.data import text_files
 from research.data.corpus_split import Split
 from research.data.text_files import Advance, Fragment, Left, Reading, TextFile
@@ -72,7 +72,7 @@ class Inputs:
         self.files: list[TextFile] = []
         for name in names:
             left = Left()
-            found = text_files.find(root / Path(name).expanduser(), name, left)
+            found = text_files.find(user_path(root, name), name, left)
             if not found:
                 raise Mistake(f"{name} has no file of text: {left.sentence() or 'it is empty'} → leave it out, or name another folder")
             self.files += found
@@ -96,7 +96,7 @@ class Inputs:
         """Reads everything once, and writes a line of JSON for each file to `sources`. Whatever cannot be read is a Mistake."""
         found, whole = Inventory(files=len(self.files), file_bytes=self.file_bytes), hashlib.sha256()
         whole.update(json.dumps(asdict(self.reading)).encode())
-        with published(sources) as temporary, open(temporary, "w", encoding="utf-8", errors="surrogateescape") as record:
+        with published(sources) as temporary, open(temporary, "w", encoding="utf-8") as record:
             for number, (file, (_, size, _)) in enumerate(zip(self.files, self.states, strict=True)):
                 with file.readable():
                     digest = sha256_of(file.path)
@@ -109,7 +109,7 @@ class Inputs:
                         found.empty += not length
                         found.characters, length = found.characters + length, 0
                 entry = {"path": file.name, "bytes": size, "sha256": digest, "documents": found.documents - before}
-                record.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                record.write(json.dumps(entry) + "\n")
                 whole.update(f"{file.kind}{file.compression}\0{digest}\0".encode())
         if not found.characters:
             raise Mistake(

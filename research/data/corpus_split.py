@@ -45,8 +45,10 @@ def shares_of(text: str) -> dict[str, Fraction]:
     """{"train": 98/100, "val": 1/100, "test": 1/100} for '98,1,1': the parts that get anything, in order."""
     words = [word.strip() for word in text.split(",")]
     weights = [Fraction(word) for word in words if SHARE.fullmatch(word)]
-    if len(weights) < len(words) or len(words) > len(NAMES) or not weights[0]:
+    if len(weights) < len(words) or len(words) > len(NAMES):
         raise Mistake(f"--split {text} is not one to three shares, of {', '.join(NAMES)} → write for example {EXAMPLE}")
+    if not weights[0]:
+        raise Mistake(f"--split {text} is not one to three shares of which {NAMES[0]} has more than 0 → write for example {EXAMPLE}")
     return {name: weight / sum(weights) for name, weight in zip(NAMES, weights, strict=False) if weight}
 
 

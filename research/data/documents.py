@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parallel.errors import Mistake, listed, nearest
+from parallel.files import user_path
 from research.data import text_files
 from research.data.text_files import KINDS, Left, Reading, TextFile
 
@@ -41,9 +42,9 @@ def check_exists(spec: str, root: Path, setting: str = "the corpus") -> Path:
         near = nearest(spec, names)
         guess = f"{near} is meant? " if near else ""
         raise Mistake(f"{setting} = {spec!r} is not a built-in corpus → {guess}use {listed(names)}")
-    path = Path(root) / Path(spec).expanduser()
     left = Left()
     try:
+        path = user_path(root, spec)
         files = text_files.find(path, path.name, left)
     except Mistake as mistake:
         raise Mistake(f"{setting} = {spec!r}: {mistake}, or use {listed(names)}") from None

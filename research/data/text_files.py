@@ -30,14 +30,14 @@ from parallel.text import REPLACEMENT, UTF16_MARKS, decoded_blocks, decoded_line
 
 LINES, PARQUET = ".jsonl", ".parquet"
 PLAIN = (".txt", ".md")
-"""Names that are always taken for plain text. Of a file of any other name, the beginning decides."""
+"""Names of plain text. Of a file of any other name, the beginning decides whether it is read."""
 COMPRESSED = (".gz", ".xz", ".zst")
 KINDS = (*PLAIN, LINES, PARQUET)
 BLOCK = 1 << 20
 """Bytes that are read and decoded at a time."""
-LONGEST_LINE = 1 << 26
+LONGEST_LINE = 1 << 24
 """The most bytes of a line of JSON, which is held in memory as a whole. Plain text has no such limit."""
-ROWS = 256
+ROWS = 16
 """Rows of a Parquet file that are read at a time."""
 SNIFFED = 1 << 13
 """Bytes from the beginning of a file that decide whether it is text."""
@@ -124,6 +124,8 @@ class TextFile:
         except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
             raise self._broken(error) from error
         except OSError as error:
+            if self.kind == PARQUET and error.errno is None:  # pyarrow's, of what the file holds
+                raise self._broken(error) from error
             raise Mistake(f"{self.path} cannot be read ({error.strerror or error}) → check the file and its permissions") from error
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("backports", "compression", "pyarrow"):
@@ -147,10 +149,12 @@ class TextFile:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
 
-        file = parquet.ParquetFile(raw, pre_buffer=False)
+        file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BLOCK)
         schema = file.schema_arrow
         if reading.key not in schema.names:
             raise _no_key(str(self.path), reading.key, schema.names, "column")
+        if schema.names.count(reading.key) > 1:
+            raise Mistake(f"{self.path} has {schema.names.count(reading.key)} columns {reading.key!r} → write it again with one")
         kind = schema.field(reading.key).type
         if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
             raise Mistake(f"{self.path}: the column {reading.key!r} holds {kind}, not text → name another one: --key")
@@ -268,7 +272,7 @@ def find(path: Path, name: str, left: Left) -> list[TextFile]:
     if not status.st_size:
         raise Mistake(f"{path} is empty → write some text into it, or leave it out")
     file = TextFile(path, name)
-    if not file.kind and not is_text(file):
+    if _is_binary(file):
         raise Mistake(f"{path} is not text, its beginning is binary → name a {listed(KINDS)} file, or a folder of them")
     return [file]
 
@@ -309,15 +313,22 @@ def _why_left_out(file: TextFile) -> str:
         return "not a file"
     if not file.path.stat().st_size:
         return "empty"
-    return "" if file.kind or is_text(file) else "not text"
+    return "not text" if _is_binary(file) else ""
 
 
-def is_text(file: TextFile) -> bool:
-    """Whether the beginning of a file, decompressed, is UTF-8 without a zero byte, which is git's sign of a binary file."""
+def _is_binary(file: TextFile) -> bool:
+    """Whether the beginning of a file, decompressed, has a zero byte, which is git's sign of a binary file, as UTF-16 without a mark does.
+
+    A file whose name does not say what it is must be UTF-8, too. JSON lines and Parquet are found to be damaged when they are read.
+    """
+    if file.kind in (LINES, PARQUET):
+        return False
     with file.readable(), open_regular(file.path) as raw, _decompressed(raw, file.compression) as opened:
         beginning = opened.read(SNIFFED)
+    if beginning.startswith(UTF16_MARKS) and file.kind:
+        return False  # the reader says that it is UTF-16
     try:
-        next(decoded_blocks([beginning], ""))
+        next(decoded_blocks([beginning], "", replace=bool(file.kind)))
     except Mistake:
-        return False
-    return b"\0" not in beginning
+        return True
+    return b"\0" in beginning

@@ -29,6 +29,8 @@ LONGEST = 2**31 - 1
 COUNTS = ("documents", "tokens")
 KINDS = {**dict.fromkeys((*COUNTS, "bytes", "max_id"), int), **dict.fromkeys(("bin_sha256", "idx_sha256", "tokenizer_sha256"), str)}
 """What PREFIX.json says, where it does."""
+OF_VIEWS = ("first_document", "first_token")
+"""Facts of a part of a store. No PREFIX.json has them."""
 
 
 class TokenStore:
@@ -117,7 +119,8 @@ class TokenStore:
         except (OSError, ValueError):
             return {}
         fits = [facts.get(name) for name in COUNTS] == [self.num_documents, self.num_tokens]
-        return facts if fits and all(type(facts[name]) is kind for name, kind in KINDS.items() if name in facts) else {}
+        fits &= all(type(facts[name]) is kind for name, kind in KINDS.items() if name in facts) and facts.get("bytes", 0) >= 0
+        return {name: value for name, value in facts.items() if name not in OF_VIEWS} if fits else {}
 
 
 class StoreWriter:

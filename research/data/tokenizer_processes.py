@@ -4,6 +4,7 @@ A process that is interrupted together with its parent (Ctrl-C) leaves that to i
 """
 
 import contextlib
+import dataclasses
 import multiprocessing
 import signal
 from collections import deque
@@ -26,10 +27,10 @@ Tag = TypeVar("Tag")
 
 
 def open_tokenizer(name: str, file: Path) -> Tokenizer:
-    """The tokenizer whose tokenizer.json is `file`: a built-in one by its name, which is faster, or any other."""
+    """The tokenizer whose tokenizer.json is `file`, called `name`, as the user called it. A built-in one is faster than its file alone."""
     if name.startswith("builtin:"):
         return tokenizer.from_json(name, file.read_text(encoding="utf-8"))
-    return tokenizer_file.load(str(file), Path())
+    return dataclasses.replace(tokenizer_file.load(str(file), Path()), name=name)
 
 
 def encoded(groups: Iterable[tuple[list[str], Tag]], name: str, file: Path, processes: int) -> Iterator[tuple[list[np.ndarray], Tag]]:

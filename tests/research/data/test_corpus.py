@@ -138,7 +138,8 @@ def test_a_character_counts_in_the_part_of_its_last_byte(tmp_path, prepare, cut)
 def test_ids_are_those_of_whole_documents(tmp_path, lines, prepare, small_sizes, monkeypatch):
     """Wherever a document is cut for tokenization. Only a text without a place to cut may differ, and that is counted."""
     monkeypatch.setattr(corpus_inputs, "PIECE", 50)
-    (tmp_path / "a.txt").write_text("".join(TEXTS) + "many words  in one \n\n line " * 200)
+    words = "many words  in one \n\n line " * 350
+    (tmp_path / "a.txt").write_text(words + "".join(TEXTS))  # a zero byte at the beginning would mean that it is no text
     lines("b.jsonl", TEXTS)
     for name in ("builtin:bpe-300", tokenizer.CHARS):
         folder, _ = prepare(["a.txt", "b.jsonl"], name, "100", title=name[8:])

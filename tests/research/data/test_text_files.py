@@ -196,5 +196,5 @@ def test_lines_are_bounded_in_memory():
             assert size == text_files.LONGEST_LINE + 1
             return b"x" * size
 
-    with pytest.raises(Mistake, match="more than 64 MiB"):
+    with pytest.raises(Mistake, match="more than 16 MiB"):
         next(text_files._lines(Endless(), "a", Reading(), Left()))
