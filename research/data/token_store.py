@@ -41,12 +41,12 @@ class TokenStore:
 
     def __init__(self, prefix: Path):
         self.prefix = Path(prefix)
-        self._index = MegatronIndex(prefix)
+        self.index = MegatronIndex(prefix)
         self._first = 0
-        self.num_documents = self._index.num_documents
-        self.num_tokens = self._index.num_tokens
+        self.num_documents = self.index.num_documents
+        self.num_tokens = self.index.num_tokens
         """Tokens of the stream, end-of-text included."""
-        self.tokens: np.ndarray = np.memmap(self._index.stream, self._index.dtype, mode="r").view(np.ndarray)
+        self.tokens: np.ndarray = np.memmap(self.index.stream, self.index.dtype, mode="r").view(np.ndarray)
         self.facts = self._sidecar()
         """What is known of the store: the content of PREFIX.json, or {} if there is none or it is not that of these files."""
 
@@ -66,8 +66,8 @@ class TokenStore:
         last = self.num_documents if last is None else last
         if self.num_documents == 1:  # perhaps a piece of the document
             return np.array([0, self.num_tokens])[first : last + 1]
-        origin = self._index.document_offsets(self._first, self._first)[0]
-        return self._index.document_offsets(self._first + first, self._first + last) - origin
+        origin = self.index.document_offsets(self._first, self._first)[0]
+        return self.index.document_offsets(self._first + first, self._first + last) - origin
 
     def documents(self) -> Iterator[tuple[int, int]]:
         """(first token, end) of each document, in order. Reads the index in pieces."""
@@ -102,14 +102,14 @@ class TokenStore:
 
     def read(self) -> dict[str, Any]:
         """The smallest and largest id and the SHA-256 of both files. Reads them whole; a Mistake if the index is not in order."""
-        self._index.check_order()
+        self.index.check_order()
         smallest, largest, sha256 = 0, -1, hashlib.sha256()
-        with self._index.stream.open("rb") as file:
-            while piece := file.read(CHUNK * self._index.dtype.itemsize):
+        with self.index.stream.open("rb") as file:
+            while piece := file.read(CHUNK * self.index.dtype.itemsize):
                 sha256.update(piece)
-                ids = np.frombuffer(piece, self._index.dtype)
+                ids = np.frombuffer(piece, self.index.dtype)
                 smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
-        with self._index.path.open("rb") as file:
+        with self.index.path.open("rb") as file:
             index_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"min_id": smallest, "max_id": largest, "bin_sha256": sha256.hexdigest(), "idx_sha256": index_sha256}
 
