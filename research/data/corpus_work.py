@@ -144,7 +144,7 @@ def opened(target: Path, replace: bool) -> Iterator[Work]:
         made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
         with _locked(path, target):
             try:
-                shutil.rmtree(_hidden(target, "done"), ignore_errors=True)  # a process was killed while it removed this
+                shutil.rmtree(_hidden(target, "done"), ignore_errors=True)
                 if old.exists() and not target.exists():  # a process was killed between the two renames
                     old.rename(target)
                 _check_target(target, replace)  # another process may have published it in the meantime
@@ -178,12 +178,15 @@ def _hidden(target: Path, what: str) -> Path:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes the work folder of a finished corpus, if the process that published it was killed before it could."""
+    """Removes what a process that was killed after it published the corpus has left beside it, the corpus that it replaced included."""
     path = _hidden(target, "work")
+    shutil.rmtree(_hidden(target, "done"), ignore_errors=True)
     if (path / TOKENIZED).is_file() and not (path / RESULT).exists():
         with contextlib.suppress(Mistake, OSError), _locked(path, target):
             if not (path / RESULT).exists():
                 shutil.rmtree(path)
+    if (target / SOURCES).is_file() and not path.exists():  # nobody is about to rename anything
+        shutil.rmtree(_hidden(target, "replaced"), ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,21 @@
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from research import ROOT
 from research.__main__ import main
 from research.data import corpus_work
-from tests.research.cli.test_prepare import refused
+from tests.research.cli.test_prepare import plan, refused
+from tests.research.helpers.killed_prepare import digest, ended
 
 BYTES = ("--as", "mine", "--tokenizer", "builtin:bytes")
 
@@ -137,3 +144,45 @@ def test_a_damaged_file_of_unfinished_work_is_made_again(said, tmp_path, monkeyp
     assert code == 0, err
     again = {path.name: path.read_bytes() for path in (tmp_path / "corpora" / "again").iterdir()}
     assert again["train.bin"] == whole["train.bin"] and again.keys() == whole.keys()
+
+
+@pytest.mark.slow
+def test_kills_of_a_replacement_change_nothing(tmp_path):
+    """Around the renames, the same command gives the new corpus alone; another one finds the old or the new corpus whole."""
+    settings = plan(tmp_path, 0, "--tokenizer", "builtin:bytes")
+    program = (
+        "import json, sys; from tests.research.cli.test_prepare_hostile import killed_replacements\n"
+        "print(json.dumps(killed_replacements(json.loads(sys.argv[1]))))"
+    )
+    finished = subprocess.run([sys.executable, "-c", program, json.dumps(settings)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads(finished.stdout)
+    assert len(results["kills"]) == 24
+    for kill in results["kills"]:
+        assert kill["code"] == -signal.SIGKILL and kill["again"] == 0 and kill["same"], kill
+        assert kill["other"] == 2 and kill["kept"] in (["mine"], [".mine.work", "mine"]) and kill["whole"], kill
+
+
+def killed_replacements(settings):
+    """Of the last 24 moments of `prepare --replace`: what a kill leaves, and what the same command and one without --replace make of it."""
+    folder, arguments, sizes = Path(settings["folder"]), settings["arguments"], settings["sizes"]
+    base, whole, place = (folder / name for name in ("base", "whole", "place"))
+    ended(arguments + ["--split", "50,50"], base, sizes)
+    shutil.copytree(base, whole)
+    ended(arguments + ["--replace"], whole, sizes)
+    before, after, last = digest(base), digest(whole), int(whole.with_suffix(".moments").read_text())
+    kills = []
+    for moment in range(last - 23, last + 1):
+        kill = {"moment": moment}
+        for replace in (["--replace"], []):
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(base, place)
+            kill["code"] = ended(arguments + ["--replace"], place, sizes, moment, signal.SIGKILL)["code"]
+            code = ended(arguments + replace, place, sizes)["code"]
+            if replace:
+                kill |= {"again": code, "same": digest(place) == after}
+            else:
+                left = {name: sha256 for name, sha256 in digest(place).items() if name.startswith("mine")}
+                kill |= {"other": code, "kept": sorted(os.listdir(place)), "whole": left in (before, after)}
+        kills.append(kill)
+    return {"kills": kills}
