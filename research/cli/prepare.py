@@ -18,7 +18,7 @@ from research import ROOT
 from research.cli.verbs import Parser, count
 from research.cluster.environment import environment
 from research.cluster.limited_process import SINGLE
-from research.data import corpus, corpus_split, corpus_work, documents, tokenizer, tokenizer_ranks
+from research.data import corpus, corpus_work, documents, random_split, tokenizer, tokenizer_ranks
 from research.data.corpus import Options, Prepared
 from research.data.corpus_inputs import Inputs
 from research.data.text_files import INSTALL, KINDS, Reading
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     """Prepares the corpus and prints what it holds."""
     arguments = parsed(argv)
     console, target = Console(), arguments.corpora / arguments.name
-    corpus_split.shares_of(arguments.split)
+    random_split.shares_of(arguments.split)
     write_tokenizer, tokenizer_sha256 = chosen_tokenizer(arguments.tokenizer)
     options = Options(arguments.tokenizer, tokenizer_sha256, arguments.split, arguments.seed)
     inputs = Inputs(arguments.inputs, Path.cwd(), Reading(arguments.key, arguments.invalid == "replace"))
@@ -95,7 +95,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--as", dest="name", required=True, metavar="NAME", help=f"the corpus to make: {FOLDER}/NAME")
     parser.add_argument("--tokenizer", default="builtin:bpe-8192", help="see below (default: builtin:bpe-8192)")
     parser.add_argument(
-        "--split", default=corpus_split.EXAMPLE, metavar="SHARES", help="shares of train, val and test, by document (default: 98,1,1)"
+        "--split", default=random_split.EXAMPLE, metavar="SHARES", help="shares of train, val and test, by document (default: 98,1,1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the documents that are held out (default: 0)")
     parser.add_argument("--key", default="text", help="the key or column of the text (default: text)")

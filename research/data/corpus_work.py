@@ -26,7 +26,7 @@ from parallel.errors import Mistake
 from parallel.files import FULL, published, read_json, sync_folder, sync_tree, write_json
 from parallel.process_identity import ProcessIdentity
 from research.data.corpus_inputs import Inventory
-from research.data.corpus_split import Part
+from research.data.random_split import Part
 
 PLAN, INVENTORY, SOURCES, TOKENIZER, RESULT, LOCK = "plan.json", "inventory.json", "sources.jsonl", "tokenizer", "result", "lock"
 TOKENIZED = "tokenized.json"
@@ -41,8 +41,8 @@ class Work:
     def __init__(self, target: Path, path: Path) -> None:
         self.target, self.path = target, path
 
-    def follow(self, plan: dict[str, Any]) -> str:
-        """Keeps what an earlier process with the same plan has left, and removes anything else. Returns why, if there was another plan."""
+    def begin_or_continue(self, plan: dict[str, Any]) -> str:
+        """Keeps the work of an earlier process with the same plan, and removes all other work. Returns why, if there was another plan."""
         known, why = None, ""
         if (self.path / PLAN).is_file():
             with contextlib.suppress(Mistake, OSError):

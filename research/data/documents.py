@@ -7,7 +7,7 @@ from pathlib import Path
 from parallel.errors import Mistake, listed, nearest
 from parallel.files import user_path
 from research.data import text_files
-from research.data.text_files import KINDS, Left, Reading, TextFile
+from research.data.text_files import KINDS, LeftOut, Reading, TextFile
 
 BUILTIN = "builtin:"
 FOLDER = Path(__file__).parent / "builtin"
@@ -23,7 +23,7 @@ def documents(spec: str, root: Path) -> Iterator[str]:
     characters = 0
     for file in _files(spec, root):
         parts: list[str] = []
-        for text, is_last in file.fragments(Reading(), Left()):
+        for text, is_last in file.fragments(Reading(), LeftOut()):
             characters += len(text)
             parts.append(text)
             if is_last:
@@ -42,7 +42,7 @@ def check_exists(spec: str, root: Path, setting: str = "the corpus") -> Path:
         near = nearest(spec, names)
         guess = f"{near} is meant? " if near else ""
         raise Mistake(f"{setting} = {spec!r} is not a built-in corpus → {guess}use {listed(names)}")
-    left = Left()
+    left = LeftOut()
     try:
         path = user_path(root, spec)
         files = text_files.find(path, path.name, left)
@@ -83,7 +83,7 @@ def _digest(file: TextFile) -> "hashlib._Hash":
 
 def _files(spec: str, root: Path) -> list[TextFile]:
     path = check_exists(spec, root)
-    return text_files.find(path, "", Left()) if path.is_dir() else [TextFile(path, path.name)]
+    return text_files.find(path, "", LeftOut()) if path.is_dir() else [TextFile(path, path.name)]
 
 
 def builtin_names() -> list[str]:

@@ -65,8 +65,8 @@ class Reading:
 
 
 @dataclass
-class Left:
-    """What is not read as it stands: files of folders that are left out, by reason, and sequences that were replaced by U+FFFD."""
+class LeftOut:
+    """Counts the files of folders that are left out, by reason, and the sequences of bytes that were replaced by U+FFFD."""
 
     files: dict[str, int] = field(default_factory=dict)
     replaced: int = 0
@@ -101,7 +101,7 @@ class TextFile:
         name = self.path.name.lower().removesuffix(self.compression)
         return next((kind for kind in KINDS if name.endswith(kind)), "")
 
-    def fragments(self, reading: Reading, left: Left, advance: Advance = lambda n: None) -> Iterator[Fragment]:
+    def fragments(self, reading: Reading, left: LeftOut, advance: Advance = lambda n: None) -> Iterator[Fragment]:
         """The documents in parts, in memory for one part, a line of JSON, or ROWS rows. `advance` is told of bytes of the file read.
 
         Whatever cannot be read is a Mistake that names file and line.
@@ -136,13 +136,13 @@ class TextFile:
         way_out = "write it again" if self.kind == PARQUET else "compress it again"
         return Mistake(f"{self.path} is not a whole {self.kind}{self.compression} file ({' '.join(str(error).split())[:120]}) → {way_out}")
 
-    def _texts(self, raw: io.BufferedReader, reading: Reading, left: Left) -> Iterator[tuple[Fragment, int]]:
+    def _texts(self, raw: io.BufferedReader, reading: Reading, left: LeftOut) -> Iterator[tuple[Fragment, int]]:
         """The documents in parts, each with the bytes of the file that are read."""
         with _decompressed(raw, self.compression) as file:
             for fragment in (_lines if self.kind == LINES else _plain)(file, str(self.path), reading, left):
                 yield fragment, raw.tell()
 
-    def _rows(self, raw: io.BufferedReader, size: int, reading: Reading, left: Left) -> Iterator[tuple[Fragment, int]]:
+    def _rows(self, raw: io.BufferedReader, size: int, reading: Reading, left: LeftOut) -> Iterator[tuple[Fragment, int]]:
         """One document for each row of the column `reading.key`, each with the bytes of the file that are read, as far as rows tell."""
         if importlib.util.find_spec("pyarrow") is None:
             raise Mistake(f"{self.path}: .parquet needs pyarrow → {INSTALL}")
@@ -166,7 +166,7 @@ class TextFile:
                 yield Fragment(text, True), size * row // file.metadata.num_rows
 
 
-def _valid(raw: bytes, place: str, reading: Reading, left: Left) -> str:
+def _valid(raw: bytes, place: str, reading: Reading, left: LeftOut) -> str:
     """The text of a row. Parquet's writers do not check that what they write is UTF-8."""
     try:
         return raw.decode("utf-8")
@@ -178,7 +178,7 @@ def _valid(raw: bytes, place: str, reading: Reading, left: Left) -> str:
     return text
 
 
-def _plain(file: Any, where: str, reading: Reading, left: Left) -> Iterator[Fragment]:
+def _plain(file: Any, where: str, reading: Reading, left: LeftOut) -> Iterator[Fragment]:
     """The one document of a file of plain text."""
     held = ""
     for text, replaced in decoded_blocks(iter(lambda: file.read(BLOCK), b""), where, reading.replace):
@@ -189,7 +189,7 @@ def _plain(file: Any, where: str, reading: Reading, left: Left) -> Iterator[Frag
     yield Fragment(held, True)
 
 
-def _lines(file: Any, where: str, reading: Reading, left: Left) -> Iterator[Fragment]:
+def _lines(file: Any, where: str, reading: Reading, left: LeftOut) -> Iterator[Fragment]:
     """One document for each line that is not blank."""
     number = 0
     while raw := file.readline(LONGEST_LINE + 1):
@@ -204,7 +204,7 @@ def _lines(file: Any, where: str, reading: Reading, left: Left) -> Iterator[Frag
             yield Fragment(_text(line, place, reading, left), True)
 
 
-def _text(line: str, place: str, reading: Reading, left: Left) -> str:
+def _text(line: str, place: str, reading: Reading, left: LeftOut) -> str:
     """The text of one JSON line; empty for null."""
     key, example = reading.key, json.dumps({reading.key: "one document"})
     value = json_value(line, place, f"one object such as {example} a line")
@@ -256,7 +256,7 @@ def _zstd() -> Any:
     raise Mistake(f".zst needs backports.zstd → {INSTALL}")
 
 
-def find(path: Path, name: str, left: Left) -> list[TextFile]:
+def find(path: Path, name: str, left: LeftOut) -> list[TextFile]:
     """The file, or the files of text in the folder and its subfolders, in the order of their paths. Reads beginnings only.
 
     A Mistake if a file that is named itself is missing, empty, or not text.
@@ -281,7 +281,7 @@ def _missing(error: OSError) -> str:
     return "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
 
 
-def _in_folder(folder: Path, name: str, left: Left) -> list[TextFile]:
+def _in_folder(folder: Path, name: str, left: LeftOut) -> list[TextFile]:
     """The folder's files of text, sorted by path, part by part."""
     found: list[tuple[tuple[str, ...], TextFile]] = []
 
