@@ -72,7 +72,8 @@ def extracts(store: TokenStore, start: int, stop: int) -> Iterator[Extract]:
 
 
 def document_lengths(store: TokenStore) -> Lengths:
-    """The lengths of all documents, in tokens. Reads the whole index."""
+    """The lengths of all documents, in tokens. Reads the whole index; a Mistake if it is not in order."""
+    store.index.check_order()
     values = counts = np.zeros(0, np.int64)
     for first in range(0, store.num_documents, DOCUMENTS):
         offsets = store.document_offsets(first, min(first + DOCUMENTS, store.num_documents))
