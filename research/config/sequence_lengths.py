@@ -4,8 +4,7 @@ from bisect import bisect_right
 from operator import attrgetter
 from typing import NamedTuple
 
-from parallel.errors import Mistake
-from research.config.batch_sizes import BatchSizes
+from research.config.batch_sizes import BatchSizes, Ramp, increments_of
 
 
 class Phase(NamedTuple):
@@ -26,18 +25,13 @@ class SequenceLengths:
     p = samples / number of increments. These are the first tokens of a window of `length`; the rest of it is not read.
     """
 
-    def __init__(self, length: int, batch_sizes: BatchSizes, ramp: tuple[int, int, int] | None = None) -> None:
+    def __init__(self, length: int, batch_sizes: BatchSizes, ramp: Ramp | None = None) -> None:
         """`batch_sizes`: where steps begin. Raises a Mistake if the increments do not lead from the start to `length`."""
         self.phases = [Phase(0, 0, 0, length)]
         if ramp is None:
             return
         start, increment, samples = ramp
-        if start >= length or (length - start) % increment:
-            raise Mistake(
-                f"schedule.length_ramp = {start} {increment} {samples} does not lead to model.seq_length = {length}: {length} − {start} = "
-                f"{length - start} is no positive multiple of {increment} → use a start such as {length % increment or increment}"
-            )
-        increments = (length - start) // increment
+        increments = increments_of(ramp, "schedule.length_ramp", length, "model.seq_length")
         self.phases = [Phase(0, 0, 0, start)]
         while (last := self.phases[-1]).length < length:
             border = -(-samples * (last.sample * increments // samples + 1) // increments)  # the sample from which on they are longer

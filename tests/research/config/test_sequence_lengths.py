@@ -82,7 +82,16 @@ def test_an_example() -> None:
 
 def test_phases_that_no_step_begins_in_are_left_out_quickly() -> None:
     """A ramp by single tokens over fewer samples than a step has."""
-    assert SequenceLengths(2**32 - 1, BatchSizes(1000), (1, 1, 999)).lengths == [1, 2**32 - 1]
+    assert SequenceLengths(2**16 + 1, BatchSizes(1000), (1, 1, 999)).lengths == [1, 2**16 + 1]
+
+
+def test_more_increments_than_anybody_means_are_refused_at_once() -> None:
+    """A file of a stranger may have them."""
+    most, said = 2**32 - 1, "needs 4,294,967,294 increments to {} = 4294967295, the most are 65,536 → use a larger increment"
+    with pytest.raises(Mistake, match=said.format("schedule.batch_size")):
+        BatchSizes(most, (1, 1, most))
+    with pytest.raises(Mistake, match=said.format("model.seq_length")):
+        SequenceLengths(most, BatchSizes(1), (1, 1, most))
 
 
 @pytest.mark.parametrize(
