@@ -49,7 +49,7 @@ LAYOUTS = {
 }
 EACH = [(layout, OVERFLOWS) for layout in ("TP2", "PP2", "DP2", "ZeRO-2", "ZeRO-3", "TP2·PP2")]
 EACH += [(layout, NEVER) for layout in ("PP2", "DP2", "ZeRO-3")]
-QUICK = {("TP2·PP2", OVERFLOWS), ("ZeRO-2", OVERFLOWS)}
+QUICK = {("TP2·PP2", OVERFLOWS)}
 BEYOND = [(layout, power) for layout in LAYOUTS for power in (OVERFLOWS, NEVER) if layout != "one rank" and (layout, power) not in EACH]
 
 
