@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.regular_files import read_regular
-from research.data.prepare import TOKENS_PER_CHARACTER
 from research.data.stores import without
 from research.data.token_store import TokenStore
-from research.data.tokenizer import Tokenizer
+from research.data.tokenizer import TOKENS_PER_CHARACTER, Tokenizer
 from research.data.tokenizer_file import FILE, LARGEST
 
 DOCUMENTS = 1 << 20

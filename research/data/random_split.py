@@ -21,10 +21,9 @@ import numpy as np
 
 from parallel.errors import Mistake
 from research.data import order
-from research.data.prepare import TOKENS_PER_CHARACTER
 from research.data.text_files import Advance
 from research.data.token_store import StoreWriter
-from research.data.tokenizer import Tokenizer
+from research.data.tokenizer import TOKENS_PER_CHARACTER, Tokenizer
 
 NAMES = ("train", "val", "test")
 EXAMPLE = "98,1,1"

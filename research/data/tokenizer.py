@@ -35,6 +35,8 @@ SMALLEST, LARGEST = 257, 1_000_000
 memory for all of them before it trains; the largest vocabularies in use have a quarter of a million."""
 RECIPE = 1
 """Part of every cached tokenizer's name. Raise it whenever training would give another table."""
+TOKENS_PER_CHARACTER = 4
+"""The most tokens that one character can have: a byte each."""
 PIECE = 1 << 16
 """Characters per piece: small enough to spread a long document over threads and to bound memory."""
 PANIC = "PanicException"
