@@ -15,6 +15,7 @@ from rich.text import Text
 from parallel.checkpoint.damage import read_manifest
 from parallel.checkpoint.folder import newest_complete
 from parallel.errors import Mistake
+from parallel.files import user_path
 from research import ROOT
 from research.cli import store_description
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
@@ -115,7 +116,7 @@ def _parser() -> Parser:
 def find_prefix(what: str) -> Path | None:
     """The PREFIX of the token store that `what` names, by the PREFIX or one of its files; None if there is no such .idx or .bin."""
     with contextlib.suppress(OSError, RuntimeError):  # no file can have such a name, or nobody such a home
-        path = Path(what.removeprefix(STORE)).expanduser()
+        path = user_path(Path(), what.removeprefix(STORE))
         for prefix in [path, *([path.with_suffix("")] if path.suffix in STORE_FILES else [])]:
             if file_of(prefix, ".idx").is_file() or file_of(prefix, ".bin").is_file():
                 return prefix

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parallel.errors import listed
+from parallel.files import user_path
 from research.cluster.environment import Ranks
 from research.config.layout import batch_sizes, sequence_lengths
 from research.config.schema import DECAYS, Checkpoints, Data, Experiment, Optimizer
@@ -45,7 +46,7 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
         )
     held_out_texts = [("data.validation", data.validation), *own_held_out_texts(data.train)]
     for train, (setting, held_out) in itertools.product(texts_to_train_on(data.train), held_out_texts):
-        files = [root / Path(text).expanduser() for text in (train, held_out) if not text.startswith(NO_FILE)]
+        files = [user_path(root, text) for text in (train, held_out) if not text.startswith(NO_FILE)]
         if train == held_out or (len(files) == 2 and files[0].samefile(files[1])):
             which = "the text" if train == data.train else "a text"
             yield f"{setting} = {held_out!r} is {which} of data.train → name a text that is not trained on"
