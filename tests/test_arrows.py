@@ -37,13 +37,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("research/evaluation", "research/generation", "research/reliability"),
         *("research/config", "research/data", "research/tracking", "research/cluster"),
     },
+    "research/ablation": {
+        *("research/training", "research/reliability", "research/config"),
+        *("research/data", "research/tracking", "research/cluster"),
+    },
     "research/verification": {
         *("research/training", "research/reliability", "research/config"),
         *("research/data", "research/tracking", "research/cluster"),
     },
 }
 """A room -> the rooms that it may import besides itself. Every room of research/ may also import all of parallel/ and models/."""
-FRONT = {"research/cli", "research/serving", "research/exchange", "research/verification"}
+FRONT = {"research/cli", "research/ablation", "research/serving", "research/exchange", "research/verification"}
 """Rooms that research/launch.py, and with it every launch, does without."""
 ROOMS = {*MAY_IMPORT, "research", "research/cli"}
 VARIANT_MAY_IMPORT = {"parallel", "models"}
@@ -72,6 +76,7 @@ SHOWS_TEXT_IN = {
     "research/reliability/hosts.py",  # names of the user's own hostfile
     "research/cluster/rendezvous.py",  # `sentence` is printable
     "research/cli/cluster.py",  # a script, exact, of the user's own words
+    "research/cli/sweep.py",  # likewise
 }
 """Files that write to standard output or error. Any other uses research.tracking.console.Console, which makes text printable."""
 FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "trust_remote_code=True", "allow_pickle=True")

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     experiment, _, options = parse(loaded.experiment, settings)
     if options.trains_nothing:
         raise Mistake("--help, --version, --dry-run and --check-cluster train nothing → launch with them directly, without supervise")
-    command = [*_launcher(arguments.launcher), str(Path(arguments.experiment) / LAUNCH)]
+    command = [*launcher_command(arguments.launcher), str(Path(arguments.experiment) / LAUNCH)]
 
     def is_ours(folder: RunFolder) -> bool:
         """Whether the run has our science and seed; where its config.json cannot be read, nothing speaks against it."""
@@ -99,7 +99,7 @@ def _host_launcher(command: list[str], experiment: Experiment, shrink: bool) -> 
     return HostLauncher(command, read_hostfile(Path(path)), shape, Path.cwd(), shrink, int(port) if port.isdecimal() else None)
 
 
-def _launcher(text: str) -> list[str]:
+def launcher_command(text: str) -> list[str]:
     """The launcher's command. Its program is looked for beside this Python first: the environment need not be activated."""
     try:
         program, *arguments = shlex.split(text) or [""]

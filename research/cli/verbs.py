@@ -25,6 +25,7 @@ VERBS = {
     "replay": "run one step again and find where it is not finite: replay RUN --step N",
     "supervise": "launch an experiment, again after a crash: supervise experiments/gpt_sotu",
     "cluster": "print the job script for several nodes: cluster experiments/gpt_sotu --slurm --nodes 4 --gpus 8",
+    "sweep": "train each combination of a grid with several seeds: sweep experiments/gpt_sotu --seeds 3 --grid optimizer.lr=1e-3,3e-4",
     "torture": "does a run survive kills? torture experiments/gpt_sotu --trials 50",
 }
 

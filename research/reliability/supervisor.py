@@ -72,7 +72,7 @@ class Launcher:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, number)
         elif self._child is not None:  # it has ended, and its number may be another's by now; its ranks may still be saving
-            for process in _descendants():
+            for process in descendants():
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(number)
 
@@ -93,7 +93,7 @@ class Launcher:
     def _clear(self, group: int) -> None:
         """Waits for the processes that the command has left behind, then kills them: this process's descendants, and no others."""
         ends = time.monotonic() + GRACE_SECONDS
-        while left := _descendants():
+        while left := descendants():
             if time.monotonic() > ends:
                 for process in left:
                     with contextlib.suppress(psutil.Error):
@@ -113,7 +113,7 @@ class Launcher:
             time.sleep(0.1)
 
 
-def _descendants() -> list[psutil.Process]:
+def descendants() -> list[psutil.Process]:
     """This process's descendants, zombies excepted."""
     descendants = []
     for process in psutil.Process().children(recursive=True):

@@ -1,0 +1,1 @@
+"""Ablations: experiments that differ in one thing, run over seeds, and compared."""
