@@ -157,11 +157,11 @@ def test_the_time_until_a_batch_is_there_is_time_spent_on_data(meter: Meter, clo
 
 def test_what_the_run_adds_is_told_from_what_was_there_before() -> None:
     """120 MB before, which have gone again, count neither as added nor as its peak; 80 MB in between count in the peak only."""
-    gone = bytearray(120_000_000)
+    gone = bytearray(b"1") * 120_000_000  # not zeros, which the kernel gives without memory
     del gone
     memory = HostMemory()
-    kept = bytearray(30_000_000)
-    brief = bytearray(80_000_000)
+    kept = bytearray(b"1") * 30_000_000
+    brief = bytearray(b"1") * 80_000_000
     del brief
     row = memory.row()
     assert row["mem/host_mb"] == pytest.approx(resident().now, abs=5)
