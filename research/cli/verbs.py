@@ -19,6 +19,8 @@ VERBS = {
     "import": "turn another program's weights into an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
     "plot": "draw the metrics of one run, or of several over each other: plot RUN RUN",
     "track": "write a run to Weights & Biases from its metrics.jsonl: track RUN",
+    "fork": "copy an experiment and change settings in the copy: fork experiments/gpt_sotu experiments/mine --set seed=2",
+    "check": "does each experiment differ from its parent in what it declares, and in nothing else? check",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
     "data": "which documents did a step train on? what is in a token store? data RUN --step N, data PREFIX",
     "inspect": "show what a run or a checkpoint contains, and check its files: inspect RUN --check",
