@@ -19,6 +19,7 @@ from research.config.checks import check
 from research.config.diff import PLUMBING, Change, belongs, describe_changes, diff
 from research.config.experiment_folder import CONFIG, VARIANTS, check_variants, load, variant_names
 from research.config.schema import MEASURE
+from research.tracking.format import plural
 
 EXPERIMENTS = ROOT / "experiments"
 LONGEST = 400
@@ -81,17 +82,23 @@ def folder_of(handle: str | Path, root: Path = EXPERIMENTS) -> Path:
     raise Mistake(f"{handle} has no {CONFIG} → " + (f"did you mean {root.name}/{near}?" if near else f"use {listed(names[:8])}"))
 
 
-def differences(parent: Member, child: Member) -> list[Change]:
-    """What differs between two experiments and affects results: settings by dotted name, and 'variant.py'."""
-    assert parent.experiment is not None and child.experiment is not None
-    changes = [change for change in diff(parent.experiment, child.experiment) if not belongs(change[0], PLUMBING)]
-    if any(variant_names(member.experiment).keys() - {MEASURE} for member in (parent, child) if member.experiment):
-        then, now = (member.folder / VARIANTS for member in (parent, child))
-        texts = [path.read_bytes() if path.is_file() else None for path in (then, now)]
-        if texts[0] != texts[1]:
-            words = ["missing" if text is None else f"{len(text.splitlines())} lines" for text in texts]
-            changes.append((VARIANTS, *words))  # type: ignore[arg-type]
+def differences(then: Experiment, then_variant: bytes | None, now: Experiment, now_variant: bytes | None) -> list[Change]:
+    """What differs between two experiments and affects results: settings by dotted name, and variant.py if a setting names any of it.
+
+    The variants are the contents of variant.py; None where there is no such file.
+    """
+    changes = [change for change in diff(then, now) if not belongs(change[0], PLUMBING)]
+    if then_variant != now_variant and {*variant_names(then), *variant_names(now)} - {MEASURE}:
+        old, new = ("missing" if text is None else plural(len(text.splitlines()), "line") for text in (then_variant, now_variant))
+        changes.append((VARIANTS, old, new))
     return changes
+
+
+def differences_from(parent: Member, child: Member) -> list[Change]:
+    """`differences` of two experiments that were loaded."""
+    assert parent.experiment is not None and child.experiment is not None
+    then, now = (path.read_bytes() if (path := member.folder / VARIANTS).is_file() else None for member in (parent, child))
+    return differences(parent.experiment, then, child.experiment, now)
 
 
 def refuse_unlaunchable(folder: Path, experiment: Experiment) -> None:
@@ -151,7 +158,7 @@ def problems(member: Member, family: Family) -> list[str]:
 def _problems_of_changes(member: Member, parent: Member) -> list[str]:
     """Where what an experiment declares is not what differs from its parent."""
     assert member.experiment is not None
-    shown, changes = _shown(member.folder), differences(parent, member)
+    shown, changes = _shown(member.folder), differences_from(parent, member)
     declared, differing = member.experiment.changes, [name for name, _, _ in changes]
     write = f"write changes={literal(tuple(differing))}"
     found = []
@@ -179,7 +186,7 @@ def _problems_of_root(member: Member, family: Family) -> list[str]:
     original = min(alike, key=lambda root: _age(root, family), default=member)
     if original.name == member.name:
         return []
-    changes = tuple(name for name, _, _ in differences(original, member))
+    changes = tuple(name for name, _, _ in differences_from(original, member))
     write = f"write parent={literal(original.name)}, changes={literal(changes)} and a question of its own"
     return [f"{shown} asks what {original.name} asks, word for word, and has parent = None → if it is a copy, {write}"]
 

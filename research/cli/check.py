@@ -36,5 +36,5 @@ def line(member: Member, family: Family) -> str:
     experiment = member.experiment
     if experiment is None or experiment.parent is None:
         return f"{member.name} · has no parent"
-    changes = lineage.differences(family.member(experiment.parent), member)
+    changes = lineage.differences_from(family.member(experiment.parent), member)
     return f"{member.name} · {experiment.parent} with " + (describe_changes(changes) or "nothing that affects results changed")

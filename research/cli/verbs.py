@@ -20,6 +20,7 @@ VERBS = {
     "plot": "draw the metrics of one run, or of several over each other: plot RUN RUN",
     "track": "write a run to Weights & Biases from its metrics.jsonl: track RUN",
     "fork": "copy an experiment and change settings in the copy: fork experiments/gpt_sotu experiments/mine --set seed=2",
+    "diff": "what differs between two experiments, runs or checkpoints? diff gpt_sotu experiments/mine",
     "check": "does each experiment differ from its parent in what it declares, and in nothing else? check",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
     "data": "which documents did a step train on? what is in a token store? data RUN --step N, data PREFIX",

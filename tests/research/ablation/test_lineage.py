@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from research import ROOT
 from research.ablation.fork import fork
-from research.ablation.lineage import Family, differences, folder_of, problems
+from research.ablation.lineage import Family, differences_from, folder_of, problems
 from research.cli import check
 from research.config.diff import PLUMBING, belongs, flatten
 from research.config.experiment_folder import load
@@ -89,7 +89,7 @@ def test_what_differs_over_a_chain_of_forks_is_the_composition_of_its_changes(st
         assert said(experiments, names[-1]) == []
 
     family = Family(experiments)
-    found = {name: (then, now) for name, then, now in differences(family.member(start), family.member(names[-1]))}
+    found = {name: (then, now) for name, then, now in differences_from(family.member(start), family.member(names[-1]))}
     science = {name for name in values if values[name] != first[name] and not belongs(name, PLUMBING)}
     assert found == {name: (first[name], values[name]) for name in science}
     declared = {name for link in names[1:] for name in load(experiments / link).experiment.changes}
