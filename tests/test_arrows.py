@@ -79,7 +79,15 @@ FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "tr
 EXPERIMENT_FILES = {"config.py", "launch.py", "variant.py"}
 TORCHLESS = (
     *("models.config", "research.config.schema", "research.launch", "research.data"),
-    *("research.cli.import_", "research.cli.export", "research.cli.data", "research.cli.fork", "research.cli.check", "research.cli.diff"),
+    *(
+        "research.cli.import_",
+        "research.cli.export",
+        "research.cli.data",
+        "research.cli.fork",
+        "research.cli.check",
+        "research.cli.diff",
+        "research.cli.tree",
+    ),
 )
 
 

@@ -182,7 +182,8 @@ def _problems_of_root(member: Member, family: Family) -> list[str]:
     if member.experiment.changes:
         return [f"{shown} declares {listed(member.experiment.changes, 'and')} and has parent = None → name its parent, or write changes=()"]
     roots = [root for name in family.names if (root := family.member(name)).experiment is not None and root.experiment.parent is None]
-    alike = [root for root in roots if root.experiment is not None and root.experiment.question == member.experiment.question]
+    own = member.experiment.question, member.experiment.init_from  # two imports may ask the same of two checkpoints
+    alike = [root for root in roots if root.experiment is not None and (root.experiment.question, root.experiment.init_from) == own]
     original = min(alike, key=lambda root: _age(root, family), default=member)
     if original.name == member.name:
         return []

@@ -48,10 +48,11 @@ def show(x: Side, y: Side, found: Difference) -> None:
     """Prints what differs; a line for each part in which nothing does."""
     console = Console()
     console.header([("", f"{x.label} ({x.kind}) → {y.label} ({y.kind})")])
+    known = "data, code and versions are" if "data" in {*x.origin, *y.origin} else "code and versions are"
     parts = (
         ("affects results", found.science, "no setting that affects results differs"),
         ("affects no result", found.plumbing, "no other setting differs"),
-        ("comes from", found.origin, "data, code and versions are the same, as far as both are known"),
+        ("comes from", found.origin, f"{known} the same"),
     )
     for title, changes, otherwise in parts:
         if changes:

@@ -22,6 +22,7 @@ VERBS = {
     "fork": "copy an experiment and change settings in the copy: fork experiments/gpt_sotu experiments/mine --set seed=2",
     "diff": "what differs between two experiments, runs or checkpoints? diff gpt_sotu experiments/mine",
     "check": "does each experiment differ from its parent in what it declares, and in nothing else? check",
+    "tree": "show which experiment was forked from which, what each changes, and its best result",
     "verify": "does the layout change an experiment? verify experiments/gpt_sotu",
     "data": "which documents did a step train on? what is in a token store? data RUN --step N, data PREFIX",
     "inspect": "show what a run or a checkpoint contains, and check its files: inspect RUN --check",

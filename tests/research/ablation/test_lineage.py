@@ -133,6 +133,9 @@ def test_copies_made_by_hand_are_told_what_is_missing(experiments: Path) -> None
         "experiments/a_copy asks what gpt_sotu asks, word for word, and has parent = None → if it is a copy, "
         'write parent="gpt_sotu", changes=("model.norm",) and a question of its own'
     ]
+    edit(experiments / "a_copy" / "config.py", "parent=None", 'parent=None, init_from="runs/a/1/checkpoints/step_000000"')  # an import
+    assert said(experiments, "a_copy") == []
+    edit(experiments / "a_copy" / "config.py", 'parent=None, init_from="runs/a/1/checkpoints/step_000000"', "parent=None")
     edit(experiments / "a_copy" / "config.py", "parent=None", 'parent="gpt_sotu", changes=("model.norm",)')
     assert said(experiments, "a_copy") == []
 
