@@ -5,6 +5,7 @@ The copy is loaded before it appears: it is the parent with these changes, or it
 
 import re
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,9 @@ def fork(source: Path, target: Path, assignments: Sequence[str] = (), question: 
     wanted = {**lineage, **{name: _value(own, name) for name in values if name not in same}}
     expected = replaced(parent, values | lineage)
     with staged(target) as folder:
-        shutil.copytree(source, folder, ignore=_left_out, dirs_exist_ok=True)
+        shutil.copytree(source, folder, symlinks=True, ignore=_left_out, dirs_exist_ok=True)
+        for path in (folder, folder / CONFIG):  # the parent may be read-only
+            path.chmod(path.stat().st_mode | stat.S_IRWXU)
         try:
             _edit(folder / CONFIG, wanted, expected, f"{source.name}/{CONFIG}")
             refuse_unlaunchable(folder, expected)
@@ -90,9 +93,10 @@ def _refuse_place(source: Path, target: Path) -> None:
 
 
 def _left_out(folder: str, names: list[str]) -> set[str]:
-    """What is not copied: caches, runs, hidden and unfinished files, and whatever is neither a file nor a folder."""
+    """What is not copied: caches, runs, hidden and unfinished files, and whatever is neither a file, a folder nor a link."""
+    kinds = (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)
     ignored = shutil.ignore_patterns(*LEFT_OUT, *UNFINISHED)(folder, names)
-    return ignored | {name for name in names if not ((path := Path(folder, name)).is_file() or path.is_dir())}
+    return ignored | {name for name in names if not any(is_kind(Path(folder, name).lstat().st_mode) for is_kind in kinds)}
 
 
 def _edit(path: Path, values: dict[str, Any], expected: Experiment, shown: str) -> None:

@@ -109,7 +109,8 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
 def read_settings(experiment: Experiment, assignments: Sequence[str]) -> dict[str, Any]:
     """The values that texts such as 'model.norm=rmsnorm' give to settings, by dotted name, read as the command line reads them.
 
-    A setting of several texts, such as track.tags, may be given several times, once for each text.
+    A setting of several texts, such as track.tags, may be given several times, once for each text. Several numbers are written with
+    commas, as in optimizer.betas=0.9,0.98.
     """
     words: dict[str, list[str]] = {}
     for assignment in assignments:
@@ -120,8 +121,11 @@ def read_settings(experiment: Experiment, assignments: Sequence[str]) -> dict[st
     values = {}
     for name, given in words.items():
         field = _field(name)
-        if len(given) > 1 and not any(get_origin(part) is tuple for part in (field.annotation, *get_args(field.annotation))):
+        is_several = any(get_origin(part) is tuple for part in (field.annotation, *get_args(field.annotation)))
+        if len(given) > 1 and not is_several:
             raise Mistake(f"{name} is given {len(given)} values, {listed(given, 'and')[:LONGEST]} → give it one")
+        if is_several and get_origin(field.annotation) is not tuple and not _is_text(field.annotation):  # or None, as schedule.batch_ramp
+            given = " ".join(given).strip("()[]").replace(",", " ").split()
         values[name] = _read(field, name, given, _get(experiment, name))
     return values
 

@@ -1,6 +1,7 @@
 """Forks: `diff -r` shows what was asked for and no more, the copy loads as the parent with the changes, and bad input changes nothing."""
 
 import filecmp
+import os
 import shutil
 from pathlib import Path
 
@@ -22,12 +23,16 @@ SETTINGS = {
     "a number": ["optimizer.lr=1e-3"],
     "a pair": ["optimizer.betas=0.9,0.98"],
     "a switch": ["model.tied=false"],
+    "three numbers or none": ["schedule.batch_ramp=8,8,64"],
     "not written": ["schedule.validate_tokens=4096", "model.head_size=16"],
     "a group that is not written": ["watch.spike=5", "checkpoints.keep_last=3"],
     "several texts": ["sample.prompts=We", "sample.prompts=the people, of", "data.train=a.txt", "data.train=b.txt"],
     "of the experiment": ["seed=2", "precision=bf16", "question=why?"],
     "of every kind": ["model.num_layers=6", "optimizer.decay=wsd", "optimizer.decay_steps=50", "parallel.zero_stage=2"],
 }
+
+
+SCIENCE = ("model", "optimizer", "data", "seed", "precision", "schedule.batch_ramp")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -43,7 +48,8 @@ def test_every_shipped_experiment_is_forked_and_is_the_parent_with_the_change(na
         given = [setting for setting in given if setting != "parallel.zero_stage=2"]  # does not go with pipe 2
     words: dict[str, list[str]] = {}
     for setting in given:
-        words.setdefault(setting.partition("=")[0], []).append(setting.partition("=")[2])
+        key, _, value = setting.partition("=")
+        words.setdefault(key, []).extend(value.split(",") if "ramp" in key else [value])
     expected, overrides, _ = parse(parent, [word for key, values in words.items() for word in (f"--{key}", *values)])
     made = fork(experiments / name, experiments / "mine", given)
 
@@ -53,7 +59,7 @@ def test_every_shipped_experiment_is_forked_and_is_the_parent_with_the_change(na
     assert found.model == expected.model
     changed = {override[0] for override in overrides} - {"question"}
     assert {change[0] for change in made.changes + made.plumbing} == changed
-    assert set(found.changes) == {change for change in changed if belongs(change, ("model", "optimizer", "data", "seed", "precision"))}
+    assert set(found.changes) == {change for change in changed if belongs(change, SCIENCE)}
     assert problems(Family(experiments).member("mine"), Family(experiments)) == []
 
     then, now = files(experiments / name), files(experiments / "mine")
@@ -95,8 +101,14 @@ def test_what_belongs_to_the_folder_is_copied_and_caches_are_not(experiments: Pa
     for name in ("__pycache__/config.cpython-311.pyc", "runs/a/run.json", ".cache/x", ".ipynb_checkpoints/y", "config.py~", "wandb/z"):
         (source / name).parent.mkdir(exist_ok=True, parents=True)
         (source / name).write_text("not kept")
-    fork(source, experiments / "mine")
-    assert sorted(files(experiments / "mine")) == ["config.py", "launch.py", "notes/plan.md", "tokens.txt", "variant.py"]
+    (source / "link.txt").symlink_to("tokens.txt")
+    os.mkfifo(source / "pipe")
+    for path in (source / "config.py", source):
+        path.chmod(0o555)
+    made = fork(source, experiments / "mine")
+    assert sorted(files(made.folder)) == ["config.py", "launch.py", "link.txt", "notes/plan.md", "tokens.txt", "variant.py"]
+    assert (made.folder / "link.txt").is_symlink() and os.access(made.folder / "config.py", os.W_OK)
+    source.chmod(0o755)
     assert load(experiments / "mine").experiment.changes == ()
 
 

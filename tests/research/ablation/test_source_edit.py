@@ -12,6 +12,7 @@ from research import ROOT
 from research.ablation.source_edit import with_settings
 from research.ablation.source_text import decoded, encoded, literal
 from research.config import Experiment
+from research.config.experiment_folder import source_of
 from research.config.overrides import replaced
 from tests.research.helpers.example import sentence
 
@@ -63,6 +64,7 @@ FORMS = {
     "parentheses around values": GOOD.replace('norm="layernorm"', 'norm=("layernorm")').replace("seed=1,", "seed=(1)"),
     "letters beyond ASCII": GOOD.replace('"fp32",', '"fp32", track=Track(project="Ünïcode—½"),', 1)
     .replace('    track=Track(project="tessera"),\n', ""),
+    "as import writes it": source_of(run(GOOD)),
     "tabs": GOOD.replace("    ", "\t"),
 }  # fmt: skip
 
@@ -77,6 +79,7 @@ def test_each_form_is_edited(form: str) -> None:
 
 
 ADDED_TO = (
+    "as import writes it",
     "comments everywhere",
     "one line",
     "no comma at the end",
