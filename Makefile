@@ -54,10 +54,11 @@ test-slow: $(VENV)/ready-dev  ## run the slow tests
 test-hosts: $(VENV)/ready-dev  ## run the slow tests that need two hosts, on two made of Linux namespaces (no container, no network)
 	pytest -n 0 -m hosts
 
-check: $(VENV)/ready-dev  ## check style (ruff), types (mypy) and the direction of imports
+check: $(VENV)/ready-dev  ## check style (ruff), types (mypy), the direction of imports, and what experiments declare
 	ruff check .
 	mypy
 	pytest tests/test_arrows.py
+	python -m research check
 
 clean:  ## remove .venv and all caches, but not runs/
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache

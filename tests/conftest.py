@@ -15,7 +15,7 @@ HOSTS = "hosts"
 """The marker of tests on two hosts, and the property of their reports."""
 BUDGETS: dict[str, float] = {
     **{"tests/models": 60, "tests/parallel": 160},
-    **{f"tests/research/{room}": 25 for room in ("cluster", "config", "data", "evaluation", "generation")},
+    **{f"tests/research/{room}": 25 for room in ("ablation", "cluster", "config", "data", "evaluation", "generation")},
     **{f"tests/research/{room}": 45 for room in ("exchange", "reliability", "serving", "verification")},
     **{f"tests/research/{room}": 60 for room in ("cli", "end_to_end", "tracking")},
     "tests/research/training": 140,

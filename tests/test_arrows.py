@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "research/cluster": set(),
     "research/data": set(),
     "research/config": {"research/cluster"},
+    "research/ablation": {"research/config", "research/tracking", "research/data", "research/cluster"},
     "research/generation": {"research/config", "research/data", "research/tracking"},
     "research/reliability": {"research/cluster", "research/tracking"},
     "research/evaluation": {"research/generation", "research/config", "research/data", "research/tracking", "research/cluster"},
@@ -47,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 """A room -> the rooms that it may import besides itself. Every room of research/ may also import all of parallel/ and models/."""
-FRONT = {"research/cli", "research/ablation", "research/serving", "research/exchange", "research/verification"}
+FRONT = {"research/cli", "research/serving", "research/exchange", "research/verification", "research/ablation"}
 """Rooms that research/launch.py, and with it every launch, does without."""
 ROOMS = {*MAY_IMPORT, "research", "research/cli"}
 VARIANT_MAY_IMPORT = {"parallel", "models"}
@@ -83,7 +84,15 @@ FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "tr
 EXPERIMENT_FILES = {"config.py", "launch.py", "variant.py"}
 TORCHLESS = (
     *("models.config", "research.config.schema", "research.launch", "research.data"),
-    *("research.cli.import_", "research.cli.export", "research.cli.data"),
+    *(
+        "research.cli.import_",
+        "research.cli.export",
+        "research.cli.data",
+        "research.cli.fork",
+        "research.cli.check",
+        "research.cli.diff",
+        "research.cli.tree",
+    ),
 )
 
 
@@ -343,6 +352,7 @@ FORBIDDEN_ARROWS = [  # one for each row of MAY_IMPORT, and for the files that h
     ("research/cluster/x.py", "research.tracking.format"),
     ("research/data/x.py", "research.config.Data"),
     ("research/config/x.py", "research.data.prepare"),
+    ("research/ablation/x.py", "research.training.resume"),
     ("research/generation/x.py", "research.evaluation.task"),
     ("research/reliability/x.py", "research.training.job"),
     ("research/evaluation/x.py", "research.training.loop"),

@@ -5,6 +5,7 @@ from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, 
 config = Experiment(
     question="Can a bounded curve, tanh, stand in for layer normalisation in a GPT this small?",
     parent="gpt_sotu",
+    changes=("model.norm", "variant.py"),
     model=GPT(
         num_layers=4,
         hidden_size=192,

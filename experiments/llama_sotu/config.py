@@ -5,6 +5,18 @@ from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, 
 config = Experiment(
     question="Are Llama's choices (RMSNorm, rotary, SwiGLU, grouped queries, no biases) better than GPT-2's at this size?",
     parent="gpt_sotu",
+    changes=(
+        "model.num_kv_heads",
+        "model.ffn_size",
+        "model.norm",
+        "model.position",
+        "model.mlp",
+        "model.bias",
+        "model.qkv_bias",
+        "model.rotary_fraction",
+        "model.rotary_base",
+        "model.rotary_scaling",
+    ),
     model=GPT(
         num_layers=4,
         hidden_size=192,

@@ -1,1 +1,1 @@
-"""Ablations: experiments that differ in one thing, run over seeds, and compared."""
+"""Ablations: forks of an experiment, what they declare to change, runs over seeds, and whether they differ."""

@@ -8,7 +8,7 @@ from research.config.diff import belongs, flatten
 from research.tracking.run_folder import RunFolder
 from research.training.continuation import RECORDED
 
-DESCRIPTIVE = ("schema", "question", "parent", "track", "data.cache")
+DESCRIPTIVE = ("schema", "question", "parent", "changes", "track", "data.cache")
 """Settings, or groups of them, that say nothing about what a run computes."""
 UNCHANGING = ("checkpoints", *RECORDED)
 """Further ones that do not change the training, only what is recorded of it."""

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from parallel.errors import Mistake, listed, nearest
 from research.config.schema import Data, Experiment
 from research.config.serialization import build
-from research.config.settings import is_group, names, needs, unknown
+from research.config.settings import LONGEST, is_group, names, needs, unknown
 from research.config.sources import describe_texts
 
 Override = tuple[str, Any, Any]
@@ -100,10 +100,34 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
                 raise Mistake(f"--{name} takes one word, got {len(words)} → write {forms}")
             options = replace(options, resume=words[0])
         elif name != LOCAL_RANK:
-            values[name] = _read(_field(name), name, words, _get(experiment, name))
-    changed = _replaced(experiment, values) if values else experiment
+            values[name] = _read(_field(name, OPTIONS), name, words, _get(experiment, name))
+    changed = replaced(experiment, values) if values else experiment
     overrides = [(name, _get(experiment, name), _get(changed, name)) for name in values]
     return changed, [override for override in overrides if override[1] != override[2]], options
+
+
+def read_settings(experiment: Experiment, assignments: Sequence[str]) -> dict[str, Any]:
+    """The values that texts such as 'model.norm=rmsnorm' give to settings, by dotted name, read as the command line reads them.
+
+    A setting of several texts, such as track.tags, may be given several times, once for each text. Several numbers are written with
+    commas, as in optimizer.betas=0.9,0.98.
+    """
+    words: dict[str, list[str]] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise Mistake(f"{assignment[:LONGEST]!r} gives no setting a value → write NAME=VALUE, such as model.norm=rmsnorm")
+        words.setdefault(name.strip().removeprefix("--").replace("-", "_"), []).append(value)
+    values = {}
+    for name, given in words.items():
+        field = _field(name)
+        is_several = any(get_origin(part) is tuple for part in (field.annotation, *get_args(field.annotation)))
+        if len(given) > 1 and not is_several:
+            raise Mistake(f"{name} is given {len(given)} values, {listed(given, 'and')[:LONGEST]} → give it one")
+        if is_several and get_origin(field.annotation) is not tuple and not _is_text(field.annotation):  # or None, as schedule.batch_ramp
+            given = " ".join(given).strip("()[]").replace(",", " ").split()
+        values[name] = _read(field, name, given, _get(experiment, name))
+    return values
 
 
 def show_help(experiment: Experiment, path: str, group: str = "") -> None:
@@ -158,14 +182,14 @@ def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _field(name: str) -> FieldInfo:
-    """The schema's field of a dotted name."""
+def _field(name: str, options: Sequence[str] = ()) -> FieldInfo:
+    """The schema's field of a dotted name; `options`: what else may be meant."""
     if name.partition(".")[0].partition("_")[0] == TABLE:
         raise Mistake(f"--{name}: {TABLE} is a table and lives in the file only → write {TABLE}={{…}} in config.py")
     fields, field = Experiment.model_fields, None
     for part in name.split("."):
         if (field := fields.get(part)) is None:
-            raise unknown(name, [*names(Experiment), *OPTIONS])
+            raise unknown(name, [*names(Experiment), *options])
         fields = getattr(field.annotation, "model_fields", {})
     if fields:
         raise Mistake(f"{name} is a group of settings → name one of them, for example --{name}.{next(iter(fields))}")
@@ -223,7 +247,7 @@ def _get(experiment: Experiment, name: str) -> Any:
     return value
 
 
-def _replaced(experiment: Experiment, values: dict[str, Any]) -> Experiment:
+def replaced(experiment: Experiment, values: dict[str, Any]) -> Experiment:
     """The experiment with these dotted settings replaced, validated as a whole."""
     settings = experiment.model_dump()
     for name, value in values.items():

@@ -261,6 +261,11 @@ class Experiment(Settings):
 
     question: Text = Field(description="the question that this run answers")
     parent: str | None = Field(description="the experiment folder that this one was copied from")
+    changes: tuple[Text, ...] = Field(
+        default=(),
+        strict=False,
+        description="what differs from the parent: settings that affect results, and variant.py; `python -m research check` compares",
+    )
     model: GPT = Field(description="the network")
     init_from: Text | None = Field(
         default=None, description="checkpoint with the initial weights: runs/NAME/ID/checkpoints/step_N; None: initialised from the seed"

@@ -11,7 +11,7 @@ from parallel.files import write_json
 from parallel.regular_files import read_table
 from research.config.schema import Experiment
 
-SCHEMA = 9
+SCHEMA = 10
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 LARGEST = 2**20
 """The most bytes of a config.json; one has about 3,000."""
@@ -109,6 +109,11 @@ def _without_sources(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _without_changes(settings: dict[str, Any]) -> dict[str, Any]:
+    """9 → 10: an experiment did not declare what it changes."""
+    return settings
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _without_dropout,
     2: _without_watch,
@@ -118,5 +123,6 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     6: _without_profile,
     7: _without_ramp,
     8: _without_sources,
+    9: _without_changes,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""

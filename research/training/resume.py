@@ -16,7 +16,7 @@ from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.damage import damage_of, read_manifest
 from parallel.errors import Damaged, Mistake
 from research.config import Experiment, serialization
-from research.config.diff import MOST, Change, belongs, describe_changes, diff, flatten
+from research.config.diff import MOST, PLUMBING, Change, belongs, describe_changes, diff, flatten
 from research.config.experiment_folder import VARIANTS, variant_names
 from research.config.schema import MEASURE
 from research.config.sources import TRAIN
@@ -29,27 +29,7 @@ from research.tracking.run_folder import FINISHED, IMPORTED, RUNNING, RunFolder
 from research.tracking.run_lock import RunLock
 
 AUTO, NEVER = "auto", "never"
-MAY_CHANGE = (
-    "schema",
-    "question",
-    "parent",
-    "schedule.steps",
-    "schedule.micro_batch_size",
-    "schedule.validate_every",
-    "schedule.validate_tokens",
-    "schedule.log_every",
-    "data.cache",
-    "parallel",
-    "precision",
-    "checkpoints",
-    "watch",
-    "profile",
-    "deterministic",
-    "evaluate",
-    "sample",
-    "track",
-    "deepspeed",
-)
+MAY_CHANGE = (*PLUMBING, "schedule.steps", "precision", "deepspeed")
 """Settings, or groups of them, that may change on resume because the run stays the same experiment."""
 
 

@@ -263,7 +263,10 @@ def test_schema_4_asked_nothing_on_the_way(tmp_path) -> None:
     assert (found.evaluate.every, found.sample.every) == (0, 0)
     now = without_schema_6(resolved(found))
     assert kept(now, then, "schema") == kept(then, then, "schema")
-    assert now.keys() - then.keys() == {"evaluate", "sample", "loss", "profile", "deterministic"} and now["schema"] == serialization.SCHEMA
+    assert (
+        now.keys() - then.keys() == {"evaluate", "sample", "loss", "profile", "deterministic", "changes"}
+        and now["schema"] == serialization.SCHEMA
+    )
     assert (now["loss"], now["model"]["attention"], now["optimizer"]["name"]) == ("cross_entropy", "softmax", "adamw")
     save(found, path)
     assert load(path) == found
@@ -355,3 +358,10 @@ def test_build_undoes_resolved() -> None:
     settings = resolved(example())
     del settings["schema"]
     assert build(settings) == example()
+
+
+def test_schema_9_declared_no_changes(tmp_path) -> None:
+    settings = resolved(example(parent="gpt_sotu")) | {"schema": 9}
+    assert settings.pop("changes") == []
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load(tmp_path / "config.json") == example(parent="gpt_sotu", changes=())

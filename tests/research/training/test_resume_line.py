@@ -104,7 +104,7 @@ def test_a_checkpoint_that_does_not_say_its_code_is_not_said_to_be_of_another(
 
 def test_every_setting_that_may_change_is_known_to_change_steps_or_not() -> None:
     """A new group in MAY_CHANGE must be put in one of these lists, or the header would promise too much."""
-    nothing = {"schema", "question", "parent", "data.cache", "checkpoints", "track", "profile"}
+    nothing = {"schema", "question", "parent", "changes", "data.cache", "checkpoints", "track", "profile"}
     # parallel/engines/process_state.py compares these
     by_arithmetic = {"schedule.micro_batch_size", "parallel", "precision", "deterministic"}
     assert nothing | by_arithmetic | {"schedule.steps", "deepspeed"} | RECORDED.keys() == set(resume.MAY_CHANGE)
