@@ -1,1 +1,1 @@
-"""Ablations: their lineage, their sweeps, and whether a difference is more than noise."""
+"""Ablations: forks of an experiment, what they declare to change, and what differs between two of them."""

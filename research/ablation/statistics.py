@@ -84,11 +84,11 @@ class Effect:
 
 def paired(differences: Sequence[float]) -> Effect:
     """The effect that finite differences, one for each seed, show."""
-    values = np.asarray(differences, dtype=np.float64)
-    n, mean = len(values), float(values.mean())
+    n = len(differences)
+    mean = math.fsum(differences) / n
     if n == 1:
         return Effect(1, mean, math.nan, -math.inf, math.inf, 1.0)
-    deviation = float(values.std(ddof=1))
+    deviation = math.sqrt(math.fsum((difference - mean) ** 2 for difference in differences) / (n - 1))
     stderr = deviation / math.sqrt(n)
     half = student_quantile(1 - CONFIDENCE, n - 1) * stderr
     t = mean / stderr if stderr else math.copysign(math.inf, mean) if mean else 0.0

@@ -7,6 +7,26 @@ from research.config.schema import Experiment
 from research.config.serialization import resolved
 from research.config.sources import TRAIN, Source, describe_texts
 
+PLUMBING = (
+    "schema",
+    "question",
+    "parent",
+    "changes",
+    "schedule.micro_batch_size",
+    "schedule.validate_every",
+    "schedule.validate_tokens",
+    "schedule.log_every",
+    "data.cache",
+    "parallel",
+    "checkpoints",
+    "watch",
+    "profile",
+    "deterministic",
+    "evaluate",
+    "sample",
+    "track",
+)
+"""Settings, or groups of them, that affect no result: they describe, record, or change speed and memory. All others are science."""
 MOST = 8
 """The most differences that one sentence lists."""
 

@@ -81,14 +81,12 @@ def test_intervals_cover_and_nothing_is_not_told(n: int) -> None:
     assert better + worse <= 0.05 + 3 * DEVIATION_OF_A_RATE and max(better, worse) <= 0.025 + 3 * DEVIATION_OF_A_RATE
 
 
-@pytest.mark.parametrize("noise", ["normal", "uniform", "laplace", "student 3"])
+@pytest.mark.parametrize("noise", ["normal", "student 3"])
 def test_equal_configs_with_other_seeds_are_not_called_different(noise: str) -> None:
     """Two groups of five runs of one config with nothing in common: at least 95 %, within three standard deviations of that rate."""
     random = np.random.default_rng(7)
     draw = {
         "normal": lambda: random.normal(size=(ABLATIONS, 5)),
-        "uniform": lambda: random.uniform(-1, 1, (ABLATIONS, 5)),
-        "laplace": lambda: random.laplace(size=(ABLATIONS, 5)),
         "student 3": lambda: random.standard_t(3, (ABLATIONS, 5)),
     }[noise]
     a, b = 2.0 + 0.01 * draw(), 2.0 + 0.01 * draw()
