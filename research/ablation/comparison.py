@@ -95,6 +95,8 @@ class Variant:
     code: str
     """The unified diff of variant.py, if the settings name something of it; '' if it is the same."""
     warnings: tuple[str, ...]
+    text_stderr: float | None = None
+    """The standard error of the mean difference over windows of the held-out text, in units of the metric; None: not computed."""
 
 
 @dataclass(frozen=True)
