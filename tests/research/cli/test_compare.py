@@ -1,0 +1,119 @@
+"""`python -m research compare`: what it prints and writes, its mistakes, and real runs from end to end."""
+
+import csv
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from parallel.errors import Mistake
+from research.cli import compare
+from tests.research.ablation.helpers.finished_runs import write_run
+from tests.research.helpers.small_runs import Stage
+
+FILES = {
+    *("compare.md", "differences.csv", "runs.csv"),
+    *(f"{name}_{theme}.{kind}" for name in ("curves", "differences") for theme in ("light", "dark") for kind in ("png", "svg")),
+}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    runs = Path("runs")
+    for seed, (a, b) in enumerate(((3.0, 2.9), (3.1, 3.01), (3.05, 2.94)), start=1):
+        write_run(runs, "gpt", seed, [4.0, a])
+        write_run(runs, "gpt_rmsnorm", seed, [4.0, b], model={"norm": "rmsnorm"})
+        write_run(runs, "a|long_name_of_an_experiment_that_wraps", seed, [4.0, a + 0.01 * (seed - 2)], optimizer={"lr": 1e-3})
+    return runs
+
+
+SIDES = ["gpt", "gpt_rmsnorm", "a|long_name_of_an_experiment_that_wraps"]
+
+
+def test_a_table_of_80_columns_verdicts_and_every_file(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    compare.main([*SIDES, "--smallest", "0.01"])
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    head = next(i for i, line in enumerate(lines) if "95 % interval" in line)
+    assert all(len(line) <= 80 for line in lines[head : lines.index("", head)])
+    assert lines[0] == "compare  val/bits_per_byte, lower is better · final value at 410 k tokens"
+    assert "differs  gpt_rmsnorm: model.norm layernorm → rmsnorm" in lines
+    assert "warn     gpt_rmsnorm has 3,375,552 parameters, gpt 3,377,280 (-0.05 %)" in lines
+    verdicts = [line for line in lines if line.startswith("verdict")]
+    # by hand: differences of −0.10, −0.09 and −0.11 nats, 0.3206 bits per byte each: t = −0.1 / (0.01 / √3) = −17.3, twice p = 0.0033
+    numbers = "-0.0321 in val/bits_per_byte, 95 % interval -0.0400 to -0.0241, p = 0.0066 by Holm over 2 variants, 3 seeds"
+    assert verdicts[0] == f"verdict  gpt_rmsnorm is better than gpt: {numbers}"
+    assert re.search(
+        r"is not distinguishable from gpt at this budget \(about \d+ more seeds? would tell an effect of 0\.01\): ", verdicts[1]
+    )
+    assert {path.name for path in Path("compare").iterdir()} == FILES
+    for path in Path("compare").glob("*.svg"):
+        ElementTree.parse(path)
+    before = {path.name: path.read_bytes() for path in Path("compare").iterdir()}
+    compare.main([*SIDES, "--smallest", "0.01"])
+    assert {path.name: path.read_bytes() for path in Path("compare").iterdir()} == before  # the same runs, the same bytes
+
+
+def test_the_report_begins_with_what_differs_and_the_tables_hold_all_digits(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    compare.main([*SIDES, "--json", "--out", "there"])
+    shown = json.loads(capsys.readouterr().out)
+    text = Path("there/compare.md").read_text()
+    assert text.index("| model.norm | layernorm | rmsnorm |") < text.index("## Verdict") < text.index("## Method")
+    assert 'srcset="curves_dark.svg"' in text and "| a\\|long_name_of_an_experiment_that_wraps | 3 |" in text
+    rows = list(csv.DictReader(io.StringIO(Path("there/differences.csv").read_text())))
+    assert [float(row["difference"]) for row in rows] == [variant["difference"] for variant in shown["variants"]]
+    assert [row["verdict"] for row in rows] == ["better", "not distinguishable"]
+    assert shown["variants"][0]["changes"] == [{"setting": "model.norm", "baseline": "layernorm", "variant": "rmsnorm"}]
+    values = {(row["side"], row["seed"]): float(row["final"]) for row in csv.DictReader(Path("there/runs.csv").open())}
+    assert values["gpt", "2"] - values["gpt", "1"] == pytest.approx(shown["runs"][1]["final"] - shown["runs"][0]["final"])
+    assert len(values) == 9
+
+
+def test_one_pair_has_no_interval(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    write_run(runs, "one", 1, [4.0, 2.0])
+    compare.main(["gpt", "one", "--at", "seconds", "--value", "best"])
+    said = capsys.readouterr().out
+    assert "one is not distinguishable from gpt: " in said and "one pair of runs says nothing of the noise between seeds" in said
+    assert "inf" not in said and "nan" not in said
+    assert "inf" not in Path("compare/compare.md").read_text()
+
+
+def test_mistakes_are_sentences(runs: Path) -> None:
+    Path("taken").write_text("")
+    for argv, message in (
+        (["gpt"], "compare needs two sides or more → "),
+        (["gpt", "gpt_rmsnorm", "--at", "flops"], "--at flops: no formula counts the FLOPs of a model yet → use tokens, steps or seconds"),
+        (["gpt", "gpt_rmsnorm", "--smallest", "0"], "argument --smallest: '0' is not a number above 0"),
+        (["gpt", "gpt_rmsnorm", "--smallest", "x"], "argument --smallest: "),
+        (["gpt", "gpt_rmsnorm", "--out", "taken"], "--out taken cannot be written .File exists. → "),
+        (["gpt", "gpt_rmsnorm", "--metrik", "x"], "does not know --metrik → did you mean --metric?"),
+        (["gpt", "nothing"], "there is no run folder nothing"),
+    ):
+        with pytest.raises(Mistake, match=message):
+            compare.main(argv)
+    assert not Path("compare").exists()
+
+
+@pytest.mark.slow
+def test_real_runs_from_training_to_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Three seeds at two learning rates, one of them far too low; the same runs on two ranks are the same numbers."""
+    stage = Stage(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    schedule = {"steps": 12, "validate_every": 4}
+    for seed in (1, 2, 3):
+        for name, lr in (("base", 3e-3), ("low", 3e-5)):
+            ended = stage.run(name, seed=seed, schedule=schedule, optimizer={"lr": lr, "min_lr": 0.0})
+            assert ended.codes == [0], ended.said
+    compare.main(["base/gpt_sotu", "low/gpt_sotu", "--json"])
+    (variant,) = json.loads(capsys.readouterr().out)["variants"]
+    assert variant["verdict"] == "worse" and variant["pairs"] == 3
+    assert [change["setting"] for change in variant["changes"]] == ["optimizer.lr"]
+    other_data = {"tokenizer": "builtin:bytes"}
+    assert stage.run("bytes", seed=1, schedule=schedule, data=other_data, model={"vocab_size": 257}).codes == [0]
+    with pytest.raises(Mistake, match="val/loss is per token: .*the tokenizer builtin:bytes → compare --metric val/bits_per_byte"):
+        compare.main(["base/gpt_sotu", "bytes/gpt_sotu", "--metric", "val/loss"])
+    compare.main(["base/gpt_sotu", "bytes/gpt_sotu"])  # the held-out text has as many bytes in either
