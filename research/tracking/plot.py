@@ -130,7 +130,10 @@ def loss_curve(metrics: Path, picture: Path, title: str, subtitle: str = "") -> 
 
 def save(figure: Any, picture: Path) -> None:
     """Writes the figure in the format that the name ends in; the file appears completely or not at all."""
-    with published(picture) as temporary, warnings.catch_warnings():
+    from matplotlib import rc_context
+
+    same_ids = rc_context({"svg.hashsalt": "tessera"})  # of shapes in an SVG file, which are random otherwise
+    with published(picture) as temporary, warnings.catch_warnings(), same_ids:
         warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box
         kind = picture.suffix.removeprefix(".").lower()
         figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)  # the same file each time
