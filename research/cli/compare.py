@@ -1,4 +1,4 @@
-"""`python -m research compare A B …`: whether runs of several experiments differ by more than noise. Imports no torch."""
+"""`python -m research compare A B …`: whether runs of several experiments differ by more than noise. Imports torch for --windows only."""
 
 import math
 from argparse import ArgumentTypeError
@@ -10,7 +10,9 @@ from parallel.files import published
 from research.ablation import figures, report
 from research.ablation.comparison import BEST, FINAL, METRIC, Comparison, Question, compare
 from research.ablation.sides import find_sides
+from research.cli.compare_windows import with_text_noise
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
+from research.cli.trained_run import add_trust_option
 from research.cli.verbs import Parser
 from research.config.diff import describe_changes
 from research.tracking import plot
@@ -35,6 +37,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--value", choices=(FINAL, BEST), default=FINAL, help="the value that is tested (default: final)")
     parser.add_argument("--better", choices=("lower", "higher"), help="which values of the metric are better, if its name does not say so")
     parser.add_argument("--smallest", type=_positive, metavar="D", help="propose seeds for an effect of D (default: for the observed one)")
+    parser.add_argument("--windows", action="store_true", help="score the held-out text with every run's checkpoint, for its own noise")
+    add_trust_option(parser)
     parser.add_argument("--out", type=Path, default=Path("compare"), metavar="FOLDER", help="where the files go (default: compare)")
     add_json_option(parser, "the comparison")
     arguments = parser.parse_args(argv)
@@ -43,6 +47,8 @@ def main(argv: list[str]) -> None:
     question = Question(arguments.metric, arguments.at, arguments.value, arguments.better, arguments.smallest)
 
     comparison = compare(find_sides(arguments.sides), question)
+    if arguments.windows:
+        comparison = with_text_noise(comparison, arguments)
     with only_json_on_stdout(arguments.json):
         show(comparison)
         write(comparison, arguments.out)

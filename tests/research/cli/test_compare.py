@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from parallel.errors import Mistake
@@ -100,7 +101,7 @@ def test_mistakes_are_sentences(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_real_runs_from_training_to_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Three seeds at two learning rates, one of them far too low; the same runs on two ranks are the same numbers."""
+    """Three seeds at two learning rates, one of them far too low, and one run with another tokenizer."""
     stage = Stage(tmp_path)
     monkeypatch.chdir(tmp_path)
     schedule = {"steps": 12, "validate_every": 4}
@@ -112,8 +113,30 @@ def test_real_runs_from_training_to_the_report(tmp_path: Path, monkeypatch: pyte
     (variant,) = json.loads(capsys.readouterr().out)["variants"]
     assert variant["verdict"] == "worse" and variant["pairs"] == 3
     assert [change["setting"] for change in variant["changes"]] == ["optimizer.lr"]
+
+    compare.main(["base/gpt_sotu", "low/gpt_sotu", "--metric", "val/loss", "--windows", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    (variant,) = shown["variants"]
+    assert "more than the noise of the held-out text" in variant["sentence"]
+    found = tmp_path.glob("*/gpt_sotu/[0-9a-f]*/evaluations/windows/step_000012.json")  # not through the link `latest`
+    kept = {path: json.loads(path.read_text()) for path in found}
+    finals = {row["run"].rpartition("-")[2]: row["final"] for row in shown["runs"]}
+    assert len(kept) == len(finals) == 6
+    for path, scores in kept.items():  # the windows together are the validation
+        assert sum(scores["nats"]) / sum(scores["tokens"]) == pytest.approx(finals[path.parts[-4]], rel=1e-5)
+    nats = {name: np.mean([scores["nats"] for path, scores in kept.items() if name in path.parts], axis=0) for name in ("base", "low")}
+    tokens, difference = np.array(scores["tokens"]), nats["low"] - nats["base"]
+    resampled = np.random.default_rng(0).integers(0, len(tokens), (2000, len(tokens)))
+    spread = np.std(difference[resampled].sum(1) / tokens[resampled].sum(1))  # a bootstrap over windows
+    assert variant["text_stderr"] == pytest.approx(spread, rel=0.1)
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    compare.main(["base/gpt_sotu", "low/gpt_sotu", "--windows"])
+    assert {path: path.stat().st_mtime_ns for path in kept} == before  # nothing is scored twice
+
     other_data = {"tokenizer": "builtin:bytes"}
     assert stage.run("bytes", seed=1, schedule=schedule, data=other_data, model={"vocab_size": 257}).codes == [0]
     with pytest.raises(Mistake, match="val/loss is per token: .*the tokenizer builtin:bytes → compare --metric val/bits_per_byte"):
         compare.main(["base/gpt_sotu", "bytes/gpt_sotu", "--metric", "val/loss"])
     compare.main(["base/gpt_sotu", "bytes/gpt_sotu"])  # the held-out text has as many bytes in either
+    with pytest.raises(Mistake, match="windows that are not the same"):
+        compare.main(["base/gpt_sotu", "bytes/gpt_sotu", "--windows"])
