@@ -251,7 +251,7 @@ def _warnings(baseline: Side, side: Side) -> Iterator[str]:
         percent = 100 * (counts[1] - counts[0]) / counts[0]
         yield f"{side.label} has {counts[1]:,} parameters, {baseline.label} {counts[0]:,} ({percent:+.2f} %)"
     for what, key in (("trains on", "progress/tokens"), ("takes", "progress/step")):
-        last = [max((row[key] for row in run.rows if key in row), default=0) for run in (a, b)]
+        last = [max(points(run.rows, key, key)[0], default=0) for run in (a, b)]
         if last[0] != last[1]:
             unit = "tokens" if key == "progress/tokens" else "steps"
             yield f"{side.label} {what} {last[1]:,} {unit}, {baseline.label} {last[0]:,}"

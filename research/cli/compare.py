@@ -9,6 +9,7 @@ from parallel.errors import Mistake
 from parallel.files import published
 from research.ablation import figures, report
 from research.ablation.comparison import BEST, FINAL, METRIC, Comparison, Question, compare
+from research.ablation.equal_size import proposal
 from research.ablation.sides import find_sides
 from research.cli.compare_windows import with_text_noise
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
@@ -18,7 +19,6 @@ from research.config.diff import describe_changes
 from research.tracking import plot
 from research.tracking.console import Console, show_tables
 from research.tracking.format import short_path
-from research.tracking.metrics import finite
 from research.tracking.plot import DARK, LIGHT, X_AXES
 
 WHAT = """Compares the finished runs of experiments, seed by seed, with those of the first one. Says for each whether it is better, worse or
@@ -37,23 +37,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--value", choices=(FINAL, BEST), default=FINAL, help="the value that is tested (default: final)")
     parser.add_argument("--better", choices=("lower", "higher"), help="which values of the metric are better, if its name does not say so")
     parser.add_argument("--smallest", type=_positive, metavar="D", help="propose seeds for an effect of D (default: for the observed one)")
+    parser.add_argument("--iso", choices=("params", FLOPS), help="propose a size of each variant with as many parameters as the baseline")
     parser.add_argument("--windows", action="store_true", help="score the held-out text with every run's checkpoint, for its own noise")
     add_trust_option(parser)
     parser.add_argument("--out", type=Path, default=Path("compare"), metavar="FOLDER", help="where the files go (default: compare)")
     add_json_option(parser, "the comparison")
     arguments = parser.parse_args(argv)
-    if arguments.at == FLOPS:
-        raise Mistake("--at flops: no formula counts the FLOPs of a model yet → use tokens, steps or seconds")
+    for option, instead in (("at", "tokens, steps or seconds"), ("iso", "--iso params")):
+        if getattr(arguments, option) == FLOPS:
+            raise Mistake(f"--{option} flops: no formula counts the FLOPs of a model yet → use {instead}")
     question = Question(arguments.metric, arguments.at, arguments.value, arguments.better, arguments.smallest)
 
     comparison = compare(find_sides(arguments.sides), question)
+    proposals = [proposal(comparison.baseline, variant.side) for variant in comparison.variants if arguments.iso]
     if arguments.windows:
         comparison = with_text_noise(comparison, arguments)
     with only_json_on_stdout(arguments.json):
         show(comparison)
+        Console().header([("iso", said) for said in proposals])
         write(comparison, arguments.out)
     if arguments.json:
-        print_json(finite(report.as_json(comparison)))
+        print_json(report.as_json(comparison) | {"iso": proposals})
 
 
 def _positive(text: str) -> float:

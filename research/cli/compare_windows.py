@@ -28,9 +28,7 @@ def with_text_noise(comparison: Comparison, arguments: argparse.Namespace) -> Co
     if question.metric not in METRICS:
         raise Mistake(f"--windows is about the held-out text, and {question.metric} is not → use --metric {' or '.join(METRICS)}")
     if question.value != FINAL or comparison.cut:
-        raise Mistake(
-            "--windows scores the checkpoints of the ends of the runs, and other values are compared → leave it out"
-        )
+        raise Mistake("--windows scores the checkpoints of the ends of the runs, and other values are compared → leave it out")
     scores: dict[str, WindowScores] = {}
     for side in comparison.sides:
         for run in side.runs.values():

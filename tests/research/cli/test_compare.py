@@ -54,13 +54,11 @@ def test_a_table_of_80_columns_verdicts_and_every_file(runs: Path, capsys: pytes
     assert {path.name for path in Path("compare").iterdir()} == FILES
     for path in Path("compare").glob("*.svg"):
         ElementTree.parse(path)
-    before = {path.name: path.read_bytes() for path in Path("compare").iterdir()}
-    compare.main([*SIDES, "--smallest", "0.01"])
-    assert {path.name: path.read_bytes() for path in Path("compare").iterdir()} == before  # the same runs, the same bytes
-
-
-def test_the_report_begins_with_what_differs_and_the_tables_hold_all_digits(runs: Path, capsys: pytest.CaptureFixture) -> None:
-    compare.main([*SIDES, "--json", "--out", "there"])
+    # the same runs again: the same bytes, and the report begins with what differs
+    compare.main([*SIDES, "--smallest", "0.01", "--json", "--out", "there"])
+    assert {path.name: path.read_bytes() for path in Path("there").iterdir()} == {
+        path.name: path.read_bytes() for path in Path("compare").iterdir()
+    }
     shown = json.loads(capsys.readouterr().out)
     text = Path("there/compare.md").read_text()
     assert text.index("| model.norm | layernorm | rmsnorm |") < text.index("## Verdict") < text.index("## Method")
@@ -76,8 +74,9 @@ def test_the_report_begins_with_what_differs_and_the_tables_hold_all_digits(runs
 
 def test_one_pair_has_no_interval(runs: Path, capsys: pytest.CaptureFixture) -> None:
     write_run(runs, "one", 1, [4.0, 2.0])
-    compare.main(["gpt", "one", "--at", "seconds", "--value", "best"])
+    compare.main(["gpt", "one", "--at", "seconds", "--value", "best", "--iso", "params"])
     said = capsys.readouterr().out
+    assert "iso      one has 3,377,280 parameters, +0.00 % beside the 3,377,280 of gpt: no other model.ffn_size is needed" in said
     assert "one is not distinguishable from gpt: " in said and "one pair of runs says nothing of the noise between seeds" in said
     assert "inf" not in said and "nan" not in said
     assert "inf" not in Path("compare/compare.md").read_text()
@@ -85,9 +84,19 @@ def test_one_pair_has_no_interval(runs: Path, capsys: pytest.CaptureFixture) -> 
 
 def test_mistakes_are_sentences(runs: Path) -> None:
     Path("taken").write_text("")
+    source = write_run(runs, "dyt", 1, [4.0, 2.0], model={"norm": "variant:DyT"}).source
+    source.mkdir()
+    (source / "variant.py").write_text("class DyT: ...\n")
     for argv, message in (
         (["gpt"], "compare needs two sides or more → "),
         (["gpt", "gpt_rmsnorm", "--at", "flops"], "--at flops: no formula counts the FLOPs of a model yet → use tokens, steps or seconds"),
+        (["gpt", "gpt_rmsnorm", "--iso", "flops"], "--iso flops: no formula counts the FLOPs of a model yet → use --iso params"),
+        (
+            ["gpt", "dyt", "--iso", "params"],
+            "--iso params: no model.ffn_size gives dyt as many parameters as gpt, or a class",
+        ),
+        (["gpt", "gpt_rmsnorm", "--metric", "train/loss", "--windows"], "--windows is about the held-out text, and train/loss is not → "),
+        (["gpt", "gpt_rmsnorm", "--value", "best", "--windows"], "--windows scores the checkpoints of the ends of the runs, and other"),
         (["gpt", "gpt_rmsnorm", "--smallest", "0"], "argument --smallest: '0' is not a number above 0"),
         (["gpt", "gpt_rmsnorm", "--smallest", "x"], "argument --smallest: "),
         (["gpt", "gpt_rmsnorm", "--out", "taken"], "--out taken cannot be written .File exists. → "),
