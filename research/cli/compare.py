@@ -19,6 +19,7 @@ from research.config.diff import describe_changes
 from research.tracking import plot
 from research.tracking.console import Console, show_tables
 from research.tracking.format import short_path
+from research.tracking.metrics import finite
 from research.tracking.plot import DARK, LIGHT, X_AXES
 
 WHAT = """Compares the finished runs of experiments, seed by seed, with those of the first one. Says for each whether it is better, worse or
@@ -41,6 +42,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--windows", action="store_true", help="score the held-out text with every run's checkpoint, for its own noise")
     add_trust_option(parser)
     parser.add_argument("--out", type=Path, default=Path("compare"), metavar="FOLDER", help="where the files go (default: compare)")
+    modes = ("auto", "online", "offline")
+    parser.add_argument(
+        "--wandb", choices=modes, help="also write a W&B run of the job type compare: auto as track.mode does (default: none)"
+    )
     add_json_option(parser, "the comparison")
     arguments = parser.parse_args(argv)
     for option, instead in (("at", "tokens, steps or seconds"), ("iso", "--iso params")):
@@ -56,6 +61,8 @@ def main(argv: list[str]) -> None:
         show(comparison)
         Console().header([("iso", said) for said in proposals])
         write(comparison, arguments.out)
+        if arguments.wandb:
+            Console().header([("tracking", track(comparison, arguments.out, arguments.wandb))])
     if arguments.json:
         print_json(report.as_json(comparison) | {"iso": proposals})
 
@@ -103,3 +110,19 @@ def write(comparison: Comparison, out: Path) -> None:
         raise Mistake(f"--out {out} cannot be written ({error.strerror}) → name a folder that you may write") from None
     written = [*texts, *(f"{name}_{{light,dark}}.{{png,svg}}" for name in pictures)]
     Console().header([("written", f"{short_path(out)}/ · {' · '.join(written)}")])
+
+
+def track(comparison: Comparison, out: Path, mode: str) -> str:
+    """Writes the W&B run, into the baseline's project, and returns a line on where it is."""
+    from research.tracking import wandb_comparison
+
+    shown = report.as_json(comparison)
+    rows = shown["variants"]
+    columns = [name for name in rows[0] if name not in ("changes", "differences")]
+    summary = {f"{row['variant']}/{name}": row[name] for row in rows for name in ("difference", "adjusted_p", "verdict")}
+    labels = [side.label for side in comparison.sides]
+    pictures = {f"{name}_picture": out / f"{name}_light.png" for name in (report.CURVES, report.DIFFERENCES)}
+    cells = [[row[column] for column in columns] for row in rows]
+    table = columns, [[None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in cells]
+    project = comparison.baseline.first.experiment.track.project
+    return wandb_comparison.write(out, "-vs-".join(labels), project, {"compare": finite(shown)}, table, finite(summary), pictures, mode)

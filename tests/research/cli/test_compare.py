@@ -13,8 +13,10 @@ import pytest
 from parallel.errors import Mistake
 from research.cli import compare
 from research.tracking import plot
+from research.tracking.run_folder import RunFolder
 from tests.research.ablation.helpers.finished_runs import write_run
 from tests.research.helpers.small_runs import Stage
+from tests.research.tracking.test_tracker import inspected, of
 
 FILES = {
     *("compare.md", "differences.csv", "runs.csv"),
@@ -108,6 +110,20 @@ def test_mistakes_are_sentences(runs: Path) -> None:
         with pytest.raises(Mistake, match=message):
             compare.main(argv)
     assert not Path("compare").exists()
+
+
+@pytest.mark.slow
+def test_a_w_b_run_of_the_job_type_compare(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    compare.main([*SIDES, "--wandb", "offline"])
+    assert "tracking W&B offline (as asked) · later: wandb sync compare/wandb\n" in capsys.readouterr().out
+    records = inspected(RunFolder(Path("compare")))
+    (run,) = of(records, "run")
+    assert (run["job_type"], run["project"], run["run_group"]) == ("compare", "tessera", "compare")
+    (row,) = of(records, "history")
+    (offline,) = Path("compare/wandb").glob("offline-run-*")
+    table = json.loads((offline / "files" / row["item"]["differences.path"]).read_text())
+    assert [dict(zip(table["columns"], one, strict=True))["verdict"] for one in table["data"]] == ["better", "not distinguishable"]
+    assert {"curves_picture.path", "differences_picture.path"} <= {*row["item"]}
 
 
 @pytest.mark.slow
