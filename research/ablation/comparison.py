@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.estimates.parameters import parameters
 from parallel.errors import Mistake, listed, listed_up_to, nearest
 from parallel.regular_files import read_regular
 from research.ablation import statistics
@@ -244,9 +243,9 @@ def _lines_of_variants(run: FinishedRun) -> list[str]:
 def _warnings(baseline: Side, side: Side) -> Iterator[str]:
     """What makes the two sides unequal beside what is asked about."""
     a, b = baseline.first, side.first
-    counts = [parameters(run.experiment.model) for run in (a, b)]
+    counts = [run.parameters for run in (a, b)]
     if None in counts and a.experiment.model != b.experiment.model:
-        yield f"whether {side.label} has as many parameters as {baseline.label} is not known: no formula counts a class of {VARIANTS}"
+        yield f"whether {side.label} has as many parameters as {baseline.label} is not known: it has no checkpoint that says so"
     elif counts[0] != counts[1] and counts[0] and counts[1]:
         percent = 100 * (counts[1] - counts[0]) / counts[0]
         yield f"{side.label} has {counts[1]:,} parameters, {baseline.label} {counts[0]:,} ({percent:+.2f} %)"

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from models.estimates.parameters import parameters
 from parallel.checkpoint.damage import read_manifest
 from parallel.checkpoint.folder import newest_complete
+from parallel.checkpoint.manifest import WEIGHTS
 from parallel.errors import Mistake, listed, listed_up_to, nearest
 from research import ROOT
 from research.config import Experiment, experiment_folder, serialization
@@ -39,11 +41,18 @@ class FinishedRun:
     """Its run.json."""
     fingerprint: str | None
     """Of its texts and its tokenizer; None if it has no checkpoint that says so."""
+    saved_parameters: int | None = None
+    """Parameters in its newest checkpoint; None if it has none."""
 
     @property
     def seed(self) -> int:
         """What it is paired by."""
         return self.experiment.seed
+
+    @property
+    def parameters(self) -> int | None:
+        """Unique parameters; None if there is no checkpoint, and no formula counts a class of variant.py."""
+        return self.saved_parameters or parameters(self.experiment.model)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -135,13 +144,14 @@ def _unfinished(folder: RunFolder) -> str:
 
 
 def _read(folder: RunFolder) -> FinishedRun:
-    fingerprint = None
+    fingerprint = saved = None
     if checkpoint := newest_complete(folder.checkpoints):
         with contextlib.suppress(Mistake):  # damaged, or of another version
-            fingerprint = read_manifest(checkpoint).facts.get("data")
-    experiment = serialization.load(folder.config)
-    known = fingerprint if isinstance(fingerprint, str) else None
-    return FinishedRun(folder, experiment, list(metrics.read(folder.metrics)), run_record.read(folder), known)
+            manifest = read_manifest(checkpoint)
+            fingerprint = manifest.facts.get("data")
+            saved = sum(tensor.numel for tensor in manifest.tensors[WEIGHTS].values())
+    experiment, known = serialization.load(folder.config), fingerprint if isinstance(fingerprint, str) else None
+    return FinishedRun(folder, experiment, list(metrics.read(folder.metrics)), run_record.read(folder), known, saved)
 
 
 def _with_settings(runs: Sequence[FinishedRun], wanted: dict[str, str], label: str) -> list[FinishedRun]:
