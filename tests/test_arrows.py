@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("research/training", "research/reliability", "research/config"),
         *("research/data", "research/tracking", "research/cluster"),
     },
+    "research/ablation": {"research/config", "research/data", "research/tracking", "research/cluster"},
 }
 """A room -> the rooms that it may import besides itself. Every room of research/ may also import all of parallel/ and models/."""
 FRONT = {"research/cli", "research/serving", "research/exchange", "research/verification", "research/ablation"}
@@ -360,6 +361,7 @@ FORBIDDEN_ARROWS = [  # one for each row of MAY_IMPORT, and for the files that h
     ("research/serving/x.py", "research.cli.serve"),
     ("research/training/x.py", "research.verification.training"),
     ("research/verification/x.py", "research.evaluation.task"),
+    ("research/ablation/x.py", "research.training.loop"),
     ("research/launch.py", "research.verification.small_run"),
     ("research/__main__.py", "research.training.loop"),
     ("research/api.py", "research.cli.generate"),

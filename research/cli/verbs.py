@@ -18,6 +18,7 @@ VERBS = {
     "export": "write a run for transformers to load: export RUN FOLDER",
     "import": "turn another program's weights into an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
     "plot": "draw the metrics of one run, or of several over each other: plot RUN RUN",
+    "compare": "is a difference more than noise? compare experiments over their seeds: compare A B",
     "track": "write a run to Weights & Biases from its metrics.jsonl: track RUN",
     "fork": "copy an experiment and change settings in the copy: fork experiments/gpt_sotu experiments/mine --set seed=2",
     "diff": "what differs between two experiments, runs or checkpoints? diff gpt_sotu experiments/mine",

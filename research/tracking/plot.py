@@ -130,7 +130,10 @@ def loss_curve(metrics: Path, picture: Path, title: str, subtitle: str = "") -> 
 
 def save(figure: Any, picture: Path) -> None:
     """Writes the figure in the format that the name ends in; the file appears completely or not at all."""
-    with published(picture) as temporary, warnings.catch_warnings():
+    from matplotlib import rc_context
+
+    same_ids = rc_context({"svg.hashsalt": "tessera"})  # of shapes in an SVG file, which are random otherwise
+    with published(picture) as temporary, warnings.catch_warnings(), same_ids:
         warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box
         kind = picture.suffix.removeprefix(".").lower()
         figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)  # the same file each time
@@ -170,7 +173,7 @@ def draw(runs: Sequence[Curves], panels: Sequence[Panel], x: XAxis, theme: Theme
         if interval := next((seconds for seconds in x.intervals if farthest <= 8 * seconds), None):
             axes.xaxis.set_major_locator(MultipleLocator(interval))
     if len(runs) > 1:
-        _legend(figure, runs, theme, size[0])
+        add_legend(figure, [run.label for run in runs], theme, size[0])
     return figure
 
 
@@ -245,15 +248,15 @@ def _error_bars(axes: Any, rows: Sequence[Row], key: str, x: XAxis, color: str) 
         axes.errorbar(xs, ys, yerr=errors, fmt="none", ecolor=color, elinewidth=1, capsize=2.5, alpha=0.7)
 
 
-def _legend(figure: Any, runs: Sequence[Curves], theme: Theme, width: float) -> None:
-    """The runs' names below the panels, in as many columns as there is room for."""
+def add_legend(figure: Any, names: Sequence[str], theme: Theme, width: float) -> None:
+    """The names of runs below the panels, in as many columns as there is room for in `width` inches."""
     from matplotlib.lines import Line2D
 
     letters = int(width * 13)  # of the legend's size, over the whole width
-    labels = [textwrap.fill(run.label, letters - 8) for run in runs]
+    labels = [textwrap.fill(name, letters - 8) for name in names]
     handles = [
         Line2D([], [], color=theme.runs[i % len(theme.runs)], linestyle=DASHES[i // len(theme.runs) % len(DASHES)], linewidth=2)
-        for i in range(len(runs))
+        for i in range(len(names))
     ]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     legend = figure.legend(
