@@ -28,7 +28,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "research/cluster": set(),
     "research/data": set(),
     "research/config": {"research/cluster"},
-    "research/ablation": {"research/config", "research/tracking", "research/data", "research/cluster"},
     "research/generation": {"research/config", "research/data", "research/tracking"},
     "research/reliability": {"research/cluster", "research/tracking"},
     "research/evaluation": {"research/generation", "research/config", "research/data", "research/tracking", "research/cluster"},
@@ -38,15 +37,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("research/evaluation", "research/generation", "research/reliability"),
         *("research/config", "research/data", "research/tracking", "research/cluster"),
     },
-    "research/ablation": {
-        *("research/training", "research/reliability", "research/config"),
-        *("research/data", "research/tracking", "research/cluster"),
-    },
+    "research/ablation": {"research/reliability", "research/config", "research/data", "research/tracking", "research/cluster"},
     "research/verification": {
         *("research/training", "research/reliability", "research/config"),
         *("research/data", "research/tracking", "research/cluster"),
     },
-    "research/ablation": {"research/config", "research/data", "research/tracking", "research/cluster"},
 }
 """A room -> the rooms that it may import besides itself. Every room of research/ may also import all of parallel/ and models/."""
 FRONT = {"research/cli", "research/serving", "research/exchange", "research/verification", "research/ablation"}

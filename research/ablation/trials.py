@@ -13,18 +13,18 @@ from pathlib import Path
 
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.errors import Mistake, listed
+from research.ablation.lineage import differences
 from research.config import Experiment, serialization
 from research.config.checks import check_settings
-from research.config.diff import belongs, flatten
-from research.config.experiment_folder import LoadedExperiment, check_variants
+from research.config.diff import PLUMBING, belongs, flatten
+from research.config.experiment_folder import VARIANTS, LoadedExperiment, check_variants
 from research.config.overrides import parse
 from research.data.prepare import check as check_data
 from research.tracking import run_folder
 from research.tracking.run_folder import FINISHED, IMPORTED, RunFolder
-from research.training.resume import MAY_CHANGE, science_changes
 
-SEED, STEPS = "seed", "schedule.steps"
-OWN = ("seed", "track", "question", "parent")
+SEED = "seed"
+OWN = ("seed", "track", "question", "parent", "changes")
 """What a grid may not vary: seeds have an option of their own, and the others change no run."""
 LARGEST_LABEL = 64
 """Characters of a tag."""
@@ -116,9 +116,9 @@ def trials(
 
 
 def science_digest(experiment: Experiment) -> str:
-    """SHA-256 (hex) of the settings that make two runs one experiment: all but those that may change on resume, and the steps."""
+    """SHA-256 (hex) of the settings that affect results."""
     flat = flatten(serialization.resolved(experiment))
-    settings = {name: value for name, value in flat.items() if name == STEPS or not belongs(name, MAY_CHANGE)}
+    settings = {name: value for name, value in flat.items() if not belongs(name, PLUMBING)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -135,8 +135,8 @@ def runs_of(trial: Trial, loaded: LoadedExperiment, root: Path) -> list[RunFolde
         with contextlib.suppress(OSError, ValueError):
             if run_folder.read_run(folder).get("status") == IMPORTED:
                 continue
-            same_steps = serialization.load(folder.config).schedule.steps == trial.experiment.schedule.steps
-            if same_steps and not science_changes(folder, loaded.folder, trial.experiment):
+            then, now = (path.read_bytes() if path.is_file() else None for path in (folder.source / VARIANTS, loaded.folder / VARIANTS))
+            if not differences(serialization.load(folder.config), then, trial.experiment, now):
                 found.append(folder)
     return found
 
