@@ -1,16 +1,19 @@
 """Reading training samples: our sampler beside a nanoGPT-style reader and Hugging Face's datasets, in samples per CPU second.
 
-    python benchmarks/data.py [--tokens 20000000] [--micro_batch 8] [--repetitions 7] [--sources 100]
+    python benchmarks/data.py [--tokens 20000000] [--micro_batch 8] [--repetitions 21] [--sources 100]
 
 Writes a store of random tokens (uint16) to a temporary folder. Each reader takes micro-batches of ids and targets in int64 as torch
 tensors, at random places of the store:
 
     ours      StreamSampler over the store, as training calls it: order, windows, weights
-    nanoGPT   np.memmap; for each sample two slices, .astype(np.int64), torch.from_numpy, torch.stack, as its get_batch does
+    nanoGPT   np.memmap; for each sample two slices, .astype(np.int64), torch.from_numpy, torch.stack, as its get_batch does, but the
+              file is opened once and not for each micro-batch
     datasets  a Dataset of rows of seq_length + 1 tokens, format "torch", indexed with random rows (left out if it is not installed)
 
-The readers take turns, so that a machine whose speed drifts slows all of them; each is measured in CPU seconds of this process, one thread.
-The last lines are what a blend of --sources stores of equal weights costs more per sample than one store.
+The file lies in the page cache and every page of both memory maps has been touched, so that neither reader waits for the disk or the
+first fault of a page. The readers take turns of 1,024 samples, so that a machine whose speed drifts slows all of them; each is measured in
+CPU seconds of this process, one thread. The first two turns of each are not counted. A ratio is the median over the turns, with the
+middle half of them in brackets. The last lines are what a blend of --sources stores of equal weights costs more per sample than one store.
 """
 
 import argparse
@@ -38,6 +41,10 @@ LENGTHS = (128, 1024)
 VOCABULARY = 50_257
 DOCUMENT = 1000
 """Tokens of each document of a store."""
+SAMPLES = 1024
+"""Samples of a turn."""
+NOT_COUNTED = 2
+"""Turns of each reader before those that are measured."""
 Reader = Callable[[int], object]
 """Reads the micro-batch of this number."""
 
@@ -62,6 +69,7 @@ def of_sampler(sampler: StreamSampler) -> Reader:
 def of_nanogpt(store: TokenStore, length: int, size: int) -> Reader:
     """The reader of karpathy/nanoGPT's train.py, on the same file."""
     data = np.memmap(f"{store.prefix}.bin", dtype=np.uint16, mode="r")
+    data.max()  # touches every page
 
     def read(number: int) -> object:
         starts = torch.randint(len(data) - length, (size,))
@@ -99,13 +107,13 @@ def microseconds(reader: Reader, first: int, times: int, size: int) -> float:
 
 
 def measured(readers: dict[str, Reader], size: int, repetitions: int) -> dict[str, list[float]]:
-    """Microseconds per sample of each reader in each repetition, in turns, after one that is not counted."""
+    """Microseconds per sample of each reader in each repetition, in turns."""
     found: dict[str, list[float]] = {name: [] for name in readers}
-    times = max(1, 4096 // size)
-    for repetition in range(repetitions + 1):
+    times = max(1, SAMPLES // size)
+    for repetition in range(NOT_COUNTED + repetitions):
         for name, reader in readers.items():
             taken = microseconds(reader, repetition * times, times, size)
-            if repetition:
+            if repetition >= NOT_COUNTED:
                 found[name].append(taken)
     return found
 
@@ -115,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=count, default=20_000_000)
     parser.add_argument("--micro_batch", type=count, default=8)
-    parser.add_argument("--repetitions", type=count, default=7)
+    parser.add_argument("--repetitions", type=count, default=21)
     parser.add_argument("--sources", type=count, default=100)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -124,6 +132,8 @@ def main() -> None:
         store = store_of(Path(folder), "one", arguments.tokens, 0)
         parts = [store_of(Path(folder), f"part{i}", arguments.tokens // arguments.sources, i) for i in range(arguments.sources)]
         names = [part.prefix.name for part in parts]
+        for each in (store, *parts):
+            each.tokens.max()  # touches every page
         for length in LENGTHS:
             blend = Blend(names, [Stage(0, (1.0,) * len(names))], 0)
             readers: dict[str, Reader | None] = {
@@ -136,7 +146,8 @@ def main() -> None:
             print(f"seq_length {length}, micro-batches of {size}, {arguments.tokens:,} tokens")
             for name in found:
                 ratios = [other / own for own, other in zip(found["ours"], found[name], strict=True)]
-                spread = f"({min(ratios):.1f} – {max(ratios):.1f})"
+                lower, upper = np.quantile(ratios, (0.25, 0.75))
+                spread = f"({lower:.1f} – {upper:.1f})"
                 print(f"  {name:<9} {statistics.median(found[name]):7.2f} µs per sample   {statistics.median(ratios):5.1f} × ours {spread}")
             more = statistics.median(blended - own for own, blended in zip(found["ours"], found["blend"], strict=True))
             print(f"  a blend of {len(parts)} sources costs {more:.2f} µs per sample more than one source")

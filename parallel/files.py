@@ -101,12 +101,28 @@ def _locked_soon(file: IO[bytes]) -> bool:
             time.sleep(SHORT_WAIT / 50)
 
 
+def user_path(root: Path, name: str) -> Path:
+    """The path that a user has named: `~` is a home, and a relative path starts at `root`. A Mistake if no path can have this name."""
+    if not name or "\0" in name:
+        raise Mistake(f"{name!r} is no path → name a file or a folder")
+    try:
+        return Path(root) / Path(name).expanduser()
+    except RuntimeError:
+        raise Mistake(f"{name}: nobody here has the home {Path(name).parts[0]} → write the path in full") from None
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Writes a small file, replacing an existing one, and returns once it is on disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until the folder and everything in it is on disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync_folder(path)
 
 
 def sync_folder(path: Path) -> None:

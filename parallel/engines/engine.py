@@ -3,6 +3,7 @@
 Both take the same micro-batches and return the same token means over the global batch. The grid alone decides which one runs.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ class Engine:
     """What training needs of a DeepSpeed engine. Every method is called by all ranks together (collective)."""
 
     fixed_shape = False
-    """Whether every micro-batch must have the shape of the training micro-batches."""
+    """Whether micro-batches of another shape than the ones before cost more: `observe` then gets those of one shape."""
 
     def __init__(
         self,
@@ -72,13 +73,14 @@ class Engine:
     def train_batch(self, batches: Iterable[MicroBatch], lr: float, micro_batches: int | None = None) -> float:
         """One optimizer step at learning rate `lr` on the step's micro-batches of this data rank.
 
-        `micro_batches`: how many there are, equal on every rank; None: `settings.micro_batches`. Returns the step's loss before the
-        update: the mean over unmasked tokens of the global batch, equal on every rank.
+        They have one shape, equal on every rank, which may be another in the next step. `micro_batches`: how many there are, equal on
+        every rank; None: `settings.micro_batches`. Returns the step's loss before the update: the mean over unmasked tokens of the
+        global batch, equal on every rank.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._accumulate(micro_batches or self.settings.micro_batches)
-        loss, norm = self._train(copied_ahead(batches, self.device)), self.deepspeed.get_global_grad_norm()
+        loss, norm = self._train(batches), self.deepspeed.get_global_grad_norm()
         # One copy from the device for both, the only one of a step besides DeepSpeed's own.
         values = read_numbers(loss, norm) if isinstance(norm, Tensor) else [*read_numbers(loss), float("nan" if norm is None else norm)]
         self._gradient_norm = values[1]
@@ -92,7 +94,7 @@ class Engine:
         """`function(logits)` of one micro-batch per data rank, each of the shape `shape`: 'data …' fp32, equal on every rank.
 
         There is no dropout and no gradient, and later training is the same bit for bit. `function` is called on the last stage.
-        Ids need not fill the training micro-batch's shape unless `fixed_shape`; those of all data ranks have one shape.
+        The ids of all data ranks have one shape.
         """
         with torch.no_grad():
             return gather_from_last_stages(self._observe(batch, function), shape, self.grid, self.device)
@@ -177,8 +179,8 @@ class Engine:
             self.deepspeed.set_train_batch_size(micro_batches * self.settings.micro_batch_size * self.grid.data)
             self.deepspeed.micro_steps = 0  # the step ends where this is a multiple of the number
 
-    def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
-        """`train_batch` on micro-batches of this device; the loss as a 0-dim tensor, which is not waited for."""
+    def _train(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """The passes and the update of `train_batch`; the loss as a 0-dim tensor, which is not waited for."""
         raise NotImplementedError
 
     def _observe(self, batch: MicroBatch, function: LogitsFunction) -> Tensor | None:
@@ -196,12 +198,12 @@ class PlainEngine(Engine):
         with quiet(), deepspeed.zero.Init(data_parallel_group=group, mpu=mpu, config_dict_or_path=self.config, enabled=sharded):
             return PlainModule(layers), mpu
 
-    def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
+    def _train(self, batches: Iterable[MicroBatch]) -> Tensor:
         self.deepspeed.train()
         total = torch.zeros((), device=self.device)
-        micro_batches = self.deepspeed.gradient_accumulation_steps()
+        micro_batches, here = self.deepspeed.gradient_accumulation_steps(), copied_ahead(batches, self.device)
         for _ in range(micro_batches):
-            loss = self._forward(next(batches), self.loss)
+            loss = self._forward(next(here), self.loss)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += loss.detach()
@@ -231,7 +233,9 @@ class PlainEngine(Engine):
 class PipeEngine(Engine):
     """pipe > 1: the layers on PipelineEngine, ZeRO-1, 1F1B."""
 
-    fixed_shape = True  # DeepSpeed's buffers are made once, for the training micro-batch's shape
+    fixed_shape = True  # for another shape, the buffers between stages are made anew
+    _shape: torch.Size | None = None
+    """Of the ids for which DeepSpeed's buffers between stages were made."""
 
     def _correct_deepspeed(self) -> None:
         super()._correct_deepspeed()
@@ -247,18 +251,29 @@ class PipeEngine(Engine):
     def _use_loss(self, loss: Loss) -> None:
         self.loss = self.module.loss_fn = loss
 
-    def _train(self, batches: Iterator[MicroBatch]) -> Tensor:
-        return self.deepspeed.train_batch(self._pairs(batches))
+    def _train(self, batches: Iterable[MicroBatch]) -> Tensor:
+        rest = iter(batches)
+        first = next(rest)  # on every stage: those in the middle read no other
+        self._make_room(first)
+        return self.deepspeed.train_batch(self._pairs(copied_ahead(itertools.chain([first], rest), self.device)))
 
     def evaluate_batch(self, batch: MicroBatch) -> float:
+        self._make_room(batch)
         with instead_of_loss(self.module, self.held_out_loss):
             return float(self.deepspeed.eval_batch(self._pairs(iter([batch])), num_micro_batches=1))
 
     def _observe(self, batch: MicroBatch, function: LogitsFunction) -> Tensor | None:
+        self._make_room(batch)
         hook = LogitsHook(function)
         with instead_of_loss(self.module, hook):
             self.deepspeed.eval_batch(self._pairs(iter([batch])), reduce_output=None, bcast_loss=False, num_micro_batches=1)
         return hook.result
+
+    def _make_room(self, batch: MicroBatch) -> None:
+        """Lets DeepSpeed make its buffers between stages anew if the next micro-batches have another shape; so does every rank."""
+        if batch.ids.shape != self._shape:
+            self.deepspeed.reset_activation_shape()
+            self._shape = batch.ids.shape
 
     def _pairs(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """What DeepSpeed's pipeline reads: (inputs of the first stage, labels of the last stage)."""

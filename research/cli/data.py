@@ -15,6 +15,7 @@ from rich.text import Text
 from parallel.checkpoint.damage import read_manifest
 from parallel.checkpoint.folder import newest_complete
 from parallel.errors import Mistake
+from parallel.files import user_path
 from research import ROOT
 from research.cli import store_description
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
@@ -42,10 +43,11 @@ Prints which documents a step of a run trained on, or describes a token store.
 RUN --step N: each sample of the step, whatever layout the run had, and each
 document that the sample touches: its number, where in the document the sample
 begins and how many of the document's tokens it has, and their first words. A
-sample is a window of model.seq_length + 1 tokens; the last one is predicted
-only. Steps and epochs are counted from 1, everything else from 0. The run may
-still be running, and needs no checkpoint; with one, its text is compared with
-what was trained on. Nothing of the run is changed or locked.
+sample is a window of model.seq_length + 1 tokens, or, in the first steps of a
+schedule.length_ramp, its beginning; the last token is predicted only. Steps
+and epochs are counted from 1, everything else from 0. The run may still be
+running, and needs no checkpoint; with one, its text is compared with what was
+trained on. Nothing of the run is changed or locked.
 
 PREFIX: the documents, tokens, bytes of text, ids, source and tokenizer of the
 store in PREFIX.bin, PREFIX.idx and PREFIX.json, and how long its documents are.
@@ -114,7 +116,7 @@ def _parser() -> Parser:
 def find_prefix(what: str) -> Path | None:
     """The PREFIX of the token store that `what` names, by the PREFIX or one of its files; None if there is no such .idx or .bin."""
     with contextlib.suppress(OSError, RuntimeError):  # no file can have such a name, or nobody such a home
-        path = Path(what.removeprefix(STORE)).expanduser()
+        path = user_path(Path(), what.removeprefix(STORE))
         for prefix in [path, *([path.with_suffix("")] if path.suffix in STORE_FILES else [])]:
             if file_of(prefix, ".idx").is_file() or file_of(prefix, ".bin").is_file():
                 return prefix
@@ -166,7 +168,8 @@ def documents_of_step(arguments: argparse.Namespace) -> dict[str, Any]:
     samples = [sample_as_json(sampler.window(number), corpus) for number in shown]
     left_out = len(numbers) - len(shown)
 
-    size = f"{experiment.model.seq_length} + 1 tokens each"
+    first = sampler.window(numbers[0])
+    size = f"{first.stop - first.start - 1} + 1 tokens each"
     console.header([("", f"{folder.title} · step {step} of {steps} · samples {numbers[0]:,}–{numbers[-1]:,} of {size}")])
     console.header([("data", f"{describe_texts(experiment.data.train)} · {corpus.tokenizer.name} · {said_of_text(checkpoint)}")])
     if step > logged:

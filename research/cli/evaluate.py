@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parallel.errors import Mistake
+from parallel.files import user_path
 from research import ROOT
 from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
@@ -158,7 +159,7 @@ def prepared(arguments: argparse.Namespace) -> Command:
         else:
             tasks += registry.create_tasks([name], settings)
     if any(isinstance(task, LMEvalTask) for task in tasks):
-        lm_eval_task.keep_offline((ROOT / trained.experiment.data.cache).expanduser() / "lm_eval")
+        lm_eval_task.keep_offline(user_path(ROOT, trained.experiment.data.cache) / "lm_eval")
     batch = max(1, TOKENS_AT_ONCE // seq_length) if arguments.batch is None else arguments.batch
     return Command(**vars(trained), tasks=tuple(tasks), batch=batch)
 

@@ -4,18 +4,21 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from parallel.errors import Mistake
+from parallel.files import user_path
 from parallel.regular_files import read_regular
 from research import ROOT
 from research.cli.verbs import Parser, count
 from research.cluster.environment import environment
 from research.cluster.limited_process import SINGLE
-from research.data import corpus, corpus_split, corpus_work, documents, tokenizer, tokenizer_ranks
+from research.data import corpus, corpus_work, documents, random_split, tokenizer, tokenizer_ranks
 from research.data.corpus import Options, Prepared
 from research.data.corpus_inputs import Inputs
 from research.data.text_files import INSTALL, KINDS, Reading
@@ -54,6 +57,8 @@ examples:
   python -m research prepare src/ --as code --tokenizer builtin:bytes"""
 LENGTH = 2**31 - 1
 """model_max_length in tokenizer_config.json: the corpus does not limit it."""
+MOST_PER_CORE = 4
+"""The most processes per core: each takes a hundred megabytes."""
 WAY_OUT = "do not use it, or name another one: --tokenizer builtin:bpe-8192"
 
 
@@ -61,10 +66,12 @@ def main(argv: list[str]) -> None:
     """Prepares the corpus and prints what it holds."""
     arguments = parsed(argv)
     console, target = Console(), arguments.corpora / arguments.name
-    corpus_split.shares_of(arguments.split)
+    random_split.shares_of(arguments.split)
     write_tokenizer, tokenizer_sha256 = chosen_tokenizer(arguments.tokenizer)
     options = Options(arguments.tokenizer, tokenizer_sha256, arguments.split, arguments.seed)
     inputs = Inputs(arguments.inputs, Path.cwd(), Reading(arguments.key, arguments.invalid == "replace"))
+    if inside := next((file for file in inputs.files if target.resolve() in file.path.resolve().parents), None):
+        raise Mistake(f"{inside.path} lies in {target}, the folder that is made → name another corpus with --as")
     with corpus_work.opened(target, arguments.replace) as work:
         console.header([("", f"prepare {shown(target)}"), ("input", f"{fmt.plural(len(inputs.files), 'file')}, {size(inputs.file_bytes)}")])
         if left := inputs.left.sentence():
@@ -88,7 +95,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--as", dest="name", required=True, metavar="NAME", help=f"the corpus to make: {FOLDER}/NAME")
     parser.add_argument("--tokenizer", default="builtin:bpe-8192", help="see below (default: builtin:bpe-8192)")
     parser.add_argument(
-        "--split", default=corpus_split.EXAMPLE, metavar="SHARES", help="shares of train, val and test, by document (default: 98,1,1)"
+        "--split", default=random_split.EXAMPLE, metavar="SHARES", help="shares of train, val and test, by document (default: 98,1,1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the documents that are held out (default: 0)")
     parser.add_argument("--key", default="text", help="the key or column of the text (default: text)")
@@ -98,12 +105,14 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=count, default=1, metavar="N", help="processes that tokenize (default: 1, with a thread per core)"
     )
-    parser.add_argument("--replace", action="store_true", help="replace a finished corpus of this name")
-    parser.add_argument("--corpora", type=Path, default=None, help=f"the folder of corpora (default: {FOLDER}, in this checkout)")
+    parser.add_argument("--replace", action="store_true", help="replace a finished corpus of this name, with all in its folder")
+    parser.add_argument("--corpora", help=f"the folder of corpora (default: {FOLDER}, in this checkout)")
     arguments = parser.parse_args(argv)
     if not NAME.fullmatch(arguments.name):
         raise Mistake(f"--as {arguments.name} is no name of a corpus → use letters, digits, dots, dashes and underscores: --as my_text")
-    arguments.corpora = arguments.corpora or ROOT / FOLDER
+    if arguments.workers > (most := MOST_PER_CORE * (os.cpu_count() or 1)):
+        raise Mistake(f"--workers {arguments.workers} is more than {MOST_PER_CORE} per core, which saves no time → use at most {most}")
+    arguments.corpora = ROOT / FOLDER if arguments.corpora is None else user_path(Path(), arguments.corpora)
     return arguments
 
 
@@ -115,7 +124,7 @@ def chosen_tokenizer(name: str) -> tuple[Callable[[Path], None] | None, str]:
         except Mistake as mistake:
             raise Mistake(str(mistake).replace("data.tokenizer", "--tokenizer")) from None
         return None, ""
-    path = Path(name).expanduser()
+    path = user_path(Path(), name)
     if path.is_dir():
         path = path / FILE
     if not path.is_file():
@@ -177,6 +186,6 @@ def report(prepared: Prepared, target: Path, console: Console) -> None:
     console.lines(["", *("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows), ""])
     console.lines(["in an experiment's config.py:"])
     held_out = next((part for part in ("val", "test") if part in prepared.counts), None)
-    settings = [f'train="store:{name}/train"', *([f'validation="store:{name}/{held_out}"'] if held_out else [])]
-    settings.append(f'tokenizer="{name}/{FILE}"')
+    values = {"train": f"store:{name}/train", "validation": f"store:{name}/{held_out}", "tokenizer": f"{name}/{FILE}"}
+    settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if held_out or key != "validation"]
     console.lines([*(f"  data.{setting}" for setting in settings), f"  model.vocab_size={prepared.tokenizer.vocab_size}"])

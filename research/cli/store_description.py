@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
-from parallel.files import megabytes
+from parallel.files import megabytes, user_path
 from research import ROOT
 from research.config import Data
 from research.data import inspection, run_tokenizer, tokenizer_file
@@ -191,7 +191,7 @@ def find_tokenizer(store: TokenStore, named: str | None, largest: int) -> Tokeni
     tokenizer = load_tokenizer(store, named)
     fingerprints = [tokenizer.fingerprint]
     if tokenizer_file.is_file(named):
-        fingerprints.append(inspection.sha256_of_tokenizer(Path(named).expanduser()))
+        fingerprints.append(inspection.sha256_of_tokenizer(user_path(Path(), named)))
     if sha256 is not None and sha256 not in fingerprints:
         raise Mistake(
             f"{store.prefix} was made with the tokenizer {made_with or '?'} (SHA-256 {sha256[:16]}), {named} is another "

@@ -8,7 +8,7 @@ import math
 from models.config import GPT, VARIANT
 from parallel.errors import Mistake, listed
 from research.cluster.environment import RANKS_OPTION, Ranks
-from research.config.layout import batch_sizes
+from research.config.layout import batch_sizes, sequence_lengths
 from research.config.schema import Experiment
 
 MOST_TRIED = 65_536
@@ -86,7 +86,14 @@ def _check_pipeline_and_zero(experiment: Experiment) -> None:
 
 def _check_schedule(experiment: Experiment) -> None:
     optimizer, steps = experiment.optimizer, experiment.schedule.steps
-    batch_sizes(experiment.schedule)  # raises a Mistake if a ramp does not lead to batch_size
+    lengths = sequence_lengths(experiment).lengths  # raises a Mistake if a ramp does not lead to batch_size or seq_length
+    tensor = experiment.parallel.tensor
+    uneven = next((length for length in lengths if length % tensor), None)
+    if experiment.parallel.sequence and uneven is not None:
+        raise Mistake(
+            f"schedule.length_ramp has sequences of {uneven} tokens, which parallel.tensor = {tensor} does not divide → "
+            f"use a start and an increment that are multiples of {tensor}, or parallel.sequence False"
+        )
     recorded = experiment.profile.recorded
     if recorded and recorded[-1] > steps:
         way_out = f"use {recorded[0]}-{steps}" if recorded[0] <= steps else f"use steps up to {steps}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from parallel.engines.deepspeed_config import EngineSettings
 from research.config.batch_sizes import BatchSizes
 from research.config.schema import Experiment, Parallel, Schedule
+from research.config.sequence_lengths import SequenceLengths
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,19 @@ class Layout:
     micro_batches: int
     """Micro-batches that a data rank accumulates before an optimizer step with schedule.batch_size sequences."""
     tokens_per_step: int
-    """Of a step with schedule.batch_size sequences."""
+    """Of a step with schedule.batch_size sequences of model.seq_length tokens."""
     batch_sizes: BatchSizes
     """The sequences of each step."""
+    sequence_lengths: SequenceLengths
+    """The tokens of each sequence."""
 
     def micro_batches_of(self, step: int) -> int:
         """Micro-batches that a data rank accumulates in a step, counted from 0."""
         return self.micro_batches * self.batch_sizes.of(step) // self.batch_sizes.size
+
+    def tokens_before(self, step: int) -> int:
+        """The tokens of all steps before `step`, counted from 0."""
+        return self.sequence_lengths.before(self.batch_sizes.before(step))
 
 
 def layout(experiment: Experiment, world: int) -> Layout:
@@ -44,12 +51,18 @@ def layout(experiment: Experiment, world: int) -> Layout:
         micro_batches=schedule.batch_size // (schedule.micro_batch_size * data),
         tokens_per_step=schedule.batch_size * experiment.model.seq_length,
         batch_sizes=batch_sizes(schedule),
+        sequence_lengths=sequence_lengths(experiment),
     )
 
 
 def batch_sizes(schedule: Schedule) -> BatchSizes:
     """The sequences of each step."""
     return BatchSizes(schedule.batch_size, schedule.batch_ramp)
+
+
+def sequence_lengths(experiment: Experiment) -> SequenceLengths:
+    """The tokens of each sequence."""
+    return SequenceLengths(experiment.model.seq_length, batch_sizes(experiment.schedule), experiment.schedule.length_ramp)
 
 
 def effective_zero_stage(parallel: Parallel) -> int:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parallel.errors import listed
+from parallel.files import user_path
 from research.cluster.environment import Ranks
-from research.config.layout import batch_sizes
-from research.config.schema import DECAYS, Checkpoints, Data, Experiment, Optimizer, Schedule
+from research.config.layout import batch_sizes, sequence_lengths
+from research.config.schema import DECAYS, Checkpoints, Data, Experiment, Optimizer
 from research.config.sources import Source, describe_texts, own_held_out_texts, texts_to_train_on
 
 BUILTIN = "builtin:"
@@ -45,7 +46,7 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
         )
     held_out_texts = [("data.validation", data.validation), *own_held_out_texts(data.train)]
     for train, (setting, held_out) in itertools.product(texts_to_train_on(data.train), held_out_texts):
-        files = [root / Path(text).expanduser() for text in (train, held_out) if not text.startswith(NO_FILE)]
+        files = [user_path(root, text) for text in (train, held_out) if not text.startswith(NO_FILE)]
         if train == held_out or (len(files) == 2 and files[0].samefile(files[1])):
             which = "the text" if train == data.train else "a text"
             yield f"{setting} = {held_out!r} is {which} of data.train → name a text that is not trained on"
@@ -72,7 +73,7 @@ def doubts(experiment: Experiment) -> Iterator[str]:
     data, evaluate, sample = experiment.data, experiment.evaluate, experiment.sample
     yield from _doubts_of_optimizer(experiment.optimizer, experiment.schedule.steps)
     yield from _doubts_of_checkpoints(experiment.checkpoints, experiment.schedule.steps)
-    yield from _doubts_of_ramp(experiment.schedule)
+    yield from _doubts_of_ramps(experiment)
     yield from _doubts_of_sources(experiment.data, experiment.schedule.steps)
     if data.validation.startswith(BUILTIN) and not any(text.startswith(BUILTIN) for text in texts_to_train_on(data.train)):
         yield (
@@ -144,14 +145,16 @@ def _doubts_of_checkpoints(checkpoints: Checkpoints, steps: int) -> Iterator[str
         )
 
 
-def _doubts_of_ramp(schedule: Schedule) -> Iterator[str]:
-    """A ramp that the run does not see the end of."""
-    last = batch_sizes(schedule).phases[-1]
-    if last.step >= schedule.steps:
-        yield (
-            f"schedule.batch_ramp reaches schedule.batch_size = {schedule.batch_size} at step {last.step + 1:,}, the run has "
-            f"{schedule.steps:,} → use fewer samples for the ramp, or more steps"
-        )
+def _doubts_of_ramps(experiment: Experiment) -> Iterator[str]:
+    """Ramps that the run does not see the end of."""
+    schedule, length = experiment.schedule, experiment.model.seq_length
+    ends = {
+        f"schedule.batch_ramp reaches schedule.batch_size = {schedule.batch_size}": batch_sizes(schedule).phases[-1].step,
+        f"schedule.length_ramp reaches model.seq_length = {length}": sequence_lengths(experiment).phases[-1].step,
+    }
+    for reaches, step in ends.items():
+        if step >= schedule.steps:
+            yield f"{reaches} at step {step + 1:,}, the run has {schedule.steps:,} → use fewer samples for the ramp, or more steps"
 
 
 def _doubts_of_sources(data: Data, steps: int) -> Iterator[str]:
@@ -173,10 +176,10 @@ def doubts_of_text(experiment: Experiment, tokenizer_size: int, validation_token
             f"{size - tokenizer_size} rows of the embedding are never used → use model.vocab_size {tokenizer_size}"
         )
     times = math.ceil(schedule.steps / (schedule.validate_every or schedule.steps))
-    length, sizes = experiment.model.seq_length, batch_sizes(schedule)
-    trained, validated = sizes.before(schedule.steps) * length, times * validation_tokens
+    trained = sequence_lengths(experiment).before(batch_sizes(schedule).before(schedule.steps))
+    validated = times * validation_tokens
     if validated > FORWARD * trained:
-        fair = max(sizes.size * length, FORWARD * trained // (10 * times))
+        fair = max(schedule.batch_size * experiment.model.seq_length, FORWARD * trained // (10 * times))
         yield (
             f"{times} validation{'s' * (times > 1)} of {validation_tokens:,} tokens will take about {validated / FORWARD / trained:.1f} "
             f"times as long as the training on {trained:,} → use schedule.validate_tokens {fair}, or validate less often"

@@ -81,6 +81,12 @@ class Schedule(Settings):
         strict=False,
         description="start, increment, samples: steps grow from start sequences by the increment up to batch_size, over so many samples",
     )
+    length_ramp: tuple[Count, Count, Count] | None = Field(
+        default=None,
+        strict=False,
+        description="start, increment, samples: sequences grow from start tokens by the increment up to model.seq_length, over so many "
+        "samples",
+    )
     micro_batch_size: Count = Field(description="sequences that a rank passes through the model at once; changes speed and memory only")
     validate_every: int = Field(ge=0, description="steps between validations; 0: only at the end")
     validate_tokens: int = Field(default=0, ge=0, description="held-out tokens predicted in each validation, the first ones; 0: all")

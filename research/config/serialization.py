@@ -105,7 +105,7 @@ def _without_ramp(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_sources(settings: dict[str, Any]) -> dict[str, Any]:
-    """8 → 9: data.train was one text."""
+    """8 → 9: data.train was one text, and every sequence had seq_length tokens, as without schedule.length_ramp."""
     return settings
 
 

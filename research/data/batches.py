@@ -17,6 +17,9 @@ from research.data import order
 from research.data.blend import BLOCK, KEPT_BLOCKS, Blend, Stage
 from research.data.token_store import TokenStore
 
+SPAN = 4 * BLOCK
+"""Samples that are located together. order.sample costs each of 8,192 samples half as much as each of 2,048."""
+
 
 class Batch(NamedTuple):
     """One pass of one data rank. `targets` are `ids` one token later.
@@ -66,6 +69,13 @@ class BatchSizes(Protocol):
         """The samples of all steps before `step`."""
 
 
+class SequenceLengths(Protocol):
+    """The number of tokens of each sample: research.config.sequence_lengths.SequenceLengths."""
+
+    def of(self, sample: int) -> int:
+        """The tokens of a sample, by its number in the run; equal for all samples of a step."""
+
+
 def micro_batches_per_step(batch_size: int, micro_batch_size: int, data_size: int) -> int:
     """The number of passes that each data rank makes per step. A Mistake if the batch cannot be split evenly."""
     unit = micro_batch_size * data_size
@@ -85,7 +95,7 @@ def step_samples(batch_sizes: BatchSizes, micro_batch_size: int, data_rank: int,
     size = batch_sizes.of(step)
     passes = micro_batches_per_step(size, micro_batch_size, data_size)
     first = batch_sizes.before(step) + data_rank * (size // data_size)
-    return first + np.arange(passes * micro_batch_size).reshape(passes, micro_batch_size)
+    return np.arange(first, first + passes * micro_batch_size).reshape(passes, micro_batch_size)
 
 
 class Located(NamedTuple):
@@ -134,45 +144,51 @@ class Sampler(Protocol):
 class StreamSampler:
     """Samples are windows of the token streams of one or several stores, in the proportions of a blend. Every token counts.
 
+    With `lengths`, a sample is the beginning of its window: as many tokens as they say, and one more, which is only predicted.
+
     Each epoch of a source has an order of its own (order.py). The order of the only source is that of `seed`; of several, each has
     the order of `seed` and its name, so that it stays when others are added.
     """
 
     def __init__(
-        self, stores: Sequence[TokenStore], blend: Blend, seq_length: int, batch_sizes: BatchSizes, micro_batch_size: int, seed: int
+        self,
+        stores: Sequence[TokenStore],
+        blend: Blend,
+        seq_length: int,
+        batch_sizes: BatchSizes,
+        micro_batch_size: int,
+        seed: int,
+        lengths: SequenceLengths | None = None,
     ) -> None:
+        """`lengths`: none above `seq_length`; None: all samples are whole windows."""
         self.stores, self.blend, self.seq_length = tuple(stores), blend, seq_length
-        self.batch_sizes, self.micro_batch_size = batch_sizes, micro_batch_size
+        self.batch_sizes, self.micro_batch_size, self.lengths = batch_sizes, micro_batch_size, lengths
         self._sizes = np.array([num_samples(store, seq_length) for store in stores])
         self._seeds = np.array([seed & order.WORD] if len(stores) == 1 else [_seed_of(seed, name) for name in blend.names], np.uint64)
         self._views = [_windows(store.tokens, seq_length) for store in stores]
-        self._block = lru_cache(KEPT_BLOCKS)(self._locate_block)
+        self._span = lru_cache(KEPT_BLOCKS)(self._locate_span)
+        self._weights = lru_cache(1)(self._equal_weights)
 
     def micro_batches(self, step: int, data_rank: int, data_size: int) -> Iterator[Batch]:
         """As in Sampler."""
         numbers = step_samples(self.batch_sizes, self.micro_batch_size, data_rank, data_size, step)
-        weight = len(numbers) * data_size / self.mask_sum(step)
-        for samples, sources, windows in zip(numbers, *self.locate(numbers), strict=True):
-            tokens = self._tokens(sources, windows)
-            weights = np.full((len(samples), self.seq_length), weight, np.float32)
+        length = self._length(self.batch_sizes.before(step))
+        weights = self._weights(len(numbers) * data_size / self.mask_sum(step), length)
+        for samples in numbers:
+            tokens = self._tokens(*self._located(samples))[:, : length + 1]
             yield Batch(tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64), weights, samples)
 
     def mask_sum(self, step: int) -> int:
         """As in Sampler."""
-        return self.batch_sizes.of(step) * self.seq_length
+        return self.batch_sizes.of(step) * self._length(self.batch_sizes.before(step))
 
     def locate(self, samples: np.ndarray) -> Located:
         """As in Sampler."""
-        first, last = int(samples.min()) // BLOCK, int(samples.max()) // BLOCK
-        if first == last:
-            sources, windows = self._block(first)
-            places = samples - first * BLOCK
-            return Located(sources[places], windows[places])
-        blocks, places = np.divmod(samples, BLOCK)
+        spans, places = np.divmod(samples, SPAN)
         found = Located(np.empty(samples.shape, np.int64), np.empty(samples.shape, np.int64))
-        for block in np.unique(blocks).tolist():
-            here = blocks == block
-            sources, windows = self._block(block)
+        for span in np.unique(spans).tolist():
+            here = spans == span
+            sources, windows = self._span(span)
             found.sources[here], found.windows[here] = sources[places[here]], windows[places[here]]
         return found
 
@@ -186,11 +202,15 @@ class StreamSampler:
         (source,), (number,) = (found.tolist() for found in self.locate(numbers))
         epoch = int(self.blend.place(numbers).numbers[0] // self._sizes[source])
         start = number * self.seq_length
-        return Window(sample, epoch, number, self.stores[source], start, start + self.seq_length + 1)
+        return Window(sample, epoch, number, self.stores[source], start, start + self._length(sample) + 1)
 
     def epochs(self, samples: int) -> np.ndarray:
         """As in Sampler."""
         return self.blend.before(samples) / self._sizes
+
+    def _length(self, sample: int) -> int:
+        """The tokens of a sample that are read."""
+        return self.seq_length if self.lengths is None else self.lengths.of(sample)
 
     def _tokens(self, sources: np.ndarray, windows: np.ndarray) -> np.ndarray:
         """'b s+1': the windows, in the type of the only source, or in int64."""
@@ -201,17 +221,36 @@ class StreamSampler:
             tokens[row] = self._views[source][window]
         return tokens
 
-    def _locate_block(self, block: int) -> Located:
-        """`locate` of the samples of one block, together: order.sample takes a fraction of a millisecond even for one."""
-        place = self.blend.place(np.arange(block * BLOCK, (block + 1) * BLOCK))
+    def _located(self, samples: np.ndarray) -> Located:
+        """`locate` of a micro-batch, whose samples are consecutive: a slice of their span, without a copy, unless they lie in two."""
+        span, first = divmod(int(samples[0]), SPAN)
+        if first + len(samples) > SPAN:
+            return self.locate(samples)
+        sources, windows = self._span(span)
+        return Located(sources[first : first + len(samples)], windows[first : first + len(samples)])
+
+    def _locate_span(self, span: int) -> Located:
+        """`locate` of the samples of one span, together: order.sample takes a millisecond even for one."""
+        place = self.blend.place(np.arange(span * SPAN, (span + 1) * SPAN))
         windows = order.sample(place.numbers, self._sizes[place.sources], self._seeds[place.sources])
         return Located(place.sources, windows)
 
+    def _equal_weights(self, weight: float, length: int) -> np.ndarray:
+        """'b s': the same weight for each token of a micro-batch. All micro-batches of equal weight and length share the array."""
+        return np.full((self.micro_batch_size, length), weight, np.float32)
 
-def one_source(store: TokenStore, seq_length: int, batch_sizes: BatchSizes, micro_batch_size: int, seed: int) -> StreamSampler:
+
+def one_source(
+    store: TokenStore,
+    seq_length: int,
+    batch_sizes: BatchSizes,
+    micro_batch_size: int,
+    seed: int,
+    lengths: SequenceLengths | None = None,
+) -> StreamSampler:
     """The sampler of a single store."""
     blend = Blend([store.prefix.name], [Stage(0, (1.0,))], seed)
-    return StreamSampler([store], blend, seq_length, batch_sizes, micro_batch_size, seed)
+    return StreamSampler([store], blend, seq_length, batch_sizes, micro_batch_size, seed, lengths)
 
 
 def _seed_of(seed: int, name: str) -> int:

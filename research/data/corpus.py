@@ -1,4 +1,8 @@
-"""Prepares a corpus from texts: first reading, tokenizer, tokens in parts, stores of each part of a split. The verb `prepare` calls it.
+"""Prepares a corpus from texts in four stages: a first reading, the tokenizer, the tokens, and the stores. The verb `prepare` calls it.
+
+The first reading checks and counts (corpus_inputs.py). The tokens are written in pieces, from which unfinished work is continued
+(corpus_work.py), and are then distributed to the stores of `train`, `val` and `test` (random_split.py). What a run does with text that is
+not prepared is in prepare.py.
 
 The result is a folder with train.bin, .idx and .json (research/data/token_store.py), the same of val and test, the tokenizer's files, and
 sources.jsonl, a line for each file that was read. Its bytes depend on the texts and the options alone: not on the number of processes, nor
@@ -20,11 +24,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from parallel.errors import Mistake
-from parallel.files import write_json
-from research.data import corpus_split, tokenizer, tokenizer_file, tokenizer_processes
+from parallel.files import sync_tree, write_json
+from research.data import random_split, tokenizer, tokenizer_file, tokenizer_processes
 from research.data.corpus_inputs import Group, Inputs, Inventory
-from research.data.corpus_split import Part, Split
 from research.data.corpus_work import RESULT, SOURCES, TOKENIZER, Work
+from research.data.random_split import Part, Split
 from research.data.text_files import Advance
 from research.data.token_store import SHORT_VOCABULARY
 from research.data.tokenizer import END_OF_TEXT, TRAINED, Tokenizer
@@ -37,26 +41,26 @@ PART_TOKENS = 1 << 21
 
 
 class Progress(Protocol):
-    """Called with what begins, how much there is of it, and of what; the context yields a function that is told how much more is done."""
+    """Shows a progress bar: called with its label, total and unit. The context yields a function that advances the bar by a number."""
 
     def __call__(self, label: str, total: int, unit: str, /) -> AbstractContextManager[Advance]: ...
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides about the result beside the texts."""
+    """The options that change the bytes of the result, beside those that say how texts are read (Reading)."""
 
     tokenizer: str
-    """builtin:NAME, or the path of another one as the user gave it."""
+    """builtin:NAME, or the path of a tokenizer's file or folder as the user gave it."""
     tokenizer_sha256: str
-    """Of the files of a tokenizer that is not built in."""
+    """Of the files of a tokenizer that is not built in; else empty."""
     split: str
     seed: int
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a result holds."""
+    """What `prepare` has made, for its report."""
 
     inventory: Inventory
     tokenizer: Tokenizer
@@ -68,7 +72,10 @@ class Prepared:
 
 
 def plan_of(options: Options, inputs: Inputs) -> dict[str, Any]:
-    """What has to be the same for work to be continued. The split is made last, but a BPE is trained on the part that it makes."""
+    """What has to be the same for unfinished work to be continued, by the name that a message gives it.
+
+    Split and seed are used last, after the tokens are made. But a BPE is trained on the part `train`, and then they belong to the plan.
+    """
     recipe = hashlib.sha256(json.dumps([FORMAT, tokenizer.RECIPE, PART_TOKENS]).encode()).hexdigest()
     plan = {"the program": recipe, "the input": inputs.identity(), "--tokenizer": [options.tokenizer, options.tokenizer_sha256]}
     return plan | ({"--split": options.split, "--seed": options.seed} if options.tokenizer.startswith(TRAINED) else {})
@@ -87,13 +94,13 @@ def prepare(
 
     `write_tokenizer` writes the files of a tokenizer that is not built in into a folder.
     """
-    if why := work.follow(plan_of(options, inputs)):
+    if why := work.begin_or_continue(plan_of(options, inputs)):
         warn(f"{why}: begun anew")
     continued = work.inventory is not None
     inventory = work.inventory
     if inventory is None:
         with progress("reading the text", inputs.file_bytes, "bytes") as advance:
-            inventory = inputs.take_stock(work.path / SOURCES, advance)
+            inventory = inputs.read_all(work.path / SOURCES, advance)
         work.keep_inventory(inventory)
     _make_tokenizer(work, inputs, inventory, options, write_tokenizer, progress)
     file = work.path / TOKENIZER / FILE
@@ -102,14 +109,14 @@ def prepare(
         warn(f"continued: {sum(1 for _ in work.parts())} parts of at least {PART_TOKENS:,} tokens are there already")
     cuts, tokens = _tokenize(work, inputs, own, options.tokenizer, workers, progress)
 
-    split = Split(corpus_split.shares_of(options.split), inventory.documents, tokens, options.seed)
+    split = Split(random_split.shares_of(options.split), inventory.documents, tokens, options.seed)
     result = work.path / RESULT
     shutil.rmtree(result, ignore_errors=True)
     shutil.copytree(work.path / TOKENIZER, result)
     shutil.copyfile(work.path / SOURCES, result / SOURCES)
     facts = _facts(inventory, split, options, work.target.name, result / FILE)
     with progress("writing the stores", tokens, "tokens") as advance:
-        corpus_split.write_stores((part for part, _, _ in work.parts()), split, result, own, facts, advance)
+        random_split.write_stores((part for part, _, _ in work.parts()), split, result, own, facts, advance)
     counts = {name: json.loads((result / f"{name}.json").read_text("utf-8")) for name in split.shares}
     if sum(count["documents"] for count in counts.values()) < inventory.documents or sum(c["tokens"] for c in counts.values()) != tokens:
         raise Mistake(f"a part in {work.path} is damaged → remove this folder, and run the command again")
@@ -138,7 +145,7 @@ def _make_tokenizer(
             if tokenizer.is_made_from_text(name):
                 advance = stack.enter_context(progress(f"making {name}", inventory.file_bytes, "bytes"))
                 if name.startswith(TRAINED):
-                    shares = corpus_split.shares_of(options.split)
+                    shares = random_split.shares_of(options.split)
                     split = Split(shares, inventory.documents, inventory.characters + 1, options.seed)
                     seen = inputs.training_texts(split, int(inventory.characters * shares["train"]), advance)
                     text = tokenizer_processes.made_in_process(name, seen)
@@ -148,6 +155,7 @@ def _make_tokenizer(
                 text = tokenizer.fixed(name).backend.to_str()
             (made / FILE).write_text(text, encoding="utf-8")
             write_config(made)
+        sync_tree(made)
         made.rename(folder)
 
 

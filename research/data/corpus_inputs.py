@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.errors import Mistake, listed
-from parallel.files import published, sha256_of
+from parallel.files import published, sha256_of, user_path
 from research.data import text_files
-from research.data.corpus_split import Split
-from research.data.text_files import Advance, Fragment, Left, Reading, TextFile
+from research.data.random_split import Split
+from research.data.text_files import Advance, Fragment, LeftOut, Reading, TextFile
 from research.data.tokenizer import PIECE, Tokenizer, UnitTokenizer, pieces
 
 UNCUT = 1 << 20
@@ -47,7 +47,7 @@ class Inventory:
 
 
 class Piece(NamedTuple):
-    """A part of a document, whether it is the last one, and whether the cut behind it may change the ids."""
+    """A part of a document, whether it is the last part, and whether the cut behind it may change the ids."""
 
     text: str
     is_last: bool
@@ -68,11 +68,11 @@ class Inputs:
 
     def __init__(self, names: Sequence[str], root: Path, reading: Reading) -> None:
         """The files and folders named, as they are now. A relative path starts at `root`. A Mistake if one cannot be used."""
-        self.reading, self.left = reading, Left()
+        self.reading, self.left = reading, LeftOut()
         self.files: list[TextFile] = []
         for name in names:
-            left = Left()
-            found = text_files.find(root / Path(name).expanduser(), name, left)
+            left = LeftOut()
+            found = text_files.find(user_path(root, name), name, left)
             if not found:
                 raise Mistake(f"{name} has no file of text: {left.sentence() or 'it is empty'} → leave it out, or name another folder")
             self.files += found
@@ -92,11 +92,11 @@ class Inputs:
         """A hash of the files' names, sizes and times of change, and of the way they are read: equal if nothing has changed."""
         return hashlib.sha256(json.dumps([self.states, asdict(self.reading)]).encode()).hexdigest()
 
-    def take_stock(self, sources: Path, advance: Advance) -> Inventory:
+    def read_all(self, sources: Path, advance: Advance) -> Inventory:
         """Reads everything once, and writes a line of JSON for each file to `sources`. Whatever cannot be read is a Mistake."""
         found, whole = Inventory(files=len(self.files), file_bytes=self.file_bytes), hashlib.sha256()
         whole.update(json.dumps(asdict(self.reading)).encode())
-        with published(sources) as temporary, open(temporary, "w", encoding="utf-8", errors="surrogateescape") as record:
+        with published(sources) as temporary, open(temporary, "w", encoding="utf-8") as record:
             for number, (file, (_, size, _)) in enumerate(zip(self.files, self.states, strict=True)):
                 with file.readable():
                     digest = sha256_of(file.path)
@@ -109,7 +109,7 @@ class Inputs:
                         found.empty += not length
                         found.characters, length = found.characters + length, 0
                 entry = {"path": file.name, "bytes": size, "sha256": digest, "documents": found.documents - before}
-                record.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                record.write(json.dumps(entry) + "\n")
                 whole.update(f"{file.kind}{file.compression}\0{digest}\0".encode())
         if not found.characters:
             raise Mistake(

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,13 +23,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from parallel.errors import Mistake
-from parallel.files import FULL, published, read_json, sync_folder, write_json
+from parallel.files import FULL, published, read_json, sync_folder, sync_tree, write_json
 from parallel.process_identity import ProcessIdentity
 from research.data.corpus_inputs import Inventory
-from research.data.corpus_split import Part
+from research.data.random_split import Part
 
 PLAN, INVENTORY, SOURCES, TOKENIZER, RESULT, LOCK = "plan.json", "inventory.json", "sources.jsonl", "tokenizer", "result", "lock"
 TOKENIZED = "tokenized.json"
+MADE = (SOURCES, "train.idx")
+"""Files that only a finished corpus has."""
 AGAIN = "the same command continues"
 
 
@@ -38,8 +41,8 @@ class Work:
     def __init__(self, target: Path, path: Path) -> None:
         self.target, self.path = target, path
 
-    def follow(self, plan: dict[str, Any]) -> str:
-        """Keeps what an earlier process with the same plan has left, and removes anything else. Returns why, if there was another plan."""
+    def begin_or_continue(self, plan: dict[str, Any]) -> str:
+        """Keeps the work of an earlier process with the same plan, and removes all other work. Returns why, if there was another plan."""
         known, why = None, ""
         if (self.path / PLAN).is_file():
             with contextlib.suppress(Mistake, OSError):
@@ -58,7 +61,10 @@ class Work:
     def inventory(self) -> Inventory | None:
         """What the first reading has found, if it has ended."""
         path = self.path / INVENTORY
-        return Inventory(**read_json(path)) if path.is_file() else None
+        try:
+            return Inventory(**read_json(path)) if path.is_file() else None
+        except (Mistake, TypeError):
+            return None  # it is damaged: everything is read again
 
     def keep_inventory(self, inventory: Inventory) -> None:
         """Writes the inventory, which ends the first reading."""
@@ -68,7 +74,10 @@ class Work:
     def finished_parts(self) -> int:
         """How many parts the whole corpus has; -1 as long as that is not known."""
         path = self.path / TOKENIZED
-        return int(read_json(path)["parts"]) if path.is_file() else -1
+        try:
+            return int(read_json(path)["parts"]) if path.is_file() else -1
+        except (ValueError, KeyError, TypeError):
+            return -1
 
     @finished_parts.setter
     def finished_parts(self, number: int) -> None:
@@ -94,15 +103,16 @@ class Work:
                 with np.load(path, allow_pickle=False) as file:
                     is_open, groups, cuts = file["counts"].tolist()
                     part = Part(file["ids"], file["tokens"], file["num_bytes"], bool(is_open))
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
-                return
+            except (OSError, ValueError, KeyError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error):
+                return  # all that zipfile and numpy raise for damaged bytes
             yield part, groups, cuts
 
     def publish(self, replace: bool) -> None:
         """Renames the result to the corpus's folder. A corpus that is replaced is renamed first and removed afterwards."""
         old, done = _hidden(self.target, "replaced"), _hidden(self.target, "done")
-        sync_folder(self.path / RESULT)
-        if replace and self.target.exists():
+        sync_tree(self.path / RESULT)
+        _check_target(self.target, replace)
+        if self.target.exists():
             shutil.rmtree(old, ignore_errors=True)
             self.target.rename(old)
         (self.path / RESULT).rename(self.target)
@@ -120,23 +130,24 @@ class Work:
 def opened(target: Path, replace: bool) -> Iterator[Work]:
     """The work folder of the corpus `target`, which this process alone works in until the body ends.
 
-    A Mistake if another process does, if `target` exists and is not to be replaced, or if the disk refuses. After a Mistake in the body
-    nothing is left of a folder in which nothing is finished.
+    A Mistake if another process does, if `target` exists and is not to be replaced or is no corpus, or if the disk refuses. After a
+    Mistake in the body nothing is left of a folder in which nothing is finished.
     """
-    shutil.rmtree(_hidden(target, "done"), ignore_errors=True)  # a process was killed while it removed this
-    if replace:
-        old = _hidden(target, "replaced")
-        if old.exists() and not target.exists():  # a process was killed between the two renames
-            old.rename(target)
-    elif target.exists() or target.is_symlink():
-        _remove_leftovers(target)
-        raise Mistake(f"{target} is there already → name another corpus, or add --replace")
-    path = _hidden(target, "work")
+    path, old = _hidden(target, "work"), _hidden(target, "replaced")
     work = Work(target, path)
-    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
+        try:
+            _check_target(target, replace)
+        except Mistake:
+            _remove_leftovers(target)
+            raise
+        made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
         with _locked(path, target):
             try:
+                shutil.rmtree(_hidden(target, "done"), ignore_errors=True)
+                if old.exists() and not target.exists():  # a process was killed between the two renames
+                    old.rename(target)
+                _check_target(target, replace)  # another process may have published it in the meantime
                 yield work
             except Mistake:
                 if not work.is_worth_keeping():
@@ -151,18 +162,31 @@ def opened(target: Path, replace: bool) -> Iterator[Work]:
         raise Mistake(f"{where} cannot be written ({error.strerror or error}) → {room}; {AGAIN}") from error
 
 
+def _check_target(target: Path, replace: bool) -> None:
+    """A Mistake if there is anything in the place of the corpus, except for a corpus that is to be replaced."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not replace:
+        raise Mistake(f"{target} is there already → name another corpus, or add --replace")
+    if target.is_symlink() or not all((target / name).is_file() for name in MADE):
+        raise Mistake(f"{target} is no corpus that prepare has made, and is not replaced → name another corpus, or remove it")
+
+
 def _hidden(target: Path, what: str) -> Path:
     """The folder .NAME.work beside the corpus NAME, or another one of its kind."""
     return target.with_name(f".{target.name}.{what}")
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes the work folder of a finished corpus, if the process that published it was killed before it could."""
+    """Removes what a process that was killed after it published the corpus has left beside it, the corpus that it replaced included."""
     path = _hidden(target, "work")
+    shutil.rmtree(_hidden(target, "done"), ignore_errors=True)
     if (path / TOKENIZED).is_file() and not (path / RESULT).exists():
         with contextlib.suppress(Mistake, OSError), _locked(path, target):
             if not (path / RESULT).exists():
                 shutil.rmtree(path)
+    if (target / SOURCES).is_file() and not path.exists():  # nobody is about to rename anything
+        shutil.rmtree(_hidden(target, "replaced"), ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parallel.errors import Mistake, listed, nearest
+from parallel.files import user_path
 from research.data import text_files
-from research.data.text_files import KINDS, Left, Reading, TextFile
+from research.data.text_files import KINDS, LeftOut, Reading, TextFile
 
 BUILTIN = "builtin:"
 FOLDER = Path(__file__).parent / "builtin"
@@ -40,7 +41,7 @@ def documents(spec: Spec, root: Path) -> Iterator[str]:
     characters = 0
     for file in _files(spec, root):
         parts: list[str] = []
-        for text, is_last in file.fragments(Reading(), Left()):
+        for text, is_last in file.fragments(Reading(), LeftOut()):
             characters += len(text)
             parts.append(text)
             if is_last:
@@ -60,9 +61,9 @@ def check_exists(spec: str, root: Path, setting: str = "the corpus") -> Path:
         near = nearest(spec, names)
         guess = f"{near} is meant? " if near else ""
         raise Mistake(f"{setting} = {spec!r} is not a built-in corpus → {guess}use {listed(names)}")
-    path = Path(root) / Path(spec).expanduser()
-    left = Left()
+    left = LeftOut()
     try:
+        path = user_path(root, spec)
         files = text_files.find(path, path.name, left)
     except Mistake as mistake:
         raise Mistake(f"{setting} = {spec!r}: {mistake}, or use {listed(names)}") from None
@@ -105,7 +106,7 @@ def _files(spec: Spec, root: Path) -> list[TextFile]:
     found = []
     for name in each(spec):
         path = check_exists(name, root)
-        found += text_files.find(path, "", Left()) if path.is_dir() else [TextFile(path, path.name)]
+        found += text_files.find(path, "", LeftOut()) if path.is_dir() else [TextFile(path, path.name)]
     return found
 
 

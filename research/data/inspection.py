@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.regular_files import read_regular
-from research.data.prepare import TOKENS_PER_CHARACTER
 from research.data.stores import without
 from research.data.token_store import TokenStore
-from research.data.tokenizer import Tokenizer
+from research.data.tokenizer import TOKENS_PER_CHARACTER, Tokenizer
 from research.data.tokenizer_file import FILE, LARGEST
 
 DOCUMENTS = 1 << 20
@@ -72,7 +71,8 @@ def extracts(store: TokenStore, start: int, stop: int) -> Iterator[Extract]:
 
 
 def document_lengths(store: TokenStore) -> Lengths:
-    """The lengths of all documents, in tokens. Reads the whole index."""
+    """The lengths of all documents, in tokens. Reads the whole index; a Mistake if it is not in order."""
+    store.index.check_order()
     values = counts = np.zeros(0, np.int64)
     for first in range(0, store.num_documents, DOCUMENTS):
         offsets = store.document_offsets(first, min(first + DOCUMENTS, store.num_documents))

@@ -43,8 +43,11 @@ def _permute(positions: Ints, sizes: Ints, keys: Ints) -> Ints:
     distinct_keys, key = np.unique(keys, return_inverse=True)
     round_keys, key = _mix(distinct_keys + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN), key.reshape(keys.shape)
     images = _feistel(positions.astype(np.uint64), half, round_keys, key)
-    while (outside := images >= n).any():
+    outside = np.nonzero(images >= n)
+    while len(outside[0]):
         images[outside] = _feistel(images[outside], half[outside], round_keys, key[outside])
+        still = images[outside] >= n[outside]
+        outside = tuple(indices[still] for indices in outside)
     return images.astype(np.int64)
 
 
@@ -62,10 +65,13 @@ def _feistel(x: Ints, half: Ints, round_keys: Ints, key: Ints) -> Ints:
 
 def _mix(x: Ints) -> Ints:
     """Each bit of the result depends on each bit of x: the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
-    x = x + GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x + GOLDEN  # a copy, which the lines below change
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def _words(values: int | Ints) -> Ints:

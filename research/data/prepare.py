@@ -14,10 +14,8 @@ from research.data.run_tokenizer import load_tokenizer
 from research.data.sources import ONLY, DataSettings, own_held_out_texts, training_texts
 from research.data.text_stores import cache_folder, joined, opened, text_digest
 from research.data.token_store import TokenStore
-from research.data.tokenizer import Tokenizer, declared_vocab_size
+from research.data.tokenizer import TOKENS_PER_CHARACTER, Tokenizer, declared_vocab_size
 
-TOKENS_PER_CHARACTER = 4
-"""The most tokens that one character can have: a byte each."""
 SHARED = ""
 """The name of the held-out text that is not that of one of several sources."""
 

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from parallel.errors import Mistake
+from parallel.files import user_path
 from research.data import documents, splits, stores, tokenizer_file
 from research.data.documents import Spec, label
 from research.data.records import Cache, Progress, silent
@@ -70,7 +71,7 @@ def tokenizer_at_hand(data: DataSettings, root: Path) -> Tokenizer | None:
     if not all(name.startswith(documents.BUILTIN) for text in texts for name in documents.each(text)):
         return None  # they may be long, and a digest needs all of them
     source = _source(data, [documents.digest(text, root) for text in texts])
-    return kept(data.tokenizer, source, Path(root) / Path(data.cache).expanduser())
+    return kept(data.tokenizer, source, user_path(root, data.cache))
 
 
 def same_tokenizer(then: DataSettings, now: DataSettings, root: Path) -> bool:

@@ -1,6 +1,7 @@
 """Splits of one text by whole documents: 'split:969,30,1', Megatron-LM's shares of training, validation and test, or 'split:0.05'.
 
-A text of one document is split by position, with the same rule for tokens.
+A text of one document is split by position, with the same rule for tokens. `prepare --split` draws documents at random instead:
+random_split.py.
 """
 
 import math

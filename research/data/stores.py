@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from parallel.errors import Mistake
-from parallel.files import megabytes
+from parallel.files import megabytes, user_path
 from research.data.documents import Spec
 from research.data.megatron_index import file_of
 from research.data.records import LONG, Cache, silent
@@ -29,14 +29,18 @@ def is_store(spec: Spec) -> TypeGuard[str]:
 
 def prefix_of(spec: str, root: Path) -> Path:
     """The PREFIX of 'store:PREFIX'; a relative one starts at `root`."""
-    return Path(root) / Path(spec.removeprefix(STORE)).expanduser()
+    return user_path(root, spec.removeprefix(STORE))
 
 
 def check(spec: str, root: Path, setting: str) -> None:
     """Opens the store, in milliseconds: a Mistake if it is not there or not whole."""
-    prefix = prefix_of(spec, root)
+    try:
+        prefix = prefix_of(spec, root)
+    except Mistake as mistake:
+        raise Mistake(f"{setting} = {spec!r}: {mistake}") from None
     if not file_of(prefix, ".idx").is_file():
-        near = sorted(path.name for path in prefix.parent.glob(f"{prefix.stem}*.idx")) if prefix.parent.is_dir() else []
+        there = sorted(path.name for path in prefix.parent.iterdir()) if prefix.parent.is_dir() else []
+        near = [name for name in there if name.startswith(prefix.stem) and name.endswith(".idx")]
         folder = spec.removesuffix(prefix.name)
         meant = f"is {folder}{near[0].removesuffix('.idx')} meant?" if near else "name what stands before .bin and .idx of the two files"
         raise Mistake(f"{setting} = {spec!r}: {file_of(prefix, '.idx')} does not exist → {meant}")

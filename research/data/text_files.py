@@ -30,14 +30,14 @@ from parallel.text import REPLACEMENT, UTF16_MARKS, decoded_blocks, decoded_line
 
 LINES, PARQUET = ".jsonl", ".parquet"
 PLAIN = (".txt", ".md")
-"""Names that are always taken for plain text. Of a file of any other name, the beginning decides."""
+"""Names of plain text. Of a file of any other name, the beginning decides whether it is read."""
 COMPRESSED = (".gz", ".xz", ".zst")
 KINDS = (*PLAIN, LINES, PARQUET)
 BLOCK = 1 << 20
 """Bytes that are read and decoded at a time."""
-LONGEST_LINE = 1 << 26
+LONGEST_LINE = 1 << 24
 """The most bytes of a line of JSON, which is held in memory as a whole. Plain text has no such limit."""
-ROWS = 256
+ROWS = 16
 """Rows of a Parquet file that are read at a time."""
 SNIFFED = 1 << 13
 """Bytes from the beginning of a file that decide whether it is text."""
@@ -65,8 +65,8 @@ class Reading:
 
 
 @dataclass
-class Left:
-    """What is not read as it stands: files of folders that are left out, by reason, and sequences that were replaced by U+FFFD."""
+class LeftOut:
+    """Counts the files of folders that are left out, by reason, and the sequences of bytes that were replaced by U+FFFD."""
 
     files: dict[str, int] = field(default_factory=dict)
     replaced: int = 0
@@ -101,7 +101,7 @@ class TextFile:
         name = self.path.name.lower().removesuffix(self.compression)
         return next((kind for kind in KINDS if name.endswith(kind)), "")
 
-    def fragments(self, reading: Reading, left: Left, advance: Advance = lambda n: None) -> Iterator[Fragment]:
+    def fragments(self, reading: Reading, left: LeftOut, advance: Advance = lambda n: None) -> Iterator[Fragment]:
         """The documents in parts, in memory for one part, a line of JSON, or ROWS rows. `advance` is told of bytes of the file read.
 
         Whatever cannot be read is a Mistake that names file and line.
@@ -124,6 +124,8 @@ class TextFile:
         except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
             raise self._broken(error) from error
         except OSError as error:
+            if self.kind == PARQUET and error.errno is None:  # pyarrow's, of what the file holds
+                raise self._broken(error) from error
             raise Mistake(f"{self.path} cannot be read ({error.strerror or error}) → check the file and its permissions") from error
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("backports", "compression", "pyarrow"):
@@ -134,23 +136,25 @@ class TextFile:
         way_out = "write it again" if self.kind == PARQUET else "compress it again"
         return Mistake(f"{self.path} is not a whole {self.kind}{self.compression} file ({' '.join(str(error).split())[:120]}) → {way_out}")
 
-    def _texts(self, raw: io.BufferedReader, reading: Reading, left: Left) -> Iterator[tuple[Fragment, int]]:
+    def _texts(self, raw: io.BufferedReader, reading: Reading, left: LeftOut) -> Iterator[tuple[Fragment, int]]:
         """The documents in parts, each with the bytes of the file that are read."""
         with _decompressed(raw, self.compression) as file:
             for fragment in (_lines if self.kind == LINES else _plain)(file, str(self.path), reading, left):
                 yield fragment, raw.tell()
 
-    def _rows(self, raw: io.BufferedReader, size: int, reading: Reading, left: Left) -> Iterator[tuple[Fragment, int]]:
+    def _rows(self, raw: io.BufferedReader, size: int, reading: Reading, left: LeftOut) -> Iterator[tuple[Fragment, int]]:
         """One document for each row of the column `reading.key`, each with the bytes of the file that are read, as far as rows tell."""
         if importlib.util.find_spec("pyarrow") is None:
             raise Mistake(f"{self.path}: .parquet needs pyarrow → {INSTALL}")
         import pyarrow as arrow
         import pyarrow.parquet as parquet
 
-        file = parquet.ParquetFile(raw, pre_buffer=False)
+        file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BLOCK)
         schema = file.schema_arrow
         if reading.key not in schema.names:
             raise _no_key(str(self.path), reading.key, schema.names, "column")
+        if schema.names.count(reading.key) > 1:
+            raise Mistake(f"{self.path} has {schema.names.count(reading.key)} columns {reading.key!r} → write it again with one")
         kind = schema.field(reading.key).type
         if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
             raise Mistake(f"{self.path}: the column {reading.key!r} holds {kind}, not text → name another one: --key")
@@ -162,7 +166,7 @@ class TextFile:
                 yield Fragment(text, True), size * row // file.metadata.num_rows
 
 
-def _valid(raw: bytes, place: str, reading: Reading, left: Left) -> str:
+def _valid(raw: bytes, place: str, reading: Reading, left: LeftOut) -> str:
     """The text of a row. Parquet's writers do not check that what they write is UTF-8."""
     try:
         return raw.decode("utf-8")
@@ -174,7 +178,7 @@ def _valid(raw: bytes, place: str, reading: Reading, left: Left) -> str:
     return text
 
 
-def _plain(file: Any, where: str, reading: Reading, left: Left) -> Iterator[Fragment]:
+def _plain(file: Any, where: str, reading: Reading, left: LeftOut) -> Iterator[Fragment]:
     """The one document of a file of plain text."""
     held = ""
     for text, replaced in decoded_blocks(iter(lambda: file.read(BLOCK), b""), where, reading.replace):
@@ -185,7 +189,7 @@ def _plain(file: Any, where: str, reading: Reading, left: Left) -> Iterator[Frag
     yield Fragment(held, True)
 
 
-def _lines(file: Any, where: str, reading: Reading, left: Left) -> Iterator[Fragment]:
+def _lines(file: Any, where: str, reading: Reading, left: LeftOut) -> Iterator[Fragment]:
     """One document for each line that is not blank."""
     number = 0
     while raw := file.readline(LONGEST_LINE + 1):
@@ -200,7 +204,7 @@ def _lines(file: Any, where: str, reading: Reading, left: Left) -> Iterator[Frag
             yield Fragment(_text(line, place, reading, left), True)
 
 
-def _text(line: str, place: str, reading: Reading, left: Left) -> str:
+def _text(line: str, place: str, reading: Reading, left: LeftOut) -> str:
     """The text of one JSON line; empty for null."""
     key, example = reading.key, json.dumps({reading.key: "one document"})
     value = json_value(line, place, f"one object such as {example} a line")
@@ -252,7 +256,7 @@ def _zstd() -> Any:
     raise Mistake(f".zst needs backports.zstd → {INSTALL}")
 
 
-def find(path: Path, name: str, left: Left) -> list[TextFile]:
+def find(path: Path, name: str, left: LeftOut) -> list[TextFile]:
     """The file, or the files of text in the folder and its subfolders, in the order of their paths. Reads beginnings only.
 
     A Mistake if a file that is named itself is missing, empty, or not text.
@@ -268,7 +272,7 @@ def find(path: Path, name: str, left: Left) -> list[TextFile]:
     if not status.st_size:
         raise Mistake(f"{path} is empty → write some text into it, or leave it out")
     file = TextFile(path, name)
-    if not file.kind and not is_text(file):
+    if _is_binary(file):
         raise Mistake(f"{path} is not text, its beginning is binary → name a {listed(KINDS)} file, or a folder of them")
     return [file]
 
@@ -277,7 +281,7 @@ def _missing(error: OSError) -> str:
     return "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
 
 
-def _in_folder(folder: Path, name: str, left: Left) -> list[TextFile]:
+def _in_folder(folder: Path, name: str, left: LeftOut) -> list[TextFile]:
     """The folder's files of text, sorted by path, part by part."""
     found: list[tuple[tuple[str, ...], TextFile]] = []
 
@@ -309,15 +313,22 @@ def _why_left_out(file: TextFile) -> str:
         return "not a file"
     if not file.path.stat().st_size:
         return "empty"
-    return "" if file.kind or is_text(file) else "not text"
+    return "not text" if _is_binary(file) else ""
 
 
-def is_text(file: TextFile) -> bool:
-    """Whether the beginning of a file, decompressed, is UTF-8 without a zero byte, which is git's sign of a binary file."""
+def _is_binary(file: TextFile) -> bool:
+    """Whether the beginning of a file, decompressed, has a zero byte, which is git's sign of a binary file, as UTF-16 without a mark does.
+
+    A file whose name does not say what it is must be UTF-8, too. JSON lines and Parquet are found to be damaged when they are read.
+    """
+    if file.kind in (LINES, PARQUET):
+        return False
     with file.readable(), open_regular(file.path) as raw, _decompressed(raw, file.compression) as opened:
         beginning = opened.read(SNIFFED)
+    if beginning.startswith(UTF16_MARKS) and file.kind:
+        return False  # the reader says that it is UTF-16
     try:
-        next(decoded_blocks([beginning], ""))
+        next(decoded_blocks([beginning], "", replace=bool(file.kind)))
     except Mistake:
-        return False
-    return b"\0" not in beginning
+        return True
+    return b"\0" in beginning

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel.errors import Mistake
-from parallel.files import locked, megabytes
+from parallel.files import locked, megabytes, user_path
 from research.data import documents, stores, token_store
 from research.data.documents import Spec, label
 from research.data.records import LONG, Advance, Cache, silent
@@ -25,12 +26,18 @@ GROUP = 1 << 22
 
 @contextlib.contextmanager
 def cache_folder(name: str, root: Path) -> Iterator[Path]:
-    """The folder data.cache, created if it is missing. An error of the file system inside is a Mistake that names data.cache."""
-    folder = Path(root) / Path(name).expanduser()
+    """The folder data.cache, created if it is missing. An error of the file system inside is a Mistake.
+
+    It names the file, if the file does not lie in the folder, and data.cache otherwise.
+    """
+    folder = user_path(root, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
     except OSError as error:
+        file = Path(os.fsdecode(error.filename)) if error.filename else folder
+        if not file.is_relative_to(folder) and not folder.is_relative_to(file):
+            raise Mistake(f"{file} cannot be read ({error.strerror}) → make it readable, or name another file") from error
         raise Mistake(f"data.cache = {name!r} cannot be used ({error}) → name a folder that you may write to") from error
 
 

@@ -26,9 +26,13 @@ SHORT_VOCABULARY = 65500
 CODES = {"<u2": 8, "<i4": 4}
 """Type codes of what is written here, which mean the same to every reader but DeepSpeed's own."""
 LONGEST = 2**31 - 1
+WRITTEN_AT_ONCE = 1 << 20
+"""Bytes of the stream that reach the kernel in one piece. Linux then keeps them in large pages, which random reads find faster."""
 COUNTS = ("documents", "tokens")
 KINDS = {**dict.fromkeys((*COUNTS, "bytes", "max_id"), int), **dict.fromkeys(("bin_sha256", "idx_sha256", "tokenizer_sha256"), str)}
 """What PREFIX.json says, where it does."""
+OF_VIEWS = ("first_document", "first_token")
+"""Facts of a part of a store. No PREFIX.json has them."""
 
 
 class TokenStore:
@@ -39,12 +43,12 @@ class TokenStore:
 
     def __init__(self, prefix: Path):
         self.prefix = Path(prefix)
-        self._index = MegatronIndex(prefix)
+        self.index = MegatronIndex(prefix)
         self._first = 0
-        self.num_documents = self._index.num_documents
-        self.num_tokens = self._index.num_tokens
+        self.num_documents = self.index.num_documents
+        self.num_tokens = self.index.num_tokens
         """Tokens of the stream, end-of-text included."""
-        self.tokens: np.ndarray = np.memmap(self._index.stream, self._index.dtype, mode="r").view(np.ndarray)
+        self.tokens: np.ndarray = np.memmap(self.index.stream, self.index.dtype, mode="r").view(np.ndarray)
         self.facts = self._sidecar()
         """What is known of the store: the content of PREFIX.json, or {} if there is none or it is not that of these files."""
 
@@ -64,8 +68,8 @@ class TokenStore:
         last = self.num_documents if last is None else last
         if self.num_documents == 1:  # perhaps a piece of the document
             return np.array([0, self.num_tokens])[first : last + 1]
-        origin = self._index.document_offsets(self._first, self._first)[0]
-        return self._index.document_offsets(self._first + first, self._first + last) - origin
+        origin = self.index.document_offsets(self._first, self._first)[0]
+        return self.index.document_offsets(self._first + first, self._first + last) - origin
 
     def documents(self) -> Iterator[tuple[int, int]]:
         """(first token, end) of each document, in order. Reads the index in pieces."""
@@ -100,14 +104,14 @@ class TokenStore:
 
     def read(self) -> dict[str, Any]:
         """The smallest and largest id and the SHA-256 of both files. Reads them whole; a Mistake if the index is not in order."""
-        self._index.check_order()
+        self.index.check_order()
         smallest, largest, sha256 = 0, -1, hashlib.sha256()
-        with self._index.stream.open("rb") as file:
-            while piece := file.read(CHUNK * self._index.dtype.itemsize):
+        with self.index.stream.open("rb") as file:
+            while piece := file.read(CHUNK * self.index.dtype.itemsize):
                 sha256.update(piece)
-                ids = np.frombuffer(piece, self._index.dtype)
+                ids = np.frombuffer(piece, self.index.dtype)
                 smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
-        with self._index.path.open("rb") as file:
+        with self.index.path.open("rb") as file:
             index_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"min_id": smallest, "max_id": largest, "bin_sha256": sha256.hexdigest(), "idx_sha256": index_sha256}
 
@@ -117,7 +121,8 @@ class TokenStore:
         except (OSError, ValueError):
             return {}
         fits = [facts.get(name) for name in COUNTS] == [self.num_documents, self.num_tokens]
-        return facts if fits and all(type(facts[name]) is kind for name, kind in KINDS.items() if name in facts) else {}
+        fits &= all(type(facts[name]) is kind for name, kind in KINDS.items() if name in facts) and facts.get("bytes", 0) >= 0
+        return {name: value for name, value in facts.items() if name not in OF_VIEWS} if fits else {}
 
 
 class StoreWriter:
@@ -142,7 +147,7 @@ class StoreWriter:
             self._index, self._sidecar, stream = (
                 files.enter_context(published(file_of(self.prefix, end))) for end in (".idx", ".json", ".bin")
             )
-            self._stream = files.enter_context(open(stream, "wb"))
+            self._stream = files.enter_context(open(stream, "wb", WRITTEN_AT_ONCE))
             self._lengths = files.enter_context(tempfile.TemporaryFile(dir=self.prefix.parent))
             self._files = files.pop_all()
         return self

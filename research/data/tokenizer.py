@@ -30,10 +30,13 @@ BYTES, BYTES_SIZE = "builtin:bytes", 257
 CHARS = "builtin:chars"
 TRAINED = "builtin:bpe-"
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST = 257
-"""256 bytes and end-of-text: with fewer tokens some text could not be encoded."""
+SMALLEST, LARGEST = 257, 1_000_000
+"""Sizes of a byte-level BPE. With fewer tokens than 256 bytes and end-of-text, some text could not be encoded. The library reserves
+memory for all of them before it trains; the largest vocabularies in use have a quarter of a million."""
 RECIPE = 1
 """Part of every cached tokenizer's name. Raise it whenever training would give another table."""
+TOKENS_PER_CHARACTER = 4
+"""The most tokens that one character can have: a byte each."""
 PIECE = 1 << 16
 """Characters per piece: small enough to spread a long document over threads and to bound memory."""
 PANIC = "PanicException"
@@ -182,6 +185,8 @@ def declared_vocab_size(name: str) -> int:
         guess = f" ({near} is meant?)" if near else ""
         others = f"{GPT2}, {BYTES}, {CHARS} or a tokenizer.json"
         raise Mistake(f"data.tokenizer = {name!r} is not known{guess} → use {TRAINED}8192 (any size), {others}")
+    if len(size) > len(str(LARGEST)) or int(size) > LARGEST:
+        raise Mistake(f"data.tokenizer = {name!r} is larger than {LARGEST} → use {TRAINED}8192, or another size up to {LARGEST}")
     if int(size) < SMALLEST:
         raise Mistake(f"data.tokenizer = {name!r} is smaller than {SMALLEST}, 256 bytes and end-of-text → use {TRAINED}8192")
     return int(size)

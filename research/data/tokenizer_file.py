@@ -15,6 +15,7 @@ from typing import Any
 
 from parallel import regular_files
 from parallel.errors import Mistake
+from parallel.files import user_path
 from parallel.regular_files import LARGEST_JSON, check_inside, read_regular
 from parallel.text import decoded
 from research.data import documents, tokenizer_costs
@@ -42,7 +43,7 @@ def is_file(name: str) -> bool:
 
 def path_of(name: str, root: Path) -> Path:
     """The path of the file; a relative path starts at `root`."""
-    return Path(root) / Path(name).expanduser()
+    return user_path(root, name)
 
 
 def declared_vocab_size(name: str, root: Path) -> int:

@@ -4,6 +4,7 @@ A process that is interrupted together with its parent (Ctrl-C) leaves that to i
 """
 
 import contextlib
+import dataclasses
 import multiprocessing
 import signal
 from collections import deque
@@ -26,10 +27,10 @@ Tag = TypeVar("Tag")
 
 
 def open_tokenizer(name: str, file: Path) -> Tokenizer:
-    """The tokenizer whose tokenizer.json is `file`: a built-in one by its name, which is faster, or any other."""
+    """The tokenizer whose tokenizer.json is `file`, called `name`, as the user called it. A built-in one is faster than its file alone."""
     if name.startswith("builtin:"):
         return tokenizer.from_json(name, file.read_text(encoding="utf-8"))
-    return tokenizer_file.load(str(file), Path())
+    return dataclasses.replace(tokenizer_file.load(str(file), Path()), name=name)
 
 
 def encoded(groups: Iterable[tuple[list[str], Tag]], name: str, file: Path, processes: int) -> Iterator[tuple[list[np.ndarray], Tag]]:
@@ -45,16 +46,16 @@ def encoded(groups: Iterable[tuple[list[str], Tag]], name: str, file: Path, proc
         threads = ThreadPoolExecutor(processes)
         stack.callback(threads.shutdown, wait=False, cancel_futures=True)
 
-        def ask(texts: list[str]) -> list[np.ndarray]:
+        def request(texts: list[str]) -> list[np.ndarray]:
             child = idle.get()
             try:
-                return child.ask(texts)
+                return child.request(texts)
             finally:
                 idle.put(child)
 
         pending: deque[tuple[Future[list[np.ndarray]], Tag]] = deque()
         for texts, tag in groups:
-            pending.append((threads.submit(ask, texts), tag))
+            pending.append((threads.submit(request, texts), tag))
             while len(pending) >= AHEAD * processes:
                 first, its_tag = pending.popleft()
                 yield first.result(), its_tag
@@ -67,7 +68,7 @@ def made_in_process(name: str, texts: Iterable[str]) -> str:
     with _Child(_make, name) as child:
         for text in texts:
             child.send(text)
-        return child.ask(None)
+        return child.request(None)
 
 
 class _Child:
@@ -99,7 +100,7 @@ class _Child:
         except OSError:
             self._end()
 
-    def ask(self, value: Any) -> Any:
+    def request(self, value: Any) -> Any:
         """The answer to a value. A Mistake of the process is raised here."""
         self.send(value)
         try:

@@ -13,7 +13,8 @@ from parallel.regular_files import read_regular
 from research.data.tokenizer import BYTE_LETTERS, END_OF_TEXT
 
 SUFFIX = ".tiktoken"
-LARGEST = 64 * 2**20
+LARGEST, LONGEST = 64 * 2**20, 1 << 10
+"""The most bytes of a file, and of a token: all ways to cut a token in two are tried."""
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORD = r"[^\r\n\p{L}\p{N}]?"
@@ -43,7 +44,13 @@ def read(path: Path) -> dict[bytes, int]:
             continue
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            text = base64.b64decode(token, validate=True)
+            if len(text) > LONGEST:
+                problem = f"{path}, line {number} has a token of {len(text)} bytes, the most is {LONGEST}"
+                raise Mistake(f"{problem} → name a {SUFFIX} file of tiktoken")
+            ranks[text] = int(rank)
+        except Mistake:
+            raise
         except (ValueError, binascii.Error):
             raise Mistake(f"{path}, line {number} is no token in base64 and its rank → name a {SUFFIX} file of tiktoken") from None
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:

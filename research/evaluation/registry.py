@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parallel.errors import Mistake, nearest
+from parallel.files import user_path
 from research.data.prepare import check_text
 from research.evaluation import examples
 from research.evaluation.lambada import Lambada
@@ -83,7 +84,7 @@ def create_tasks(names: Sequence[str], settings: Settings | None = None) -> list
             tasks.append(Perplexity(name, settings, file))
         elif kind_name in KINDS and (file or not colon):
             kind = KINDS[kind_name]
-            path = settings.root / Path(file).expanduser() if file else kind.builtin or _path_in_data_folder(name, kind, settings)
+            path = user_path(settings.root, file) if file else kind.builtin or _path_in_data_folder(name, kind, settings)
             tasks.append(kind.task(name, settings, examples.check_file(path, name, kind.suffixes)))
         else:
             known = [VALIDATION, TEXT, *KINDS]

@@ -13,7 +13,7 @@ from models.estimates.parameters import parameters
 from parallel.checkpoint.folder import latest
 from parallel.checkpoint.writer import write
 from parallel.errors import Mistake
-from parallel.files import sha256_of, write_json
+from parallel.files import sha256_of, user_path, write_json
 from research.cluster.environment import git_state
 from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule, Track, serialization
 from research.data import tokenizer as tokenizers
@@ -110,7 +110,7 @@ class Import:
                 sizes = f"the tokenizer has {tokenizers.GPT2_SIZE} tokens, the model {self.model.vocab_size}"
                 raise Mistake(f"{sizes} → name the one it was trained with: --tokenizer PATH")
             return name, tokenizers.gpt2()
-        made = TokenizerImport(self.source, Path(name).expanduser() if name else None, target, self.model)
+        made = TokenizerImport(self.source, user_path(Path(), name) if name else None, target, self.model)
         tokenizer = made.run()
         self.left_out, self.ids = [*self.left_out, *made.left_out], made.ids
         return self.named(target / tokenizer_file.FILE), tokenizer

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import Mistake
+from parallel.files import user_path
 from parallel.regular_files import read_regular
 from research import ROOT
 from research.config import Evaluate, Experiment, Profile, Sample, Track, serialization
@@ -52,7 +53,7 @@ def trusted_settings(
         names = ", ".join(experiment.deepspeed)
         raise _refused("deepspeed", names, folder, "can make DeepSpeed write files anywhere", "it is not passed on")
     initial = experiment.init_from
-    if trains and initial is not None and not _is_within(folder, Path(root) / Path(initial).expanduser()):
+    if trains and initial is not None and not _is_within(folder, user_path(root, initial)):
         raise _refused("init_from", initial, folder, "lies outside of its folder", "it is not read")
     unused: dict[str, Any] = {"evaluate": Evaluate(), "sample": Sample(), "track": Track(), "profile": Profile(), "deepspeed": {}}
     data = _trusted_data(folder, experiment.data, reads, root)

@@ -64,11 +64,11 @@ class Checkpointer:
     def facts(self) -> dict[str, Any]:
         """What the manifest says of the run, as JSON. Equal on every rank except for the clock; rank 0's is kept."""
         run = self.run
-        samples = run.job.layout.batch_sizes.before(run.step)
+        layout = run.job.layout
         return {
             "step": run.step,
-            "samples": samples,
-            "tokens": samples * run.job.experiment.model.seq_length,
+            "samples": layout.batch_sizes.before(run.step),
+            "tokens": layout.tokens_before(run.step),
             "applied_steps": run.step - run.engine.skipped_steps,
             **self.origin,
             "run": {

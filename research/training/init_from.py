@@ -7,13 +7,14 @@ from pathlib import Path
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.folder import MANIFEST
 from parallel.errors import Mistake
+from parallel.files import user_path
 from research.config import Experiment, serialization
 from research.data.run_tokenizer import same_tokenizer
 
 
 def init_from_path(experiment: Experiment, root: Path) -> Path | None:
     """The folder of the checkpoint that `init_from` names, relative to `root`; None if weights are drawn."""
-    return None if experiment.init_from is None else Path(root) / Path(experiment.init_from).expanduser()
+    return None if experiment.init_from is None else user_path(root, experiment.init_from)
 
 
 def check_init_from(experiment: Experiment, root: Path) -> None:

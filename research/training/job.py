@@ -150,6 +150,9 @@ def describe(job: Job, device: str = "", software: Sequence[str] = ()) -> list[t
     if schedule.batch_ramp:
         last = job.layout.batch_sizes.phases[-1]
         batch += f" · from {schedule.batch_ramp[0]} sequences on, all of them from step {last.step + 1:,}"
+    if schedule.length_ramp:
+        full = job.layout.sequence_lengths.phases[-1]
+        batch += f" · of {plural(schedule.length_ramp[0], 'token')} at first, {full.length} from step {full.step + 1:,}"
     return [
         ("config", config),
         *([("resume", job.why_resumed)] if job.why_resumed else []),
@@ -193,7 +196,7 @@ def dry_run(job: Job, commit: str, dirty: bool) -> str:
     experiment, schedule, optimizer = job.experiment, job.experiment.schedule, job.experiment.optimizer
     tree = f"{commit} ({'changed' if dirty else 'clean'})" if commit != "unknown" else "no commit"
 
-    tokens = compact(job.layout.batch_sizes.before(schedule.steps) * experiment.model.seq_length)
+    tokens = compact(job.layout.tokens_before(schedule.steps))
     rate = f"lr {optimizer.lr:g}, {optimizer.decay}" + (f" to {optimizer.min_lr:g}" if optimizer.decay != "constant" else "")
     warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
     described = [

@@ -1,8 +1,8 @@
 """The engine in training as a model to evaluate and to sample from, on any layout, without disturbing training (Engine.observe).
 
 Every rank calls with the same sequences of tokens. They are dealt to the data ranks and padded, and the answers are equal on every
-rank. A pass costs what a validation batch costs: with a pipeline always a whole micro-batch of seq_length tokens, because its
-buffers have one shape; otherwise only as many tokens as there are.
+rank. A pass costs what a validation batch costs: with a pipeline always a whole micro-batch of seq_length tokens, so that its
+buffers keep one shape; otherwise only as many tokens as there are.
 
 `LiveScorer` is the Scorer of evaluation tasks, `LiveDecoder` the decoder behind `write`. There is no KV cache: each token of a
 sample costs a pass of all texts through the whole model, which is fine for a few texts now and then.

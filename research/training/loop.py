@@ -210,4 +210,6 @@ def log_interval(run: Run, lr: float, pauses: dict[str, int]) -> None:
         **run.axes(),
     }
     run.tracker.log(row)
-    run.console.train(row, run.meter.seconds_left(run.step, run.job.experiment.schedule.steps, pauses))
+    steps, layout = run.job.experiment.schedule.steps, run.job.layout
+    tokens = layout.tokens_before(steps) - layout.tokens_before(run.step)
+    run.console.train(row, run.meter.seconds_left(run.step, steps, tokens, pauses))

@@ -52,6 +52,8 @@ class Meter:
     """Seconds that the run had taken before this process."""
     steps: int = 0
     """Steps taken by this process."""
+    tokens: int = 0
+    """Tokens of these steps."""
     interval_steps: int = 0
     interval_tokens: int = 0
     began: float = 0.0
@@ -76,7 +78,7 @@ class Meter:
         """Counts one step."""
         self.losses.append(loss)
         self.steps, self.interval_steps = self.steps + 1, self.interval_steps + 1
-        self.interval_tokens += tokens
+        self.tokens, self.interval_tokens = self.tokens + tokens, self.interval_tokens + tokens
 
     @contextlib.contextmanager
     def paused(self, what: str) -> Iterator[None]:
@@ -128,13 +130,14 @@ class Meter:
         """Seconds of the whole run so far, evaluations included."""
         return self.earlier + self.clock() - self.began
 
-    def seconds_left(self, step: int, steps: int, intervals: Mapping[str, int]) -> float:
+    def seconds_left(self, step: int, steps: int, tokens: int, intervals: Mapping[str, int]) -> float:
         """The duration of the steps and pauses still to come, at their mean so far; `step` is taken, what is due after it is not yet done.
 
+        `tokens`: those of the steps still to come. The mean of steps is one per token, as steps may grow.
         `intervals`: the steps between two pauses of each kind, of which one more comes at the end; 0: only that one.
         """
         paused = sum(map(sum, self.pauses.values()))
-        left = (self.clock() - self.began - paused) / max(self.steps, 1) * (steps - step)
+        left = (self.clock() - self.began - paused) / max(self.tokens, 1) * tokens
         for kind, every in intervals.items():
             durations = self.pauses.get(kind, [])
             to_come = math.ceil(steps / (every or steps)) - (step - 1) // (every or steps)

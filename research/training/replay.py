@@ -103,7 +103,8 @@ def module_before(
     distributed.start(0, 1, 0, None)
     try:
         layers = gpt.layers(model, Grid(), experiment.seed, variants)
-        settings = engine_settings(alone, layout(alone, 1), optimizer_class(experiment, variants))
+        on_one_rank = layout(alone, 1)
+        settings = engine_settings(alone, on_one_rank, optimizer_class(experiment, variants))
         engine = make_engine(layers, loss, Grid(), settings)
         if checkpoint is not None:
             load_checkpoint(checkpoint, engine)
@@ -112,7 +113,7 @@ def module_before(
         with console.progress("steps in between", step - 1 - taken) as advance:
             for before in range(taken, step - 1):
                 lr = learning_rate(before, experiment.optimizer, experiment.schedule.steps, variants)
-                engine.train_batch(batches(experiment, corpus, before + 1), lr)
+                engine.train_batch(batches(experiment, corpus, before + 1), lr, on_one_rank.micro_batches_of(before))
                 advance()
 
         module = PlainModule(gpt.layers(model, Grid(), experiment.seed, variants))

@@ -2,7 +2,7 @@
 
 from parallel.errors import Mistake
 from research.config import Experiment
-from research.config.layout import batch_sizes
+from research.config.layout import batch_sizes, sequence_lengths
 from research.data.batches import StreamSampler
 from research.data.blend import Blend
 from research.data.prepare import Corpus
@@ -20,6 +20,6 @@ def blend_of(experiment: Experiment) -> Blend:
 
 def sampler_of(experiment: Experiment, corpus: Corpus) -> StreamSampler:
     """What training reads, in the order that the experiment's seed gives."""
-    schedule, sources = experiment.schedule, list(corpus.sources.values())
-    sizes, length = batch_sizes(schedule), experiment.model.seq_length
-    return StreamSampler(sources, blend_of(experiment), length, sizes, schedule.micro_batch_size, experiment.seed)
+    sources, blend, length = list(corpus.sources.values()), blend_of(experiment), experiment.model.seq_length
+    sizes, lengths = batch_sizes(experiment.schedule), sequence_lengths(experiment)
+    return StreamSampler(sources, blend, length, sizes, experiment.schedule.micro_batch_size, experiment.seed, lengths)

@@ -54,11 +54,11 @@ class Run:
 
     def axes(self) -> dict[str, float]:
         """The axes of a row of metrics.jsonl."""
-        samples = self.job.layout.batch_sizes.before(self.step)
+        layout = self.job.layout
         return {
             "progress/step": self.step,
-            "progress/tokens": samples * self.job.experiment.model.seq_length,
-            "progress/samples": samples,
+            "progress/tokens": layout.tokens_before(self.step),
+            "progress/samples": layout.batch_sizes.before(self.step),
             "progress/applied_steps": self.step - self.engine.skipped_steps,
             "progress/seconds": self.meter.seconds(),
         }

@@ -64,6 +64,9 @@ LLAMA_LIKE = dict(position="rotary", norm="rmsnorm", mlp="swiglu")
 LAYOUTS = [(1, False), (2, False), (4, False), (2, True), (4, True)]
 """(tensor ranks, sequence parallelism)"""
 FAST = ((1, False), (4, True))
+ON_EACH_LAYOUT = pytest.mark.parametrize(
+    "layout", [pytest.param(layout, marks=() if layout in FAST else pytest.mark.slow) for layout in LAYOUTS], ids=str
+)
 IN_DOUBLE = ("gpt2", "gpt2, untied, n_inner", "pythia", "pythia, sequential residual")
 """The others are left out: transformers computes Llama's norms, and eager softmaxes, in fp32 for weights of any precision."""
 
@@ -115,7 +118,7 @@ def ours(tensor: int, sequence: bool) -> dict[tuple[str, torch.dtype], tuple[Ten
     return found
 
 
-@pytest.mark.parametrize("layout", [pytest.param(layout, marks=() if layout in FAST else pytest.mark.slow) for layout in LAYOUTS], ids=str)
+@ON_EACH_LAYOUT
 @pytest.mark.parametrize("case", CONFIGS)
 def test_logits_are_those_of_transformers(case, layout):
     """Largest difference of a logit ≤ 1e-5 of the largest logit, fp32."""
@@ -125,7 +128,7 @@ def test_logits_are_those_of_transformers(case, layout):
     assert (found - true).abs().max() <= TOLERANCE * true.abs().max()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@ON_EACH_LAYOUT
 @pytest.mark.parametrize("case", CONFIGS)
 def test_gradients_are_those_of_transformers(case, layout):
     """Of a weighted token loss, each parameter: ‖a − b‖₂ ≤ 1e-5 ‖b‖₂, fp32."""
@@ -133,7 +136,7 @@ def test_gradients_are_those_of_transformers(case, layout):
     assert error <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@ON_EACH_LAYOUT
 @pytest.mark.parametrize("case", IN_DOUBLE)
 def test_in_double_precision_nothing_but_rounding_is_left(case, layout):
     """An epsilon or a constant that is slightly off would hide below fp32's rounding."""

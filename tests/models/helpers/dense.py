@@ -17,6 +17,8 @@ from tests.models.helpers.reference import Weights, gelu_tanh, layernorm, linear
 def kept(name: str, samples: Tensor, length: int, features: Iterable[int], p: float, seed: int) -> Tensor:
     """'b s f': 0 where the layer `name` drops, 1/(1 − p) elsewhere."""
     numbers = list(features)
+    if not p:
+        return torch.ones(len(samples), length, len(numbers), dtype=torch.float64)
     places = [[true_place(name, int(sample), position, seed) for position in range(length)] for sample in samples]
     drops = torch.tensor([[[is_dropped(place, feature, p) for feature in numbers] for place in row] for row in places])
     return (~drops).double() / (1 - p)

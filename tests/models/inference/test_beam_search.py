@@ -1,6 +1,7 @@
 """Beams are equal to those of transformers: tokens, order and scores."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ CONFIGS = {
     ),
 }  # fmt: skip
 SETTINGS = [{}, {"length_penalty": 0.0}, {"length_penalty": 2.0}, {"early_stopping": True}, {"repetition_penalty": 1.4}]
+QUICK = [
+    ("llama", {}),
+    *(("gpt2", settings) for settings in ({"length_penalty": 0.0}, {"early_stopping": True}, {"repetition_penalty": 1.4})),
+]
+"""The settings are tried quickly with one family, the families with one setting."""
 
 
 @functools.cache
@@ -60,8 +66,7 @@ def their_beams(case: str, seed: int, prompt: list[int], beams: int, **settings)
 
 @pytest.mark.parametrize(
     ("case", "settings"),
-    # The settings are tried quickly with one family, the families with one setting.
-    [pytest.param(c, s, marks=() if c == "gpt2" or not s else pytest.mark.slow) for c in CONFIGS for s in SETTINGS],
+    [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in itertools.product(CONFIGS, SETTINGS)],
     ids=str,
 )
 def test_beams_are_those_of_transformers(case, settings):

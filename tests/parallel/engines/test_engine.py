@@ -99,6 +99,7 @@ COSTLY = {  # seconds each, and others show the same in the quick tests: these r
     ("untied", "TP2·PP2"),  # likewise: with the tied and the llama model
     ("dropping", "TP2·SP, selective"),  # likewise: TP2·SP of the llama model, and TP2·PP2·SP, selective, of it
     ("dropping", "DP2, selective"),
+    ("llama", "TP2·PP2"),  # likewise: with the tied model, and TP2·PP2·SP, selective, of the llama model
 }
 GRIDS_OF_FOUR = {
     "TP4": dict(tensor=4, micro=8),
@@ -331,12 +332,12 @@ def equal_weights(batches: Iterable[MicroBatch], grid: Grid) -> Iterable[MicroBa
         ("TP2·SP", dict(spoil=forget_to_sum_norms), {"norm"}),
         ("TP2·SP", dict(spoil=begin_at_zero), {"loss", "norm"}),
         ("TP2·SP", dict(spoil=drop_as_if_whole, model=DROPPING), {"loss", "norm"}),
-        ("TP2", dict(spoil=drop_as_rank_0, model=DROPPING), {"loss", "norm"}),
+        pytest.param("TP2", dict(spoil=drop_as_rank_0, model=DROPPING), {"loss", "norm"}, marks=pytest.mark.slow),
         ("DP2", dict(reweigh=number_within_rank, model=DROPPING), {"loss", "norm"}),
         ("TP2", dict(spoil=unmark_slices), {"norm"}),
-        ("TP2", dict(spoil=mark_everything), {"norm"}),
-        ("TP2", dict(spoil=shift_one_replica), {"loss", "norm"}),
-        ("TP2", dict(clip=0.0), {"loss"}),
+        pytest.param("TP2", dict(spoil=mark_everything), {"norm"}, marks=pytest.mark.slow),
+        pytest.param("TP2", dict(spoil=shift_one_replica), {"loss", "norm"}, marks=pytest.mark.slow),
+        pytest.param("TP2", dict(clip=0.0), {"loss"}, marks=pytest.mark.slow),
         ("DP2", dict(reweigh=mean_of_own_batch), {"loss", "norm"}),
         ("PP2", dict(reweigh=equal_weights), {"loss", "norm"}),
     ],

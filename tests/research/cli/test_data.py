@@ -166,6 +166,23 @@ def test_the_table_fits_the_terminal_and_says_what_is_left_out(run: RunFolder, c
     assert not (run.lock.exists() or list(run.checkpoints.iterdir()))
 
 
+def test_a_step_of_shorter_samples_shows_what_it_reads(run: RunFolder, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    """From 8 tokens by 8 to 32 over 30 samples, in steps of 6: step 3 is the first of 16."""
+    experiment = serialization.load(run.config)
+    shorter = run_folder.create(run.path.parent.parent, "shorter")
+    schedule = experiment.schedule.model_copy(update={"length_ramp": (8, 8, 30)})
+    serialization.save(experiment.model_copy(update={"schedule": schedule}), shorter.config)
+    run_folder.start(shorter, layout="", precision="fp32", steps=20)
+    mark_as_own(shorter)
+    documents = documents_on_disk(prepare.load(experiment.data, Path(), 391).train.prefix)
+    for step, length in ((1, 8), (3, 16), (6, 32)):
+        short, whole = (shown_json(capsys, str(folder.path), "--step", str(step))["samples"] for folder in (shorter, run))
+        assert [tokens_of(one, documents) for one in short] == [tokens_of(one, documents)[: length + 1] for one in whole]
+        assert [(one["sample"], one["epoch"], one["window"]) for one in short] == [(o["sample"], o["epoch"], o["window"]) for o in whole]
+    data.main([str(shorter.path), "--step", "3"])
+    assert capsys.readouterr().out.splitlines()[0].endswith(" of 16 + 1 tokens each")
+
+
 def test_text_that_steers_a_terminal_is_escaped() -> None:
     documents = [{"source": "a\x1b[2J", "document": 1, "offset": 0, "tokens": 3, "text": "red\x1b[31m\nfoo \u202e 漢字" + "漢" * 50}]
     documents.append({**documents[0], "source": "b"})

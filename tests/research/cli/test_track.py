@@ -62,6 +62,7 @@ def evaluated(folder: RunFolder) -> None:
     write_json(folder.path / "evaluations" / "step_000020.json", {"schema": 1, "results": [RESULT]})
 
 
+@pytest.mark.slow
 def test_a_run_without_w_b_gets_a_whole_one_and_only_once(folder: RunFolder) -> None:
     evaluated(folder)
     checkpoint(folder, 20)

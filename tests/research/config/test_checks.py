@@ -39,6 +39,18 @@ CASES = [
         "parallel.tensor = 2 does not divide model.seq_length = 129 → use 1 or 3, or parallel.sequence False",
     ),
     (
+        {"schedule": {"length_ramp": (32, 5, 100)}},
+        1,
+        "schedule.length_ramp = 32 5 100 does not lead to model.seq_length = 128: 128 − 32 = 96 is no positive multiple of 5 → "
+        "use a start such as 3",
+    ),
+    (
+        {"schedule": {"length_ramp": (5, 3, 1000)}, "parallel": {"tensor": 2, "sequence": True}},
+        2,
+        "schedule.length_ramp has sequences of 5 tokens, which parallel.tensor = 2 does not divide → "
+        "use a start and an increment that are multiples of 2, or parallel.sequence False",
+    ),
+    (
         {"profile": Profile(steps="299-301")},
         1,
         "profile.steps = '299-301' goes beyond the last step, schedule.steps = 300 → use 299-300",
@@ -142,6 +154,11 @@ def test_the_way_out_works() -> None:
             check(experiment, ranks(advised))
         else:
             check(experiment, ranks(world))
+
+
+def test_whole_activations_take_sequences_of_any_length() -> None:
+    check(example(schedule={"length_ramp": (5, 3, 1000)}, parallel={"tensor": 2}), ranks(2))
+    check(example(schedule={"length_ramp": (6, 2, 1000)}, parallel={"tensor": 2, "sequence": True}), ranks(2))
 
 
 def test_zero_stage_0_runs_as_1() -> None:

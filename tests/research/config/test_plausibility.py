@@ -63,6 +63,14 @@ DOUBTS = [
         "optimizer.warmup_steps = 300 are all of schedule.steps = 300, so that cosine has no step left → use fewer warm-up steps",
     ),
     (
+        {"schedule": {"batch_ramp": (8, 8, 4000)}},
+        "schedule.batch_ramp reaches schedule.batch_size = 16 at step 501, the run has 300 → use fewer samples for the ramp, or more steps",
+    ),
+    (
+        {"schedule": {"length_ramp": (32, 32, 4800)}},
+        "schedule.length_ramp reaches model.seq_length = 128 at step 301, the run has 300 → use fewer samples for the ramp, or more steps",
+    ),
+    (
         {"checkpoints": {"every": 301}},
         "checkpoints.every = 301 is more than schedule.steps = 300: there is none before the end → use fewer",
     ),
@@ -99,6 +107,7 @@ FINE = [
     {"optimizer": {"decay": "constant", "lr": 1e-4}},
     {"optimizer": {"betas": (0.95, 0.95)}},
     {"model": {**ROTARY, "rotary_fraction": 0.07}},
+    {"schedule": {"batch_ramp": (8, 8, 1600), "length_ramp": (32, 32, 3000)}},
     {"watch": {"spike": 6.0, "on_spike": "stop"}},
     {"checkpoints": {"every": 50, "keep_every": 150}},
     {"schedule": {"validate_every": 1000, "log_every": 1000}, "sample": {"every": 1000}},  # each is done at the end

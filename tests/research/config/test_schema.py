@@ -107,9 +107,10 @@ ADDED = {GPT: {"attention"}, Optimizer: {"name"}}
 
 
 def test_science_has_no_defaults() -> None:
+    absent = {"cache", "log_every", "validate_tokens", "decay_steps", "batch_ramp", "length_ramp"}
     for kind in (GPT, Data, Schedule, Optimizer):
         optional = {name for name, field in kind.model_fields.items() if not field.is_required()}
-        assert optional <= {*ROTARY, *FOLLOWING, "cache", "log_every", "validate_tokens", "decay_steps", "batch_ramp", *ADDED.get(kind, ())}
+        assert optional <= {*ROTARY, *FOLLOWING, *absent, *ADDED.get(kind, ())}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -206,6 +207,14 @@ def test_schema_2_saved_once_and_watched_for_nothing(tmp_path) -> None:
     found = load(tmp_path / "config.json")
     assert found.checkpoints.every == 0 and not found.checkpoints.background
     assert (found.watch.hang_seconds, found.watch.non_finite, found.watch.most_skips, found.watch.spike) == (0.0, "skip", 0, 0.0)
+
+
+@pytest.mark.parametrize(("schema", "ramps"), [(7, ("batch_ramp", "length_ramp")), (8, ("length_ramp",))])
+def test_steps_were_alike_before_there_were_ramps(schema: int, ramps: tuple[str, ...], tmp_path) -> None:
+    settings = resolved(example()) | {"schema": schema}
+    assert [settings["schedule"].pop(ramp) for ramp in ramps] == [None] * len(ramps)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load(tmp_path / "config.json") == example()
 
 
 def test_schema_3_had_rotary_positions_of_their_own_wavelengths(tmp_path) -> None:

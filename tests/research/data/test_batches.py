@@ -8,6 +8,7 @@ import pytest
 
 from parallel.errors import Mistake
 from research.config.batch_sizes import BatchSizes
+from research.config.sequence_lengths import SequenceLengths
 from research.data import batches, order
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 3), (4, 2), (5, 1)]
@@ -59,6 +60,26 @@ def test_engine_averages_give_the_token_mean(token_store, data_size, micro):
     assert averaged == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize(("data_size", "micro"), [(1, 1), (2, 3), (4, 2)])
+def test_shorter_samples_are_the_beginnings_of_the_same_windows(token_store, data_size, micro):
+    """A ramp from 3 tokens to 9 by 2, over 60 samples of steps of 24: 3, 5 (from sample 20 on), 7 (from 40 on), 9."""
+    store, sizes = token_store(1000), BatchSizes(24)
+    sampler = batches.one_source(store, 9, sizes, micro, 3, SequenceLengths(9, sizes, (3, 2, 60)))
+    for step, length in enumerate([3, 5, 7, 9, 9]):
+        ranks = [list(sampler.micro_batches(step, rank, data_size)) for rank in range(data_size)]
+        found, whole = ([batch for rank in one for batch in rank] for one in (ranks, step_of(store, 9, data_size, micro, step)))
+        for short, long in zip(found, whole, strict=True):
+            assert short.ids.shape == short.targets.shape == short.weights.shape == (micro, length)
+            assert (short.ids == long.ids[:, :length]).all() and (short.targets == long.targets[:, :length]).all()
+            assert (short.samples == long.samples).all() and short.ids.flags.c_contiguous and short.targets.flags.c_contiguous
+        assert sampler.mask_sum(step) == 24 * length
+        assert np.mean([batch.weights.sum(dtype=np.float64) for batch in found]) == pytest.approx(1, rel=1e-6)
+        number = int(found[0].samples[0])
+        window = sampler.window(number)
+        read = [*found[0].ids[0].tolist(), int(found[0].targets[0, -1])]
+        assert (sampler.samples(step)[0], store.tokens[window.start : window.stop].tolist()) == (number, read)
+
+
 def test_an_epoch_predicts_every_token_but_the_first_once(token_store):
     store = token_store(241)  # 24 samples of 10: exactly three steps of 8
     steps = [step_of(store, 10, 2, 2, step, batch_size=8) for step in range(3)]
@@ -74,7 +95,7 @@ def test_sample_numbers_count_over_epochs():
 def test_a_batch_names_its_samples_in_the_run(token_store, data_size, micro):
     """Sequence j of step t is sample t·24 + j, whatever the layout: the numbers of a step in order, beside their windows."""
     store = token_store(1000)
-    for step in (0, 3, 4, 1000):
+    for step in (0, 3, 4, 341, 1000):  # sample 8,192, where a new span begins, is in the middle of step 341
         found = [batch for rank in step_of(store, 9, data_size, micro, step) for batch in rank]
         assert all(batch.samples.dtype == np.int64 and batch.samples.shape == (micro,) for batch in found)
         numbers = np.concatenate([batch.samples for batch in found])

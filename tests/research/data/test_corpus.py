@@ -11,10 +11,10 @@ import pytest
 
 from parallel.errors import Mistake
 from research import ROOT
-from research.data import corpus, corpus_inputs, corpus_split, corpus_work, tokenizer, tokenizer_file, tokenizer_processes
+from research.data import corpus, corpus_inputs, corpus_work, random_split, tokenizer, tokenizer_file, tokenizer_processes
 from research.data.corpus import Options
 from research.data.corpus_inputs import Inputs
-from research.data.corpus_split import Split, shares_of
+from research.data.random_split import Split, shares_of
 from research.data.records import silent
 from research.data.text_files import Reading
 from research.tracking.console import nothing
@@ -138,7 +138,8 @@ def test_a_character_counts_in_the_part_of_its_last_byte(tmp_path, prepare, cut)
 def test_ids_are_those_of_whole_documents(tmp_path, lines, prepare, small_sizes, monkeypatch):
     """Wherever a document is cut for tokenization. Only a text without a place to cut may differ, and that is counted."""
     monkeypatch.setattr(corpus_inputs, "PIECE", 50)
-    (tmp_path / "a.txt").write_text("".join(TEXTS) + "many words  in one \n\n line " * 200)
+    words = "many words  in one \n\n line " * 350
+    (tmp_path / "a.txt").write_text(words + "".join(TEXTS))  # a zero byte at the beginning would mean that it is no text
     lines("b.jsonl", TEXTS)
     for name in ("builtin:bpe-300", tokenizer.CHARS):
         folder, _ = prepare(["a.txt", "b.jsonl"], name, "100", title=name[8:])
@@ -160,9 +161,10 @@ def test_a_word_longer_than_memory_is_cut_and_counted(tmp_path, monkeypatch):
         assert sum(group.cuts for group in groups) == cuts
 
 
-def test_two_processes_give_the_bytes_of_one(tmp_path, lines, prepare, small_sizes):
+@pytest.mark.parametrize("name", [tokenizer.BYTES, pytest.param("builtin:bpe-300", marks=pytest.mark.slow)])
+def test_two_processes_give_the_bytes_of_one(name, tmp_path, lines, prepare, small_sizes):
     lines("a.jsonl", TEXTS)
-    one, two = (prepare(["a.jsonl"], "builtin:bpe-300", "80,10,10", workers=workers, title=f"w{workers}")[0] for workers in (1, 2))
+    one, two = (prepare(["a.jsonl"], name, "80,10,10", workers=workers, title=f"w{workers}")[0] for workers in (1, 2))
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in two.iterdir()) and len(names) == 12
     for name in names:
@@ -240,14 +242,14 @@ def test_a_damaged_part_is_made_again(lines, prepare, small_sizes, monkeypatch, 
 
 def test_a_text_that_changes_meanwhile_is_noticed(tmp_path, lines, prepare, monkeypatch):
     lines("a.jsonl", TEXTS)
-    take_stock = Inputs.take_stock
+    read_all = Inputs.read_all
 
     def change(self, *arguments):
-        found = take_stock(self, *arguments)
+        found = read_all(self, *arguments)
         lines("a.jsonl", TEXTS[:9])
         return found
 
-    monkeypatch.setattr(Inputs, "take_stock", change)
+    monkeypatch.setattr(Inputs, "read_all", change)
     with pytest.raises(Mistake, match="a.jsonl has changed while it was read → run the command again"):
         prepare(["a.jsonl"])
 
@@ -294,4 +296,4 @@ def test_every_document_is_in_one_part():
     by_position = Split(shares_of("80,15,5"), 3, 101, 3)
     assert by_position.by_position and by_position.limits == [80, 95, 101]
     assert [end - begin for begin, end in pairwise(by_position.limits)] == [15, 6]
-    assert corpus_split.NAMES == ("train", "val", "test")
+    assert random_split.NAMES == ("train", "val", "test")

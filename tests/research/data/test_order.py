@@ -95,7 +95,10 @@ def test_looks_shuffled():
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_small_permutations_are_equally_likely(n):
     """χ² over all n! orders of 2,000 seeds, below the 99.9 % quantile for n! - 1 degrees of freedom."""
-    counts = collections.Counter(tuple(order.sample(np.arange(n), n, seed).tolist()) for seed in range(2000))
+    seeds = np.broadcast_to(np.arange(2000, dtype=np.uint64)[:, None], (2000, n))
+    orders = order.sample(np.broadcast_to(np.arange(n), seeds.shape), n, seeds)
+    assert orders[7].tolist() == order.sample(np.arange(n), n, 7).tolist()
+    counts = collections.Counter(map(tuple, orders.tolist()))
     cells = {2: 2, 3: 6, 4: 24}[n]
     expected = 2000 / cells
     chi2 = sum((count - expected) ** 2 / expected for count in counts.values()) + (cells - len(counts)) * expected

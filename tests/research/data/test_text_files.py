@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from parallel.errors import Mistake
 from parallel.text import decoded_blocks
 from research.data import text_files
-from research.data.text_files import Left, Reading, TextFile
+from research.data.text_files import LeftOut, Reading, TextFile
 
 zstd = pytest.importorskip("backports.zstd")
 arrow = pytest.importorskip("pyarrow")
@@ -34,7 +34,7 @@ def table(path, column, kind=None):
 def read(path, reading=None, left=None, advance=lambda n: None):
     """The documents of a file."""
     found, parts = [], []
-    for text, is_last in TextFile(path, path.name).fragments(reading or Reading(), left or Left(), advance):
+    for text, is_last in TextFile(path, path.name).fragments(reading or Reading(), left or LeftOut(), advance):
         parts.append(text)
         if is_last:
             found.append("".join(parts))
@@ -68,7 +68,7 @@ def test_a_long_text_comes_in_pieces(tmp_path, monkeypatch):
     """No fragment is longer than a block, wherever characters of two to four bytes are cut."""
     monkeypatch.setattr(text_files, "BLOCK", 7)
     (tmp_path / "a.txt").write_bytes("é猫🙂x".encode() * 50)
-    pieces = [text for text, _ in TextFile(tmp_path / "a.txt", "a.txt").fragments(Reading(), Left())]
+    pieces = [text for text, _ in TextFile(tmp_path / "a.txt", "a.txt").fragments(Reading(), LeftOut())]
     assert "".join(pieces) == "é猫🙂x" * 50 and max(map(len, pieces)) <= 7 and len(pieces) > 50
 
 
@@ -98,7 +98,7 @@ def test_blocks_are_decoded_as_the_whole(raw, size):
 def test_what_is_not_utf8_is_replaced_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"ab\xffcd\xe9 \xef\xbf\xbd")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x\xfe"}\n{"text": "half \\ud800 and \\ud83d\\ude42"}\n')
-    left, reading = Left(), Reading(replace=True)
+    left, reading = LeftOut(), Reading(replace=True)
     assert read(tmp_path / "a.txt", reading, left) == ["ab\ufffdcd\ufffd \ufffd"] and left.replaced == 2
     assert read(tmp_path / "a.jsonl", reading, left) == ["x\ufffd", "half \ufffd and 🙂"] and left.replaced == 4
 
@@ -161,7 +161,7 @@ def test_what_a_folder_holds_is_sorted_and_counted(tmp_path):
     (tmp_path / "again").symlink_to(tmp_path / "b")
     (tmp_path / "again.txt").symlink_to(tmp_path / "a.txt")
     os.mkfifo(tmp_path / "pipe.txt")
-    left = Left()
+    left = LeftOut()
     names = [file.name for file in text_files.find(tmp_path, "my", left)]
     assert names == ["my/a.txt", "my/b/x.md", "my/b.log.gz", "my/c.parquet", "my/code.py", "my/notes"]
     assert left.files == {"hidden": 2, "not text": 4, "empty": 1, "links": 2, "not a file": 1}
@@ -174,7 +174,7 @@ def test_what_is_named_itself_is_refused_in_a_sentence(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for name, words in {"none.txt": "does not exist", "empty.txt": "is empty", "b.bin": "is not text", "pipe.txt": "is a pipe"}.items():
         with pytest.raises(Mistake, match=f"{name} {words}.* → "):
-            text_files.find(tmp_path / name, name, Left())
+            text_files.find(tmp_path / name, name, LeftOut())
 
 
 def test_a_missing_package_is_a_sentence(tmp_path, monkeypatch):
@@ -196,5 +196,5 @@ def test_lines_are_bounded_in_memory():
             assert size == text_files.LONGEST_LINE + 1
             return b"x" * size
 
-    with pytest.raises(Mistake, match="more than 64 MiB"):
-        next(text_files._lines(Endless(), "a", Reading(), Left()))
+    with pytest.raises(Mistake, match="more than 16 MiB"):
+        next(text_files._lines(Endless(), "a", Reading(), LeftOut()))

@@ -105,8 +105,8 @@ print(hashlib.sha256(text.encode()).hexdigest())
 
 def test_training_is_deterministic_across_processes(speeches):
     """Another hash seed, another number of threads, another process: the same bytes."""
-    found = {hashlib.sha256(tokenizer.train_bpe(speeches, 2000).encode()).hexdigest() for _ in range(2)}
-    for seed, threads in (("1", "1"), ("2", "2"), ("3", "5")):
+    found = {hashlib.sha256(tokenizer.train_bpe(speeches, 2000).encode()).hexdigest()}
+    for seed, threads in (("1", "1"), ("3", "5")):
         environment = os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
         run = subprocess.run([sys.executable, "-c", TRAIN], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         found.add(run.stdout.strip())

@@ -20,7 +20,6 @@ from tests.research.helpers.small_runs import PHASES, Ended, Stage
 
 HOST = socket.gethostname()
 BY_RANK_0 = ("begun", "before the manifest", "before the rename", "before latest", "before an old one goes")
-FAST = [("before latest", 0, 2)]
 FILES = {"a file is begun": 3, "a file is complete": 3, "before the rename": 2}
 """How often a rank enters a phase in one save: one file each for weights and both moments; the folder and its parent."""
 KILLS = [
@@ -42,12 +41,12 @@ def whole(stage: Stage) -> Ended:
     return stage.run("whole", 2, model=r.DROPS, parallel={"tensor": 2})
 
 
+@pytest.mark.slow  # quick ones: the disk that fills up, and test_writer.py in tests/parallel/checkpoint
 @pytest.mark.parametrize(
     ("phase", "victim", "times"),
     [
-        *FAST,
-        pytest.param("a file is complete", 1, 8, marks=pytest.mark.slow),
-        *(pytest.param(phase, victim, (times - 1) * FILES.get(phase, 1) + 1, marks=pytest.mark.slow) for phase, victim, times in KILLS),
+        ("a file is complete", 1, 8),
+        *((phase, victim, (times - 1) * FILES.get(phase, 1) + 1) for phase, victim, times in KILLS),
     ],
 )
 def test_kill_9_in_a_save(stage: Stage, whole: Ended, phase: str, victim: int, times: int) -> None:
@@ -74,6 +73,7 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_from_before(stage: St
     assert latest(full.folder.checkpoints).name == "step_000003"
     resumed = stage.run("full", 2, resume="auto", model=r.DROPS, parallel={"tensor": 2})
     assert set(resumed.codes) == {0} and resumed.hexes() == whole.hexes()
+    assert not list(resumed.folder.checkpoints.glob(".step*"))
 
 
 @pytest.mark.parametrize(

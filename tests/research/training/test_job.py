@@ -51,3 +51,16 @@ def test_the_machine_line_names_the_gpu_and_deterministic_kernels() -> None:
         lines.append(dict(describe(job, "NVIDIA H200, 150.1 GB", ["nccl 2.27.5", "gloo"]))["machine"])
     assert lines[0].startswith("1 node × 1 rank · NVIDIA H200, 150.1 GB, ") and lines[0].endswith(" · nccl 2.27.5 · gloo")
     assert lines[1] == f"{lines[0]} · deterministic kernels"
+
+
+def test_ramps_are_said_and_tokens_are_those_that_are_read() -> None:
+    """Of 300 steps the first 100 have 8 sequences, and the first 50 half of their tokens."""
+    schedule = {"batch_ramp": (8, 8, 800), "length_ramp": (64, 64, 400)}
+    loaded = LoadedExperiment(example(schedule=schedule), ROOT / "experiments" / "gpt_sotu", "gpt_sotu")
+    job = resolve(loaded, [], ALONE, Options(), [])
+    assert dict(describe(job))["batch"] == (
+        "16 sequences = 8 micro × 2 accumulated × 1 data · 2,048 tokens a step · from 8 sequences on, all of them from step 101 · "
+        "of 64 tokens at first, 128 from step 51"
+    )
+    assert [job.layout.tokens_before(step) for step in (1, 50, 100, 300)] == [512, 25_600, 76_800, 486_400]
+    assert "\nschedule 300 steps = 486.4 k tokens" in dry_run(job, "unknown", False)

@@ -76,11 +76,17 @@ def test_evaluation_is_no_training_time_but_passes(meter: Meter, clock: Clock) -
 def test_what_is_left_are_steps_and_evaluations(meter: Meter, clock: Clock) -> None:
     """100 steps, an evaluation every 25: after 30 steps, 70 steps and 3 evaluations."""
     take(meter, clock, *[1.0] * 25)
-    assert meter.seconds_left(25, 100, EVERY) == pytest.approx(75 * 2.0), "no evaluation has been timed yet"
+    assert meter.seconds_left(25, 100, 75 * 512, EVERY) == pytest.approx(75 * 2.0), "no evaluation has been timed yet"
     with meter.paused("validation"):
         clock.now += 10.0
     take(meter, clock, *[1.0] * 5)
-    assert meter.seconds_left(30, 100, EVERY) == pytest.approx(70 * 2.0 + 3 * 10.0)
+    assert meter.seconds_left(30, 100, 70 * 512, EVERY) == pytest.approx(70 * 2.0 + 3 * 10.0)
+
+
+def test_steps_to_come_that_have_more_tokens_take_longer(meter: Meter, clock: Clock) -> None:
+    """10 steps of 512 tokens in 20 seconds, as at the beginning of a ramp, then 90 of 2,048."""
+    take(meter, clock, *[1.0] * 10)
+    assert meter.seconds_left(10, 100, 90 * 2048, {}) == pytest.approx(90 * 4 * 2.0)
 
 
 def test_before_the_evaluation_of_this_very_step_it_is_still_left(meter: Meter, clock: Clock) -> None:
@@ -89,7 +95,7 @@ def test_before_the_evaluation_of_this_very_step_it_is_still_left(meter: Meter, 
     with meter.paused("validation"):
         clock.now += 10.0
     take(meter, clock, *[1.0] * 25)
-    assert meter.seconds_left(50, 100, EVERY) == pytest.approx(50 * 2.0 + 3 * 10.0)
+    assert meter.seconds_left(50, 100, 50 * 512, EVERY) == pytest.approx(50 * 2.0 + 3 * 10.0)
 
 
 def test_at_the_end_nothing_is_left_but_the_last_evaluation(meter: Meter, clock: Clock) -> None:
@@ -97,13 +103,13 @@ def test_at_the_end_nothing_is_left_but_the_last_evaluation(meter: Meter, clock:
     with meter.paused("validation"):
         clock.now += 10.0
     take(meter, clock, *[1.0] * 50)
-    assert meter.seconds_left(100, 100, EVERY) == pytest.approx(10.0)
+    assert meter.seconds_left(100, 100, 0 * 512, EVERY) == pytest.approx(10.0)
 
 
 def test_only_at_the_end_means_one_evaluation(meter: Meter, clock: Clock) -> None:
     """Its duration is unknown before it has happened once."""
     take(meter, clock, *[1.0] * 10)
-    assert meter.seconds_left(10, 100, {"validation": 0}) == pytest.approx(90 * 2.0)
+    assert meter.seconds_left(10, 100, 90 * 512, {"validation": 0}) == pytest.approx(90 * 2.0)
 
 
 def test_each_kind_of_pause_has_its_own_interval_and_duration(meter: Meter, clock: Clock) -> None:
@@ -115,7 +121,8 @@ def test_each_kind_of_pause_has_its_own_interval_and_duration(meter: Meter, cloc
                 with meter.paused(what):
                     clock.now += seconds
     take(meter, clock, 1.0)
-    assert meter.seconds_left(51, 100, {"validation": 25, "samples": 10, "never timed": 1}) == pytest.approx(49 * 2.0 + 2 * 10.0 + 5 * 1.0)
+    every = {"validation": 25, "samples": 10, "never timed": 1}
+    assert meter.seconds_left(51, 100, 49 * 512, every) == pytest.approx(49 * 2.0 + 2 * 10.0 + 5 * 1.0)
 
 
 @pytest.mark.parametrize(("loss", "perplexity"), [(1000.0, math.inf), (math.nan, math.nan), (math.inf, math.inf)])

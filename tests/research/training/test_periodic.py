@@ -36,9 +36,7 @@ ASKED: dict[str, Any] = {
     "evaluate": {"every": 4, "tasks": ("validation", "agreement"), "limit": 12},
     "sample": {"every": 6, "prompts": PROMPTS, "tokens": 7},
 }
-FAST = [("PP2", "fp32", True)]
 EVERY = [(layout, precision, drops) for layout in LAYOUTS for precision in ("fp32", "bf16") for drops in (False, True)]
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in FAST]
 KEYS = ("train/loss", "train/grad_norm", "train/lr", "val/loss", "val/bits_per_byte")
 
 
@@ -58,7 +56,8 @@ def samples(ended: Ended) -> list[dict]:
     return list(metrics.read(ended.folder.samples))
 
 
-@pytest.mark.parametrize(("layout", "precision", "drops"), [*FAST, *SLOW])
+@pytest.mark.slow  # quick ones: test_resume.py without questions, test_live_model.py without a stop, and the signal below with both
+@pytest.mark.parametrize(("layout", "precision", "drops"), EVERY)
 def test_asked_stopped_and_resumed_is_never_asked_nor_stopped(stage: Stage, layout: str, precision: str, drops: bool) -> None:
     """Losses, norms, validations and the last checkpoint's weights and moments, to the bit; and the answers are one record."""
     name = f"{layout}_{precision}_{drops}"

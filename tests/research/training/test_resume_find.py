@@ -61,6 +61,7 @@ def test_what_is_no_science_may_differ(tmp_path: Path) -> None:
     [
         ({"optimizer": {"lr": 1.0}}, "optimizer.lr 0.003 → 1.0"),
         ({"init_from": "b"}, "init_from None → b"),
+        ({"schedule": {"length_ramp": (64, 64, 100)}}, "schedule.length_ramp None → [64, 64, 100]"),
         ({"optimizer": {"lr": 1.0}, "seed": 3}, "optimizer.lr 0.003 → 1.0, seed 1 → 3"),
     ],
 )

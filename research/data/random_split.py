@@ -1,4 +1,6 @@
-"""Which documents of a corpus are trained on and which are held out, and writing the stores of both from the tokenized parts.
+"""The random split of `prepare --split`: which documents are trained on and which are held out, and writing the stores of both.
+
+The other split of this folder, by order, is in splits.py: data.validation="split:969,30,1".
 
 Documents are assigned at random: the k-th goes where its place in a permutation of all documents lies, which depends on a seed and on their
 number only. Each part then has its exact share, and keeps the order of the input. They are not taken from the end, as Megatron-LM's splits
@@ -19,10 +21,9 @@ import numpy as np
 
 from parallel.errors import Mistake
 from research.data import order
-from research.data.prepare import TOKENS_PER_CHARACTER
 from research.data.text_files import Advance
 from research.data.token_store import StoreWriter
-from research.data.tokenizer import Tokenizer
+from research.data.tokenizer import TOKENS_PER_CHARACTER, Tokenizer
 
 NAMES = ("train", "val", "test")
 EXAMPLE = "98,1,1"
@@ -30,7 +31,7 @@ SHARE = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 
 
 class Part(NamedTuple):
-    """Consecutive tokens of the whole corpus, in the pieces of documents that they are: `tokens` and UTF-8 bytes of each piece.
+    """Consecutive tokens of the whole corpus: `ids`, and for each document, or piece of one, its number of tokens and of UTF-8 bytes.
 
     If `is_open`, the last document goes on in the next part.
     """
@@ -45,8 +46,10 @@ def shares_of(text: str) -> dict[str, Fraction]:
     """{"train": 98/100, "val": 1/100, "test": 1/100} for '98,1,1': the parts that get anything, in order."""
     words = [word.strip() for word in text.split(",")]
     weights = [Fraction(word) for word in words if SHARE.fullmatch(word)]
-    if len(weights) < len(words) or len(words) > len(NAMES) or not weights[0]:
+    if len(weights) < len(words) or len(words) > len(NAMES):
         raise Mistake(f"--split {text} is not one to three shares, of {', '.join(NAMES)} → write for example {EXAMPLE}")
+    if not weights[0]:
+        raise Mistake(f"--split {text} is not one to three shares of which {NAMES[0]} has more than 0 → write for example {EXAMPLE}")
     return {name: weight / sum(weights) for name, weight in zip(NAMES, weights, strict=False) if weight}
 
 
