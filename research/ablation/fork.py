@@ -24,6 +24,7 @@ from research.data import tokenizer, tokenizer_file
 from research.data.splits import SPLIT, is_split
 from research.data.stores import STORE
 from research.data.tokenizer_file import FILE
+from research.tracking.format import short_path
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 SET_BY_FORK = ("parent", "changes")
@@ -71,10 +72,9 @@ def fork(source: Path, target: Path, assignments: Sequence[str] = (), question: 
     expected = replaced(parent, values | lineage)
     with staged(target) as folder:
         shutil.copytree(source, folder, symlinks=True, ignore=_left_out, dirs_exist_ok=True)
-        for path in (folder, folder / CONFIG):  # the parent may be read-only
-            path.chmod(path.stat().st_mode | stat.S_IRWXU)
+        folder.chmod(folder.stat().st_mode | stat.S_IRWXU)  # the parent may be read-only
         try:
-            _edit(folder / CONFIG, wanted, expected, f"{source.name}/{CONFIG}")
+            _edit(folder / CONFIG, wanted, expected, short_path(source / CONFIG))
             refuse_unlaunchable(folder, expected)
         except Mistake as mistake:  # the hidden folder is gone when it is read
             raise Mistake(str(mistake).replace(folder.name, target.name)) from None
@@ -103,6 +103,7 @@ def _edit(path: Path, values: dict[str, Any], expected: Experiment, shown: str) 
     """Edits a config.py, and refuses a result that does not load as `expected`."""
     text, encoding, end = decoded(path.read_bytes(), shown)
     edited, lines = with_settings(text, values, shown)
+    path.unlink()  # it may be a link to the parent's own
     path.write_bytes(encoded(edited, encoding, end))
     where = f"{shown}:{max(lines.values())}" if lines else shown
     try:

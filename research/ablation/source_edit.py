@@ -30,18 +30,23 @@ WAY_OUT = "write config = Experiment(…) with its groups and values there, or e
 def with_settings(text: str, values: Mapping[str, Any], path: str) -> tuple[str, dict[str, int]]:
     """The text of a config.py in which the settings of dotted names have these values, and the line of each edit, by name.
 
-    `path` is what a Mistake calls the file. It names the line where the file decides a setting in a way that cannot be edited.
+    `path` is what a Mistake calls the file. It names the line where the file decides a setting in a way that cannot be edited. Lines are
+    those of `text`, into which an edit may put more.
     """
-    lines = {}
+    source, lines = SourceText(text), {}
     for name, value in values.items():
-        editor, code = _Editor(SourceText(text), name, path), literal(value)
-        edited = editor.edited(code)
+        editor = _Editor(source, name, path)
+        editor.edited(literal(value))
+        lines[name] = editor.line
+    for name, value in values.items():
+        code = literal(value)
+        edited = _Editor(SourceText(text), name, path).edited(code)
         written = next((line for line in edited.split("\n") if code in line), "")
         if isinstance(value, tuple) and len(written) > LONGEST_LINE:
             indent = written[: len(written) - len(written.lstrip())]
             entries = "".join(f"{indent}    {literal(entry)},\n" for entry in value)
             edited = _Editor(SourceText(text), name, path).edited(f"(\n{entries}{indent})")
-        text, lines[name] = edited, editor.line
+        text = edited
     return text, lines
 
 

@@ -71,7 +71,7 @@ def table(title: str, changes: Sequence[Change], x: str, y: str) -> Table:
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     made.add_column(title)
     for label in (x, y):
-        made.add_column(label[:40], overflow="fold")
+        made.add_column(printable(label)[:40], overflow="fold")
     for name, then, now in changes:
         made.add_row(ORIGINS.get(name, name), *(shown(name, value) for value in (then, now)))
     return made

@@ -107,9 +107,21 @@ def test_what_belongs_to_the_folder_is_copied_and_caches_are_not(experiments: Pa
         path.chmod(0o555)
     made = fork(source, experiments / "mine")
     assert sorted(files(made.folder)) == ["config.py", "launch.py", "link.txt", "notes/plan.md", "tokens.txt", "variant.py"]
-    assert (made.folder / "link.txt").is_symlink() and os.access(made.folder / "config.py", os.W_OK)
+    assert (made.folder / "link.txt").is_symlink()
+    assert (made.folder / "config.py").stat().st_mode & 0o300 == 0o200  # writable, and no program
     source.chmod(0o755)
     assert load(experiments / "mine").experiment.changes == ()
+
+
+def test_a_link_to_a_config_is_not_written_through(experiments: Path) -> None:
+    shared = experiments / "gpt_sotu" / "config.py"
+    before = shared.read_bytes()
+    shutil.copytree(experiments / "gpt_sotu", experiments / "linked")
+    (experiments / "linked" / "config.py").unlink()
+    (experiments / "linked" / "config.py").symlink_to("../gpt_sotu/config.py")
+    fork(experiments / "linked", experiments / "mine", ["seed=2"])
+    assert shared.read_bytes() == before and load(experiments / "mine").experiment.seed == 2
+    assert not (experiments / "mine" / "config.py").is_symlink()
 
 
 def test_a_fork_of_a_fork_declares_its_own_changes(experiments: Path) -> None:
@@ -182,10 +194,14 @@ def test_bad_input_is_one_sentence_and_changes_nothing(case: str, experiments: P
         (("seed=1", "seed=one"), "config.py:52: NameError: name 'one' is not defined"),
         (
             ("seed=1,\n)", "seed=1,\n)\nsetattr(config, 'seed', 1)"),
-            "config.py:53: the file decides a setting elsewhere as well: edited there",
+            "experiments/gpt_sotu/config.py:52: the file decides a setting elsewhere as well: edited there",
         ),
-        (("seed=1,\n)", "seed=1,\n) if True else None"), "config.py:5: parent comes from `Experiment("),
+        (("seed=1,\n)", "seed=1,\n) if True else None"), "experiments/gpt_sotu/config.py:5: parent comes from `Experiment("),
         (("GPT(\n", "GPT(\n        **{'num_layers': 4},\n", "        num_layers=4,\n", ""), ""),
+        (
+            ("model=GPT(", "model=make(", "config =", "make = GPT\nconfig =", "num_layers=4", "num_layers=2"),
+            "experiments/gpt_sotu/config.py:9: model.num_layers comes from `make(",
+        ),
         (("config =", "SEED = 1\nconfig =", "seed=1", "seed=SEED"), ""),
     ],
 )
@@ -196,7 +212,7 @@ def test_a_parent_that_cannot_be_edited_is_refused_with_its_line(edit: tuple[str
         assert old in text
         text = text.replace(old, new)
     path.write_text(text)
-    act = lambda: fork(experiments / "gpt_sotu", experiments / "b", ["seed=2", "model.num_layers=2"])  # noqa: E731
+    act = lambda: fork(experiments / "gpt_sotu", experiments / "b", ["seed=2", "model.num_layers=3"])  # noqa: E731
     if said:
         assert said in sentence(act)
         assert not (experiments / "b").exists() and len(list(experiments.iterdir())) == len(SHIPPED)
