@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "research/cluster": set(),
     "research/data": set(),
     "research/config": {"research/cluster"},
+    "research/ablation": {"research/config", "research/tracking", "research/data", "research/cluster"},
     "research/generation": {"research/config", "research/data", "research/tracking"},
     "research/reliability": {"research/cluster", "research/tracking"},
     "research/evaluation": {"research/generation", "research/config", "research/data", "research/tracking", "research/cluster"},
@@ -41,10 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("research/training", "research/reliability", "research/config"),
         *("research/data", "research/tracking", "research/cluster"),
     },
-    "research/ablation": {"research/config", "research/data", "research/tracking", "research/cluster"},
 }
 """A room -> the rooms that it may import besides itself. Every room of research/ may also import all of parallel/ and models/."""
-FRONT = {"research/cli", "research/serving", "research/exchange", "research/verification"}
+FRONT = {"research/cli", "research/serving", "research/exchange", "research/verification", "research/ablation"}
 """Rooms that research/launch.py, and with it every launch, does without."""
 ROOMS = {*MAY_IMPORT, "research", "research/cli"}
 VARIANT_MAY_IMPORT = {"parallel", "models"}
@@ -339,6 +339,7 @@ FORBIDDEN_ARROWS = [  # one for each row of MAY_IMPORT, and for the files that h
     ("research/cluster/x.py", "research.tracking.format"),
     ("research/data/x.py", "research.config.Data"),
     ("research/config/x.py", "research.data.prepare"),
+    ("research/ablation/x.py", "research.training.resume"),
     ("research/generation/x.py", "research.evaluation.task"),
     ("research/reliability/x.py", "research.training.job"),
     ("research/evaluation/x.py", "research.training.loop"),
@@ -346,7 +347,6 @@ FORBIDDEN_ARROWS = [  # one for each row of MAY_IMPORT, and for the files that h
     ("research/serving/x.py", "research.cli.serve"),
     ("research/training/x.py", "research.verification.training"),
     ("research/verification/x.py", "research.evaluation.task"),
-    ("research/ablation/x.py", "research.training.loop"),
     ("research/launch.py", "research.verification.small_run"),
     ("research/__main__.py", "research.training.loop"),
     ("research/api.py", "research.cli.generate"),
