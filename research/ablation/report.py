@@ -60,7 +60,7 @@ def sentence(comparison: Comparison, variant: Variant) -> str:
     if variant.more_seeds:
         target = f"about {plural(variant.more_seeds, 'more seed')} would tell {target}"
     elif variant.more_seeds == 0:
-        target = f"these seeds would have told {target} in {POWER:.0%} of cases"
+        target = f"these seeds would have told {target} in {100 * POWER:.0f} % of cases"
     else:
         target = f"no number of seeds up to {MOST_SEEDS:,} would tell {target}"
     return f"{side} is not distinguishable from {baseline} at this budget ({target}): {numbers_said}"
@@ -131,7 +131,7 @@ def _number(value: float) -> str:
 # Markdown
 
 
-def markdown(comparison: Comparison, pictures: bool = True) -> str:
+def markdown(comparison: Comparison) -> str:
     """The report: what differs, the verdicts, the numbers, pictures for either theme, the method, the runs."""
     question, baseline = comparison.question, comparison.baseline
     names = ", ".join(_plain(variant.side.label) for variant in comparison.variants)
@@ -142,8 +142,7 @@ def markdown(comparison: Comparison, pictures: bool = True) -> str:
     parts += ["## Verdict", "\n".join(f"- {_plain(sentence(comparison, variant))}." for variant in comparison.variants)]
     head = ["", "seeds", "final", "best", "difference", "95 % interval", "p"]
     parts.append(_markdown_table(head, _rows(comparison)))
-    if pictures:
-        parts += [_picture(DIFFERENCES, "the differences with their intervals"), _picture(CURVES, f"{question.metric} of all runs")]
+    parts += [_picture(DIFFERENCES, "the differences with their intervals"), _picture(CURVES, f"{question.metric} of all runs")]
     parts += ["## Method", METHOD.replace("\n", " "), "## Runs"]
     head = ["side", "seed", "run", "final", "best", "commit"]
     parts.append(_markdown_table(head, [[*row[:3], _number(row[3]), _number(row[4]), row[5]] for row in _runs(comparison)]))
