@@ -86,7 +86,7 @@ class Variant:
     target: float
     """The size of the effect that `more_seeds` is about."""
     more_seeds: int | None
-    """How many more seeds would tell it; None if not known, or more than can be had. Only if the verdict is that none can be given."""
+    """How many more seeds would tell it, 0 if these would have; None if not known, more than can be had, or better or worse is told."""
     changes: tuple[Change, ...]
     """Settings that affect results, baseline → variant."""
     plumbing: tuple[Change, ...]
@@ -150,7 +150,7 @@ def compare(sides: Sequence[Side], question: Question) -> Comparison:
         target = abs(effect.mean) if question.smallest is None else question.smallest
         more = _more_seeds(effect, target) if verdict is Verdict.NOT_DISTINGUISHABLE else None
         changes, plumbing, code = _changes(baseline.first, side.first)
-        warnings = (*_warnings(baseline, side), *_warnings_of_changes(side.first, changes, code))
+        warnings = (*_warnings(baseline, side, question.at), *_warnings_of_changes(baseline.first, side.first, changes, code))
         variants.append(Variant(side, seeds, difference, effect, p, verdict, target, more, changes, plumbing, code, warnings))
     tolerance = 1e-9 * place
     cut = tuple(label for label, end in ends.items() if max(end) > place + tolerance) if question.at != "seconds" else ()
@@ -217,7 +217,7 @@ def _more_seeds(effect: Effect, target: float) -> int | None:
     if effect.n < 2:
         return None
     needed = statistics.seeds_needed(target, effect.deviation)
-    return None if needed is None else max(1, needed - effect.n)
+    return None if needed is None else max(0, needed - effect.n)
 
 
 def _changes(baseline: FinishedRun, variant: FinishedRun) -> tuple[tuple[Change, ...], tuple[Change, ...], str]:
@@ -240,7 +240,7 @@ def _lines_of_variants(run: FinishedRun) -> list[str]:
     return [f"{line}\n" for line in text.splitlines()]
 
 
-def _warnings(baseline: Side, side: Side) -> Iterator[str]:
+def _warnings(baseline: Side, side: Side, at: str) -> Iterator[str]:
     """What makes the two sides unequal beside what is asked about."""
     a, b = baseline.first, side.first
     counts = [run.parameters for run in (a, b)]
@@ -254,18 +254,21 @@ def _warnings(baseline: Side, side: Side) -> Iterator[str]:
         if last[0] != last[1]:
             unit = "tokens" if key == "progress/tokens" else "steps"
             yield f"{side.label} {what} {last[1]:,} {unit}, {baseline.label} {last[0]:,}"
+    if at == "seconds" and (other := [key for key in ("host", "layout", "precision") if a.record.get(key) != b.record.get(key)]):
+        yield f"{side.label} and {baseline.label} have other values of {listed(other, 'and')} in run.json: seconds are those of a machine"
     unpaired = sorted({*baseline.runs} ^ {*side.runs})
     if unpaired:
         yield f"seed {listed(unpaired, 'and')} of {baseline.label} and {side.label} has no partner and is left out of the difference"
 
 
-def _warnings_of_changes(variant: FinishedRun, changes: Sequence[Change], code: str) -> Iterator[str]:
+def _warnings_of_changes(baseline: FinishedRun, variant: FinishedRun, changes: Sequence[Change], code: str) -> Iterator[str]:
     """Several changes at once, and changes that the fork does not declare."""
     names = [name for name, _, _ in changes] + ([VARIANTS] if code and not any(_names_code(change) for change in changes) else [])
     if len(names) > 1:
         yield f"{plural(len(names), 'setting')} differ at once, {listed_up_to(names, MOST)}: the difference is that of all together"
     declared: Sequence[str] = getattr(variant.experiment, "changes", ())
-    undeclared = [name for name in names if declared and not belongs(name, declared)]
+    is_fork = variant.experiment.parent is not None and variant.experiment.parent.rpartition("/")[2] == baseline.folder.name
+    undeclared = [name for name in names if declared and is_fork and not belongs(name, declared)]
     if undeclared:
         yield f"{variant.folder.name} declares changes = {listed(declared, 'and')}, but {listed(undeclared, 'and')} differs as well"
 

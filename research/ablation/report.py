@@ -12,7 +12,7 @@ from rich.table import Table
 
 from research.ablation.comparison import Comparison, Question, Variant
 from research.ablation.sides import Side
-from research.ablation.statistics import MOST_SEEDS, Verdict
+from research.ablation.statistics import MOST_SEEDS, POWER, Verdict
 from research.config.diff import Change, describe_changes
 from research.tracking import format as fmt
 from research.tracking.format import plural
@@ -25,8 +25,8 @@ CELL = 200
 """The most characters of a cell of a Markdown table: settings may be a stranger's."""
 METHOD = """Runs are paired by seed: the same data order, and the same initial weights wherever shapes allow. A difference is variant −
 baseline of one seed. The interval and p are Student's t of the mean difference over seeds; p is adjusted by Holm if there are several
-variants. A variant is better or worse if the adjusted p is at most 0.05: with no true difference that happens in 5 % of comparisons.
-The number of further seeds is what tells the effect in 80 % of repetitions, if the spread stays the same."""
+variants, the intervals are not. A variant is better or worse if the adjusted p is at most 0.05: with no true difference that happens in
+5 % of comparisons. The number of further seeds is what tells the effect in 80 % of repetitions, if the spread stays the same."""
 
 
 def numbers(variant: Variant) -> tuple[str, str, str]:
@@ -56,8 +56,13 @@ def sentence(comparison: Comparison, variant: Variant) -> str:
     numbers_said += f", {plural(effect.n, 'seed')}{_text_noise(variant)}"
     if variant.verdict is not Verdict.NOT_DISTINGUISHABLE:
         return f"{side} is {variant.verdict.value} than {baseline}: {numbers_said}"
-    more = f"about {plural(variant.more_seeds, 'more seed')}" if variant.more_seeds else f"no number of seeds up to {MOST_SEEDS:,}"
-    target = f"{more} would tell an effect of {variant.target:.2g}"
+    target = f"an effect of {variant.target:.2g}"
+    if variant.more_seeds:
+        target = f"about {plural(variant.more_seeds, 'more seed')} would tell {target}"
+    elif variant.more_seeds == 0:
+        target = f"these seeds would have told {target} in {100 * POWER:.0f} % of cases"
+    else:
+        target = f"no number of seeds up to {MOST_SEEDS:,} would tell {target}"
     return f"{side} is not distinguishable from {baseline} at this budget ({target}): {numbers_said}"
 
 
@@ -126,7 +131,7 @@ def _number(value: float) -> str:
 # Markdown
 
 
-def markdown(comparison: Comparison, pictures: bool = True) -> str:
+def markdown(comparison: Comparison) -> str:
     """The report: what differs, the verdicts, the numbers, pictures for either theme, the method, the runs."""
     question, baseline = comparison.question, comparison.baseline
     names = ", ".join(_plain(variant.side.label) for variant in comparison.variants)
@@ -137,8 +142,7 @@ def markdown(comparison: Comparison, pictures: bool = True) -> str:
     parts += ["## Verdict", "\n".join(f"- {_plain(sentence(comparison, variant))}." for variant in comparison.variants)]
     head = ["", "seeds", "final", "best", "difference", "95 % interval", "p"]
     parts.append(_markdown_table(head, _rows(comparison)))
-    if pictures:
-        parts += [_picture(DIFFERENCES, "the differences with their intervals"), _picture(CURVES, f"{question.metric} of all runs")]
+    parts += [_picture(DIFFERENCES, "the differences with their intervals"), _picture(CURVES, f"{question.metric} of all runs")]
     parts += ["## Method", METHOD.replace("\n", " "), "## Runs"]
     head = ["side", "seed", "run", "final", "best", "commit"]
     parts.append(_markdown_table(head, [[*row[:3], _number(row[3]), _number(row[4]), row[5]] for row in _runs(comparison)]))

@@ -60,10 +60,11 @@ def of_checkpoint(
         "model_sha256": model_digest(folder, model),
         "code_sha256": code_digest(),
     }
-    if (known := _kept(path, key)) and len(known.nats) == len(windows):
+    counts = tuple(window.scored for window in windows)
+    if (known := _kept(path, key)) and known.tokens == counts and len(known.nats) == len(counts):
         return known
     scores = score_in_batches(windows, scorer(), progress)
-    found = WindowScores(key["windows_sha256"], tuple(-score.logprob for score in scores), tuple(len(score.logprobs) for score in scores))
+    found = WindowScores(key["windows_sha256"], tuple(-score.logprob for score in scores), counts)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"schema": SCHEMA, "key": key, "nats": [*found.nats], "tokens": [*found.tokens]})
     return found

@@ -1,11 +1,13 @@
 """What `compare` makes of runs written by hand: pairs, values, verdicts, changes, and each refusal with its reason."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from research.ablation.comparison import BEST, Comparison, Question, compare
+from research.ablation.comparison import BEST, Comparison, Question, _warnings_of_changes, compare
 from research.ablation.sides import find_sides
 from research.ablation.statistics import Verdict
 from research.config import Data, Evaluate, Source
@@ -99,6 +101,26 @@ def test_changes_of_code_and_several_at_once_are_said(runs: Path) -> None:
     assert "-    scale = 1\n+    scale = 2\n" in variant.code
     assert "2 settings differ at once, optimizer.lr, variant.py: the difference is that of all together" in variant.warnings
     assert not any("parameters" in warning for warning in variant.warnings)  # the models are equal but for the class
+
+
+def test_a_change_that_a_fork_does_not_declare_is_said_beside_its_parent_only(runs: Path) -> None:
+    a, b = (find_sides([write_run(runs, name, 1, [3.0]).title])[0].first for name in ("a", "b"))
+    changes = [("model.norm", "layernorm", "rmsnorm"), ("optimizer.lr", 0.003, 0.001)]
+    fork = SimpleNamespace(changes=("model.norm",), parent="a")  # an Experiment that declares its changes
+    (several, sneaked) = _warnings_of_changes(a, replace(b, experiment=fork), changes, "")
+    assert sneaked == "b declares changes = model.norm, but optimizer.lr differs as well"
+    fork.changes = ("model", "optimizer.lr")
+    assert [*_warnings_of_changes(a, replace(b, experiment=fork), changes, "")] == [several]
+    fork.changes, fork.parent = ("model.norm",), "another"
+    assert [*_warnings_of_changes(a, replace(b, experiment=fork), changes, "")] == [several]
+
+
+def test_equal_runs_have_no_effect_that_seeds_could_tell(runs: Path) -> None:
+    for name in ("a", "b"):
+        write(runs, name, A)
+    none, small = (compared("a", "b", smallest=smallest).variants[0] for smallest in (None, 0.01))
+    assert none.changes == small.changes == () and none.verdict is small.verdict is Verdict.NOT_DISTINGUISHABLE
+    assert (none.more_seeds, small.more_seeds) == (None, 0)
 
 
 def test_what_means_nothing_is_refused_with_the_reason(runs: Path) -> None:

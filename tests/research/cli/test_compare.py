@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from parallel.errors import Mistake
+from research import ROOT
 from research.cli import compare
 from research.tracking import plot
 from research.tracking.run_folder import RunFolder
@@ -110,6 +113,13 @@ def test_mistakes_are_sentences(runs: Path) -> None:
         with pytest.raises(Mistake, match=message):
             compare.main(argv)
     assert not Path("compare").exists()
+
+
+def test_neither_torch_nor_w_b_nor_matplotlib_is_imported_for_a_mistake() -> None:
+    code = "import sys; from research.__main__ import main; main(['compare', 'nothing', 'here']); "
+    code += "print([name for name in ('torch', 'wandb', 'matplotlib') if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout == "[]\n" and "there is no run folder nothing" in said.stderr
 
 
 @pytest.mark.slow
