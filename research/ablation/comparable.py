@@ -76,5 +76,6 @@ def _num_bytes(rows: Sequence[dict[str, Any]], metric: str) -> int | None:
         values = [row.get(key) for key in keys]
         if all(isinstance(value, (int, float)) and math.isfinite(value) and value > 0 for value in values):
             loss, tokens, bits = values
-            return round(loss * tokens / (bits * math.log(2)))  # type: ignore[operator]
+            size = loss * tokens / (bits * math.log(2))  # type: ignore[operator]
+            return round(size) if math.isfinite(size) else None
     return None

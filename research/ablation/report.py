@@ -49,7 +49,7 @@ def sentence(comparison: Comparison, variant: Variant) -> str:
     difference = f"{mean} in {question.metric}"
     if effect.n < 2:
         why = "one pair of runs says nothing of the noise between seeds (train two more seeds of each)"
-        return f"{side} is not distinguishable from {baseline}: {difference}, and {why}"
+        return f"{side} is not distinguishable from {baseline}: {difference}, and {why}{_text_noise(variant)}"
     p = p_value(variant.adjusted_p)
     numbers_said = f"{difference}, 95 % interval {low} to {high}, p {p if p.startswith('<') else f'= {p}'}"
     numbers_said += f" by Holm over {len(comparison.variants)} variants" if len(comparison.variants) > 1 else ""
@@ -71,8 +71,8 @@ def _text_noise(variant: Variant) -> str:
     if variant.text_stderr is None:
         return ""
     inside = abs(variant.effect.mean) <= MOST_TEXT_ERRORS * variant.text_stderr
-    told = "which is within the noise of the held-out text" if inside else "more than the noise of the held-out text"
-    return f"; {told} (± {variant.text_stderr:.2g}, its windows' standard error)"
+    told = "within" if inside else "more than"
+    return f"; the difference is {told} the noise of the held-out text (standard error {variant.text_stderr:.2g} over its windows)"
 
 
 def heading(comparison: Comparison) -> str:

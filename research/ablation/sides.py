@@ -28,6 +28,7 @@ CONDITION = re.compile(r":(?=[A-Za-z_][\w.]*=)")
 """Between the place of a side and the settings of its runs. The colon of a path or of a text has no 'setting=' behind it."""
 MOST = 3
 """The most runs or values that one sentence names."""
+MOST_VALUE = 10**15
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,13 @@ def _read(folder: RunFolder) -> FinishedRun:
             fingerprint = manifest.facts.get("data")
             saved = sum(tensor.numel for tensor in manifest.tensors[WEIGHTS].values())
     experiment, known = serialization.load(folder.config), fingerprint if isinstance(fingerprint, str) else None
-    return FinishedRun(folder, experiment, list(metrics.read(folder.metrics)), run_record.read(folder), known, saved)
+    rows = [{key: value for key, value in row.items() if not _is_no_float(value)} for row in metrics.read(folder.metrics)]
+    return FinishedRun(folder, experiment, rows, run_record.read(folder), known, saved)
+
+
+def _is_no_float(value: Any) -> bool:
+    """Whether it is a whole number that only a stranger's row has: JSON's have any number of digits."""
+    return isinstance(value, int) and abs(value) >= MOST_VALUE
 
 
 def _with_settings(runs: Sequence[FinishedRun], wanted: dict[str, str], label: str) -> list[FinishedRun]:

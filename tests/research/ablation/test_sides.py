@@ -73,6 +73,12 @@ def test_runs_that_have_not_ended(runs: Path) -> None:
     assert f"{failed.title} has not finished" in sentence(lambda: find_side(f"{done.title},{failed.path}"))
 
 
+def test_a_strangers_rows(runs: Path) -> None:
+    run = write_run(runs, "gpt", 1, [3.0])
+    run.metrics.write_text(f'{{"val/loss": {10**400}, "progress/tokens": 7}}\n5\n{{"val/loss": "x"}}\n{{"val/loss": 2}}\n')
+    assert list(find_side("gpt").runs[1].rows) == [{"progress/tokens": 7}, {"val/loss": "x"}, {"val/loss": 2}]
+
+
 def test_what_is_no_run(runs: Path) -> None:
     assert "there is no run folder nothing" in sentence(lambda: find_side("nothing"))
     assert "names no run" in sentence(lambda: find_side(","))
