@@ -28,7 +28,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "research/cluster": set(),
     "research/data": set(),
     "research/config": {"research/cluster"},
-    "research/ablation": {"research/config", "research/tracking", "research/data", "research/cluster"},
     "research/generation": {"research/config", "research/data", "research/tracking"},
     "research/reliability": {"research/cluster", "research/tracking"},
     "research/evaluation": {"research/generation", "research/config", "research/data", "research/tracking", "research/cluster"},
