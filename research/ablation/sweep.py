@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel.errors import Mistake
 from parallel.files import write_json
 from research.ablation import trials as runs
 from research.ablation.trial_processes import Processes, free_port
@@ -134,6 +135,8 @@ class Sweep:
     def slurm(self, script: str, at_once: int) -> str:
         """A job script whose words have PLACE as a job array of all trials that are not done."""
         left = [state.trial for state in self.states if state.status != DONE]
+        if not left:
+            raise Mistake(f"all {len(self.states)} trials of the sweep are done → there is no job to submit; compare reads their runs")
         cases = []
         for index, trial in enumerate(left):
             cases.append(f"    {index}) trial=({shlex.join([*trial.arguments, *self._tracking(trial)])}) ;;")
@@ -150,7 +153,7 @@ class Sweep:
         parameters: dict[str, Any] = {name: {"values": list(values)} for name, values in factors}
         parameters[SEED] = {"values": list(dict.fromkeys(state.trial.seed for state in self.states))}
         track = self.states[0].trial.experiment.track
-        shared = [*settings, f"--track.group={self.loaded.name}-sweep-{self.id}", f"--track.tags=sweep:{self.id}"]
+        shared = [*settings, f"--track.group={self.loaded.name}-sweep-{self.id}", "--track.tags", *track.tags, f"sweep:{self.id}"]
         definition = {
             "name": f"{self.loaded.name}-sweep-{self.id}",
             "project": track.project,

@@ -11,13 +11,10 @@ from research.data import documents, splits, stores, token_store, tokenizer_file
 from research.data.documents import Spec, each, label
 from research.data.records import Cache, Progress, silent
 from research.data.run_tokenizer import load_tokenizer
-from research.data.sources import ONLY, DataSettings, own_held_out_texts, training_texts
+from research.data.sources import SHARED, DataSettings, own_held_out_texts, training_texts
 from research.data.text_stores import cache_folder, joined, opened, text_digest
 from research.data.token_store import TokenStore
 from research.data.tokenizer import TOKENS_PER_CHARACTER, Tokenizer, declared_vocab_size
-
-SHARED = ""
-"""The name of the held-out text that is not that of one of several sources."""
 
 
 class HeldOut(NamedTuple):
@@ -59,7 +56,7 @@ class Corpus:
         """The fingerprint that this corpus would have if these were all of its sources, in this order."""
         names = list(names)
         trained = [self.sources[name].facts["source_sha256"] for name in names]
-        held_out = [store.facts["source_sha256"] for name, store in self.held_out.items() if name in (SHARED, ONLY, *names)]
+        held_out = [store.facts["source_sha256"] for name, store in self.held_out.items() if name in (SHARED, *names)]
         if len(names) == 1:
             return joined(*trained, *held_out, self.tokenizer.fingerprint)
         return joined(str(len(names)), *names, *trained, *held_out, self.tokenizer.fingerprint)
@@ -79,9 +76,9 @@ def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress = s
         cache = Cache(folder, progress, believe_since_ns)
         train = {name: opened(text, root, tokenizer, cache) for name, text in training_texts(data.train).items()}
         if splits.is_split(data.validation):
-            parts = {name: _parts(store, data.validation, name) for name, store in train.items()}
+            parts = {name: _parts(store, data.validation) for name, store in train.items()}
             train = {name: first for name, (first, _, _) in parts.items()}
-            held_out = {SHARED if name == ONLY else name: second for name, (_, second, _) in parts.items()}
+            held_out = {name: second for name, (_, second, _) in parts.items()}
         else:
             texts = {SHARED: data.validation, **own_held_out_texts(data.train)}
             held_out = {name: opened(text, root, tokenizer, cache) for name, text in texts.items()}
@@ -92,9 +89,9 @@ def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress = s
     return Corpus(tokenizer, train, held_out)
 
 
-def _parts(store: TokenStore, spec: str, name: str) -> list[TokenStore]:
+def _parts(store: TokenStore, spec: str) -> list[TokenStore]:
     """The parts of a split, each with a source_sha256 of its own."""
-    parts = splits.split(store, spec, str(store.facts.get("source", name)))
+    parts = splits.split(store, spec, store.facts["source"])
     for part in parts:
         first, last = part.facts["first_document"], part.facts["first_document"] + part.num_documents
         words = [f"documents {first} to {last}"]
@@ -115,8 +112,7 @@ def held_out_stores(
     with cache_folder(data.cache, root) as folder:
         cache = Cache(folder, progress)
         if splits.is_split(spec):
-            sources = training_texts(data.train).items()
-            found = [_parts(opened(text, root, tokenizer, cache), spec, name)[1] for name, text in sources]
+            found = [_parts(opened(text, root, tokenizer, cache), spec)[1] for text in training_texts(data.train).values()]
         else:
             found = [opened(spec, root, tokenizer, cache)]
         return [stores.with_bytes(store, tokenizer, cache) for store in found] if counts_bytes else found
@@ -191,7 +187,7 @@ def refuse_same_text(data: DataSettings, corpus: Corpus) -> None:
         if same is None:
             continue
         held_out = f"data.validation = {data.validation!r}" if name == SHARED else f"the held-out text of {name!r}"
-        text = f"data.train = {label(training_texts(data.train)[same])!r}" if same == ONLY else f"the source {same!r} of data.train"
+        text = f"data.train = {label(training_texts(data.train)[same])!r}" if same == SHARED else f"the source {same!r} of data.train"
         raise Mistake(f"{held_out} has the same content as {text} → name a text that is not trained on")
 
 
@@ -200,7 +196,7 @@ def refuse_short_parts(data: DataSettings, corpus: Corpus, seq_length: int) -> N
     if not splits.is_split(data.validation):
         return
     for name, store in corpus.sources.items():
-        splits.refuse_short(data.validation, store, corpus.held_out[SHARED if name == ONLY else name], seq_length)
+        splits.refuse_short(data.validation, store, corpus.held_out[name], seq_length)
 
 
 def leading_bytes(store: TokenStore, tokenizer: Tokenizer, count: int) -> int:

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeGuard
 from research.data.blend import Stage
 from research.data.documents import Spec
 
-ONLY = "train"
-"""The name of the only source."""
+SHARED = ""
+"""The name of a training text that is no Source, and of the held-out text of data.validation. No Source can have it."""
 
 
 class Source(Protocol):
@@ -51,7 +51,7 @@ def are_sources(train: Spec | Sequence[Source]) -> TypeGuard[Sequence[Source]]:
 def training_texts(train: Spec | Sequence[Source]) -> dict[str, Spec]:
     """The text of each source, by its name, in the order of their first entries."""
     if not are_sources(train):
-        return {ONLY: train}  # type: ignore[dict-item]
+        return {SHARED: train}  # type: ignore[dict-item]
     return {source.name: source.path for source in train}
 
 
@@ -64,7 +64,7 @@ def own_held_out_texts(train: Spec | Sequence[Source]) -> dict[str, str]:
 def weights_in(train: Spec | Sequence[Source], step: int) -> dict[str, float]:
     """The weight of each source in a step: that of its entry with the latest from_step up to it, or 0."""
     if not are_sources(train):
-        return {ONLY: 1.0}
+        return {SHARED: 1.0}
     weights = dict.fromkeys(training_texts(train), 0.0)
     for source in sorted(train, key=attrgetter("from_step")):
         if source.from_step <= step:

@@ -28,8 +28,8 @@ from research.cluster.software import experiment_files
 from research.config import serialization
 from research.config.diff import flatten
 from research.config.experiment_folder import load_variants
-from research.data.prepare import SHARED, Corpus
-from research.data.sources import ONLY
+from research.data.prepare import Corpus
+from research.data.sources import SHARED
 from research.evaluation.in_training import PreparedTask
 from research.reliability.watchdog import Watchdog
 from research.tracking.console import Console
@@ -99,7 +99,7 @@ def data_claims(corpus: Corpus, tasks: Sequence[PreparedTask]) -> dict[str, str 
 
 
 def _named(setting: str, source: str) -> str:
-    return f"the text of {setting}" + (f", source {source!r}" if source not in (ONLY, SHARED) else "")
+    return f"the text of {setting}" + (f", source {source!r}" if source != SHARED else "")
 
 
 def refuse_data_that_differ(own: dict[str, str | None], grid: Grid) -> None:

@@ -10,7 +10,7 @@ import yaml
 from parallel.errors import Mistake
 from research import ROOT
 from research.ablation import trials
-from research.ablation.sweep import Sweep
+from research.ablation.sweep import DONE, Sweep
 from research.cli import sweep
 from research.config import overrides
 from research.config.experiment_folder import LoadedExperiment, load
@@ -132,3 +132,10 @@ def test_launches_at_the_same_time_share_no_port(loaded: LoadedExperiment, tmp_p
     commands = [planned.command(trial, jobs=4) for trial in found]
     assert len({tuple(command[1:3]) for command in commands}) == len(found) and all(command[1] == "--master_port" for command in commands)
     assert planned.command(found[0], jobs=1)[:3] == ["/bin/deepspeed", "--num_gpus", "2"]
+
+
+def test_an_array_without_a_trial_is_refused(loaded: LoadedExperiment, tmp_path: Path) -> None:
+    planned = Sweep(loaded, trials.trials(loaded, [], [7], ["--track.runs", str(tmp_path)], ROOT), ROOT, ["python"])
+    planned.states[0].status = DONE
+    with pytest.raises(Mistake, match="all 1 trials of the sweep are done → there is no job to submit"):
+        planned.slurm("", 1)

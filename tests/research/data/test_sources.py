@@ -96,6 +96,9 @@ def test_what_is_held_out_of_each_source(mixed, tmp_path, lines):
     split = prepare.load(mixed, tmp_path, 300)
     assert {name: store.num_documents for name, store in split.sources.items()} == {"one": 16, "two": 8}
     assert {name: store.num_documents for name, store in split.held_out.items()} == {"one": 4, "two": 2}
+    mixed.train[0].name = "train"  # as of train.txt: it is a source like any other
+    assert list(prepare.load(mixed, tmp_path, 300).held_out) == ["train", "two"]
+    mixed.train[0].name = "one"
     texts = prepare.held_out_texts(split, 20)
     assert [(text.source, text.tokens) for text in texts] == [("one", 20), ("two", 20)]
     found = prepare.held_out_stores(mixed, mixed.validation, tmp_path, split.tokenizer)
