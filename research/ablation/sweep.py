@@ -1,7 +1,6 @@
-"""Runs the trials of a sweep, k at a time, each at most once; and writes them as a job array for Slurm or as a sweep of W&B."""
+"""Runs the trials of a sweep, k at a time, each at most once; and gives their launches to Slurm's job arrays and W&B's agents."""
 
 import math
-import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,15 +22,6 @@ WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed"
 METRIC = "val/bits_per_byte"
 PORT_LAUNCHERS = ("deepspeed", "torchrun")
 """Launchers that take --master_port, which launches at the same time must not share."""
-ARRAY = """
-# One task of the array is one trial: these are its settings.
-case $SLURM_ARRAY_TASK_ID in
-{cases}
-esac
-"""
-SRUN = "# A rank that ends early"
-"""Where a script of research/cluster/slurm.py begins to launch."""
-PLACE = "TRIAL-SETTINGS"
 
 
 @dataclass
@@ -132,19 +122,12 @@ class Sweep:
         facts = {"status": state.status, "run": state.run and str(state.run.path), "code": state.code, "seconds": state.seconds}
         return {"settings": dict(trial.factors), "seed": trial.seed, "arguments": list(trial.arguments), **facts}
 
-    def slurm(self, script: str, at_once: int) -> str:
-        """A job script whose words have PLACE as a job array of all trials that are not done."""
+    def settings_left(self) -> list[list[str]]:
+        """What follows launch.py for each trial that is not done. A Mistake if all are."""
         left = [state.trial for state in self.states if state.status != DONE]
         if not left:
             raise Mistake(f"all {len(self.states)} trials of the sweep are done → there is no job to submit; compare reads their runs")
-        cases = []
-        for index, trial in enumerate(left):
-            cases.append(f"    {index}) trial=({shlex.join([*trial.arguments, *self._tracking(trial)])}) ;;")
-        head, body = script.split(SRUN, 1)
-        array = f"#SBATCH --array=0-{len(left) - 1}%{at_once}\n"
-        first = head.index("#SBATCH")
-        head = head[:first] + array + head[first:] + ARRAY.format(cases="\n".join(cases)).lstrip("\n") + "\n"
-        return head + SRUN + body.replace(PLACE, '"${trial[@]}"')
+        return [[*trial.arguments, *self._tracking(trial)] for trial in left]
 
     def wandb(self, factors: Sequence[Factor], program: str, settings: Sequence[str]) -> str:
         """The definition of the same sweep for `wandb sweep`, whose agents call the same launch line."""

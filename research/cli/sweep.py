@@ -8,7 +8,7 @@ from pathlib import Path
 from parallel.files import read_json
 from research import ROOT
 from research.ablation import sweep, trials
-from research.ablation.sweep import DONE, FAILED, PLACE, RUNNING, State, Sweep
+from research.ablation.sweep import DONE, FAILED, RUNNING, State, Sweep
 from research.cli.cluster import LAUNCHERS, checked_job
 from research.cli.json_output import add_json_option, print_json
 from research.cli.supervise import launcher_command
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         print(planned.wandb(factors, str(shown), settings), end="")
         return
     if arguments.emit == "slurm":
-        print(planned.slurm(_slurm_script(planned, arguments), arguments.jobs), end="")
+        print(_slurm_script(planned, arguments), end="")
         return
     raise SystemExit(_run(planned, trials.describe(loaded, factors, seeds, len(found)), arguments.jobs, arguments.json))
 
@@ -134,7 +134,7 @@ def _short(path: Path) -> str:
 
 
 def _slurm_script(planned: Sweep, arguments: argparse.Namespace) -> str:
-    """The job script of one trial, with PLACE for its settings, after the checks that a launch with so many ranks would make."""
+    """The job array of the trials that are not done, after the checks that a launch with so many ranks would make."""
     loaded = planned.loaded
     for state in planned.states:
         job = checked_job(loaded, state.trial.arguments, LAUNCHERS["slurm"], arguments.nodes, arguments.gpus)
@@ -145,7 +145,7 @@ def _slurm_script(planned: Sweep, arguments: argparse.Namespace) -> str:
             name=loaded.name,
             root=ROOT,
             runs=Path(job.experiment.track.runs),
-            words=[_short(loaded.folder / "launch.py"), PLACE, "--resume", AUTO],
+            words=[_short(loaded.folder / "launch.py"), "--resume", AUTO],
             described=[f"{label:<9}{text}" for label, text in describe(job) if label in ("layout", "batch", "model")],
             nodes=arguments.nodes,
             ranks_per_node=arguments.gpus,
@@ -157,5 +157,7 @@ def _slurm_script(planned: Sweep, arguments: argparse.Namespace) -> str:
             partition=arguments.partition,
             account=arguments.account,
             options=arguments.sbatch,
+            trials=planned.settings_left(),
+            at_once=arguments.jobs,
         )
     )

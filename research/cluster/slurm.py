@@ -20,10 +20,16 @@ HEAD = """#!/bin/bash
 # Submit it on a login node: sbatch THIS_FILE. The checkout, the virtual environment, the data and the runs folder must be at the same paths
 # on all nodes. sbatch hands its own environment on to the job, WANDB_* and NCCL_* included. Only rank 0, on the first node, talks to W&B.
 """
+ARRAY = """
+# One task of the array is one trial: these are its settings.
+case $SLURM_ARRAY_TASK_ID in
+{cases}
+esac
+"""
 BODY = """
 {activate}
 {threads}
-
+{array}
 # A rank that ends early must not take the others along: rank 0 may still be writing the checkpoint. Ranks notice when one has failed.
 code=0
 srun --kill-on-bad-exit=0 --wait=0 {python} \\
@@ -87,6 +93,10 @@ class SlurmJob:
     """Requeues without a newer checkpoint after which the job ends."""
     options: Sequence[str] = ()
     """More options of sbatch, such as --constraint=a100."""
+    trials: Sequence[Sequence[str]] = ()
+    """The settings of each task of a job array, which follow `words`; none: the job is no array."""
+    at_once: int = 1
+    """How many tasks of the array run at the same time."""
 
 
 def script(job: SlurmJob) -> str:
@@ -96,11 +106,13 @@ def script(job: SlurmJob) -> str:
     threads = "# Each rank computes with OMP_NUM_THREADS threads, and where that is not set, with its share of the cores that it may use."
     if job.cpus:
         threads = f"export OMP_NUM_THREADS={job.cpus} SRUN_CPUS_PER_TASK={job.cpus}  # srun does not take --cpus-per-task from sbatch"
+    cases = "\n".join(f"    {task}) trial=({shlex.join(settings)}) ;;" for task, settings in enumerate(job.trials))
     body = BODY.format(
         activate=job.activate or "# The Python below needs no activation.",
         threads=threads,
         python=shlex.quote(job.python),
-        command=shlex.join(job.words),
+        array=ARRAY.format(cases=cases) if job.trials else "",
+        command=shlex.join(job.words) + (' "${trial[@]}"' if job.trials else ""),
         name=job.name,
         runs=shlex.quote(str(job.runs)),
         requeues=job.requeues,
@@ -112,6 +124,7 @@ def script(job: SlurmJob) -> str:
 def _options(job: SlurmJob) -> list[str]:
     """The options of sbatch, one a line."""
     options = [f"--job-name={shlex.quote(job.job_name)}", f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks_per_node}"]
+    options += [f"--array=0-{len(job.trials) - 1}%{job.at_once}"] if job.trials else []
     options += [f"--gpus-per-node={job.ranks_per_node}"] if job.gpus else []
     options += [f"--cpus-per-task={job.cpus}"] if job.cpus else []
     for name, value in (("time", job.time), ("partition", job.partition), ("account", job.account)):

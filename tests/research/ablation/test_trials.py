@@ -109,7 +109,7 @@ def test_each_task_of_the_job_array_is_one_trial(capsys: pytest.CaptureFixture, 
         ["experiments/gpt_sotu", "--seeds", "2", "--grid", "optimizer.lr=1e-3,3e-4", *emit, "--", *SHARED, "--track.runs", str(tmp_path)]
     )
     script = capsys.readouterr().out
-    assert "#SBATCH --array=0-3%3\n" in script and "--ntasks-per-node=2" in script and "TRIAL" not in script
+    assert "#SBATCH --array=0-3%3\n" in script and "--ntasks-per-node=2" in script
     (tmp_path / "job.sh").write_text(script)
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/bash\nprintf "%q " "$@"\n')
@@ -121,7 +121,7 @@ def test_each_task_of_the_job_array_is_one_trial(capsys: pytest.CaptureFixture, 
             subprocess.run(["bash", tmp_path / "job.sh"], env=environment, capture_output=True, text=True, check=True).stdout
         )
         settings = words[words.index("experiments/gpt_sotu/launch.py") + 1 :]
-        assert settings[-2:] == ["--resume", "auto"]
+        assert settings[:2] == ["--resume", "auto"]
         told.add(launches(settings))
     assert told == {(lr, seed) for lr in (1e-3, 3e-4) for seed in (1, 2)}
 
@@ -138,4 +138,4 @@ def test_an_array_without_a_trial_is_refused(loaded: LoadedExperiment, tmp_path:
     planned = Sweep(loaded, trials.trials(loaded, [], [7], ["--track.runs", str(tmp_path)], ROOT), ROOT, ["python"])
     planned.states[0].status = DONE
     with pytest.raises(Mistake, match="all 1 trials of the sweep are done → there is no job to submit"):
-        planned.slurm("", 1)
+        planned.settings_left()
