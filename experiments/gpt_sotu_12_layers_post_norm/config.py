@@ -1,4 +1,4 @@
-"""A 3.4 M-parameter GPT on the State of the Union addresses. Two CPU cores, about three minutes."""
+"""gpt_sotu_12_layers with the norms behind the residual additions, as in BERT (arXiv:1909.08053, figure 7a)."""
 
 from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, Schedule, Track
 

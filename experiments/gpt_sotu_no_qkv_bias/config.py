@@ -1,4 +1,4 @@
-"""A 3.4 M-parameter GPT on the State of the Union addresses. Two CPU cores, about three minutes."""
+"""gpt_sotu without the biases of queries, keys and values."""
 
 from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, Schedule, Track
 

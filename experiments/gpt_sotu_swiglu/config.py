@@ -1,4 +1,4 @@
-"""A 3.4 M-parameter GPT on the State of the Union addresses. Two CPU cores, about three minutes."""
+"""gpt_sotu with SwiGLU (arXiv:2002.05202), whose two thirds of the width keep the number of parameters."""
 
 from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, Schedule, Track
 

@@ -15,10 +15,11 @@ from parallel.errors import Mistake, listed, listed_up_to, nearest
 from parallel.regular_files import read_regular
 from research.ablation import statistics
 from research.ablation.comparable import refuse_incomparable
-from research.ablation.sides import MOST, FinishedRun, Side
+from research.ablation.sides import FLOPS, MOST, FinishedRun, Side
 from research.ablation.statistics import Effect, Verdict
 from research.config.diff import PLUMBING, Change, belongs, diff
 from research.config.experiment_folder import VARIANTS, variant_names
+from research.tracking import format as fmt
 from research.tracking.format import plural
 from research.tracking.plot import X_AXES, XAxis, keys_of, points
 
@@ -26,6 +27,8 @@ METRIC = "val/bits_per_byte"
 LOWER = ("loss", "ppl", "perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity", "step_ms", "data_ms", "memory_mb", "host_mb")
 HIGHER = ("accuracy", "acc", "acc_norm", "exact_match", "f1", "mcc", "bleu", "chrf", "tokens_per_second", "mfu")
 FINAL, BEST = "final", "best"
+AXES = X_AXES | {"flops": XAxis(FLOPS, "model FLOPs of training", fmt.flops)}
+"""What runs can have spent equally."""
 LARGEST_VARIANT = 2**20
 """The most bytes of a variant.py that is compared."""
 
@@ -36,7 +39,7 @@ class Question:
 
     metric: str = METRIC
     at: str = "tokens"
-    """The axis on which runs are brought to the same place: a key of X_AXES."""
+    """The axis on which runs are brought to the same place: a key of AXES."""
     value: str = FINAL
     """FINAL, the value at the place where the shortest run ends, or BEST, the best value up to there."""
     better: str | None = None
@@ -47,7 +50,7 @@ class Question:
     @property
     def axis(self) -> XAxis:
         """The axis of `at`."""
-        return X_AXES[self.at]
+        return AXES[self.at]
 
     @property
     def higher_is_better(self) -> bool:
@@ -130,6 +133,7 @@ def compare(sides: Sequence[Side], question: Question) -> Comparison:
     runs = [run for side in sides for run in side.runs.values()]
     for run in runs:
         _refuse_missing_metric(run, question.metric)
+        _refuse_uncounted(run, question.at)
     higher = question.higher_is_better
     for run in runs:
         refuse_incomparable(baseline.first, run, question.metric)
@@ -173,6 +177,14 @@ def _refuse_missing_metric(run: FinishedRun, metric: str) -> None:
         near = nearest(metric, there)
         way_out = f"did you mean {near}?" if near else f"use {listed_up_to(there, 8)}" if there else "name runs that have logged a step"
         raise Mistake(f"{run.folder.title} has no row with {metric} → {way_out}")
+
+
+def _refuse_uncounted(run: FinishedRun, at: str) -> None:
+    if at == "flops" and run.flops is None:
+        raise Mistake(
+            f"--at flops: no formula counts the FLOPs of {run.folder.title}, which has a class of variant.py or a schedule.length_ramp "
+            "→ use tokens, steps or seconds"
+        )
 
 
 def _shared_seeds(baseline: Side, side: Side) -> tuple[int, ...]:
@@ -249,6 +261,12 @@ def _warnings(baseline: Side, side: Side, at: str) -> Iterator[str]:
     elif counts[0] != counts[1] and counts[0] and counts[1]:
         percent = 100 * (counts[1] - counts[0]) / counts[0]
         yield f"{side.label} has {counts[1]:,} parameters, {baseline.label} {counts[0]:,} ({percent:+.2f} %)"
+    counts = [run.flops for run in (a, b)]
+    if None in counts and a.experiment.model != b.experiment.model:
+        yield f"whether {side.label} takes as many FLOPs as {baseline.label} is not known: a class of variant.py is counted by no formula"
+    elif counts[0] != counts[1] and counts[0] and counts[1]:
+        percent = 100 * (counts[1] - counts[0]) / counts[0]
+        yield f"{side.label} is trained with {fmt.flops(counts[1])} FLOPs, {baseline.label} with {fmt.flops(counts[0])} ({percent:+.2f} %)"
     for what, key in (("trains on", "progress/tokens"), ("takes", "progress/step")):
         last = [max(points(run.rows, key, key)[0], default=0) for run in (a, b)]
         if last[0] != last[1]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from models.estimates.flops import training_flops
 from models.estimates.parameters import parameters
 from parallel.checkpoint.damage import read_manifest
 from parallel.checkpoint.folder import newest_complete
@@ -29,6 +30,7 @@ CONDITION = re.compile(r":(?=[A-Za-z_][\w.]*=)")
 MOST = 3
 """The most runs or values that one sentence names."""
 MOST_VALUE = 10**15
+TOKENS, FLOPS = "progress/tokens", "progress/flops"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class FinishedRun:
     def parameters(self) -> int | None:
         """Unique parameters; None if there is no checkpoint, and no formula counts a class of variant.py."""
         return self.saved_parameters or parameters(self.experiment.model)
+
+    @property
+    def flops(self) -> float | None:
+        """Model FLOPs of the whole training; None if no formula counts them, or nothing was logged."""
+        return max((row[FLOPS] for row in self.rows if FLOPS in row), default=None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -153,7 +160,15 @@ def _read(folder: RunFolder) -> FinishedRun:
             saved = sum(tensor.numel for tensor in manifest.tensors[WEIGHTS].values())
     experiment, known = serialization.load(folder.config), fingerprint if isinstance(fingerprint, str) else None
     rows = [{key: value for key, value in row.items() if not _is_no_float(value)} for row in metrics.read(folder.metrics)]
+    per_token = _flops_per_token(experiment)
+    if per_token is not None:
+        rows = [row | {FLOPS: float(row[TOKENS] * per_token)} if isinstance(row.get(TOKENS), (int, float)) else row for row in rows]
     return FinishedRun(folder, experiment, rows, run_record.read(folder), known, saved)
+
+
+def _flops_per_token(experiment: Experiment) -> int | None:
+    """Model FLOPs of training on one token; None if no formula counts them, or if the length of the sequences rises during the run."""
+    return None if experiment.schedule.length_ramp else training_flops(experiment.model)
 
 
 def _is_no_float(value: Any) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from parallel.errors import Mistake
 from parallel.files import published
 from research.ablation import figures, report
-from research.ablation.comparison import BEST, FINAL, METRIC, Comparison, Question, compare
-from research.ablation.equal_size import proposal
+from research.ablation.comparison import AXES, BEST, FINAL, METRIC, Comparison, Question, compare
+from research.ablation.equal_size import SIZES, proposal
 from research.ablation.sides import find_sides
 from research.cli.compare_windows import with_text_noise
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
@@ -20,13 +20,12 @@ from research.tracking import plot
 from research.tracking.console import Console, show_tables
 from research.tracking.format import short_path
 from research.tracking.metrics import finite
-from research.tracking.plot import DARK, LIGHT, X_AXES
+from research.tracking.plot import DARK, LIGHT
 
 WHAT = """Compares the finished runs of experiments, seed by seed, with those of the first one. Says for each whether it is better, worse or
 not distinguishable at this budget, and writes a report, tables and pictures. A side is an experiment's name or folder, the folder of its
 runs, or runs one by one with commas between them; gpt_sotu:optimizer.lr=0.001 keeps the runs with this setting. docs/comparing.md says
 how it is decided."""
-FLOPS = "flops"
 
 
 def main(argv: list[str]) -> None:
@@ -34,11 +33,11 @@ def main(argv: list[str]) -> None:
     parser = Parser("compare", WHAT)
     parser.add_argument("sides", nargs="+", metavar="SIDE", help="the baseline, and one variant or more")
     parser.add_argument("--metric", default=METRIC, help=f"a key of metrics.jsonl (default: {METRIC})")
-    parser.add_argument("--at", choices=(*X_AXES, FLOPS), default="tokens", help="what the runs have spent equally (default: tokens)")
+    parser.add_argument("--at", choices=tuple(AXES), default="tokens", help="what the runs have spent equally (default: tokens)")
     parser.add_argument("--value", choices=(FINAL, BEST), default=FINAL, help="the value that is tested (default: final)")
     parser.add_argument("--better", choices=("lower", "higher"), help="which values of the metric are better, if its name does not say so")
     parser.add_argument("--smallest", type=_positive, metavar="D", help="propose seeds for an effect of D (default: for the observed one)")
-    parser.add_argument("--iso", choices=("params", FLOPS), help="propose a size of each variant with as many parameters as the baseline")
+    parser.add_argument("--iso", choices=tuple(SIZES), help="propose a size of each variant that equals the baseline in this")
     parser.add_argument("--windows", action="store_true", help="score the held-out text with every run's checkpoint, for its own noise")
     add_trust_option(parser)
     parser.add_argument("--out", type=Path, default=Path("compare"), metavar="FOLDER", help="where the files go (default: compare)")
@@ -48,13 +47,10 @@ def main(argv: list[str]) -> None:
     )
     add_json_option(parser, "the comparison")
     arguments = parser.parse_args(argv)
-    for option, instead in (("at", "tokens, steps or seconds"), ("iso", "--iso params")):
-        if getattr(arguments, option) == FLOPS:
-            raise Mistake(f"--{option} flops: no formula counts the FLOPs of a model yet → use {instead}")
     question = Question(arguments.metric, arguments.at, arguments.value, arguments.better, arguments.smallest)
 
     comparison = compare(find_sides(arguments.sides), question)
-    proposals = [proposal(comparison.baseline, variant.side) for variant in comparison.variants if arguments.iso]
+    proposals = [proposal(comparison.baseline, variant.side, arguments.iso) for variant in comparison.variants if arguments.iso]
     if arguments.windows:
         comparison = with_text_noise(comparison, arguments)
     with only_json_on_stdout(arguments.json):

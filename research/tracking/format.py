@@ -34,6 +34,11 @@ def count(n: float) -> str:
     return f"{n / 1000:.2f} k" if n < 9_995 else f"{n / 1000:.0f} k"
 
 
+def flops(n: float) -> str:
+    """Floating-point operations to three figures, as in 1.13e13."""
+    return f"{n:.2e}".replace("e+", "e") if n else "0"
+
+
 def plural(n: int, noun: str) -> str:
     """'1 rank', '2 ranks', '1,000 ranks'."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"

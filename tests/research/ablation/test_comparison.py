@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from models.estimates.flops import training_flops
+from parallel.errors import Mistake
 from research.ablation.comparison import BEST, Comparison, Question, _warnings_of_changes, compare
 from research.ablation.sides import find_sides
 from research.ablation.statistics import Verdict
 from research.config import Data, Evaluate, Source
 from tests.research.ablation.helpers.finished_runs import NUM_BYTES, NUM_TOKENS, TOKENS_PER_STEP, write_run
-from tests.research.helpers.example import sentence
+from tests.research.helpers.example import example, sentence
 
 stats = pytest.importorskip("scipy.stats", reason="scipy is in requirements-dev.txt")
 BITS = NUM_TOKENS / math.log(2) / NUM_BYTES
@@ -180,3 +182,28 @@ def test_equal_fingerprints_are_one_text_whatever_its_name(runs: Path) -> None:
         data = Data(train=f"{place}/t.txt", validation=f"{place}/v.txt", tokenizer="builtin:bpe-300")
         write(runs, name, A, fingerprint="a" * 64, data=data)
     assert compared("a", "b", metric="val/loss").variants[0].effect.mean == 0.0
+
+
+def test_flops_are_an_axis_and_a_warning(runs: Path) -> None:
+    """The larger model is compared where the smaller one ends, with as many FLOPs; its tokens are then fewer."""
+    write(runs, "a", A)
+    deep = {"num_layers": 8}
+    for seed in A:
+        write_run(runs, "b", seed, [4.0, 3.0], model=deep)
+    ratio = training_flops(example(model=deep).model) / training_flops(example().model)
+    comparison = compared("a", "b", at="flops")
+    tokens = 200 * TOKENS_PER_STEP
+    assert comparison.place == tokens * training_flops(example().model) and comparison.cut == ("b",)
+    place = 1 / ratio  # of b's tokens; its rows are at 0.5 and 1
+    assert comparison.values["b"][1].final == pytest.approx((4.0 - (place - 0.5) / 0.5) * BITS)
+    percent = f"({100 * (ratio - 1):+.2f} %)"
+    assert any(warning.endswith(percent) and "FLOPs" in warning for warning in comparison.variants[0].warnings)
+
+
+def test_flops_that_nothing_counts_are_refused_or_said(runs: Path) -> None:
+    write(runs, "a", A)
+    write(runs, "ramp", A, schedule={"length_ramp": (32, 32, 100)})
+    with pytest.raises(Mistake, match="no formula counts the FLOPs of ramp-"):
+        compared("a", "ramp", at="flops")
+    write(runs, "gated", A, model={"mlp": "swiglu"})
+    assert compared("a", "gated").variants[0].side.first.flops is not None

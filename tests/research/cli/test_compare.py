@@ -96,11 +96,10 @@ def test_mistakes_are_sentences(runs: Path) -> None:
     (source / "variant.py").write_text("class DyT: ...\n")
     for argv, message in (
         (["gpt"], "compare needs two sides or more → "),
-        (["gpt", "gpt_rmsnorm", "--at", "flops"], "--at flops: no formula counts the FLOPs of a model yet → use tokens, steps or seconds"),
-        (["gpt", "gpt_rmsnorm", "--iso", "flops"], "--iso flops: no formula counts the FLOPs of a model yet → use --iso params"),
+        (["gpt", "dyt", "--at", "flops"], "--at flops: no formula counts the FLOPs of dyt-.*, which has a class of variant.py or a "),
         (
-            ["gpt", "dyt", "--iso", "params"],
-            "--iso params: no model.ffn_size gives dyt as many parameters as gpt, or a class",
+            ["gpt", "dyt", "--iso", "flops"],
+            "--iso flops: no model.ffn_size gives dyt as many FLOPs per token as gpt, or a class",
         ),
         (["gpt", "gpt_rmsnorm", "--metric", "train/loss", "--windows"], "--windows is about the held-out text, and train/loss is not → "),
         (["gpt", "gpt_rmsnorm", "--value", "best", "--windows"], "--windows scores the checkpoints of the ends of the runs, and other"),
