@@ -3,7 +3,7 @@
 from research.config import GPT, Data, Experiment, Optimizer, Parallel, Sample, Schedule, Track
 
 config = Experiment(
-    question="Does layer normalisation behind each residual addition train 12 layers as well as in front of each sublayer (arXiv:1909.08053, figure 7)?",
+    question="Do norms behind the residual additions train 12 layers as well as norms in front (arXiv:1909.08053, figure 7)?",
     parent="gpt_sotu_12_layers",
     changes=("model.residual",),
     model=GPT(

@@ -261,12 +261,12 @@ def _warnings(baseline: Side, side: Side, at: str) -> Iterator[str]:
     elif counts[0] != counts[1] and counts[0] and counts[1]:
         percent = 100 * (counts[1] - counts[0]) / counts[0]
         yield f"{side.label} has {counts[1]:,} parameters, {baseline.label} {counts[0]:,} ({percent:+.2f} %)"
-    counts = [run.flops for run in (a, b)]
-    if None in counts and a.experiment.model != b.experiment.model:
+    flops = [run.flops for run in (a, b)]
+    if None in flops and a.experiment.model != b.experiment.model:
         yield f"whether {side.label} takes as many FLOPs as {baseline.label} is not known: a class of variant.py is counted by no formula"
-    elif counts[0] != counts[1] and counts[0] and counts[1]:
-        percent = 100 * (counts[1] - counts[0]) / counts[0]
-        yield f"{side.label} is trained with {fmt.flops(counts[1])} FLOPs, {baseline.label} with {fmt.flops(counts[0])} ({percent:+.2f} %)"
+    elif flops[0] != flops[1] and flops[0] and flops[1]:
+        percent = 100 * (flops[1] - flops[0]) / flops[0]
+        yield f"{side.label} is trained with {fmt.flops(flops[1])} FLOPs, {baseline.label} with {fmt.flops(flops[0])} ({percent:+.2f} %)"
     for what, key in (("trains on", "progress/tokens"), ("takes", "progress/step")):
         last = [max(points(run.rows, key, key)[0], default=0) for run in (a, b)]
         if last[0] != last[1]:

@@ -7,22 +7,24 @@ from pathlib import Path
 
 from parallel.errors import Mistake
 from research import ROOT
+from research.ablation import results
 from research.ablation.lineage import Family, Member, differences, differences_from
 from research.config import serialization
 from research.config.diff import Change
-from research.config.experiment_folder import VARIANTS
+from research.config.experiment_folder import RESULTS, VARIANTS
 from research.tracking import format as fmt
 from research.tracking import metrics, run_folder
 from research.tracking.run_folder import RunFolder
 
 SAME = "nothing that affects results"
 BITS, STEP = "val/bits_per_byte", "progress/step"
-RESULTS = "\n## Results\n"
+BEST = "\n## Results\n"
 """What heads the part of experiments/README.md that depends on the runs of this machine."""
 HEAD = """# Experiments
 
 `python -m research tree --markdown` writes this file: do not edit it. [docs/ablations.md](../docs/ablations.md) says how an experiment is
-forked and what is said of it here: the settings in which it differs from the one above it, and the question that it answers.
+forked and what is said of it here: the settings in which it differs from the one above it, the question that it answers, and the answer
+that `python -m research ablate` has found, if there is one.
 
 """
 
@@ -50,6 +52,8 @@ class Tree:
     changes: list[Change] | None
     """What differs from its parent and affects results; None if it begins a tree."""
     result: Result | None
+    ablation: results.Result | None
+    """The comparison with its parent that is kept in its folder."""
     forks: "list[Tree]"
 
 
@@ -64,7 +68,8 @@ def forest(family: Family, names: list[str] | None = None, root: Path = ROOT, wi
         both = parent is not None and parent.experiment is not None and member.experiment is not None
         changes = differences_from(parent, member) if both and parent is not None else None
         forks = [tree(other) for other in members if other in left and _parent(members[other]) == name]
-        return Tree(member, changes, result_of(member, root) if with_results else None, forks)
+        ablation = results.read(parent, member) if changes is not None and parent is not None else None
+        return Tree(member, changes, result_of(member, root) if with_results else None, ablation, forks)
 
     trees = [tree(name) for name in members if _parent(members[name]) not in members and name in left]
     return trees + [tree(name) for name in members if name in left]  # parents in a circle
@@ -138,11 +143,13 @@ def markdown(trees: list[Tree]) -> str:
             said = _escaped(" ".join(member.experiment.question.split()))
         same = SAME if tree.changes == [] else ""
         parts = [f"[{member.name}]({member.name}/)", *filter(None, [changed or same]), said]
+        if tree.ablation is not None:
+            parts.append(f"[{_escaped(tree.ablation.description)}]({member.name}/{RESULTS}/compare.md)")
         lines.append(f"{'  ' * depth}- {' · '.join(parts)}\n")
     text = HEAD + "".join(lines)
     if results := [(tree.member.name, found) for _, tree in walk(trees) if (found := tree.result) is not None and found.runs]:
         rows = [f"| {name} | {fmt.loss(found.bits_per_byte)} | {found.step} | {found.runs} |\n" for name, found in results]
-        text += f"{RESULTS}\n| experiment | best bits per byte | at step | runs |\n|---|---|---|---|\n{''.join(rows)}"
+        text += f"{BEST}\n| experiment | best bits per byte | at step | runs |\n|---|---|---|---|\n{''.join(rows)}"
     return text
 
 

@@ -18,7 +18,7 @@ from research.ablation.source_edit import WAY_OUT, with_settings
 from research.ablation.source_text import decoded, encoded
 from research.config import Experiment
 from research.config.diff import MOST, PLUMBING, Change, belongs, describe_changes, diff
-from research.config.experiment_folder import CONFIG, LAUNCHER, load
+from research.config.experiment_folder import CONFIG, LAUNCHER, RESULTS, load
 from research.config.overrides import read_settings, replaced
 from research.data import tokenizer, tokenizer_file
 from research.data.splits import SPLIT, is_split
@@ -28,7 +28,7 @@ from research.tracking.format import short_path
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 SET_BY_FORK = ("parent", "changes")
-LEFT_OUT = ("runs", "wandb", "checkpoints", "corpora", "__pycache__")
+LEFT_OUT = (RESULTS, "runs", "wandb", "checkpoints", "corpora", "__pycache__")
 """Folders of an experiment that are not part of it; nor are hidden ones."""
 UNFINISHED = ("*.pyc", "*~", "*.tmp", "*.swp", ".*")
 HELD_OUT = f"{SPLIT}0.05"

@@ -107,7 +107,7 @@ def find_side(word: str, runs: Path = Path("runs")) -> Side:
                     raise Mistake(f"{folder.title} {problem} → only finished runs are compared: resume it, or name others")
                 left_out.append(f"{folder.title} {problem}")
             else:
-                found.append(_read(folder))
+                found.append(read_finished(folder))
     if not names:
         raise Mistake(f"{word!r:.100} names no run → name an experiment's folder, or a run: runs/NAME/ID")
     label = ", ".join(dict.fromkeys(names))
@@ -151,7 +151,8 @@ def _unfinished(folder: RunFolder) -> str:
     return f"has not finished: it is {status}{reason} at step {last} of {run.get('steps') or '?'}"
 
 
-def _read(folder: RunFolder) -> FinishedRun:
+def read_finished(folder: RunFolder) -> FinishedRun:
+    """A run that has finished, read from its folder."""
     fingerprint = saved = None
     if checkpoint := newest_complete(folder.checkpoints):
         with contextlib.suppress(Mistake):  # damaged, or of another version

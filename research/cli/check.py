@@ -1,6 +1,6 @@
 """`python -m research check [FOLDERS]`: does each experiment load, divide, and differ from its parent in what it declares? No torch."""
 
-from research.ablation import lineage
+from research.ablation import lineage, results
 from research.ablation.lineage import Family, Member
 from research.cli.verbs import Parser
 from research.config.diff import describe_changes
@@ -9,7 +9,8 @@ from research.tracking.format import plural
 
 WHAT = """Loads experiments and compares each with its parent: the settings that affect results, and variant.py, must differ in exactly
 what `changes` declares. Settings that affect no result, such as the layout or what is logged, may differ freely. An experiment must also
-fit the smallest number of ranks of its own layout. Prints a line for each; the exit code is 1 if something is wrong."""
+fit the smallest number of ranks of its own layout, and its results/ must be of the settings that it and its parent have. Prints a line for
+each; the exit code is 1 if something is wrong."""
 OK, WRONG = "ok", "wrong"
 
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> None:
     console, wrong = Console(), 0
     for family, name in asked:
         member = family.member(name)
-        found = lineage.problems(member, family)
+        found = lineage.problems(member, family) or results.problems(member, family)
         console.header([(WRONG, sentence) for sentence in found] or [(OK, line(member, family))])
         wrong += bool(found)
     if wrong:

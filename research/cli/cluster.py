@@ -86,9 +86,7 @@ def checked_job(loaded: LoadedExperiment, settings: Sequence[str], launcher: Lau
 
 
 def _parser() -> Parser:
-    parser = Parser("cluster", WHAT)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLE
+    parser = Parser("cluster", WHAT, EXAMPLE)
     parser.add_argument("experiment", help="an experiment's folder")
     kind = parser.add_mutually_exclusive_group(required=True)
     for name, text in SCRIPTS.items():

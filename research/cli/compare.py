@@ -2,7 +2,7 @@
 
 import math
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from parallel.errors import Mistake
@@ -84,8 +84,8 @@ def show(comparison: Comparison) -> None:
     console.header([("verdict", report.sentence(comparison, variant)) for variant in comparison.variants])
 
 
-def write(comparison: Comparison, out: Path) -> None:
-    """The report, the tables and the pictures, each of which appears whole."""
+def write(comparison: Comparison, out: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
+    """The report, the tables and the pictures in these formats, each of which appears whole."""
     texts: dict[str, Callable[[Comparison], str]] = {
         "compare.md": report.markdown,
         "differences.csv": report.differences_csv,
@@ -100,11 +100,12 @@ def write(comparison: Comparison, out: Path) -> None:
         for name, draw in pictures.items():
             for theme, colours in (("light", LIGHT), ("dark", DARK)):
                 figure = draw(comparison, colours)
-                for kind in ("png", "svg"):
+                for kind in kinds:
                     plot.save(figure, out / f"{name}_{theme}.{kind}")
     except OSError as error:
-        raise Mistake(f"--out {out} cannot be written ({error.strerror}) → name a folder that you may write") from None
-    written = [*texts, *(f"{name}_{{light,dark}}.{{png,svg}}" for name in pictures)]
+        raise Mistake(f"{out} cannot be written ({error.strerror}) → name a folder that you may write") from None
+    endings = kinds[0] if len(kinds) == 1 else f"{{{','.join(kinds)}}}"
+    written = [*texts, *(f"{name}_{{light,dark}}.{endings}" for name in pictures)]
     Console().header([("written", f"{short_path(out)}/ · {' · '.join(written)}")])
 
 

@@ -56,13 +56,16 @@ def main(argv: list[str]) -> None:
     if arguments.emit == "slurm":
         print(_slurm_script(planned, arguments), end="")
         return
-    raise SystemExit(_run(planned, trials.describe(loaded, factors, seeds, len(found)), arguments.jobs, arguments.json))
+    console = Console(sys.stderr) if arguments.json else Console()
+    described, to_logs = trials.describe(loaded, factors, seeds, len(found)), arguments.jobs > 1 or arguments.json
+    code = run(planned, described, arguments.jobs, to_logs, console)
+    if arguments.json:
+        print_json(read_json(planned.file))
+    raise SystemExit(code)
 
 
 def _parser() -> Parser:
-    parser = Parser("sweep", WHAT)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLE
+    parser = Parser("sweep", WHAT, EXAMPLE)
     parser.add_argument("experiment", help="an experiment's folder; settings that all trials share follow after --")
     parser.add_argument("--seeds", required=True, metavar="N|A,B", help="how many seeds, from the experiment's own on, or which")
     parser.add_argument(
@@ -87,15 +90,17 @@ def _parser() -> Parser:
     return parser
 
 
-def _run(planned: Sweep, described: str, jobs: int, as_json: bool) -> int:
-    """Runs what is left under the sweep's lock, and prints the trials and their means. Returns the exit code."""
-    console = Console(sys.stderr) if as_json else Console()
+def run(planned: Sweep, described: str, jobs: int, to_logs: bool, console: Console) -> int:
+    """Runs what is left under the sweep's lock, and prints the trials and their means. Returns the exit code.
+
+    `to_logs`: what launches print goes to a file for each trial.
+    """
     lock = take(planned.lock, f"the sweep {planned.id} of {planned.loaded.name}", "sweep", temporary=True)
     try:
         done = sum(state.status == DONE for state in planned.states)
         state_line = f"{done} of {len(planned.states)} are done · {_short(planned.file)}"
         console.header([("", f"sweep {planned.id} of {described}"), ("state", state_line)])
-        stopped = planned.run(jobs, jobs > 1 or as_json, lambda state: console.header([_line(state, len(planned.states))]))
+        stopped = planned.run(jobs, to_logs, lambda state: console.header([_line(state, len(planned.states))]))
     finally:
         lock.release()
     for label, runs, mean, spread in sweep.summary(planned.states):
@@ -105,8 +110,6 @@ def _run(planned: Sweep, described: str, jobs: int, as_json: bool) -> int:
     for state in failed:
         place = _place(planned, state)
         console.warn(f"{state.trial.label} has failed with exit code {state.code} → see {place}; the same command tries it again")
-    if as_json:
-        print_json(read_json(planned.file))
     if stopped:
         return SIGNALLED + stopped
     return 1 if failed else 0

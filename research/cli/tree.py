@@ -12,9 +12,9 @@ from research.config.diff import describe_changes
 from research.tracking.console import Console
 from research.tracking.format import short_path
 
-WHAT = """Shows which experiment was forked from which, the settings that affect results in which each differs from its parent, and the
-best validation of its runs. Runs count if they have the experiment's settings, whatever their seed; runs with other settings that the
-command line gave them are counted apart."""
+WHAT = """Shows which experiment was forked from which, the settings that affect results in which each differs from its parent, the
+comparison with its parent if `ablate` has made one, and the best validation of its runs. Runs count if they have the experiment's settings,
+whatever their seed; runs with other settings that the command line gave them are counted apart."""
 README = "README.md"
 NARROWEST = 30
 """Columns that a text has at least, however deep in the forest."""
@@ -69,4 +69,5 @@ def said_of(tree: Tree) -> list[str]:
     else:
         first = describe_changes(tree.changes) or forest.SAME
         first = first if len(first) <= LONGEST else f"{first[: LONGEST - 1]}…"
-    return [" ".join(first.split()), *([forest.describe(tree.result)] if tree.result is not None else [])]
+    answer = [tree.ablation.description] if tree.ablation is not None else []
+    return [" ".join(first.split()), *answer, *([forest.describe(tree.result)] if tree.result is not None else [])]

@@ -19,6 +19,7 @@ VERBS = {
     "import": "turn another program's weights into an experiment: import HF_FOLDER|FILE.gguf --as experiments/NAME",
     "plot": "draw the metrics of one run, or of several over each other: plot RUN RUN",
     "compare": "is a difference more than noise? compare experiments over their seeds: compare A B",
+    "ablate": "train a fork and its parent with the same seeds, and keep the comparison with it: ablate FORK",
     "track": "write a run to Weights & Biases from its metrics.jsonl: track RUN",
     "fork": "copy an experiment and change settings in the copy: fork experiments/gpt_sotu experiments/mine --set seed=2",
     "diff": "what differs between two experiments, runs or checkpoints? diff gpt_sotu experiments/mine",
@@ -35,11 +36,28 @@ VERBS = {
 }
 
 
+class _ParagraphFormatter(argparse.HelpFormatter):
+    """Wraps each paragraph by itself to the terminal's width. A paragraph with an indented line stays as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.rstrip().split("\n\n")
+        return "\n\n".join(
+            part if "\n  " in part else super(_ParagraphFormatter, self)._fill_text(part, width, indent) for part in paragraphs
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are Mistakes; the one for an unknown option names the nearest known option."""
 
-    def __init__(self, verb: str, description: str):
-        super().__init__(prog=f"python -m research {verb}", description=description, allow_abbrev=False)
+    def __init__(self, verb: str, description: str, examples: str = ""):
+        """`examples` are shown below the options, line by line as they are."""
+        super().__init__(
+            prog=f"python -m research {verb}",
+            description=description,
+            epilog=examples,
+            formatter_class=_ParagraphFormatter,
+            allow_abbrev=False,
+        )
 
     def parse_args(self, args=None, namespace=None):
         """The parsed arguments. Option names may contain dashes instead of underscores: --max-new-tokens=5."""

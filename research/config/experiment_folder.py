@@ -25,6 +25,8 @@ from research.config.schema import TRAINING_VARIANTS, Experiment
 from research.config.settings import is_group, refusal
 
 CONFIG, VARIANTS, LAUNCHER = "config.py", "variant.py", "launch.py"
+RESULTS = "results"
+"""The folder of a fork that holds its comparison with its parent."""
 HEAD = '''"""{doc}"""
 
 from research.config import {names}

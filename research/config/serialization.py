@@ -43,7 +43,12 @@ def load(path: Path) -> Experiment:
         settings = read_table(path, "give it a config.json that a run has written", LARGEST)
     except OSError as error:
         raise Mistake(f"{path} cannot be read ({error.strerror}) → name a run folder that holds config.json") from None
+    return migrated(settings, path)
 
+
+def migrated(settings: dict[str, Any], path: Path) -> Experiment:
+    """The experiment of JSON data of this schema or an older one, as `resolved` has them. `path` is where the data come from."""
+    settings = dict(settings)
     schema = settings.pop("schema", None)
     if type(schema) is not int or schema < 1:
         raise Mistake(f"{path} has schema = {schema!r:.60} → give it a config.json that a run has written")

@@ -22,7 +22,7 @@ def test_the_committed_page_has_the_lineage_of_the_shipped_experiments() -> None
     listed = subprocess.run(["git", "ls-files", "experiments/*/config.py"], cwd=ROOT, capture_output=True, text=True)
     family = Family()
     names = sorted(Path(line).parent.name for line in listed.stdout.splitlines()) or family.names
-    written = (ROOT / "experiments" / "README.md").read_text("utf-8").partition(forest.RESULTS)[0]
+    written = (ROOT / "experiments" / "README.md").read_text("utf-8").partition(forest.BEST)[0]
     assert written == forest.markdown(forest.forest(family, names, with_results=False))
 
 
@@ -83,7 +83,7 @@ def test_the_best_result_is_that_of_runs_with_the_experiment_s_settings(experime
     assert result() == forest.Result(2.25, 20, best, 2, 1)
     trees = forest.forest(Family(experiments), root=experiments.parent)
     assert f"│  best 2.250 bits/byte at step 20 of {best} · 2 runs, and 1 with other settings" in verb.lines(trees, 80)
-    head, _, results = forest.markdown(trees).partition(forest.RESULTS)
+    head, _, results = forest.markdown(trees).partition(forest.BEST)
     assert "| gpt_sotu | 2.250 | 20 | 2 |\n" in results
     assert head == forest.markdown(forest.forest(Family(experiments), with_results=False))
 

@@ -105,7 +105,7 @@ def test_mistakes_are_sentences(runs: Path) -> None:
         (["gpt", "gpt_rmsnorm", "--value", "best", "--windows"], "--windows scores the checkpoints of the ends of the runs, and other"),
         (["gpt", "gpt_rmsnorm", "--smallest", "0"], "argument --smallest: '0' is not a number above 0"),
         (["gpt", "gpt_rmsnorm", "--smallest", "x"], "argument --smallest: "),
-        (["gpt", "gpt_rmsnorm", "--out", "taken"], "--out taken cannot be written .File exists. → "),
+        (["gpt", "gpt_rmsnorm", "--out", "taken"], "taken cannot be written .File exists. → "),
         (["gpt", "gpt_rmsnorm", "--metrik", "x"], "does not know --metrik → did you mean --metric?"),
         (["gpt", "nothing"], "there is no run folder nothing"),
     ):
