@@ -29,7 +29,6 @@ CONDITION = re.compile(r":(?=[A-Za-z_][\w.]*=)")
 """Between the place of a side and the settings of its runs. The colon of a path or of a text has no 'setting=' behind it."""
 MOST = 3
 """The most runs or values that one sentence names."""
-MOST_VALUE = 10**15
 TOKENS, FLOPS = "progress/tokens", "progress/flops"
 
 
@@ -160,7 +159,7 @@ def read_finished(folder: RunFolder) -> FinishedRun:
             fingerprint = manifest.facts.get("data")
             saved = sum(tensor.numel for tensor in manifest.tensors[WEIGHTS].values())
     experiment, known = serialization.load(folder.config), fingerprint if isinstance(fingerprint, str) else None
-    rows = [{key: value for key, value in row.items() if not _is_no_float(value)} for row in metrics.read(folder.metrics)]
+    rows = [*metrics.read(folder.metrics)]
     per_token = _flops_per_token(experiment)
     if per_token is not None:
         rows = [row | {FLOPS: float(row[TOKENS] * per_token)} if isinstance(row.get(TOKENS), (int, float)) else row for row in rows]
@@ -170,11 +169,6 @@ def read_finished(folder: RunFolder) -> FinishedRun:
 def _flops_per_token(experiment: Experiment) -> int | None:
     """Model FLOPs of training on one token; None if no formula counts them, or if the length of the sequences rises during the run."""
     return None if experiment.schedule.length_ramp else training_flops(experiment.model)
-
-
-def _is_no_float(value: Any) -> bool:
-    """Whether it is a whole number that only a stranger's row has: JSON's have any number of digits."""
-    return isinstance(value, int) and abs(value) >= MOST_VALUE
 
 
 def _with_settings(runs: Sequence[FinishedRun], wanted: dict[str, str], label: str) -> list[FinishedRun]:

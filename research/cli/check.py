@@ -1,11 +1,14 @@
 """`python -m research check [FOLDERS]`: does each experiment load, divide, and differ from its parent in what it declares? No torch."""
 
+import sys
+
 from research.ablation import lineage, results
 from research.ablation.lineage import Family, Member
+from research.cli.json_output import add_json_option, print_json
 from research.cli.verbs import Parser
 from research.config.diff import describe_changes
 from research.tracking.console import Console
-from research.tracking.format import plural
+from research.tracking.format import plural, short_path
 
 WHAT = """Loads experiments and compares each with its parent: the settings that affect results, and variant.py, must differ in exactly
 what `changes` declares. Settings that affect no result, such as the layout or what is logged, may differ freely. An experiment must also
@@ -18,15 +21,20 @@ def main(argv: list[str]) -> None:
     """Prints a line for each folder, or several if several things are wrong."""
     parser = Parser("check", WHAT)
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="experiments, by folder or name (default: all of experiments/)")
+    add_json_option(parser, "the problems of each experiment")
     arguments = parser.parse_args(argv)
     everything = Family()
     asked = lineage.families_of(arguments.folders) if arguments.folders else [(everything, name) for name in everything.names]
-    console, wrong = Console(), 0
+    console = Console(sys.stderr) if arguments.json else Console()
+    problems: dict[str, list[str]] = {}
     for family, name in asked:
         member = family.member(name)
         found = lineage.problems(member, family) or results.problems(member, family)
+        problems[short_path(member.folder)] = found
         console.header([(WRONG, sentence) for sentence in found] or [(OK, line(member, family))])
-        wrong += bool(found)
+    if arguments.json:
+        print_json([{"experiment": experiment, "problems": found} for experiment, found in problems.items()])
+    wrong = sum(map(bool, problems.values()))
     if wrong:
         console.header([("", f"{wrong} of {plural(len(asked), 'experiment')} {'is' if wrong == 1 else 'are'} not what config.py declares")])
         raise SystemExit(1)

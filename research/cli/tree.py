@@ -1,12 +1,16 @@
 """`python -m research tree`: the forest of experiments, what each changes, and the best result of its runs. Imports no torch."""
 
+import sys
 import textwrap
+from dataclasses import asdict
+from typing import Any
 
 from parallel.files import published
 from parallel.text import printable
 from research.ablation import forest
 from research.ablation.forest import Tree
 from research.ablation.lineage import Family
+from research.cli.json_output import add_json_option, print_json
 from research.cli.verbs import Parser
 from research.config.diff import describe_changes
 from research.tracking.console import Console
@@ -26,9 +30,13 @@ def main(argv: list[str]) -> None:
     """Prints the forest, or writes experiments/README.md."""
     parser = Parser("tree", WHAT)
     parser.add_argument("--markdown", action="store_true", help=f"write experiments/{README} instead")
+    add_json_option(parser, "the forest, parents before their forks,")
     arguments = parser.parse_args(argv)
-    family, console = Family(), Console()
+    family, console = Family(), Console(sys.stderr) if arguments.json else Console()
     trees = forest.forest(family)
+    if arguments.json:
+        print_json([as_json(tree) for _, tree in forest.walk(trees)])
+        return
     if not arguments.markdown:
         console.lines(printable(line) for line in lines(trees, console.width))
         return
@@ -37,6 +45,20 @@ def main(argv: list[str]) -> None:
     with published(path) as temporary:
         temporary.write_text(forest.markdown(trees), encoding="utf-8")
     console.header([("written", short_path(path))])
+
+
+def as_json(tree: Tree) -> dict[str, Any]:
+    """What is said of an experiment, as JSON data."""
+    member, changes = tree.member, tree.changes
+    return {
+        "experiment": member.name,
+        "parent": member.experiment and member.experiment.parent,
+        "question": member.experiment and member.experiment.question,
+        "problem": member.problem or None,
+        "changes": None if changes is None else [{"setting": name, "parent": then, "fork": now} for name, then, now in changes],
+        "ablation": tree.ablation and asdict(tree.ablation),
+        "runs": tree.result and asdict(tree.result),
+    }
 
 
 def lines(trees: list[Tree], width: int) -> list[str]:

@@ -18,6 +18,8 @@ from parallel.regular_files import open_regular, read_lines_bounded
 NON_FINITE = "non_finite"
 LONGEST_ROW, LARGEST, LAST = 2**20, 2**30, 2**26
 """The most bytes of a row, of a file that is read as a whole, and of the end of a file in which the newest values are looked for."""
+MOST_DIGITS = 18
+"""Of a whole number; one with more is read as a float."""
 BLOCK = 2**18
 """Bytes that are read at a time from the end of a file."""
 
@@ -98,10 +100,15 @@ def plain(row: Mapping[str, Any]) -> dict[str, Any]:
 def decode(line: str | bytes) -> dict[str, Any] | None:
     """The row of one line; None for a line that no run writes, such as one cut short by a kill."""
     try:
-        row = json.loads(line if isinstance(line, str) else line.decode("utf-8", errors="replace"))
+        row = json.loads(line if isinstance(line, str) else line.decode("utf-8", errors="replace"), parse_int=_whole_number)
         return row | {key: float(text) for key, text in row.pop(NON_FINITE, {}).items()}
     except (ValueError, RecursionError, TypeError, AttributeError):
         return None
+
+
+def _whole_number(digits: str) -> float:
+    """An int, or a float if it has more digits than any counter: JSON allows any number of them, and arithmetic with floats overflows."""
+    return int(digits) if len(digits) <= MOST_DIGITS else float(digits)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

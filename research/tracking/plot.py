@@ -277,8 +277,8 @@ def _mark_lowest(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def points(rows: Sequence[Row], key: str, x: str = "progress/tokens") -> Points:
-    """The rows' values over an axis; a row without the axis, or whose value is not a number, is left out; what is not finite is nan."""
-    kept = [row for row in rows if _is_number(row.get(key)) and _is_number(row.get(x))]
+    """The rows' values over an axis; a row without a finite place or without a number is left out; a value that is not finite is nan."""
+    kept = [row for row in rows if _is_number(row.get(key)) and _is_number(row.get(x)) and math.isfinite(row[x])]
     return [row[x] for row in kept], [y if math.isfinite(y := row[key]) else math.nan for row in kept]
 
 

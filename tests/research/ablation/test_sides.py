@@ -1,12 +1,14 @@
 """Which runs a side has, and the sentences for sides that have none."""
 
+import math
 from pathlib import Path
 
 import pytest
 
+from models.estimates.flops import training_flops
 from research.ablation.sides import find_side, find_sides
 from tests.research.ablation.helpers.finished_runs import write_run
-from tests.research.helpers.example import sentence
+from tests.research.helpers.example import example, sentence
 
 
 @pytest.fixture
@@ -76,7 +78,9 @@ def test_runs_that_have_not_ended(runs: Path) -> None:
 def test_a_strangers_rows(runs: Path) -> None:
     run = write_run(runs, "gpt", 1, [3.0])
     run.metrics.write_text(f'{{"val/loss": {10**400}, "progress/tokens": 7}}\n5\n{{"val/loss": "x"}}\n{{"val/loss": 2}}\n')
-    assert list(find_side("gpt").runs[1].rows) == [{"progress/tokens": 7}, {"val/loss": "x"}, {"val/loss": 2}]
+    flops = float(7 * (training_flops(example().model) or 0))
+    expected = [{"val/loss": math.inf, "progress/tokens": 7, "progress/flops": flops}, {"val/loss": "x"}, {"val/loss": 2}]
+    assert list(find_side("gpt").runs[1].rows) == expected
 
 
 def test_what_is_no_run(runs: Path) -> None:

@@ -65,8 +65,15 @@ def test_the_last_value_of_each_key(tmp_path):
 
 
 def test_a_line_that_no_run_writes_is_no_row():
-    lines = ['{"a": 1}', "[1]", "5", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"non_finite": 5}', '{"non_finite": {"a": "b"}}', "null"]
-    assert [metrics.decode(line) for line in lines] == [{"a": 1}, *[None] * 7]
+    lines = ['{"a": 1}', "[1]", "5", "[" * 100_000, '{"non_finite": 5}', '{"non_finite": {"a": "b"}}', "null"]
+    assert [metrics.decode(line) for line in lines] == [{"a": 1}, *[None] * 6]
+
+
+def test_a_whole_number_that_only_a_stranger_writes_is_a_float():
+    """JSON's have any number of digits, and Python's ints beyond 1e308 make every later computation with floats fail."""
+    assert [metrics.decode('{"a": ' + digits + "}") for digits in ("9" * 18, "9" * 19, "9" * 5000, "-" + "9" * 400)] == [
+        {"a": 10**18 - 1}, {"a": 1e19}, {"a": math.inf}, {"a": -math.inf}
+    ]  # fmt: skip
 
 
 @pytest.fixture

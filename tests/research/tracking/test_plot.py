@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research.tracking import plot
-from research.tracking.metrics import JsonLines
+from research.tracking.metrics import JsonLines, read
 from research.tracking.plot import DARK, LIGHT, NAMED, X_AXES, Curves, loss_curve, points, smooth
 
 
@@ -109,6 +109,16 @@ def logged(n, offset=0.0):
 
 def drawn_figure(*runs, panels=("loss",), x="tokens", theme=LIGHT):
     return plot.draw([Curves(f"run {i}", rows) for i, rows in enumerate(runs)], [NAMED[name] for name in panels], X_AXES[x], theme, "t")
+
+
+def test_numbers_of_any_size_are_drawn(tmp_path):
+    """A stranger's metrics.jsonl: the points whose place is not finite are left out, and nothing overflows."""
+    path = tmp_path / "metrics.jsonl"
+    huge = "9" * 400
+    path.write_text(f'{{"progress/tokens": {huge}, "train/loss": 2}}\n{{"progress/tokens": 5, "train/loss": {huge}}}\n')
+    assert points([*read(path)], "train/loss") == ([5], [pytest.approx(math.nan, nan_ok=True)])
+    loss_curve(path, tmp_path / "loss.png", "t")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
 def test_few_rows_are_drawn_raw_and_many_as_a_mean_that_is_named():
