@@ -4,7 +4,6 @@ What means nothing is refused with the reason: no common seed, another held-out 
 is not there. What means less than it seems is a warning: other parameters, tokens or steps, or several settings changed at once.
 """
 
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from parallel.errors import Mistake, listed, listed_up_to, nearest
-from parallel.regular_files import read_regular
 from research.ablation import statistics
 from research.ablation.comparable import refuse_incomparable
+from research.ablation.difference import read_variant, unified_diff
 from research.ablation.sides import FLOPS, MOST, FinishedRun, Side
 from research.ablation.statistics import Effect, Verdict
 from research.config.diff import PLUMBING, Change, belongs, diff
@@ -29,8 +28,6 @@ HIGHER = ("accuracy", "acc", "acc_norm", "exact_match", "f1", "mcc", "bleu", "ch
 FINAL, BEST = "final", "best"
 AXES = X_AXES | {"flops": XAxis(FLOPS, "model FLOPs of training", fmt.flops)}
 """What runs can have spent equally."""
-LARGEST_VARIANT = 2**20
-"""The most bytes of a variant.py that is compared."""
 
 
 @dataclass(frozen=True)
@@ -239,17 +236,9 @@ def _changes(baseline: FinishedRun, variant: FinishedRun) -> tuple[tuple[Change,
     unsaid = ("schema", "question", "parent", "changes", "track")
     plumbing = tuple(change for change in changes if change not in science and not belongs(change[0], unsaid))
     names = [variant_names(run.experiment) for run in (baseline, variant)]
-    then, now = ([] if not name else _lines_of_variants(run) for name, run in zip(names, (baseline, variant), strict=True))
-    code = "".join(difflib.unified_diff(then, now, f"{baseline.folder.title}/{VARIANTS}", f"{variant.folder.title}/{VARIANTS}"))
+    then, now = (read_variant(run.folder.source) if name else None for name, run in zip(names, (baseline, variant), strict=True))
+    code = "\n".join(unified_diff(then, now, baseline.folder.title, variant.folder.title))
     return science, plumbing, code
-
-
-def _lines_of_variants(run: FinishedRun) -> list[str]:
-    try:
-        text = read_regular(run.folder.source / VARIANTS, LARGEST_VARIANT).decode("utf-8", errors="replace")
-    except OSError as error:
-        raise Mistake(f"{run.folder.source / VARIANTS} cannot be read ({error.strerror}) → restore it, or name other runs") from None
-    return [f"{line}\n" for line in text.splitlines()]
 
 
 def _warnings(baseline: Side, side: Side, at: str) -> Iterator[str]:

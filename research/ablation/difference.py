@@ -95,10 +95,15 @@ def compare(x: Side, y: Side) -> Difference:
     changes = [change for change in diff(x.experiment, y.experiment) if change[0] != "schema"]
     plumbing = [change for change in changes if belongs(change[0], PLUMBING)]
     science = differences(x.experiment, x.variant, y.experiment, y.variant)
-    then, now = ((side.variant or b"").decode("utf-8", "replace").splitlines() for side in (x, y))
-    variant = list(difflib.unified_diff(then, now, f"{x.label}/{VARIANTS}", f"{y.label}/{VARIANTS}", lineterm=""))
+    variant = unified_diff(x.variant, y.variant, x.label, y.label)
     known = [name for name in dict.fromkeys([*x.origin, *y.origin]) if x.origin.get(name) != y.origin.get(name)]
     return Difference(science, plumbing, variant, [(name, x.origin.get(name), y.origin.get(name)) for name in known])
+
+
+def unified_diff(then: bytes | None, now: bytes | None, label: str, other: str) -> list[str]:
+    """The lines of a unified diff of two variant.py, of which None has no line; [] if they are the same."""
+    old, new = ((text or b"").decode("utf-8", "replace").splitlines() for text in (then, now))
+    return list(difflib.unified_diff(old, new, f"{label}/{VARIANTS}", f"{other}/{VARIANTS}", lineterm=""))
 
 
 def _of_experiment(folder: Path) -> Side:
@@ -107,7 +112,7 @@ def _of_experiment(folder: Path) -> Side:
     commit, dirty = git_state(ROOT)
     origin = {"commit": commit + CHANGED * dirty, "code": digest_of(library_files(ROOT))[:DIGITS]}
     versions = {name: version for name, version in library_versions().items() if name in VERSIONS}
-    return Side(loaded.name, "experiment", loaded.experiment, _variant(loaded.folder), origin | versions)
+    return Side(loaded.name, "experiment", loaded.experiment, read_variant(loaded.folder), origin | versions)
 
 
 def _of_run(folder: RunFolder) -> Side:
@@ -118,12 +123,12 @@ def _of_run(folder: RunFolder) -> Side:
     origin.pop("step", None)
     if run["commit"]:
         origin["commit"] = str(run["commit"])[:LONGEST] + CHANGED * bool(run["dirty"])
-    return Side(folder.title, "run", experiment, _variant(folder.source), origin)
+    return Side(folder.title, "run", experiment, read_variant(folder.source), origin)
 
 
 def _of_checkpoint(folder: RunFolder, checkpoint: Path) -> Side:
     experiment = serialization.load(folder.config)
-    return Side(f"{folder.title}/{checkpoint.name}", "checkpoint", experiment, _variant(folder.source), _origin(checkpoint))
+    return Side(f"{folder.title}/{checkpoint.name}", "checkpoint", experiment, read_variant(folder.source), _origin(checkpoint))
 
 
 def _origin(checkpoint: Path) -> dict[str, str]:
@@ -136,7 +141,8 @@ def _origin(checkpoint: Path) -> dict[str, str]:
     return shown
 
 
-def _variant(folder: Path) -> bytes | None:
+def read_variant(folder: Path) -> bytes | None:
+    """The variant.py of a folder, which is not executed; None if it has none."""
     path = folder / VARIANTS
     if not path.exists():
         return None

@@ -17,7 +17,8 @@ from research.ablation.comparison import Comparison
 from research.ablation.lineage import Family, Member
 from research.config import serialization
 from research.config.diff import PLUMBING, belongs, describe_changes, flatten
-from research.config.experiment_folder import RESULTS, VARIANTS
+from research.config.experiment_folder import RESULTS, VARIANTS, variant_names
+from research.config.schema import MEASURE
 from research.tracking.format import plural, short_path
 from research.tracking.metrics import finite
 
@@ -53,6 +54,7 @@ class Result:
 def save(out: Path, parent: Member, fork: Member, comparison: Comparison, settings: tuple[str, ...]) -> None:
     """Writes ablation.json. `settings`: what all runs were given on the command line. The comparison has one variant, the fork."""
     (variant,) = comparison.variants
+    out.mkdir(parents=True, exist_ok=True)
     found = {name: value for name, value in report.variant_as_json(comparison, variant).items() if name != "changes"}
     trained = {"settings": list(settings), "parent": _as_json(parent), "fork": _as_json(fork)}
     write_json(out / FILE, finite(found | trained))
@@ -123,6 +125,7 @@ def _outdated(path: Path, then: dict[str, Any], member: Member) -> str:
     old, new = (flatten(serialization.resolved(one)) for one in (serialization.migrated(then["config"], path), member.experiment))
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name) and not belongs(name, PLUMBING)]
     changes = describe_changes([(name, old.get(name), new.get(name)) for name in names])
-    code = f"{VARIANTS} has changed" if then[VARIANTS] != _digest(member) else ""
+    is_code = bool({*variant_names(member.experiment)} - {MEASURE}) and then[VARIANTS] != _digest(member)
+    code = f"{VARIANTS} has changed" if is_code else ""
     said = ", ".join(filter(None, [changes, code]))
     return f"{member.name}: {said}" if said else ""

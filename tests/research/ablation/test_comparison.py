@@ -100,7 +100,7 @@ def test_changes_of_code_and_several_at_once_are_said(runs: Path) -> None:
             folder.source.mkdir()
             (folder.source / "variant.py").write_text(f"class Mine:\n    scale = {scale}\n")
     (variant,) = compared("a", "b").variants
-    assert "-    scale = 1\n+    scale = 2\n" in variant.code
+    assert "-    scale = 1\n+    scale = 2" in variant.code
     assert "2 settings differ at once, optimizer.lr, variant.py: the difference is that of all together" in variant.warnings
     assert not any("parameters" in warning for warning in variant.warnings)  # the models are equal but for the class
 

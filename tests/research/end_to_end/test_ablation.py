@@ -1,0 +1,65 @@
+"""From a question to a verdict, as a user goes: fork, check, sweep, compare, ablate, tree, in a tree of its own, with real runs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from research import ROOT
+from research.tracking import run_folder
+from tests.research.ablation.test_lineage import edit
+from tests.research.ablation.test_sweep import TINY
+
+CODE = ("models", "parallel", "research")
+
+
+def research(tree: Path, *words: str, code: int = 0) -> str:
+    """What `python -m research` prints in the tree."""
+    finished = subprocess.run([sys.executable, "-m", "research", *words], cwd=tree, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == code, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what a user clones, with one experiment."""
+    skipped = shutil.ignore_patterns("__pycache__", ".*")
+    for name in CODE:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=skipped)
+    shutil.copytree(ROOT / "experiments" / "gpt_sotu", tmp_path / "experiments" / "gpt_sotu", ignore=skipped)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_fork_sweep_compare(tree: Path) -> None:
+    """Four runs of 12 steps, two for each side: a learning rate that is much too low is worse, also by the report that is kept."""
+    research(tree, "fork", "experiments/gpt_sotu", "experiments/low", "--set", "optimizer.lr=1e-6", "--set", "optimizer.min_lr=1e-7")
+    research(tree, "check")
+    for name in ("gpt_sotu", "low"):
+        said = research(tree, "sweep", f"experiments/{name}", "--seeds", "2", "--jobs", "2", "--", *TINY)
+        assert said.count("done in") == 2, said
+    said = research(tree, "compare", "gpt_sotu", "low")
+    (verdict,) = (line for line in said.splitlines() if line.startswith("verdict"))
+    assert verdict.startswith("verdict  low is worse than gpt_sotu: +"), said
+
+    # the same by one command, which trains nothing again
+    (result,) = json.loads(research(tree, "ablate", "low", "--seeds", "2", "--json", "--", *TINY))
+    assert result["verdict"] == "worse" and result["sentence"] in verdict and result["settings"] == list(TINY)
+    assert len(run_folder.every(tree / "runs")) == 4
+    assert "worse by +" in research(tree, "tree")
+    written = {path.name for path in (tree / "experiments" / "low" / "results").iterdir()}
+    assert written == {"ablation.json", "compare.md", "differences.csv", "runs.csv"} | {
+        f"{name}_{theme}.svg" for name in ("curves", "differences") for theme in ("light", "dark")
+    }
+
+    # a second change is flagged by `check`, and at the top of the report of runs that were trained with it
+    edit(tree / "experiments" / "low" / "config.py", "clip=1.0", "clip=0.5")
+    wrong = "experiments/low differs from gpt_sotu in optimizer.clip 1.0 → 0.5, which changes does not declare"
+    assert wrong in research(tree, "check", "low", code=1)
+    research(tree, "sweep", "experiments/low", "--seeds", "1", "--", *TINY, "--track.runs", "sneaked")
+    research(tree, "compare", "gpt_sotu", "sneaked/low", "--out", "report")
+    text = (tree / "report" / "compare.md").read_text()
+    assert text.index("and optimizer.clip differs as well") < text.index("## Verdict")
