@@ -165,10 +165,10 @@ def documents_of_step(arguments: argparse.Namespace) -> dict[str, Any]:
     sampler = sampler_of(experiment, corpus)
     numbers = sampler.samples(step - 1)
     shown = numbers[: arguments.samples or (SAMPLES_AS_JSON if arguments.json else SAMPLES)]
-    samples = [sample_as_json(sampler.window(number), corpus) for number in shown]
+    samples = [sample_as_json(window, corpus) for number in shown for window in sampler.windows(number)]
     left_out = len(numbers) - len(shown)
 
-    first = sampler.window(numbers[0])
+    first = sampler.windows(numbers[0])[0]
     size = f"{first.stop - first.start - 1} + 1 tokens each"
     console.header([("", f"{folder.title} · step {step} of {steps} · samples {numbers[0]:,}–{numbers[-1]:,} of {size}")])
     console.header([("data", f"{describe_texts(experiment.data.train)} · {corpus.tokenizer.name} · {said_of_text(checkpoint)}")])

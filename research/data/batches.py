@@ -4,7 +4,6 @@ Sample i is tokens[i*s : i*s + s + 1]. Windows follow one another and share the 
 token but the very first exactly once (in training also without the rest at the end, which fills no window).
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -13,12 +12,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from parallel.errors import Mistake
-from research.data import order
-from research.data.blend import BLOCK, KEPT_BLOCKS, Blend, Stage
+from research.data.blend import Blend, Stage
+from research.data.sample_order import Located, SampleOrder
 from research.data.token_store import TokenStore
-
-SPAN = 4 * BLOCK
-"""Samples that are located together. order.sample costs each of 8,192 samples half as much as each of 2,048."""
 
 
 class Batch(NamedTuple):
@@ -32,6 +28,7 @@ class Batch(NamedTuple):
     targets: np.ndarray  # b s, int64
     weights: np.ndarray  # b s, float32
     samples: np.ndarray  # b, int64: the run's sample numbers, counted over epochs
+    segments: np.ndarray | None = None  # b s, int64: equal numbers attend to each other; None: attention is not confined
 
     @property
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +38,7 @@ class Batch(NamedTuple):
     @property
     def context(self) -> dict[str, np.ndarray]:
         """What layers may read beside x, by name."""
-        return {"samples": self.samples}
+        return {"samples": self.samples} | ({} if self.segments is None else {"segments": self.segments})
 
 
 def num_samples(store: TokenStore, seq_length: int) -> int:
@@ -98,22 +95,15 @@ def step_samples(batch_sizes: BatchSizes, micro_batch_size: int, data_rank: int,
     return np.arange(first, first + passes * micro_batch_size).reshape(passes, micro_batch_size)
 
 
-class Located(NamedTuple):
-    """Where samples of a run lie: the number of each one's source, and its window in that source. Arrays of one shape."""
-
-    sources: np.ndarray
-    windows: np.ndarray
-
-
 class Window(NamedTuple):
-    """Where a sample comes from: its ids, and after them its last target, are store.tokens[start:stop]."""
+    """Where a sample, or a part of one, comes from: its ids, and after them its last target, are store.tokens[start:stop]."""
 
     sample: int
     """The run's sample number, counted over epochs."""
     epoch: int
     """Of the store, counted from 0."""
     number: int
-    """Among the windows of the store, counted from 0."""
+    """Of the sample among those of the store, counted from 0."""
     store: TokenStore
     start: int
     stop: int
@@ -134,8 +124,8 @@ class Sampler(Protocol):
     def samples(self, step: int) -> range:
         """The run's sample numbers in one step (from 0), over all data ranks."""
 
-    def window(self, sample: int) -> Window:
-        """Where a sample comes from."""
+    def windows(self, sample: int) -> list[Window]:
+        """Where a sample comes from, in the order in which it is read: one stretch of a store, or several."""
 
     def epochs(self, samples: int) -> np.ndarray:
         """'sources': the number of passes through each source that the first `samples` samples of the run make."""
@@ -146,8 +136,7 @@ class StreamSampler:
 
     With `lengths`, a sample is the beginning of its window: as many tokens as they say, and one more, which is only predicted.
 
-    Each epoch of a source has an order of its own (order.py). The order of the only source is that of `seed`; of several, each has
-    the order of `seed` and its name, so that it stays when others are added.
+    Their order is that of SampleOrder.
     """
 
     def __init__(
@@ -161,12 +150,10 @@ class StreamSampler:
         lengths: SequenceLengths | None = None,
     ) -> None:
         """`lengths`: none above `seq_length`; None: all samples are whole windows."""
-        self.stores, self.blend, self.seq_length = tuple(stores), blend, seq_length
+        self.stores, self.seq_length = tuple(stores), seq_length
         self.batch_sizes, self.micro_batch_size, self.lengths = batch_sizes, micro_batch_size, lengths
-        self._sizes = np.array([num_samples(store, seq_length) for store in stores])
-        self._seeds = np.array([seed & order.WORD] if len(stores) == 1 else [_seed_of(seed, name) for name in blend.names], np.uint64)
-        self._views = [_windows(store.tokens, seq_length) for store in stores]
-        self._span = lru_cache(KEPT_BLOCKS)(self._locate_span)
+        self.order = SampleOrder(blend, [num_samples(store, seq_length) for store in stores], seed)
+        self._views = [windows_of(store.tokens, seq_length) for store in stores]
         self._weights = lru_cache(1)(self._equal_weights)
 
     def micro_batches(self, step: int, data_rank: int, data_size: int) -> Iterator[Batch]:
@@ -175,7 +162,8 @@ class StreamSampler:
         length = self._length(self.batch_sizes.before(step))
         weights = self._weights(len(numbers) * data_size / self.mask_sum(step), length)
         for samples in numbers:
-            tokens = self._tokens(*self._located(samples))[:, : length + 1]
+            located = self.order.consecutive(samples)
+            tokens = self._tokens(located.sources, located.windows)[:, : length + 1]
             yield Batch(tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64), weights, samples)
 
     def mask_sum(self, step: int) -> int:
@@ -184,29 +172,21 @@ class StreamSampler:
 
     def locate(self, samples: np.ndarray) -> Located:
         """As in Sampler."""
-        spans, places = np.divmod(samples, SPAN)
-        found = Located(np.empty(samples.shape, np.int64), np.empty(samples.shape, np.int64))
-        for span in np.unique(spans).tolist():
-            here = spans == span
-            sources, windows = self._span(span)
-            found.sources[here], found.windows[here] = sources[places[here]], windows[places[here]]
-        return found
+        return self.order.locate(samples)
 
     def samples(self, step: int) -> range:
         """As in Sampler."""
         return range(self.batch_sizes.before(step), self.batch_sizes.before(step + 1))
 
-    def window(self, sample: int) -> Window:
-        """As in Sampler."""
-        numbers = np.array([sample])
-        (source,), (number,) = (found.tolist() for found in self.locate(numbers))
-        epoch = int(self.blend.place(numbers).numbers[0] // self._sizes[source])
+    def windows(self, sample: int) -> list[Window]:
+        """As in Sampler: one window."""
+        source, number, epoch = (int(found[0]) for found in self.locate(np.array([sample])))
         start = number * self.seq_length
-        return Window(sample, epoch, number, self.stores[source], start, start + self._length(sample) + 1)
+        return [Window(sample, epoch, number, self.stores[source], start, start + self._length(sample) + 1)]
 
     def epochs(self, samples: int) -> np.ndarray:
         """As in Sampler."""
-        return self.blend.before(samples) / self._sizes
+        return self.order.epochs(samples)
 
     def _length(self, sample: int) -> int:
         """The tokens of a sample that are read."""
@@ -220,20 +200,6 @@ class StreamSampler:
         for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
             tokens[row] = self._views[source][window]
         return tokens
-
-    def _located(self, samples: np.ndarray) -> Located:
-        """`locate` of a micro-batch, whose samples are consecutive: a slice of their span, without a copy, unless they lie in two."""
-        span, first = divmod(int(samples[0]), SPAN)
-        if first + len(samples) > SPAN:
-            return self.locate(samples)
-        sources, windows = self._span(span)
-        return Located(sources[first : first + len(samples)], windows[first : first + len(samples)])
-
-    def _locate_span(self, span: int) -> Located:
-        """`locate` of the samples of one span, together: order.sample takes a millisecond even for one."""
-        place = self.blend.place(np.arange(span * SPAN, (span + 1) * SPAN))
-        windows = order.sample(place.numbers, self._sizes[place.sources], self._seeds[place.sources])
-        return Located(place.sources, windows)
 
     def _equal_weights(self, weight: float, length: int) -> np.ndarray:
         """'b s': the same weight for each token of a micro-batch. All micro-batches of equal weight and length share the array."""
@@ -253,12 +219,7 @@ def one_source(
     return StreamSampler([store], blend, seq_length, batch_sizes, micro_batch_size, seed, lengths)
 
 
-def _seed_of(seed: int, name: str) -> int:
-    """A seed of its own for a source, which depends on nothing but the run's seed and the source's name."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little")
-
-
-def _windows(tokens: np.ndarray, seq_length: int) -> np.ndarray:
+def windows_of(tokens: np.ndarray, seq_length: int) -> np.ndarray:
     """'n s+1': all windows of a stream as a view of it. Each begins with the last token of the one before."""
     size = tokens.itemsize
     shape = ((len(tokens) - 1) // seq_length, seq_length + 1)

@@ -75,7 +75,7 @@ def test_shorter_samples_are_the_beginnings_of_the_same_windows(token_store, dat
         assert sampler.mask_sum(step) == 24 * length
         assert np.mean([batch.weights.sum(dtype=np.float64) for batch in found]) == pytest.approx(1, rel=1e-6)
         number = int(found[0].samples[0])
-        window = sampler.window(number)
+        window = sampler.windows(number)[0]
         read = [*found[0].ids[0].tolist(), int(found[0].targets[0, -1])]
         assert (sampler.samples(step)[0], store.tokens[window.start : window.stop].tolist()) == (number, read)
 

@@ -119,7 +119,7 @@ def test_a_blend_of_stores_gives_the_same_steps_on_every_layout(token_store) -> 
             assert [n for n, _, _ in rows] == list(range(24 * step, 24 * step + 24))
             steps.append(rows)
         assert all(rows == steps[0] for rows in steps)
-        sources, windows = sampler.locate(np.arange(24 * step, 24 * step + 24))
+        sources, windows, _ = sampler.locate(np.arange(24 * step, 24 * step + 24))
         for (_, ids, targets), source, window in zip(steps[0], sources.tolist(), windows.tolist(), strict=True):
             expected = stores[source].tokens[10 * window : 10 * window + 11].tolist()
             assert (ids, targets) == (expected[:-1], expected[1:])
@@ -129,7 +129,7 @@ def test_a_blend_of_stores_gives_the_same_steps_on_every_layout(token_store) -> 
 def test_an_epoch_of_each_source_is_every_window_once(token_store) -> None:
     stores = [token_store(301, "a"), token_store(201, "b")]
     sampler = StreamSampler(stores, Blend(["a", "b"], [Stage(0, (1.0, 1.0))], seed=5), 10, BatchSizes(24), 1, seed=5)
-    sources, windows = sampler.locate(np.arange(500))
+    sources, windows, _ = sampler.locate(np.arange(500))
     for source, size in ((0, 30), (1, 20)):
         assert sorted(windows[sources == source][:size].tolist()) == list(range(size))
         assert sampler.epochs(500)[source] == pytest.approx((sources == source).sum() / size)
@@ -140,7 +140,7 @@ def test_a_source_keeps_its_order_when_others_are_added(token_store) -> None:
 
     def order_of(names: str, stores: list, weights: tuple[float, ...]) -> list[int]:
         sampler = StreamSampler(stores, Blend(names, [Stage(0, weights)], seed=5), 10, BatchSizes(24), 1, seed=5)
-        sources, windows = sampler.locate(np.arange(400))
+        sources, windows, _ = sampler.locate(np.arange(400))
         return windows[sources == names.index("a")][:50].tolist()
 
     assert order_of("ab", [a, b], (1.0, 1.0)) == order_of("cab", [c, a, b], (1.0, 2.0, 1.0))
@@ -155,9 +155,9 @@ def test_a_window_names_the_tokens_of_a_sample_and_its_epoch(token_store):
     """The epoch is counted here: how often the same window of the same source came before. Ids tell source and position."""
     stores = [token_store(first, f"store {first}") for first in (101, 58, 333)]
     sampler = StreamSampler(stores, Blend("abc", [Stage(0, (0.5, 0.3, 0.2)), Stage(2500, (0.1, 0.1, 0.8))], 3), 10, BatchSizes(8), 4, 3)
-    sources, windows = sampler.locate(np.arange(5000))
+    sources, windows, _ = sampler.locate(np.arange(5000))
     for sample in (0, 7, 8, 2047, 2048, 2499, 2500, 4999):
-        window = sampler.window(sample)
+        window = sampler.windows(sample)[0]
         assert sample in sampler.samples(sample // 8) and len(sampler.samples(3)) == 8
         assert (window.sample, window.store) == (sample, stores[sources[sample]])
         earlier = (sources[:sample] == sources[sample]) & (windows[:sample] == windows[sample])
