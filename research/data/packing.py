@@ -50,21 +50,17 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Bins:
     for length, left in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while left:
             place = bisect.bisect_left(rooms, length)
-            if place == len(rooms):
-                fits = min(capacity // length, left)  # that many go into one new bin before another one is begun
-                number = left // fits
-                put((length,) * fits, number, capacity - fits * length)
-                left -= fits * number
-                continue
-            room = rooms[place]
-            content, number = kinds[room].pop()
-            taken = min(number, left)
-            if taken < number:
+            is_new = place == len(rooms)
+            room = capacity if is_new else rooms[place]
+            content, number = ((), left) if is_new else kinds[room].pop()
+            fits = min(room // length, left)  # that many go into one bin before the next, which is less full
+            taken = min(number, left // fits)
+            if not is_new and taken < number:
                 kinds[room].append((content, number - taken))
-            elif not kinds[room]:
+            elif not is_new and not kinds[room]:
                 del kinds[room], rooms[place]
-            put((*content, length), taken, room - length)
-            left -= taken
+            put(content + (length,) * fits, taken, room - fits * length)
+            left -= fits * taken
 
     # give each place of each bin an item of its length
     firsts = dict(zip(values[::-1].tolist(), (np.cumsum(counts[::-1]) - counts[::-1]).tolist(), strict=True))
@@ -182,6 +178,6 @@ def _read(prefix: Path, items: int) -> Bins | None:
     """The bins under this name, mapped; None if there are none, or if they are damaged."""
     try:
         bins = Bins(*(np.load(f"{prefix}.{name}.npy", mmap_mode="r") for name in Bins._fields))
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     return bins if len(bins.items) == items and len(bins.starts) and bins.starts[-1] == items else None
