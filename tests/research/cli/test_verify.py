@@ -43,8 +43,9 @@ STEPS = 2
 
 
 def subject(**model):
-    """The example as `verify` shrinks it."""
-    return layouts.shrunk(example(model=model), 2, STEPS)
+    """The example as `verify` shrinks it. `examples` is the setting of the data, and all others are of the model."""
+    data = {"examples": model.pop("examples", "stream")}
+    return layouts.shrunk(example(model=model, data=data), 2, STEPS)
 
 
 @functools.cache
@@ -63,6 +64,7 @@ def verdict(case, model, train=training.on_rank):
 ALIBI = {"position": "alibi"}
 SHARED = {"num_heads": 4, "num_kv_heads": 1, "qk_norm": True}
 GROUPED = {"num_heads": 6, "num_kv_heads": 3}
+PACKED = {"examples": "packed"}
 DP2_ZERO_3 = LayoutCase(data=2, zero_stage=3, accumulated=2)
 
 
@@ -87,6 +89,8 @@ WRONG = [  # the error, a layout that shows it, the model, what differs first: a
     (m.dropout_by_local_position, SP2, DROPS, "the output of embedding_dropout in step 1"),
     (m.tied_copies_not_summed, PP2, {"tied": True}, "the gradient of embedding.weight in step 1"),
     (m.context_lost_on_the_way, PP2, DROPS, "the output of blocks.0 in step 1"),
+    (m.segments_dropped_at_a_stage_border, PP2, PACKED, "the output of blocks.1 in step 1"),
+    (m.segments_dropped_at_a_stage_border, PP2, PACKED | DROPS, "the output of blocks.1 in step 1"),
     (m.shared_head_counted_twice, TP2, SHARED, "the gradient of blocks.1.attention.qkv.bias in step 1"),
     (m.summed_again_on_exit, TP2, {}, "the gradient of blocks.1.mlp.down.weight in step 1"),
     (m.bias_before_the_sum, TP2, {}, "in step 2"),
@@ -122,7 +126,13 @@ def test_what_is_wrong_is_found_and_named(mutation, case, model, first):
 
 
 CASES = {"TP2": TP2, "SP2": SP2, "DP2": DP2, "PP2": PP2}
-MODELS = {"plain": {}, "dropout": DROPS, "alibi": ALIBI, "shared kv head": SHARED | {"head_size": 24, "output_bias": False}}
+MODELS = {
+    "plain": {},
+    "dropout": DROPS,
+    "packed": PACKED | DROPS | {"position": "rotary"},
+    "alibi": ALIBI,
+    "shared kv head": SHARED | {"head_size": 24, "output_bias": False},
+}
 FAST_RIGHT = {("TP2", "shared kv head"), ("SP2", "dropout"), ("SP2", "alibi"), ("DP2", "plain"), ("PP2", "dropout")}
 """Every layout once, every model once. The others are slow."""
 

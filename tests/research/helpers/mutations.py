@@ -340,6 +340,21 @@ def context_lost_on_the_way() -> None:
     pipeline.apply_layer = shifted
 
 
+def segments_dropped_at_a_stage_border() -> None:
+    """The second stage of a pipeline takes each row for one document."""
+    step = layers.apply_layer
+
+    def dropping(layer, call, passed):
+        if "segments" in layer.reads and dist.get_rank() == 1:
+            place = 1 + layer.context.index("segments")
+            passed = (*passed[:place], torch.zeros_like(passed[place]), *passed[place + 1 :])
+        return step(layer, call, passed)
+
+    from parallel.engines import pipeline
+
+    pipeline.apply_layer = dropping
+
+
 def shared_head_counted_twice() -> None:
     """The gradient of a kv head that several ranks use is multiplied by their number."""
 
