@@ -90,7 +90,6 @@ WRONG = [  # the error, a layout that shows it, the model, what differs first: a
     (m.tied_copies_not_summed, PP2, {"tied": True}, "the gradient of embedding.weight in step 1"),
     (m.context_lost_on_the_way, PP2, DROPS, "the output of blocks.0 in step 1"),
     (m.segments_dropped_at_a_stage_border, PP2, PACKED, "the output of blocks.1 in step 1"),
-    (m.segments_dropped_at_a_stage_border, PP2, PACKED | DROPS, "the output of blocks.1 in step 1"),
     (m.shared_head_counted_twice, TP2, SHARED, "the gradient of blocks.1.attention.qkv.bias in step 1"),
     (m.summed_again_on_exit, TP2, {}, "the gradient of blocks.1.mlp.down.weight in step 1"),
     (m.bias_before_the_sum, TP2, {}, "in step 2"),
@@ -129,7 +128,7 @@ CASES = {"TP2": TP2, "SP2": SP2, "DP2": DP2, "PP2": PP2}
 MODELS = {
     "plain": {},
     "dropout": DROPS,
-    "packed": PACKED | DROPS | {"position": "rotary"},
+    "packed": PACKED | DROPS | ALIBI,
     "alibi": ALIBI,
     "shared kv head": SHARED | {"head_size": 24, "output_bias": False},
 }
