@@ -6,10 +6,11 @@ from pathlib import Path
 
 from parallel.errors import Mistake, listed, nearest
 from parallel.files import user_path
-from research.data import text_files
+from research.data import python_stdlib, text_files
 from research.data.text_files import KINDS, LeftOut, Reading, TextFile
 
 BUILTIN = "builtin:"
+STDLIB = f"{BUILTIN}{python_stdlib.NAME}/"
 FOLDER = Path(__file__).parent / "builtin"
 Spec = str | tuple[str, ...]
 """The name of a text: of one, or of several whose documents follow one another."""
@@ -55,6 +56,8 @@ def documents(spec: Spec, root: Path) -> Iterator[str]:
 def check_exists(spec: str, root: Path, setting: str = "the corpus") -> Path:
     """The file or folder that `spec` names; a Mistake beginning with `setting` if there is none. Reads beginnings, imports no torch."""
     names = builtin_names()
+    if spec.startswith(STDLIB) and spec in names:
+        return python_stdlib.root()
     if spec in names:
         return FOLDER / f"{spec.removeprefix(BUILTIN)}.jsonl.xz"
     if spec.startswith(BUILTIN):
@@ -106,11 +109,15 @@ def _files(spec: Spec, root: Path) -> list[TextFile]:
     found = []
     for name in each(spec):
         path = check_exists(name, root)
+        if name.startswith(STDLIB):
+            found += [TextFile(file, str(file.relative_to(path))) for file in python_stdlib.files(name.removeprefix(STDLIB))]
+            continue
         found += text_files.find(path, "", LeftOut()) if path.is_dir() else [TextFile(path, path.name)]
     return found
 
 
 def builtin_names() -> list[str]:
-    """Every `builtin:NAME/SPLIT` that comes with Tessera."""
+    """Every `builtin:NAME/SPLIT` that comes with Tessera, or with Python."""
     files = FOLDER.glob("*/*.jsonl.xz")
-    return sorted(f"{BUILTIN}{file.parent.name}/{file.name.removesuffix('.jsonl.xz')}" for file in files)
+    shipped = [f"{BUILTIN}{file.parent.name}/{file.name.removesuffix('.jsonl.xz')}" for file in files]
+    return sorted([*shipped, *(f"{STDLIB}{split}" for split in python_stdlib.SPLITS)])

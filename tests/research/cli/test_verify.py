@@ -44,8 +44,9 @@ STEPS = 2
 
 def subject(**model):
     """The example as `verify` shrinks it. `examples` is the setting of the data, and all others are of the model."""
-    data = {"examples": model.pop("examples", "stream")}
-    return layouts.shrunk(example(model=model, data=data), 2, STEPS)
+    examples = model.pop("examples", "stream")
+    whole = example(model=model)
+    return layouts.shrunk(whole.model_copy(update={"data": whole.data.model_copy(update={"examples": examples})}), 2, STEPS)
 
 
 @functools.cache
