@@ -1,7 +1,7 @@
 """Python's own library as a corpus of code: builtin:python_stdlib/train, /val and /test, read from the installation that runs this.
 
-It is split by top-level package, so that no file of a package is held out while its neighbours are trained on. Another version of Python has
-other files, so it is another text, which the fingerprint of a run tells apart. Its licence is Python's (the PSF licence).
+It is split by top-level package, so that no file of a package is held out while its neighbours are trained on. Another version of Python
+has other files, so it is another text, which the fingerprint of a run tells apart. Its licence is Python's (the PSF licence).
 """
 
 import hashlib
