@@ -10,10 +10,10 @@ from research.data.batches import num_samples
 from research.data.confined import refuse_without_ends, segments
 from research.data.draws import random_words, uniform
 from research.data.examples import Rows
+from research.data.part_tokens import PartTokens
 from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 PROBE = ("a b", " c\nd", "e", "é ")
 GROWTH = 5
 """Tokens that a rearranged piece has more than before, as a rule: three sentinels, and one for each token that is cut in two."""
@@ -92,13 +92,11 @@ class FillInMiddleExamples:
         self.slack = slack_of(rate, seq_length, store.num_tokens / store.num_documents) if longest and rate else 0
         self.stride = seq_length - self.slack
         self.size = (store.num_tokens - 1 - self.slack) // self.stride
-        added = tokenizer.backend.get_added_tokens_decoder()
-        self._special = np.array(sorted(number for number, token in added.items() if token.special), np.int64)
+        self._cutter = PartTokens(tokenizer)
 
     def rows(self, numbers: np.ndarray, epochs: np.ndarray) -> Rows:
         """As in Examples."""
-        made = [self._made(number, epoch)[0] for number, epoch in zip(numbers.tolist(), epochs.tolist(), strict=True)]
-        tokens = np.stack(made)
+        tokens, _ = self._made(numbers, epochs)
         ids = tokens[:, :-1]
         return Rows(ids, tokens[:, 1:], None, segments(ids, self.tokenizer.end_of_text) if self.confines else None)
 
@@ -108,61 +106,68 @@ class FillInMiddleExamples:
 
     def stretches(self, number: int, epoch: int) -> list[tuple[int, int]]:
         """As in Examples: the window and what fills the row."""
-        start = number * self.stride
-        return [(start, start + self._made(number, epoch)[1])]
+        _, (stop,) = self._made(np.array([number]), np.array([epoch]))
+        return [(number * self.stride, number * self.stride + stop)]
 
-    def _made(self, number: int, epoch: int) -> tuple[np.ndarray, int]:
-        """(the seq_length + 1 tokens of a sample, how many tokens of the store were read for it)."""
-        start = number * self.stride
-        read = self.store.tokens[start : start + self.seq_length + 1].astype(np.int64)
-        window, left = read[: self.stride + 1], self.slack
-        parts, done = [], 0
-        for first, last, drawn in self._chosen(window, start, epoch):
-            piece = self._rearranged(window[first:last], drawn)
-            if piece is None:
-                continue
-            if last == len(window) and read[last] != self.tokenizer.end_of_text:  # the document goes on behind the window
+    def _made(self, numbers: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """('b s+1', how many tokens of the store were read for each of these samples)."""
+        starts = numbers * self.stride
+        rows = np.stack([self.store.tokens[start : start + self.seq_length + 1] for start in starts.tolist()]).astype(np.int64)
+        stops = [self.seq_length + 1] * len(rows)
+        if not self.slack:
+            return rows, stops
+        by_row: dict[int, list[tuple[int, int, np.ndarray]]] = {}
+        for row, first, last, tokens in self._rearranged(rows[:, : self.stride + 1], starts, epochs):
+            by_row.setdefault(row, []).append((first, last, tokens))
+        for row, found in by_row.items():
+            rows[row], stops[row] = self._row(rows[row], found)
+        return rows, stops
+
+    def _row(self, read: np.ndarray, found: list[tuple[int, int, np.ndarray]]) -> tuple[np.ndarray, int]:
+        """(seq_length + 1 tokens, how many of `read` are among them), with those of the rearranged pieces that there is room for.
+
+        found: (begin, end, rearranged tokens) of pieces of the window, in order.
+        """
+        window, left, parts, done = self.stride + 1, self.slack, [], 0
+        for first, last, piece in found:
+            if last == window and read[last] != self.tokenizer.end_of_text:  # the document goes on behind the window
                 piece = np.append(piece, self.tokenizer.end_of_text)
             if 0 <= len(piece) - (last - first) <= left:
                 left -= len(piece) - (last - first)
-                parts += [window[done:first], piece]
+                parts += [read[done:first], piece]
                 done = last
-        stop = len(window) + left
-        return np.concatenate([*parts, read[done:stop]]), stop
+        return np.concatenate([*parts, read[done : window + left]]), window + left
 
-    def _chosen(self, window: np.ndarray, start: int, epoch: int) -> list[tuple[int, int, np.ndarray]]:
-        """(begin, end, random words) of each piece of a document that is to be rearranged, in order, without its end-of-text.
+    def _rearranged(self, windows: np.ndarray, starts: np.ndarray, epochs: np.ndarray) -> list[tuple[int, int, int, np.ndarray]]:
+        """(row, begin, end, rearranged tokens) of each piece of a document that is drawn, without its end-of-text. windows: 'b w+1'.
 
         What is drawn depends on the seed, the epoch, and the place of the piece in the store, which tells both its document and its window.
         """
-        if not self.slack:
-            return []
-        ends = np.flatnonzero(window == self.tokenizer.end_of_text)
-        first, last = np.append(0, ends + 1), np.append(ends, len(window))
-        first, last = first[last > first], last[last > first]
-        drawn = random_words(self.seed, np.full(len(first), epoch), start + first, count=4)
-        chosen = uniform(drawn[:, 0]) < self.rate
-        return list(zip(first[chosen].tolist(), last[chosen].tolist(), drawn[chosen], strict=True))
+        is_text = windows != self.tokenizer.end_of_text
+        edge = np.zeros((len(windows), 1), bool)
+        row, first = np.nonzero(is_text & ~np.hstack([edge, is_text[:, :-1]]))
+        _, last = np.nonzero(is_text & ~np.hstack([is_text[:, 1:], edge]))
+        drawn = random_words(self.seed, epochs[row], starts[row] + first, count=4)
+        share = uniform(drawn[:, :2])
 
-    def _rearranged(self, ids: np.ndarray, drawn: np.ndarray) -> np.ndarray | None:
-        """The tokens of a piece with the middle last; None if they are not those of a whole text."""
-        text = self._text(ids)
-        if not text:
-            return None
-        begin, end = sorted(int(word) % (len(text) + 1) for word in drawn[2:])
-        prefix, middle, suffix = self.tokenizer.encode_arrays([text[:begin], text[begin:end], text[end:]])
+        places, parts, is_spm = [], [], []
+        for i in np.flatnonzero(share[:, 0] < self.rate).tolist():
+            place = (int(row[i]), int(first[i]), int(last[i]) + 1)
+            ids = windows[place[0], place[1] : place[2]]
+            if text := self._cutter.text(ids):
+                places.append(place)
+                parts += self._cutter.parts(ids, text, *sorted(int(word) % (len(text) + 1) for word in drawn[i, 2:]))
+                is_spm.append(share[i, 1] < self.spm_rate)
+        encoded = self._cutter.encoded(parts)
+        return [(*place, self._joined(encoded[3 * i : 3 * i + 3], is_spm[i])) for i, place in enumerate(places)]
+
+    def _joined(self, parts: list[np.ndarray], is_spm: bool) -> np.ndarray:
+        """Prefix, middle and suffix with their sentinels, the middle last."""
+        prefix, middle, suffix = parts
         before_prefix, before_suffix, before_middle = ([number] for number in self.sentinels)
-        if uniform(drawn[1]) < self.spm_rate:
+        if is_spm:
             return np.concatenate([before_prefix, before_suffix, suffix, before_middle, prefix, middle])
         return np.concatenate([before_prefix, prefix, before_suffix, suffix, before_middle, middle])
-
-    def _text(self, ids: np.ndarray) -> str:
-        """The text of tokens; '' if a text does not have them."""
-        if np.isin(ids, self._special).any():
-            return ""
-        text = self.tokenizer.decode(ids)
-        is_whole = UNKNOWN not in text or self.tokenizer.encode(text) == ids.tolist()
-        return text if is_whole else ""
 
 
 def slack_of(rate: float, seq_length: int, document_length: float) -> int:

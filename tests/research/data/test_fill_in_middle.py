@@ -64,8 +64,8 @@ SAMPLES = dict(texts=DOCUMENTS, seed=st.integers(0, 2**32 - 1), spm_rate=st.samp
 @settings(max_examples=5, deadline=None)
 @given(**SAMPLES)
 def test_every_row_is_full_and_decodes_to_the_bytes_of_its_window(tokenizers, tmp_path_factory, texts, seed, spm_rate, seq_length):
-    for own in tokenizers.values():
-        check_rows(own, tmp_path_factory, texts, seed, spm_rate, seq_length)
+    for name in ("bytes", "bpe"):
+        check_rows(tokenizers[name], tmp_path_factory, texts, seed, spm_rate, seq_length)
 
 
 @pytest.mark.slow
