@@ -2,8 +2,8 @@
 
     python benchmarks/data.py [--tokens 20000000] [--micro_batch 8] [--repetitions 21] [--sources 100]
 
-Writes a store of tokens (uint16) to a temporary folder: the documents of the built-in text with GPT-2's tokenizer, again and again. Each reader takes micro-batches of ids and targets in int64 as torch
-tensors, at random places of the store:
+Writes a store of tokens (uint16) to a temporary folder: the documents of the built-in text with GPT-2's tokenizer, again and again. Each
+reader takes micro-batches of ids and targets in int64 as torch tensors, at random places of the store:
 
     ours      StreamSampler over the store, as training calls it: order, windows, weights
     nanoGPT   np.memmap; for each sample two slices, .astype(np.int64), torch.from_numpy, torch.stack, as its get_batch does, but the
@@ -172,9 +172,8 @@ def main() -> None:
                 lower, upper = np.quantile(ratios, (0.25, 0.75))
                 spread = f"({lower:.1f} – {upper:.1f})"
                 taken = statistics.median(found[name])
-                print(
-                    f"  {name:<10} {taken:7.2f} µs, {1e6 / taken:9,.0f} samples per second   {statistics.median(ratios):5.1f} × ours {spread}"
-                )
+                rate = f"{taken:7.2f} µs per sample, {1e6 / taken:8,.0f} per second"
+                print(f"  {name:<10} {rate}   {statistics.median(ratios):5.1f} × ours {spread}")
             more = statistics.median(blended - own for own, blended in zip(found["ours"], found["blend"], strict=True))
             print(f"  a blend of {len(parts)} sources costs {more:.2f} µs per sample more than one source")
 

@@ -3,13 +3,16 @@
 import numpy as np
 
 from parallel.errors import Mistake
-from research.data.draws import random_words, smallest, uniform
+from research.data.draws import random_keys, smallest
 from research.data.examples import Rows
 from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
 
 MASKED, RANDOM = 0.8, 0.9
 """Of the tokens to be predicted, 80 % are replaced by the mask and 10 % by any token of the vocabulary. The rest stay as they are."""
+
+LAST = np.uint32(2**31)
+"""The key of what is drawn only if nothing else is left."""
 
 
 class MaskedExamples:
@@ -39,12 +42,11 @@ class MaskedExamples:
         """As in Examples, but for the targets: they are the tokens at the same places."""
         s = self.seq_length
         targets = np.stack([self.store.tokens[number * s : (number + 1) * s] for number in numbers.tolist()]).astype(np.int64)
-        words = random_words(self.seed, epochs, numbers, count=s + 2 * self.drawn)
-        keys = words[:, :s] >> np.uint64(1)
-        keys[targets == self.end_of_text] |= np.uint64(1) << np.uint64(63)  # drawn last
-        places = smallest(keys, self.drawn)
-        how = uniform(words[:, s : s + self.drawn])
-        others = (words[:, s + self.drawn :] % np.uint64(self.vocab_size)).astype(np.int64)
+        keys = random_keys(self.seed, epochs, numbers, count=s + 2 * self.drawn)
+        order, how, others = np.split(keys, [s, s + self.drawn], axis=1)
+        order = np.where(targets == self.end_of_text, LAST, order >> 1)
+        places = smallest(order, self.drawn)
+        how, others = how * 2.0**-32, others.astype(np.int64) % self.vocab_size
         replaced = np.where(how < MASKED, self.mask, np.where(how < RANDOM, others, np.take_along_axis(targets, places, 1)))
         ids, counts = targets.copy(), np.zeros(targets.shape, bool)
         np.put_along_axis(ids, places, replaced, 1)

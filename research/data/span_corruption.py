@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.errors import Mistake
-from research.data.draws import random_words, smallest
+from research.data.draws import random_keys, smallest
 from research.data.examples import Rows
 from research.data.masked_lm import whole_windows
 from research.data.token_store import TokenStore
@@ -97,7 +97,7 @@ class SpanExamples:
     def _noise(self, numbers: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """'b tokens' bool: what is replaced."""
         kept, noise, spans = self.lengths.tokens - self.lengths.noise, self.lengths.noise, self.lengths.spans
-        words = random_words(self.seed, epochs, numbers, count=kept + noise - 2)
+        words = random_keys(self.seed, epochs, numbers, count=kept + noise - 2)
         runs = np.stack([_divided(words[:, : kept - 1], kept, spans), _divided(words[:, kept - 1 :], noise, spans)], axis=2)
         borders = np.cumsum(runs.reshape(len(numbers), -1), axis=1)[:, :-1]
         changes = np.zeros((len(numbers), self.lengths.tokens), bool)

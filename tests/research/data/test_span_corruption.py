@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from research.config.examples import Spans
 from research.data import special_tokens, tokenizer
-from research.data.draws import random_words
+from research.data.draws import random_keys
 from research.data.span_corruption import SpanExamples, _divided, lengths_of
 from research.data.token_store import TokenStore, write
 from tests.research.helpers.example import sentence
@@ -89,7 +89,7 @@ def _split(ids, sentinels):
 def test_every_division_is_as_likely():
     """5 items in 3 runs: the six divisions, in 12,000 draws."""
     numbers = np.arange(12_000)
-    runs = _divided(random_words(7, numbers, count=4), 5, 3)
+    runs = _divided(random_keys(7, numbers, count=4), 5, 3)
     found, counts = np.unique(runs, axis=0, return_counts=True)
     assert found.tolist() == [[1, 1, 3], [1, 2, 2], [1, 3, 1], [2, 1, 2], [2, 2, 1], [3, 1, 1]]
     assert abs(counts - 2000).max() < 4 * np.sqrt(12_000 * 5 / 36)
