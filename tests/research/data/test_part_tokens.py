@@ -1,5 +1,7 @@
 """Parts of a text whose tokens are known: the same tokens as if each part had been encoded as a whole."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,6 +54,16 @@ def test_parts_have_the_tokens_of_their_text(text, places, cutters):
         assert cutter._bytes and cutter.text(ids) == text
         found = cutter.encoded(cutter.parts(ids, text, begin, end))
         assert [part.tolist() for part in found] == own.encode_batch([text[:begin], text[begin:end], text[end:]])
+
+
+def test_parts_of_every_cut_of_runs_of_white_space(cutters):
+    text = "a  b   it's\n\n  12 \n x é\t y"
+    for cutter in cutters:
+        ids = np.array(cutter.tokenizer.encode(text), np.int64)
+        for begin, end in itertools.combinations_with_replacement(range(len(text) + 1), 2):
+            found = cutter.encoded(cutter.parts(ids, text, begin, end))
+            expected = cutter.tokenizer.encode_batch([text[:begin], text[begin:end], text[end:]])
+            assert [part.tolist() for part in found] == expected, (cutter.tokenizer.name, begin, end)
 
 
 def test_only_what_is_near_a_cut_is_encoded(cutters):

@@ -187,9 +187,12 @@ def test_special_tokens_of_a_name_follow_the_others_and_no_text_becomes_one(base
 
 
 def test_a_trained_tokenizer_is_kept_once_whatever_special_tokens_its_names_add(tmp_path):
-    for name in ("builtin:bpe-300", "builtin:bpe-300+fim", "builtin:bpe-300+spans"):
+    sizes = []
+    for name in ("builtin:bpe-300+fim", "builtin:bpe-300", "builtin:bpe-300+spans"):
         found = tokenizer.trained(name, ["some text " * 20], "digest", tmp_path)
         assert tokenizer.kept(name, "digest", tmp_path).fingerprint == found.fingerprint
+        sizes.append(found.vocab_size)
+    assert sizes == [sizes[1] + 3, sizes[1], sizes[1] + 100]
     assert [path.name for path in tmp_path.glob("*.json")] == ["bpe-300-digest-v1.json"]
 
 
