@@ -1,5 +1,7 @@
 """The tokens of parts of a text whose own tokens are known. With GPT-2's pattern, only words that a cut divides are tokenized again."""
 
+import contextlib
+
 import numpy as np
 
 from research.data.tokenizer import BYTE_LETTERS, CUT, Tokenizer
@@ -84,9 +86,10 @@ def _bytes_of_tokens(tokenizer: Tokenizer, special: set[int]) -> list[bytes]:
     pattern = backend.pre_tokenizer
     if type(pattern).__name__ != "ByteLevel" or not pattern.use_regex or pattern.add_prefix_space or backend.normalizer is not None:
         return []
-    table = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+    table = str.maketrans({letter: chr(byte) for byte, letter in enumerate(BYTE_LETTERS)})
     found = [b"\xff"] * tokenizer.vocab_size
     for name, number in backend.get_vocab().items():
-        if number not in special and all(letter in table for letter in name):
-            found[number] = bytes(table[letter] for letter in name)
+        if number not in special:
+            with contextlib.suppress(UnicodeEncodeError):  # a token of letters that stand for no byte
+                found[number] = name.translate(table).encode("latin-1")
     return found

@@ -44,7 +44,7 @@ def cutters(tmp_path_factory):
     return [PartTokens(own) for own in found]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(text=TEXTS, places=st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_parts_have_the_tokens_of_their_text(text, places, cutters):
     begin, end = sorted(round(place * len(text)) for place in places)

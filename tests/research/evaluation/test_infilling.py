@@ -39,7 +39,7 @@ def requests_of(context, path, sentinels, length=65, limit=None):
     return task.texts(dataclasses.replace(context, **changes))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(one=TEXTS, other=TEXTS)
 def test_levenshtein_is_its_recursive_definition(one, other):
     @functools.cache
