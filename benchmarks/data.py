@@ -2,12 +2,14 @@
 
     python benchmarks/data.py [--tokens 20000000] [--micro_batch 8] [--repetitions 21] [--sources 100]
 
-Writes a store of random tokens (uint16) to a temporary folder. Each reader takes micro-batches of ids and targets in int64 as torch
-tensors, at random places of the store:
+Writes a store of tokens (uint16) to a temporary folder: the documents of the built-in text with GPT-2's tokenizer, again and again. Each
+reader takes micro-batches of ids and targets in int64 as torch tensors, at random places of the store:
 
     ours      StreamSampler over the store, as training calls it: order, windows, weights
     nanoGPT   np.memmap; for each sample two slices, .astype(np.int64), torch.from_numpy, torch.stack, as its get_batch does, but the
               file is opened once and not for each micro-batch
+    fim, fim rate 1, spans, masked
+              ExampleSampler over the classes of docs/samples.md: fim with rate and spm_rate 0.5, spans and masked with 15 %
     datasets  a Dataset of rows of seq_length + 1 tokens, format "torch", indexed with random rows (left out if it is not installed)
 
 The file lies in the page cache and every page of both memory maps has been touched, so that neither reader waits for the disk or the
@@ -17,6 +19,7 @@ middle half of them in brackets. The last lines are what a blend of --sources st
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -30,17 +33,24 @@ import numpy as np
 import torch
 
 from parallel.engines.micro_batch import MicroBatch
+from research import ROOT
 from research.cli.verbs import count
 from research.cluster.exit_codes import refusing
 from research.config.batch_sizes import BatchSizes
-from research.data.batches import StreamSampler, one_source
+from research.config.examples import FillInMiddle, Masked, Spans
+from research.data import documents, tokenizer
+from research.data.batches import Sampler, StreamSampler, one_source
 from research.data.blend import Blend, Stage
+from research.data.examples import Examples, ExampleSampler
+from research.data.fill_in_middle import FillInMiddleExamples
+from research.data.masked_lm import MaskedExamples
+from research.data.span_corruption import SpanExamples
 from research.data.token_store import TokenStore, write
+from research.data.tokenizer import Tokenizer
 
 LENGTHS = (128, 1024)
-VOCABULARY = 50_257
-DOCUMENT = 1000
-"""Tokens of each document of a store."""
+TOKENIZER = "builtin:gpt2+fim+spans+mask"
+TEXT = "builtin:state_of_the_union/train"
 SAMPLES = 1024
 """Samples of a turn."""
 NOT_COUNTED = 2
@@ -49,14 +59,21 @@ Reader = Callable[[int], object]
 """Reads the micro-batch of this number."""
 
 
-def store_of(folder: Path, name: str, tokens: int, seed: int) -> TokenStore:
-    """A store of random tokens."""
-    generator = np.random.default_rng(seed)
-    write(folder / name, ((generator.integers(0, VOCABULARY, DOCUMENT), DOCUMENT) for _ in range(tokens // DOCUMENT)), VOCABULARY, {})
+def store_of(folder: Path, name: str, texts: list[np.ndarray], tokens: int, own: Tokenizer) -> TokenStore:
+    """A store of documents, again and again, up to so many tokens or a document more."""
+    each = [len(text) for text in texts]
+    count = next(i for i, total in enumerate(itertools.accumulate(itertools.cycle(each)), 1) if total >= tokens)
+    write(folder / name, ((text, len(text)) for text in itertools.islice(itertools.cycle(texts), count)), own.vocab_size, {})
     return TokenStore(folder / name)
 
 
-def of_sampler(sampler: StreamSampler) -> Reader:
+def of_examples(made: type, store: TokenStore, own: Tokenizer, length: int, size: int, chosen: FillInMiddle | Spans | Masked) -> Reader:
+    """The examples of a class, with these settings."""
+    examples: Examples = made(store, own, length, 0, **chosen.model_dump(exclude={"kind"}))
+    return of_sampler(ExampleSampler([examples], Blend([store.prefix.name], [Stage(0, (1.0,))], 0), BatchSizes(size), size, 0))
+
+
+def of_sampler(sampler: Sampler) -> Reader:
     """One step of one micro-batch each, on one data rank."""
 
     def read(number: int) -> object:
@@ -129,8 +146,10 @@ def main() -> None:
     torch.set_num_threads(1)
     size = arguments.micro_batch
     with tempfile.TemporaryDirectory() as folder:
-        store = store_of(Path(folder), "one", arguments.tokens, 0)
-        parts = [store_of(Path(folder), f"part{i}", arguments.tokens // arguments.sources, i) for i in range(arguments.sources)]
+        own = tokenizer.fixed(TOKENIZER)
+        texts = [np.array([*own.encode(text), own.end_of_text]) for text in documents.documents(TEXT, ROOT)]
+        store = store_of(Path(folder), "one", texts, arguments.tokens, own)
+        parts = [store_of(Path(folder), f"part{i}", texts, arguments.tokens // arguments.sources, own) for i in range(arguments.sources)]
         names = [part.prefix.name for part in parts]
         for each in (store, *parts):
             each.tokens.max()  # touches every page
@@ -141,6 +160,10 @@ def main() -> None:
                 "nanoGPT": of_nanogpt(store, length, size),
                 "datasets": of_datasets(store, length, size),
                 "blend": of_sampler(StreamSampler(parts, blend, length, BatchSizes(size), size, 0)),
+                "fim": of_examples(FillInMiddleExamples, store, own, length, size, FillInMiddle(rate=0.5, spm_rate=0.5, confine=True)),
+                "fim rate 1": of_examples(FillInMiddleExamples, store, own, length, size, FillInMiddle(rate=1, spm_rate=0.5, confine=True)),
+                "spans": of_examples(SpanExamples, store, own, length, size, Spans(rate=0.15, mean_length=3)),
+                "masked": of_examples(MaskedExamples, store, own, length, size, Masked(rate=0.15)),
             }
             found = measured({name: reader for name, reader in readers.items() if reader}, size, arguments.repetitions)
             print(f"seq_length {length}, micro-batches of {size}, {arguments.tokens:,} tokens")
@@ -148,7 +171,9 @@ def main() -> None:
                 ratios = [other / own for own, other in zip(found["ours"], found[name], strict=True)]
                 lower, upper = np.quantile(ratios, (0.25, 0.75))
                 spread = f"({lower:.1f} – {upper:.1f})"
-                print(f"  {name:<9} {statistics.median(found[name]):7.2f} µs per sample   {statistics.median(ratios):5.1f} × ours {spread}")
+                taken = statistics.median(found[name])
+                rate = f"{taken:7.2f} µs per sample, {1e6 / taken:8,.0f} per second"
+                print(f"  {name:<10} {rate}   {statistics.median(ratios):5.1f} × ours {spread}")
             more = statistics.median(blended - own for own, blended in zip(found["ours"], found["blend"], strict=True))
             print(f"  a blend of {len(parts)} sources costs {more:.2f} µs per sample more than one source")
 

@@ -138,7 +138,7 @@ def _settings_of_text(text: Path, parent: Experiment, tree: Path, given: dict[st
         validation = parent.data.validation
         values = {"data.train": name, "data.validation": validation if is_split(validation) else HELD_OUT}
     chosen = given.get("data.tokenizer", values.get("data.tokenizer", parent.data.tokenizer))
-    if chosen == tokenizer.CHARS:
+    if chosen.startswith(tokenizer.CHARS):
         raise Mistake(
             f"--text {text}: the size of {chosen} is known when the text has been read → python -m research prepare {text} --as NAME "
             f"--tokenizer {chosen}, then --text corpora/NAME"

@@ -25,7 +25,8 @@ from research.data.text_stores import cache_folder
 from research.evaluation import lm_eval_task, perplexity, registry
 from research.evaluation.lm_eval_task import LMEvalTask
 from research.evaluation.results import Key, Result, Results, code_digest, model_digest, with_digests
-from research.evaluation.task import Settings, Task, TaskContext, evaluate
+from research.evaluation.task import Settings, Task, TaskContext, TextTask, evaluate
+from research.generation.infilling import trained_sentinels
 from research.tracking import format as fmt
 from research.tracking import run_folder
 from research.tracking.console import Console, TerminalConsole
@@ -42,7 +43,7 @@ RIGHT_ALIGNED = ("value", "± stderr", "examples", "time")
 LONGEST_CELL = 400
 """The most characters of a cell: names of tasks and metrics come from files."""
 
-AnyTask = Task | LMEvalTask
+AnyTask = Task | TextTask | LMEvalTask
 
 
 def main(argv: list[str]) -> None:
@@ -57,7 +58,8 @@ def main(argv: list[str]) -> None:
     # the tasks whose results are not known yet
     data = command.experiment.data
     tokenizer = load_tokenizer(data, ROOT, say)
-    context = TaskContext(tokenizer, command.experiment.model.seq_length + 1, data, ROOT, say)
+    sentinels = trained_sentinels(command.experiment, tokenizer)
+    context = TaskContext(tokenizer, command.experiment.model.seq_length + 1, data, ROOT, say, sentinels)
     precision = _precision(command)
     determined_by = (tokenizer.fingerprint, model_digest(command.folder, command.experiment.model), code_digest(), precision)
     keys = {task: Key(task.name, task.settings, task.digest(context), *determined_by) for task in command.tasks}
@@ -189,6 +191,10 @@ def _evaluate(command: Command, context: TaskContext, keys: Mapping[AnyTask, Key
                 with console.progress(task.name) as advance, cache_folder(experiment.data.cache, ROOT) as cache:
                     metrics, examples, files = task.evaluate(session, cache / "lm_eval", advance)
                 opened |= files  # what a helper read for an earlier task, it may have kept for this one
+            elif isinstance(task, TextTask):
+                texts = task.texts(context)
+                with console.progress(task.name, len(texts.requests)) as advance:
+                    metrics, examples = texts.metrics(session.texts(texts.requests, advance)), texts.examples
             else:
                 requests = task.requests(context)
                 with console.progress(task.name, len(requests.requests)) as advance:

@@ -22,9 +22,10 @@ from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.cluster.exit_codes import show_mistake
+from research.data.fill_in_middle import Sentinels
 from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
-from research.generation import prompts
+from research.generation import infilling, prompts
 from research.generation.settings import DEFAULT_TOKENS, GenerationSettings, refuse_context, refuse_long, text_seed
 from research.tracking.console import Console
 from research.tracking.format import json_line
@@ -67,6 +68,8 @@ class Task(Trained):
     sampling: SamplingParams
     prompts: tuple[str, ...]
     """Empty in an interactive session."""
+    sentinels: Sentinels | None
+    """Of --fim, whose prefix is the prompt."""
 
     @property
     def context(self) -> int:
@@ -74,9 +77,20 @@ class Task(Trained):
         requested, trained = self.arguments.context, self.experiment.model.seq_length
         return trained if requested is None else requested
 
+    def ids(self, prompt: str) -> tuple[int, ...]:
+        """The tokens that the model continues."""
+        if self.sentinels is None:
+            return self.tokenizer.prompt(prompt)
+        prefix, suffix = self.tokenizer.encode_batch([prompt, self.arguments.fim[1]])
+        return infilling.infilling_prompt(self.tokenizer, self.sentinels, prefix, suffix)
+
+    def shown(self, prompt: str) -> str:
+        """What is printed in front of a text: with --fim nothing, because it does not only follow the prompt."""
+        return prompt if self.sentinels is None else ""
+
     def settings(self, prompt: str, number: int = 0, text: int = 0) -> GenerationSettings:
         """The settings of text `text` of prompt number `number`. Raises a Mistake if it does not fit into the context."""
-        arguments, length = self.arguments, len(self.tokenizer.prompt(prompt))
+        arguments, length = self.arguments, len(self.ids(prompt))
         seed = text_seed(arguments.seed, number, text)
         default = max(1, min(DEFAULT_TOKENS, self.context - length))
         tokens = default if arguments.max_new_tokens is None else arguments.max_new_tokens
@@ -93,7 +107,7 @@ class Task(Trained):
     @property
     def cache_length(self) -> int:
         """The number of tokens in each row of the cache: the longest prompt and its text; in an interactive session the whole context."""
-        lengths = [len(self.tokenizer.prompt(prompt)) + self.settings(prompt).max_new_tokens for prompt in self.prompts]
+        lengths = [len(self.ids(prompt)) + self.settings(prompt).max_new_tokens for prompt in self.prompts]
         return max(lengths, default=self.context)
 
 
@@ -107,6 +121,9 @@ def parser() -> Parser:
     source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times")
     source.add_argument(
         "--file", help='a .jsonl file of {"prompt": "…"}, or any file with one prompt per line; -: standard input; prints JSON lines'
+    )
+    source.add_argument(
+        "--fim", nargs=2, metavar=("PREFIX", "SUFFIX"), help="writes the middle between two texts, with a run that was trained so"
     )
     source.add_argument("--interactive", action="store_true", help="reads prompts until Ctrl-D; Ctrl-C ends a text")
     length = parser.add_argument_group("how long")
@@ -140,7 +157,7 @@ def parser() -> Parser:
     output = parser.add_argument_group("output")
     output.add_argument("--logprobs", type=int, metavar="N", help="print each token's log-probability and those of the N likeliest tokens")
     output.add_argument(
-        "--json", action="store_true", help="one JSON line per text: prompt, text, finish, prompt_tokens, ids, logprobs, score"
+        "--json", action="store_true", help="one JSON line per text: prompt, suffix, text, finish, prompt_tokens, ids, logprobs, score"
     )
     machine = parser.add_argument_group("how it is computed")
     machine.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: as trained (fp16 on a CPU: fp32)")
@@ -156,9 +173,13 @@ def prepared(arguments: argparse.Namespace) -> Task:
     sampling = SamplingParams(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplingParams)})
     _check_counts(arguments, sampling)
     trained = find(arguments)
-    texts = prompts.read(arguments.file) if arguments.file else map(prompts.check, arguments.prompt or ())
+    parts = [prompts.check(text) for text in arguments.fim or ()]
+    texts = prompts.read(arguments.file) if arguments.file else map(prompts.check, parts[:1] or arguments.prompt or ())
     tokenizer = load_tokenizer(trained.experiment.data, ROOT, say)
-    task = Task(**vars(trained), tokenizer=tokenizer, sampling=sampling, prompts=tuple(texts))
+    sentinels = None
+    if arguments.fim:
+        sentinels = infilling.refuse_untrained(infilling.trained_sentinels(trained.experiment, tokenizer), trained.folder.title)
+    task = Task(**vars(trained), tokenizer=tokenizer, sampling=sampling, prompts=tuple(texts), sentinels=sentinels)
     refuse_context(task.context, trained.experiment.model)
     for prompt in task.prompts or ("",):
         task.settings(prompt)
@@ -166,12 +187,12 @@ def prepared(arguments: argparse.Namespace) -> Task:
 
 
 def _check_sources(arguments: argparse.Namespace) -> None:
-    """Exactly one of --prompt, --file and --interactive is needed."""
-    sources = {"--prompt": arguments.prompt, "--file": arguments.file, "--interactive": arguments.interactive}
+    """Exactly one of --prompt, --file, --fim and --interactive is needed."""
+    sources = {"--prompt": arguments.prompt, "--file": arguments.file, "--fim": arguments.fim, "--interactive": arguments.interactive}
     used = [name for name, value in sources.items() if value]
     if len(used) != 1:
         problem = f"{listed(used, 'and')} are given" if used else "there is nothing to continue"
-        raise Mistake(f"{problem} → give one of --prompt TEXT, --file FILE and --interactive")
+        raise Mistake(f"{problem} → give one of --prompt TEXT, --file FILE, --fim PREFIX SUFFIX and --interactive")
     if arguments.interactive and arguments.json:
         raise Mistake("--interactive does not go with --json → use --prompt TEXT --json, or --file -")
 
@@ -186,7 +207,12 @@ def _check_counts(arguments: argparse.Namespace, sampling: SamplingParams) -> No
         raise Mistake(f"--n {n} greedy texts are all the same → add --temperature 1, or --beams {n}")
     if beams == 1:
         return
-    others = {"--temperature": not sampling.greedy, "--stop": arguments.stop, "--logprobs": arguments.logprobs is not None}
+    others = {
+        "--temperature": not sampling.greedy,
+        "--stop": arguments.stop,
+        "--logprobs": arguments.logprobs is not None,
+        "--fim": arguments.fim,
+    }
     for name in (name for name, used in others.items() if used):
         raise Mistake(f"{name} does not go with --beams {beams}, a search for the likeliest whole text → leave one of them out")
     if n > beams:
@@ -216,11 +242,17 @@ def _generate(task: Task, generator: "TextGenerator", texts: tuple[str, ...]) ->
         for prompt in texts:
             yield from generator.search(prompt, task.settings(prompt), arguments.beams, arguments.n)
         return
-    queue = deque(generator.submit(prompt, task.settings(prompt, k, i)) for k, prompt in enumerate(texts) for i in range(arguments.n))
+    queue = deque(_submit(task, generator, prompt, k, i) for k, prompt in enumerate(texts) for i in range(arguments.n))
     while queue:
         while queue[0].finish is None:
             generator.step()
         yield queue.popleft()
+
+
+def _submit(task: Task, generator: "TextGenerator", prompt: str, number: int = 0, text: int = 0) -> "GeneratedText":
+    """Queues text `text` of prompt number `number`."""
+    ends = {*generator.ends, *(task.sentinels or ())}
+    return generator.submit_ids(task.ids(prompt), task.settings(prompt, number, text), ends, prompt)
 
 
 def _write_json_lines(task: Task, generator: "TextGenerator") -> None:
@@ -230,20 +262,20 @@ def _write_json_lines(task: Task, generator: "TextGenerator") -> None:
     count = len(task.prompts) * task.arguments.n
     with Console(sys.stderr).progress(f"writing {count} texts", count, announced=False) as advance:
         for text in _generate(task, generator, task.prompts):
-            print_json(as_json(text, task.tokenizer))
+            print_json(as_json(text, task.tokenizer) | ({"suffix": task.arguments.fim[1]} if task.sentinels else {}))
             advance()
 
 
 def _write_blocks(task: Task, generator: "TextGenerator", texts: tuple[str, ...]) -> None:
     """Each prompt with its text, separated by empty lines."""
     for i, text in enumerate(_generate(task, generator, texts)):
-        _put(("\n" if i else "") + text.prompt + text.text + "\n" + _logprob_lines(text, task))
+        _put(("\n" if i else "") + task.shown(text.prompt) + text.text + "\n" + _logprob_lines(text, task))
 
 
 def _stream(task: Task, generator: "TextGenerator", prompt: str, number: int = 0, should_stop: Callable[[], bool] = lambda: False) -> None:
     """Prints the prompt, then its text as it becomes certain, until it ends or `should_stop()`."""
-    text = generator.submit(prompt, task.settings(prompt, number))
-    _put(prompt)
+    text = _submit(task, generator, prompt, number)
+    _put(task.shown(prompt))
     while text.finish is None:
         generator.step()
         _put(text.fresh)

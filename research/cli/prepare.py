@@ -45,6 +45,8 @@ tokenizers:
   builtin:gpt2       GPT-2's 50,257 tokens
   builtin:bytes      257 tokens: the 256 bytes and end-of-text
   builtin:chars      the characters of the text and end-of-text
+  +fim +spans +mask  behind one of these names: special tokens in addition,
+                     such as builtin:bpe-8192+fim
   PATH               a tokenizer.json, a transformers folder that holds one, or
                      tiktoken's ranks (.tiktoken)
 

@@ -20,6 +20,7 @@ from research.cluster.memory import limit_heaps
 from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import LONGEST_TEMPLATE, TEMPLATE
+from research.generation.infilling import trained_sentinels
 from research.generation.settings import refuse_context
 from research.serving.limits import Limits
 from research.serving.prompts import example_prompts
@@ -82,6 +83,7 @@ class Task(Trained):
             token=self.token,
             template=self.template,
             example_prompts=example_prompts(self.experiment.data.validation, ROOT),
+            sentinels=trained_sentinels(self.experiment, self.tokenizer),
             template_name=arguments.chat_template.name if self.template else TEMPLATE,
             listener=self.listener,
         )

@@ -1,5 +1,6 @@
 """The settings of an experiment: the classes that a config.py imports."""
 
+from research.config.examples import FillInMiddle, Masked, Spans
 from research.config.schema import (
     GPT,
     Checkpoints,
@@ -22,12 +23,15 @@ __all__ = [
     "Data",
     "Evaluate",
     "Experiment",
+    "FillInMiddle",
+    "Masked",
     "Optimizer",
     "Parallel",
     "Profile",
     "Sample",
     "Schedule",
     "Source",
+    "Spans",
     "Track",
     "Watch",
 ]

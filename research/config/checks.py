@@ -8,7 +8,7 @@ import math
 from models.config import GPT, VARIANT
 from parallel.errors import Mistake, listed
 from research.cluster.environment import RANKS_OPTION, Ranks
-from research.config.examples import STREAM, describe_examples
+from research.config.examples import OF_ENCODERS, STREAM, describe_examples
 from research.config.layout import batch_sizes, sequence_lengths
 from research.config.schema import Experiment
 
@@ -88,6 +88,12 @@ def _check_pipeline_and_zero(experiment: Experiment) -> None:
 def _check_schedule(experiment: Experiment) -> None:
     optimizer, steps = experiment.optimizer, experiment.schedule.steps
     lengths = sequence_lengths(experiment).lengths  # raises a Mistake if a ramp does not lead to batch_size or seq_length
+    if isinstance(experiment.data.examples, OF_ENCODERS):
+        kind = type(experiment.data.examples).__name__
+        raise Mistake(
+            f"data.examples = {kind}(…) are samples for a model with an encoder, and {type(experiment.model).__name__} has none → use "
+            f"{STREAM!r}, or another kind of docs/samples.md"
+        )
     if experiment.schedule.length_ramp and experiment.data.examples != STREAM:
         raise Mistake(
             f"schedule.length_ramp shortens windows of the stream, and data.examples = {describe_examples(experiment.data.examples)!r} "

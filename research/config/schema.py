@@ -47,7 +47,8 @@ class Data(Settings):
         description="held-out text, named the same way, or split:969,30,1, a part of the training text; never trained on"
     )
     tokenizer: Text = Field(
-        description="builtin:bpe-8192 or builtin:chars (made from the train text), builtin:bytes, builtin:gpt2, or a tokenizer.json's path"
+        description="builtin:bpe-8192 or builtin:chars (made from the train text), builtin:bytes, builtin:gpt2, each also with special tokens (+fim), or a "
+        "tokenizer.json's path"
     )
     examples: Text | SerializeAsAny[ExampleSettings] = Field(
         default=STREAM,

@@ -30,7 +30,7 @@ def sample(i, n, seed):
     if sizes.min() <= 0 or sizes.max() > LARGEST or np.any(positions < 0):
         raise ValueError(f"no order: i = {i} must not be negative and n = {n} must be in [1, 2^62]")
     epoch, position = np.divmod(positions, sizes)
-    keys = _mix(_mix(_words(seed)) + epoch.astype(np.uint64))
+    keys = mix(mix(words(seed)) + epoch.astype(np.uint64))
     samples = _permute(position, np.broadcast_to(sizes, position.shape), keys)
     return samples if isinstance(i, np.ndarray) and i.ndim else int(samples[0])
 
@@ -41,7 +41,7 @@ def _permute(positions: Ints, sizes: Ints, keys: Ints) -> Ints:
     halves = [max(1, ((n - 1).bit_length() + 1) // 2) for n in distinct.tolist()]  # bits of each half: the smallest 4^half >= n
     half, n = np.array(halves, np.uint64)[which.reshape(sizes.shape)], sizes.astype(np.uint64)
     distinct_keys, key = np.unique(keys, return_inverse=True)
-    round_keys, key = _mix(distinct_keys + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN), key.reshape(keys.shape)
+    round_keys, key = mix(distinct_keys + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN), key.reshape(keys.shape)
     images = _feistel(positions.astype(np.uint64), half, round_keys, key)
     outside = np.nonzero(images >= n)
     while len(outside[0]):
@@ -59,11 +59,11 @@ def _feistel(x: Ints, half: Ints, round_keys: Ints, key: Ints) -> Ints:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = x >> half, x & mask
     for keys in round_keys:
-        left, right = right, left ^ (_mix(right ^ keys[key]) & mask)
+        left, right = right, left ^ (mix(right ^ keys[key]) & mask)
     return (left << half) | right
 
 
-def _mix(x: Ints) -> Ints:
+def mix(x: Ints) -> Ints:
     """Each bit of the result depends on each bit of x: the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
     x = x + GOLDEN  # a copy, which the lines below change
     x ^= x >> np.uint64(30)
@@ -74,7 +74,7 @@ def _mix(x: Ints) -> Ints:
     return x
 
 
-def _words(values: int | Ints) -> Ints:
+def words(values: int | Ints) -> Ints:
     """Integers as 64-bit words. The result is an array because numpy warns when a *scalar* wraps around."""
     if isinstance(values, np.ndarray):
         return values.astype(np.uint64)

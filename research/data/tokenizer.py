@@ -4,6 +4,8 @@ builtin:bpe-N    byte-level BPE of at most N tokens, trained on the training tex
 builtin:gpt2     GPT-2's own byte-level BPE; encodes every text
 builtin:bytes    UTF-8 bytes: id = byte, 256 is end-of-text; encodes every text
 builtin:chars    the characters of the training text, sorted, then end-of-text; another character in a text is a Mistake
+
+Behind each of these names, +fim, +spans and +mask add special tokens (special_tokens.py).
 """
 
 import contextlib
@@ -19,7 +21,7 @@ import numpy as np
 
 from parallel.errors import Mistake, nearest
 from parallel.files import locked, published
-from research.data import documents
+from research.data import documents, special_tokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -175,13 +177,19 @@ def declared_vocab_size(name: str) -> int:
 
     A name that is not known is a Mistake.
     """
-    if name in (GPT2, BYTES):
-        return GPT2_SIZE if name == GPT2 else BYTES_SIZE
-    if name == CHARS:
+    base, added = special_tokens.parted(name) if name.startswith(documents.BUILTIN) else (name, ())
+    return _declared_size(base, name) + len(added)
+
+
+def _declared_size(base: str, name: str) -> int:
+    """`declared_vocab_size` without the special tokens that are added to `base`."""
+    if base in (GPT2, BYTES):
+        return GPT2_SIZE if base == GPT2 else BYTES_SIZE
+    if base == CHARS:
         return 2  # at least: the text tells
-    size = name.removeprefix(TRAINED)
-    if not name.startswith(TRAINED) or not (size.isascii() and size.isdecimal()):
-        near = nearest(name, [f"{TRAINED}8192", GPT2, BYTES, CHARS])
+    size = base.removeprefix(TRAINED)
+    if not base.startswith(TRAINED) or not (size.isascii() and size.isdecimal()):
+        near = nearest(base, [f"{TRAINED}8192", GPT2, BYTES, CHARS])
         guess = f" ({near} is meant?)" if near else ""
         others = f"{GPT2}, {BYTES}, {CHARS} or a tokenizer.json"
         raise Mistake(f"data.tokenizer = {name!r} is not known{guess} → use {TRAINED}8192 (any size), {others}")
@@ -194,12 +202,12 @@ def declared_vocab_size(name: str) -> int:
 
 def is_made_from_text(name: str) -> bool:
     """Whether the tokenizer depends on the training text."""
-    return name.startswith(TRAINED) or name == CHARS
+    return name.startswith((TRAINED, CHARS))
 
 
 def fixed(name: str) -> Tokenizer:
-    """GPT2 or BYTES."""
-    return gpt2() if name == GPT2 else from_json(BYTES, unit_tokenizer())
+    """GPT2 or BYTES, with the special tokens that the name adds."""
+    return gpt2(name) if special_tokens.parted(name)[0] == GPT2 else from_json(name, unit_tokenizer())
 
 
 def trained(name: str, texts: Iterable[str], source: str, cache: Path, waiting: Waiting = contextlib.nullcontext) -> Tokenizer:
@@ -213,7 +221,7 @@ def trained(name: str, texts: Iterable[str], source: str, cache: Path, waiting: 
         with locked(path.with_suffix(".lock"), waiting):
             tokenizer = _read(name, path)
             if tokenizer is None:
-                text = made_from(name, texts)
+                text = made_from(special_tokens.parted(name)[0], texts)
                 with published(path) as temporary:
                     temporary.write_text(text, encoding="utf-8")
                 tokenizer = _read(name, path)
@@ -222,13 +230,16 @@ def trained(name: str, texts: Iterable[str], source: str, cache: Path, waiting: 
 
 
 def made_from(name: str, texts: Iterable[str]) -> str:
-    """The `builtin:bpe-N` or `builtin:chars` made from `texts`, as JSON."""
-    if name == CHARS:
+    """The `builtin:bpe-N` or `builtin:chars` made from `texts`, with the special tokens that the name adds, as JSON."""
+    base, added = special_tokens.parted(name)
+    if base == CHARS:
         letters: set[str] = set()
         for text in texts:
             letters.update(text)
-        return unit_tokenizer(sorted(letters))
-    return train_bpe(texts, declared_vocab_size(name))
+        made = unit_tokenizer(sorted(letters))
+    else:
+        made = train_bpe(texts, declared_vocab_size(base))
+    return from_json(name, made).backend.to_str() if added else made
 
 
 def kept(name: str, source: str, cache: Path) -> Tokenizer | None:
@@ -237,17 +248,19 @@ def kept(name: str, source: str, cache: Path) -> Tokenizer | None:
 
 
 def _cached_file(name: str, source: str, cache: Path) -> Path:
-    kind = "chars" if name == CHARS else f"bpe-{declared_vocab_size(name)}"
+    """The file of the tokenizer without the special tokens that its name adds, which all such names share."""
+    base, _ = special_tokens.parted(name)
+    kind = "chars" if base == CHARS else f"bpe-{declared_vocab_size(base)}"
     return cache / f"{kind}-{source[:16]}-v{RECIPE}.json"
 
 
-def gpt2() -> Tokenizer:
-    """GPT-2's 50,257 tokens, from the tables in builtin/gpt2."""
+def gpt2(name: str = GPT2) -> Tokenizer:
+    """GPT-2's 50,257 tokens, from the tables in builtin/gpt2, and the special tokens that the name adds."""
     from tokenizers import models
 
     vocabulary, merges = documents.FOLDER / "gpt2" / "vocab.json", documents.FOLDER / "gpt2" / "merges.txt"
     backend = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
-    return _wrap(GPT2, backend, hashlib.sha256(vocabulary.read_bytes() + merges.read_bytes()).hexdigest())
+    return _wrap(name, backend, hashlib.sha256(vocabulary.read_bytes() + merges.read_bytes()).hexdigest())
 
 
 def unit_tokenizer(alphabet: Sequence[str] = ()) -> str:
@@ -311,12 +324,15 @@ def _byte_level(model: "tokenizers.models.BPE") -> "tokenizers.Tokenizer":
 
 
 def _wrap(name: str, backend: "tokenizers.Tokenizer", fingerprint: str) -> Tokenizer:
-    backend.add_special_tokens([END_OF_TEXT])  # both tables hold it already: this marks their id as special
-    backend.encode_special_tokens = True  # the marker's letters in a text are encoded as letters
+    base, added = special_tokens.parted(name)
+    backend.add_special_tokens([END_OF_TEXT, *added])  # the tables hold the first already: this marks its id as special
+    backend.encode_special_tokens = True  # their letters in a text are encoded as letters
     end_of_text = backend.token_to_id(END_OF_TEXT)
     assert end_of_text is not None, name
-    if name in (BYTES, CHARS):
-        alphabet = sorted(backend.get_vocab().keys() - {END_OF_TEXT}) if name == CHARS else ()
+    if added:  # the file that `trained` keeps does not hold them
+        fingerprint = hashlib.sha256("\0".join([fingerprint, *added]).encode()).hexdigest()
+    if base in (BYTES, CHARS):
+        alphabet = sorted(backend.get_vocab().keys() - {END_OF_TEXT, *added}) if base == CHARS else ()
         return UnitTokenizer(name, backend.get_vocab_size(), end_of_text, fingerprint, backend, alphabet=tuple(alphabet))
     return Tokenizer(name, backend.get_vocab_size(), end_of_text, fingerprint, backend)
 

@@ -10,7 +10,7 @@ from research.data.records import Progress, silent
 from research.data.tokenizer import Tokenizer
 from research.evaluation import registry
 from research.evaluation.scorer import Scorer
-from research.evaluation.task import Metric, Settings, Task, TaskContext, TaskRequests, evaluate
+from research.evaluation.task import Metric, Settings, Task, TaskContext, TaskRequests, TextTask, evaluate
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,18 @@ def check_tasks(experiment: Experiment, root: Path) -> None:
 
 
 def create_tasks(experiment: Experiment, root: Path) -> list[Task]:
-    """The experiment's tasks, not read yet; relative paths start from `root`."""
+    """The experiment's tasks, not read yet; relative paths start from `root`. A Mistake if one of them generates texts."""
     settings = experiment.evaluate
     data = Path(settings.data) if settings.data else None
-    return registry.create_tasks(settings.tasks, Settings(limit=settings.limit or None, data=data, root=root))
+    tasks: list[Task] = []
+    for task in registry.create_tasks(settings.tasks, Settings(limit=settings.limit or None, data=data, root=root)):
+        if isinstance(task, TextTask):
+            raise Mistake(
+                f"evaluate.tasks: {task.name} lets the model write texts, which is not done while it trains → evaluate it afterwards: "
+                f"python -m research evaluate RUN --tasks {task.name}"
+            )
+        tasks.append(task)
+    return tasks
 
 
 def prepare_tasks(experiment: Experiment, root: Path, tokenizer: Tokenizer, progress: Progress = silent) -> list[PreparedTask]:

@@ -8,11 +8,12 @@ from parallel.errors import Mistake, nearest
 from parallel.files import user_path
 from research.data.prepare import check_text
 from research.evaluation import examples
+from research.evaluation.infilling import Infilling
 from research.evaluation.lambada import Lambada
 from research.evaluation.minimal_pairs import MinimalPairs
 from research.evaluation.multiple_choice import MultipleChoice
 from research.evaluation.perplexity import Perplexity
-from research.evaluation.task import Settings, Task
+from research.evaluation.task import Settings, Task, TextTask
 from research.evaluation.wikitext import WholeWikitext, Wikitext
 
 VALIDATION = "validation"
@@ -24,7 +25,7 @@ class TaskKind(NamedTuple):
     """A kind of task on a file: the user's own, one that ships with Tessera, or one from `--data FOLDER`."""
 
     description: str
-    task: Callable[[str, Settings, Path], Task]
+    task: Callable[[str, Settings, Path], Task | TextTask]
     """The task's class."""
     suffixes: tuple[str, ...]
     builtin: Path | None = None
@@ -65,16 +66,17 @@ KINDS: dict[str, TaskKind] = {
     ),
     "pairs": TaskKind("minimal pairs, BLiMP's format: sentence_good, sentence_bad, UID", MinimalPairs, (".jsonl",)),
     "choice": TaskKind("multiple choice: query, choices, gold", MultipleChoice, (".jsonl",)),
+    "fim": TaskKind("filling in: prefix, suffix, middle; a run without FIM sees the prefix alone", Infilling, (".jsonl",)),
 }
 
 
-def create_tasks(names: Sequence[str], settings: Settings | None = None) -> list[Task]:
+def create_tasks(names: Sequence[str], settings: Settings | None = None) -> list[Task | TextTask]:
     """The tasks of these names in order, without duplicates.
 
     Raises a Mistake if a name is not known or a file does not exist; reads no file.
     """
     settings = settings or Settings()
-    tasks: list[Task] = []
+    tasks: list[Task | TextTask] = []
     for name in dict.fromkeys(names):
         kind_name, colon, file = name.partition(":")
         if name == VALIDATION:

@@ -11,8 +11,10 @@ from models.inference.scoring import TokenScorer
 from research.cluster.tensor_ranks import opened
 from research.data.tokenizer import Tokenizer
 from research.evaluation.scorer import Score, ScoreRequest
+from research.evaluation.task import TextRequest
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec, ScorerSpec
+from research.generation.settings import GenerationSettings
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,14 @@ class Session:
                 self.warn(decoder.uncached)
             self._generator = TextGenerator(decoder, self.tokenizer, self.model, context)
         return self._generator
+
+    def texts(self, requests: Sequence[TextRequest], progress: Callable[[int], object] = lambda n: None) -> list[str]:
+        """The text that the model writes for each request, in order. Calls `progress(n)` after n more texts."""
+        generator = self.generator
+        texts = [generator.submit_ids(one.ids, GenerationSettings(one.max_new_tokens), one.ends) for one in requests]
+        while generator:
+            progress(sum(text.finish is not None for text in generator.step()))
+        return [text.text for text in texts]
 
     def close(self) -> None:
         """Releases the model."""

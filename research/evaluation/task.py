@@ -10,8 +10,9 @@ A task makes requests from a file and computes metrics from the scores:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from research.data.fill_in_middle import Sentinels
 from research.data.records import Progress, silent
 from research.data.sources import DataSettings as Data
 from research.data.tokenizer import Tokenizer
@@ -48,6 +49,8 @@ class TaskContext:
     root: Path
     progress: Progress = silent
     """Shows slow work such as tokenizing a text."""
+    sentinels: Sentinels | None = None
+    """Those of a run that was trained to fill in a middle."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,42 @@ class Task(Protocol):
         """SHA-256 of the data, in hexadecimal."""
 
     def requests(self, context: TaskContext) -> TaskRequests:
+        """Reads and tokenizes the data. Raises a Mistake that names the line if the file is not in the task's format."""
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A prompt that a model continues, always with the most likely token."""
+
+    ids: tuple[int, ...]
+    max_new_tokens: int
+    ends: tuple[int, ...]
+    """The ids that end the text and are no part of it."""
+
+
+@dataclass(frozen=True)
+class TextRequests:
+    """The requests of a task for one tokenizer, and the function that computes its metrics from the texts."""
+
+    requests: list[TextRequest]
+    examples: int
+    metrics: Callable[[Sequence[str]], list[Metric]]
+    """Takes one text per request, in order. A pure function."""
+
+
+@runtime_checkable
+class TextTask(Protocol):
+    """A task like Task, but for texts that the model writes instead of scores."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def digest(self, context: TaskContext) -> str: ...
+
+    def texts(self, context: TaskContext) -> TextRequests:
         """Reads and tokenizes the data. Raises a Mistake that names the line if the file is not in the task's format."""
 
 

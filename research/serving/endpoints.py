@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from parallel.errors import Mistake
+from research.generation.infilling import infilling_prompt
 from research.serving.chat_template import Messages
 from research.serving.engine import Job, Token
 from research.serving.errors import check_unicode, invalid_field
@@ -37,7 +38,19 @@ class CompletionEndpoint:
         self.service, self.request = service, request
         prompts = _prompts(request.prompt, service.limits.prompts)
         service.check_characters(sum(len(prompt) for _, prompt in prompts if isinstance(prompt, str)), "prompt")
-        self.prompts = [self._ids(prompt, place) for place, prompt in prompts]
+        service.check_characters(len(request.suffix), "suffix")
+        end_ids = service.end_ids
+        if not request.suffix:
+            self.prompts = [self._ids(prompt, place) for place, prompt in prompts]
+        elif service.sentinels is None:
+            message = "is not supported: the model was not trained to fill in a middle → leave it out"
+            raise invalid_field("suffix", message, "unsupported_parameter")
+        else:
+            with _refused_text("suffix"):
+                suffix = service.tokenizer.encode(check_unicode(request.suffix, "suffix"))
+            prefixes = [self._text_ids(prompt, place) for place, prompt in prompts]
+            self.prompts = [infilling_prompt(service.tokenizer, service.sentinels, prefix, suffix) for prefix in prefixes]
+            end_ids = (*end_ids, *service.sentinels)
         self.left_out: dict[str, int] = {}
         if request.truncation == "auto":
             self._leave_out_beginnings()
@@ -49,22 +62,30 @@ class CompletionEndpoint:
             if request.truncation == "auto" or not request.max_tokens:
                 max_tokens = min(max_tokens, service.tokens_left(ids))
             settings = service.generation_settings(request, (), max_tokens, request.logprobs, number)
-            self.jobs += service.jobs(ids, settings, service.end_ids, "prompt", "max_tokens")
+            self.jobs += service.jobs(ids, settings, end_ids, "prompt", "max_tokens")
         self._echoed = [service.tokenizer.decode(ids) for ids in self.prompts] if request.echo else []
 
     def _ids(self, prompt: Any, place: str) -> tuple[int, ...]:
-        """The tokens of a prompt that is a string or a list of ids."""
+        """The tokens of a prompt that is a string or a list of ids, for the model to continue."""
         tokenizer = self.service.tokenizer
         if isinstance(prompt, str):
             with _refused_text(place):
                 return tokenizer.prompt(check_unicode(prompt, place))
+        return self._text_ids(prompt, place) or (tokenizer.end_of_text,)
+
+    def _text_ids(self, prompt: Any, place: str) -> tuple[int, ...]:
+        """The tokens of a string, or those of a list of ids."""
+        tokenizer = self.service.tokenizer
+        if isinstance(prompt, str):
+            with _refused_text(place):
+                return tuple(tokenizer.encode(check_unicode(prompt, place)))
         if len(prompt) > self.service.context and self.request.truncation != "auto":
             message = f"has {len(prompt)} tokens, the context has {self.service.context} → send fewer"
             raise invalid_field(place, message, "context_length_exceeded")
         for token in prompt:
             if not 0 <= token < tokenizer.vocab_size:
                 raise invalid_field(place, f"holds the id {token}, the tokenizer has 0 to {tokenizer.vocab_size - 1} → send ids of its own")
-        return tuple(prompt) or (tokenizer.end_of_text,)
+        return tuple(prompt)
 
     def _leave_out_beginnings(self) -> None:
         """Shortens each prompt to its last tokens, so that its text has room."""

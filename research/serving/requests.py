@@ -183,9 +183,11 @@ class CommonFields(BaseModel):
 class CompletionRequest(CommonFields):
     """The body of /v1/completions."""
 
-    unsupported = UNSUPPORTED | {"suffix": ("",), "best_of": (1,)}
+    unsupported = UNSUPPORTED | {"best_of": (1,)}
     prompt: Any = "\n"
     """Text, token ids, or a list of either, which CompletionEndpoint checks."""
+    suffix: str = ""
+    """What follows the text, for a model that was trained to fill in a middle."""
     logprobs: int | None = Field(None, ge=0)
     echo: bool = False
 
@@ -194,6 +196,9 @@ class CompletionRequest(CommonFields):
         if self.echo and self.logprobs is not None:
             message = "with logprobs asks for the prompt's, which are not computed → leave one of them out"
             raise invalid_field("echo", message, "unsupported")
+        for name, used in (("echo", self.echo), ("truncation", self.truncation == "auto")):
+            if self.suffix and used:
+                raise invalid_field(name, "does not go with a suffix → leave one of them out", "unsupported")
         return self
 
 

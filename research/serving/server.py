@@ -21,6 +21,7 @@ from parallel.errors import Mistake
 from research import ROOT
 from research.cluster.memory import MB, HostMemory
 from research.cluster.tensor_ranks import opened
+from research.data.fill_in_middle import Sentinels
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of, special_tokens_of, template_of
 from research.generation.generator import TextGenerator
@@ -67,6 +68,8 @@ class ServerSpec:
     """The text of a chat template. None: the run's own one, or a plain layout if it has none."""
     template_name: str
     example_prompts: tuple[str, ...]
+    sentinels: Sentinels | None
+    """Of a model that was trained to fill in a middle."""
     listener: socket.socket
     """Bound to the address, and not listening yet."""
 
@@ -101,6 +104,7 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
             context=spec.context,
             slots=spec.slots,
             end_ids=end_ids,
+            sentinels=spec.sentinels,
             chat_template=chat_template,
             example_prompts=spec.example_prompts,
             limits=limits,

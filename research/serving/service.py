@@ -7,6 +7,7 @@ from typing import Any
 from models.config import GPT
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake
+from research.data.fill_in_middle import Sentinels
 from research.data.tokenizer import Tokenizer
 from research.generation.settings import GenerationSettings, refuse_long, text_seed
 from research.serving.access import Access
@@ -39,6 +40,8 @@ class Service:
     """Number of texts that are generated at once."""
     end_ids: tuple[int, ...]
     """The tokens that end a text of /v1/completions."""
+    sentinels: Sentinels | None
+    """The tokens that a prompt with a suffix is made of; None if the model was not trained to fill in a middle."""
     chat_template: PlainTemplate | ChatTemplate
     example_prompts: tuple[str, ...]
     """The page offers them to begin a text with."""

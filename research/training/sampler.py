@@ -13,11 +13,20 @@ from research.data.batches import Sampler, StreamSampler
 from research.data.blend import Blend
 from research.data.confined import ConfinedStream
 from research.data.examples import Examples, ExampleSampler
+from research.data.fill_in_middle import FillInMiddleExamples
+from research.data.masked_lm import MaskedExamples
 from research.data.packing import PackedDocuments
 from research.data.prepare import Corpus
 from research.data.sources import stages, training_texts
+from research.data.span_corruption import SpanExamples
 
-CLASSES: dict[str, type[Examples]] = {CONFINED: ConfinedStream, PACKED: PackedDocuments}
+CLASSES: dict[str, type[Examples]] = {
+    CONFINED: ConfinedStream,
+    PACKED: PackedDocuments,
+    "fill_in_middle": FillInMiddleExamples,
+    "masked": MaskedExamples,
+    "spans": SpanExamples,
+}
 """The word, or the `kind` of the object, in data.examples -> its class."""
 SEGMENTS = ("segments",)
 """What travels through the model beside x if attention is confined."""
@@ -42,8 +51,9 @@ def examples_class(experiment: Experiment, variants: Mapping[str, Any]) -> type[
 
 def context_of(experiment: Experiment, variants: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the tensors that the samples bring beside ids and labels, which models.gpt.layers takes as `context`."""
-    found = examples_class(experiment, variants)
-    return SEGMENTS if found is not None and found.confines else ()
+    examples, found = experiment.data.examples, examples_class(experiment, variants)
+    confines = found is not None and found.confines if isinstance(examples, str) else examples.confines
+    return SEGMENTS if confines else ()
 
 
 def sampler_of(experiment: Experiment, corpus: Corpus, variants: Mapping[str, Any]) -> Sampler:
@@ -56,4 +66,6 @@ def sampler_of(experiment: Experiment, corpus: Corpus, variants: Mapping[str, An
     make: Callable[..., Examples] = found
     if found is PackedDocuments:
         make = functools.partial(make, cache=corpus.cache)
+    if not isinstance(experiment.data.examples, str):
+        make = functools.partial(make, **experiment.data.examples.options)
     return ExampleSampler([make(store, corpus.tokenizer, length, seed) for store in sources], blend, sizes, micro_batch_size, seed)

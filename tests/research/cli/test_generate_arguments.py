@@ -58,7 +58,7 @@ def test_context(rotary):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "there is nothing to continue → give one of --prompt TEXT, --file FILE and --interactive"),
+        ([], "there is nothing to continue → give one of --prompt TEXT, --file FILE, --fim PREFIX SUFFIX and --interactive"),
         (["--prompt", "a", "--interactive"], "--prompt and --interactive are given → give one of"),
         (["--interactive", "--json"], "--interactive does not go with --json"),
         (["--prompt", "a", "--n", "0"], "--n 0 does not work → use 1 or more"),

@@ -11,7 +11,7 @@ import pytest
 
 from parallel.errors import Mistake
 from research import ROOT
-from research.data import corpus, corpus_inputs, corpus_work, random_split, tokenizer, tokenizer_file, tokenizer_processes
+from research.data import corpus, corpus_inputs, corpus_work, random_split, special_tokens, tokenizer, tokenizer_file, tokenizer_processes
 from research.data.corpus import Options
 from research.data.corpus_inputs import Inputs
 from research.data.random_split import Split, shares_of
@@ -120,6 +120,18 @@ def test_one_document_is_split_by_position(tmp_path, prepare, small_sizes):
         assert sizes == [cut, len(text) - cut]
         if name == "speare.txt":
             assert (cut, len(text) - cut, len(place)) == (1_003_854, 111_540, 65)
+
+
+@pytest.mark.parametrize("name", [tokenizer.BYTES, tokenizer.CHARS, pytest.param("builtin:bpe-300", marks=pytest.mark.slow)])
+def test_special_tokens_change_no_id_of_a_text(tmp_path, prepare, name):
+    (tmp_path / "a.txt").write_text("a <fim_prefix> b <mask>\n" * 90)
+    plain, _ = prepare(["a.txt"], name, "90,10", title="plain")
+    folder, _ = prepare(["a.txt"], f"{name}+fim+mask", "90,10", title="more")
+    assert stores_of(folder, ["train", "val"]) == stores_of(plain, ["train", "val"])
+    before, own = (tokenizer_file.load(str(made / "tokenizer.json"), ROOT) for made in (plain, folder))
+    words = (*special_tokens.FIM, *special_tokens.MASK)
+    assert [own.backend.token_to_id(word) for word in words] == [*range(before.vocab_size, before.vocab_size + 4)]
+    assert own.vocab_size == before.vocab_size + 4 and json.loads((folder / "train.json").read_text())["tokenizer"] == f"{name}+fim+mask"
 
 
 @pytest.mark.parametrize("cut", range(10))

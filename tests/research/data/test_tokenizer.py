@@ -11,7 +11,7 @@ import pytest
 
 from parallel.errors import Mistake
 from research import ROOT
-from research.data import documents, tokenizer
+from research.data import documents, special_tokens, tokenizer, tokenizer_file, tokenizer_processes
 
 VAL = "builtin:state_of_the_union/val"
 
@@ -97,7 +97,7 @@ def test_little_text_gives_fewer_tokens_than_asked(tmp_path):
 
 TRAIN = """
 import hashlib, pathlib
-from research.data import documents, tokenizer
+from research.data import documents, special_tokens, tokenizer, tokenizer_file, tokenizer_processes
 text = tokenizer.train_bpe(documents.documents("builtin:state_of_the_union/val", pathlib.Path()), 2000)
 print(hashlib.sha256(text.encode()).hexdigest())
 """
@@ -155,3 +155,53 @@ def test_unknown_names_are_refused(name, words):
     with pytest.raises(Mistake) as caught:
         tokenizer.declared_vocab_size(name)
     assert all(word in str(caught.value) for word in [*words, f"data.tokenizer = {name!r}", "→"]), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "base", ["builtin:bpe-300", "builtin:bytes", "builtin:chars", pytest.param("builtin:gpt2", marks=pytest.mark.slow)]
+)
+def test_special_tokens_of_a_name_follow_the_others_and_no_text_becomes_one(base, tmp_path):
+    """Their letters are in the text that the tokenizer is made from, many times, and in what it encodes; the file keeps them."""
+    text = "<fim_prefix>a<fim_suffix> b <fim_middle>\n<mask>x<extra_id_7>" * 40
+    name, words = f"{base}+fim+mask", (*special_tokens.FIM, *special_tokens.MASK)
+    plain, own = (
+        tokenizer.trained(one, [text], "digest", tmp_path) if tokenizer.is_made_from_text(one) else tokenizer.fixed(one)
+        for one in (base, name)
+    )
+    assert own.vocab_size == plain.vocab_size + 4 and own.fingerprint != plain.fingerprint and own.end_of_text == plain.end_of_text
+    assert [own.backend.token_to_id(word) for word in words] == [*range(plain.vocab_size, own.vocab_size)]
+    assert own.encode(text) == plain.encode(text) and own.decode(own.encode(text)) == text
+    assert own.decode([own.vocab_size - 4, *own.encode("ab"), own.vocab_size - 1]) == "<fim_prefix>ab<mask>"
+    if base != "builtin:chars":
+        assert tokenizer.declared_vocab_size(name) == tokenizer.declared_vocab_size(base) + 4
+
+    # as `prepare` writes it, with and without the name by which it is known
+    (tmp_path / "tokenizer.json").write_text(
+        tokenizer.made_from(name, [text]) if tokenizer.is_made_from_text(name) else own.backend.to_str()
+    )
+    for read in (tokenizer_file.load("tokenizer.json", tmp_path), tokenizer_processes.open_tokenizer(name, tmp_path / "tokenizer.json")):
+        assert (read.vocab_size, read.end_of_text) == (own.vocab_size, own.end_of_text)
+        assert read.encode(text) == own.encode(text) and [read.backend.token_to_id(word) for word in words] == [
+            *range(plain.vocab_size, own.vocab_size)
+        ]
+
+
+def test_a_trained_tokenizer_is_kept_once_whatever_special_tokens_its_names_add(tmp_path):
+    sizes = []
+    for name in ("builtin:bpe-300+fim", "builtin:bpe-300", "builtin:bpe-300+spans"):
+        found = tokenizer.trained(name, ["some text " * 20], "digest", tmp_path)
+        assert tokenizer.kept(name, "digest", tmp_path).fingerprint == found.fingerprint
+        sizes.append(found.vocab_size)
+    assert sizes == [sizes[1] + 3, sizes[1], sizes[1] + 100]
+    assert [path.name for path in tmp_path.glob("*.json")] == ["bpe-300-digest-v1.json"]
+
+
+def test_special_tokens_that_are_not_known_are_refused():
+    for name, words in (
+        ("builtin:bpe-300+fin", "'fin' → use builtin:bpe-300+fim"),
+        ("builtin:gpt2+", "''"),
+        ("builtin:gpt3+fim", "builtin:gpt2 is meant?"),
+    ):
+        with pytest.raises(Mistake) as caught:
+            tokenizer.declared_vocab_size(name)
+        assert words in str(caught.value) and f"data.tokenizer = {name!r}" in str(caught.value) and "→" in str(caught.value)

@@ -23,7 +23,10 @@ PAIR = {"sentence_good": "the people", "sentence_bad": "the war"}
     ("name", "message"),
     [
         ("lambda", "there is no task 'lambda' → did you mean lambada?"),
-        ("zzz", "→ use validation, perplexity, agreement, government, wikitext, wikitext_megatron, lambada, pairs, choice (--tasks list)"),
+        (
+            "zzz",
+            "→ use validation, perplexity, agreement, government, wikitext, wikitext_megatron, lambada, pairs, choice, fim (--tasks list)",
+        ),
         ("pairs", "task 'pairs' needs a file → write pairs:FILE.jsonl"),
         ("pairs:", "there is no task 'pairs:' → did you mean pairs?"),
         ("pairs:no.jsonl", "pairs:no.jsonl: no.jsonl does not exist → name a .jsonl file"),
