@@ -20,8 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from research.data.tokenizer import Tokenizer
-from research.serving import template_sandbox
-from research.serving.errors import ApiError, invalid_field, shutting_down
+from research.generation import template_sandbox
 
 PRIVATE = range(0xF0000, 0xFFFFE)
 """Private-use characters, which have no meaning."""
@@ -30,6 +29,19 @@ START_SECONDS = 20.0
 """Time for a new sandbox process to start: it starts a Python interpreter, possibly on a busy machine."""
 Messages = list[dict[str, str]]
 Ids = tuple[int, ...]
+
+
+class TemplateError(Exception):
+    """A conversation that cannot be rendered. Its text continues a sentence that begins with the name of the conversation."""
+
+    def __init__(self, message: str, code: str = "template_error") -> None:
+        """`code`: what a client of the server reads beside the message."""
+        super().__init__(message)
+        self.code = code
+
+
+class RendererClosed(Exception):
+    """A conversation came after `TemplateRenderer.close`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class ChatTemplate:
         object.__setattr__(self, "end_ids", tuple(dict.fromkeys([*self.end_ids, *self._end_of_turn()])))
 
     def ids(self, messages: Messages) -> Ids:
-        """Returns the tokens of the conversation. Raises an ApiError if the template rejects it."""
+        """Returns the tokens of the conversation. Raises a TemplateError if the template rejects it."""
         first, last = unused_characters("".join(text for message in messages for text in message.values()))
         marked = [{name: self._marked(text, first, last) for name, text in message.items()} for message in messages]
         text = self.render(self._variables(marked, add_generation_prompt=True))
@@ -107,7 +119,7 @@ class ChatTemplate:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
         try:
             after = self.render(self._variables(turns, add_generation_prompt=False)).rpartition(ANSWER)[2].lstrip()
-        except ApiError:  # the template may reject this conversation
+        except TemplateError:  # the template may reject this conversation
             return ()
         start, stop = next(iter(self._special.find(after)), (1, 1))
         token = None if start else self._with_special.backend.token_to_id(after[:stop])
@@ -154,7 +166,7 @@ def unused_characters(text: str) -> tuple[str, str]:
     for pair in pairwise(map(chr, PRIVATE)):
         if not present.intersection(pair):
             return pair
-    raise invalid_field("messages", "hold too many different private-use characters → leave them out")
+    raise TemplateError("hold too many different private-use characters → leave them out", "invalid_value")
 
 
 class TemplateRenderer:
@@ -172,10 +184,10 @@ class TemplateRenderer:
         self._connection: Connection | None = None
 
     def render(self, variables: dict[str, Any]) -> str:
-        """Returns the text. Raises an ApiError about `messages` if the template rejects them, fails or takes too long."""
+        """Returns the text. Raises a TemplateError if the template rejects the conversation, fails or takes too long."""
         with self._lock:
             if self._closed:
-                raise shutting_down()
+                raise RendererClosed
             connection = self._connection or self._start()
             try:
                 connection.send_bytes(json.dumps(variables).encode())
@@ -188,8 +200,7 @@ class TemplateRenderer:
                 self._stop()
                 answer = {"error": "it has brought its process down"}
         if "error" in answer:
-            message = f"are refused by the chat template ({answer['error']}) → send what it asks for"
-            raise invalid_field("messages", message, "template_error")
+            raise TemplateError(f"are refused by the chat template ({answer['error']}) → send what it asks for")
         return answer["text"]
 
     def close(self) -> None:
