@@ -14,11 +14,11 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from research.data.conversations import TITLES
 from research.data.tokenizer import Tokenizer
 from research.generation import template_sandbox
 
@@ -32,12 +32,12 @@ Ids = tuple[int, ...]
 
 
 class TemplateError(Exception):
-    """A conversation that cannot be rendered. Its text continues a sentence that begins with the name of the conversation."""
+    """Messages that cannot be rendered. Its text continues a sentence that begins with them."""
 
-    def __init__(self, message: str, code: str = "template_error") -> None:
-        """`code`: what a client of the server reads beside the message."""
-        super().__init__(message)
-        self.code = code
+    def __init__(self, problem: str, way_out: str, code: str = "template_error") -> None:
+        """`code`: what a client of the server reads beside the text."""
+        super().__init__(f"{problem} → {way_out}")
+        self.problem, self.way_out, self.code = problem, way_out, code
 
 
 class RendererClosed(Exception):
@@ -55,8 +55,7 @@ class PlainTemplate:
 
     def ids(self, messages: Messages) -> Ids:
         """Returns the tokens of the conversation. Special tokens in a message are encoded as text."""
-        titles = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-        turns = [titles[message["role"]] + message["content"].strip() for message in messages]
+        turns = [TITLES[message["role"]] + message["content"].strip() for message in messages]
         return tuple(self.tokenizer.encode("\n".join([*turns, "Assistant:"])))
 
 
@@ -87,32 +86,16 @@ class ChatTemplate:
     def ids(self, messages: Messages) -> Ids:
         """Returns the tokens of the conversation. Raises a TemplateError if the template rejects it."""
         first, last = unused_characters("".join(text for message in messages for text in message.values()))
-        marked = [{name: self._marked(text, first, last) for name, text in message.items()} for message in messages]
+        marked = [{name: self._special.marked(text, first, last) for name, text in message.items()} for message in messages]
         text = self.render(self._variables(marked, add_generation_prompt=True))
 
-        # Special tokens between the marks are text, all others are tokens. A mark that has lost its partner is dropped. The pattern
-        # is tried again at a mark only, and ends at the next one: the time is in proportion to the text.
-        parts, end = [], 0
-        for match in re.finditer(f"{first}([^{first}{last}]*){last}|[{first}{last}]", text):
-            parts += [(False, text[end : match.start()]), (match[1] in self._special.tokens, match[1] or "")]
-            end = match.end()
-        parts.append((False, text[end:]))
-
-        (_, head), *rest = parts
-        as_text = iter(_encode_inside(self.tokenizer, [part for is_text, part in rest if is_text]))
-        as_tokens = iter(_encode_inside(self._with_special, [part for is_text, part in rest if not is_text and part]))
+        (head, _), *rest = divided(text, first, last, self._special.tokens)
+        as_text = iter(_encode_inside(self.tokenizer, [part for part, is_text in rest if is_text]))
+        as_tokens = iter(_encode_inside(self._with_special, [part for part, is_text in rest if not is_text and part]))
         ids = self._with_special.encode(head)
-        for is_text, part in rest:
+        for part, is_text in rest:
             ids += next(as_text) if is_text else next(as_tokens) if part else []
         return tuple(ids)
-
-    def _marked(self, text: str, first: str, last: str) -> str:
-        """The text with each special token in it between `first` and `last`."""
-        pieces, end = [], 0
-        for start, stop in self._special.find(text):
-            pieces += [text[end:start], first, text[start:stop], last]
-            end = stop
-        return "".join([*pieces, text[end:]])
 
     def _end_of_turn(self) -> Ids:
         """The special token that the template writes after an answer, or nothing."""
@@ -159,14 +142,36 @@ class SpecialTokenFinder:
         [encoding] = self._backend.encode_batch([text])  # unlike `encode`, it releases the GIL
         return [place for place, identifier in zip(encoding.offsets, encoding.ids, strict=True) if identifier]
 
+    def marked(self, text: str, first: str, last: str) -> str:
+        """The text with each special token in it between `first` and `last`."""
+        pieces, end = [], 0
+        for start, stop in self.find(text):
+            pieces += [text[end:start], first, text[start:stop], last]
+            end = stop
+        return "".join([*pieces, text[end:]])
 
-def unused_characters(text: str) -> tuple[str, str]:
-    """Returns two neighbouring private-use characters that the text does not contain."""
+
+def divided(text: str, first: str, last: str, special: frozenset[str]) -> list[tuple[str, bool]]:
+    """A text in parts, and of each whether it is a special token between the marks, which is text; all others are tokens.
+
+    A mark that has lost its partner is dropped. The pattern is tried again at a mark only, and ends at the next one: the time is in
+    proportion to the text.
+    """
+    parts, end = [], 0
+    for match in re.finditer(f"{first}([^{first}{last}]*){last}|[{first}{last}]", text):
+        parts += [(text[end : match.start()], False), (match[1] or "", match[1] in special)]
+        end = match.end()
+    return [*parts, (text[end:], False)]
+
+
+def unused_characters(text: str, count: int = 2) -> tuple[str, ...]:
+    """Returns `count` neighbouring private-use characters that the text does not contain."""
     present = set(text)
-    for pair in pairwise(map(chr, PRIVATE)):
-        if not present.intersection(pair):
-            return pair
-    raise TemplateError("hold too many different private-use characters → leave them out", "invalid_value")
+    for first in PRIVATE[: len(PRIVATE) - count + 1]:
+        marks = tuple(map(chr, range(first, first + count)))
+        if not present.intersection(marks):
+            return marks
+    raise TemplateError("hold too many different private-use characters", "leave them out", "invalid_value")
 
 
 class TemplateRenderer:
@@ -200,7 +205,7 @@ class TemplateRenderer:
                 self._stop()
                 answer = {"error": "it has brought its process down"}
         if "error" in answer:
-            raise TemplateError(f"are refused by the chat template ({answer['error']}) → send what it asks for")
+            raise TemplateError(f"are refused by the chat template ({answer['error']})", "send what it asks for")
         return answer["text"]
 
     def close(self) -> None:

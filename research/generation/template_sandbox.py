@@ -22,6 +22,8 @@ from research.cluster.limited_process import limit_address_space
 
 MEMORY = 2**29
 """Limit of the process's address space, in bytes."""
+GENERATION = ("begin_of_generation", "end_of_generation")
+"""The variables around what a template says is an answer; undefined ones are rendered as nothing."""
 LARGEST = 2**22
 """Limit of a rendered conversation, in characters, unless the server sets another one."""
 
@@ -74,14 +76,18 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 class GenerationBlock(Extension):
-    """`{% generation %} … {% endgeneration %}`, which marks the assistant's turns for training; only its content is rendered here."""
+    """`{% generation %} … {% endgeneration %}`, which marks the assistant's turns for training.
+
+    Its content is rendered between the variables GENERATION, which a server does not set.
+    """
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """Returns the statements inside the block."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        """Returns the statements inside the block, between the two variables."""
+        line = next(parser.stream).lineno
+        begin, end = (nodes.Output([nodes.Name(name, "load")]).set_lineno(line) for name in GENERATION)
+        return [begin, *parser.parse_statements(("name:endgeneration",), drop_needle=True), end]
 
 
 class PublicNamespace(Namespace):
