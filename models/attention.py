@@ -12,6 +12,7 @@ from models.position import Position
 from models.recompute import recomputed
 from models.registry import BuildContext
 from models.seed import seed_of
+from models.segments import confined, takes_varlen, varlen_attention
 from models.token_positions import TokenPositions
 from parallel.collectives import gather_shared
 from parallel.grid import Grid
@@ -28,7 +29,7 @@ class Core(nn.Module):
         self.places = TokenPositions(region_of(grid))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
-        """q 'b h s e', k and v 'b k s e', bias 'h s s' or None (causal) -> 'b h s e'."""
+        """q 'b h s e', k and v 'b k s e', bias 'h s s' or 'b h s s' or None (causal) -> 'b h s e'."""
         if q.shape[1] != k.shape[1] and needs_repeated_heads(q.dtype, q.device):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = q.shape[1] != k.shape[1]
@@ -108,13 +109,22 @@ class Attention(nn.Module):
         make_core = recomputed(core) if context.recompute == "selective" else core
         self.core = make_core(name, model.attention_dropout, context.seed, grid)
 
-    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
-        """'b s d' -> 'b s d'; samples: 'b', the global sample indices that dropout masks are computed from."""
+    def forward(self, x: Tensor, samples: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """'b s d' -> 'b s d'; samples: 'b', the global sample indices that dropout masks are computed from.
+
+        segments: 'b s', the numbers of the documents in each row, to which attention is then confined (models/segments.py).
+        """
         q, k, v = self.qkv(x).split(self.qkv.parts, dim=-1)
         k, v = gather_shared(k, self.kv_group), gather_shared(v, self.kv_group)
         q, k, v = (rearrange(part, "b s (h e) -> b h s e", e=self.head_size) for part in (q, k, v))
-        q, k = self.position.rotate(self.q_norm(q), self.k_norm(k))
-        y = self.core(q, k, v, self.position.bias(q), samples)
+        with self.position.at(segments):
+            q, k = self.position.rotate(self.q_norm(q), self.k_norm(k))
+            bias = self.position.bias(q)
+        if segments is not None and bias is None and type(self.core) is Core and takes_varlen(q):
+            y = varlen_attention(q, k, v, segments)
+        else:
+            bias = bias if segments is None else confined(segments, bias, q.dtype)
+            y = self.core(q, k, v, bias, samples)
         return self.output(rearrange(y, "b h s e -> b s (h e)"))
 
 

@@ -8,10 +8,11 @@ from models.registry import BuildContext
 
 
 class Block(nn.Module):
-    """The modules of a block: two norms, attention, an MLP and residual dropout. A subclass defines `forward(x, samples)`.
+    """The modules of a block: two norms, attention, an MLP and residual dropout. A subclass defines `forward(x, samples, segments)`.
 
     x: 'b s d', equal on every tensor rank ('b s/tp d' under sequence parallelism); samples: 'b', the global sample indices that
-    dropout masks are computed from (None without dropout).
+    dropout masks are computed from (None without dropout); segments: 'b s', the numbers of the documents to which attention is confined
+    (None if it is not). A subclass without the third parameter works where it is None.
     """
 
     final_norm = True
@@ -27,9 +28,10 @@ class Block(nn.Module):
         self.attention_dropout = Dropout(f"{name}.attention.residual", model.residual_dropout, seed, grid)
         self.mlp_dropout = Dropout(f"{name}.mlp.residual", model.residual_dropout, seed, grid)
 
-    def attend(self, x: Tensor, samples: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, samples: Tensor | None, segments: Tensor | None = None) -> Tensor:
         """Attention followed by residual dropout. 'b s d' -> 'b s d'."""
-        return self.attention_dropout(self.attention(x, samples), samples)
+        y = self.attention(x, samples) if segments is None else self.attention(x, samples, segments)
+        return self.attention_dropout(y, samples)
 
     def feed_forward(self, x: Tensor, samples: Tensor | None) -> Tensor:
         """The MLP followed by residual dropout. 'b s d' -> 'b s d'."""
@@ -42,8 +44,8 @@ class Block(nn.Module):
 class PreNormBlock(Block):
     """x += attention(norm(x)); x += mlp(norm(x)) (GPT-2, Llama; arXiv:2002.04745)."""
 
-    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
-        x = x + self.attend(self.attention_norm(x), samples)
+    def forward(self, x: Tensor, samples: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        x = x + self.attend(self.attention_norm(x), samples, segments)
         return x + self.feed_forward(self.mlp_norm(x), samples)
 
 
@@ -52,16 +54,16 @@ class PostNormBlock(Block):
 
     final_norm = False
 
-    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
-        x = self.attention_norm(x + self.attend(x, samples))
+    def forward(self, x: Tensor, samples: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        x = self.attention_norm(x + self.attend(x, samples, segments))
         return self.mlp_norm(x + self.feed_forward(x, samples))
 
 
 class ParallelBlock(Block):
     """x + attention(norm₁(x)) + mlp(norm₂(x)) (GPT-NeoX, arXiv:2204.06745, §2.1)."""
 
-    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
-        return x + self.attend(self.attention_norm(x), samples) + self.feed_forward(self.mlp_norm(x), samples)
+    def forward(self, x: Tensor, samples: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return x + self.attend(self.attention_norm(x), samples, segments) + self.feed_forward(self.mlp_norm(x), samples)
 
 
 RESIDUALS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "parallel": ParallelBlock}

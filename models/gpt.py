@@ -7,11 +7,13 @@ from functools import partial
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from models.attention import ATTENTIONS
 from models.block import RESIDUALS
 from models.config import GPT
 from models.dropout import Dropout
 from models.recompute import recomputed
 from models.registry import BuildContext
+from models.segments import SEGMENTS, refuse_unsegmented
 from parallel.cross_entropy import BY_DEVICE, vocab_parallel_cross_entropy
 from parallel.grid import Grid
 from parallel.layers import Layer
@@ -21,31 +23,45 @@ SAMPLES = ("samples",)
 """The context of a model that drops: the global sample indices 'b', from which dropout masks are computed."""
 
 
-def layers(model: GPT, grid: Grid, seed: int, variants: Mapping[str, type] | None = None, recompute: str = "none") -> list[Layer]:
+def layers(
+    model: GPT,
+    grid: Grid,
+    seed: int,
+    variants: Mapping[str, type] | None = None,
+    recompute: str = "none",
+    context: tuple[str, ...] = (),
+) -> list[Layer]:
     """The unbuilt layers in order: embedding, (position), blocks.0 …, (final_norm), head.
 
     Needs no process group. On a grid that has them, all ranks call it together: ranks that share a kv head get a group of their own.
 
     Input: ids 'b s'. Between any two layers: x 'b s d'. Output: logits 'b s v' of this rank's vocabulary rows. If the model has
-    dropout, the context is `samples` 'b', the global sample indices; otherwise there is none.
+    dropout, the context begins with `samples` 'b', the global sample indices. `context`: the names of what else the data bring, at most
+    `segments` 'b s' (models/segments.py).
     """
-    context = BuildContext(model, grid, seed, variants or {}, recompute)
-    passed = SAMPLES if model.drops else ()
-    block, position = context.chosen("residual", RESIDUALS), context.chosen("position")
-    result = [_vocabulary("embedding", VocabParallelEmbedding, context)]
+    build = BuildContext(model, grid, seed, variants or {}, recompute)
+    passed = (SAMPLES if model.drops else ()) + context
+    block, position = build.chosen("residual", RESIDUALS), build.chosen("position")
+    if SEGMENTS in context:
+        refuse_unsegmented("residual", model.residual, block.forward)
+        refuse_unsegmented("attention", model.attention, build.chosen("attention", ATTENTIONS).forward)
+        if position.at_input:
+            refuse_unsegmented("position", model.position, position.forward)
+    result = [_vocabulary("embedding", VocabParallelEmbedding, build)]
     if position.at_input:
-        result.append(Layer("position", position, {"name": "position", "model": model, "init": context.init, "grid": grid}))
+        arguments = {"name": "position", "model": model, "init": build.init, "grid": grid}
+        result.append(Layer("position", position, arguments, reads=context))
     if model.embedding_dropout:
         dropout = {"name": "embedding", "p": model.embedding_dropout, "seed": seed, "grid": grid}
-        result.append(Layer("embedding_dropout", Dropout, dropout, reads=passed))
+        result.append(Layer("embedding_dropout", Dropout, dropout, reads=SAMPLES))
     make_block = recomputed(block) if recompute == "full" else block
     for i in range(model.num_layers):
         # By position, because a block of a variant.py may give these parameters other names.
-        build = partial(make_block, f"blocks.{i}", context)
-        result.append(Layer(f"blocks.{i}", build, is_block=True, reads=passed))
+        make = partial(make_block, f"blocks.{i}", build)
+        result.append(Layer(f"blocks.{i}", make, is_block=True, reads=passed))
     if block.final_norm:
-        result.append(Layer("final_norm", context.norm, {"name": "final_norm", "size": model.hidden_size}))
-    head = Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, context)
+        result.append(Layer("final_norm", build.norm, {"name": "final_norm", "size": model.hidden_size}))
+    head = Layer("head", TiedHead, tied_to="embedding") if model.tied else _vocabulary("head", VocabParallelHead, build)
     return [replace(layer, context=passed) for layer in (*result, replace(head, drops_context=True))]
 
 

@@ -3,14 +3,16 @@
 Tables are computed where they are used, in fp32: a buffer would be rounded to bf16 together with the weights.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from models.config import GPT
 from models.init import GPT2Init
+from models.segments import SegmentPositions
 from models.token_positions import TokenPositions
 from parallel.collectives import copy_to_tensor_ranks
 from parallel.grid import Grid
@@ -35,8 +37,19 @@ class Position(nn.Module):
         self.model, self.grid, self.region = model, grid, region_of(grid)
         self.places = TokenPositions(self.region)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """'b s d' -> 'b s d'; under sequence parallelism this rank's positions."""
+    @contextlib.contextmanager
+    def at(self, segments: Tensor | None) -> Iterator[None]:
+        """The positions are those of packed documents, segments 'b s', until the context is left. None: as they were."""
+        before = self.places
+        if segments is not None:
+            self.places = SegmentPositions(self.region, segments)
+        try:
+            yield
+        finally:
+            self.places = before
+
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """'b s d' -> 'b s d'; under sequence parallelism this rank's positions. Packed documents: segments 'b s', see `at`."""
         return x
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,9 +74,10 @@ class Learned(Position):
         cut = Slice((model.seq_length, model.hidden_size))
         self.weight = make_parameter(f"{name}.weight", init.embedding(f"{name}.weight", cut.shape), cut, 0, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
         table = copy_to_tensor_ranks(self.weight, self.region.partial_group)
-        return x + self.places.rows(table, x)
+        with self.at(segments):
+            return x + self.places.rows(table, x)
 
 
 class Sinusoidal(Position):
@@ -71,8 +85,10 @@ class Sinusoidal(Position):
 
     at_input = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        angles = self.places.own(x)[..., None].float() * _frequencies(x.shape[2], 10_000.0, x.device)
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        with self.at(segments):
+            places = self.places.own(x)
+        angles = places[..., None].float() * _frequencies(x.shape[2], 10_000.0, x.device)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : x.shape[2]]
         return x + table.to(x.dtype)
 

@@ -21,6 +21,8 @@ from research.cli import store_description
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
 from research.cli.trained_run import add_trust_option, find_run, say, settings_of_run
 from research.cli.verbs import Parser, count
+from research.config import examples
+from research.config.experiment_folder import load_variants, variant_names
 from research.config.sources import describe_texts
 from research.data import inspection, order, prepare
 from research.data.batches import Window
@@ -162,7 +164,8 @@ def documents_of_step(arguments: argparse.Namespace) -> dict[str, Any]:
     logged = metrics.last(folder.metrics, ["progress/step"]).get("progress/step")
     logged = logged if isinstance(logged, int) else 0
 
-    sampler = sampler_of(experiment, corpus)
+    variants = load_variants(folder.source, experiment) if examples.EXAMPLES in variant_names(experiment) else {}  # which imports torch
+    sampler = sampler_of(experiment, corpus, variants)
     numbers = sampler.samples(step - 1)
     shown = numbers[: arguments.samples or (SAMPLES_AS_JSON if arguments.json else SAMPLES)]
     samples = [sample_as_json(window, corpus) for number in shown for window in sampler.windows(number)]

@@ -7,6 +7,7 @@ from research.cli.trained_run import add_trust_option, find_run, settings_of_run
 from research.cli.verbs import Parser
 from research.cluster.environment import choose_accelerator
 from research.config import Experiment
+from research.config.experiment_folder import load_variants
 from research.config.layout import batch_sizes
 from research.data.prepare import Corpus
 from research.tracking.console import Console
@@ -67,7 +68,7 @@ def show(console: Console, folder: RunFolder, experiment: Experiment, corpus: Co
 
     # The beginnings of the first two samples in which the first culprit occurs.
     for culprit in examined.culprits[:1]:
-        batch = batches(experiment, corpus, step)[culprit.micro_batch]
+        batch = batches(experiment, corpus, load_variants(folder.source, experiment), step)[culprit.micro_batch]
         for number, row in zip(_samples(culprit, experiment, step)[:2], culprit.rows[:2], strict=True):
             console.header([("text", f"sample {number}: {one_line(corpus.tokenizer.decode(batch.ids[row].tolist()))[:160]}")])
 

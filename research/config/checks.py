@@ -8,6 +8,7 @@ import math
 from models.config import GPT, VARIANT
 from parallel.errors import Mistake, listed
 from research.cluster.environment import RANKS_OPTION, Ranks
+from research.config.examples import STREAM, describe_examples
 from research.config.layout import batch_sizes, sequence_lengths
 from research.config.schema import Experiment
 
@@ -87,6 +88,11 @@ def _check_pipeline_and_zero(experiment: Experiment) -> None:
 def _check_schedule(experiment: Experiment) -> None:
     optimizer, steps = experiment.optimizer, experiment.schedule.steps
     lengths = sequence_lengths(experiment).lengths  # raises a Mistake if a ramp does not lead to batch_size or seq_length
+    if experiment.schedule.length_ramp and experiment.data.examples != STREAM:
+        raise Mistake(
+            f"schedule.length_ramp shortens windows of the stream, and data.examples = {describe_examples(experiment.data.examples)!r} "
+            f"has no such windows → use data.examples = {STREAM!r}, or no length_ramp"
+        )
     tensor = experiment.parallel.tensor
     uneven = next((length for length in lengths if length % tensor), None)
     if experiment.parallel.sequence and uneven is not None:

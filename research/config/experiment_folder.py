@@ -68,7 +68,11 @@ def variant_names(settings: Experiment | GPT) -> dict[str, str]:
     choices = {f"model.{setting}": getattr(model, setting) for setting in CHOICES}
     if isinstance(settings, Experiment):
         choices |= {setting: attrgetter(setting)(settings) for setting in TRAINING_VARIANTS}
-    return {setting: choice.removeprefix(VARIANT) for setting, choice in choices.items() if choice and choice.startswith(VARIANT)}
+    return {
+        setting: choice.removeprefix(VARIANT)
+        for setting, choice in choices.items()
+        if isinstance(choice, str) and choice.startswith(VARIANT)
+    }
 
 
 def check_variants(folder: Path, settings: Experiment | GPT) -> None:

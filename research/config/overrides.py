@@ -15,6 +15,7 @@ from pydantic import BaseModel, create_model
 from pydantic.fields import FieldInfo
 
 from parallel.errors import Mistake, listed, nearest
+from research.config.examples import describe_examples
 from research.config.schema import Data, Experiment
 from research.config.serialization import build
 from research.config.settings import LONGEST, is_group, names, needs, unknown
@@ -151,9 +152,10 @@ def show_help(experiment: Experiment, path: str, group: str = "") -> None:
 
 def _texts_as_words(data: Data) -> Data:
     """The settings of the texts as tyro can show them: it makes commands of a setting of several types."""
-    train = FieldInfo(annotation=str, description=Data.model_fields["train"].description)
-    shown = create_model(Data.__name__, __base__=Data, __doc__=Data.__doc__, train=(str, train))
-    return shown(**{**dict(data), "train": describe_texts(data.train)})
+    words = {"train": describe_texts(data.train), "examples": describe_examples(data.examples)}
+    fields: dict[str, Any] = {name: (str, FieldInfo(annotation=str, description=Data.model_fields[name].description)) for name in words}
+    shown = create_model(Data.__name__, __base__=Data, __doc__=Data.__doc__, **fields)
+    return shown.model_construct(**{**dict(data), **words})  # words are not validated: they are for readers
 
 
 def usage(experiment: Experiment, path: str) -> str:

@@ -6,9 +6,10 @@ Every error is a Mistake: one sentence with the dotted name, the value and what 
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, SerializeAsAny, field_validator, model_validator
 
 from models import config as shapes
+from research.config.examples import EXAMPLES, STREAM, ExampleSettings, check_examples
 from research.config.settings import LONGEST, Settings, Text
 from research.config.sources import Source, check_sources
 
@@ -20,7 +21,7 @@ LOSSES = ("cross_entropy",)
 OPTIMIZERS = ("adamw",)
 DECAYS = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 MEASURE = "evaluate.measure"
-TRAINING_VARIANTS = ("loss", "optimizer.name", "optimizer.decay", MEASURE)
+TRAINING_VARIANTS = ("loss", "optimizer.name", "optimizer.decay", MEASURE, EXAMPLES)
 """The settings outside of `model` that may name a class or function of the experiment's variant.py."""
 SOURCES = "Source(path=…, weight=…)"
 STEP_RANGE = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?", re.ASCII)
@@ -48,7 +49,17 @@ class Data(Settings):
     tokenizer: Text = Field(
         description="builtin:bpe-8192 or builtin:chars (made from the train text), builtin:bytes, builtin:gpt2, or a tokenizer.json's path"
     )
+    examples: Text | SerializeAsAny[ExampleSettings] = Field(
+        default=STREAM,
+        description="how text becomes samples: stream (windows), confined (windows in which attention stays within each document), packed "
+        "(whole documents), variant:Class; or, in config.py only, an object of docs/samples.md",
+    )
     cache: Text = Field(default=".cache", description="folder for token stores and tokenizers, relative to the repository; safe to delete")
+
+    @field_validator("examples", mode="before")
+    @classmethod
+    def _is_known(cls, examples: Any) -> Any:
+        return check_examples(examples)
 
     @field_validator("train", mode="before")
     @classmethod

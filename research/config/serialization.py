@@ -11,7 +11,7 @@ from parallel.files import write_json
 from parallel.regular_files import read_table
 from research.config.schema import Experiment
 
-SCHEMA = 10
+SCHEMA = 11
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 LARGEST = 2**20
 """The most bytes of a config.json; one has about 3,000."""
@@ -119,6 +119,11 @@ def _without_changes(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _without_examples(settings: dict[str, Any]) -> dict[str, Any]:
+    """10 → 11: every sample was a window of the stream, as without data.examples."""
+    return settings
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _without_dropout,
     2: _without_watch,
@@ -129,5 +134,6 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     7: _without_ramp,
     8: _without_sources,
     9: _without_changes,
+    10: _without_examples,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""

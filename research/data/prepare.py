@@ -35,6 +35,8 @@ class Corpus:
     sources: dict[str, TokenStore]
     held_out: dict[str, TokenStore]
     """Under SHARED the text of data.validation, unless that is a split; under the name of a source its part of the split or its own."""
+    cache: Cache | None = None
+    """Where what is computed from the stores is kept; None: nowhere."""
 
     @property
     def train(self) -> TokenStore:
@@ -86,7 +88,7 @@ def load(data: DataSettings, root: Path, vocab_size: int, progress: Progress = s
     for store in (*train.values(), *held_out.values()):
         if store.facts["max_id"] >= vocab_size:
             token_store.check_ids(store, vocab_size)
-    return Corpus(tokenizer, train, held_out)
+    return Corpus(tokenizer, train, held_out, cache)
 
 
 def _parts(store: TokenStore, spec: str) -> list[TokenStore]:

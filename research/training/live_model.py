@@ -18,6 +18,7 @@ from models.config import GPT, has_variants
 from models.inference.sampling_params import SamplingParams
 from models.inference.scoring import token_scores
 from models.inference.variant_check import TOLERANCE, errors_of_variants, refuse_different, shorter_lengths, trial_ids
+from models.segments import SEGMENTS
 from parallel.collectives import gather_from_tensor_ranks
 from parallel.engines.engine import Engine
 from parallel.engines.micro_batch import MicroBatch
@@ -106,7 +107,8 @@ class Live:
         if not self.should_continue():
             raise CutShort
         ids = self._own_rows(sequences, shape)
-        context = {"samples": torch.zeros(shape[0], dtype=torch.int64)}  # nothing is dropped, but it travels
+        # nothing is dropped, and each row is one document, but both travel
+        context = {"samples": torch.zeros(shape[0], dtype=torch.int64), SEGMENTS: torch.zeros(shape, dtype=torch.int64)}
         return self.engine.observe(MicroBatch(ids, (ids, torch.zeros(shape)), context), function, seen).cpu()
 
     def _shape(self, sequences: Sequence[Ids]) -> tuple[int, int]:

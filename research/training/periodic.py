@@ -11,12 +11,14 @@ from typing import Any
 
 from models.config import chosen
 from models.inference.variant_check import UnusableLogits
+from models.segments import SEGMENTS
 from parallel.engines.engine import Engine
 from parallel.engines.micro_batch import MicroBatch
 from parallel.errors import Mistake
 from research.config import Experiment
 from research.config.schema import MEASURE
 from research.data.batches import validation_batches
+from research.data.confined import segments
 from research.data.prepare import SHARED, HeldOut
 from research.evaluation import in_training
 from research.evaluation.in_training import PreparedTask
@@ -66,11 +68,13 @@ def validate(
     engine: Engine,
     text: HeldOut,
     seq_length: int,
+    end_of_text: int,
     should_continue: Callable[[], bool] = lambda: True,
     advance: Advance = nothing,
 ) -> Validation | None:
     """Every held-out token, predicted once from at most seq_length tokens before it. Collective.
 
+    If training confines attention to each document, so does a validation: `end_of_text` is the token in front of each.
     `should_continue()` is called before each batch and must return the same on every rank. Returns None if it was False.
     """
     grid, settings = engine.grid, engine.settings
@@ -78,7 +82,8 @@ def validate(
     for batch, count in validation_batches(ids, seq_length, settings.micro_batch_size, grid.data_rank, grid.data):
         if not should_continue():
             return None
-        nats += engine.evaluate_batch(MicroBatch.of(batch.ids, batch.labels, batch.context)) * count
+        context = batch.context | ({SEGMENTS: segments(batch.ids, end_of_text)} if SEGMENTS in engine.context else {})
+        nats += engine.evaluate_batch(MicroBatch.of(batch.ids, batch.labels, context)) * count
         advance(count)
     return Validation(nats, text.tokens, text.num_bytes)
 
@@ -145,7 +150,9 @@ class Periodic:
         found: dict[str, Validation] = {}
         with run.console.progress(VALIDATION, sum(text.tokens for text in self.texts), announced=False) as advance:
             for text in self.texts:
-                one = validate(run.engine, text, model.seq_length, lambda: goes_on(run, VALIDATION), advance)
+                one = validate(
+                    run.engine, text, model.seq_length, run.corpus.tokenizer.end_of_text, lambda: goes_on(run, VALIDATION), advance
+                )
                 if one is None:
                     raise CutShort
                 found[text.source] = one

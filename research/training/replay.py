@@ -4,7 +4,7 @@
 micro-batches through a plain module and looks at every output and gradient.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from research.tracking.run_folder import RunFolder
 from research.training import anomalies
 from research.training.components import optimizer_class, training_loss
 from research.training.init_from import init_from_path
-from research.training.sampler import sampler_of
+from research.training.sampler import context_of, sampler_of
 from research.training.schedule import learning_rate
 
 Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -74,8 +74,9 @@ def replay(folder: RunFolder, experiment: Experiment, step: int, console: Consol
     console.header([("", f"replay {folder.title} · step {step} · from {start}, {again}")])
     corpus = prepare.load(experiment.data, ROOT, experiment.model.vocab_size)
     module, scale = module_before(folder, experiment, corpus, checkpoint, taken, step, console)
-    loss = training_loss(experiment, None, load_variants(folder.source, experiment))
-    return corpus, find_non_finite(module, loss, batches(experiment, corpus, step), scale)
+    variants = load_variants(folder.source, experiment)
+    loss = training_loss(experiment, None, variants)
+    return corpus, find_non_finite(module, loss, batches(experiment, corpus, variants, step), scale)
 
 
 def start_of(folder: RunFolder, step: int) -> tuple[Path | None, int]:
@@ -102,7 +103,7 @@ def module_before(
         distributed.use_deterministic_kernels()
     distributed.start(0, 1, 0, None)
     try:
-        layers = gpt.layers(model, Grid(), experiment.seed, variants)
+        layers = gpt.layers(model, Grid(), experiment.seed, variants, context=context_of(experiment, variants))
         on_one_rank = layout(alone, 1)
         settings = engine_settings(alone, on_one_rank, optimizer_class(experiment, variants))
         engine = make_engine(layers, loss, Grid(), settings)
@@ -113,10 +114,10 @@ def module_before(
         with console.progress("steps in between", step - 1 - taken) as advance:
             for before in range(taken, step - 1):
                 lr = learning_rate(before, experiment.optimizer, experiment.schedule.steps, variants)
-                engine.train_batch(batches(experiment, corpus, before + 1), lr, on_one_rank.micro_batches_of(before))
+                engine.train_batch(batches(experiment, corpus, variants, before + 1), lr, on_one_rank.micro_batches_of(before))
                 advance()
 
-        module = PlainModule(gpt.layers(model, Grid(), experiment.seed, variants))
+        module = PlainModule(gpt.layers(model, Grid(), experiment.seed, variants, context=context_of(experiment, variants)))
         weights = dict(engine.full_weights())
         with torch.no_grad():
             for name, parameter in unique_parameters(module):
@@ -126,9 +127,9 @@ def module_before(
         distributed.stop()
 
 
-def batches(experiment: Experiment, corpus: Corpus, step: int) -> list[MicroBatch]:
+def batches(experiment: Experiment, corpus: Corpus, variants: Mapping[str, Any], step: int) -> list[MicroBatch]:
     """All micro-batches of a step (from 1), as one data rank would take them."""
-    found = sampler_of(experiment, corpus).micro_batches(step - 1, data_rank=0, data_size=1)
+    found = sampler_of(experiment, corpus, variants).micro_batches(step - 1, data_rank=0, data_size=1)
     return [MicroBatch.of(batch.ids, batch.labels, batch.context) for batch in found]
 
 

@@ -35,7 +35,7 @@ from research.config.layout import engine_settings
 from research.config.plausibility import doubts_of_text
 from research.config.sources import TRAIN, describe_texts
 from research.data import prepare
-from research.data.batches import StreamSampler
+from research.data.batches import Sampler
 from research.data.prepare import Corpus, HeldOut
 from research.evaluation import in_training
 from research.reliability.watchdog import Watchdog
@@ -56,7 +56,7 @@ from research.training.job import Job, describe, layout_line
 from research.training.locked_run import LockedRun
 from research.training.meter import Meter
 from research.training.periodic import Periodic, shared_texts
-from research.training.sampler import sampler_of
+from research.training.sampler import context_of, sampler_of
 from research.training.state import Run
 
 MOST_EPOCHS = 4
@@ -182,7 +182,7 @@ def prepare_run(
         show = functools.partial(console.progress, unit="characters")
         corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, show, believe_since_ns)
         prepare.refuse_short_parts(experiment.data, corpus, experiment.model.seq_length)
-        sampler, texts = sampler_of(experiment, corpus), prepare.held_out_texts(corpus, experiment.schedule.validate_tokens)
+        sampler, texts = sampler_of(experiment, corpus, variants), prepare.held_out_texts(corpus, experiment.schedule.validate_tokens)
         if not resumed:
             prepare.refuse_same_text(experiment.data, corpus)
         show_data(job, corpus, sampler, texts, console)
@@ -219,7 +219,7 @@ def prepare_run(
     return run, anomalies, periodic, checkpointer
 
 
-def show_data(job: Job, corpus: Corpus, sampler: StreamSampler, texts: Sequence[HeldOut], console: Console) -> None:
+def show_data(job: Job, corpus: Corpus, sampler: Sampler, texts: Sequence[HeldOut], console: Console) -> None:
     """Shows the texts, the tokenizer and their sizes, and warns of what does not fit together and only the texts can tell."""
     data, schedule = job.experiment.data, job.experiment.schedule
     seen = sampler.epochs(job.layout.batch_sizes.before(schedule.steps))
@@ -257,7 +257,7 @@ def doubts_of_epochs(corpus: Corpus, seen: np.ndarray) -> Iterator[str]:
 def build_engine(job: Job, grid: Grid, variants: Mapping[str, Any]) -> Engine:
     """The model on its DeepSpeed engine. `variants`: what the experiment names of its variant.py."""
     experiment, model = job.experiment, job.experiment.model
-    layers = gpt.layers(model, grid, experiment.seed, variants, experiment.parallel.recompute)
+    layers = gpt.layers(model, grid, experiment.seed, variants, experiment.parallel.recompute, context_of(experiment, variants))
     loss = components.training_loss(experiment, grid.tensor_group, variants)
     held_out_loss = components.held_out_loss(experiment, grid.tensor_group)
     settings = engine_settings(experiment, job.layout, components.optimizer_class(experiment, variants))

@@ -26,6 +26,7 @@ from research.config import experiment_folder as folders
 from research.config.experiment_folder import load_variants
 from research.config.schema import LOSSES
 from research.tracking.console import Console
+from research.training.sampler import context_of
 from research.verification.hangs import advance_at_layers, describe_hang, ended_if_hung, hung_ranks
 from research.verification.layouts import LayoutCase, pairwise, shrunk, why_not
 from research.verification.results import conclude, row_fields
@@ -190,7 +191,7 @@ def calls(
     """The calls that the closed forms give for one step of the rank at `place`. `shapes` are those of its parameters."""
     model = experiment.model
     # The layers of this rank's stage.
-    layers = gpt.layers(model, Grid(), experiment.seed, variants)
+    layers = gpt.layers(model, Grid(), experiment.seed, variants, context=context_of(experiment, variants))
     bounds = stage_bounds(layers, case.pipe)
     names = {layer.name for layer in layers[bounds[place.pipe_rank] : bounds[place.pipe_rank + 1]]}
     names |= {"loss"} if place.is_last_stage else set()

@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from spmd_types import I, R, V
 from spmd_types.checker import typecheck
-from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models import gpt
+from models.segments import SEGMENTS
 from parallel.engines.engine import Loss
+from parallel.engines.micro_batch import MicroBatch
 from parallel.errors import Mistake
 from parallel.grid import make_grid
 from parallel.layers import PlainModule, unique_parameters
@@ -36,6 +37,7 @@ from research.config import experiment_folder as folders
 from research.tracking import format as fmt
 from research.tracking.console import Console
 from research.training.components import training_loss
+from research.training.sampler import context_of
 from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENCES, hidden_size_of, nearest_multiple, shrunk
 from research.verification.results import conclude, row_fields
 from research.verification.spmd_collectives import TypeMismatch, typed_collectives, typed_recompute
@@ -145,7 +147,8 @@ def fault_of(experiment: Experiment, case: TensorCase, variants: Mapping[str, An
     """The first type error in a forward and backward pass on `rank` of the layout; None if there is none."""
     with fake_world(rank, case.tensor), one_thread():
         grid = make_grid(1, case.tensor, case.sequence)
-        module = PlainModule(gpt.layers(experiment.model, grid, experiment.seed, variants, case.recompute))
+        context = context_of(experiment, variants)
+        module = PlainModule(gpt.layers(experiment.model, grid, experiment.seed, variants, case.recompute, context))
         loss = training_loss(experiment, grid.tensor_group, variants)
         # If several ranks share a kv head, the tensor axis is two axes, so that a type can describe the sharing ranks alone.
         sharers = max(1, grid.tensor // experiment.model.num_kv_heads)
@@ -169,9 +172,9 @@ def typed_pass(experiment: Experiment, module: PlainModule, loss_function: Loss)
     """
     for _, parameter in unique_parameters(module):
         spmd.assert_type(parameter, I if slice_of(parameter).dim is None else V)
-    ids, targets, weights, samples = inputs(experiment)
+    batch = inputs(experiment)
     with TypeFinder() as finder:
-        loss = loss_function(module((ids, samples) if experiment.model.drops else ids), (targets, weights))
+        loss = loss_function(module(batch.inputs(module.context)), batch.labels)
         for kind in spmd.get_local_type(loss).values():
             if kind is not I:
                 why = f"must be I, equal on every rank with the whole gradient, and is {kind.value}"
@@ -182,14 +185,16 @@ def typed_pass(experiment: Experiment, module: PlainModule, loss_function: Loss)
             raise TypeMismatch(name, "gets no gradient", at="")
 
 
-def inputs(experiment: Experiment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, targets, weights 'b s' and sample numbers 'b', the same on every rank."""
+def inputs(experiment: Experiment) -> MicroBatch:
+    """A micro-batch with all that may travel beside x, the same on every rank. Each row has two documents."""
     model = experiment.model
     with spmd.no_typecheck():
         tokens = torch.randint(0, model.vocab_size, (BATCH, model.seq_length + 1), generator=torch.Generator().manual_seed(0))
         weights = torch.full((BATCH, model.seq_length), 1 / model.seq_length)
-        ids, targets, weights, samples = spmd.assert_type([tokens[:, :-1], tokens[:, 1:], weights, torch.arange(BATCH)], R)
-    return ids, targets, weights, samples
+        segments = (torch.arange(model.seq_length) >= model.seq_length // 2).long().expand(BATCH, -1).contiguous()
+        arrays = [tokens[:, :-1], tokens[:, 1:], weights, torch.arange(BATCH), segments]
+        ids, targets, weights, samples, segments = spmd.assert_type(arrays, R)
+    return MicroBatch(ids, (targets, weights), {"samples": samples, SEGMENTS: segments})
 
 
 @contextmanager

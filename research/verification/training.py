@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import gpt
+from models.segments import SEGMENTS
 from parallel.engines.deepspeed_config import EngineSettings
 from parallel.engines.engine import Engine, Loss, make_engine
 from parallel.engines.micro_batch import MicroBatch
@@ -29,6 +30,7 @@ from research.config.experiment_folder import load_variants
 from research.config.layout import engine_settings, layout
 from research.config.schema import LOSSES
 from research.training.components import optimizer_class, training_loss
+from research.training.sampler import context_of
 from research.training.schedule import learning_rate
 from research.verification.hangs import advance_at_layers, ended_if_hung
 from research.verification.layouts import BATCH, BUCKET_ELEMENTS, LOGITS_AT_ONCE, LayoutCase
@@ -132,7 +134,7 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
     A loss or an optimizer of variant.py stands for its own reference, on whole logits and whole parameters.
     """
     model, optimizer, own = experiment.model, experiment.optimizer, load_variants(variants, experiment)
-    module = PlainModule(gpt.layers(model, Grid(), experiment.seed, own))
+    module = PlainModule(gpt.layers(model, Grid(), experiment.seed, own, context=context_of(experiment, own)))
     loss_function = reference_loss(experiment, own)
     parameters = dict(unique_parameters(module))
 
@@ -199,7 +201,7 @@ def loss_of(experiment: Experiment, grid: Grid, variants: Mapping[str, Any]) -> 
 
 def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Mapping[str, Any], loss: Loss) -> Engine:
     """The engine that trains the experiment's model on this layout."""
-    layers = gpt.layers(experiment.model, grid, experiment.seed, variants, case.recompute)
+    layers = gpt.layers(experiment.model, grid, experiment.seed, variants, case.recompute, context_of(experiment, variants))
     return make_engine(layers, loss, grid, replace(settings_of(experiment, case), optimizer_class=optimizer_class(experiment, variants)))
 
 
@@ -235,7 +237,9 @@ def batch_of(experiment: Experiment, step: int) -> MicroBatch:
     mask = torch.ones(BATCH, model.seq_length)
     mask[BATCH // 2 :, ::3] = 0
     samples = step * BATCH + torch.arange(BATCH)
-    return MicroBatch(tokens[:, :-1], (tokens[:, 1:], mask / mask.sum()), {"samples": samples})
+    # documents of 1 to 7 tokens, which packed samples confine attention to; others do not read them
+    segments = (torch.rand(BATCH, model.seq_length, generator=generator) < 0.3).cumsum(1)
+    return MicroBatch(tokens[:, :-1], (tokens[:, 1:], mask / mask.sum()), {"samples": samples, SEGMENTS: segments})
 
 
 def share_of(experiment: Experiment, step: int, grid: Grid, case: LayoutCase) -> Iterator[MicroBatch]:

@@ -94,7 +94,7 @@ def perplexity_of_an_engine(settings: dict, folder: str, prefix: str, pipe: int)
     engine = make_engine(gpt.layers(model, grid, seed=3), loss, grid, derived)
     load_initial(Path(folder), engine)
     store = TokenStore(Path(prefix))
-    found = validate(engine, HeldOut(store, store.num_tokens - 1, store.num_bytes), TOKENS - 1)
+    found = validate(engine, HeldOut(store, store.num_tokens - 1, store.num_bytes), TOKENS - 1, end_of_text=0)
     assert found is not None
     return found.perplexity, sum(parameter.numel() for parameter in engine.parameters.values())
 

@@ -1,0 +1,187 @@
+"""Whole documents packed into samples: best-fit decreasing (arXiv:2404.10830), computed once and kept in data.cache.
+
+The bins depend on the lengths of the documents and on the length of a sample alone, so they are the same on every layout.
+"""
+
+import bisect
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from parallel.files import locked, published
+from research.data.examples import Rows
+from research.data.records import Cache
+from research.data.token_store import TokenStore
+from research.data.tokenizer import Tokenizer
+
+RECIPE = 1
+"""Part of the name of kept bins. Raise it whenever the same lengths would give other bins."""
+
+
+class Bins(NamedTuple):
+    """Which items lie in which bin: bin i holds items[starts[i] : starts[i + 1]], in the order in which they are placed."""
+
+    items: np.ndarray  # int64: each number in [0, number of lengths) once
+    starts: np.ndarray  # int64: 'bins + 1'
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> Bins:
+    """Best-fit decreasing: the longest item first, each into the fullest bin that has room, or into a new one.
+
+    lengths: each in [1, capacity]. Items of one length are placed together, and bins of equal content are kept as one kind with its number
+    (arXiv:2107.02027), so the time hardly grows with the number of items. Equal lengths are placed in the order of their numbers.
+    """
+    by_length = np.argsort(-lengths, kind="stable")
+    values, counts = np.unique(lengths, return_counts=True)
+    kinds: dict[int, list[tuple[tuple[int, ...], int]]] = {}
+    """Room left -> (lengths in the bin, number of such bins)."""
+    rooms: list[int] = []
+    """The keys of `kinds`, ascending."""
+
+    def put(content: tuple[int, ...], number: int, room: int) -> None:
+        if room not in kinds:
+            bisect.insort(rooms, room)
+            kinds[room] = []
+        kinds[room].append((content, number))
+
+    for length, left in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while left:
+            place = bisect.bisect_left(rooms, length)
+            if place == len(rooms):
+                fits = min(capacity // length, left)  # that many go into one new bin before another one is begun
+                number = left // fits
+                put((length,) * fits, number, capacity - fits * length)
+                left -= fits * number
+                continue
+            room = rooms[place]
+            content, number = kinds[room].pop()
+            taken = min(number, left)
+            if taken < number:
+                kinds[room].append((content, number - taken))
+            elif not kinds[room]:
+                del kinds[room], rooms[place]
+            put((*content, length), taken, room - length)
+            left -= taken
+
+    # give each place of each bin an item of its length
+    firsts = dict(zip(values[::-1].tolist(), (np.cumsum(counts[::-1]) - counts[::-1]).tolist(), strict=True))
+    items, sizes = [], []
+    for room in rooms:
+        for content, number in kinds[room]:
+            columns = []
+            for length in content:
+                first = firsts[length]
+                columns.append(by_length[first : first + number])
+                firsts[length] = first + number
+            items.append(np.stack(columns, axis=1).ravel())
+            sizes.append(np.full(number, len(content), np.int64))
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(sizes) if sizes else np.zeros(0, np.int64))])
+    return Bins(np.concatenate(items).astype(np.int64) if items else np.zeros(0, np.int64), starts)
+
+
+class Pieces(NamedTuple):
+    """The documents of a store, those longer than a sample cut into pieces of its length. Arrays of one length, in the store's order."""
+
+    starts: np.ndarray  # int64: where in the store each piece begins
+    lengths: np.ndarray  # int64: its tokens
+    begins: np.ndarray  # bool: whether it is the beginning of a document
+
+
+def pieces_of(store: TokenStore, capacity: int) -> Pieces:
+    """Every token of the store in one piece. Documents without a token have none."""
+    offsets = store.document_offsets()
+    lengths = np.diff(offsets)
+    counts = -(-lengths // capacity)
+    documents = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = offsets[documents] + number * capacity
+    return Pieces(starts, np.minimum(capacity, offsets[documents + 1] - starts), number == 0)
+
+
+class PackedDocuments:
+    """Samples are bins of whole documents; none is cut unless it is longer than a sample.
+
+    A document of n tokens, end-of-text included, takes n places: each of its tokens is predicted from those before it, and the first one
+    from an end-of-text, as in ConfinedStream. What is left of a row does not count.
+    """
+
+    confines = True
+
+    def __init__(self, store: TokenStore, tokenizer: Tokenizer, seq_length: int, seed: int, cache: Cache | None = None) -> None:
+        """`cache`: where the bins are kept; None: they are computed now."""
+        self.store, self.seq_length, self.end_of_text = store, seq_length, tokenizer.end_of_text
+        self.pieces = pieces_of(store, seq_length)
+        bins = best_fit(self.pieces.lengths, seq_length) if cache is None else kept_bins(store, self.pieces, seq_length, cache)
+        self._items, self._starts = bins
+        self.size = len(bins.starts) - 1
+        self._used = np.add.reduceat(self.pieces.lengths[bins.items], bins.starts[:-1]) if self.size else np.zeros(0, np.int64)
+
+    @property
+    def fill(self) -> float:
+        """The share of the places of all samples that hold a token."""
+        return float(self.pieces.lengths.sum() / max(1, self.size * self.seq_length))
+
+    @property
+    def num_cut(self) -> int:
+        """The number of documents that are longer than a sample."""
+        return int(np.count_nonzero(np.diff(self.store.document_offsets()) > self.seq_length))
+
+    def rows(self, numbers: np.ndarray, epochs: np.ndarray) -> Rows:
+        """As in Examples: the same in every epoch."""
+        shape = len(numbers), self.seq_length
+        rows = Rows(np.full(shape, self.end_of_text, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool), np.empty(shape, np.int64))
+        assert rows.counts is not None and rows.segments is not None
+        for row, number in enumerate(numbers.tolist()):
+            place = 0
+            for segment, item in enumerate(self._items_of(number)):
+                start, length, begins = (int(column[item]) for column in self.pieces)
+                stop = start + length
+                here = slice(place, place + length)
+                rows.targets[row, here] = self.store.tokens[start:stop]
+                rows.ids[row, place + begins : place + length] = self.store.tokens[start - 1 + begins : stop - 1]
+                rows.segments[row, here] = segment
+                place += length
+            rows.segments[row, place:] = -1
+            rows.counts[row, :place] = True
+        return rows
+
+    def counted(self, numbers: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """As in Examples: the tokens of the bin."""
+        return self._used[numbers]
+
+    def stretches(self, number: int, epoch: int) -> list[tuple[int, int]]:
+        """As in Examples: the documents of the bin."""
+        starts, lengths = self.pieces.starts, self.pieces.lengths
+        return [(int(starts[item]), int(starts[item] + lengths[item])) for item in self._items_of(number)]
+
+    def _items_of(self, number: int) -> Iterator[int]:
+        yield from self._items[self._starts[number] : self._starts[number + 1]].tolist()
+
+
+def kept_bins(store: TokenStore, pieces: Pieces, seq_length: int, cache: Cache) -> Bins:
+    """The bins of a store from data.cache, or computed now by one of all processes that ask, and kept there."""
+    prefix = cache.folder / f"bins-{store.facts['source_sha256'][:16]}-{store.num_tokens}-{seq_length}-v{RECIPE}"
+    what = f"packing {store.num_documents:,} documents"
+    if (found := _read(prefix, len(pieces.lengths))) is not None:
+        return found
+    with locked(Path(f"{prefix}.lock"), functools.partial(cache.waiting, what)):
+        if (found := _read(prefix, len(pieces.lengths))) is not None:
+            return found
+        with cache.progress(what):
+            bins = best_fit(pieces.lengths, seq_length)
+        for name, array in zip(Bins._fields, bins, strict=True):  # the last one appears last
+            with published(Path(f"{prefix}.{name}.npy")) as temporary, open(temporary, "wb") as file:
+                np.save(file, array)
+    return bins
+
+
+def _read(prefix: Path, items: int) -> Bins | None:
+    """The bins under this name, mapped; None if there are none, or if they are damaged."""
+    try:
+        bins = Bins(*(np.load(f"{prefix}.{name}.npy", mmap_mode="r") for name in Bins._fields))
+    except (OSError, ValueError):
+        return None
+    return bins if len(bins.items) == items and len(bins.starts) and bins.starts[-1] == items else None
