@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from parallel.errors import Mistake
 from parallel.files import user_path
@@ -269,8 +268,7 @@ def report(prepared: Prepared, target: Path, console: Console) -> None:
     console.lines(["", *("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows), ""])
     console.lines(["in an experiment's config.py:"])
     held_out = next((part for part in ("val", "test") if part in prepared.counts), None)
-    values: dict[str, Any] = {"train": f"store:{name}/train", "validation": f"store:{name}/{held_out}", "tokenizer": f"{name}/{FILE}"}
-    if masked:
-        values["examples"] = {"kind": "supervised", "train_on": "responses"}
+    values = {"train": f"store:{name}/train", "validation": f"store:{name}/{held_out}", "tokenizer": f"{name}/{FILE}"}
     settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if held_out or key != "validation"]
+    settings += ['examples=Supervised(train_on="responses")'] * len(masked)
     console.lines([*(f"  data.{setting}" for setting in settings), f"  model.vocab_size={prepared.tokenizer.vocab_size}"])

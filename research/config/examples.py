@@ -3,7 +3,9 @@
 A word, 'stream', 'confined' or 'packed'; an object of one of the classes of KINDS, in config.py only; or 'variant:Class'.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from parallel.errors import listed, nearest
 from research.config.settings import LONGEST, Settings
@@ -19,6 +21,13 @@ class ExampleSettings(Settings):
     SECTION: ClassVar[str] = EXAMPLES
 
     kind: str
+
+
+class Supervised(ExampleSettings):
+    """Whole conversations packed into samples: the stores of `prepare --supervised`."""
+
+    kind: Literal["supervised"] = Field(default="supervised", description="the class of examples")
+    train_on: Literal["responses", "all"] = Field(description="the tokens whose loss counts: those of responses, or all")
 
 
 KINDS: dict[str, type[ExampleSettings]] = {}
