@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.errors import Mistake
+from research.data import corpus_inputs
 from research.data.conversations import Form, conversation_of
-from research.data.corpus_inputs import GROUP, Inputs
+from research.data.corpus_inputs import Inputs
 from research.data.random_split import Part
 from research.data.rendered_text import RenderedText
 from research.data.text_files import LINES, Advance, Fragment, Reading
@@ -58,14 +59,14 @@ class ExampleInputs(Inputs):
             yield self.form.render(conversation_of(line, place, self.reading, self.left))
 
     def example_groups(self, advance: Advance) -> Iterator[ExampleGroup]:
-        """All examples in order, in groups of about GROUP characters."""
+        """All examples in order, in groups of about corpus_inputs.GROUP characters."""
         texts: list[RenderedText] = []
         size = 0
         for number in range(len(self.files)):
             for text in self._rendered(number, advance):
                 texts.append(text)
                 size += len(text.text)
-                if size >= GROUP:
+                if size >= corpus_inputs.GROUP:
                     yield ExampleGroup(texts)
                     texts, size = [], 0
         if texts:

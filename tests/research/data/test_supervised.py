@@ -84,9 +84,23 @@ DOCUMENTS = st.lists(
 )  # fmt: skip
 
 
-@given(DOCUMENTS, st.integers(1, 20), st.sampled_from(["responses", "all"]), st.data())
-@given_settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EPOCHS = given(DOCUMENTS, st.integers(1, 20), st.sampled_from(["responses", "all"]), st.data())
+
+
+@EPOCHS
+@given_settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_are_the_documents_one_by_one(tmp_path, documents, length, train_on, data):
+    check_rows(tmp_path, documents, length, train_on, data)
+
+
+@pytest.mark.slow
+@EPOCHS
+@given_settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_of_many_more_stores_are_the_documents_one_by_one(tmp_path, documents, length, train_on, data):
+    check_rows(tmp_path, documents, length, train_on, data)
+
+
+def check_rows(tmp_path, documents, length, train_on, data):
     """Each document that has a token to learn within the length is once in an epoch, in a segment of its own, whatever rows are read."""
     store = store_of(tmp_path, [([i for i, _ in document], [counts for _, counts in document]) for document in documents])
     expected, left_out, truncated = [], 0, 0

@@ -31,13 +31,13 @@ def with_blocks(template: str, before: str, answer: str, after: str) -> str:
 
 
 LLAMA_2_ANSWER = "{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
+LLAMA_2 = templates.LLAMA_2.replace(LLAMA_2_ANSWER, f"{{% generation %}}{LLAMA_2_ANSWER}{{% endgeneration %}}")
+LLAMA_3 = with_blocks(templates.LLAMA_3, "'<|end_header_id|>\n\n'", "message['content'] | trim + '<|eot_id|>'", " }}")
 PAIRS = {
     "smollm2": (SMOLLM2, with_blocks(SMOLLM2, "'\n'", "message['content'] + '<|im_end|>'", " + '\n' }}")),
-    "llama 3": (templates.LLAMA_3, with_blocks(templates.LLAMA_3, "'<|end_header_id|>\n\n'", "message['content'] | trim + '<|eot_id|>'", " }}")),
-    "llama 2": (
-        templates.LLAMA_2, templates.LLAMA_2.replace(LLAMA_2_ANSWER, f"{{% generation %}}{LLAMA_2_ANSWER}{{% endgeneration %}}")
-    ),
-}  # fmt: skip
+    "llama 3": (templates.LLAMA_3, LLAMA_3),
+    "llama 2": (templates.LLAMA_2, LLAMA_2),
+}
 """(a template, the same one with generation blocks)."""
 
 
@@ -124,15 +124,20 @@ def test_the_token_that_ends_a_turn_counts_and_white_space_behind_it_does_not(ou
     assert ids[-2] == last and mask[-2:] == [1, 0]
 
 
+SAY_ALL, SAY_USER = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+)
+NEVER = "{% if messages | length > 1 %}{{ raise_exception('never two') }}{% endif %}x"
 REFUSED = {
-    "{% if messages | length > 1 %}{{ raise_exception('never two') }}{% endif %}x": "the messages are refused by the chat template (never two)",
+    NEVER: "the messages are refused by the chat template (never two)",
     "{{ messages[0].content.nothing.more }}": "the messages are refused by the chat template",
     "{% if %}": "the messages are refused by the chat template",
-    "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}": "the beginning of the conversation otherwise than all of it",
-    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}": "otherwise than all of it",
-    "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}": "otherwise than all of it",
-    "{% for m in messages if m.role == 'user' %}{% generation %}{% endgeneration %}{% endfor %}x": "writes no response of these messages",
-}  # fmt: skip
+    "{{ messages | length }}" + SAY_ALL: "the beginning of the conversation otherwise than all of it",
+    SAY_ALL + "{% if add_generation_prompt %}<think>{% endif %}": "otherwise than all of it",
+    SAY_USER: "otherwise than all of it",
+    SAY_USER + "{% generation %}{% endgeneration %}": "writes no response of these messages",
+}
 
 
 @pytest.mark.parametrize("template", REFUSED)
