@@ -1,5 +1,6 @@
 """Supervised examples: masks against characters, packed rows against documents one by one, and a mask that is not that of its store."""
 
+import dataclasses
 import os
 from itertools import accumulate, pairwise
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from parallel.errors import Mistake
 from research.config.examples import Supervised
@@ -41,6 +43,15 @@ def test_a_token_counts_if_it_has_a_byte_of_a_response(texts, first):
     ends = list(accumulate(map(bytes_of, ids.tolist()), initial=0))
     assert ends[-1] == len(counted)
     assert mask.tolist() == [int(any(counted[begin:end])) for begin, end in pairwise(ends)]
+
+
+def test_white_space_counts_whatever_the_tokenizer_s_file_says_of_offsets():
+    """GPT-2's own file has a post-processor that takes white space out of the offsets."""
+    backend = type(BPE.backend).from_str(BPE.backend.to_str())
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    text, spans = "a\n\nthe  people\n", ((1, 3), (6, 8), (14, 15))
+    [(ids, mask)] = ExampleEncoder(dataclasses.replace(BPE, backend=backend)).encode_arrays([RenderedText("", ((text, True),), spans)])
+    assert BPE.decode(ids[mask == 1]) == "\n\n  people\n" and ids.tolist() == BPE.encode(text)
 
 
 def told(messages: list[tuple[str, str]], is_pair: bool = False) -> Conversation:

@@ -129,6 +129,7 @@ SAY_ALL, SAY_USER = (
     "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
 )
 NEVER = "{% if messages | length > 1 %}{{ raise_exception('never two') }}{% endif %}x"
+SHOUT = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else m.content | upper }}{% endfor %}"
 REFUSED = {
     NEVER: "the messages are refused by the chat template (never two)",
     "{{ messages[0].content.nothing.more }}": "the messages are refused by the chat template",
@@ -136,6 +137,7 @@ REFUSED = {
     "{{ messages | length }}" + SAY_ALL: "the beginning of the conversation otherwise than all of it",
     SAY_ALL + "{% if add_generation_prompt %}<think>{% endif %}": "otherwise than all of it",
     SAY_USER: "otherwise than all of it",
+    SHOUT: "otherwise than all of it, so its responses cannot be told apart (message 2)",
     SAY_USER + "{% generation %}{% endgeneration %}": "writes no response of these messages",
 }
 
@@ -143,6 +145,6 @@ REFUSED = {
 @pytest.mark.parametrize("template", REFUSED)
 def test_a_template_that_fails_or_hides_the_answers_is_refused(ours, template):
     with pytest.raises(Mistake) as refused:
-        ours.example(ours.form(template), conversation("a", "b"))
+        ours.example(ours.form(template), conversation("a", "b", "c", "d"))
     words = str(refused.value)
     assert words.startswith("a.jsonl, line 1: ") and REFUSED[template] in words and " → " in words and "\n" not in words
