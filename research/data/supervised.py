@@ -38,10 +38,15 @@ class SupervisedExamples:
                 f"model.seq_length + 1 = {seq_length + 1} tokens → use a larger model.seq_length, or examples with shorter prompts"
             )
         bins = best_fit(places[kept], seq_length)
-        documents = kept[bins.items]  # in the order of the samples, as the next two arrays
-        self._begins, self._lengths, self._starts = offsets[documents], places[documents], bins.starts
+        documents = kept[bins.items]
         self._used, self._counted = (np.add.reduceat(values[documents], bins.starts[:-1]) for values in (places, counted))
         self.size = len(bins.starts) - 1
+
+        # what lies in the samples, one after the other: the examples of each, and last the places that are left, as one more piece
+        ends = bins.starts[1:]
+        self._begins = np.insert(offsets[documents], ends, 0)
+        self._lengths = np.insert(places[documents], ends, seq_length - self._used)
+        self._starts = bins.starts + np.arange(self.size + 1)
         self.num_truncated = int(np.count_nonzero(needed > seq_length))
         """The examples that are longer than a sample, those that are left out included."""
         self.num_left_out = store.num_documents - len(kept)
@@ -78,20 +83,19 @@ class SupervisedExamples:
 
     def rows(self, numbers: np.ndarray, epochs: np.ndarray) -> Rows:
         """As in Examples: the same in every epoch."""
-        shape, places = (len(numbers), self.seq_length), len(numbers) * self.seq_length
         first = self._starts[numbers]
-        sizes = self._starts[numbers + 1] - first  # examples in each row
-        items = ranges(first, sizes)
-        lengths = self._lengths[items]
-        tokens = ranges(self._begins[items], lengths)
-        there = ranges(np.arange(0, places, self.seq_length), self._used[numbers])  # the same places in the rows
-
-        ids, targets = np.full(places, self.end_of_text, np.int64), np.zeros(places, np.int64)
-        counts, segments = np.zeros(places, bool), np.full(places, -1, np.int64)
-        ids[there], targets[there] = self.store.tokens[tokens], self.store.tokens[tokens + 1]
-        counts[there] = True if self.train_on == "all" else self._mask[tokens + 1]
-        segments[there] = np.repeat(ranges(np.zeros_like(first), sizes), lengths)
-        return Rows(*(column.reshape(shape) for column in (ids, targets, counts, segments)))
+        sizes = self._starts[numbers + 1] - first  # pieces of each row
+        pieces = ranges(first, sizes)
+        lengths = self._lengths[pieces]
+        tokens = ranges(self._begins[pieces], lengths).reshape(len(numbers), self.seq_length)
+        ids = self.store.tokens.take(tokens, mode="clip").astype(np.int64)
+        tokens += 1
+        targets = self.store.tokens.take(tokens, mode="clip").astype(np.int64)
+        counts = np.ones(tokens.shape, bool) if self.train_on == "all" else self._mask.take(tokens, mode="clip").view(bool)
+        segments = np.repeat(pieces - np.repeat(first, sizes), lengths).reshape(tokens.shape)
+        for row, used in enumerate(self._used[numbers].tolist()):
+            ids[row, used:], targets[row, used:], counts[row, used:], segments[row, used:] = self.end_of_text, 0, False, -1
+        return Rows(ids, targets, counts, segments)
 
     def counted(self, numbers: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """As in Examples: the tokens of responses, or all, of the bin's examples."""
@@ -99,7 +103,7 @@ class SupervisedExamples:
 
     def stretches(self, number: int, epoch: int) -> list[tuple[int, int]]:
         """As in Examples: the examples of the bin, as far as they are not truncated."""
-        here = slice(self._starts[number], self._starts[number + 1])
+        here = slice(self._starts[number], self._starts[number + 1] - 1)
         return [
             (begin, begin + length + 1) for begin, length in zip(self._begins[here].tolist(), self._lengths[here].tolist(), strict=True)
         ]
