@@ -226,7 +226,7 @@ def form_of(template: str | None, write_tokenizer: Callable[[Path], None] | None
 
     assert source is not None
     with contextlib.closing(TemplateRenderer(source, TEMPLATE_SECONDS)) as renderer:
-        yield TrainingTemplate(source, name, renderer.render, special, variables)
+        yield TrainingTemplate(source, name, renderer.render_each, special, variables)
 
 
 def read_template(name: str) -> str:

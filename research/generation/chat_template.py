@@ -190,12 +190,16 @@ class TemplateRenderer:
 
     def render(self, variables: dict[str, Any]) -> str:
         """Returns the text. Raises a TemplateError if the template rejects the conversation, fails or takes too long."""
+        return self.render_each([variables])[0]
+
+    def render_each(self, tables: list[dict[str, Any]]) -> list[str]:
+        """Returns the text for each table of variables, in the time for one. Raises a TemplateError if one of them fails."""
         with self._lock:
             if self._closed:
                 raise RendererClosed
             connection = self._connection or self._start()
             try:
-                connection.send_bytes(json.dumps(variables).encode())
+                connection.send_bytes(json.dumps(tables).encode())
                 if connection.poll(self.seconds):
                     answer = json.loads(connection.recv_bytes())
                 else:
@@ -206,7 +210,7 @@ class TemplateRenderer:
                 answer = {"error": "it has brought its process down"}
         if "error" in answer:
             raise TemplateError(f"are refused by the chat template ({answer['error']})", "send what it asks for")
-        return answer["text"]
+        return answer["texts"]
 
     def close(self) -> None:
         """Ends the process once it has rendered what it renders. Whoever waits, or calls `render` later, is refused."""
@@ -222,7 +226,7 @@ class TemplateRenderer:
         self._process = spawn.Process(target=template_sandbox.run, args=(self.source, self.largest, child), daemon=True)
         self._process.start()
         child.close()
-        self._connection.send_bytes(b'{"messages": []}')
+        self._connection.send_bytes(b'[{"messages": []}]')
         if self._connection.poll(START_SECONDS):
             self._connection.recv_bytes()
         return self._connection

@@ -29,18 +29,18 @@ LARGEST = 2**22
 
 
 def run(source: str, largest: int, connection: Connection) -> None:
-    """The main function of the process: receives tables of variables as JSON, sends {"text": …} or {"error": …}."""
+    """The main function of the process: receives lists of tables of variables as JSON, sends {"texts": […]} or {"error": …}."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
     limit_address_space(MEMORY)
     template: jinja2.Template | None = None
     while True:
         try:
-            variables = json.loads(connection.recv_bytes())
+            tables = json.loads(connection.recv_bytes())
         except EOFError:  # the server has ended
             return
         try:
             template = template or environment().from_string(source)
-            answer = {"text": render(template, variables, largest)}
+            answer: dict[str, Any] = {"texts": [render(template, variables, largest) for variables in tables]}
         except Exception as error:  # the template may raise anything, MemoryError and RecursionError included
             answer = {"error": f"{error}"[:300] or type(error).__name__}
         connection.send_bytes(json.dumps(answer).encode())

@@ -30,12 +30,12 @@ class TrainingTemplate:
         self,
         template: str,
         name: str,
-        render: Callable[[dict[str, Any]], str],
+        render_each: Callable[[list[dict[str, Any]]], list[str]],
         special_tokens: Iterable[str],
         variables: Mapping[str, str],
     ) -> None:
         """`special_tokens`: all that the tokenizer has. `variables`: bos_token, eos_token, … for the template."""
-        self.template, self.name, self._render, self._named = template, name, render, dict(variables)
+        self.template, self.name, self._render_each, self._named = template, name, render_each, dict(variables)
         self._finder = SpecialTokenFinder(special_tokens)
         self._ends = tuple(self._finder.tokens)
         self._has_blocks = BLOCK.search(template) is not None
@@ -50,36 +50,39 @@ class TrainingTemplate:
             first, last, begin, end = unused_characters(self.template + said, 4)
             marked = [{**message, "content": self._finder.marked(message["content"], first, last)} for message in messages]
             if self._has_blocks:
-                text = self._rendered(marked, marks=dict(zip(GENERATION, (begin, end), strict=True)))
+                [text] = self._render_each([self._variables(marked) | dict(zip(GENERATION, (begin, end), strict=True))])
             else:
-                text = self._rendered(marked)
-                for start, stop in reversed(self._responses(marked, text, place)):
+                text, spans = self._responses(marked, place)
+                for start, stop in reversed(spans):
                     text = "".join([text[:start], begin, text[start:stop], end, text[stop:]])
         except TemplateError as error:
             way_out = "write the messages as it asks for, or name another template: --template FILE"
             raise Mistake(f"{place}: the messages {error.problem} → {way_out}") from None
-        parts, spans = without_marks(divided(text, first, last, self._finder.tokens), begin, end)
-        if not spans:
+        parts, responses = without_marks(divided(text, first, last, self._finder.tokens), begin, end)
+        if not responses:
             raise Mistake(f"{place}: the chat template writes no response of these messages → {ADD_BLOCKS}")
-        return RenderedText(place, parts, spans)
+        return RenderedText(place, parts, responses)
 
-    def _responses(self, messages: Messages, whole: str, place: str) -> list[Span]:
-        """The responses in the rendered text of all messages."""
+    def _responses(self, messages: Messages, place: str) -> tuple[str, list[Span]]:
+        """The rendered text of all messages, and the responses in it."""
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        prompts = [self._variables(messages[:i], add_generation_prompt=True) for i in answers]
+        turns = [self._variables(messages[: i + 1]) for i in answers]
+        whole, *texts = self._render_each([self._variables(messages), *prompts, *turns])
         spans = []
-        for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-            prompt = self._rendered(messages[:i], add_generation_prompt=True)
-            turn = whole if i + 1 == len(messages) else self._rendered(messages[: i + 1])
+        for i, prompt, turn in zip(answers, texts[: len(answers)], texts[len(answers) :], strict=True):
             if not (whole.startswith(turn) and turn.startswith(prompt) and len(turn) > len(prompt)):
                 what = "the beginning of the conversation otherwise than all of it, so its responses cannot be told apart"
                 raise Mistake(f"{place}: the chat template writes {what} (message {i + 1}) → {ADD_BLOCKS}")
             stripped = turn.rstrip()
             is_ended = stripped.endswith(self._ends) and len(stripped) > len(prompt)
             spans.append((len(prompt), len(stripped if is_ended else turn)))
-        return spans
+        return whole, spans
 
-    def _rendered(self, messages: Messages, add_generation_prompt: bool = False, marks: Mapping[str, str] | None = None) -> str:
+    def _variables(self, messages: Messages, add_generation_prompt: bool = False) -> dict[str, Any]:
+        """The template's variables, as a server sets them."""
         fixed = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
-        return self._render({"messages": messages, **fixed, **self._named, **(marks or {})})
+        return {"messages": messages, **fixed, **self._named}
 
 
 def without_marks(parts: list[tuple[str, bool]], begin: str, end: str) -> tuple[tuple[tuple[str, bool], ...], tuple[Span, ...]]:

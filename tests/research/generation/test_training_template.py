@@ -65,7 +65,7 @@ class Ours:
     def form(self, template: str) -> TrainingTemplate:
         self.renderers.append(TemplateRenderer(template, 10.0))
         special = [token.content for token in self.tokenizer.backend.get_added_tokens_decoder().values() if token.special]
-        return TrainingTemplate(template, "its name", self.renderers[-1].render, special, self.variables)
+        return TrainingTemplate(template, "its name", self.renderers[-1].render_each, special, self.variables)
 
     def example(self, form: TrainingTemplate, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
         [(ids, mask)] = self.encoder.encode_arrays([form.render(Conversation("a.jsonl, line 1", messages, False))])
