@@ -133,12 +133,15 @@ class SpecialTokenFinder:
         from tokenizers import models
 
         self.tokens = frozenset(tokens) - {""}
+        self._letters = frozenset(token[0] for token in self.tokens)
         unknown = "?" * (1 + max(map(len, self.tokens), default=0))  # longer than any token, so it is none of them
         self._backend = Backend(models.WordLevel({unknown: 0}, unk_token=unknown))
         self._backend.add_special_tokens(sorted(self.tokens))
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """The first and the last place, as of a slice, of each token in the text."""
+        if self._letters.isdisjoint(text):
+            return []
         [encoding] = self._backend.encode_batch([text])  # unlike `encode`, it releases the GIL
         return [place for place, identifier in zip(encoding.offsets, encoding.ids, strict=True) if identifier]
 
