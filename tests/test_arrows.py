@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "research/cluster": set(),
     "research/data": set(),
     "research/config": {"research/cluster"},
-    "research/generation": {"research/config", "research/data", "research/tracking"},
+    "research/generation": {"research/config", "research/data", "research/tracking", "research/cluster"},
     "research/reliability": {"research/cluster", "research/tracking"},
     "research/evaluation": {"research/generation", "research/config", "research/data", "research/tracking", "research/cluster"},
     "research/exchange": {"research/generation", "research/config", "research/data", "research/tracking", "research/cluster"},

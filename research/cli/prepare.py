@@ -8,19 +8,24 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from parallel.errors import Mistake
 from parallel.files import user_path
 from parallel.regular_files import read_regular
+from parallel.text import read_text
 from research import ROOT
 from research.cli.verbs import Parser, count
 from research.cluster.environment import environment
 from research.cluster.limited_process import SINGLE
-from research.data import corpus, corpus_work, documents, random_split, tokenizer, tokenizer_ranks
+from research.data import corpus, corpus_work, documents, random_split, tokenizer, tokenizer_file, tokenizer_ranks
+from research.data.conversations import Form, PlainForm
 from research.data.corpus import Options, Prepared
 from research.data.corpus_inputs import Inputs
+from research.data.example_inputs import ExampleInputs
+from research.data.mask_store import MASK_SUM
 from research.data.text_files import INSTALL, KINDS, Reading
 from research.data.tokenizer_file import CONFIG, FILE, LARGEST, TEMPLATE
 from research.tracking import format as fmt
@@ -37,6 +42,9 @@ DETAILS = f"""what is read:
   the first two also as .gz, .xz, .zst
   folders of these, such as a tree of code: sorted by path; hidden and binary
   files are left out and counted
+  with --supervised: .jsonl only, one example a line, either of
+    {{"messages": [{{"role": "user", "content": "…"}}, …]}}
+    {{"prompt": "…", "response": "…"}}
 .parquet and .zst need {INSTALL}
 
 tokenizers:
@@ -56,11 +64,17 @@ command continues it. The result does not depend on --workers.
 examples:
   python -m research prepare book.txt --as book --tokenizer builtin:bpe-1024
   python -m research prepare notes/ more.jsonl.gz --as mine --split 90,10
-  python -m research prepare src/ --as code --tokenizer builtin:bytes"""
+  python -m research prepare src/ --as code --tokenizer builtin:bytes
+  python -m research prepare chats.jsonl --as chats --supervised
+      --tokenizer runs/smollm2/ID/tokenizer"""
 LENGTH = 2**31 - 1
 """model_max_length in tokenizer_config.json: the corpus does not limit it."""
 MOST_PER_CORE = 4
 """The most processes per core: each takes a hundred megabytes."""
+PLAIN = "plain"
+"""What --template names for no chat template."""
+TEMPLATE_SECONDS = 20.0
+"""The most time that a chat template may take for the messages of one example."""
 WAY_OUT = "do not use it, or name another one: --tokenizer builtin:bpe-8192"
 
 
@@ -71,11 +85,31 @@ def main(argv: list[str]) -> None:
     random_split.shares_of(arguments.split)
     write_tokenizer, tokenizer_sha256 = chosen_tokenizer(arguments.tokenizer)
     options = Options(arguments.tokenizer, tokenizer_sha256, arguments.split, arguments.seed)
-    inputs = Inputs(arguments.inputs, Path.cwd(), Reading(arguments.key, arguments.invalid == "replace"))
+    with contextlib.ExitStack() as stack:
+        reading = Reading(arguments.key, arguments.invalid == "replace")
+        if arguments.supervised:
+            form = stack.enter_context(form_of(arguments.template, write_tokenizer))
+            inputs: Inputs = ExampleInputs(arguments.inputs, Path.cwd(), reading, form)
+        else:
+            inputs = Inputs(arguments.inputs, Path.cwd(), reading)
+        make(arguments, inputs, options, write_tokenizer, target, console)
+
+
+def make(
+    arguments: argparse.Namespace,
+    inputs: Inputs,
+    options: Options,
+    write_tokenizer: Callable[[Path], None] | None,
+    target: Path,
+    console: Console,
+) -> None:
+    """Prepares the corpus of these inputs in `target`, and reports."""
     if inside := next((file for file in inputs.files if target.resolve() in file.path.resolve().parents), None):
         raise Mistake(f"{inside.path} lies in {target}, the folder that is made → name another corpus with --as")
     with corpus_work.opened(target, arguments.replace) as work:
         console.header([("", f"prepare {shown(target)}"), ("input", f"{fmt.plural(len(inputs.files), 'file')}, {size(inputs.file_bytes)}")])
+        if isinstance(inputs, ExampleInputs):
+            console.header([("template", inputs.form.name)])
         if left := inputs.left.sentence():
             console.header([("left out", left)])
         try:
@@ -107,6 +141,12 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=count, default=1, metavar="N", help="processes that tokenize (default: 1, with a thread per core)"
     )
+    parser.add_argument("--supervised", action="store_true", help="conversations: a mask beside each store says which tokens are responses")
+    parser.add_argument(
+        "--template",
+        metavar="FILE",
+        help="a chat template in jinja, or 'plain' for none (default: that of the tokenizer if it has one, else plain)",
+    )
     parser.add_argument("--replace", action="store_true", help="replace a finished corpus of this name, with all in its folder")
     parser.add_argument("--corpora", help=f"the folder of corpora (default: {FOLDER}, in this checkout)")
     arguments = parser.parse_args(argv)
@@ -114,6 +154,10 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         raise Mistake(f"--as {arguments.name} is no name of a corpus → use letters, digits, dots, dashes and underscores: --as my_text")
     if arguments.workers > (most := MOST_PER_CORE * (os.cpu_count() or 1)):
         raise Mistake(f"--workers {arguments.workers} is more than {MOST_PER_CORE} per core, which saves no time → use at most {most}")
+    if arguments.template and not arguments.supervised:
+        raise Mistake(f"--template {arguments.template} is for conversations → add --supervised, or leave it out")
+    if arguments.supervised and arguments.key != "text":
+        raise Mistake(f"--key {arguments.key} is not for conversations, whose keys are messages, or prompt and response → leave it out")
     arguments.corpora = ROOT / FOLDER if arguments.corpora is None else user_path(Path(), arguments.corpora)
     return arguments
 
@@ -159,6 +203,43 @@ def write_ranks(ranks: dict[bytes, int], folder: Path) -> None:
     corpus.write_config(folder)
 
 
+@contextlib.contextmanager
+def form_of(template: str | None, write_tokenizer: Callable[[Path], None] | None) -> Iterator[Form]:
+    """How conversations become text: with the template that --template names, else with the tokenizer's own one, else without one."""
+    with tempfile.TemporaryDirectory() as folder:  # what a run will find beside the tokenizer
+        if write_tokenizer is None:
+            corpus.write_config(Path(folder))
+            own, special = None, {tokenizer.END_OF_TEXT}
+        else:
+            write_tokenizer(Path(folder))
+            loaded = tokenizer_file.load(FILE, Path(folder))
+            own = tokenizer_file.template_of(loaded, Path(folder))
+            special = {token.content for token in loaded.backend.get_added_tokens_decoder().values() if token.special}
+        variables = tokenizer_file.special_tokens_in(Path(folder))
+    if template == PLAIN or (template is None and own is None):
+        yield PlainForm()
+        return
+    name, source = ("the tokenizer's own", own) if template is None else (template, read_template(template))
+    try:
+        from research.generation.chat_template import TemplateRenderer
+    except ModuleNotFoundError as error:
+        raise Mistake(f"a chat template needs {error.name} → pip install -r requirements-serve.txt, or --template {PLAIN}") from None
+    from research.generation.training_template import TrainingTemplate
+
+    assert source is not None
+    with contextlib.closing(TemplateRenderer(source, TEMPLATE_SECONDS)) as renderer:
+        yield TrainingTemplate(source, name, renderer.render_each, special, variables)
+
+
+def read_template(name: str) -> str:
+    """The text of the file that --template names."""
+    way_out = f"name a file of jinja text, or {PLAIN}"
+    source = read_text(user_path(Path(), name), f"--template {name}", way_out)
+    if not 0 < len(source) <= tokenizer_file.LONGEST_TEMPLATE:
+        raise Mistake(f"--template {name} is empty, or longer than {tokenizer_file.LONGEST_TEMPLATE} characters → {way_out}")
+    return source
+
+
 def size(num_bytes: int) -> str:
     """'12.3 MB'."""
     return f"{fmt.compact(num_bytes)}{'B' if num_bytes >= 1000 else ' B'}"
@@ -180,14 +261,16 @@ def report(prepared: Prepared, target: Path, console: Console) -> None:
     console.header([("counted", f"{fmt.plural(number, noun)} {what}") for number, noun, what in counted if number])
     console.header([("tokens", f"{prepared.tokenizer.name} · {prepared.tokenizer.vocab_size:,} in the vocabulary")])
     console.header([("split", prepared.split.line())])
-    rows = [["", "documents", "tokens", "bytes", "tokens/byte"]]
+    masked = [MASK_SUM] if MASK_SUM in prepared.counts["train"] else []
+    rows = [["", "documents", "tokens", *["responses"] * len(masked), "bytes", "tokens/byte"]]
     for part, counts in prepared.counts.items():
         ratio = f"{counts['tokens'] / counts['bytes']:.3f}" if counts["bytes"] else "–"
-        rows.append([part, *(f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")), ratio])
+        rows.append([part, *(f"{counts[key]:,}" for key in ("documents", "tokens", *masked, "bytes")), ratio])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     console.lines(["", *("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows), ""])
     console.lines(["in an experiment's config.py:"])
     held_out = next((part for part in ("val", "test") if part in prepared.counts), None)
     values = {"train": f"store:{name}/train", "validation": f"store:{name}/{held_out}", "tokenizer": f"{name}/{FILE}"}
     settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if held_out or key != "validation"]
+    settings += ['examples=Supervised(train_on="responses")'] * len(masked)
     console.lines([*(f"  data.{setting}" for setting in settings), f"  model.vocab_size={prepared.tokenizer.vocab_size}"])

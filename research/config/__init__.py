@@ -1,6 +1,6 @@
 """The settings of an experiment: the classes that a config.py imports."""
 
-from research.config.examples import FillInMiddle, Masked, Spans
+from research.config.examples import FillInMiddle, Masked, Spans, Supervised
 from research.config.schema import (
     GPT,
     Checkpoints,
@@ -32,6 +32,7 @@ __all__ = [
     "Schedule",
     "Source",
     "Spans",
+    "Supervised",
     "Track",
     "Watch",
 ]

@@ -83,9 +83,26 @@ class Masked(ExampleSettings):
     mask: Text = Field(default="<mask>", description="the token that masks; it stands for 80 % of them, another one for 10 %")
 
 
+class Supervised(ExampleSettings):
+    """Whole conversations packed into samples: the stores of `prepare --supervised`."""
+
+    kind: Literal["supervised"] = Field(default="supervised", description="the class of examples")
+    train_on: Literal["responses", "all"] = Field(description="the tokens whose loss counts: those of responses, or all")
+
+    @property
+    def confines(self) -> bool:
+        """As in ExampleSettings."""
+        return True
+
+
 OF_ENCODERS = (Spans, Masked)
 """Samples for models with an encoder."""
-KINDS: dict[str, type[ExampleSettings]] = {"fill_in_middle": FillInMiddle, "spans": Spans, "masked": Masked}
+KINDS: dict[str, type[ExampleSettings]] = {
+    "fill_in_middle": FillInMiddle,
+    "supervised": Supervised,
+    "spans": Spans,
+    "masked": Masked,
+}
 """`kind` -> its class."""
 
 

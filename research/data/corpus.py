@@ -28,11 +28,12 @@ from parallel.files import sync_tree, write_json
 from research.data import random_split, tokenizer, tokenizer_file, tokenizer_processes
 from research.data.corpus_inputs import Group, Inputs, Inventory
 from research.data.corpus_work import RESULT, SOURCES, TOKENIZER, Work
+from research.data.example_inputs import ExampleInputs, parts_of_examples
 from research.data.random_split import Part, Split
 from research.data.text_files import Advance
 from research.data.token_store import SHORT_VOCABULARY
 from research.data.tokenizer import END_OF_TEXT, TRAINED, Tokenizer
-from research.data.tokenizer_file import CONFIG, FILE
+from research.data.tokenizer_file import CONFIG, FILE, TEMPLATE
 
 FORMAT = 1
 """Part of every plan. Raise it whenever the same command would give other bytes."""
@@ -97,11 +98,16 @@ def prepare(
     if why := work.begin_or_continue(plan_of(options, inputs)):
         warn(f"{why}: begun anew")
     continued = work.inventory is not None
+    examples = inputs if isinstance(inputs, ExampleInputs) else None
     inventory = work.inventory
     if inventory is None:
         with progress("reading the text", inputs.file_bytes, "bytes") as advance:
             inventory = inputs.read_all(work.path / SOURCES, advance)
         work.keep_inventory(inventory)
+    shares = random_split.shares_of(options.split)
+    if examples is not None and Split(shares, inventory.documents, inventory.characters + 1, options.seed).by_position:
+        few = f"--split {options.split} leaves {' or '.join(shares)} without an example of {inventory.documents}"
+        raise Mistake(f"{few} → use more of them, or --split 100")
     _make_tokenizer(work, inputs, inventory, options, write_tokenizer, progress)
     file = work.path / TOKENIZER / FILE
     own = tokenizer_processes.open_tokenizer(options.tokenizer, file)
@@ -109,12 +115,16 @@ def prepare(
         warn(f"continued: {sum(1 for _ in work.parts())} parts of at least {PART_TOKENS:,} tokens are there already")
     cuts, tokens = _tokenize(work, inputs, own, options.tokenizer, workers, progress)
 
-    split = Split(random_split.shares_of(options.split), inventory.documents, tokens, options.seed)
+    split = Split(shares, inventory.documents, tokens, options.seed)
     result = work.path / RESULT
     shutil.rmtree(result, ignore_errors=True)
     shutil.copytree(work.path / TOKENIZER, result)
     shutil.copyfile(work.path / SOURCES, result / SOURCES)
-    facts = _facts(inventory, split, options, work.target.name, result / FILE)
+    facts = _facts(inventory, split, options, work.target.name, result / FILE, {"form": examples.form.identity} if examples else {})
+    if examples is not None:  # a run of this corpus is served with the chat template that it has learned
+        (result / TEMPLATE).unlink(missing_ok=True)
+        if examples.form.template is not None:
+            (result / TEMPLATE).write_text(examples.form.template, encoding="utf-8")
     with progress("writing the stores", tokens, "tokens") as advance:
         random_split.write_stores((part for part, _, _ in work.parts()), split, result, own, facts, advance)
     counts = {name: json.loads((result / f"{name}.json").read_text("utf-8")) for name in split.shares}
@@ -173,10 +183,16 @@ def _tokenize(work: Work, inputs: Inputs, own: Tokenizer, name: str, workers: in
     if number == work.finished_parts:
         return cuts, tokens
     with progress("tokenizing", inputs.file_bytes, "bytes") as advance:
-        left = itertools.islice(inputs.groups(own, advance), done, None)  # what was tokenized before is read only
         file = work.path / TOKENIZER / FILE
-        encoded = tokenizer_processes.encoded(((group.texts, group) for group in left), name, file, workers)
-        for part, groups, its_cuts in _parts_of(encoded, own):
+        # what was tokenized before is read only
+        if isinstance(inputs, ExampleInputs):
+            examples = itertools.islice(inputs.example_groups(advance), done, None)
+            masked = tokenizer_processes.encoded(((group.texts, group) for group in examples), name, file, workers, True)
+            parts = parts_of_examples(masked, own, PART_TOKENS)
+        else:
+            left = itertools.islice(inputs.groups(own, advance), done, None)
+            parts = _parts_of(tokenizer_processes.encoded(((group.texts, group) for group in left), name, file, workers), own)
+        for part, groups, its_cuts in parts:
             work.keep_part(number, part, groups, its_cuts)
             number, cuts, tokens = number + 1, cuts + its_cuts, tokens + len(part.ids)
     work.finished_parts = number
@@ -213,8 +229,8 @@ def _part(ids: list[np.ndarray], tokens: list[int], num_bytes: list[int]) -> Par
     return Part(np.concatenate(ids), np.array(tokens[:last], np.int64), np.array(num_bytes[:last], np.int64), is_open)
 
 
-def _facts(inventory: Inventory, split: Split, options: Options, title: str, file: Path) -> dict[str, dict[str, Any]]:
-    """What the sidecar of each part of the split says of its origin."""
+def _facts(inventory: Inventory, split: Split, options: Options, title: str, file: Path, form: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What the sidecar of each part of the split says of its origin. `form`: how conversations became text, if they are examples."""
     loaded = tokenizer_file.load(str(file), Path())
     common = {
         "tokenizer": options.tokenizer,
@@ -222,6 +238,7 @@ def _facts(inventory: Inventory, split: Split, options: Options, title: str, fil
         "sources_sha256": inventory.sha256,
         "files": inventory.files,
         "split": {"shares": options.split, "seed": options.seed, "by": "position" if split.by_position else "document"},
+        **form,
     }
     return {
         name: {

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from parallel.errors import Mistake, listed
 from parallel.files import published, sha256_of, user_path
 from research.data import text_files
 from research.data.random_split import Split
-from research.data.text_files import Advance, Fragment, LeftOut, Reading, TextFile
+from research.data.text_files import Advance, Fragment, Item, LeftOut, Reading, TextFile
 from research.data.tokenizer import PIECE, Tokenizer, UnitTokenizer, pieces
 
 UNCUT = 1 << 20
@@ -120,8 +120,12 @@ class Inputs:
 
     def _fragments(self, number: int, advance: Advance) -> Iterator[Fragment]:
         """The documents of a file in parts. A Mistake if it is not what it was when it was found."""
+        return self._unchanged(number, self.files[number].fragments(self.reading, self.left, advance))
+
+    def _unchanged(self, number: int, found: Iterable[Item]) -> Iterator[Item]:
+        """What is read of a file. A Mistake if it is not what it was when it was found."""
         file, (_, size, changed) = self.files[number], self.states[number]
-        for reading in (file.fragments(self.reading, self.left, advance), ()):  # looked at before and afterwards
+        for reading in (found, ()):  # looked at before and afterwards
             with file.readable():
                 status = file.path.stat()
             if (status.st_size, status.st_mtime_ns) != (size, changed):

@@ -91,7 +91,8 @@ class Work:
         """Writes the part, which came from so many groups of text, cut at so many places where ids may differ."""
         with published(self.part_file(number)) as temporary, open(temporary, "wb") as file:
             counts = np.array([part.is_open, groups, cuts], np.int64)
-            np.savez(file, ids=part.ids, tokens=part.tokens, num_bytes=part.num_bytes, counts=counts)
+            arrays = {"ids": part.ids, "tokens": part.tokens, "num_bytes": part.num_bytes, "counts": counts}
+            np.savez(file, **(arrays if part.mask is None else {**arrays, "mask": part.mask}))  # type: ignore[arg-type]
 
     def parts(self) -> Iterator[tuple[Part, int, int]]:
         """Each finished part with its groups and cuts, in order, up to the first that is missing or damaged."""
@@ -102,7 +103,8 @@ class Work:
             try:
                 with np.load(path, allow_pickle=False) as file:
                     is_open, groups, cuts = file["counts"].tolist()
-                    part = Part(file["ids"], file["tokens"], file["num_bytes"], bool(is_open))
+                    mask = file.get("mask")
+                    part = Part(file["ids"], file["tokens"], file["num_bytes"], bool(is_open), mask)
             except (OSError, ValueError, KeyError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error):
                 return  # all that zipfile and numpy raise for damaged bytes
             yield part, groups, cuts

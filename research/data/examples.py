@@ -32,7 +32,7 @@ class Examples(Protocol):
     size: int
     """The samples of an epoch."""
     confines: bool
-    """Whether rows have segments, which then travel through the model: the same for all examples of a class."""
+    """Whether rows have segments, which then travel through the model: the same for all examples of a run."""
 
     def rows(self, numbers: np.ndarray, epochs: np.ndarray) -> Rows:
         """The samples 'b' of these numbers, each in [0, size), in these epochs. All rows of a class have one length."""
@@ -94,6 +94,11 @@ class ExampleSampler:
     def epochs(self, samples: int) -> np.ndarray:
         """As in Sampler."""
         return self.order.epochs(samples)
+
+    @property
+    def summaries(self) -> list[str]:
+        """What an epoch of each source holds and what is missing in it, of the classes that say so in an attribute `summary`."""
+        return [summary for one in self.examples if (summary := getattr(one, "summary", ""))]
 
     def _rows(self, located: Located) -> Rows:
         """The samples of a micro-batch, each from its own source."""

@@ -125,6 +125,14 @@ class PackedDocuments:
         """The number of documents that are longer than a sample."""
         return int(np.count_nonzero(np.diff(self.store.document_offsets()) > self.seq_length))
 
+    @property
+    def summary(self) -> str:
+        """What an epoch holds, for the beginning of a run."""
+        words = [f"{self.store.num_documents:,} documents in {self.size:,} samples, {100 * self.fill:.1f} % of their places used"]
+        if self.num_cut:
+            words.append(f"{self.num_cut:,} longer than model.seq_length = {self.seq_length} tokens, cut into pieces")
+        return " · ".join(words)
+
     def rows(self, numbers: np.ndarray, epochs: np.ndarray) -> Rows:
         """As in Examples: the same in every epoch."""
         shape = len(numbers), self.seq_length

@@ -21,6 +21,7 @@ import numpy as np
 
 from parallel.errors import Mistake
 from research.data import order
+from research.data.mask_store import MaskWriter
 from research.data.text_files import Advance
 from research.data.token_store import StoreWriter
 from research.data.tokenizer import TOKENS_PER_CHARACTER, Tokenizer
@@ -33,13 +34,14 @@ SHARE = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 class Part(NamedTuple):
     """Consecutive tokens of the whole corpus: `ids`, and for each document, or piece of one, its number of tokens and of UTF-8 bytes.
 
-    If `is_open`, the last document goes on in the next part.
+    If `is_open`, the last document goes on in the next part. Examples have a mask, which is 1 for each token of a response.
     """
 
     ids: np.ndarray
     tokens: np.ndarray
     num_bytes: np.ndarray
     is_open: bool
+    mask: np.ndarray | None = None
 
 
 def shares_of(text: str) -> dict[str, Fraction]:
@@ -87,21 +89,27 @@ class Split:
 
 
 def write_stores(parts: Iterable[Part], split: Split, folder: Path, tokenizer: Tokenizer, facts: dict[str, Any], advance: Advance) -> None:
-    """Writes the stores folder/train, folder/val, … of a split. `facts` go into the sidecar of each; `advance` is told of tokens."""
+    """Writes the stores folder/train, folder/val, … of a split, and beside them the masks of examples, which are not split by position.
+
+    `facts` go into the sidecar of each; `advance` is told of tokens.
+    """
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(StoreWriter(folder / name, tokenizer.vocab_size, facts[name])) for name in split.shares]
+        masks: list[MaskWriter] = []
         done = first = 0
         for part in parts:
+            if part.mask is not None and not masks:  # entered last, so that the masks appear before the stores
+                masks = [stack.enter_context(MaskWriter(writer.prefix, writer.facts)) for writer in writers]
             if split.by_position:
                 _add_by_position(part, done, split.limits, writers, tokenizer)
             else:
-                _add_by_document(part, first, split, writers)
+                _add_by_document(part, first, split, writers, masks)
             first += len(part.tokens) - part.is_open
             done += len(part.ids)
             advance(len(part.ids))
 
 
-def _add_by_document(part: Part, first: int, split: Split, writers: list[StoreWriter]) -> None:
+def _add_by_document(part: Part, first: int, split: Split, writers: list[StoreWriter], masks: list[MaskWriter]) -> None:
     where = split.of_documents(first + np.arange(len(part.tokens)))
     for number, writer in enumerate(writers):
         chosen = where == number
@@ -110,7 +118,10 @@ def _add_by_document(part: Part, first: int, split: Split, writers: list[StoreWr
         ends = np.cumsum(part.tokens[chosen])
         if part.is_open and chosen[-1]:
             ends = ends[:-1]
-        writer.add_tokens(part.ids[np.repeat(chosen, part.tokens)], ends, int(part.num_bytes[chosen].sum()))
+        tokens = np.repeat(chosen, part.tokens)
+        writer.add_tokens(part.ids[tokens], ends, int(part.num_bytes[chosen].sum()))
+        if part.mask is not None:
+            masks[number].add_documents(part.mask[tokens], part.tokens[chosen])
 
 
 def _add_by_position(part: Part, done: int, limits: list[int], writers: list[StoreWriter], tokenizer: Tokenizer) -> None:

@@ -183,7 +183,15 @@ def template_of(tokenizer: Tokenizer, root: Path) -> str | None:
 
 def special_tokens_of(tokenizer: Tokenizer, root: Path) -> dict[str, str]:
     """{"bos_token": "<s>", …}: the special tokens that tokenizer_config.json beside a tokenizer.json names."""
-    config = _beside(tokenizer, root, CONFIG)
+    return _special_tokens(_beside(tokenizer, root, CONFIG))
+
+
+def special_tokens_in(folder: Path) -> dict[str, str]:
+    """`special_tokens_of` a tokenizer whose files lie in `folder`."""
+    return _special_tokens(table_in(folder, CONFIG))
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: token for name in SPECIAL if (token := token_text(config.get(name)))}
 
 

@@ -19,11 +19,13 @@ import numpy as np
 
 from parallel.errors import Mistake
 from research.data import tokenizer, tokenizer_file
+from research.data.rendered_text import ExampleEncoder, RenderedText
 from research.data.tokenizer import Tokenizer
 
 AHEAD = 2
 """Groups per process that are read before they are tokenized."""
 Tag = TypeVar("Tag")
+Text = TypeVar("Text", str, RenderedText)
 
 
 def open_tokenizer(name: str, file: Path) -> Tokenizer:
@@ -33,20 +35,25 @@ def open_tokenizer(name: str, file: Path) -> Tokenizer:
     return dataclasses.replace(tokenizer_file.load(str(file), Path()), name=name)
 
 
-def encoded(groups: Iterable[tuple[list[str], Tag]], name: str, file: Path, processes: int) -> Iterator[tuple[list[np.ndarray], Tag]]:
-    """The ids of each text of each group, and the group's tag, in order. One process: this one, with the library's own threads."""
+def encoded(
+    groups: Iterable[tuple[list[Text], Tag]], name: str, file: Path, processes: int, of_examples: bool = False
+) -> Iterator[tuple[list[np.ndarray], Tag]]:
+    """The ids of each text of each group, or of rendered texts the ids and masks '2 n', and the group's tag, in order.
+
+    One process: this one, with the library's own threads.
+    """
     if processes == 1:
-        own = open_tokenizer(name, file)
+        own = _encoder(name, file, of_examples)
         yield from ((own.encode_arrays(texts), tag) for texts, tag in groups)
         return
     with contextlib.ExitStack() as stack:
         idle: SimpleQueue[_Child] = SimpleQueue()
         for _ in range(processes):
-            idle.put(stack.enter_context(_Child(_tokenize, name, str(file))))
+            idle.put(stack.enter_context(_Child(_tokenize, name, str(file), of_examples)))
         threads = ThreadPoolExecutor(processes)
         stack.callback(threads.shutdown, wait=False, cancel_futures=True)
 
-        def request(texts: list[str]) -> list[np.ndarray]:
+        def request(texts: list[Text]) -> list[np.ndarray]:
             child = idle.get()
             try:
                 return child.request(texts)
@@ -74,7 +81,7 @@ def made_in_process(name: str, texts: Iterable[str]) -> str:
 class _Child:
     """A process that runs `function(connection, *arguments)`, and is killed when it is left."""
 
-    def __init__(self, function: Any, *arguments: str) -> None:
+    def __init__(self, function: Any, *arguments: str | bool) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=function, args=(theirs, *arguments), daemon=True)
@@ -118,9 +125,15 @@ class _Child:
         raise Mistake(f"a process that tokenizes has ended {how} → if memory was short, use fewer of them: --workers 1")
 
 
-def _tokenize(connection: Connection, name: str, file: str) -> None:
+def _encoder(name: str, file: Path, of_examples: bool) -> Any:
+    """The tokenizer, or what encodes rendered texts with it: both have `encode_arrays`."""
+    own = open_tokenizer(name, file)
+    return ExampleEncoder(own) if of_examples else own
+
+
+def _tokenize(connection: Connection, name: str, file: str, of_examples: bool) -> None:
     """Answers each list of texts with the ids of each."""
-    own = open_tokenizer(name, Path(file))
+    own = _encoder(name, Path(file), of_examples)
     with contextlib.suppress(EOFError, OSError):  # the parent has ended
         while True:
             texts = connection.recv()

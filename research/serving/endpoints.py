@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from parallel.errors import Mistake
+from research.generation.chat_template import Messages, RendererClosed, TemplateError
 from research.generation.infilling import infilling_prompt
-from research.serving.chat_template import Messages
 from research.serving.engine import Job, Token
-from research.serving.errors import check_unicode, invalid_field
+from research.serving.errors import check_unicode, invalid_field, shutting_down
 from research.serving.requests import ChatRequest, CompletionRequest, validate_message
 from research.serving.responses import token_bytes, token_text
 from research.serving.service import Service
@@ -21,9 +21,13 @@ PROMPT_TYPES = "text, a list of token ids, or a list of either"
 
 @contextlib.contextmanager
 def _refused_text(place: str) -> Iterator[None]:
-    """The tokenizer's refusal of a text becomes an error about the field that holds it."""
+    """The tokenizer's or the chat template's refusal of a text becomes an error about the field that holds it."""
     try:
         yield
+    except TemplateError as error:
+        raise invalid_field(place, str(error), error.code) from None
+    except RendererClosed:
+        raise shutting_down() from None
     except Mistake as mistake:
         raise invalid_field(place, f"is refused: {mistake}", "tokenizer_error") from None
 

@@ -24,11 +24,11 @@ from research.cluster.tensor_ranks import opened
 from research.data.fill_in_middle import Sentinels
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of, special_tokens_of, template_of
+from research.generation.chat_template import ChatTemplate, PlainTemplate, TemplateRenderer
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec
 from research.serving.access import Access
 from research.serving.app import Middleware, make_app
-from research.serving.chat_template import ChatTemplate, PlainTemplate, TemplateRenderer
 from research.serving.connection import Connection
 from research.serving.engine import Engine, Halt
 from research.serving.executor import BoundedExecutor

@@ -9,9 +9,9 @@ from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake
 from research.data.fill_in_middle import Sentinels
 from research.data.tokenizer import Tokenizer
+from research.generation.chat_template import ChatTemplate, PlainTemplate
 from research.generation.settings import GenerationSettings, refuse_long, text_seed
 from research.serving.access import Access
-from research.serving.chat_template import ChatTemplate, PlainTemplate
 from research.serving.engine import Job
 from research.serving.errors import ApiError, invalid_field
 from research.serving.executor import BoundedExecutor

@@ -19,6 +19,7 @@ from research.data.packing import PackedDocuments
 from research.data.prepare import Corpus
 from research.data.sources import stages, training_texts
 from research.data.span_corruption import SpanExamples
+from research.data.supervised import SupervisedExamples
 
 CLASSES: dict[str, type[Examples]] = {
     CONFINED: ConfinedStream,
@@ -26,6 +27,7 @@ CLASSES: dict[str, type[Examples]] = {
     "fill_in_middle": FillInMiddleExamples,
     "masked": MaskedExamples,
     "spans": SpanExamples,
+    "supervised": SupervisedExamples,
 }
 """The word, or the `kind` of the object, in data.examples -> its class."""
 SEGMENTS = ("segments",)

@@ -31,11 +31,13 @@ from research.cluster.software import digest_of
 from research.cluster.world import software
 from research.config import serialization
 from research.config.diff import describe_changes
+from research.config.examples import describe_examples
 from research.config.layout import engine_settings
 from research.config.plausibility import doubts_of_text
 from research.config.sources import TRAIN, describe_texts
 from research.data import prepare
 from research.data.batches import Sampler
+from research.data.examples import ExampleSampler
 from research.data.prepare import Corpus, HeldOut
 from research.evaluation import in_training
 from research.reliability.watchdog import Watchdog
@@ -237,6 +239,8 @@ def show_data(job: Job, corpus: Corpus, sampler: Sampler, texts: Sequence[HeldOu
         for (name, store), passes in zip(corpus.sources.items(), seen.tolist(), strict=True):
             where = store.facts.get("source", store.prefix)
             lines.append(("source", f"{name} · {fmt.count(store.num_tokens)} tokens · {passes:.2f} epochs · {where}"))
+    if isinstance(sampler, ExampleSampler):
+        lines += [("samples", summary) for summary in sampler.summaries or [describe_examples(data.examples)]]
     console.header(lines)
     predicted_each_time = sum(text.tokens for text in texts)
     warnings = [*doubts_of_text(job.experiment, corpus.tokenizer.vocab_size, predicted_each_time), *doubts_of_epochs(corpus, seen)]

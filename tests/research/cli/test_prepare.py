@@ -167,9 +167,9 @@ def plan(folder: Path, kills: int, *arguments: str) -> dict:
     return {"folder": str(folder), "arguments": command, "sizes": [5000, 2000], "kills": kills, "seed": 3}
 
 
-def check_kills(folder: Path, kills: int, *arguments: str) -> None:
-    """Each kill ends the process, and the same command then gives the files of an undisturbed run, and no others."""
-    command = [sys.executable, "-m", "tests.research.helpers.killed_prepare", json.dumps(plan(folder, kills, *arguments))]
+def check_kills(plan: dict) -> dict[str, str]:
+    """Each kill ends the process, and the same command then gives the files of an undisturbed run, and no others. Returns these."""
+    command = [sys.executable, "-m", "tests.research.helpers.killed_prepare", json.dumps(plan)]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stderr
     results = json.loads(finished.stdout)
@@ -177,13 +177,14 @@ def check_kills(folder: Path, kills: int, *arguments: str) -> None:
     for kill in results["kills"]:
         published = kill["again"]["code"] == 2 and "is there already" in kill["again"]["said"]
         assert kill["code"] == -signal.SIGKILL and kill["same"] and (kill["again"]["code"] == 0 or published), kill
-    assert len(results["kills"]) == kills and any(kill["parts"] > 0 for kill in results["kills"])
+    assert len(results["kills"]) == plan["kills"] and any(kill["parts"] > 0 for kill in results["kills"])
+    return results["expected"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kills", "arguments"), [(20, "--tokenizer builtin:bpe-300"), (9, "--tokenizer builtin:chars --workers 2")])
 def test_kills_at_many_moments_change_nothing(tmp_path, kills, arguments):
-    check_kills(tmp_path, kills, *arguments.split())
+    check_kills(plan(tmp_path, kills, *arguments.split()))
 
 
 def in_forks(folder: Path, runs: list[tuple[str, dict]]) -> list[dict]:

@@ -22,15 +22,15 @@ from research.data import tokenizer_costs, tokenizer_file
 from research.data.tokenizer import Tokenizer
 from research.evaluation import lm_eval_files, wikitext
 from research.exchange import hf_tokenizer, left_out
+from research.generation.chat_template import ChatTemplate, SpecialTokenFinder, TemplateError
 from research.generation.generator import IncrementalDetokenizer
 from research.serving import requests
-from research.serving.chat_template import ChatTemplate, SpecialTokenFinder
 from research.serving.errors import ApiError
 from research.tracking import metrics
 from tests.research.helpers.timing import growth
 
 MOST = 10.0
-FAILURES = (Mistake, ApiError, ValueError, RecursionError)
+FAILURES = (Mistake, ApiError, TemplateError, ValueError, RecursionError)
 """What a parser may raise. Anything else fails the test."""
 
 

@@ -14,14 +14,13 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from research.data.conversations import TITLES
 from research.data.tokenizer import Tokenizer
-from research.serving import template_sandbox
-from research.serving.errors import ApiError, invalid_field, shutting_down
+from research.generation import template_sandbox
 
 PRIVATE = range(0xF0000, 0xFFFFE)
 """Private-use characters, which have no meaning."""
@@ -30,6 +29,19 @@ START_SECONDS = 20.0
 """Time for a new sandbox process to start: it starts a Python interpreter, possibly on a busy machine."""
 Messages = list[dict[str, str]]
 Ids = tuple[int, ...]
+
+
+class TemplateError(Exception):
+    """Messages that cannot be rendered. Its text continues a sentence that begins with them."""
+
+    def __init__(self, problem: str, way_out: str, code: str = "template_error") -> None:
+        """`code`: what a client of the server reads beside the text."""
+        super().__init__(f"{problem} → {way_out}")
+        self.problem, self.way_out, self.code = problem, way_out, code
+
+
+class RendererClosed(Exception):
+    """A conversation came after `TemplateRenderer.close`."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,7 @@ class PlainTemplate:
 
     def ids(self, messages: Messages) -> Ids:
         """Returns the tokens of the conversation. Special tokens in a message are encoded as text."""
-        titles = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-        turns = [titles[message["role"]] + message["content"].strip() for message in messages]
+        turns = [TITLES[message["role"]] + message["content"].strip() for message in messages]
         return tuple(self.tokenizer.encode("\n".join([*turns, "Assistant:"])))
 
 
@@ -73,41 +84,25 @@ class ChatTemplate:
         object.__setattr__(self, "end_ids", tuple(dict.fromkeys([*self.end_ids, *self._end_of_turn()])))
 
     def ids(self, messages: Messages) -> Ids:
-        """Returns the tokens of the conversation. Raises an ApiError if the template rejects it."""
+        """Returns the tokens of the conversation. Raises a TemplateError if the template rejects it."""
         first, last = unused_characters("".join(text for message in messages for text in message.values()))
-        marked = [{name: self._marked(text, first, last) for name, text in message.items()} for message in messages]
+        marked = [{name: self._special.marked(text, first, last) for name, text in message.items()} for message in messages]
         text = self.render(self._variables(marked, add_generation_prompt=True))
 
-        # Special tokens between the marks are text, all others are tokens. A mark that has lost its partner is dropped. The pattern
-        # is tried again at a mark only, and ends at the next one: the time is in proportion to the text.
-        parts, end = [], 0
-        for match in re.finditer(f"{first}([^{first}{last}]*){last}|[{first}{last}]", text):
-            parts += [(False, text[end : match.start()]), (match[1] in self._special.tokens, match[1] or "")]
-            end = match.end()
-        parts.append((False, text[end:]))
-
-        (_, head), *rest = parts
-        as_text = iter(_encode_inside(self.tokenizer, [part for is_text, part in rest if is_text]))
-        as_tokens = iter(_encode_inside(self._with_special, [part for is_text, part in rest if not is_text and part]))
+        (head, _), *rest = divided(text, first, last, self._special.tokens)
+        as_text = iter(_encode_inside(self.tokenizer, [part for part, is_text in rest if is_text]))
+        as_tokens = iter(_encode_inside(self._with_special, [part for part, is_text in rest if not is_text and part]))
         ids = self._with_special.encode(head)
-        for is_text, part in rest:
+        for part, is_text in rest:
             ids += next(as_text) if is_text else next(as_tokens) if part else []
         return tuple(ids)
-
-    def _marked(self, text: str, first: str, last: str) -> str:
-        """The text with each special token in it between `first` and `last`."""
-        pieces, end = [], 0
-        for start, stop in self._special.find(text):
-            pieces += [text[end:start], first, text[start:stop], last]
-            end = stop
-        return "".join([*pieces, text[end:]])
 
     def _end_of_turn(self) -> Ids:
         """The special token that the template writes after an answer, or nothing."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
         try:
             after = self.render(self._variables(turns, add_generation_prompt=False)).rpartition(ANSWER)[2].lstrip()
-        except ApiError:  # the template may reject this conversation
+        except TemplateError:  # the template may reject this conversation
             return ()
         start, stop = next(iter(self._special.find(after)), (1, 1))
         token = None if start else self._with_special.backend.token_to_id(after[:stop])
@@ -138,23 +133,48 @@ class SpecialTokenFinder:
         from tokenizers import models
 
         self.tokens = frozenset(tokens) - {""}
+        self._letters = frozenset(token[0] for token in self.tokens)
         unknown = "?" * (1 + max(map(len, self.tokens), default=0))  # longer than any token, so it is none of them
         self._backend = Backend(models.WordLevel({unknown: 0}, unk_token=unknown))
         self._backend.add_special_tokens(sorted(self.tokens))
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """The first and the last place, as of a slice, of each token in the text."""
+        if self._letters.isdisjoint(text):
+            return []
         [encoding] = self._backend.encode_batch([text])  # unlike `encode`, it releases the GIL
         return [place for place, identifier in zip(encoding.offsets, encoding.ids, strict=True) if identifier]
 
+    def marked(self, text: str, first: str, last: str) -> str:
+        """The text with each special token in it between `first` and `last`."""
+        pieces, end = [], 0
+        for start, stop in self.find(text):
+            pieces += [text[end:start], first, text[start:stop], last]
+            end = stop
+        return "".join([*pieces, text[end:]])
 
-def unused_characters(text: str) -> tuple[str, str]:
-    """Returns two neighbouring private-use characters that the text does not contain."""
+
+def divided(text: str, first: str, last: str, special: frozenset[str]) -> list[tuple[str, bool]]:
+    """A text in parts, and of each whether it is a special token between the marks, which is text; all others are tokens.
+
+    A mark that has lost its partner is dropped. The pattern is tried again at a mark only, and ends at the next one: the time is in
+    proportion to the text.
+    """
+    parts, end = [], 0
+    for match in re.finditer(f"{first}([^{first}{last}]*){last}|[{first}{last}]", text):
+        parts += [(text[end : match.start()], False), (match[1] or "", match[1] in special)]
+        end = match.end()
+    return [*parts, (text[end:], False)]
+
+
+def unused_characters(text: str, count: int = 2) -> tuple[str, ...]:
+    """Returns `count` neighbouring private-use characters that the text does not contain."""
     present = set(text)
-    for pair in pairwise(map(chr, PRIVATE)):
-        if not present.intersection(pair):
-            return pair
-    raise invalid_field("messages", "hold too many different private-use characters → leave them out")
+    for first in PRIVATE[: len(PRIVATE) - count + 1]:
+        marks = tuple(map(chr, range(first, first + count)))
+        if not present.intersection(marks):
+            return marks
+    raise TemplateError("hold too many different private-use characters", "leave them out", "invalid_value")
 
 
 class TemplateRenderer:
@@ -172,13 +192,17 @@ class TemplateRenderer:
         self._connection: Connection | None = None
 
     def render(self, variables: dict[str, Any]) -> str:
-        """Returns the text. Raises an ApiError about `messages` if the template rejects them, fails or takes too long."""
+        """Returns the text. Raises a TemplateError if the template rejects the conversation, fails or takes too long."""
+        return self.render_each([variables])[0]
+
+    def render_each(self, tables: list[dict[str, Any]]) -> list[str]:
+        """Returns the text for each table of variables, in the time for one. Raises a TemplateError if one of them fails."""
         with self._lock:
             if self._closed:
-                raise shutting_down()
+                raise RendererClosed
             connection = self._connection or self._start()
             try:
-                connection.send_bytes(json.dumps(variables).encode())
+                connection.send_bytes(json.dumps(tables).encode())
                 if connection.poll(self.seconds):
                     answer = json.loads(connection.recv_bytes())
                 else:
@@ -188,9 +212,8 @@ class TemplateRenderer:
                 self._stop()
                 answer = {"error": "it has brought its process down"}
         if "error" in answer:
-            message = f"are refused by the chat template ({answer['error']}) → send what it asks for"
-            raise invalid_field("messages", message, "template_error")
-        return answer["text"]
+            raise TemplateError(f"are refused by the chat template ({answer['error']})", "send what it asks for")
+        return answer["texts"]
 
     def close(self) -> None:
         """Ends the process once it has rendered what it renders. Whoever waits, or calls `render` later, is refused."""
@@ -206,7 +229,7 @@ class TemplateRenderer:
         self._process = spawn.Process(target=template_sandbox.run, args=(self.source, self.largest, child), daemon=True)
         self._process.start()
         child.close()
-        self._connection.send_bytes(b'{"messages": []}')
+        self._connection.send_bytes(b'[{"messages": []}]')
         if self._connection.poll(START_SECONDS):
             self._connection.recv_bytes()
         return self._connection

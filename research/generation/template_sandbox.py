@@ -22,23 +22,25 @@ from research.cluster.limited_process import limit_address_space
 
 MEMORY = 2**29
 """Limit of the process's address space, in bytes."""
+GENERATION = ("begin_of_generation", "end_of_generation")
+"""The variables around what a template says is an answer; undefined ones are rendered as nothing."""
 LARGEST = 2**22
 """Limit of a rendered conversation, in characters, unless the server sets another one."""
 
 
 def run(source: str, largest: int, connection: Connection) -> None:
-    """The main function of the process: receives tables of variables as JSON, sends {"text": …} or {"error": …}."""
+    """The main function of the process: receives lists of tables of variables as JSON, sends {"texts": […]} or {"error": …}."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
     limit_address_space(MEMORY)
     template: jinja2.Template | None = None
     while True:
         try:
-            variables = json.loads(connection.recv_bytes())
+            tables = json.loads(connection.recv_bytes())
         except EOFError:  # the server has ended
             return
         try:
             template = template or environment().from_string(source)
-            answer = {"text": render(template, variables, largest)}
+            answer: dict[str, Any] = {"texts": [render(template, variables, largest) for variables in tables]}
         except Exception as error:  # the template may raise anything, MemoryError and RecursionError included
             answer = {"error": f"{error}"[:300] or type(error).__name__}
         connection.send_bytes(json.dumps(answer).encode())
@@ -74,14 +76,18 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 class GenerationBlock(Extension):
-    """`{% generation %} … {% endgeneration %}`, which marks the assistant's turns for training; only its content is rendered here."""
+    """`{% generation %} … {% endgeneration %}`, which marks the assistant's turns for training.
+
+    Its content is rendered between the variables GENERATION, which a server does not set.
+    """
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """Returns the statements inside the block."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        """Returns the statements inside the block, between the two variables."""
+        line = next(parser.stream).lineno
+        begin, end = (nodes.Output([nodes.Name(name, "load")]).set_lineno(line) for name in GENERATION)
+        return [begin, *parser.parse_statements(("name:endgeneration",), drop_needle=True), end]
 
 
 class PublicNamespace(Namespace):
