@@ -14,9 +14,11 @@ This is not a security boundary. It keeps mistakes and accidents of a model from
 import contextlib
 import ctypes
 import json
+import math
 import os
 import platform
 import resource
+import select
 import signal
 import struct
 import sys
@@ -90,44 +92,58 @@ def main() -> None:
 # The process that keeps the time
 
 
+class TookTooMuch(Exception):
+    """Raised when the program has to be ended; says why."""
+
+
+class TookTooLong(TookTooMuch):
+    """Raised when the time by the clock is over."""
+
+
 def outcome(request: dict[str, Any]) -> dict[str, Any]:
     """Executes the program in a child. When this returns, neither the child nor anything that it has started is left."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     secret = os.urandom(16).hex()  # so that what a program writes there by chance is not taken for a message
+    deadline = time.monotonic() + request["wall_seconds"]
     child = os.fork()
     if child == 0:
         os.close(reading)
         _be_program(request, secret, writing)
     os.close(writing)
-    status, too_much = _wait(child, request)
-    _kill_descendants()
+    select.select([reading], [], [], request["wall_seconds"])
     messages = _messages(reading, secret)
-    found = {"restrictions": messages.pop(0) if messages else []}
-    if messages and not too_much:
-        return {**found, "passed": messages == [""], "timed_out": False, "said": messages[0]}
-    if status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
-        return {**found, "passed": False, "timed_out": True, "said": f"more than {request['cpu_seconds']} s of CPU time"}
-    said = too_much or f"ended before its tests did ({_ending(status or 0)})"
-    return {**found, "passed": False, "timed_out": too_much.endswith("by the clock"), "said": said}
+    restrictions = messages[0] if messages else []
+    found = {"passed": False, "timed_out": False, "restrictions": restrictions}
+    try:
+        status = _wait(child, deadline, POLL_SECONDS if PROCESSES not in restrictions else math.inf)
+    except TookTooMuch as error:
+        return {**found, "timed_out": isinstance(error, TookTooLong), "said": str(error)}
+    finally:
+        _kill_descendants()
+    said = (messages + _messages(reading, secret))[1:]
+    if said:
+        return {**found, "passed": said == [""], "said": said[0]}
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        return {**found, "timed_out": True, "said": f"more than {request['cpu_seconds']} s of CPU time"}
+    how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
+    return {**found, "said": f"ended before its tests did ({how})"}
 
 
-def _wait(child: int, request: dict[str, Any]) -> tuple[int | None, str]:
-    """Waits for the child: (its wait status, ""), or (None, what it took too much of). SIGTERM ends the waiting."""
-    deadline = time.monotonic() + request["wall_seconds"]
+def _wait(child: int, deadline: float, interval: float) -> int:
+    """The wait status of the child. Looks every `interval` seconds how many processes there are. SIGTERM ends the waiting."""
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return status, ""
+            return status
         left = deadline - time.monotonic()
         if left <= 0:
-            return None, f"more than {request['wall_seconds']:g} s by the clock"
+            raise TookTooLong("more time by the clock than it had")
         if len(_descendants()) > MOST_PROCESSES:
-            return None, f"more than {MOST_PROCESSES} processes"
-        polls = PROCESSES not in request["restrictions"]
-        received = signal.sigtimedwait({signal.SIGCHLD, signal.SIGTERM}, min(left, POLL_SECONDS) if polls else left)
+            raise TookTooMuch(f"more than {MOST_PROCESSES} processes")
+        received = signal.sigtimedwait({signal.SIGCHLD, signal.SIGTERM}, min(left, interval))
         if received is not None and received.si_signo == signal.SIGTERM:
-            return None, "the evaluation was ended"
+            raise TookTooMuch("the evaluation was ended")
 
 
 def _descendants() -> list[int]:
@@ -136,7 +152,8 @@ def _descendants() -> list[int]:
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{name}/stat", "rb") as file:
             parents[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
-    found, generation = [], {os.getpid()}
+    found: list[int] = []
+    generation = {os.getpid()}
     while generation:
         generation = {pid for pid, parent in parents.items() if parent in generation}
         found += generation
@@ -158,14 +175,9 @@ def _messages(reading: int, secret: str) -> list[Any]:
     """What the child has reported: the restrictions in effect, and after the program's end the error, "" for none."""
     try:
         lines = os.read(reading, 2**16).decode("ascii", "replace").split("\n")
-    except BlockingIOError:  # a process that cannot be killed holds the pipe
+    except BlockingIOError:  # there is nothing yet, or a process that cannot be killed holds the pipe
         return []
     return [json.loads(line.removeprefix(secret)) for line in lines if line.startswith(secret)]
-
-
-def _ending(status: int) -> str:
-    """How a process has ended that reported nothing."""
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
 
 
 # The process that executes the program
@@ -210,7 +222,8 @@ def restrict(request: dict[str, Any]) -> list[str]:
         resource.RLIMIT_NOFILE: (OPEN_FILES, OPEN_FILES),
         resource.RLIMIT_CORE: (0, 0),
     }.items():
-        resource.setrlimit(limit, value)
+        hard = resource.getrlimit(limit)[1]
+        resource.setrlimit(limit, value if hard == resource.RLIM_INFINITY else tuple(min(part, hard) for part in value))
     ways = {FILES: _forbid_writing, PROCESSES: _filter_system_calls}
     return [name for name in request["restrictions"] if ways[name]()]
 
@@ -257,13 +270,8 @@ def filter_program(machine: str, pid: int) -> list[bytes]:
         return [instruction(EQUAL, number, 0, 1), instruction(RETURN, error)]
 
     def allow_if(number: int, test: int, operand: int) -> list[bytes]:  # the first argument must pass the test
-        decide = [
-            instruction(LOAD, FIRST_ARGUMENT),
-            instruction(test, operand, 0, 1),
-            instruction(RETURN, ALLOW),
-            instruction(RETURN, EPERM),
-        ]
-        return [instruction(EQUAL, number, 0, len(decide)), *decide]
+        argument, passes = instruction(LOAD, FIRST_ARGUMENT), instruction(test, operand, 0, 1)
+        return [instruction(EQUAL, number, 0, 4), argument, passes, instruction(RETURN, ALLOW), instruction(RETURN, EPERM)]
 
     column = list(AUDIT_ARCHITECTURES).index(machine)
     numbers = [number for calls in SYSTEM_CALLS.values() if (number := calls[column]) is not None]
