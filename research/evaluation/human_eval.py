@@ -131,8 +131,6 @@ class Sampling:
                 raise Mistake(f"--k {k} does not work with {self.n} samples of each problem → use 1 to {self.n}, or --samples {max(k, 1)}")
         if self.params.greedy and self.n > 1:
             raise Mistake(f"--samples {self.n} greedy samples are all the same → add --temperature 0.8, or leave --samples out")
-        if self.params.greedy and self.top_p is not None:
-            raise Mistake(f"--top_p {self.top_p} has no effect on greedy samples → add --temperature 0.8, or leave --top_p out")
 
 
 @dataclass(frozen=True)
