@@ -121,7 +121,7 @@ assert __name__ != "__main__"
 
 
 def test_what_it_has_given_up() -> None:
-    """Capabilities (also root's), set-user-ID programs, cores, all but 64 open files and 1 GiB, local sockets, tracing, other priorities."""
+    """Capabilities (also root's), set-user-ID programs, cores, all but 64 open files and 1 GiB, local sockets, tracing, priorities."""
     program = """
 import ctypes, os, resource, socket
 status = dict(line.split(":\\t") for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
