@@ -82,21 +82,28 @@ os._exit(0)
 }  # fmt: skip
 
 
-SLOW = ("a wait", "endless output")
+def alike() -> dict[str, list[str]]:
+    """What the programs of FAIL do, by their limits."""
+    found: dict[str, list[str]] = {}
+    for what, (_, limits, _) in FAIL.items():
+        found.setdefault(", ".join(f"{name} {value}" for name, value in limits.items()), []).append(what)
+    return found
 
 
-@pytest.mark.parametrize("what", [pytest.param(what, marks=[pytest.mark.slow] * (what in SLOW)) for what in FAIL])
-def test_it_fails_in_time_and_nothing_is_left(what: str, place: Path) -> None:
-    program, limits, said = FAIL[what]
-    outcome = run(program, **limits)
-    assert (outcome.passed, outcome.said) == (False, said)
-    assert outcome.timed_out == ("wall_seconds" in limits)
+@pytest.mark.parametrize("limits", alike())
+def test_they_fail_in_time_and_nothing_is_left(limits: str, place: Path) -> None:
+    names = alike()[limits]
+    limited = FAIL[names[0]][1]
+    found = {names[i]: outcome for i, outcome in run_programs([FAIL[what][0] for what in names], Limits(**limited), at_once=4)}
+    assert {what: (outcome.passed, outcome.said) for what, outcome in found.items()} == {what: (False, FAIL[what][2]) for what in names}
+    for what, outcome in found.items():
+        assert outcome.timed_out == ("wall_seconds" in limited)
+        if what != "its parent's end" and not outcome.timed_out:  # otherwise it may be that this has not been told
+            assert set(outcome.restrictions) == set(limited.get("restrictions", ALL))
     ends = time.monotonic() + 10  # what the kernel ends because its parent has, it ends a moment later
-    while processes(place) and what == "its parent's end" and time.monotonic() < ends:
+    while processes(place) and "its parent's end" in names and time.monotonic() < ends:
         time.sleep(0.01)
     assert processes(place) == [] and list(place.iterdir()) == []
-    if "process" not in said and not outcome.timed_out:  # otherwise it may be that this has not been told
-        assert set(outcome.restrictions) == set(limits.get("restrictions", ALL))
 
 
 @pytest.mark.slow
