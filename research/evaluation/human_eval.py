@@ -10,7 +10,7 @@ import math
 import platform
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -275,9 +275,10 @@ def metrics_of(outcomes: Sequence[Sequence[Outcome]], ks: Sequence[int], cut: in
 def _executed(programs: Sequence[str], limits: Limits, advance: Callable[[int], object]) -> list[Outcome]:
     """The outcomes of the programs, in order."""
     outcomes = {}
-    for index, outcome in run_programs(programs, limits):
-        outcomes[index] = outcome
-        advance(1)
+    with closing(run_programs(programs, limits)) as ended:  # after Ctrl-C, those that run are ended at once
+        for index, outcome in ended:
+            outcomes[index] = outcome
+            advance(1)
     return [outcomes[index] for index in range(len(programs))]
 
 

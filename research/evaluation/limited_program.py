@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def check_system() -> None:
         raise Mistake(f"generated code runs under limits of Linux, and this is {sys.platform} → evaluate it on Linux")
 
 
-def run_programs(programs: Sequence[str], limits: Limits, at_once: int | None = None) -> Iterator[tuple[int, Outcome]]:
+def run_programs(programs: Sequence[str], limits: Limits, at_once: int | None = None) -> Generator[tuple[int, Outcome], None, None]:
     """Yields (index, outcome) of each program as it ends. `at_once` None: as many at a time as this process may use cores.
 
     If the iteration is ended early, the programs that run are ended too.
