@@ -4,6 +4,7 @@ The copy's gpt_sotu is small, and trained before a page is read, so that its com
 in order, then its Python blocks in one interpreter. A command that cannot run here is in NOT_RUN, with the reason.
 """
 
+import json
 import os
 import re
 import shutil
@@ -38,12 +39,17 @@ NOT_RUN = {
     r"wandb leet .*": "is a program for a terminal, and ends at a key",
 }
 QUESTION = '{"query": "Is snow warm?", "choices": ["no", "yes"], "gold": 0}\n'
+PROBLEM = {
+    **{"task_id": "mine/0", "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n"},
+    "test": "def check(candidate):\n    assert candidate(1) == 1\n",
+}
 FILES = {
     "prompts.jsonl": '{"prompt": "My fellow citizens"}\n{"prompt": "We"}\n',
     "data/wikitext2/test.txt": " = Title = \n \n The cats sleep , and the union of the states is strong . \n",
     "data/lambada/test.jsonl": '{"text": "The state of the union is strong"}\n',
     "my_pairs.jsonl": '{"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."}\n',
     "my_questions.jsonl": QUESTION,
+    "my_problems.jsonl": json.dumps(PROBLEM) + "\n",
     "my_tasks/test.jsonl": QUESTION,
     "my_tasks/my_task.yaml": """
 task: my_task

@@ -5,6 +5,7 @@ lines in a pipe, or JSON lines.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,9 @@ from research.cli.trained_run import Trained, add_trust_option, find, refuse_lau
 from research.cli.verbs import Parser
 from research.data.run_tokenizer import load_tokenizer
 from research.data.text_stores import cache_folder
-from research.evaluation import lm_eval_task, perplexity, registry
+from research.evaluation import human_eval, lm_eval_task, perplexity, registry
+from research.evaluation.human_eval import HumanEval, Sampling
+from research.evaluation.limited_program import PATIENCE, Limits
 from research.evaluation.lm_eval_task import LMEvalTask
 from research.evaluation.results import Key, Result, Results, code_digest, model_digest, with_digests
 from research.evaluation.task import Settings, Task, TaskContext, TextTask, evaluate
@@ -43,7 +46,10 @@ RIGHT_ALIGNED = ("value", "± stderr", "examples", "time")
 LONGEST_CELL = 400
 """The most characters of a cell: names of tasks and metrics come from files."""
 
-AnyTask = Task | TextTask | LMEvalTask
+UNSHOWN = (lm_eval_task.PACKAGE, human_eval.INTERPRETER)
+"""Settings of tasks that are versions of software."""
+
+AnyTask = Task | TextTask | LMEvalTask | HumanEval
 
 
 def main(argv: list[str]) -> None:
@@ -119,6 +125,17 @@ def parser() -> Parser:
     data.add_argument(
         "--fewshot", type=int, metavar="K", help="solved examples before each question of lm_eval: tasks (default: the task's)"
     )
+    code = parser.add_argument_group(human_eval.NAME)
+    add = code.add_argument
+    add("--execute", action="store_true", help="execute the programs that the model writes; needed for humaneval")
+    add("--samples", type=int, metavar="N", help="completions of each problem (default: 1)")
+    add("--k", type=int, nargs="+", metavar="K", help="estimate pass@K; K at most N (default: those of 1, 10 and 100)")
+    add("--temperature", type=float, metavar="T", help="0: take the likeliest token (default); 1: draw by the model's probabilities")
+    add("--top_p", type=float, metavar="P", help="draw from the likeliest tokens that have probability P together (default: 1)")
+    add("--max_new_tokens", type=int, metavar="N", help=f"tokens of a completion (default: {human_eval.DEFAULT_TOKENS})")
+    add("--seed", type=int, help="seed of the draws (default: 0)")
+    timeout = f"CPU seconds of a completion and its tests (default: {Limits().cpu_seconds}); by the clock {PATIENCE} times as many"
+    add("--timeout", type=int, metavar="S", help=timeout)
     machine = parser.add_argument_group("how it is computed")
     machine.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: as trained (fp16 on a CPU: fp32)")
     machine.add_argument("--tensor", type=int, default=1, metavar="T", help="slice the model over T processes of this machine")
@@ -158,6 +175,10 @@ def prepared(arguments: argparse.Namespace) -> Command:
     for name in dict.fromkeys(task_names(arguments)):
         if name.startswith(lm_eval_task.PREFIX):
             tasks.append(lm_eval_task.create_task(name, settings, arguments.lm_eval_tasks, arguments.fewshot))
+        elif human_eval.is_name(name):
+            values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)}
+            sampling = Sampling(**values | {"k": arguments.k and tuple(arguments.k)})
+            tasks.append(human_eval.create_task(name, settings, sampling, arguments.execute))
         else:
             tasks += registry.create_tasks([name], settings)
     if any(isinstance(task, LMEvalTask) for task in tasks):
@@ -195,6 +216,8 @@ def _evaluate(command: Command, context: TaskContext, keys: Mapping[AnyTask, Key
                 texts = task.texts(context)
                 with console.progress(task.name, len(texts.requests)) as advance:
                     metrics, examples = texts.metrics(session.texts(texts.requests, advance)), texts.examples
+            elif isinstance(task, HumanEval):
+                metrics, examples = task.evaluate(session, console.progress, lambda text: console.header([("limits", text)]), console.warn)
             else:
                 requests = task.requests(context)
                 with console.progress(task.name, len(requests.requests)) as advance:
@@ -212,6 +235,7 @@ def show_tasks() -> None:
     """Prints every task and its description."""
     rows = [
         *registry.descriptions(),
+        (human_eval.NAME, "HumanEval, pass@k: executes what the model writes (--execute); humaneval:FILE for problems of yours"),
         (f"{lm_eval_task.PREFIX}NAME", "a task of lm-evaluation-harness (requirements-eval.txt), --lm_eval_tasks FOLDER"),
     ]
     width = max(len(name) for name, _ in rows)
@@ -241,14 +265,16 @@ def table_rows(result: Result) -> list[tuple[str, ...]]:
     shared = (f"{result.examples:,}", result.key.precision, fmt.duration(result.seconds))
     rows: list[tuple[str, ...]] = []
     for i, metric in enumerate(result.metrics):
-        numbers = (metric.name, format_value(metric.value), format_value(metric.stderr))
+        is_count = human_eval.is_name(result.key.task) and metric.name in human_eval.COUNTS
+        value = f"{metric.value:,.0f}" if is_count else format_value(metric.value)
+        numbers = (metric.name, value, format_value(metric.stderr))
         rows.append((label(result), *numbers, *shared) if i == 0 else ("", *numbers, "", "", ""))
     return rows
 
 
 def label(result: Result) -> str:
     """The task and the settings that differ from its definition's: lambada (limit 100)."""
-    settings = [f"{name} {value}" for name, value in result.key.settings.items() if value is not None and name != lm_eval_task.PACKAGE]
+    settings = [f"{name} {value}" for name, value in result.key.settings.items() if value is not None and name not in UNSHOWN]
     return result.key.task + (f" ({', '.join(settings)})" if settings else "")
 
 

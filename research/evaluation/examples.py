@@ -49,7 +49,7 @@ def file_digest(path: Path) -> str:
 
 def check_file(path: Path, task: str, suffixes: tuple[str, ...]) -> Path:
     """Returns the path if it is a file with one of the suffixes; raises a Mistake that names the task if not."""
-    if path.suffix not in suffixes:
+    if not path.name.endswith(suffixes):
         raise Mistake(f"{task}: {path.name} is not a kind of file that this task reads → use {' or '.join(suffixes)}")
     if not path.is_file():
         raise Mistake(f"{task}: {path} {'is a folder' if path.is_dir() else 'does not exist'} → name a {' or '.join(suffixes)} file")

@@ -83,11 +83,18 @@ class Session:
 
     @property
     def generator(self) -> TextGenerator:
-        """The model as a generator of `batch` texts at once; releases a scorer first."""
-        if self._generator is None:
+        """The model as a generator of `batch` texts at once, as long as the model was trained to read; releases a scorer first."""
+        return self.generator_of(self.model.seq_length)
+
+    def generator_of(self, context: int) -> TextGenerator:
+        """The model as a generator of texts of at most `context` tokens each; releases a scorer, or another generator, first.
+
+        So many texts are generated at once as have the tokens of `batch` texts of full length.
+        """
+        if self._generator is None or self._generator.context != context:
             self.close()
-            context = self.model.seq_length
-            spec = DecoderSpec(self.run, self.checkpoint, self.precision, self.batch, context)
+            slots = max(1, self.batch * self.model.seq_length // context)
+            spec = DecoderSpec(self.run, self.checkpoint, self.precision, slots, context)
             decoder = self._stack.enter_context(opened(spec, self.tensor))
             if decoder.uncached:
                 self.warn(decoder.uncached)
