@@ -47,8 +47,8 @@ class Data(Settings):
         description="held-out text, named the same way, or split:969,30,1, a part of the training text; never trained on"
     )
     tokenizer: Text = Field(
-        description="builtin:bpe-8192 or builtin:chars (made from the train text), builtin:bytes, builtin:gpt2, or a tokenizer.json's path; a "
-        "builtin one with +fim has special tokens (docs/samples.md)"
+        description="builtin:bpe-8192 or builtin:chars (made from the train text), builtin:bytes or builtin:gpt2, each with special tokens "
+        "as builtin:bpe-8192+fim (docs/samples.md), or a tokenizer.json's path"
     )
     examples: Text | SerializeAsAny[ExampleSettings] = Field(
         default=STREAM,
