@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from parallel.errors import SharedMistake
 
+LOCAL_RANK = "LOCAL_RANK"
 LOGGER = "tessera"
 """Name of the logger whose level decides how much is shown: DEBUG shows everything, DeepSpeed's own messages included."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,7 +83,7 @@ def start(rank: int, world: int, local_rank: int, rendezvous: str | dist.Store |
     Without that layer DeepSpeed's PipelineModule cannot be built.
     """
     # Read by DeepSpeed's engines, PipelineModule and ZeRO-3, which take it for the number of this rank's GPU.
-    os.environ["LOCAL_RANK"] = str(gpu_index(local_rank, torch.cuda.device_count()) if torch.cuda.is_available() else local_rank)
+    os.environ[LOCAL_RANK] = str(gpu_index(local_rank, torch.cuda.device_count()) if torch.cuda.is_available() else local_rank)
     import deepspeed
     import deepspeed.ops
 
@@ -123,9 +124,14 @@ def device_name() -> str:
 
 
 def stop() -> None:
-    """Destroys the process groups; does nothing if there are none."""
+    """Destroys the process groups; does nothing if there are none.
+
+    LOCAL_RANK goes too, unless a launcher has set it: libraries that are used later in the process would take it for a launcher's.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        if "RANK" not in os.environ:
+            os.environ.pop(LOCAL_RANK, None)
 
 
 @contextlib.contextmanager

@@ -45,13 +45,21 @@ def test_on_a_cpu_nothing_is_made_deterministic() -> None:
     assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
+def test_nothing_is_left_in_the_environment() -> None:
+    """Libraries such as accelerate would take LOCAL_RANK for a launcher's, and wait for the other variables."""
+    before = dict(os.environ)
+    distributed.start(0, 1, 0, None)
+    distributed.stop()
+    assert dict(os.environ) == before
+
+
 def two_backends(folder: str, layout: dict) -> tuple[list[float], list[float], set[float], str]:
     """The losses over gloo alone, and over groups that have a backend per device; the minutes of all groups' timeouts; the backend."""
     alone = training.train(2, **layout)["loss"]
+    rank = dist.get_rank()
     distributed.stop()
     distributed.BACKENDS = {"cpu": "cpu:gloo,cuda:gloo"}
     distributed.TIMEOUT = datetime.timedelta(minutes=7)  # neither gloo's own nor NCCL's
-    rank = int(os.environ["LOCAL_RANK"])
     distributed.start(rank, 2, rank, f"file://{folder}/again")
     losses = training.train(2, **layout)["loss"]
     groups = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map if group.size() > 1]
