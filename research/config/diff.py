@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from research.config.examples import EXAMPLES, check_examples, describe_examples
 from research.config.schema import Experiment
 from research.config.serialization import resolved
 from research.config.sources import TRAIN, Source, describe_texts
@@ -46,7 +47,9 @@ def describe_changes(changes: list[Change]) -> str:
 
 
 def _shown(name: str, value: Any) -> Any:
-    """The value as a sentence shows it: that of data.train in words, whether it is a setting or read from config.json."""
+    """The value as a sentence shows it: texts and examples in words, whether they are settings or read from config.json."""
+    if name == EXAMPLES and isinstance(value, dict):
+        return describe_examples(check_examples(value))
     if name != TRAIN or isinstance(value, str):
         return value
     return describe_texts([Source(**entry) if isinstance(entry, dict) else entry for entry in value])
@@ -58,10 +61,10 @@ def belongs(name: str, groups: Iterable[str]) -> bool:
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name: {"model.num_layers": 4, …}. A list, or an empty table, is a value."""
+    """Nested settings by dotted name: {"model.num_layers": 4, …}. A list, an empty table, or the object of data.examples is a value."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and f"{prefix}{name}" != EXAMPLES:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
