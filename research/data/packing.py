@@ -135,21 +135,21 @@ class PackedDocuments:
 
     def rows(self, numbers: np.ndarray, epochs: np.ndarray) -> Rows:
         """As in Examples: the same in every epoch."""
+        first = self._starts[numbers]
+        sizes = self._starts[numbers + 1] - first  # documents of each row
+        items = self._items[ranges(first, sizes)]
+        lengths, used = self.pieces.lengths[items], self._used[numbers]
+        tokens = ranges(self.pieces.starts[items], lengths)  # of all rows, one after the other
+        places = ranges(np.arange(len(numbers)) * self.seq_length, used)  # where they go, in the rows one after the other
+        ids = self.store.tokens.take(tokens - 1, mode="clip")
+        ids[(np.cumsum(lengths) - lengths)[self.pieces.begins[items]]] = self.end_of_text
         shape = len(numbers), self.seq_length
-        rows = Rows(np.full(shape, self.end_of_text, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool), np.empty(shape, np.int64))
+        rows = Rows(
+            np.full(shape, self.end_of_text, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool), np.full(shape, -1, np.int64)
+        )
         assert rows.counts is not None and rows.segments is not None
-        for row, number in enumerate(numbers.tolist()):
-            place = 0
-            for segment, item in enumerate(self._items_of(number)):
-                start, length, begins = (int(column[item]) for column in self.pieces)
-                stop = start + length
-                here = slice(place, place + length)
-                rows.targets[row, here] = self.store.tokens[start:stop]
-                rows.ids[row, place + begins : place + length] = self.store.tokens[start - 1 + begins : stop - 1]
-                rows.segments[row, here] = segment
-                place += length
-            rows.segments[row, place:] = -1
-            rows.counts[row, :place] = True
+        rows.ids.flat[places], rows.targets.flat[places], rows.counts.flat[places] = ids, self.store.tokens[tokens], True
+        rows.segments.flat[places] = np.repeat(ranges(np.zeros(len(sizes), np.int64), sizes), lengths)
         return rows
 
     def counted(self, numbers: np.ndarray, epochs: np.ndarray) -> np.ndarray:
@@ -163,6 +163,12 @@ class PackedDocuments:
 
     def _items_of(self, number: int) -> Iterator[int]:
         yield from self._items[self._starts[number] : self._starts[number + 1]].tolist()
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers starts[0], starts[0] + 1, … of which there are lengths[0], then those of starts[1], and so on."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def kept_bins(store: TokenStore, pieces: Pieces, seq_length: int, cache: Cache) -> Bins:

@@ -7,7 +7,7 @@ import numpy as np
 from parallel.errors import Mistake
 from research.data.examples import Rows
 from research.data.mask_store import TokenMask
-from research.data.packing import best_fit
+from research.data.packing import best_fit, ranges
 from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
 
@@ -107,9 +107,3 @@ class SupervisedExamples:
         return [
             (begin, begin + length + 1) for begin, length in zip(self._begins[here].tolist(), self._lengths[here].tolist(), strict=True)
         ]
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers starts[0], starts[0] + 1, … of which there are lengths[0], then those of starts[1], and so on."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
