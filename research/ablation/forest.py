@@ -10,7 +10,7 @@ from research import ROOT
 from research.ablation import results
 from research.ablation.lineage import Family, Member, differences, differences_from
 from research.config import serialization
-from research.config.diff import Change
+from research.config.diff import Change, shown
 from research.config.experiment_folder import RESULTS, VARIANTS
 from research.tracking import format as fmt
 from research.tracking import metrics, run_folder
@@ -154,7 +154,7 @@ def markdown(trees: list[Tree]) -> str:
 
 
 def _changed(name: str, then: object, now: object) -> str:
-    return f"`{name}` {_escaped(str(then))} → {_escaped(str(now))}" if name != VARIANTS else f"`{name}`"
+    return f"`{name}` {_escaped(str(shown(name, then)))} → {_escaped(str(shown(name, now)))}" if name != VARIANTS else f"`{name}`"
 
 
 def _escaped(text: str) -> str:

@@ -43,10 +43,10 @@ def diff(then: Experiment, now: Experiment) -> list[Change]:
 
 def describe_changes(changes: list[Change]) -> str:
     """'schedule.steps 300 → 600, parallel.tensor 1 → 2'."""
-    return ", ".join(f"{name} {_shown(name, then)} → {_shown(name, now)}" for name, then, now in changes)
+    return ", ".join(f"{name} {shown(name, then)} → {shown(name, now)}" for name, then, now in changes)
 
 
-def _shown(name: str, value: Any) -> Any:
+def shown(name: str, value: Any) -> Any:
     """The value as a sentence shows it: texts and examples in words, whether they are settings or read from config.json."""
     if name == EXAMPLES and isinstance(value, dict):
         return describe_examples(check_examples(value))
