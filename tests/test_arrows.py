@@ -77,7 +77,7 @@ SHOWS_TEXT_IN = {
 }
 """Files that write to standard output or error. Any other uses research.tracking.console.Console, which makes text printable."""
 FORBIDDEN = ("pickle.load", "weights_only=False", "yaml.load", "shell=True", "trust_remote_code=True", "allow_pickle=True")
-EXPERIMENT_FILES = {"config.py", "launch.py", "variant.py"}
+EXPERIMENT_FILES = {"config.py", "launch.py", "variant.py", "results"}
 TORCHLESS = (
     *("models.config", "research.config.schema", "research.launch", "research.data"),
     *(
