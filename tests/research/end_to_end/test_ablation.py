@@ -26,10 +26,8 @@ def research(tree: Path, *words: str, code: int = 0) -> str:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of what a user clones, with one experiment."""
-    skipped = shutil.ignore_patterns("__pycache__", ".*")
-    for name in CODE:
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=skipped)
-    shutil.copytree(ROOT / "experiments" / "gpt_sotu", tmp_path / "experiments" / "gpt_sotu", ignore=skipped)
+    for name in (*CODE, "experiments/gpt_sotu"):  # with its bytecode, or each process would compile everything
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(".*"))
     return tmp_path
 
 
@@ -55,11 +53,7 @@ def test_fork_sweep_compare(tree: Path) -> None:
         f"{name}_{theme}.svg" for name in ("curves", "differences") for theme in ("light", "dark")
     }
 
-    # a second change is flagged by `check`, and at the top of the report of runs that were trained with it
+    # a second change is flagged by `check`; at the top of a report it is in test_comparison.py
     edit(tree / "experiments" / "low" / "config.py", "clip=1.0", "clip=0.5")
     wrong = "experiments/low differs from gpt_sotu in optimizer.clip 1.0 → 0.5, which changes does not declare"
     assert wrong in research(tree, "check", "low", code=1)
-    research(tree, "sweep", "experiments/low", "--seeds", "1", "--", *TINY, "--track.runs", "sneaked")
-    research(tree, "compare", "gpt_sotu", "sneaked/low", "--out", "report")
-    text = (tree / "report" / "compare.md").read_text()
-    assert text.index("and optimizer.clip differs as well") < text.index("## Verdict")
