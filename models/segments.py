@@ -15,7 +15,7 @@ from parallel.errors import Mistake
 from parallel.region import TensorParallelRegion
 
 SEGMENTS = "segments"
-"""The name of the context tensor."""
+"""The name of the context tensor; research/training/sampler.py names it too."""
 
 
 class SegmentPositions(TokenPositions):

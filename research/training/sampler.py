@@ -31,7 +31,7 @@ CLASSES: dict[str, type[Examples]] = {
 }
 """The word, or the `kind` of the object, in data.examples -> its class."""
 SEGMENTS = ("segments",)
-"""What travels through the model beside x if attention is confined."""
+"""What travels through the model beside x if attention is confined: models.segments.SEGMENTS, without torch."""
 
 
 def blend_of(experiment: Experiment) -> Blend:
