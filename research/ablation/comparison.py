@@ -149,7 +149,7 @@ def compare(sides: Sequence[Side], question: Question) -> Comparison:
     for side, seeds, difference, effect, p in zip(others, shared, differences, effects, adjusted, strict=True):
         verdict = statistics.verdict(effect, p, higher)
         target = abs(effect.mean) if question.smallest is None else question.smallest
-        more = _more_seeds(effect, target) if verdict is Verdict.NOT_DISTINGUISHABLE else None
+        more = _more_seeds(effect, target, len(others)) if verdict is Verdict.NOT_DISTINGUISHABLE else None
         changes, plumbing, code = _changes(baseline.first, side.first)
         warnings = (*_warnings(baseline, side, question.at), *_warnings_of_changes(baseline.first, side.first, changes, code))
         variants.append(Variant(side, seeds, difference, effect, p, verdict, target, more, changes, plumbing, code, warnings))
@@ -222,10 +222,10 @@ def _values(run: FinishedRun, question: Question, place: float) -> Values:
     return Values(final, max(upto) if question.higher_is_better else min(upto))
 
 
-def _more_seeds(effect: Effect, target: float) -> int | None:
+def _more_seeds(effect: Effect, target: float, tests: int) -> int | None:
     if effect.n < 2:
         return None
-    needed = statistics.seeds_needed(target, effect.deviation)
+    needed = statistics.seeds_needed(target, effect.deviation, tests)
     return None if needed is None else max(0, needed - effect.n)
 
 

@@ -104,15 +104,17 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def power(effect: float, deviation: float, n: int) -> float:
+def power(effect: float, deviation: float, n: int, tests: int = 1) -> float:
     """How likely a paired t-test with n seeds tells an effect, if the differences have this standard deviation.
 
+    With several `tests`, it is the strictest level of Holm's correction, (1 − CONFIDENCE) / tests, which tells an effect whatever the
+    other tests say: the power of the correction is at least this.
     P(|T| ≥ t) of the noncentral t distribution: its density given the sample's deviation w · deviation is normal; Gauss-Legendre over w.
     """
     if not deviation:
         return 1.0 if effect else 0.0
     freedom, shift = n - 1, abs(effect) / deviation * math.sqrt(n)
-    threshold = student_quantile(1 - CONFIDENCE, freedom)
+    threshold = student_quantile((1 - CONFIDENCE) / tests, freedom)
     nodes, weights = _gauss_legendre(200)
     w = (nodes + 1) / 2 * (1 + 9 / math.sqrt(freedom))  # beyond it the density is below 1e-20
     log_density = math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
@@ -130,14 +132,14 @@ def _normal_cdf(x: float) -> float:
     return math.erfc(-x / math.sqrt(2)) / 2
 
 
-def seeds_needed(effect: float, deviation: float) -> int | None:
+def seeds_needed(effect: float, deviation: float, tests: int = 1) -> int | None:
     """The smallest number of seeds that tells the effect with a probability of POWER; None if that is more than MOST_SEEDS."""
-    if power(effect, deviation, MOST_SEEDS) < POWER:
+    if power(effect, deviation, MOST_SEEDS, tests) < POWER:
         return None
     low, high = 1, MOST_SEEDS
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if power(effect, deviation, middle) >= POWER else (middle, high)
+        low, high = (low, middle) if power(effect, deviation, middle, tests) >= POWER else (middle, high)
     return high
 
 

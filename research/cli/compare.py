@@ -11,6 +11,7 @@ from research.ablation import figures, report
 from research.ablation.comparison import AXES, BEST, FINAL, METRIC, Comparison, Question, compare
 from research.ablation.equal_size import SIZES, proposal
 from research.ablation.sides import find_sides
+from research.cli.compare_evaluations import with_evaluations
 from research.cli.compare_windows import with_text_noise
 from research.cli.json_output import add_json_option, only_json_on_stdout, print_json
 from research.cli.trained_run import add_trust_option
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
     """Prints the table and the verdicts, and writes the files."""
     parser = Parser("compare", WHAT)
     parser.add_argument("sides", nargs="+", metavar="SIDE", help="the baseline, and one variant or more")
-    parser.add_argument("--metric", default=METRIC, help=f"a key of metrics.jsonl (default: {METRIC})")
+    parser.add_argument("--metric", default=METRIC, help=f"a key of metrics.jsonl, or eval/TASK/METRIC after evaluate (default: {METRIC})")
     parser.add_argument("--at", choices=tuple(AXES), default="tokens", help="what the runs have spent equally (default: tokens)")
     parser.add_argument("--value", choices=(FINAL, BEST), default=FINAL, help="the value that is tested (default: final)")
     parser.add_argument("--better", choices=("lower", "higher"), help="which values of the metric are better, if its name does not say so")
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     question = Question(arguments.metric, arguments.at, arguments.value, arguments.better, arguments.smallest)
 
-    comparison = compare(find_sides(arguments.sides), question)
+    comparison = compare(with_evaluations(find_sides(arguments.sides), arguments.metric), question)
     proposals = [proposal(comparison.baseline, variant.side, arguments.iso) for variant in comparison.variants if arguments.iso]
     if arguments.windows:
         comparison = with_text_noise(comparison, arguments)

@@ -1,13 +1,13 @@
 """Filling in a middle: the text that a model writes between a prefix and a suffix, compared with the one that was there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from research.evaluation import examples, statistics
-from research.evaluation.examples import FileTask, accuracy
+from research.evaluation.examples import FileTask, Row, accuracy
 from research.evaluation.task import Metric, TaskContext, TextRequest, TextRequests
 from research.generation.infilling import infilling_prompt
 
@@ -25,29 +25,32 @@ class Infilling(FileTask):
     end; `reads_suffix` is then 0. A prompt that is too long loses the beginning of the prefix and the end of the suffix.
 
     exact_match: the text is the middle, to the character. edit_similarity: 1 − Levenshtein distance / length of the longer of the two.
+    exact_lines: exact_match if as many lines are taken of every text as the middle has, whatever the run was trained for.
     """
+
+    def rows(self) -> Iterator[Row]:
+        """The examples in order: lines with the FIELDS."""
+        return examples.rows(self.path, FIELDS, EXAMPLE)
 
     def texts(self, context: TaskContext) -> TextRequests:
         """One text per line."""
-        rows = list(islice(examples.rows(self.path, FIELDS, EXAMPLE), self.options.limit))
+        rows = list(islice(self.rows(), self.options.limit))
         requests, places = [], context.length - 1
         for row in rows:
             prefix, suffix, middle = context.tokenizer.encode_batch([row.fields[name] for name in FIELDS])
             if not middle:
                 raise row.mistake('has no "middle" that is not empty', EXAMPLE)
-            tokens = 2 * len(middle) + MORE
-            if tokens > places // 2:
+            tokens = min(2 * len(middle) + MORE, places // 2)  # the rest is for the prompt
+            if len(middle) >= tokens:
                 raise row.mistake(
-                    f"has a middle of {len(middle)} tokens, which needs {2 * tokens} places for it and its prompt, and the model has "
-                    f"{places}",
+                    f"has a middle of {len(middle)} tokens, and of the {places} places of the model {tokens} are for a middle and its end",
                     EXAMPLE,
                 )
             requests.append(TextRequest(_prompt(context, prefix, suffix, places - tokens), tokens, _ends(context)))
         middles = [row.fields["middle"] for row in rows]
 
         def metrics(texts: Sequence[str]) -> list[Metric]:
-            taken = texts if context.sentinels else [first_lines(text, middle) for text, middle in zip(texts, middles, strict=True)]
-            return metrics_of(taken, middles, context.sentinels is not None)
+            return metrics_of(texts, middles, context.sentinels is not None)
 
         return TextRequests(requests, len(rows), metrics)
 
@@ -77,12 +80,14 @@ def first_lines(text: str, middle: str) -> str:
 
 
 def metrics_of(texts: Sequence[str], middles: Sequence[str], reads_suffix: bool) -> list[Metric]:
-    """exact_match and edit_similarity, and whether the model saw the suffix."""
-    pairs = list(zip(texts, middles, strict=True))
+    """exact_match, edit_similarity and exact_lines, and whether the model saw the suffix, without which its texts are cut."""
+    cut = [first_lines(text, middle) for text, middle in zip(texts, middles, strict=True)]
+    pairs = list(zip(texts if reads_suffix else cut, middles, strict=True))
     similar = [similarity(text, middle) for text, middle in pairs]
     return [
         accuracy("exact_match", [float(text == middle) for text, middle in pairs]),
         Metric("edit_similarity", statistics.mean(similar), statistics.of_mean(similar), higher_is_better=True),
+        accuracy("exact_lines", [float(text == middle) for text, middle in zip(cut, middles, strict=True)]),
         Metric("reads_suffix", float(reads_suffix), None),
     ]
 

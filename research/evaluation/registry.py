@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from parallel.errors import Mistake, nearest
 from parallel.files import user_path
+from research.data import python_stdlib
 from research.data.prepare import check_text
 from research.evaluation import examples
+from research.evaluation.function_bodies import FunctionBodies
 from research.evaluation.infilling import Infilling
 from research.evaluation.lambada import Lambada
 from research.evaluation.minimal_pairs import MinimalPairs
@@ -29,7 +31,7 @@ class TaskKind(NamedTuple):
     """The task's class."""
     suffixes: tuple[str, ...]
     builtin: Path | None = None
-    """The file that ships with Tessera."""
+    """The file that ships with Tessera, or the folder of Python's library."""
     data_path: str = ""
     """The file's path in `--data FOLDER`."""
     download: str = ""
@@ -66,6 +68,12 @@ KINDS: dict[str, TaskKind] = {
     ),
     "pairs": TaskKind("minimal pairs, BLiMP's format: sentence_good, sentence_bad, UID", MinimalPairs, (".jsonl",)),
     "choice": TaskKind("multiple choice: query, choices, gold", MultipleChoice, (".jsonl",)),
+    "python_bodies": TaskKind(
+        "one-line function bodies of Python's library that code_stdlib does not train on: filling in",
+        FunctionBodies,
+        (".py",),
+        python_stdlib.root(),
+    ),
     "fim": TaskKind("filling in: prefix, suffix, middle; a run without FIM sees the prefix alone", Infilling, (".jsonl",)),
 }
 
@@ -86,8 +94,11 @@ def create_tasks(names: Sequence[str], settings: Settings | None = None) -> list
             tasks.append(Perplexity(name, settings, file))
         elif kind_name in KINDS and (file or not colon):
             kind = KINDS[kind_name]
-            path = user_path(settings.root, file) if file else kind.builtin or _path_in_data_folder(name, kind, settings)
-            tasks.append(kind.task(name, settings, examples.check_file(path, name, kind.suffixes)))
+            if file:
+                path = examples.check_file(user_path(settings.root, file), name, kind.suffixes)
+            else:
+                path = kind.builtin or _path_in_data_folder(name, kind, settings)
+            tasks.append(kind.task(name, settings, path))
         else:
             known = [VALIDATION, TEXT, *KINDS]
             near = nearest(kind_name, known)

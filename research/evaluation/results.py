@@ -93,13 +93,21 @@ def _result(row: dict[str, Any]) -> Result:
 
 def every(folder: RunFolder) -> list[Result]:
     """The results of all checkpoints of a run, also of those that have been deleted since; of the oldest checkpoint first."""
-    found = []
-    for path in sorted((folder.path / FOLDER).glob("step_*.json"), key=lambda path: (len(path.name), path.name)):
-        try:
-            found += [_result(row) for row in read_json(path)["results"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, error) from error
-    return found
+    paths = sorted((folder.path / FOLDER).glob("step_*.json"), key=lambda path: (len(path.name), path.name))
+    return [result for path in paths for result in _read_file(path)]
+
+
+def of_checkpoint(folder: RunFolder, name: str) -> list[Result]:
+    """The results of the checkpoint of this name, which may have been deleted since; none if it was not evaluated."""
+    path = folder.path / FOLDER / f"{name}.json"
+    return _read_file(path) if path.is_file() else []
+
+
+def _read_file(path: Path) -> list[Result]:
+    try:
+        return [_result(row) for row in read_json(path)["results"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> Mistake:

@@ -15,7 +15,8 @@ import pytest
 from parallel.errors import Mistake
 from research import ROOT
 from research.cli import compare
-from research.tracking import plot
+from research.config import serialization
+from research.tracking import plot, run_folder
 from research.tracking.run_folder import RunFolder
 from tests.research.ablation.helpers.finished_runs import write_run
 from tests.research.helpers.small_runs import Stage
@@ -36,6 +37,39 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_run(runs, "gpt_rmsnorm", seed, [4.0, b], model={"norm": "rmsnorm"})
         write_run(runs, "a|long_name_of_an_experiment_that_wraps", seed, [4.0, a + 0.01 * (seed - 2)], optimizer={"lr": 1e-3})
     return runs
+
+
+def evaluated(run: RunFolder, value: float, step: int = 200, **changes: str) -> None:
+    """The results file that `evaluate RUN --tasks python_bodies` writes."""
+    facts = {"examples": 283, "seconds": 1.0, "tensor": 1, "batch": 8, "ended": "", "files": {}, "precision": "fp32"}
+    key = {"task": "python_bodies", "settings": {}, "data_sha256": "a", "code_sha256": "c", "model_sha256": "", "tokenizer_sha256": ""}
+    metrics = {"exact_lines": {"value": value, "stderr": 0.01, "higher_is_better": True}}
+    folder = run.path / "evaluations"
+    folder.mkdir(exist_ok=True)
+    (folder / f"step_{step:06d}.json").write_text(json.dumps({"schema": 2, "results": [facts | key | changes | {"metrics": metrics}]}))
+
+
+def test_metrics_of_evaluations(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of the checkpoint after the last step; other examples, other code and runs without an evaluation are refused with what to do."""
+    command = ["gpt", "gpt_rmsnorm", "--metric", "eval/python_bodies/exact_lines", "--better", "higher"]
+    with pytest.raises(Mistake, match="has no row with eval/python_bodies/exact_lines"):
+        compare.main(command)
+    for name, higher in (("gpt", 0.0), ("gpt_rmsnorm", 0.1)):
+        for run in run_folder.of_experiment(runs / name):
+            seed = serialization.load(run.config).seed
+            evaluated(run, 0.5, step=100)
+            evaluated(run, 0.2 + 0.01 * seed + higher * (0.99 + 0.01 * seed))
+    compare.main(command)
+    said = capsys.readouterr().out
+    assert "gpt_rmsnorm is better than gpt: +0.10100 in eval/python_bodies/exact_lines" in said and "final value at 410 k tokens" in said
+    last = run_folder.of_experiment(runs / "gpt_rmsnorm")[-1]
+    for change, called in (("data_sha256", "examples"), ("code_sha256", "code of the evaluation")):
+        evaluated(last, 0.3, **{change: "b"})
+        with pytest.raises(Mistake, match=f"was computed with different {called} → evaluate both again: python -m research evaluate RUN"):
+            compare.main(command)
+    (last.path / "evaluations" / "step_000200.json").unlink()
+    with pytest.raises(Mistake, match=f"{last.title} was not evaluated on python_bodies → python -m research evaluate {last.title}"):
+        compare.main(command)
 
 
 SIDES = ["gpt", "gpt_rmsnorm", "a|long_name_of_an_experiment_that_wraps"]

@@ -12,6 +12,7 @@ from research import ROOT
 from research.tracking import run_folder
 from tests.research.ablation.test_lineage import edit
 from tests.research.ablation.test_sweep import TINY
+from tests.research.helpers.warm_launcher import warm_launcher
 
 CODE = ("models", "parallel", "research")
 
@@ -34,10 +35,15 @@ def tree(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_fork_sweep_compare(tree: Path) -> None:
     """Four runs of 12 steps, two for each side: a learning rate that is much too low is worse, also by the report that is kept."""
+    with warm_launcher(tree) as launcher:
+        fork_sweep_compare(tree, launcher)
+
+
+def fork_sweep_compare(tree: Path, launcher: str) -> None:
     research(tree, "fork", "experiments/gpt_sotu", "experiments/low", "--set", "optimizer.lr=1e-6", "--set", "optimizer.min_lr=1e-7")
     research(tree, "check")
     for name in ("gpt_sotu", "low"):
-        said = research(tree, "sweep", f"experiments/{name}", "--seeds", "2", "--jobs", "2", "--", *TINY)
+        said = research(tree, "sweep", f"experiments/{name}", "--seeds", "2", "--jobs", "2", "--launcher", launcher, "--", *TINY)
         assert said.count("done in") == 2, said
     said = research(tree, "compare", "gpt_sotu", "low")
     (verdict,) = (line for line in said.splitlines() if line.startswith("verdict"))

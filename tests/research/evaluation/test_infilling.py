@@ -53,12 +53,15 @@ def test_levenshtein_is_its_recursive_definition(one, other):
 
 def test_metrics_by_hand():
     assert levenshtein("kitten", "sitting") == 3 and similarity("kitten", "sitting") == 1 - 3 / 7 and similarity("", "") == 1
-    exact, similar, reads = metrics_of(["ab", "x", ""], ["ab", "xy", "abc"], True)
+    exact, similar, lines, reads = metrics_of(["ab", "x", ""], ["ab", "xy", "abc"], True)
     assert (exact.value, exact.stderr) == (pytest.approx(1 / 3), pytest.approx(1 / 3)) and exact.higher_is_better
     assert (similar.value, similar.stderr) == (pytest.approx(0.5), pytest.approx(0.5 / 3**0.5)) and (reads.name, reads.value) == (
         "reads_suffix",
         1,
     )
+    assert (lines.name, lines.value) == ("exact_lines", exact.value) and lines.higher_is_better
+    values = {suffix: [one.value for one in metrics_of(["ab\nc", "x"], ["ab", "xy"], suffix)] for suffix in (True, False)}
+    assert [one[0] for one in values.values()] == [0, 0.5] and [one[2] for one in values.values()] == [0.5, 0.5]
 
 
 def test_as_many_lines_as_the_middle_has():
@@ -75,8 +78,8 @@ def test_prompts_with_both_texts_and_with_the_prefix_alone(context, file):
     assert both.requests[0].ends == (256, 257, 258, 259) and alone.requests[0].ends == (256,)
     assert both.requests[0].max_new_tokens == 2 * 12 + 16 and both.examples == 2
     texts = ["    return x\n    more", "a\nb"]
-    assert [metric.value for metric in alone.metrics(texts)] == [1, 1, 0]
-    assert [metric.value for metric in both.metrics(texts)][::2] == [0, 1]
+    assert [metric.value for metric in alone.metrics(texts)] == [1, 1, 1, 0]
+    assert [metric.value for metric in both.metrics(texts)][::3] == [0, 1]
 
 
 def test_long_prompts_lose_the_beginning_of_the_prefix_and_the_end_of_the_suffix(context, file):
@@ -95,7 +98,10 @@ def test_long_prompts_lose_the_beginning_of_the_prefix_and_the_end_of_the_suffix
     [
         ({"prefix": "a", "suffix": "b"}, 'line 1 has no "middle" that is a text → write lines such as {"prefix"'),
         ({"prefix": "a", "suffix": "b", "middle": ""}, 'line 1 has no "middle" that is not empty'),
-        ({"prefix": "a", "suffix": "b", "middle": "m" * 20}, "has a middle of 20 tokens, which needs 112 places"),
+        (
+            {"prefix": "a", "suffix": "b", "middle": "m" * 40},
+            "has a middle of 40 tokens, and of the 64 places of the model 32 are for",
+        ),
     ],
 )
 def test_mistakes_name_the_line(line, message, context, file):
