@@ -180,7 +180,7 @@ def prepared(arguments: argparse.Namespace) -> Command:
             sampling = Sampling(**values | {"k": arguments.k and tuple(arguments.k)})
             tasks.append(human_eval.create_task(name, settings, sampling, arguments.execute))
         else:
-            tasks += registry.create_tasks([name], settings)
+            tasks += registry.create_tasks([name], settings, others=(human_eval.NAME,))
     if any(isinstance(task, LMEvalTask) for task in tasks):
         lm_eval_task.keep_offline(user_path(ROOT, trained.experiment.data.cache) / "lm_eval")
     batch = max(1, TOKENS_AT_ONCE // seq_length) if arguments.batch is None else arguments.batch

@@ -69,9 +69,11 @@ def load(spec: str, root: Path, tokenizer: Tokenizer, cache: Cache) -> TokenStor
     store, found = _opened(spec, root, cache)
     made_with = store.facts.get("tokenizer_sha256", tokenizer.fingerprint)
     if made_with != tokenizer.fingerprint:
+        beside = prefix_of(spec, root).with_name("tokenizer.json")  # where `prepare` puts it
+        named = f": {beside}" if beside.is_file() else ""
         raise Mistake(
             f"{spec!r} was made with the tokenizer {store.facts.get('tokenizer')!r} (SHA-256 {made_with[:16]}), data.tokenizer = "
-            f"{tokenizer.name!r} is another (SHA-256 {tokenizer.fingerprint[:16]}) → name the one that it was made with"
+            f"{tokenizer.name!r} is another (SHA-256 {tokenizer.fingerprint[:16]}) → name the one that it was made with{named}"
         )
     if found["max_id"] >= tokenizer.vocab_size:
         way_out = "name the tokenizer that the store was made with"

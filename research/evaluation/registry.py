@@ -78,8 +78,8 @@ KINDS: dict[str, TaskKind] = {
 }
 
 
-def create_tasks(names: Sequence[str], settings: Settings | None = None) -> list[Task | TextTask]:
-    """The tasks of these names in order, without duplicates.
+def create_tasks(names: Sequence[str], settings: Settings | None = None, others: Sequence[str] = ()) -> list[Task | TextTask]:
+    """The tasks of these names in order, without duplicates. `others`: names of tasks elsewhere, which a mistyped name may mean.
 
     Raises a Mistake if a name is not known or a file does not exist; reads no file.
     """
@@ -101,7 +101,7 @@ def create_tasks(names: Sequence[str], settings: Settings | None = None) -> list
             tasks.append(kind.task(name, settings, path))
         else:
             known = [VALIDATION, TEXT, *KINDS]
-            near = nearest(kind_name, known)
+            near = nearest(kind_name, [*known, *others])
             way_out = f"did you mean {near}?" if near else f"use {', '.join(known)} (--tasks list)"
             raise Mistake(f"there is no task {name!r} → {way_out}")
     return tasks

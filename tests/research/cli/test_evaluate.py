@@ -132,6 +132,7 @@ def test_ctrl_c_ends_all_ranks_and_leaves_whole_files(folder, pairs, tmp_path):
     [
         (["--tasks", "lambda"], "there is no task 'lambda' → did you mean lambada?"),
         (["--tasks", "validation,zzz"], "there is no task 'zzz'"),
+        (["--tasks", "humanevl"], "there is no task 'humanevl' → did you mean humaneval?"),
         (["--limit", "0"], "--limit 0 does not work → use 1 or more"),
         (["--batch", "0"], "--batch 0 does not work → use 1 or more"),
         (["--fewshot", "-1"], "--fewshot -1 does not work → use 0 or more"),
