@@ -25,7 +25,7 @@ PAIR = {"sentence_good": "the people", "sentence_bad": "the war"}
         ("lambda", "there is no task 'lambda' → did you mean lambada?"),
         (
             "zzz",
-            "→ use validation, perplexity, agreement, government, wikitext, wikitext_megatron, lambada, pairs, choice, fim (--tasks list)",
+            "→ use validation, perplexity, agreement, government, wikitext, wikitext_megatron, lambada, pairs, choice, python_bodies, ",
         ),
         ("pairs", "task 'pairs' needs a file → write pairs:FILE.jsonl"),
         ("pairs:", "there is no task 'pairs:' → did you mean pairs?"),
