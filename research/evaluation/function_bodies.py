@@ -41,8 +41,9 @@ class FunctionBodies(Infilling):
 def bodies(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of the line, prefix, suffix and middle) of each one-line body in a file, in order of their lines.
 
-    A one-line body is the only statement of a function beside its docstring, on a line of its own. The prefix ends with its indentation,
-    and the suffix begins with what follows it on its line, mostly the newline.
+    A one-line body is the only statement of a function beside its docstring, on a line of its own. The middle is the newline in front of
+    it, its indentation and the statement: tokenizers begin a token there in any case, so a model that continues the prefix alone is not
+    at a disadvantage. The suffix begins with what follows the statement on its line, mostly the newline.
     """
     try:
         text = path.read_bytes().decode()
@@ -54,10 +55,12 @@ def bodies(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if statement.lineno != statement.end_lineno:
             continue
         line, number = lines[statement.lineno - 1].encode(), statement.lineno
-        before, middle, after = (part.decode() for part in _cut(line, statement.col_offset, statement.end_col_offset or 0))
-        if not before.strip():
-            prefix, suffix = "".join([*lines[: number - 1], before]), "".join([after, *lines[number:]])
-            yield number, {"prefix": prefix, "suffix": suffix, "middle": middle}
+        indentation, body, after = (part.decode() for part in _cut(line, statement.col_offset, statement.end_col_offset or 0))
+        if not indentation.strip():
+            above = "".join(lines[: number - 1])
+            prefix = above.removesuffix("\n").removesuffix("\r")
+            middle = above[len(prefix) :] + indentation + body
+            yield number, {"prefix": prefix, "suffix": after + "".join(lines[number:]), "middle": middle}
 
 
 def _cut(line: bytes, start: int, end: int) -> tuple[bytes, bytes, bytes]:
