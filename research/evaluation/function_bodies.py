@@ -28,14 +28,17 @@ class FunctionBodies(Infilling):
 
     def rows(self) -> Iterator[Row]:
         """The bodies of one file after the other. A Mistake if there are none, or if the file is no Python code."""
-        held_out = [path for split in HELD_OUT for path in python_stdlib.files(split)]
         found = False
-        for path in held_out if self.path.is_dir() else [self.path]:
+        for path in _held_out() if self.path.is_dir() else [self.path]:
             for line, fields in bodies(path):
                 found = True
                 yield Row(f"{path.name}:{line}", fields)
         if not found:
             raise Mistake(f"{self.path} has no function whose body is one line → name another file of Python code")
+
+
+def _held_out() -> list[Path]:
+    return [path for split in HELD_OUT for path in python_stdlib.files(split)]
 
 
 def bodies(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
