@@ -35,7 +35,7 @@ config = Experiment(
         train="builtin:python_stdlib/train",
         validation="builtin:python_stdlib/val",
         tokenizer="builtin:bpe-4096+fim",
-        examples=FillInMiddle(rate=0.9, spm_rate=0.5, confine=True),
+        examples=FillInMiddle(rate=0.9, spm_rate=1.0, confine=True),
     ),
     schedule=Schedule(steps=1500, batch_size=8, micro_batch_size=8, validate_every=500),
     optimizer=Optimizer(
