@@ -1,6 +1,7 @@
 """Fill in the middle (arXiv:2207.14255): documents that are cut at two characters and rearranged, so that the middle comes last."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,20 @@ class Sentinels(NamedTuple):
     prefix: int
     suffix: int
     middle: int
+
+    def prompt(self, prefix: Sequence[int], suffix: Sequence[int]) -> tuple[int, ...]:
+        """The ids after which a model writes the middle: PSM."""
+        return (self.prefix, *prefix, self.suffix, *suffix, self.middle)
+
+
+class SuffixFirst(Sentinels):
+    """Those of a model that has mostly read the suffix first."""
+
+    __slots__ = ()
+
+    def prompt(self, prefix: Sequence[int], suffix: Sequence[int]) -> tuple[int, ...]:
+        """The ids after which a model writes the middle: SPM. The prefix stands directly in front of it."""
+        return (self.prefix, self.suffix, *suffix, self.middle, *prefix)
 
 
 def sentinels_of(tokenizer: Tokenizer, prefix: str, suffix: str, middle: str) -> Sentinels:

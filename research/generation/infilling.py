@@ -6,7 +6,7 @@ from parallel.errors import Mistake
 from research.config import Experiment
 from research.config.examples import FillInMiddle
 from research.data import special_tokens
-from research.data.fill_in_middle import Sentinels, sentinels_of
+from research.data.fill_in_middle import Sentinels, SuffixFirst, sentinels_of
 from research.data.tokenizer import Tokenizer
 
 KNOWN = (
@@ -20,12 +20,14 @@ KNOWN = (
 def trained_sentinels(experiment: Experiment, tokenizer: Tokenizer) -> Sentinels | None:
     """The sentinels that a run was trained with; None if it was not trained to fill in a middle.
 
-    They are those of data.examples = FillInMiddle(…). A run with other examples has none, even if its tokenizer does, unless it started
-    from weights that were trained elsewhere (init_from, as every import): then they are the tokens of a published model, if it has them.
+    They are those of data.examples = FillInMiddle(…), and ask for the order that most of its rearranged documents had. A run with other
+    examples has none, even if its tokenizer does, unless it started from weights that were trained elsewhere (init_from, as every
+    import): then they are the tokens of a published model, if it has them.
     """
     examples = experiment.data.examples
     if isinstance(examples, FillInMiddle):
-        return sentinels_of(tokenizer, examples.prefix, examples.suffix, examples.middle)
+        found = sentinels_of(tokenizer, examples.prefix, examples.suffix, examples.middle)
+        return SuffixFirst(*found) if examples.spm_rate > 0.5 else found
     if experiment.init_from is None:
         return None
     for names in KNOWN:
@@ -45,5 +47,5 @@ def refuse_untrained(sentinels: Sentinels | None, title: str) -> Sentinels:
 
 
 def infilling_prompt(tokenizer: Tokenizer, sentinels: Sentinels, prefix: Sequence[int], suffix: Sequence[int]) -> tuple[int, ...]:
-    """The ids after which a model writes the middle between two texts, in the order prefix, suffix, middle (PSM)."""
-    return (*tokenizer.begin, sentinels.prefix, *prefix, sentinels.suffix, *suffix, sentinels.middle)
+    """The ids after which a model writes the middle between two texts, in the order that it was trained with."""
+    return (*tokenizer.begin, *sentinels.prompt(prefix, suffix))

@@ -37,17 +37,20 @@ def test_sentinels_are_those_of_the_examples_or_of_imported_weights(own):
     assert trained_sentinels(run_of("stream", "runs/x/y/checkpoints/step_0"), tokenizer.fixed(tokenizer.BYTES)) is None
 
 
-def test_a_prompt_is_the_beginning_of_a_sample_of_training(own, tmp_path):
+@pytest.mark.parametrize("spm_rate", [0.0, 1.0])
+def test_a_prompt_is_the_beginning_of_a_sample_of_training(own, tmp_path, spm_rate):
     text = "def add(a, b):\n    return a + b\n"
     write(tmp_path / "one", [(np.array([*own.encode(text), own.end_of_text]), 1)] * 6, own.vocab_size, {})
     names = dict(zip(("prefix", "suffix", "middle"), special_tokens.FIM, strict=True))
-    one = FillInMiddleExamples(TokenStore(tmp_path / "one"), own, 120, 3, rate=1.0, spm_rate=0.0, confine=False, **names)
+    one = FillInMiddleExamples(TokenStore(tmp_path / "one"), own, 120, 3, rate=1.0, spm_rate=spm_rate, confine=False, **names)
     seen = own.decode(one.rows(np.array([0]), np.array([0])).ids[0])
-    before, _, after = seen.removeprefix("<fim_prefix>").partition("<fim_middle>")
-    prefix, _, suffix = before.partition("<fim_suffix>")
-    assert text.startswith(prefix) and text.endswith(suffix) and after.startswith(text[len(prefix) : len(text) - len(suffix)])
-    prompt = infilling_prompt(own, one.sentinels, own.encode(prefix), own.encode(suffix))
-    assert seen.startswith(own.decode(prompt)) and own.decode(prompt).endswith("<fim_middle>")
+    sentinels = trained_sentinels(run_of(FillInMiddle(rate=1.0, spm_rate=spm_rate, confine=False)), own)
+    # the sample is the prompt of a cut and the text between; in SPM it does not show where the prefix ends
+    found = []
+    for first, last in [(i, j) for i in range(len(text) + 1) for j in range(i, len(text) + 1)]:
+        prompt = own.decode(infilling_prompt(own, sentinels, own.encode(text[:first]), own.encode(text[last:])))
+        found += [(first, last)] if seen.startswith(prompt + text[first:last] + own.decode([own.end_of_text])) else []
+    assert found and found == (found[:1] if not spm_rate else [(first, found[0][1]) for first in range(found[0][1] + 1)])
 
 
 @pytest.fixture(scope="module")
