@@ -51,7 +51,7 @@ def evaluated(run: RunFolder, value: float, step: int = 200, **changes: str) -> 
 
 def test_metrics_of_evaluations(runs: Path, capsys: pytest.CaptureFixture) -> None:
     """Of the checkpoint after the last step; other examples, other code and runs without an evaluation are refused with what to do."""
-    command = ["gpt", "gpt_rmsnorm", "--metric", "eval/python_bodies/exact_lines", "--better", "higher"]
+    command = ["gpt", "gpt_rmsnorm", "--metric", "eval/python_bodies/exact_lines"]
     with pytest.raises(Mistake, match="has no row with eval/python_bodies/exact_lines"):
         compare.main(command)
     for name, higher in (("gpt", 0.0), ("gpt_rmsnorm", 0.1)):
