@@ -28,20 +28,6 @@ HIGHER = (
     *("accuracy", "acc", "acc_norm", "exact_match", "exact_lines", "edit_similarity", "pass@1", "f1", "mcc", "bleu", "chrf"),
     *("tokens_per_second", "mfu"),
 )
-    "accuracy",
-    "acc",
-    "acc_norm",
-    "exact_match",
-    "exact_lines",
-    "edit_similarity",
-    "pass@1",
-    "f1",
-    "mcc",
-    "bleu",
-    "chrf",
-    "tokens_per_second",
-    "mfu",
-)
 FINAL, BEST = "final", "best"
 AXES = X_AXES | {"flops": XAxis(FLOPS, "model FLOPs of training", fmt.flops)}
 """What runs can have spent equally."""
