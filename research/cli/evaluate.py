@@ -180,7 +180,7 @@ def prepared(arguments: argparse.Namespace) -> Command:
             sampling = Sampling(**values | {"k": arguments.k and tuple(arguments.k)})
             tasks.append(human_eval.create_task(name, settings, sampling, arguments.execute))
         else:
-            tasks += registry.create_tasks([name], settings, others=(human_eval.NAME,))
+            tasks += registry.create_tasks([name], settings, others=tuple(human_eval.TASKS))
     if any(isinstance(task, LMEvalTask) for task in tasks):
         lm_eval_task.keep_offline(user_path(ROOT, trained.experiment.data.cache) / "lm_eval")
     batch = max(1, TOKENS_AT_ONCE // seq_length) if arguments.batch is None else arguments.batch
@@ -236,6 +236,7 @@ def show_tasks() -> None:
     rows = [
         *registry.descriptions(),
         (human_eval.NAME, "HumanEval, pass@k: executes what the model writes (--execute); humaneval:FILE for problems of yours"),
+        ("humaneval_chat", "the same, asked for in a conversation, with the run's chat template"),
         (f"{lm_eval_task.PREFIX}NAME", "a task of lm-evaluation-harness (requirements-eval.txt), --lm_eval_tasks FOLDER"),
     ]
     width = max(len(name) for name, _ in rows)

@@ -3,27 +3,26 @@
 Generated code is executed under the limits of `limited_program.py`. Imports no torch until a task is evaluated.
 """
 
-import gzip
 import importlib.util
-import json
 import math
 import platform
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake, listed, listed_up_to
 from parallel.files import user_path
-from parallel.text import json_value, lines, read_lines, refuse_half_characters
+from research import ROOT
 from research.evaluation import statistics
-from research.evaluation.examples import Row, check_file, file_digest
+from research.evaluation.examples import check_file, file_digest
+from research.evaluation.human_eval_problems import LARGEST_FILE, MOST_NAMED, Problem, read_problems
 from research.evaluation.limited_program import RESTRICTIONS, Limits, Outcome, check_system, run_programs
 from research.evaluation.task import Metric, Settings
+from research.generation.chat_template import TemplateError
+from research.generation.run_template import chat_template
 from research.generation.settings import GenerationSettings, text_seed
 
 if TYPE_CHECKING:
@@ -32,51 +31,22 @@ if TYPE_CHECKING:
 NAME = "humaneval"
 PACKAGE, PACKAGE_FILE = "human_eval", "data/HumanEval.jsonl.gz"
 SUFFIXES = (".jsonl", ".jsonl.gz")
-LARGEST_FILE = 2**28
-"""The most bytes of a .gz file's content."""
-EXAMPLE = json.dumps(
-    {
-        "task_id": "HumanEval/0",
-        "prompt": "def f(x):\n",
-        "entry_point": "f",
-        "canonical_solution": "    return x\n",
-        "test": "def check(candidate):\n    assert candidate(1) == 1\n",
-    }
-)
-FIELDS = tuple(json.loads(EXAMPLE))
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """A completion ends before the first of these (arXiv:2107.03374, section 3.2)."""
+FENCE = "```"
+ASK = "Complete this Python function. Answer with the code alone."
+TEMPLATE_SECONDS = 10.0
 DEFAULT_KS = (1, 10, 100)
 DEFAULT_TOKENS = 512
 COUNTS = ("samples", "passed", "failed", "timed_out", "prompts_cut")
 """The metrics that are numbers of samples, and of problems. `failed` includes `timed_out`."""
 INTERPRETER = "python"
-MOST_NAMED = 5
 
 
 class ShowProgress(Protocol):
     """Console.progress: shows work of `total` parts, and yields a function that is told of n more parts."""
 
     def __call__(self, label: str, total: int | None = None, /) -> AbstractContextManager[Callable[[int], object]]: ...
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A function to complete, and its tests."""
-
-    task_id: str
-    prompt: str
-    """The beginning of a program, up to the function's docstring."""
-    entry_point: str
-    """The function's name."""
-    canonical_solution: str
-    """A completion that passes."""
-    test: str
-    """Defines `check(candidate)`."""
-
-    def program(self, completion: str) -> str:
-        """What is executed: the same text as in the package human-eval."""
-        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})"
 
 
 @dataclass(frozen=True)
@@ -117,9 +87,9 @@ class Sampling:
         """How a token is chosen."""
         return SamplingParams(temperature=self.temperature or 0.0, top_p=1.0 if self.top_p is None else self.top_p)
 
-    def settings(self, max_new_tokens: int, seed: int) -> GenerationSettings:
+    def settings(self, max_new_tokens: int, seed: int, stops: tuple[str, ...] = STOPS) -> GenerationSettings:
         """The settings of one completion."""
-        return GenerationSettings(max_new_tokens, self.params, seed, STOPS)
+        return GenerationSettings(max_new_tokens, self.params, seed, stops)
 
     def check(self) -> None:
         """Raises a Mistake for values that do not work, alone or together."""
@@ -141,6 +111,7 @@ class HumanEval:
     path: Path
     options: Settings
     sampling: Sampling
+    stops: ClassVar[tuple[str, ...]] = STOPS
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -152,18 +123,6 @@ class HumanEval:
         """SHA-256 of the file, in hexadecimal."""
         return file_digest(self.path)
 
-    def problems(self) -> list[Problem]:
-        """Reads the file. Raises a Mistake that names the line and its fields if it is not in HumanEval's format."""
-        found: dict[str, Problem] = {}
-        for row in islice(_rows(self.path), self.options.limit):
-            problem = _problem(row)
-            if problem.task_id in found:
-                raise row.mistake(f"repeats the task_id {problem.task_id!r} of a line before it", EXAMPLE)
-            found[problem.task_id] = problem
-        if not found:
-            raise Mistake(f"{self.path} has no problems → write lines such as {EXAMPLE}")
-        return list(found.values())
-
     def evaluate(
         self, session: "Session", progress: ShowProgress, say: Callable[[str], object], warn: Callable[[str], object]
     ) -> tuple[list[Metric], int]:
@@ -172,7 +131,7 @@ class HumanEval:
         `say` is told what generated code cannot do here, and `warn` what it can. First the canonical solutions are executed: a Mistake
         is raised if one of them does not pass, because figures would then be too low.
         """
-        problems, limits = self.problems(), self.sampling.limits
+        problems, limits = read_problems(self.path, self.options.limit), self.sampling.limits
         with progress(f"{self.name}: canonical solutions", len(problems)) as advance:
             outcomes = _executed([problem.program(problem.canonical_solution) for problem in problems], limits, advance)
         _check_canonical(problems, outcomes, limits)
@@ -192,18 +151,27 @@ class HumanEval:
         n = self.sampling.n
         return metrics_of([outcomes[i : i + n] for i in range(0, total, n)], self.sampling.ks, cut), len(problems)
 
+    def prompts(self, session: "Session", problems: Sequence[Problem]) -> list[tuple[int, ...]]:
+        """The ids that are continued with a completion of each problem: without the newline at the end of its prompt.
+
+        Tokenizers join a newline with the indentation behind it, so after a token that is a newline alone models expect no indentation.
+        """
+        return [session.tokenizer.prompt(problem.prompt.rstrip()) for problem in problems]
+
     def _completions(
         self, session: "Session", problems: Sequence[Problem], advance: Callable[[int], object]
     ) -> tuple[list[list[str]], int]:
         """(n completions of each problem, the number of prompts whose beginning the model's context had no room for)."""
         most = DEFAULT_TOKENS if self.sampling.max_new_tokens is None else self.sampling.max_new_tokens
-        whole = [session.tokenizer.prompt(problem.prompt) for problem in problems]
+        whole = self.prompts(session, problems)
         rooms = [room_for(len(ids), most, session.model.seq_length) for ids in whole]
         prompts = [ids[-before:] for ids, (before, _) in zip(whole, rooms, strict=True)]
         generator = session.generator_of(max(len(ids) + new for ids, (_, new) in zip(prompts, rooms, strict=True)))
         texts = [
             [
-                generator.submit_ids(ids, self.sampling.settings(new, text_seed(self.sampling.seed or 0, i, sample)), generator.ends)
+                generator.submit_ids(
+                    ids, self.sampling.settings(new, text_seed(self.sampling.seed or 0, i, sample), self.stops), generator.ends
+                )
                 for sample in range(self.sampling.n)
             ]
             for i, (ids, (_, new)) in enumerate(zip(prompts, rooms, strict=True))
@@ -223,8 +191,36 @@ def room_for(prompt: int, most: int, context: int) -> tuple[int, int]:
     return min(prompt, context - new), new
 
 
+@dataclass(frozen=True)
+class ChatHumanEval(HumanEval):
+    """The same for a model that answers in conversations, which would otherwise go on with an answer's text instead of code.
+
+    The user asks for the function, and the assistant's answer begins with a block of code that holds the prompt; what follows is the
+    completion. The layout is that of the run's chat template.
+    """
+
+    stops: ClassVar[tuple[str, ...]] = (*STOPS, FENCE)
+
+    def prompts(self, session: "Session", problems: Sequence[Problem]) -> list[tuple[int, ...]]:
+        """The conversation, and the beginning of its answer."""
+        found, tokenizer = [], session.tokenizer
+        with chat_template(tokenizer, ROOT, (), TEMPLATE_SECONDS, LARGEST_FILE) as template:
+            for problem in problems:
+                begun = f"{FENCE}python\n{problem.prompt.rstrip()}"
+                try:
+                    ids = template.ids([{"role": "user", "content": f"{ASK}\n\n{begun}\n{FENCE}"}])
+                except TemplateError as error:
+                    raise Mistake(f"the run's chat template does not take {problem.task_id}: {error}") from None
+                found.append((*ids, *tokenizer.encode(begun)))
+        return found
+
+
+TASKS: dict[str, type[HumanEval]] = {NAME: HumanEval, f"{NAME}_chat": ChatHumanEval}
+"""Name -> its class."""
+
+
 def create_task(name: str, settings: Settings, sampling: Sampling, execute: bool) -> HumanEval:
-    """The task `humaneval` or `humaneval:FILE`. Checks that its file exists but does not read it.
+    """The task of this name, with or without :FILE. Checks that its file exists but does not read it.
 
     Raises a Mistake unless the user has agreed to execute generated code.
     """
@@ -244,12 +240,13 @@ def create_task(name: str, settings: Settings, sampling: Sampling, execute: bool
     if not execute:
         what = "executes Python programs that the model has written, under limits that are no security boundary"
         raise Mistake(f"{name} {what} → add --execute where that may be done (docs/evaluating.md)")
-    return HumanEval(name, path, settings, sampling)
+    return TASKS[name.partition(":")[0]](name, path, settings, sampling)
 
 
 def is_name(name: str) -> bool:
     """Whether a task's name is one of this file's."""
-    return name.partition(":")[0] == NAME and name != f"{NAME}:"
+    task, colon, file = name.partition(":")
+    return task in TASKS and bool(file or not colon)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -289,38 +286,3 @@ def _check_canonical(problems: Sequence[Problem], outcomes: Sequence[Outcome], l
         number = f"{len(failed)} of {len(problems)} canonical solutions do not pass their own tests here"
         way_out = f"correct the file, or allow more than --timeout {limits.cpu_seconds}"
         raise Mistake(f"{number} ({listed_up_to(failed, MOST_NAMED)}) → {way_out}")
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    """The objects of the file, without blank lines."""
-    placed = lines(_unpacked(path).split(b"\n"), str(path)) if path.suffix == ".gz" else read_lines(path)
-    for place, line in placed:
-        if line.strip():
-            yield Row(place, json_value(line, place, f"lines such as {EXAMPLE}"))
-
-
-def _unpacked(path: Path) -> bytes:
-    """The content of a .gz file."""
-    try:
-        with gzip.open(path, "rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise Mistake(f"{path} cannot be unpacked ({error}) → name a whole .jsonl.gz file") from error
-    if len(content) > LARGEST_FILE:
-        raise Mistake(f"{path} unpacks to more than {LARGEST_FILE / 2**20:,.0f} MB → name a file of HumanEval's format")
-    return content
-
-
-def _problem(row: Row) -> Problem:
-    """The problem on a line."""
-    if not isinstance(row.fields, dict):
-        raise row.mistake("is not an object", EXAMPLE)
-    missing = [name for name in FIELDS if not isinstance(row.fields.get(name), str)]
-    if missing:
-        there = f"its fields are {listed_up_to((repr(name)[:40] for name in row.fields), 2 * MOST_NAMED)}" if row.fields else "it has none"
-        raise row.mistake(f"has no {listed(map(json.dumps, missing))} that is a text: {there}", EXAMPLE)
-    for name in FIELDS:
-        refuse_half_characters(row.fields[name], row.where)
-    if not row.fields["entry_point"].isidentifier():
-        raise row.mistake(f"has the entry_point {row.fields['entry_point'][:40]!r}, which is no function's name", EXAMPLE)
-    return Problem(**{name: row.fields[name] for name in FIELDS})

@@ -23,8 +23,9 @@ from research.cluster.memory import MB, HostMemory
 from research.cluster.tensor_ranks import opened
 from research.data.fill_in_middle import Sentinels
 from research.data.tokenizer import Tokenizer
-from research.data.tokenizer_file import ends_of, special_tokens_of, template_of
-from research.generation.chat_template import ChatTemplate, PlainTemplate, TemplateRenderer
+from research.data.tokenizer_file import ends_of
+from research.generation import run_template
+from research.generation.chat_template import ChatTemplate
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec
 from research.serving.access import Access
@@ -84,7 +85,9 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
     decoder_spec = DecoderSpec(spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context)
     limits = spec.limits
     with (
-        chat_template_of(spec, end_ids) as chat_template,
+        run_template.chat_template(
+            spec.tokenizer, ROOT, end_ids, limits.template_seconds, 2 * limits.characters, spec.template, spec.template_name
+        ) as chat_template,
         opened(decoder_spec, spec.tensor) as decoder,
         contextlib.closing(BoundedExecutor("the parser", THREADS, limits.connections, 1)) as intake,
         contextlib.closing(
@@ -126,20 +129,6 @@ def _listen(listener: socket.socket) -> None:
         host, port = listener.getsockname()[:2]
         problem = f"--host {host} --port {port} cannot be used ({error.strerror})"
         raise Mistake(f"{problem} → another --port, 0 for any that is free") from None
-
-
-@contextlib.contextmanager
-def chat_template_of(spec: ServerSpec, end_ids: tuple[int, ...]) -> Iterator[PlainTemplate | ChatTemplate]:
-    """Yields the chat template that the command names, else the run's own one, else the plain layout."""
-    source = spec.template or template_of(spec.tokenizer, ROOT)
-    if source is None:
-        yield PlainTemplate(spec.tokenizer, end_ids)
-        return
-    renderer = TemplateRenderer(source, spec.limits.template_seconds, 2 * spec.limits.characters)
-    try:
-        yield ChatTemplate(spec.tokenizer, renderer.render, special_tokens_of(spec.tokenizer, ROOT), end_ids, spec.template_name)
-    finally:
-        renderer.close()
 
 
 class Running:

