@@ -1,4 +1,4 @@
-"""A 6.8 M-parameter GPT on Python's own library, which learns to fill in a middle."""
+"""A 1.3 M-parameter GPT on Python's own library, which learns to fill in a middle."""
 
 from research.config import GPT, Data, Experiment, FillInMiddle, Optimizer, Parallel, Sample, Schedule, Track
 

@@ -25,8 +25,8 @@ from research.tracking.plot import X_AXES, XAxis, keys_of, points
 METRIC = "val/bits_per_byte"
 LOWER = ("loss", "ppl", "perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity", "step_ms", "data_ms", "memory_mb", "host_mb")
 HIGHER = (
-    *("accuracy", "acc", "acc_norm", "exact_match", "exact_lines", "edit_similarity", "pass@1", "f1", "mcc", "bleu", "chrf"),
-    *("tokens_per_second", "mfu"),
+    *("accuracy", "acc", "acc_norm", "f1", "mcc", "bleu", "chrf", "exact_match", "exact_lines", "edit_similarity"),
+    *("pass@1", "pass@10", "pass@100", "tokens_per_second", "mfu"),
 )
 FINAL, BEST = "final", "best"
 AXES = X_AXES | {"flops": XAxis(FLOPS, "model FLOPs of training", fmt.flops)}

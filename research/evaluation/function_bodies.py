@@ -28,17 +28,15 @@ class FunctionBodies(Infilling):
 
     def rows(self) -> Iterator[Row]:
         """The bodies of one file after the other. A Mistake if there are none, or if the file is no Python code."""
+        held_out = self.path.is_dir()
+        paths = [path for split in HELD_OUT for path in python_stdlib.files(split)] if held_out else [self.path]
         found = False
-        for path in _held_out() if self.path.is_dir() else [self.path]:
+        for path in paths:
             for line, fields in bodies(path):
                 found = True
                 yield Row(f"{path.name}:{line}", fields)
         if not found:
             raise Mistake(f"{self.path} has no function whose body is one line → name another file of Python code")
-
-
-def _held_out() -> list[Path]:
-    return [path for split in HELD_OUT for path in python_stdlib.files(split)]
 
 
 def bodies(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -57,18 +55,14 @@ def bodies(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     for statement in _only_statements(tree):
         if statement.lineno != statement.end_lineno:
             continue
-        line, number = lines[statement.lineno - 1].encode(), statement.lineno
-        indentation, body, after = (part.decode() for part in _cut(line, statement.col_offset, statement.end_col_offset or 0))
+        line, number = lines[statement.lineno - 1].encode(), statement.lineno  # ast's columns count bytes of UTF-8
+        start, stop = statement.col_offset, statement.end_col_offset
+        indentation, body, after = line[:start].decode(), line[start:stop].decode(), line[stop:].decode()
         if not indentation.strip():
             above = "".join(lines[: number - 1])
             prefix = above.removesuffix("\n").removesuffix("\r")
             middle = above[len(prefix) :] + indentation + body
             yield number, {"prefix": prefix, "suffix": after + "".join(lines[number:]), "middle": middle}
-
-
-def _cut(line: bytes, start: int, end: int) -> tuple[bytes, bytes, bytes]:
-    """The line in three parts. ast's columns count bytes of UTF-8."""
-    return line[:start], line[start:end], line[end:]
 
 
 def _only_statements(tree: ast.Module) -> list[ast.stmt]:

@@ -21,8 +21,7 @@ from research.evaluation.examples import check_file, file_digest
 from research.evaluation.human_eval_problems import LARGEST_FILE, MOST_NAMED, Problem, read_problems
 from research.evaluation.limited_program import RESTRICTIONS, Limits, Outcome, check_system, run_programs
 from research.evaluation.task import Metric, Settings
-from research.generation.chat_template import TemplateError
-from research.generation.run_template import chat_template
+from research.generation.chat_template import TemplateError, chat_template_of
 from research.generation.settings import GenerationSettings, text_seed
 
 if TYPE_CHECKING:
@@ -204,7 +203,7 @@ class ChatHumanEval(HumanEval):
     def prompts(self, session: "Session", problems: Sequence[Problem]) -> list[tuple[int, ...]]:
         """The conversation, and the beginning of its answer."""
         found, tokenizer = [], session.tokenizer
-        with chat_template(tokenizer, ROOT, (), TEMPLATE_SECONDS, LARGEST_FILE) as template:
+        with chat_template_of(tokenizer, ROOT, (), TEMPLATE_SECONDS, LARGEST_FILE) as template:
             for problem in problems:
                 begun = f"{FENCE}python\n{problem.prompt.rstrip()}"
                 try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -48,10 +49,7 @@ class Infilling(FileTask):
                 )
             requests.append(TextRequest(_prompt(context, prefix, suffix, places - tokens), tokens, _ends(context)))
         middles = [row.fields["middle"] for row in rows]
-
-        def metrics(texts: Sequence[str]) -> list[Metric]:
-            return metrics_of(texts, middles, context.sentinels is not None)
-
+        metrics = partial(metrics_of, middles=middles, reads_suffix=context.sentinels is not None)
         return TextRequests(requests, len(rows), metrics)
 
 

@@ -8,18 +8,21 @@ question ends no turn. Such places are marked before the template sees the messa
 transformers does with sanitize_control_tokens.
 """
 
+import contextlib
 import json
 import multiprocessing
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from research.data.conversations import TITLES
 from research.data.tokenizer import Tokenizer
+from research.data.tokenizer_file import TEMPLATE, special_tokens_of, template_of
 from research.generation import template_sandbox
 
 PRIVATE = range(0xF0000, 0xFFFFE)
@@ -112,6 +115,31 @@ class ChatTemplate:
         """The template's variables, as transformers sets them."""
         fixed = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         return {"messages": messages, **fixed, **self.special_tokens}
+
+
+@contextlib.contextmanager
+def chat_template_of(
+    tokenizer: Tokenizer,
+    root: Path,
+    end_ids: tuple[int, ...],
+    seconds: float,
+    characters: int,
+    source: str | None = None,
+    name: str = TEMPLATE,
+) -> Iterator[PlainTemplate | ChatTemplate]:
+    """Yields the template `source`, called `name`, else the one beside the tokenizer, else the plain layout.
+
+    A conversation is rendered in a sandbox process within `seconds`, and may become `characters` long.
+    """
+    source = source or template_of(tokenizer, root)
+    if source is None:
+        yield PlainTemplate(tokenizer, end_ids)
+        return
+    renderer = TemplateRenderer(source, seconds, characters)
+    try:
+        yield ChatTemplate(tokenizer, renderer.render, special_tokens_of(tokenizer, root), end_ids, name)
+    finally:
+        renderer.close()
 
 
 def _encode_inside(tokenizer: Tokenizer, parts: list[str]) -> list[list[int]]:

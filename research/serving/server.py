@@ -24,8 +24,7 @@ from research.cluster.tensor_ranks import opened
 from research.data.fill_in_middle import Sentinels
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of
-from research.generation import run_template
-from research.generation.chat_template import ChatTemplate
+from research.generation.chat_template import ChatTemplate, chat_template_of
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec
 from research.serving.access import Access
@@ -85,7 +84,7 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
     decoder_spec = DecoderSpec(spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context)
     limits = spec.limits
     with (
-        run_template.chat_template(
+        chat_template_of(
             spec.tokenizer, ROOT, end_ids, limits.template_seconds, 2 * limits.characters, spec.template, spec.template_name
         ) as chat_template,
         opened(decoder_spec, spec.tensor) as decoder,

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,16 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def launcher(tree: Path) -> Iterator[str]:
+    """What starts the trials of a sweep without the seconds of their imports."""
+    with warm_launcher(tree) as words:
+        yield words
+
+
 @pytest.mark.slow
-def test_fork_sweep_compare(tree: Path) -> None:
+def test_fork_sweep_compare(tree: Path, launcher: str) -> None:
     """Four runs of 12 steps, two for each side: a learning rate that is much too low is worse, also by the report that is kept."""
-    with warm_launcher(tree) as launcher:
-        fork_sweep_compare(tree, launcher)
-
-
-def fork_sweep_compare(tree: Path, launcher: str) -> None:
     research(tree, "fork", "experiments/gpt_sotu", "experiments/low", "--set", "optimizer.lr=1e-6", "--set", "optimizer.min_lr=1e-7")
     research(tree, "check")
     for name in ("gpt_sotu", "low"):
