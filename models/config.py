@@ -126,12 +126,12 @@ class GPT(BaseModel):
         if "head_size" not in self.model_fields_set and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.num_heads = {self.num_heads} does not divide model.hidden_size = {self.hidden_size} → "
-                f"use {_divisors(self.hidden_size, near=self.num_heads)}, or set model.head_size"
+                f"use {divisors(self.hidden_size, near=self.num_heads)}, or set model.head_size"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads} → "
-                f"use {_divisors(self.num_heads, near=self.num_kv_heads)}"
+                f"use {divisors(self.num_heads, near=self.num_kv_heads)}"
             )
         # Past pydantic's own assignment, which would count the settings as set, and come here again.
         self.__dict__.update({name: follow(self) for name, follow in FOLLOWING.items() if name not in self.model_fields_set})
@@ -161,7 +161,7 @@ def refuse_unknown(setting: str, value: str, names: Collection[str]) -> None:
         raise ValueError(f"{setting} = {value!r} is not known → use {known}variant:YourClass")
 
 
-def _divisors(n: int, near: int) -> str:
+def divisors(n: int, near: int) -> str:
     """The (at most six) divisors of n closest to `near`, as the end of a sentence: '1, 2, 4 or 8'."""
     # only to √n, and not beyond 65,536: n may come from a file of unknown origin, and be huge
     small = [i for i in range(1, min(math.isqrt(n), 65_536) + 1) if n % i == 0]

@@ -64,6 +64,15 @@ def confined(segments: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tenso
     return torch.zeros(others.shape, dtype=dtype, device=segments.device).masked_fill_(others | later, -torch.inf)
 
 
+def visible(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of attention in both directions, 'b 1 s t': 0 where a key has the query's number, −∞ elsewhere.
+
+    queries 'b s' and keys 'b t' are numbers of segments; padding has a number of its own. Every query needs a key of its number.
+    """
+    others = queries[:, None, :, None] != keys[:, None, None, :]
+    return torch.zeros(others.shape, dtype=dtype, device=others.device).masked_fill_(others, -torch.inf)
+
+
 def takes_varlen(q: Tensor) -> bool:
     """Whether torch's kernel for sequences of different lengths takes queries of this device and type. It is a flash kernel."""
     return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
