@@ -3,11 +3,11 @@
 They have the attributes that the sliced modules ask of a GPT config (`num_kv_heads`, `bias`, …). What a family fixes is a property.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, FieldSerializationInfo, field_serializer, model_validator
 
-from models.config import INITS, MLPS, Chance, Size, divisors, refuse_unknown
+from models.config import GPT, INITS, MLPS, Chance, Size, divisors, refuse_unknown
 
 BERT_RESIDUALS = ("post_norm", "pre_norm")
 
@@ -41,8 +41,8 @@ class _Encoder(BaseModel):
 
     @property
     def attention(self) -> str:
-        """Softmax attention."""
-        return "softmax"
+        """Softmax attention in both directions: every place sees the places before and behind it."""
+        return "bidirectional"
 
     @property
     def drops(self) -> bool:
@@ -188,3 +188,7 @@ class T5(_Encoder):
             # past pydantic's own assignment, which would count it as set
             self.__dict__["head_size"] = self.hidden_size // self.num_heads
         return self
+
+
+AnyModel: TypeAlias = GPT | BERT | T5
+"""The settings of a model of any kind, which its `kind` tells apart."""
