@@ -52,6 +52,7 @@ class GPT(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
+    kind: Literal["gpt"] = Field(default="gpt", description="the kind of model; fixed by the class that config.py names")
     num_layers: Size = Field(description="transformer blocks; distributed over pipeline stages")
     hidden_size: Size = Field(description="width of the residual stream")
     num_heads: Size = Field(description="query heads, each head_size wide; distributed over tensor ranks")

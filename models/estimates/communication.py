@@ -8,6 +8,7 @@ no closed form.
 from dataclasses import replace
 
 from models.config import GPT, has_variants
+from models.encoder_config import AnyModel
 from parallel.traffic import Call
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -15,15 +16,16 @@ CONJUGATE = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "al
 """The collective of the forward pass -> that of its backward pass."""
 
 
-def has_closed_form(model: GPT) -> bool:
+def has_closed_form(model: AnyModel) -> bool:
     """Whether the model's communication and parameters can be computed from its settings: not with classes of a variant.py."""
-    return not has_variants(model)
+    return isinstance(model, GPT) and not has_variants(model)
 
 
-def tensor_calls(model: GPT, tensor: int, sequence: bool, recompute: str, micro_batch: int) -> list[Call]:
+def tensor_calls(model: AnyModel, tensor: int, sequence: bool, recompute: str, micro_batch: int) -> list[Call]:
     """All collectives on the tensor axis in one micro-batch's forward and backward pass, loss included."""
     if tensor == 1:
         return []
+    assert isinstance(model, GPT)
     tokens = micro_batch * model.seq_length
     size = tokens * model.hidden_size
     calls = []

@@ -6,6 +6,7 @@ half of them are masked. A class of a variant.py may compute anything, so a mode
 """
 
 from models.config import GPT
+from models.encoder_config import AnyModel
 from models.estimates.communication import has_closed_form
 from models.estimates.parameters import GATED
 
@@ -13,9 +14,9 @@ BACKWARD = 2
 """The backward pass costs two products for each of the forward pass: the gradients of the input and of the weight."""
 
 
-def forward_flops(model: GPT, length: int | None = None) -> int | None:
+def forward_flops(model: AnyModel, length: int | None = None) -> int | None:
     """Of one token of a text of `length` tokens (None: model.seq_length), logits included."""
-    if not has_closed_form(model):
+    if not (isinstance(model, GPT) and has_closed_form(model)):
         return None
     h, f, length = model.hidden_size, model.ffn_size, length or model.seq_length
     q, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
@@ -25,7 +26,7 @@ def forward_flops(model: GPT, length: int | None = None) -> int | None:
     return 2 * (model.num_layers * (projections + scores_and_values + mlp) + model.vocab_size * h)
 
 
-def training_flops(model: GPT, length: int | None = None) -> int | None:
+def training_flops(model: AnyModel, length: int | None = None) -> int | None:
     """Of one token, forward and backward."""
     forward = forward_flops(model, length)
     return None if forward is None else (1 + BACKWARD) * forward

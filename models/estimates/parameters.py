@@ -6,23 +6,24 @@ A class of a variant.py may have any number of parameters, so a model that names
 import math
 
 from models.config import GPT
+from models.encoder_config import AnyModel
 from models.estimates.communication import has_closed_form, norm_parameters
 
 GATED = ("swiglu", "geglu")
 """The MLPs with a gate projection beside up."""
 
 
-def parameters(model: GPT) -> int | None:
+def parameters(model: AnyModel) -> int | None:
     """Unique parameters: a tied head counts once, padding of the vocabulary not at all."""
-    if not has_closed_form(model):
+    if not (isinstance(model, GPT) and has_closed_form(model)):
         return None
     sliced, replicated = _sliced_and_replicated(model, model.vocab_size)
     return sliced + replicated
 
 
-def parameters_on_rank(model: GPT, tensor: int) -> int | None:
+def parameters_on_rank(model: AnyModel, tensor: int) -> int | None:
     """What each of `tensor` tensor ranks holds of the whole model (pipe = 1), padded vocabulary rows included."""
-    if not has_closed_form(model):
+    if not (isinstance(model, GPT) and has_closed_form(model)):
         return None
     sliced, replicated = _sliced_and_replicated(model, tensor * math.ceil(model.vocab_size / tensor))
     return sliced // tensor + replicated

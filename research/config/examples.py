@@ -95,8 +95,6 @@ class Supervised(ExampleSettings):
         return True
 
 
-OF_ENCODERS = (Spans, Masked)
-"""Samples for models with an encoder."""
 KINDS: dict[str, type[ExampleSettings]] = {
     "fill_in_middle": FillInMiddle,
     "supervised": Supervised,
@@ -104,6 +102,19 @@ KINDS: dict[str, type[ExampleSettings]] = {
     "masked": Masked,
 }
 """`kind` -> its class."""
+
+
+MODELS_OF_EXAMPLES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*WORDS, "fill_in_middle", "supervised"), ("gpt",)),
+    "spans": ("t5",),
+    "masked": ("bert",),
+}
+"""A word, or a kind of examples -> the kinds of models that it is for."""
+
+
+def kinds_for(examples: str | ExampleSettings) -> tuple[str, ...]:
+    """The kinds of models that these samples are for; empty for a class of variant.py, which decides for itself."""
+    return MODELS_OF_EXAMPLES.get(examples if isinstance(examples, str) else examples.kind, ())
 
 
 def describe_examples(examples: str | ExampleSettings) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.config import chosen
+from models.config import GPT, chosen
 from models.inference.variant_check import UnusableLogits
 from models.segments import SEGMENTS
 from parallel.engines.engine import Engine
@@ -234,7 +234,9 @@ class Periodic:
             run.console.sample(row["prompt"], row["text"])
 
     def _live_model(self, kind: str) -> Live:
-        return Live(self.run.engine, self.run.job.experiment.model, lambda: goes_on(self.run, kind))
+        model = self.run.job.experiment.model
+        assert isinstance(model, GPT)  # research/config/checks.py refuses samples and tasks of other kinds
+        return Live(self.run.engine, model, lambda: goes_on(self.run, kind))
 
 
 def goes_on(run: Run, kind: str) -> bool:

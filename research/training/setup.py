@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models import gpt
+from models import architectures
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.load import load_initial
 from parallel.distributed import device_name
@@ -261,7 +261,7 @@ def doubts_of_epochs(corpus: Corpus, seen: np.ndarray) -> Iterator[str]:
 def build_engine(job: Job, grid: Grid, variants: Mapping[str, Any]) -> Engine:
     """The model on its DeepSpeed engine. `variants`: what the experiment names of its variant.py."""
     experiment, model = job.experiment, job.experiment.model
-    layers = gpt.layers(model, grid, experiment.seed, variants, experiment.parallel.recompute, context_of(experiment, variants))
+    layers = architectures.layers(model, grid, experiment.seed, variants, experiment.parallel.recompute, context_of(experiment, variants))
     loss = components.training_loss(experiment, grid.tensor_group, variants)
     held_out_loss = components.held_out_loss(experiment, grid.tensor_group)
     settings = engine_settings(experiment, job.layout, components.optimizer_class(experiment, variants))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from models.config import GPT
+from models.encoder_config import AnyModel
 from parallel.engines.deepspeed_config import OWNED, SAME
 from research.config import Experiment, serialization
 from research.config.checks import kv_heads_fit
@@ -159,7 +159,7 @@ def without_keys(table: Mapping[str, Any], keys: Collection[str], path: str = ""
     return kept
 
 
-def hidden_size_of(model: GPT, heads: int) -> int:
+def hidden_size_of(model: AnyModel, heads: int) -> int:
     """The hidden size for `heads` heads of HEAD_SIZE features, in proportion to their sum as in `model`."""
     return nearest_multiple(model.hidden_size / (model.num_heads * model.head_size) * heads * HEAD_SIZE, 2)
 

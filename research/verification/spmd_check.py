@@ -23,7 +23,7 @@ from spmd_types import I, R, V
 from spmd_types.checker import typecheck
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from models import gpt
+from models import architectures
 from models.segments import SEGMENTS
 from parallel.engines.engine import Loss
 from parallel.engines.micro_batch import MicroBatch
@@ -148,7 +148,7 @@ def fault_of(experiment: Experiment, case: TensorCase, variants: Mapping[str, An
     with fake_world(rank, case.tensor), one_thread():
         grid = make_grid(1, case.tensor, case.sequence)
         context = context_of(experiment, variants)
-        module = PlainModule(gpt.layers(experiment.model, grid, experiment.seed, variants, case.recompute, context))
+        module = PlainModule(architectures.layers(experiment.model, grid, experiment.seed, variants, case.recompute, context))
         loss = training_loss(experiment, grid.tensor_group, variants)
         # If several ranks share a kv head, the tensor axis is two axes, so that a type can describe the sharing ranks alone.
         sharers = max(1, grid.tensor // experiment.model.num_kv_heads)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import gpt
+from models import architectures, gpt
 from models.segments import SEGMENTS
 from parallel.engines.deepspeed_config import EngineSettings
 from parallel.engines.engine import Engine, Loss, make_engine
@@ -134,7 +134,7 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
     A loss or an optimizer of variant.py stands for its own reference, on whole logits and whole parameters.
     """
     model, optimizer, own = experiment.model, experiment.optimizer, load_variants(variants, experiment)
-    module = PlainModule(gpt.layers(model, Grid(), experiment.seed, own, context=context_of(experiment, own)))
+    module = PlainModule(architectures.layers(model, Grid(), experiment.seed, own, context=context_of(experiment, own)))
     loss_function = reference_loss(experiment, own)
     parameters = dict(unique_parameters(module))
 
@@ -201,7 +201,7 @@ def loss_of(experiment: Experiment, grid: Grid, variants: Mapping[str, Any]) -> 
 
 def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Mapping[str, Any], loss: Loss) -> Engine:
     """The engine that trains the experiment's model on this layout."""
-    layers = gpt.layers(experiment.model, grid, experiment.seed, variants, case.recompute, context_of(experiment, variants))
+    layers = architectures.layers(experiment.model, grid, experiment.seed, variants, case.recompute, context_of(experiment, variants))
     return make_engine(layers, loss, grid, replace(settings_of(experiment, case), optimizer_class=optimizer_class(experiment, variants)))
 
 
