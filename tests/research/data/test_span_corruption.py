@@ -98,7 +98,7 @@ def test_every_division_is_as_likely():
 def test_rows_are_the_source_and_the_shifted_target(store, own):
     one, numbers = examples_of(store, own), np.arange(10)
     source, target = one.pairs(numbers, numbers * 0)
-    ids, targets, counts, _ = one.rows(numbers, numbers * 0)
+    ids, targets, counts, *_ = one.rows(numbers, numbers * 0)
     assert (ids[:, :100] == source).all() and (ids[:, 100] == own.end_of_text).all() and (ids[:, 101:] == target[:, :-1]).all()
     assert (targets[:, 100:] == target).all() and (counts.sum(1) == one.counted(numbers, numbers)).all()
     assert counts[:, 100:].all() and not counts[:, :100].any()
