@@ -3,13 +3,14 @@
 They have the attributes that the sliced modules ask of a GPT config (`num_kv_heads`, `bias`, …). What a family fixes is a property.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, FieldSerializationInfo, field_serializer, model_validator
 
-from models.config import INITS, MLPS, Chance, Size, divisors, refuse_unknown
+from models.config import GPT, INITS, MLPS, Chance, Size, divisors, refuse_unknown
 
 BERT_RESIDUALS = ("post_norm", "pre_norm")
+T5_INITS = (*INITS, "t5")
 
 
 class _Encoder(BaseModel):
@@ -19,7 +20,7 @@ class _Encoder(BaseModel):
 
     hidden_size: Size = Field(description="width of the residual stream")
     num_heads: Size = Field(description="attention heads; distributed over tensor ranks")
-    ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in geglu)")
+    ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu, geglu_tanh)")
     vocab_size: Size = Field(description="as the tokenizer counts it; padding for tensor ranks is added and inert")
     norm_eps: float = Field(gt=0, description="added to the variance before its square root")
     mlp: str = Field(description=f"{', '.join(MLPS)} or variant:Class")
@@ -41,8 +42,8 @@ class _Encoder(BaseModel):
 
     @property
     def attention(self) -> str:
-        """Softmax attention."""
-        return "softmax"
+        """Softmax attention in both directions: every place sees the places before and behind it."""
+        return "bidirectional"
 
     @property
     def drops(self) -> bool:
@@ -121,6 +122,8 @@ class T5(_Encoder):
     """
 
     kind: Literal["t5"] = "t5"
+    init: str = Field(description=f"{', '.join(T5_INITS)} or variant:Class")
+    embedding_dropout: Chance = Field(description="of what enters the first block of either stack, and of what leaves its final norm")
     num_encoder_layers: Size = Field(description="blocks of the encoder; distributed over pipeline stages, in front of the decoder's")
     num_layers: Size = Field(description="blocks of the decoder, which also attend to the encoder's output")
     head_size: Size = Field(  # type: ignore[assignment]
@@ -141,6 +144,11 @@ class T5(_Encoder):
     def position(self) -> str:
         """Relative positions: buckets of distances, with a bias for each bucket and head."""
         return "relative"
+
+    @property
+    def attention(self) -> str:
+        """Softmax attention, of each stack its own (models/t5_attention.py)."""
+        return "softmax"
 
     @property
     def residual(self) -> str:
@@ -176,7 +184,7 @@ class T5(_Encoder):
 
     @model_validator(mode="after")
     def _consistent(self) -> "T5":
-        for field, names in {"mlp": MLPS, "init": INITS}.items():
+        for field, names in {"mlp": MLPS, "init": T5_INITS}.items():
             refuse_unknown(f"model.{field}", getattr(self, field), names)
         if self.relative_buckets % 2 or self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets // 2:
             raise ValueError(
@@ -188,3 +196,7 @@ class T5(_Encoder):
             # past pydantic's own assignment, which would count it as set
             self.__dict__["head_size"] = self.hidden_size // self.num_heads
         return self
+
+
+AnyModel: TypeAlias = GPT | BERT | T5
+"""The settings of a model of any kind, which its `kind` tells apart."""

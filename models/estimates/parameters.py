@@ -8,7 +8,7 @@ import math
 from models.config import GPT
 from models.estimates.communication import has_closed_form, norm_parameters
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_tanh")
 """The MLPs with a gate projection beside up."""
 
 
