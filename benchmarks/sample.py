@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import gpt
+from models import architectures
 from parallel.engines.engine import Engine, make_engine
 from parallel.engines.micro_batch import MicroBatch
 from parallel.grid import make_grid
@@ -43,7 +43,7 @@ def engine_of(experiment: Experiment, folder: Path) -> Engine:
     cut = experiment.parallel
     grid = make_grid(cut.pipe, cut.tensor, cut.sequence)
     variants = load_variants(folder, experiment)
-    layers = gpt.layers(experiment.model, grid, experiment.seed, variants, cut.recompute)
+    layers = architectures.layers(experiment.model, grid, experiment.seed, variants, cut.recompute)
     settings = engine_settings(experiment, layout(experiment, dist.get_world_size()), optimizer_class(experiment, variants))
     return make_engine(layers, training_loss(experiment, grid.tensor_group, variants), grid, settings)
 

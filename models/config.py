@@ -52,6 +52,7 @@ class GPT(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
+    kind: Literal["gpt"] = Field(default="gpt", description="the kind of model; fixed by the class that config.py names")
     num_layers: Size = Field(description="transformer blocks; distributed over pipeline stages")
     hidden_size: Size = Field(description="width of the residual stream")
     num_heads: Size = Field(description="query heads, each head_size wide; distributed over tensor ranks")
@@ -138,8 +139,8 @@ class GPT(BaseModel):
         return self
 
 
-def has_variants(model: GPT) -> bool:
-    """Whether a setting of the model names a class of the experiment's variant.py."""
+def has_variants(model: BaseModel) -> bool:
+    """Whether a setting of the model, of whatever kind, names a class of the experiment's variant.py."""
     return any(getattr(model, setting).startswith(VARIANT) for setting in CHOICES)
 
 

@@ -65,7 +65,7 @@ class BERT(_Encoder):
     §5.3), MegatronBertForPreTraining.
     """
 
-    kind: Literal["bert"] = "bert"
+    kind: Literal["bert"] = Field(default="bert", description="the kind of model; fixed by the class that config.py names")
     num_layers: Size = Field(description="transformer blocks; distributed over pipeline stages")
     seq_length: Size = Field(description="tokens a sample; length of the table of positions")
     token_types: Size = Field(description="kinds of tokens, with an embedding each: 2, of the first and the second sentence")
@@ -121,7 +121,7 @@ class T5(_Encoder):
     Every attention to its own rows has a table of relative positions of its own, as in transformers' UMT5. T5 shares one per stack.
     """
 
-    kind: Literal["t5"] = "t5"
+    kind: Literal["t5"] = Field(default="t5", description="the kind of model; fixed by the class that config.py names")
     init: str = Field(description=f"{', '.join(T5_INITS)} or variant:Class")
     embedding_dropout: Chance = Field(description="of what enters the first block of either stack, and of what leaves its final norm")
     num_encoder_layers: Size = Field(description="blocks of the encoder; distributed over pipeline stages, in front of the decoder's")

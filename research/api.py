@@ -27,6 +27,7 @@ from parallel.grid import Grid
 from parallel.layers import Call, PlainModule, unique_parameters
 from research import ROOT
 from research.config import Experiment
+from research.config.abilities import gpt_of
 from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import ends_of
@@ -99,7 +100,8 @@ class Model:
                 warnings.warn(said_of_trust(folder), stacklevel=3)
             else:
                 try_tokenizer(self.experiment.data.tokenizer, ROOT, WAY_OUT)
-        self._spec = DecoderSpec(folder.path, checkpoint, precision, slots=1, context=self.experiment.model.seq_length)
+        self._config = gpt_of("research.api", self.experiment.model, folder.title)
+        self._spec = DecoderSpec(folder.path, checkpoint, precision, slots=1, context=self._config.seq_length)
         self.module: PlainModule = restored(self._spec, Grid())
         """The torch module, in evaluation mode: ids 'b s' -> logits 'b s v'."""
 
@@ -109,7 +111,7 @@ class Model:
     @property
     def config(self) -> GPT:
         """The settings of the model: `config.num_layers`, `config.hidden_size`, …"""
-        return self.experiment.model
+        return self._config
 
     @property
     def step(self) -> int:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from models.config import GPT
+from models.encoder_config import AnyModel
 from models.estimates.flops import training_flops
 from models.estimates.parameters import parameters
 from parallel.errors import Mistake
@@ -26,7 +26,7 @@ class Resized(NamedTuple):
     target: int
 
 
-def with_equal_size(model: GPT, baseline: GPT, what: str) -> Resized | None:
+def with_equal_size(model: AnyModel, baseline: AnyModel, what: str) -> Resized | None:
     """The ffn_size with which `model` is as large as `baseline` in `what`, a key of SIZES. None if no formula counts one of them, or if
     none fits. Parameters and FLOPs are linear in ffn_size."""
     count, _ = SIZES[what]

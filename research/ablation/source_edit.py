@@ -13,13 +13,13 @@ from parallel.errors import Mistake
 from research.ablation.source_text import SourceText, literal
 from research.config import schema
 from research.config.schema import Experiment
-from research.config.settings import is_group
+from research.config.settings import groups_of, is_group
 
 CONFIG = "config"
 MODULES = ("research.config", "research.config.schema")
-GROUPS = {name: field.annotation.__name__ for name, field in Experiment.model_fields.items() if is_group(field)}  # type: ignore[union-attr]
-"""Group of settings -> its class: 'model' -> 'GPT'."""
-CLASSES = {"Experiment", *GROUPS.values()}
+GROUPS = {name: [kind.__name__ for kind in groups_of(field)] for name, field in Experiment.model_fields.items() if is_group(field)}
+"""Group of settings -> its classes: 'optimizer' -> ['Optimizer'], and 'model' -> one for each kind of model."""
+CLASSES = {"Experiment", *(name for kinds in GROUPS.values() for name in kinds)}
 LONGEST_LINE = 140
 """Columns from which on a tuple is written with one entry per line."""
 DEEPEST = 50
@@ -116,7 +116,7 @@ class _Editor:
         if owner == "dict" or rest[0] not in fields:
             fields = [rest[0]]
         if len(rest) == 2:
-            source, name = self._with_import(call, GROUPS[rest[0]])
+            source, name = self._with_import(call, GROUPS[rest[0]][0])
             entry = f"{rest[0]}={name}({rest[1]}={code})"
             call = next(
                 node for node in ast.walk(source.tree) if isinstance(node, ast.Call) and source.number(node) == self.source.number(call)

@@ -11,6 +11,7 @@ from research.ablation.comparison import FINAL, Comparison
 from research.ablation.sides import FinishedRun
 from research.cli.evaluate import TOKENS_AT_ONCE
 from research.cli.trained_run import say, settings_of_run
+from research.config.abilities import gpt_of
 from research.data.run_tokenizer import load_tokenizer
 from research.evaluation import window_scores
 from research.evaluation.perplexity import Perplexity
@@ -45,7 +46,7 @@ def _scores(run: FinishedRun, arguments: argparse.Namespace) -> WindowScores:
     """Of the run's last checkpoint, on the part of the held-out text that it validates on."""
     experiment = settings_of_run(arguments, run.folder, [VALIDATION])
     checkpoint = checkpoint_folder.latest(run.folder.checkpoints)
-    model, predicted = experiment.model, experiment.schedule.validate_tokens
+    model, predicted = gpt_of("compare --windows", experiment.model, run.folder.title), experiment.schedule.validate_tokens
     settings = Settings(limit=max(2, predicted // model.seq_length) if predicted else None)
     tokenizer = load_tokenizer(experiment.data, ROOT, say)
     context = TaskContext(tokenizer, model.seq_length + 1, experiment.data, ROOT, say)

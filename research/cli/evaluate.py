@@ -15,12 +15,14 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from models.config import GPT
 from parallel.errors import Mistake
 from parallel.files import user_path
 from research import ROOT
 from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
+from research.config.abilities import gpt_of
 from research.data.run_tokenizer import load_tokenizer
 from research.data.text_stores import cache_folder
 from research.evaluation import human_eval, lm_eval_task, perplexity, registry
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
     sentinels = trained_sentinels(command.experiment, tokenizer)
     context = TaskContext(tokenizer, command.experiment.model.seq_length + 1, data, ROOT, say, sentinels)
     precision = _precision(command)
-    determined_by = (tokenizer.fingerprint, model_digest(command.folder, command.experiment.model), code_digest(), precision)
+    determined_by = (tokenizer.fingerprint, model_digest(command.folder, command.model), code_digest(), precision)
     keys = {task: Key(task.name, task.settings, task.digest(context), *determined_by) for task in command.tasks}
     new = {task: key for task, key in keys.items() if arguments.again or not results.known(key)}
 
@@ -97,6 +99,7 @@ def main(argv: list[str]) -> None:
 class Command(Trained):
     """A checked command."""
 
+    model: GPT
     tasks: tuple[AnyTask, ...]
     batch: int
     """How many windows of full length are scored at once."""
@@ -168,7 +171,8 @@ def prepared(arguments: argparse.Namespace) -> Command:
         raise Mistake(f"--fewshot {arguments.fewshot} does not work → use 0 or more")
 
     trained = find(arguments, ["validation"] if registry.VALIDATION in task_names(arguments) else [])
-    seq_length = trained.experiment.model.seq_length
+    model = gpt_of("evaluate", trained.experiment.model, trained.folder.title)
+    seq_length = model.seq_length
     settings = Settings(arguments.limit, arguments.window, arguments.stride, arguments.data)
     perplexity.window_sizes(settings, seq_length + 1)
     tasks: list[AnyTask] = []
@@ -184,7 +188,7 @@ def prepared(arguments: argparse.Namespace) -> Command:
     if any(isinstance(task, LMEvalTask) for task in tasks):
         lm_eval_task.keep_offline(user_path(ROOT, trained.experiment.data.cache) / "lm_eval")
     batch = max(1, TOKENS_AT_ONCE // seq_length) if arguments.batch is None else arguments.batch
-    return Command(**vars(trained), tasks=tuple(tasks), batch=batch)
+    return Command(**vars(trained), model=model, tasks=tuple(tasks), batch=batch)
 
 
 # Evaluation
@@ -205,7 +209,7 @@ def _evaluate(command: Command, context: TaskContext, keys: Mapping[AnyTask, Key
 
     arguments, experiment, console, opened = command.arguments, command.experiment, Console(sys.stderr), set[Path]()
     machine = (arguments.precision, arguments.tensor, command.batch, console.warn)
-    with Session(command.folder.path, command.checkpoint, experiment.model, context.tokenizer, *machine) as session:
+    with Session(command.folder.path, command.checkpoint, command.model, context.tokenizer, *machine) as session:
         for task, key in keys.items():
             began = time.monotonic()
             if isinstance(task, LMEvalTask):

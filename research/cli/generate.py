@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from models.config import GPT
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake, listed
 from parallel.text import decoded_line, printable
@@ -22,6 +23,7 @@ from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.cluster.exit_codes import show_mistake
+from research.config.abilities import gpt_of
 from research.data.fill_in_middle import Sentinels
 from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
     with opened(spec, task.arguments.tensor) as decoder:
         if decoder.uncached:
             Console(sys.stderr).warn(decoder.uncached)
-        generator = TextGenerator(decoder, task.tokenizer, task.experiment.model, task.context, ends_of(task.tokenizer, ROOT))
+        generator = TextGenerator(decoder, task.tokenizer, task.model, task.context, ends_of(task.tokenizer, ROOT))
         write(task, generator)
 
 
@@ -64,6 +66,7 @@ def main(argv: list[str]) -> None:
 class Task(Trained):
     """A checked command."""
 
+    model: GPT
     tokenizer: Tokenizer
     sampling: SamplingParams
     prompts: tuple[str, ...]
@@ -95,7 +98,7 @@ class Task(Trained):
         default = max(1, min(DEFAULT_TOKENS, self.context - length))
         tokens = default if arguments.max_new_tokens is None else arguments.max_new_tokens
         settings = GenerationSettings(tokens, self.sampling, seed, tuple(map(prompts.check, arguments.stop)), arguments.logprobs)
-        refuse_long(length, tokens, self.context, self.experiment.model)
+        refuse_long(length, tokens, self.context, self.model)
         return settings
 
     @property
@@ -179,8 +182,9 @@ def prepared(arguments: argparse.Namespace) -> Task:
     sentinels = None
     if arguments.fim:
         sentinels = infilling.refuse_untrained(infilling.trained_sentinels(trained.experiment, tokenizer), trained.folder.title)
-    task = Task(**vars(trained), tokenizer=tokenizer, sampling=sampling, prompts=tuple(texts), sentinels=sentinels)
-    refuse_context(task.context, trained.experiment.model)
+    model = gpt_of("generate", trained.experiment.model, trained.folder.title)
+    task = Task(**vars(trained), model=model, tokenizer=tokenizer, sampling=sampling, prompts=tuple(texts), sentinels=sentinels)
+    refuse_context(task.context, task.model)
     for prompt in task.prompts or ("",):
         task.settings(prompt)
     return task

@@ -17,6 +17,7 @@ from research.cli.trained_run import Trained, add_trust_option, find, refuse_lau
 from research.cli.verbs import Parser
 from research.cluster.environment import limit_kernel_cache
 from research.cluster.memory import limit_heaps
+from research.config.abilities import gpt_of
 from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import LONGEST_TEMPLATE, TEMPLATE
@@ -47,6 +48,7 @@ class Task(Trained):
 
     tokenizer: Tokenizer
     limits: Limits
+    model: GPT
     token: str | None
     template: str | None
     """The text of --chat_template; None: the one beside the run's tokenizer."""
@@ -73,7 +75,7 @@ class Task(Trained):
             title=self.folder.title,
             folder=self.folder.path,
             checkpoint=self.checkpoint,
-            model=self.experiment.model,
+            model=self.model,
             tokenizer=self.tokenizer,
             precision=arguments.precision,
             tensor=arguments.tensor,
@@ -143,12 +145,12 @@ def checked_task(arguments: argparse.Namespace) -> Task:
     limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
     token = _read_token(arguments)
     trained = find(arguments)
-    template = _read_template(arguments.chat_template)
+    model, template = gpt_of("serve", trained.experiment.model, trained.folder.title), _read_template(arguments.chat_template)
     if arguments.context is not None:
-        refuse_context(arguments.context, trained.experiment.model)
+        refuse_context(arguments.context, model)
     tokenizer = load_tokenizer(trained.experiment.data, ROOT, say)
     listener = _bind(arguments)
-    return Task(**vars(trained), tokenizer=tokenizer, limits=limits, token=token, template=template, listener=listener)
+    return Task(**vars(trained), model=model, tokenizer=tokenizer, limits=limits, token=token, template=template, listener=listener)
 
 
 def _read_token(arguments: argparse.Namespace) -> str | None:
@@ -199,7 +201,7 @@ def _check_memory(task: Task) -> None:
     import torch
 
     slots, total = task.arguments.slots, psutil.virtual_memory().total
-    needed = cache_bytes(task.experiment.model, slots, task.context, 1, 4)
+    needed = cache_bytes(task.model, slots, task.context, 1, 4)
     if not torch.cuda.is_available() and needed > total:
         size = f"a cache of {slots} slots × {task.context} tokens needs {memory(needed / 1e6)}"
         raise Mistake(f"{size}, this machine has {memory(total / 1e6)} → fewer --slots, or less --context")
@@ -214,7 +216,7 @@ def _announce(task: Task, running: "Running") -> None:
     assert isinstance(decoder, Decoder)
     cache = "none" if decoder.uncached else memory(decoder.cache_bytes / 1e6)
     per_rank = f" on each of {task.arguments.tensor} tensor ranks" if task.arguments.tensor > 1 else ""
-    counted = parameters(task.experiment.model)  # None with classes of variant.py
+    counted = parameters(task.model)  # None with classes of variant.py
     size = f" · {compact(counted)} parameters" if counted else ""
     template = service.chat_template
     ends = " ".join(repr(end) for end in (*map(service.tokenizer.backend.id_to_token, template.end_ids), *template.stops))

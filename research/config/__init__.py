@@ -2,7 +2,9 @@
 
 from research.config.examples import FillInMiddle, Masked, Spans, Supervised
 from research.config.schema import (
+    BERT,
     GPT,
+    T5,
     Checkpoints,
     Data,
     Evaluate,
@@ -18,6 +20,7 @@ from research.config.schema import (
 )
 
 __all__ = [
+    "BERT",
     "GPT",
     "Checkpoints",
     "Data",
@@ -33,6 +36,7 @@ __all__ = [
     "Source",
     "Spans",
     "Supervised",
+    "T5",
     "Track",
     "Watch",
 ]

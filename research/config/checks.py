@@ -5,12 +5,13 @@ Every refusal is a Mistake: one sentence with both numbers and what would work.
 
 import math
 
-from models.config import GPT, VARIANT
+from models.config import VARIANT
+from models.encoder_config import BERT, T5, AnyModel
 from parallel.errors import Mistake, listed
 from research.cluster.environment import RANKS_OPTION, Ranks
-from research.config.examples import OF_ENCODERS, STREAM, describe_examples
+from research.config.examples import MODELS_OF_EXAMPLES, STREAM, Masked, describe_examples, kinds_for
 from research.config.layout import batch_sizes, sequence_lengths
-from research.config.schema import Experiment
+from research.config.schema import MODELS, Experiment
 
 MOST_TRIED = 65_536
 """The most micro-batch sizes that are tried for a suggestion."""
@@ -24,23 +25,48 @@ def check(experiment: Experiment, ranks: Ranks) -> None:
 
 def check_settings(experiment: Experiment) -> None:
     """Raise the first Mistake found in the settings among themselves, whatever the number of ranks."""
+    _check_kind(experiment)
     _check_tensor_slicing(experiment)
     _check_pipeline_and_zero(experiment)
     _check_schedule(experiment)
 
 
-def kv_heads_fit(model: GPT, tensor: int) -> bool:
+def kv_heads_fit(model: AnyModel, tensor: int) -> bool:
     """Whether the kv heads can be sliced over `tensor` ranks: whole heads each, or one head cut by features over several ranks."""
     if model.num_kv_heads % tensor == 0:
         return True
     return tensor % model.num_kv_heads == 0 and model.head_size % (tensor // model.num_kv_heads) == 0
 
 
-def tensor_degrees(model: GPT) -> list[int]:
+def tensor_degrees(model: AnyModel) -> list[int]:
     """The tensor-parallel degrees over which heads and MLP can be sliced."""
     largest = math.gcd(model.num_heads, model.ffn_size)
     small = [tensor for tensor in range(1, math.isqrt(largest) + 1) if largest % tensor == 0]  # the other divisors are largest / small
     return [tensor for tensor in sorted({*small, *(largest // tensor for tensor in small)}) if kv_heads_fit(model, tensor)]
+
+
+def _check_kind(experiment: Experiment) -> None:
+    """Samples must be of the kind that the model takes, and only a GPT writes and scores texts while it trains."""
+    examples, own = experiment.data.examples, type(experiment.model).__name__
+    kinds = kinds_for(examples)
+    if kinds and experiment.model.kind not in kinds:
+        shown = repr(examples) if isinstance(examples, str) else f"{type(examples).__name__}(…)"
+        names = listed(f"a {MODELS[kind].__name__}" for kind in kinds)
+        fitting = listed(kind for kind, models in MODELS_OF_EXAMPLES.items() if experiment.model.kind in models)
+        raise Mistake(f"data.examples = {shown} are samples for {names}, and the model is a {own} → use {fitting} (docs/samples.md)")
+    has_head = isinstance(experiment.model, BERT) and experiment.model.sentence_head
+    if isinstance(examples, Masked) and examples.sentence_order != has_head:
+        raise Mistake(
+            f"model.sentence_head = {has_head} does not fit data.examples = Masked(…, sentence_order={examples.sentence_order}) → set both "
+            "to True, or both to False"
+        )
+    if experiment.model.kind != "gpt" and experiment.sample.every:
+        raise Mistake(f"sample.every = {experiment.sample.every} lets the model write texts, which a {own} cannot do → use sample.every 0")
+    if experiment.model.kind != "gpt" and experiment.evaluate.every:
+        raise Mistake(
+            f"evaluate.every = {experiment.evaluate.every} evaluates a model that continues texts, which a {own} does not → use "
+            "evaluate.every 0"
+        )
 
 
 def _check_tensor_slicing(experiment: Experiment) -> None:
@@ -57,19 +83,24 @@ def _check_tensor_slicing(experiment: Experiment) -> None:
             raise Mistake(f"parallel.tensor = {tensor} does not divide model.{name} = {getattr(model, name)} → {way_out}")
     if not kv_heads_fit(model, tensor):
         raise Mistake(f"parallel.tensor = {tensor} does not fit model.num_kv_heads = {model.num_kv_heads} → {way_out}")
-    if parallel.sequence and model.seq_length % tensor:
-        degrees = [degree for degree in tensor_degrees(model) if model.seq_length % degree == 0]
-        raise Mistake(
-            f"parallel.tensor = {tensor} does not divide model.seq_length = {model.seq_length} → "
-            f"use {listed(degrees[:8])}, or parallel.sequence False"
-        )
+    for name in ("seq_length", "source_length") if parallel.sequence else ():
+        length = getattr(model, name, 0)  # only a T5 has a source
+        if length % tensor:
+            degrees = [degree for degree in tensor_degrees(model) if length % degree == 0]
+            raise Mistake(
+                f"parallel.tensor = {tensor} does not divide model.{name} = {length} → use {listed(degrees[:8])}, or "
+                "parallel.sequence False"
+            )
 
 
 def _check_pipeline_and_zero(experiment: Experiment) -> None:
-    parallel, layers = experiment.parallel, experiment.model.num_layers
+    parallel, model = experiment.parallel, experiment.model
     pipe, stage = parallel.pipe, parallel.zero_stage
-    if pipe > layers:
-        raise Mistake(f"parallel.pipe = {pipe} leaves stages without a block of model.num_layers = {layers} → use pipe {layers} or fewer")
+    blocks, named = model.num_layers, f"model.num_layers = {model.num_layers}"
+    if isinstance(model, T5):
+        blocks, named = model.num_encoder_layers + blocks, f"model.num_encoder_layers = {model.num_encoder_layers} and {named}"
+    if pipe > blocks:
+        raise Mistake(f"parallel.pipe = {pipe} leaves stages without a block of {named} → use pipe {blocks} or fewer")
     if pipe > 1 and stage > 1:
         raise Mistake(f"parallel.zero_stage = {stage} does not work with parallel.pipe = {pipe} → use zero_stage 1, or pipe 1")
 
@@ -88,12 +119,6 @@ def _check_pipeline_and_zero(experiment: Experiment) -> None:
 def _check_schedule(experiment: Experiment) -> None:
     optimizer, steps = experiment.optimizer, experiment.schedule.steps
     lengths = sequence_lengths(experiment).lengths  # raises a Mistake if a ramp does not lead to batch_size or seq_length
-    if isinstance(experiment.data.examples, OF_ENCODERS):
-        kind = type(experiment.data.examples).__name__
-        raise Mistake(
-            f"data.examples = {kind}(…) are samples for a model with an encoder, and {type(experiment.model).__name__} has none → use "
-            f"{STREAM!r}, or another kind of docs/samples.md"
-        )
     if experiment.schedule.length_ramp and experiment.data.examples != STREAM:
         raise Mistake(
             f"schedule.length_ramp shortens windows of the stream, and data.examples = {describe_examples(experiment.data.examples)!r} "

@@ -81,6 +81,9 @@ class Masked(ExampleSettings):
     kind: Literal["masked"] = Field(default="masked", description="the class of examples")
     rate: float = Field(gt=0, lt=1, description="share of the tokens that are predicted; BERT: 0.15")
     mask: Text = Field(default="<mask>", description="the token that masks; it stands for 80 % of them, another one for 10 %")
+    sentence_order: bool = Field(
+        default=False, description="each sample is two sentences, half of the samples in the wrong order, for a model with sentence_head"
+    )
 
 
 class Supervised(ExampleSettings):
@@ -95,8 +98,6 @@ class Supervised(ExampleSettings):
         return True
 
 
-OF_ENCODERS = (Spans, Masked)
-"""Samples for models with an encoder."""
 KINDS: dict[str, type[ExampleSettings]] = {
     "fill_in_middle": FillInMiddle,
     "supervised": Supervised,
@@ -104,6 +105,19 @@ KINDS: dict[str, type[ExampleSettings]] = {
     "masked": Masked,
 }
 """`kind` -> its class."""
+
+
+MODELS_OF_EXAMPLES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*WORDS, "fill_in_middle", "supervised"), ("gpt",)),
+    "spans": ("t5",),
+    "masked": ("bert",),
+}
+"""A word, or a kind of examples -> the kinds of models that it is for."""
+
+
+def kinds_for(examples: str | ExampleSettings) -> tuple[str, ...]:
+    """The kinds of models that these samples are for; empty for a class of variant.py, which decides for itself."""
+    return MODELS_OF_EXAMPLES.get(examples if isinstance(examples, str) else examples.kind, ())
 
 
 def describe_examples(examples: str | ExampleSettings) -> str:

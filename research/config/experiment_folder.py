@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from models.config import CHOICES, GPT, VARIANT
+from models.encoder_config import AnyModel
 from parallel.errors import Mistake, nearest
 from research.config.schema import TRAINING_VARIANTS, Experiment
 from research.config.settings import is_group, refusal
@@ -62,7 +63,7 @@ def load(folder: Path | str) -> LoadedExperiment:
     return LoadedExperiment(config, folder, folder.name)
 
 
-def variant_names(settings: Experiment | GPT) -> dict[str, str]:
+def variant_names(settings: Experiment | AnyModel) -> dict[str, str]:
     """Dotted setting -> name, for each setting that says 'variant:Name': those of a model, or of a whole experiment."""
     model = settings.model if isinstance(settings, Experiment) else settings
     choices = {f"model.{setting}": getattr(model, setting) for setting in CHOICES}
@@ -75,14 +76,14 @@ def variant_names(settings: Experiment | GPT) -> dict[str, str]:
     }
 
 
-def check_variants(folder: Path, settings: Experiment | GPT) -> None:
+def check_variants(folder: Path, settings: Experiment | AnyModel) -> None:
     """Refuses settings that name something of variant.py where there is no such file. Reads no file, and needs no torch."""
     for setting, name in variant_names(settings).items():
         if not (folder / VARIANTS).is_file():
             raise Mistake(f"{setting} = '{VARIANT}{name}' but {_short(folder)} has no {VARIANTS} → write {name} in {VARIANTS} there")
 
 
-def load_variants(folder: Path, settings: Experiment | GPT) -> dict[str, Any]:
+def load_variants(folder: Path, settings: Experiment | AnyModel) -> dict[str, Any]:
     """The classes and functions of variant.py that the settings name, by name. If they name none, the file is not run."""
     names = variant_names(settings)
     if not names:
@@ -160,7 +161,7 @@ def source_of(config: Experiment) -> str:
     model = config.model
     doc = f"Imported weights: {model.num_layers} layers of width {model.hidden_size}, made by `python -m research import`."
     groups = {type(value).__name__ for name, value in _written_settings(config) if is_group(Experiment.model_fields[name])}
-    names = sorted({"Experiment", *groups}, key=lambda name: (name != "GPT", name))
+    names = sorted({"Experiment", *groups}, key=lambda name: (not name.isupper(), name))
     return HEAD.format(doc=doc, names=", ".join(names)) + _code(config, 0) + "\n"
 
 

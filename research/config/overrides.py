@@ -16,9 +16,9 @@ from pydantic.fields import FieldInfo
 
 from parallel.errors import Mistake, listed, nearest
 from research.config.examples import describe_examples
-from research.config.schema import Data, Experiment
+from research.config.schema import MODELS, Data, Experiment
 from research.config.serialization import build
-from research.config.settings import LONGEST, is_group, names, needs, unknown
+from research.config.settings import LONGEST, groups_of, is_group, names, needs, unknown
 from research.config.sources import describe_texts
 
 Override = tuple[str, Any, Any]
@@ -101,7 +101,7 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Experiment, list
                 raise Mistake(f"--{name} takes one word, got {len(words)} → write {forms}")
             options = replace(options, resume=words[0])
         elif name != LOCAL_RANK:
-            values[name] = _read(_field(name, OPTIONS), name, words, _get(experiment, name))
+            values[name] = _read(_field(experiment, name, OPTIONS), name, words, _get(experiment, name))
     changed = replaced(experiment, values) if values else experiment
     overrides = [(name, _get(experiment, name), _get(changed, name)) for name in values]
     return changed, [override for override in overrides if override[1] != override[2]], options
@@ -121,7 +121,7 @@ def read_settings(experiment: Experiment, assignments: Sequence[str]) -> dict[st
         words.setdefault(name.strip().removeprefix("--").replace("-", "_"), []).append(value)
     values = {}
     for name, given in words.items():
-        field = _field(name)
+        field = _field(experiment, name)
         is_several = any(get_origin(part) is tuple for part in (field.annotation, *get_args(field.annotation)))
         if len(given) > 1 and not is_several:
             raise Mistake(f"{name} is given {len(given)} values, {listed(given, 'and')[:LONGEST]} → give it one")
@@ -135,7 +135,10 @@ def show_help(experiment: Experiment, path: str, group: str = "") -> None:
     """Print the experiment's question, how to start it, and every setting with its value and meaning; or the settings of one `group`."""
     description = f"{experiment.question}\n\n{usage(experiment, path)}"
     data = _texts_as_words(experiment.data)
-    whole = create_model(Experiment.__name__, __base__=Experiment, data=(type(data), Experiment.model_fields["data"]))
+    fields: dict[str, Any] = {  # of the classes that are there: tyro makes a command of each class that a setting may be
+        name: (type(value), Experiment.model_fields[name]) for name, value in (("data", data), ("model", experiment.model))
+    }
+    whole = create_model(Experiment.__name__, __base__=Experiment, **fields)
     shown: BaseModel = whole(**{**dict(experiment), "data": data, TABLE: {}})  # tyro does not list an empty table
     if group:
         name, groups = group.partition(".")[0], [name for name, field in Experiment.model_fields.items() if is_group(field)]
@@ -184,19 +187,33 @@ def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _field(name: str, options: Sequence[str] = ()) -> FieldInfo:
-    """The schema's field of a dotted name; `options`: what else may be meant."""
+def _field(experiment: Experiment, name: str, options: Sequence[str] = ()) -> FieldInfo:
+    """The schema's field of a dotted name, for a model of this experiment's kind; `options`: what else may be meant."""
     if name.partition(".")[0].partition("_")[0] == TABLE:
         raise Mistake(f"--{name}: {TABLE} is a table and lives in the file only → write {TABLE}={{…}} in config.py")
-    fields, field = Experiment.model_fields, None
-    for part in name.split("."):
-        if (field := fields.get(part)) is None:
-            raise unknown(name, [*names(Experiment), *options])
-        fields = getattr(field.annotation, "model_fields", {})
-    if fields:
-        raise Mistake(f"{name} is a group of settings → name one of them, for example --{name}.{next(iter(fields))}")
+    group: type[BaseModel] | None = type(experiment)
+    field: FieldInfo | None = None
+    for i, part in enumerate(name.split(".")):
+        if group is None or (field := group.model_fields.get(part)) is None:
+            raise _not_there(experiment, name, options)
+        group = (type(getattr(experiment, part)) if i == 0 else groups_of(field)[0]) if is_group(field) else None
+    if group is not None:
+        example = min(group.model_fields, key=lambda setting: not group.model_fields[setting].is_required())
+        raise Mistake(f"{name} is a group of settings → name one of them, for example --{name}.{example}")
     assert field is not None
     return field
+
+
+def _not_there(experiment: Experiment, name: str, options: Sequence[str]) -> Mistake:
+    """A Mistake for a name that is no setting, or one of another kind of model."""
+    section, _, setting = name.partition(".")
+    owners = [kind.__name__ for kind in MODELS.values() if setting in kind.model_fields] if section == "model" else []
+    if owners:
+        own = type(experiment.model).__name__
+        return Mistake(
+            f"{name} is a setting of {listed(owners, 'and')}, and the model is a {own} → leave it out, or change the model in config.py"
+        )
+    return unknown(name, [*names(Experiment), *options])
 
 
 def _read(field: FieldInfo, name: str, words: list[str], current: Any) -> Any:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from models.config import GPT
 from parallel.errors import listed
 from parallel.files import user_path
 from research.cluster.environment import Ranks
@@ -38,10 +39,11 @@ def contradictions(experiment: Experiment, root: Path) -> Iterator[str]:
             f"optimizer.min_lr = {optimizer.min_lr:g} is above optimizer.lr = {optimizer.lr:g}, so that {optimizer.decay} would raise "
             f"the learning rate → use min_lr {optimizer.lr / 10:g} (a tenth of lr), or decay 'constant'"
         )
-    if model.rotary_fraction is not None and model.position == "rotary" and int(model.head_size * model.rotary_fraction) < 2:
+    fraction = model.rotary_fraction if isinstance(model, GPT) and model.position == "rotary" else None
+    if fraction is not None and int(model.head_size * fraction) < 2:
         instead = f"use {math.ceil(200 / model.head_size) / 100:g} or more" if model.head_size > 1 else "use fewer heads"
         yield (
-            f"model.rotary_fraction = {model.rotary_fraction:g} of heads of {model.head_size} features is less than the two that are "
+            f"model.rotary_fraction = {fraction:g} of heads of {model.head_size} features is less than the two that are "
             f"rotated together, so that no position is encoded → {instead}, or position 'none'"
         )
     held_out_texts = [("data.validation", data.validation), *own_held_out_texts(data.train)]

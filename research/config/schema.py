@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, JsonValue, SerializeAsAny, field_validator, model_validator
 
 from models import config as shapes
+from models import encoder_config as encoders
+from parallel.errors import listed
 from research.config.examples import EXAMPLES, STREAM, ExampleSettings, check_examples
 from research.config.settings import LONGEST, Settings, Text
 from research.config.sources import Source, check_sources
@@ -32,6 +34,22 @@ class GPT(Settings, shapes.GPT):
     """The network: its layers and their sizes. GPT-2, GPT-NeoX/Pythia, Llama, Mistral, Qwen2 and Qwen3 are settings of it."""
 
     SECTION: ClassVar[str] = "model"
+
+
+class BERT(Settings, encoders.BERT):
+    """The network: an encoder that predicts masked tokens from both sides. BERT and MegatronBERT are settings of it."""
+
+    SECTION: ClassVar[str] = "model"
+
+
+class T5(Settings, encoders.T5):
+    """The network: an encoder that reads a source, and a decoder that writes a target. T5 and UMT5 are settings of it."""
+
+    SECTION: ClassVar[str] = "model"
+
+
+MODELS: dict[str, type[GPT] | type[BERT] | type[T5]] = {"gpt": GPT, "bert": BERT, "t5": T5}
+"""`model.kind` -> its settings."""
 
 
 class Data(Settings):
@@ -278,7 +296,7 @@ class Experiment(Settings):
         strict=False,
         description="what differs from the parent: settings that affect results, and variant.py; `python -m research check` compares",
     )
-    model: GPT = Field(description="the network")
+    model: GPT | BERT | T5 = Field(description="the network")
     init_from: Text | None = Field(
         default=None, description="checkpoint with the initial weights: runs/NAME/ID/checkpoints/step_N; None: initialised from the seed"
     )
@@ -308,5 +326,12 @@ class Experiment(Settings):
     @field_validator("model", mode="before")
     @classmethod
     def _as_settings(cls, model: Any) -> Any:
-        """Turns a plain models.config.GPT into a settings group, whose errors are Mistakes."""
-        return GPT(**model.model_dump()) if isinstance(model, shapes.GPT) and not isinstance(model, GPT) else model
+        """Turns a table of config.json, or a plain models.config.GPT, into the settings of its kind, whose errors are Mistakes."""
+        if isinstance(model, shapes.GPT | encoders.BERT | encoders.T5):
+            return model if isinstance(model, Settings) else MODELS[model.kind](**model.model_dump())
+        if not isinstance(model, dict):
+            return model
+        kind = model.get("kind", GPT.model_fields["kind"].default)
+        if kind not in MODELS:
+            raise ValueError(f"model.kind = {repr(kind)[:LONGEST]} is no kind of model → use {listed([*MODELS])}")
+        return MODELS[kind](**model)

@@ -11,7 +11,7 @@ from parallel.files import write_json
 from parallel.regular_files import read_table
 from research.config.schema import Experiment
 
-SCHEMA = 11
+SCHEMA = 12
 """The version of a saved config.json. A new or changed field raises it and adds a function to MIGRATIONS."""
 LARGEST = 2**20
 """The most bytes of a config.json; one has about 3,000."""
@@ -124,6 +124,12 @@ def _without_examples(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _without_kinds(settings: dict[str, Any]) -> dict[str, Any]:
+    """11 → 12: every model was a GPT."""
+    model = settings.get("model")
+    return {**settings, "model": {"kind": "gpt"} | model} if isinstance(model, dict) else settings
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _without_dropout,
     2: _without_watch,
@@ -135,5 +141,6 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     8: _without_sources,
     9: _without_changes,
     10: _without_examples,
+    11: _without_kinds,
 }
 """n -> the function that turns the settings of schema n into those of schema n + 1 with the old behaviour."""

@@ -107,13 +107,19 @@ def names(group: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in group.model_fields.items():
         dotted = f"{prefix}.{name}" if prefix else name
         yield dotted
-        if is_group(field):
-            yield from names(field.annotation, dotted)  # type: ignore[arg-type]
+        yield from dict.fromkeys(inner for kind in groups_of(field) for inner in names(kind, dotted))
+
+
+def groups_of(field: FieldInfo) -> tuple[type[BaseModel], ...]:
+    """The classes that a group of settings may be: one, or for `model` one for each kind of model. None if the field is a value."""
+    is_union = get_origin(field.annotation) in (Union, types.UnionType)
+    kinds = get_args(field.annotation) if is_union else (field.annotation,)
+    return kinds if all(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds) else ()
 
 
 def is_group(field: FieldInfo) -> bool:
     """Whether the field is a group of settings rather than a value."""
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    return bool(groups_of(field))
 
 
 def needs(field: FieldInfo) -> str:
@@ -184,7 +190,7 @@ def _place(group: type[BaseModel] | None, loc: tuple[int | str, ...]) -> tuple[i
         field = group.model_fields.get(str(part)) if group else None
         if field is not None:
             is_union = get_origin(field.annotation) in (Union, types.UnionType)
-            group = field.annotation if is_group(field) else None  # type: ignore[assignment]
+            group = next(iter(groups_of(field)), None)  # a group of several kinds reports what is wrong in it itself
     return tuple(place)
 
 
@@ -194,7 +200,7 @@ def _owner(group: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel
         field = group.model_fields.get(str(part))
         if field is None or not is_group(field):
             break
-        group = field.annotation  # type: ignore[assignment]
+        group = groups_of(field)[0]
     return group
 
 

@@ -12,6 +12,7 @@ from parallel.errors import Mistake
 from parallel.files import write_json
 from research import ROOT
 from research.config import Experiment
+from research.config.abilities import gpt_of
 from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.exchange import hf_tokenizer, hf_writer, parity, tokenizer_parity
@@ -28,7 +29,7 @@ class Export:
     def __init__(self, run: RunFolder, checkpoint: Path, experiment: Experiment, dtype: str, shard_size: int) -> None:
         self.run, self.checkpoint, self.dtype, self.shard_size = run, checkpoint, dtype, shard_size
         self.experiment = experiment
-        self.model = self.experiment.model
+        self.model = gpt_of("export", experiment.model, run.title)
         self.family = mapping.family_of(self.model)
         self.links = mapping.parameter_mappings(self.model, FAMILIES[self.family])
         self.tokenizer: Tokenizer = load_tokenizer(self.experiment.data, ROOT)

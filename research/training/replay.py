@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import gpt
+from models import architectures
 from parallel import distributed
 from parallel.checkpoint import folder as checkpoint_folder
 from parallel.checkpoint.load import load_checkpoint, load_initial
@@ -103,7 +103,7 @@ def module_before(
         distributed.use_deterministic_kernels()
     distributed.start(0, 1, 0, None)
     try:
-        layers = gpt.layers(model, Grid(), experiment.seed, variants, context=context_of(experiment, variants))
+        layers = architectures.layers(model, Grid(), experiment.seed, variants, context=context_of(experiment, variants))
         on_one_rank = layout(alone, 1)
         settings = engine_settings(alone, on_one_rank, optimizer_class(experiment, variants))
         engine = make_engine(layers, loss, Grid(), settings)
@@ -117,7 +117,7 @@ def module_before(
                 engine.train_batch(batches(experiment, corpus, variants, before + 1), lr, on_one_rank.micro_batches_of(before))
                 advance()
 
-        module = PlainModule(gpt.layers(model, Grid(), experiment.seed, variants, context=context_of(experiment, variants)))
+        module = PlainModule(architectures.layers(model, Grid(), experiment.seed, variants, context=context_of(experiment, variants)))
         weights = dict(engine.full_weights())
         with torch.no_grad():
             for name, parameter in unique_parameters(module):

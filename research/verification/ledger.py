@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models import gpt
+from models import architectures
 from models.estimates import communication
 from parallel.grid import Grid, make_grid
 from parallel.layers import stage_bounds
@@ -191,7 +191,7 @@ def calls(
     """The calls that the closed forms give for one step of the rank at `place`. `shapes` are those of its parameters."""
     model = experiment.model
     # The layers of this rank's stage.
-    layers = gpt.layers(model, Grid(), experiment.seed, variants, context=context_of(experiment, variants))
+    layers = architectures.layers(model, Grid(), experiment.seed, variants, context=context_of(experiment, variants))
     bounds = stage_bounds(layers, case.pipe)
     names = {layer.name for layer in layers[bounds[place.pipe_rank] : bounds[place.pipe_rank + 1]]}
     names |= {"loss"} if place.is_last_stage else set()

@@ -102,7 +102,7 @@ def test_a_plain_shape_becomes_one_that_refuses_in_our_words() -> None:
     assert isinstance(plain.model, GPT)
 
 
-ADDED = {GPT: {"attention"}, Data: {"examples"}, Optimizer: {"name"}}
+ADDED = {GPT: {"attention", "kind"}, Data: {"examples"}, Optimizer: {"name"}}
 """Settings whose default is what there was before they were added, so that older config.py files stay what they are."""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from parallel.errors import Mistake
-from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule
+from research.config import BERT, GPT, T5, Data, Experiment, Masked, Optimizer, Parallel, Schedule, Spans
 
 MODEL: dict[str, Any] = {
     "num_layers": 4,
@@ -74,3 +74,44 @@ def sentence(act: Callable[[], Any]) -> str:
     assert "\n" not in message
     assert "→" in message
     return message
+
+
+ENCODER: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 192,
+    "num_heads": 6,
+    "ffn_size": 768,
+    "vocab_size": 8192,
+    "seq_length": 128,
+    "norm_eps": 1e-6,
+    "init": "gpt2",
+    "embedding_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "mlp_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+BERT_MODEL: dict[str, Any] = ENCODER | {"mlp": "gelu", "residual": "post_norm", "token_types": 2, "sentence_head": False}
+T5_MODEL: dict[str, Any] = ENCODER | {
+    "num_encoder_layers": 4,
+    "source_length": 64,
+    "mlp": "geglu",
+    "relative_buckets": 32,
+    "relative_distance": 128,
+    "tied": True,
+}
+
+
+def bert(**groups: Any) -> Experiment:
+    """The example with a BERT and masked samples."""
+    return _with_model(BERT(**BERT_MODEL | groups.pop("model", {})), Masked(rate=0.15), groups)
+
+
+def t5(**groups: Any) -> Experiment:
+    """The example with a T5 and samples whose spans are replaced."""
+    return _with_model(T5(**T5_MODEL | groups.pop("model", {})), Spans(rate=0.15, mean_length=3), groups)
+
+
+def _with_model(model: BERT | T5, examples: Masked | Spans, groups: dict[str, Any]) -> Experiment:
+    given = example(**groups)
+    data = Data(**dict(given.data) | {"examples": examples})
+    return Experiment(**dict(given) | {"model": model, "data": data})
