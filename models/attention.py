@@ -1,4 +1,4 @@
-"""Causal self-attention (multi-head, grouped-query, multi-query) with its heads distributed over tensor ranks."""
+"""Self-attention, causal or in both directions (multi-head, grouped-query, multi-query), with its heads distributed over tensor ranks."""
 
 import math
 
@@ -12,7 +12,7 @@ from models.position import Position
 from models.recompute import recomputed
 from models.registry import BuildContext
 from models.seed import seed_of
-from models.segments import confined, takes_varlen, varlen_attention
+from models.segments import confined, takes_varlen, varlen_attention, visible
 from models.token_positions import TokenPositions
 from parallel.collectives import gather_shared
 from parallel.grid import Grid
@@ -114,9 +114,7 @@ class Attention(nn.Module):
 
         segments: 'b s', the numbers of the documents in each row, to which attention is then confined (models/segments.py).
         """
-        q, k, v = self.qkv(x).split(self.qkv.parts, dim=-1)
-        k, v = gather_shared(k, self.kv_group), gather_shared(v, self.kv_group)
-        q, k, v = (rearrange(part, "b s (h e) -> b h s e", e=self.head_size) for part in (q, k, v))
+        q, k, v = self.heads(x)
         with self.position.at(segments):
             q, k = self.position.rotate(self.q_norm(q), self.k_norm(k))
             bias = self.position.bias(q)
@@ -127,5 +125,26 @@ class Attention(nn.Module):
             y = self.core(q, k, v, bias, samples)
         return self.output(rearrange(y, "b h s e -> b s (h e)"))
 
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x 'b s d' -> q 'b h s e', k and v 'b k s e' of this rank's heads."""
+        q, k, v = self.qkv(x).split(self.qkv.parts, dim=-1)
+        k, v = gather_shared(k, self.kv_group), gather_shared(v, self.kv_group)
+        q, k, v = (rearrange(part, "b s (h e) -> b h s e", e=self.head_size) for part in (q, k, v))
+        return q, k, v
+
+
+class BidirectionalAttention(Attention):
+    """Attention in which every place sees those behind it as well: BERT's, and an encoder's (arXiv:1810.04805). Sliced like `Attention`."""
+
+    def forward(self, x: Tensor, samples: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """'b s d' -> 'b s d'. With segments 'b s', a place sees the places of its own number; padding has a number of its own."""
+        q, k, v = self.heads(x)
+        length = q.shape[2]
+        bias = q.new_zeros(length, length) if segments is None else visible(segments, segments, q.dtype)  # s t, or b 1 s t
+        return self.output(rearrange(self.core(q, k, v, bias, samples), "b h s e -> b s (h e)"))
+
 
 ATTENTIONS = {"softmax": Attention}
+"""What `model.attention` of a GPT may name."""
+EVERY_ATTENTION = ATTENTIONS | {"bidirectional": BidirectionalAttention}
+"""The same of a model of any kind. An encoder has no choice."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from models.attention import ATTENTIONS
+from models.attention import EVERY_ATTENTION
 from models.dropout import Dropout
 from models.registry import BuildContext
 
@@ -22,7 +22,7 @@ class Block(nn.Module):
         super().__init__()
         model, seed, grid = context.model, context.seed, context.grid
         self.attention_norm = context.norm(f"{name}.attention_norm", model.hidden_size)
-        self.attention = context.chosen("attention", ATTENTIONS)(f"{name}.attention", context)
+        self.attention = context.chosen("attention", EVERY_ATTENTION)(f"{name}.attention", context)
         self.mlp_norm = context.norm(f"{name}.mlp_norm", model.hidden_size)
         self.mlp = context.chosen("mlp")(f"{name}.mlp", model, context.init, grid)
         self.attention_dropout = Dropout(f"{name}.attention.residual", model.residual_dropout, seed, grid)

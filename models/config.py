@@ -139,8 +139,8 @@ class GPT(BaseModel):
         return self
 
 
-def has_variants(model: GPT) -> bool:
-    """Whether a setting of the model names a class of the experiment's variant.py."""
+def has_variants(model: BaseModel) -> bool:
+    """Whether a setting of the model, of whatever kind, names a class of the experiment's variant.py."""
     return any(getattr(model, setting).startswith(VARIANT) for setting in CHOICES)
 
 

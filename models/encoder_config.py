@@ -41,8 +41,8 @@ class _Encoder(BaseModel):
 
     @property
     def attention(self) -> str:
-        """Softmax attention."""
-        return "softmax"
+        """Softmax attention in both directions: every place sees the places before and behind it."""
+        return "bidirectional"
 
     @property
     def drops(self) -> bool:

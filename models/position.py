@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import GPT
+from models.encoder_config import AnyModel
 from models.init import GPT2Init
 from models.segments import SegmentPositions
 from models.token_positions import TokenPositions
@@ -32,7 +33,7 @@ class Position(nn.Module):
 
     at_input = False
 
-    def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
+    def __init__(self, name: str, model: AnyModel, init: GPT2Init, grid: Grid) -> None:
         super().__init__()
         self.model, self.grid, self.region = model, grid, region_of(grid)
         self.places = TokenPositions(self.region)
@@ -69,7 +70,7 @@ class Learned(Position):
 
     at_input = True
 
-    def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
+    def __init__(self, name: str, model: AnyModel, init: GPT2Init, grid: Grid) -> None:
         super().__init__(name, model, init, grid)
         cut = Slice((model.seq_length, model.hidden_size))
         self.weight = make_parameter(f"{name}.weight", init.embedding(f"{name}.weight", cut.shape), cut, 0, 1)
@@ -101,12 +102,14 @@ class Rotary(Position):
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q 'b h s e', k 'b k s e': the first r features of each head rotated, the rest unchanged."""
-        fraction, base = self.model.rotary_fraction, self.model.rotary_base
+        model = self.model
+        assert isinstance(model, GPT)  # the other kinds have schemes of their own
+        fraction, base = model.rotary_fraction, model.rotary_base
         assert fraction is not None and base is not None  # config validates
         rotated = int(q.shape[-1] * fraction) // 2 * 2
 
         def make() -> tuple[Tensor, Tensor]:
-            frequencies = scaled(_frequencies(rotated, base, q.device), self.model)
+            frequencies = scaled(_frequencies(rotated, base, q.device), model)
             angles = self.places.of(q)[..., None].float() * frequencies
             return angles.cos().to(q.dtype), angles.sin().to(q.dtype)
 

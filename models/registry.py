@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from models.config import GPT, chosen
+from models.config import chosen
+from models.encoder_config import AnyModel
 from models.init import INITS
 from models.mlp import MLPS
 from models.norm import NORMS
@@ -26,7 +27,7 @@ class BuildContext:
     Collective where ranks share a kv head: all ranks of the world then create the groups of those ranks.
     """
 
-    def __init__(self, model: GPT, grid: Grid, seed: int, variants: Mapping[str, type], recompute: str = "none") -> None:
+    def __init__(self, model: AnyModel, grid: Grid, seed: int, variants: Mapping[str, type], recompute: str = "none") -> None:
         self.model, self.grid, self.seed, self.variants, self.recompute = model, grid, seed, variants, recompute
         self.init = self.chosen("init")(model, seed)
         self.kv_group: ProcessGroup | None = neighbours_group(grid, kv_sharers(model, grid.tensor))
@@ -41,7 +42,7 @@ class BuildContext:
         return self.chosen("norm")(name, size, self.model, region_of(self.grid).partial_group)
 
 
-def kv_sharers(model: GPT, tensor: int) -> int:
+def kv_sharers(model: AnyModel, tensor: int) -> int:
     """The number of tensor ranks that share a kv head: 1 where each rank has its own ones. A Mistake if the two do not fit."""
     kv_heads = model.num_kv_heads
     if kv_heads % tensor == 0:

@@ -26,9 +26,12 @@ class Layer:
     is_block: bool = False
     """Blocks are distributed over the stages; every stage needs one, or it would have nothing to train."""
     context: tuple[str, ...] = ()
-    """The names of the context tensors behind x, in order: the same for every layer of a list."""
+    """The names of the context tensors behind x, in order: the same for every layer of a list, and what layers before it have added."""
     reads: tuple[str, ...] = ()
     """The names of those that the layer takes, as keyword arguments. The others it only passes on."""
+    adds: tuple[str, ...] = ()
+    """The names of tensors that the layer returns behind x. For the layers behind it they are context, so it must lie behind the blocks:
+    a pipeline sends integers alone beside x."""
     drops_context: bool = False
     """Whether the result is returned without the context: the last layer."""
 
@@ -56,7 +59,10 @@ def apply_layer(layer: Layer, call: Call, passed: Activations) -> Activations:
     x, *tensors = passed
     context = dict(zip(layer.context, tensors, strict=True))
     y = call(x, **{name: context[name] for name in layer.reads})
-    return y if layer.drops_context else (y, *tensors)
+    if layer.drops_context:
+        return y
+    x, *added = y if layer.adds else (y,)
+    return (x, *tensors, *added)
 
 
 class PlainModule(nn.Module):

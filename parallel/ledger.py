@@ -104,14 +104,14 @@ class LayerRecord:
         self.grid, self.see = grid, see
         self.layer = self.direction = ""
 
-    def within(self, layer: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def within(self, layer: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps `call`: collectives during its forward and backward pass are recorded as those of `layer`."""
 
-        def watched(*inputs: Any) -> Tensor:
+        def watched(*inputs: Any, **context: Any) -> Any:
             self.layer, self.direction = layer, "forward"
-            y = call(*inputs)
+            y = call(*inputs, **context)
             self.layer = self.direction = ""
-            if y.requires_grad:
+            if isinstance(y, Tensor) and y.requires_grad:
                 y.register_hook(enter_backward)
             return y
 

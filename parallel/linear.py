@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from parallel.collectives import copy_to_tensor_ranks
@@ -85,6 +86,28 @@ class RowParallelLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The cut, e.g. `[192, 768] cut along dim 1`."""
+        return str(slice_of(self.weight))
+
+
+class ReplicatedLinear(nn.Module):
+    """y = x Aᵀ + b with A whole on every tensor rank. '... d_in' -> '... d_out'.
+
+    Where each tensor rank has other places of the sequence, the gradients on one rank are only part of the whole gradients, and are
+    summed over the ranks of `partial_group`. It is None where all ranks have the same x.
+    """
+
+    def __init__(self, name: str, in_features: int, out_features: int, draw: Draw, partial_group: ProcessGroup | None) -> None:
+        super().__init__()
+        self.partial_group = partial_group
+        self.weight = _parameter(f"{name}.weight", Slice((out_features, in_features)), draw, Grid())
+        self.bias = _parameter(f"{name}.bias", Slice((out_features,)), zeros, Grid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """'... d_in' -> '... d_out'."""
+        return F.linear(x, *(copy_to_tensor_ranks(part, self.partial_group) for part in (self.weight, self.bias)))
+
+    def extra_repr(self) -> str:
+        """E.g. `[192, 192] on every rank`."""
         return str(slice_of(self.weight))
 
 

@@ -35,6 +35,10 @@ class TensorParallelRegion:
         """The position in the sequence of x[:, 0] outside a sliced region. Modules ask models.token_positions.TokenPositions."""
         return 0
 
+    def first_token(self, x: Tensor) -> Tensor:
+        """'b s d' outside a sliced region -> 'b d' at position 0, equal on every rank, for a computation that is the same on all."""
+        return x[:, 0]
+
 
 class SequenceParallelRegion(TensorParallelRegion):
     """Outside a sliced region x is 'b s/tp d', this rank's positions. g and ḡ of arXiv:2205.05198.
@@ -61,6 +65,11 @@ class SequenceParallelRegion(TensorParallelRegion):
     def first_position(self, x: Tensor) -> int:
         """The position in the sequence of x[:, 0] outside a sliced region."""
         return 0 if self.group is None else self.group.rank() * x.shape[1]
+
+    def first_token(self, x: Tensor) -> Tensor:
+        """'b s/tp d' -> 'b d' of rank 0's first position, equal on every rank; rank 0 alone gets the gradient, which all of them have."""
+        here = 1.0 if self.first_position(x) == 0 else 0.0
+        return reduce_from_tensor_ranks(x[:, 0] * here, self.group)
 
 
 def region_of(grid: Grid) -> TensorParallelRegion:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parallel.grid import Grid
-from parallel.linear import Draw
+from parallel.linear import Draw, zeros
 from parallel.region import region_of
 from parallel.slices import Slice, make_parameter, slice_of
 
@@ -77,6 +77,19 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """'b s d' ('b s/tp d' under sequence parallelism) -> 'b s v'."""
         return self.product(self.region.enter(x), self.weight, None)
+
+
+class VocabParallelBias(nn.Module):
+    """logits + b with b cut like the logits. It is a layer of its own behind a tied head, in which a pipeline ties the weight alone."""
+
+    def __init__(self, name: str, vocab_size: int, grid: Grid) -> None:
+        super().__init__()
+        full_name, cut = f"{name}.bias", Slice((vocab_size,), 0, (vocab_size,))
+        self.bias = make_parameter(full_name, zeros(full_name, cut.shape), cut, grid.tensor_rank, grid.tensor)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """'b s v' -> 'b s v'."""
+        return logits + self.bias
 
 
 def vocab_table(name: str, vocab_size: int, hidden_size: int, draw: Draw, grid: Grid) -> nn.Parameter:

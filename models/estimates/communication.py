@@ -8,7 +8,7 @@ no closed form.
 from dataclasses import replace
 
 from models.config import GPT, has_variants
-from models.encoder_config import AnyModel
+from models.encoder_config import BERT, AnyModel
 from parallel.traffic import Call
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -18,14 +18,14 @@ CONJUGATE = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "al
 
 def has_closed_form(model: AnyModel) -> bool:
     """Whether the model's communication and parameters can be computed from its settings: not with classes of a variant.py."""
-    return isinstance(model, GPT) and not has_variants(model)
+    return isinstance(model, GPT | BERT) and not has_variants(model)
 
 
 def tensor_calls(model: AnyModel, tensor: int, sequence: bool, recompute: str, micro_batch: int) -> list[Call]:
     """All collectives on the tensor axis in one micro-batch's forward and backward pass, loss included."""
     if tensor == 1:
         return []
-    assert isinstance(model, GPT)
+    assert isinstance(model, GPT | BERT)
     tokens = micro_batch * model.seq_length
     size = tokens * model.hidden_size
     calls = []
@@ -37,6 +37,8 @@ def tensor_calls(model: AnyModel, tensor: int, sequence: bool, recompute: str, m
         calls += [_call("embedding", FORWARD, "all_reduce", "b·s·h", size)]
     if sequence and model.position == "learned":  # each rank adds the rows of its own positions
         calls += [_call("position", BACKWARD, "all_reduce", "s·h", model.seq_length * model.hidden_size)]
+    if sequence and isinstance(model, BERT):
+        calls += _bert_calls(model, micro_batch)
 
     for i in range(model.num_layers):
         calls += [replace(call, layer=f"blocks.{i}") for call in block_calls(model, tensor, sequence, recompute, micro_batch)]
@@ -53,7 +55,25 @@ def tensor_calls(model: AnyModel, tensor: int, sequence: bool, recompute: str, m
     return [replace(call, ranks=call.ranks or tensor) for call in calls]
 
 
-def block_calls(model: GPT, tensor: int, sequence: bool, recompute: str, micro_batch: int) -> list[Call]:
+def _bert_calls(model: BERT, micro_batch: int) -> list[Call]:
+    """Under sequence parallelism: the gradients of what a BERT has outside of its blocks, and the first token's way to the sentence head.
+
+    Without it, these layers are the same on every tensor rank.
+    """
+    h, norm = model.hidden_size, norm_parameters(model)
+    calls = [
+        _call("token_types", BACKWARD, "all_reduce", "types·h", model.token_types * h),
+        _call("masked_lm", BACKWARD, "all_reduce", "h²", h * h),
+        _call("masked_lm", BACKWARD, "all_reduce", "h", h, 1 + norm),
+    ]
+    if model.residual == "post_norm":
+        calls.append(_call("embedding_norm", BACKWARD, "all_reduce", "h", h, norm))
+    if model.sentence_head:
+        calls.append(_call("sentence", FORWARD, "all_reduce", "b·h", micro_batch * h))
+    return calls
+
+
+def block_calls(model: GPT | BERT, tensor: int, sequence: bool, recompute: str, micro_batch: int) -> list[Call]:
     """The collectives of one block: entering and leaving two sliced regions, shared kv heads, and gradients that are partial sums."""
     tokens = micro_batch * model.seq_length
     size = tokens * model.hidden_size
@@ -84,7 +104,7 @@ def block_calls(model: GPT, tensor: int, sequence: bool, recompute: str, micro_b
     return calls
 
 
-def norm_parameters(model: GPT) -> int:
+def norm_parameters(model: GPT | BERT) -> int:
     """The number of parameter tensors of a norm: a weight, and a bias for a layernorm of a model with biases."""
     return 2 if model.norm == "layernorm" and model.bias else 1
 

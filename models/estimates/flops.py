@@ -1,12 +1,13 @@
-"""Floating-point operations of a GPT in closed form, computed from its settings alone. Imports no torch.
+"""Floating-point operations of a GPT or a BERT in closed form, computed from its settings alone. Imports no torch.
 
 Only matrix products are counted, a multiplication and an addition as two operations, as in arXiv:2104.04473, section 5.1. These are *model*
 FLOPs: recomputation, padding of the vocabulary and what an implementation wastes do not count. Attention counts as all s² pairs, although
-half of them are masked. A class of a variant.py may compute anything, so a model that names one has no closed form: None.
+half of a GPT's are masked. A BERT's sentence head is left out: its h² + 2h products per sample are less than those of one token. A class
+of a variant.py may compute anything, so a model that names one has no closed form: None.
 """
 
 from models.config import GPT
-from models.encoder_config import AnyModel
+from models.encoder_config import BERT, AnyModel
 from models.estimates.communication import has_closed_form
 from models.estimates.parameters import GATED
 
@@ -16,14 +17,15 @@ BACKWARD = 2
 
 def forward_flops(model: AnyModel, length: int | None = None) -> int | None:
     """Of one token of a text of `length` tokens (None: model.seq_length), logits included."""
-    if not (isinstance(model, GPT) and has_closed_form(model)):
+    if not (isinstance(model, GPT | BERT) and has_closed_form(model)):
         return None
     h, f, length = model.hidden_size, model.ffn_size, length or model.seq_length
     q, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
     projections = h * (q + 2 * kv) + q * h
     scores_and_values = 2 * length * q
     mlp = (3 if model.mlp in GATED else 2) * h * f
-    return 2 * (model.num_layers * (projections + scores_and_values + mlp) + model.vocab_size * h)
+    head = model.vocab_size * h + (h * h if isinstance(model, BERT) else 0)  # with the transform of masked tokens
+    return 2 * (model.num_layers * (projections + scores_and_values + mlp) + head)
 
 
 def training_flops(model: AnyModel, length: int | None = None) -> int | None:

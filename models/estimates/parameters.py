@@ -1,4 +1,4 @@
-"""Parameter counts of a GPT in closed form: exact integers computed from its settings alone. Imports no torch.
+"""Parameter counts of a GPT or a BERT in closed form: exact integers computed from its settings alone. Imports no torch.
 
 A class of a variant.py may have any number of parameters, so a model that names one has no closed form: None.
 """
@@ -6,7 +6,7 @@ A class of a variant.py may have any number of parameters, so a model that names
 import math
 
 from models.config import GPT
-from models.encoder_config import AnyModel
+from models.encoder_config import BERT, AnyModel
 from models.estimates.communication import has_closed_form, norm_parameters
 
 GATED = ("swiglu", "geglu")
@@ -15,7 +15,7 @@ GATED = ("swiglu", "geglu")
 
 def parameters(model: AnyModel) -> int | None:
     """Unique parameters: a tied head counts once, padding of the vocabulary not at all."""
-    if not (isinstance(model, GPT) and has_closed_form(model)):
+    if not (isinstance(model, GPT | BERT) and has_closed_form(model)):
         return None
     sliced, replicated = _sliced_and_replicated(model, model.vocab_size)
     return sliced + replicated
@@ -23,13 +23,13 @@ def parameters(model: AnyModel) -> int | None:
 
 def parameters_on_rank(model: AnyModel, tensor: int) -> int | None:
     """What each of `tensor` tensor ranks holds of the whole model (pipe = 1), padded vocabulary rows included."""
-    if not (isinstance(model, GPT) and has_closed_form(model)):
+    if not (isinstance(model, GPT | BERT) and has_closed_form(model)):
         return None
     sliced, replicated = _sliced_and_replicated(model, tensor * math.ceil(model.vocab_size / tensor))
     return sliced // tensor + replicated
 
 
-def _sliced_and_replicated(model: GPT, vocab_rows: int) -> tuple[int, int]:
+def _sliced_and_replicated(model: GPT | BERT, vocab_rows: int) -> tuple[int, int]:
     """(parameters that are cut over tensor ranks, parameters that every tensor rank holds whole) of the whole model."""
     h, f = model.hidden_size, model.ffn_size
     norm, head_norm = h * norm_parameters(model), model.head_size * norm_parameters(model)
@@ -51,4 +51,16 @@ def _sliced_and_replicated(model: GPT, vocab_rows: int) -> tuple[int, int]:
     final_norm = 0 if model.residual == "post_norm" else norm  # a post-norm block ends with its own
     sliced = tables * vocab_rows * h + model.num_layers * (attention_sliced + mlp_sliced)
     replicated = positions + final_norm + model.num_layers * (2 * norm + attention_replicated + mlp_replicated)
+    if isinstance(model, BERT):
+        sliced += vocab_rows  # the bias of the logits
+        replicated += _bert_replicated(model, norm)
     return sliced, replicated
+
+
+def _bert_replicated(model: BERT, norm: int) -> int:
+    """What a BERT has beside the embedding and the blocks: every tensor rank holds it whole. `norm`: the parameters of one norm."""
+    h = model.hidden_size
+    embedding_norm = norm if model.residual == "post_norm" else 0
+    masked_lm = h * h + h + norm
+    sentence = (h * h + h) + 2 * (h + 1) if model.sentence_head else 0  # a pooler and a classifier
+    return model.token_types * h + embedding_norm + masked_lm + sentence

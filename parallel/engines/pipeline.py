@@ -161,7 +161,7 @@ class LogitsHook:
     def __call__(self, logits: Tensor, labels: Any) -> Tensor:
         self.result = self.function(logits)
         # DeepSpeed adds the loss to a sum that the next training step resets.
-        return torch.zeros((), device=logits.device)
+        return torch.zeros((), device=self.result.device)
 
 
 @contextlib.contextmanager

@@ -99,8 +99,13 @@ def as_arrays(tensors: Mapping[str, Tensor]) -> dict:
 
 def joined(model: GPT, ranks: list[Mapping], variants: Mapping[str, type] | None = None) -> dict[str, Tensor]:
     """Whole tensors by logical name from the arrays of all tensor ranks. What is not sliced must be equal on all of them."""
+    return joined_as(whole_model(model, variants=variants), ranks)
+
+
+def joined_as(module: nn.Module, ranks: list[Mapping]) -> dict[str, Tensor]:
+    """The same for the parameters of a model on one rank."""
     found = {}
-    for name, parameter in unique_parameters(whole_model(model, variants=variants)):
+    for name, parameter in unique_parameters(module):
         pieces = [torch.from_numpy(rank[name]) for rank in ranks]
         if slice_of(parameter).dim is None:
             assert all(torch.equal(piece, pieces[0]) for piece in pieces), f"{name} differs between tensor ranks"
