@@ -68,8 +68,9 @@ def store_of(folder: Path, name: str, texts: list[np.ndarray], tokens: int, own:
 
 
 def of_examples(made: type, store: TokenStore, own: Tokenizer, length: int, size: int, chosen: FillInMiddle | Spans | Masked) -> Reader:
-    """The examples of a class, with these settings."""
-    examples: Examples = made(store, own, length, 0, **chosen.model_dump(exclude={"kind"}))
+    """The examples of a class, with these settings; of a T5, with source and target of `length` tokens."""
+    more = {"source_length": length} if isinstance(chosen, Spans) else {}
+    examples: Examples = made(store, own, length, 0, **chosen.options, **more)
     return of_sampler(ExampleSampler([examples], Blend([store.prefix.name], [Stage(0, (1.0,))], 0), BatchSizes(size), size, 0))
 
 

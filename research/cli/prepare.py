@@ -20,18 +20,21 @@ from research import ROOT
 from research.cli.verbs import Parser, count
 from research.cluster.environment import environment
 from research.cluster.limited_process import SINGLE
-from research.data import corpus, corpus_work, documents, random_split, tokenizer, tokenizer_file, tokenizer_ranks
+from research.data import corpus, corpus_work, documents, random_split, special_tokens, tokenizer, tokenizer_file, tokenizer_ranks
 from research.data.conversations import Form, PlainForm
 from research.data.corpus import Options, Prepared
 from research.data.corpus_inputs import Inputs
 from research.data.example_inputs import ExampleInputs
 from research.data.mask_store import MASK_SUM
+from research.data.pair_inputs import WITH_SEPARATOR, PairForm, PairInputs, separator_of
+from research.data.special_tokens import SEPARATOR
 from research.data.text_files import INSTALL, KINDS, Reading
 from research.data.tokenizer_file import CONFIG, FILE, LARGEST, TEMPLATE
 from research.tracking import format as fmt
 from research.tracking.console import Console
 
 FOLDER = "corpora"
+TOKENIZER = "builtin:bpe-8192"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 DESCRIPTION = f"""Turns your own text into token stores for training and the tokenizer beside
 them, in {FOLDER}/NAME of this checkout. Prints the lines for an experiment."""
@@ -45,6 +48,9 @@ DETAILS = f"""what is read:
   with --supervised: .jsonl only, one example a line, either of
     {{"messages": [{{"role": "user", "content": "…"}}, …]}}
     {{"prompt": "…", "response": "…"}}
+  with --pairs: .jsonl only, one pair a line
+    {{"source": "a sentence", "target": "ein Satz"}}
+  or two files of plain text whose lines are translations: train.en train.de
 .parquet and .zst need {INSTALL}
 
 tokenizers:
@@ -53,7 +59,8 @@ tokenizers:
   builtin:gpt2       GPT-2's 50,257 tokens
   builtin:bytes      257 tokens: the 256 bytes and end-of-text
   builtin:chars      the characters of the text and end-of-text
-  +fim +spans +mask  behind one of these names: special tokens in addition,
+  +fim +spans +mask +sep
+                     behind one of these names: special tokens in addition,
                      such as builtin:bpe-8192+fim
   PATH               a tokenizer.json, a transformers folder that holds one, or
                      tiktoken's ranks (.tiktoken)
@@ -66,7 +73,8 @@ examples:
   python -m research prepare notes/ more.jsonl.gz --as mine --split 90,10
   python -m research prepare src/ --as code --tokenizer builtin:bytes
   python -m research prepare chats.jsonl --as chats --supervised
-      --tokenizer runs/smollm2/ID/tokenizer"""
+      --tokenizer runs/smollm2/ID/tokenizer
+  python -m research prepare train.en train.de --as en_de --pairs"""
 LENGTH = 2**31 - 1
 """model_max_length in tokenizer_config.json: the corpus does not limit it."""
 MOST_PER_CORE = 4
@@ -90,6 +98,9 @@ def main(argv: list[str]) -> None:
         if arguments.supervised:
             form = stack.enter_context(form_of(arguments.template, write_tokenizer))
             inputs: Inputs = ExampleInputs(arguments.inputs, Path.cwd(), reading, form)
+        elif arguments.pairs:
+            refuse_missing_separator(arguments.separator, arguments.tokenizer, write_tokenizer)
+            inputs = PairInputs(arguments.inputs, Path.cwd(), reading, PairForm(arguments.separator))
         else:
             inputs = Inputs(arguments.inputs, Path.cwd(), reading)
         make(arguments, inputs, options, write_tokenizer, target, console)
@@ -108,7 +119,9 @@ def make(
         raise Mistake(f"{inside.path} lies in {target}, the folder that is made → name another corpus with --as")
     with corpus_work.opened(target, arguments.replace) as work:
         console.header([("", f"prepare {shown(target)}"), ("input", f"{fmt.plural(len(inputs.files), 'file')}, {size(inputs.file_bytes)}")])
-        if isinstance(inputs, ExampleInputs):
+        if isinstance(inputs, PairInputs):
+            console.header([("pairs", f"source {inputs.form.separator} target")])
+        elif isinstance(inputs, ExampleInputs):
             console.header([("template", inputs.form.name)])
         if left := inputs.left.sentence():
             console.header([("left out", left)])
@@ -119,7 +132,7 @@ def make(
         except KeyboardInterrupt:
             Console(sys.stderr).warn(f"ended by Ctrl-C: {work.path} has what is finished, and {corpus_work.AGAIN}")
             raise
-    report(prepared, target, console)
+    report(prepared, target, console, examples_of(inputs))
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -129,7 +142,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.epilog = DETAILS
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=f"a file ({', '.join(KINDS)}, …) or a folder")
     parser.add_argument("--as", dest="name", required=True, metavar="NAME", help=f"the corpus to make: {FOLDER}/NAME")
-    parser.add_argument("--tokenizer", default="builtin:bpe-8192", help="see below (default: builtin:bpe-8192)")
+    parser.add_argument("--tokenizer", help=f"see below (default: {TOKENIZER}, with --pairs {WITH_SEPARATOR})")
     parser.add_argument(
         "--split", default=random_split.EXAMPLE, metavar="SHARES", help="shares of train, val and test, by document (default: 98,1,1)"
     )
@@ -147,6 +160,8 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="a chat template in jinja, or 'plain' for none (default: that of the tokenizer if it has one, else plain)",
     )
+    parser.add_argument("--pairs", action="store_true", help="sources and targets, such as sentences and their translations")
+    parser.add_argument("--separator", default=SEPARATOR, metavar="TOKEN", help=f"the special token between them (default: {SEPARATOR})")
     parser.add_argument("--replace", action="store_true", help="replace a finished corpus of this name, with all in its folder")
     parser.add_argument("--corpora", help=f"the folder of corpora (default: {FOLDER}, in this checkout)")
     arguments = parser.parse_args(argv)
@@ -156,6 +171,14 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         raise Mistake(f"--workers {arguments.workers} is more than {MOST_PER_CORE} per core, which saves no time → use at most {most}")
     if arguments.template and not arguments.supervised:
         raise Mistake(f"--template {arguments.template} is for conversations → add --supervised, or leave it out")
+    if arguments.supervised and arguments.pairs:
+        raise Mistake("--supervised and --pairs are two kinds of examples → use one of them")
+    if arguments.separator != SEPARATOR and not arguments.pairs:
+        raise Mistake(f"--separator {arguments.separator} is for pairs → add --pairs, or leave it out")
+    if arguments.pairs and arguments.key != "text":
+        raise Mistake(f"--key {arguments.key} is not for pairs, whose keys are source and target → leave it out")
+    if arguments.tokenizer is None:
+        arguments.tokenizer = WITH_SEPARATOR if arguments.pairs else TOKENIZER
     if arguments.supervised and arguments.key != "text":
         raise Mistake(f"--key {arguments.key} is not for conversations, whose keys are messages, or prompt and response → leave it out")
     arguments.corpora = ROOT / FOLDER if arguments.corpora is None else user_path(Path(), arguments.corpora)
@@ -231,6 +254,16 @@ def form_of(template: str | None, write_tokenizer: Callable[[Path], None] | None
         yield TrainingTemplate(source, name, renderer.render_each, special, variables)
 
 
+def refuse_missing_separator(separator: str, name: str, write_tokenizer: Callable[[Path], None] | None) -> None:
+    """Raises a Mistake if the tokenizer that --tokenizer names has no such special token. A built-in one need not be made for that."""
+    if write_tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer(Path(folder))
+            separator_of(tokenizer_file.load(FILE, Path(folder)), separator)
+    elif separator not in special_tokens.parted(name)[1]:
+        raise Mistake(f"--pairs puts {separator} between source and target, which {name} does not have → use {WITH_SEPARATOR}")
+
+
 def read_template(name: str) -> str:
     """The text of the file that --template names."""
     way_out = f"name a file of jinja text, or {PLAIN}"
@@ -250,8 +283,16 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.absolute())
 
 
-def report(prepared: Prepared, target: Path, console: Console) -> None:
-    """What the corpus holds, what was left out of it, and the lines for an experiment."""
+def examples_of(inputs: Inputs) -> str:
+    """What data.examples has to be for a corpus of these inputs; empty: what a user likes."""
+    if isinstance(inputs, PairInputs):
+        separator = inputs.form.separator
+        return "Pairs()" if separator == SEPARATOR else f"Pairs(separator={json.dumps(separator, ensure_ascii=False)})"
+    return 'Supervised(train_on="responses")' if isinstance(inputs, ExampleInputs) else ""
+
+
+def report(prepared: Prepared, target: Path, console: Console, examples: str) -> None:
+    """What the corpus holds, what was left out of it, and the lines for an experiment. `examples`: what `examples_of` says."""
     found, name = prepared.inventory, shown(target)
     counted = [
         (found.empty, "empty document", "left out"),
@@ -262,7 +303,8 @@ def report(prepared: Prepared, target: Path, console: Console) -> None:
     console.header([("tokens", f"{prepared.tokenizer.name} · {prepared.tokenizer.vocab_size:,} in the vocabulary")])
     console.header([("split", prepared.split.line())])
     masked = [MASK_SUM] if MASK_SUM in prepared.counts["train"] else []
-    rows = [["", "documents", "tokens", *["responses"] * len(masked), "bytes", "tokens/byte"]]
+    learned = "targets" if examples.startswith("Pairs") else "responses"
+    rows = [["", "documents", "tokens", *[learned] * len(masked), "bytes", "tokens/byte"]]
     for part, counts in prepared.counts.items():
         ratio = f"{counts['tokens'] / counts['bytes']:.3f}" if counts["bytes"] else "–"
         rows.append([part, *(f"{counts[key]:,}" for key in ("documents", "tokens", *masked, "bytes")), ratio])
@@ -272,5 +314,5 @@ def report(prepared: Prepared, target: Path, console: Console) -> None:
     held_out = next((part for part in ("val", "test") if part in prepared.counts), None)
     values = {"train": f"store:{name}/train", "validation": f"store:{name}/{held_out}", "tokenizer": f"{name}/{FILE}"}
     settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if held_out or key != "validation"]
-    settings += ['examples=Supervised(train_on="responses")'] * len(masked)
+    settings += [f"examples={examples}"] * bool(examples)
     console.lines([*(f"  data.{setting}" for setting in settings), f"  model.vocab_size={prepared.tokenizer.vocab_size}"])

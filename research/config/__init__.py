@@ -1,6 +1,6 @@
 """The settings of an experiment: the classes that a config.py imports."""
 
-from research.config.examples import FillInMiddle, Masked, Spans, Supervised
+from research.config.examples import FillInMiddle, Masked, Pairs, Spans, Supervised
 from research.config.schema import (
     BERT,
     GPT,
@@ -29,6 +29,7 @@ __all__ = [
     "FillInMiddle",
     "Masked",
     "Optimizer",
+    "Pairs",
     "Parallel",
     "Profile",
     "Sample",

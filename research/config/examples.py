@@ -74,6 +74,11 @@ class Spans(ExampleSettings):
             raise ValueError(f"{EXAMPLES}.sentinels = {self.sentinels!r:.60} has no place for a number → write it as <extra_id_{{}}>")
         return self
 
+    @property
+    def confines(self) -> bool:
+        """As in ExampleSettings: the padding of both parts is kept apart."""
+        return True
+
 
 class Masked(ExampleSettings):
     """Windows of the stream in which a share of the tokens is to be predicted, most of them masked (BERT)."""
@@ -98,9 +103,22 @@ class Supervised(ExampleSettings):
         return True
 
 
+class Pairs(ExampleSettings):
+    """Pairs of a source and a target, several in a sample, of which the target is learned: translation, for example."""
+
+    kind: Literal["pairs"] = Field(default="pairs", description="the class of examples")
+    separator: Text = Field(default="<sep>", description="the token between the source and the target in the training text")
+
+    @property
+    def confines(self) -> bool:
+        """As in ExampleSettings."""
+        return True
+
+
 KINDS: dict[str, type[ExampleSettings]] = {
     "fill_in_middle": FillInMiddle,
     "supervised": Supervised,
+    "pairs": Pairs,
     "spans": Spans,
     "masked": Masked,
 }
@@ -109,6 +127,7 @@ KINDS: dict[str, type[ExampleSettings]] = {
 
 MODELS_OF_EXAMPLES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*WORDS, "fill_in_middle", "supervised"), ("gpt",)),
+    "pairs": ("gpt", "t5"),
     "spans": ("t5",),
     "masked": ("bert",),
 }

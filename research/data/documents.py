@@ -6,8 +6,9 @@ from pathlib import Path
 
 from parallel.errors import Mistake, listed, nearest
 from parallel.files import user_path
-from research.data import python_stdlib, text_files
-from research.data.text_files import KINDS, LeftOut, Reading, TextFile
+from research.data import pair_text, python_stdlib, text_files
+from research.data.pair_text import Pair
+from research.data.text_files import KINDS, LINES, LeftOut, Reading, TextFile
 
 BUILTIN = "builtin:"
 STDLIB = f"{BUILTIN}{python_stdlib.NAME}/"
@@ -32,25 +33,43 @@ def label(spec: Spec) -> str:
 
 
 def documents(spec: Spec, root: Path) -> Iterator[str]:
+    """The texts of `documents_and_pairs`, in order. That of a pair has both sides, in lines of their own."""
+    return (one.text if isinstance(one, Pair) else one for one in documents_and_pairs(spec, root))
+
+
+def documents_and_pairs(spec: Spec, root: Path) -> Iterator[str | Pair]:
     """The documents of `builtin:NAME/SPLIT`, of a file or of a folder's files, in order; of several, one after the other.
 
     A relative path starts at `root`.
 
-    A file of plain text is one document; the other kinds hold one per line (blank lines are skipped) or row, under "text". Whatever
-    cannot be read, a corpus without a single character included, is a Mistake that names file and line.
+    A file of plain text is one document; the other kinds hold one per line (blank lines are skipped) or row, under "text". A line with
+    "source" and "target" is a pair. Whatever cannot be read, a corpus without a single character included, is a Mistake that names file
+    and line.
     """
-    characters = 0
+    is_empty = True
     for file in _files(spec, root):
-        parts: list[str] = []
-        for text, is_last in file.fragments(Reading(), LeftOut()):
-            characters += len(text)
-            parts.append(text)
-            if is_last:
-                yield "".join(parts)
-                parts.clear()
-    if not characters:
+        for one in _lines(file) if file.kind == LINES else _texts(file):
+            is_empty = is_empty and not one
+            yield one
+    if is_empty:
         names = label(tuple(str(check_exists(name, root)) for name in each(spec)))
         raise Mistake(f"{names} holds no text → give it {CONTENT}, or use {listed(builtin_names())}")
+
+
+def _lines(file: TextFile) -> Iterator[str | Pair]:
+    reading, left = Reading(), LeftOut()
+    for place, line in file.lines(reading, left):
+        value = text_files.line_value(line, place, reading)
+        yield (pair_text.pair_of if pair_text.is_pair(value) else text_files.text_of)(value, place, reading, left)
+
+
+def _texts(file: TextFile) -> Iterator[str]:
+    parts: list[str] = []
+    for text, is_last in file.fragments(Reading(), LeftOut()):
+        parts.append(text)
+        if is_last:
+            yield "".join(parts)
+            parts.clear()
 
 
 def check_exists(spec: str, root: Path, setting: str = "the corpus") -> Path:

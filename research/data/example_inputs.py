@@ -35,6 +35,11 @@ class ExampleInputs(Inputs):
         """As of Inputs. Files of other kinds are left out of folders; one that is named itself is a Mistake."""
         super().__init__(names, root, reading)
         self.form = form
+        self._keep_lines(names)
+        self.file_bytes = sum(size for _, size, _ in self.states)
+
+    def _keep_lines(self, names: Sequence[str]) -> None:
+        """Leaves out what is no file of JSON lines. A Mistake if the user has named it, or if nothing is left."""
         for file in self.files:
             if file.kind != LINES and file.name in names:
                 raise Mistake(f"{file.path} is no {LINES} file, which examples are read from → write one JSON object a line into a {LINES}")
@@ -45,7 +50,6 @@ class ExampleInputs(Inputs):
             raise Mistake(f"{names[0]} has no {LINES} file: {self.left.sentence()} → name a folder that has one")
         self.files = [file for file, keep in zip(self.files, kept, strict=True) if keep]
         self.states = [state for state, keep in zip(self.states, kept, strict=True) if keep]
-        self.file_bytes = sum(size for _, size, _ in self.states)
 
     def identity(self) -> str:
         """As of Inputs: the form belongs to it."""

@@ -19,6 +19,8 @@ from research.data.tokenizer import Tokenizer
 
 RECIPE = 1
 """Part of the name of kept bins. Raise it whenever the same lengths would give other bins."""
+OPEN = 256
+"""Bins of two lengths that are open at a time."""
 
 
 class Bins(NamedTuple):
@@ -76,6 +78,31 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Bins:
             sizes.append(np.full(number, len(content), np.int64))
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(sizes) if sizes else np.zeros(0, np.int64))])
     return Bins(np.concatenate(items).astype(np.int64) if items else np.zeros(0, np.int64), starts)
+
+
+def best_fit_of_two(firsts: np.ndarray, seconds: np.ndarray, first_capacity: int, second_capacity: int) -> Bins:
+    """Best fit of items with two lengths, such as a source and a target, into bins that have room for each of them.
+
+    firsts: each in [1, first_capacity]; seconds: each in [1, second_capacity]. In their order, the items go into the bin that is then
+    fullest, the shares of both rooms added, or into a new one. At most OPEN bins are open, so the time grows with the number of items only:
+    for a new bin, the fullest one is closed. (Decreasing items would close bins before the small ones come.)
+    """
+    sizes = np.stack([firsts * second_capacity, seconds * first_capacity])  # in shares of the product, as whole numbers
+    capacity = first_capacity * second_capacity
+    rooms, bins = np.zeros((2, OPEN), np.int64), np.zeros(OPEN, np.int64)
+    numbers, count = np.zeros(len(firsts), np.int64), 0
+    for item in range(len(firsts)):
+        left = rooms - sizes[:, item, None]
+        total = np.where(left.min(0) >= 0, left.sum(0), 2 * capacity)
+        place = int(total.argmin())
+        if total[place] == 2 * capacity:  # none has room
+            place = int(rooms.sum(0).argmin())
+            rooms[:, place], bins[place] = capacity, count
+            count += 1
+        rooms[:, place] -= sizes[:, item]
+        numbers[item] = bins[place]
+    items = np.argsort(numbers, kind="stable")
+    return Bins(items, np.searchsorted(numbers[items], np.arange(count + 1)))
 
 
 class Pieces(NamedTuple):

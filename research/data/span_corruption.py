@@ -34,19 +34,34 @@ class SpanPairs(NamedTuple):
 
 
 class SpanExamples:
-    """Sample i is made from the window tokens[i*n : i*n + n], where n is the longest whose source fits into seq_length.
+    """Sample i is made from the window tokens[i*n : i*n + n], where n is the longest whose source fits into source_length.
 
     It begins with tokens that are kept; then spans and kept tokens take turns. Every division of the replaced tokens into spans, and of the
     others into the runs between them, is as likely, none of them empty, as in T5's `random_spans_noise_mask`.
     """
 
-    confines = False
+    confines = True
 
     def __init__(
-        self, store: TokenStore, tokenizer: Tokenizer, seq_length: int, seed: int, *, rate: float, mean_length: float, sentinels: str
+        self,
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        seq_length: int,
+        seed: int,
+        *,
+        source_length: int,
+        rate: float,
+        mean_length: float,
+        sentinels: str,
     ) -> None:
         self.store, self.seed, self.end_of_text = store, seed, tokenizer.end_of_text
-        self.lengths = lengths_of(seq_length, rate, mean_length)
+        self.source_length, self.seq_length = source_length, seq_length
+        self.lengths = lengths_of(source_length, rate, mean_length)
+        if self.lengths.target > seq_length:
+            raise Mistake(
+                f"the target of a source of model.source_length = {source_length} tokens has {self.lengths.target}, more than "
+                f"model.seq_length = {seq_length} → use model.seq_length {self.lengths.target}, or a shorter source"
+            )
         names = [sentinels.replace("{}", str(number)) for number in range(self.lengths.spans)]
         found = [tokenizer.backend.token_to_id(name) for name in names]
         missing = next(
@@ -54,8 +69,8 @@ class SpanExamples:
         )
         if missing:
             raise Mistake(
-                f"a sample of {seq_length} tokens has {self.lengths.spans} spans, and the tokenizer {tokenizer.name} has no special token "
-                f"{missing!r:.60} → use one that is made with it, such as builtin:bpe-8192+spans, longer spans or a shorter sequence"
+                f"a source of {source_length} tokens has {self.lengths.spans} spans, and the tokenizer {tokenizer.name} has no special "
+                f"token {missing!r:.60} → use one that is made with it, such as builtin:bpe-8192+spans, longer spans or a shorter sequence"
             )
         self.sentinels = np.array(found, np.int64)
         self.size = whole_windows(store, self.lengths.tokens)
@@ -79,12 +94,13 @@ class SpanExamples:
         return SpanPairs(taken(~is_noise), taken(is_noise))
 
     def rows(self, numbers: np.ndarray, epochs: np.ndarray) -> Rows:
-        """As in Examples: [source | end-of-text and the target without its last token], of which the targets of the second part count."""
+        """As in Examples: [source | end-of-text and the target without its last token], each part filled up with padding in segment −1."""
         source, target = self.pairs(numbers, epochs)
         shifted = np.roll(target, 1, axis=1)  # every target ends in end-of-text, with which the decoder begins
-        counts = np.zeros((len(source), source.shape[1] + target.shape[1]), bool)
-        counts[:, source.shape[1] :] = True
-        return Rows(np.concatenate([source, shifted], 1), np.concatenate([np.zeros_like(source), target], 1), counts)
+        widths = (self.source_length, self.seq_length)
+        ids = [_filled(part, width, self.end_of_text) for part, width in zip((source, shifted), widths, strict=True)]
+        segments = [_filled(np.zeros_like(part), width, -1) for part, width in zip((source, shifted), widths, strict=True)]
+        return Rows(np.concatenate(ids, 1), _filled(target, self.seq_length, 0), segments[1] == 0, np.concatenate(segments, 1))
 
     def counted(self, numbers: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """As in Examples: the target."""
@@ -103,6 +119,11 @@ class SpanExamples:
         changes = np.zeros((len(numbers), self.lengths.tokens), bool)
         np.put_along_axis(changes, borders, True, 1)
         return np.cumsum(changes, axis=1) % 2 == 1
+
+
+def _filled(part: np.ndarray, width: int, value: int) -> np.ndarray:
+    """'b width': the part, and `value` behind it."""
+    return np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=value)
 
 
 def _divided(words: np.ndarray, items: int, runs: int) -> np.ndarray:
@@ -124,7 +145,7 @@ def lengths_of(source: int, rate: float, mean_length: float) -> SpanLengths:
         return SpanLengths(tokens, noise, spans, tokens - noise + spans + 1, noise + spans + 1)
 
     if source < of(2).source:
-        raise Mistake(f"model.seq_length = {source} has no room for a span, its sentinel and end-of-text → use {of(2).source} or more")
+        raise Mistake(f"model.source_length = {source} has no room for a span, its sentinel and end-of-text → use {of(2).source} or more")
     low, high = 2, 3
     while of(high).source <= source:
         low, high = high, 2 * high

@@ -12,7 +12,9 @@ FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 SPANS = tuple(f"<extra_id_{number}>" for number in range(100))
 """The names of T5 (arXiv:1910.10683)."""
 MASK = ("<mask>",)
-SETS = {"fim": FIM, "spans": SPANS, "mask": MASK}
+SEPARATOR = "<sep>"
+"""Between the source and the target of a pair."""
+SETS = {"fim": FIM, "spans": SPANS, "mask": MASK, "sep": (SEPARATOR,)}
 
 
 def parted(name: str) -> tuple[str, tuple[str, ...]]:

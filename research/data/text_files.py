@@ -114,6 +114,10 @@ class TextFile:
 
     def lines(self, reading: Reading, left: LeftOut, advance: Advance = lambda n: None) -> Iterator[tuple[str, str]]:
         """(place, line) of each line of JSON that is not blank; the place is 'FILE, line 3'. Otherwise as `fragments`."""
+        return ((place, line) for place, line in self.all_lines(reading, left, advance) if line.strip())
+
+    def all_lines(self, reading: Reading, left: LeftOut, advance: Advance = lambda n: None) -> Iterator[tuple[str, str]]:
+        """(place, line) of each line, without its line end."""
         with self.readable(), open_regular(self.path) as raw, _decompressed(raw, self.compression) as file:
             found = ((line, raw.tell()) for line in _placed_lines(file, str(self.path), reading, left))
             yield from _advancing(found, os.fstat(raw.fileno()).st_size, advance)
@@ -206,11 +210,12 @@ def _plain(file: Any, where: str, reading: Reading, left: LeftOut) -> Iterator[F
 def _lines(file: Any, where: str, reading: Reading, left: LeftOut) -> Iterator[Fragment]:
     """One document for each line that is not blank."""
     for place, line in _placed_lines(file, where, reading, left):
-        yield Fragment(_text(line, place, reading, left), True)
+        if line.strip():
+            yield Fragment(text_of(line_value(line, place, reading), place, reading, left), True)
 
 
 def _placed_lines(file: Any, where: str, reading: Reading, left: LeftOut) -> Iterator[tuple[str, str]]:
-    """(place, line) of each line that is not blank."""
+    """(place, line) of each line."""
     number = 0
     while raw := file.readline(LONGEST_LINE + 1):
         number += 1
@@ -219,15 +224,17 @@ def _placed_lines(file: Any, where: str, reading: Reading, left: LeftOut) -> Ite
             raise Mistake(f"{where}, line {number} has {most}, and a line of JSON is read whole → write this document as a .txt file")
         if reading.replace and not raw.startswith(UTF16_MARKS):
             raw = _valid(raw, where, reading, left).encode()
-        place, line = decoded_line(raw, number, where)
-        if line.strip():
-            yield place, line
+        yield decoded_line(raw, number, where)
 
 
-def _text(line: str, place: str, reading: Reading, left: LeftOut) -> str:
-    """The text of one JSON line; empty for null."""
+def line_value(line: str, place: str, reading: Reading) -> Any:
+    """What one JSON line holds."""
+    return json_value(line, place, f"one object such as {json.dumps({reading.key: 'one document'})} a line")
+
+
+def text_of(value: Any, place: str, reading: Reading, left: LeftOut) -> str:
+    """The text in what a JSON line holds; empty for null."""
     key, example = reading.key, json.dumps({reading.key: "one document"})
-    value = json_value(line, place, f"one object such as {example} a line")
     if not isinstance(value, dict):
         raise Mistake(f"{place} has no {json.dumps(key)} → write one object such as {example} a line")
     if key not in value:
@@ -254,7 +261,9 @@ def _no_key(place: str, key: str, names: list[str], what: str) -> Mistake:
     """The Mistake for a line or file that lacks the key; with `data.train` there is no --key, and the text has to be under "text"."""
     there = f"its {what}s are {listed_up_to((repr(name)[:40] for name in names), MOST_NAMES)}" if names else f"it has no {what}"
     example = f"one object such as {json.dumps({key: 'one document'})} a line"
-    return Mistake(f"{place} has no {json.dumps(key)}: {there} → name the {what} of the text: prepare --key NAME, or write {example}")
+    pairs = ' (of pairs "source" and "target": prepare --pairs)' if what == "key" else ""
+    way_out = f"name the {what} of the text: prepare --key NAME, or write {example}{pairs}"
+    return Mistake(f"{place} has no {json.dumps(key)}: {there} → {way_out}")
 
 
 @contextlib.contextmanager

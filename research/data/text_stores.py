@@ -3,18 +3,23 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from parallel.errors import Mistake
 from parallel.files import locked, megabytes, user_path
-from research.data import documents, stores, token_store
+from research.data import documents, pair_inputs, stores, token_store
 from research.data.documents import Spec, label
+from research.data.pair_text import Pair
 from research.data.records import LONG, Advance, Cache, silent
+from research.data.rendered_text import ExampleEncoder
+from research.data.special_tokens import SEPARATOR
 from research.data.token_store import TokenStore
 from research.data.tokenizer import Tokenizer
 
@@ -22,6 +27,8 @@ RECIPE = 1
 """Part of every store's name. Raise it whenever the same text would give other tokens."""
 GROUP = 1 << 22
 """Characters tokenized at a time: enough for all cores, little enough for any memory."""
+AT_ONCE = 4096
+"""Pairs tokenized at a time."""
 
 
 @contextlib.contextmanager
@@ -57,7 +64,7 @@ def opened(spec: Spec, root: Path, tokenizer: Tokenizer, cache: Cache) -> TokenS
         if (store := _cached(prefix, spec, cache)) is None:
             facts = {"source": label(spec), "source_sha256": digest, "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.fingerprint}
             with cache.progress(f"tokenizing {label(spec)}") as advance:
-                encoded = _encoded(documents.documents(spec, root), tokenizer, advance)
+                encoded = _encoded(documents.documents_and_pairs(spec, root), tokenizer, advance)
                 token_store.write(prefix, encoded, tokenizer.vocab_size, facts)
     return store or TokenStore(prefix)
 
@@ -88,8 +95,15 @@ def text_digest(spec: Spec, root: Path, cache: Cache) -> str:
     return str(cache.remembered("text", paths, f"hashing {label(spec)}", find)["sha256"])
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer, advance: Advance) -> Iterator[tuple[np.ndarray, int]]:
-    """Each text's ids, end-of-text last, and its UTF-8 bytes. Works on GROUP characters at a time, however long a text is."""
+def _encoded(found: Iterable[str | Pair], tokenizer: Tokenizer, advance: Advance) -> Iterator[tuple[np.ndarray, int]]:
+    """Each document's ids, end-of-text last, and its UTF-8 bytes, with the letters of its separator."""
+    for kind, some in itertools.groupby(found, key=type):
+        encoded: Any = _encoded_pairs if kind is Pair else _encoded_texts
+        yield from encoded(some, tokenizer, advance)
+
+
+def _encoded_texts(texts: Iterable[str], tokenizer: Tokenizer, advance: Advance) -> Iterator[tuple[np.ndarray, int]]:
+    """Works on GROUP characters at a time, however long a text is."""
     ids, num_bytes = [], 0
     for group in _groups(texts, tokenizer):
         encoded = tokenizer.encode_arrays([piece for piece, _ in group])
@@ -100,6 +114,16 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer, advance: Advance) -> It
                 yield np.concatenate([*ids, [tokenizer.end_of_text]]), num_bytes
                 ids, num_bytes = [], 0
         advance(sum(len(piece) for piece, _ in group))
+
+
+def _encoded_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, advance: Advance) -> Iterator[tuple[np.ndarray, int]]:
+    """The documents of pairs, as `prepare --pairs` makes them. Works on AT_ONCE pairs at a time."""
+    pair_inputs.separator_of(tokenizer)
+    encoder, pairs = ExampleEncoder(tokenizer), iter(pairs)
+    while group := [pair_inputs.rendered(pair, SEPARATOR) for pair in itertools.islice(pairs, AT_ONCE)]:
+        for text, (ids, _) in zip(group, encoder.encode_arrays(group), strict=True):
+            yield ids, len(text.text.encode("utf-8"))
+        advance(sum(len(text.text) for text in group))
 
 
 def _groups(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[str, bool]]]:

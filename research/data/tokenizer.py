@@ -5,7 +5,7 @@ builtin:gpt2     GPT-2's own byte-level BPE; encodes every text
 builtin:bytes    UTF-8 bytes: id = byte, 256 is end-of-text; encodes every text
 builtin:chars    the characters of the training text, sorted, then end-of-text; another character in a text is a Mistake
 
-Behind each of these names, +fim, +spans and +mask add special tokens (special_tokens.py).
+Behind each of these names, +fim, +spans, +mask and +sep add special tokens (special_tokens.py).
 """
 
 import contextlib

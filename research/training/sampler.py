@@ -20,6 +20,7 @@ from research.data.fill_in_middle import FillInMiddleExamples
 from research.data.held_out import HeldOutSamples, held_out_samples
 from research.data.masked_lm import MaskedExamples
 from research.data.packing import PackedDocuments
+from research.data.pairs import JoinedPairs, PairExamples
 from research.data.prepare import Corpus, HeldOut, held_out_texts
 from research.data.sources import stages, training_texts
 from research.data.span_corruption import SpanExamples
@@ -31,15 +32,18 @@ CLASSES: dict[str, type[Examples]] = {
     PACKED: PackedDocuments,
     "fill_in_middle": FillInMiddleExamples,
     "masked": MaskedExamples,
+    "pairs": JoinedPairs,
     "spans": SpanExamples,
     "supervised": SupervisedExamples,
 }
 """The word, or the `kind` of the object, in data.examples -> its class."""
+CLASSES_OF_T5: dict[str, type[Examples]] = {**CLASSES, "pairs": PairExamples}
+"""The same for a model with an encoder and a decoder."""
 SEGMENTS = ("segments",)
 """What travels through the model beside x if attention is confined: models.segments.SEGMENTS, without torch."""
 TOKEN_TYPES = ("token_types",)
 """What travels through a BERT beside x if its samples are two sentences."""
-PREDICTED_SAMPLES = ("masked", "spans")
+PREDICTED_SAMPLES = ("masked", "spans", "pairs")
 """Kinds of samples whose like a validation predicts. With the others it predicts a text token by token, so that all GPTs compare."""
 
 
@@ -57,7 +61,8 @@ def examples_class(experiment: Experiment, variants: Mapping[str, Any]) -> type[
     examples = experiment.data.examples
     if examples == STREAM:
         return None
-    return chosen(EXAMPLES, examples if isinstance(examples, str) else examples.kind, CLASSES, variants)
+    classes = CLASSES_OF_T5 if isinstance(experiment.model, T5) else CLASSES
+    return chosen(EXAMPLES, examples if isinstance(examples, str) else examples.kind, classes, variants)
 
 
 def context_of(experiment: Experiment, variants: Mapping[str, Any]) -> tuple[str, ...]:

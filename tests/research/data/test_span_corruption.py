@@ -27,9 +27,9 @@ def store(own, tmp_path_factory):
     return TokenStore(prefix)
 
 
-def examples_of(store, own, seq_length=100, seed=1, **changes):
+def examples_of(store, own, source_length=100, seed=1, seq_length=400, **changes):
     chosen = Spans(**{"rate": 0.15, "mean_length": 3.0} | changes).model_dump(exclude={"kind"})
-    return SpanExamples(store, own, seq_length, seed, **chosen)
+    return SpanExamples(store, own, seq_length, seed, source_length=source_length, **chosen)
 
 
 def t5_lengths(inputs_length, density, mean):
@@ -66,7 +66,7 @@ def test_undoing_the_corruption_gives_the_tokens_back(length, rate, mean, epoch,
     spans = lengths_of(length, rate, mean).spans
     if spans > len(special_tokens.SPANS):
         return
-    one = examples_of(store, own, length, seed, rate=rate, mean_length=mean)
+    one = examples_of(store, own, length, seed, seq_length=4000, rate=rate, mean_length=mean)
     numbers = np.arange(min(one.size, 4))
     source, target = one.pairs(numbers, np.full(len(numbers), epoch))
     assert source.shape[1] == one.lengths.source <= length and target.shape[1] == one.lengths.target
@@ -98,10 +98,16 @@ def test_every_division_is_as_likely():
 def test_rows_are_the_source_and_the_shifted_target(store, own):
     one, numbers = examples_of(store, own), np.arange(10)
     source, target = one.pairs(numbers, numbers * 0)
-    ids, targets, counts, *_ = one.rows(numbers, numbers * 0)
-    assert (ids[:, :100] == source).all() and (ids[:, 100] == own.end_of_text).all() and (ids[:, 101:] == target[:, :-1]).all()
-    assert (targets[:, 100:] == target).all() and (counts.sum(1) == one.counted(numbers, numbers)).all()
-    assert counts[:, 100:].all() and not counts[:, :100].any()
+    s, t = source.shape[1], target.shape[1]
+    ids, targets, counts, segments = one.rows(numbers, numbers * 0)[:4]
+    assert ids.shape == segments.shape == (10, 500) and targets.shape == counts.shape == (10, 400) and s == 100 and t == one.lengths.target
+    assert (ids[:, :s] == source).all() and (ids[:, 100] == own.end_of_text).all() and (ids[:, 101 : 100 + t] == target[:, :-1]).all()
+    assert (targets[:, :t] == target).all() and (counts.sum(1) == one.counted(numbers, numbers)).all()
+    assert counts[:, :t].all() and not counts[:, t:].any()
+    assert not segments[:, : 100 + t].any() and (segments[:, 100 + t :] == -1).all()
+    wide = examples_of(store, own, 8, seq_length=9, rate=0.53, mean_length=1)  # by T5's arithmetic no source has 8 tokens
+    ids, segments = wide.rows(numbers, numbers * 0)[:4:3]
+    assert wide.lengths[3:] == (7, 8) and (segments == [*[0] * 7, -1, *[0] * 8, -1]).all() and (ids[:, 8] == own.end_of_text).all()
     other = one.pairs(numbers, numbers * 0 + 1).source
     assert (other != source).any(1).all()
     mixed = examples_of(store, own).pairs(np.concatenate([numbers[::-1], numbers]), np.repeat([1, 0], 10)).source
@@ -109,8 +115,13 @@ def test_rows_are_the_source_and_the_shifted_target(store, own):
 
 
 def test_mistakes(store, own):
-    assert "has no room for a span" in sentence(lambda: examples_of(store, own, 2))
-    assert "and the tokenizer builtin:bytes+spans has no special token '<extra_id_100>'" in sentence(lambda: examples_of(store, own, 2500))
+    assert "model.source_length = 2 has no room for a span" in sentence(lambda: examples_of(store, own, 2))
+    text = "a source of model.source_length = 100 tokens has 22, more than model.seq_length = 21 → use model.seq_length 22"
+    assert text in sentence(lambda: examples_of(store, own, seq_length=21))
+    assert examples_of(store, own, seq_length=22).rows(np.arange(2), np.arange(2)).targets.shape == (2, 22)
+    assert "and the tokenizer builtin:bytes+spans has no special token '<extra_id_100>'" in sentence(
+        lambda: examples_of(store, own, 2500, seq_length=600)
+    )
     assert "no special token '<x0>'" in sentence(lambda: examples_of(store, own, sentinels="<x{}>"))
     assert "has no place for a number → write it as <extra_id_{}>" in sentence(lambda: examples_of(store, own, sentinels="<x>"))
     assert "rate = 0 does not work" in sentence(lambda: examples_of(store, own, rate=0))
