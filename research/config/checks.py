@@ -6,10 +6,10 @@ Every refusal is a Mistake: one sentence with both numbers and what would work.
 import math
 
 from models.config import VARIANT
-from models.encoder_config import T5, AnyModel
+from models.encoder_config import BERT, T5, AnyModel
 from parallel.errors import Mistake, listed
 from research.cluster.environment import RANKS_OPTION, Ranks
-from research.config.examples import MODELS_OF_EXAMPLES, STREAM, describe_examples, kinds_for
+from research.config.examples import MODELS_OF_EXAMPLES, STREAM, Masked, describe_examples, kinds_for
 from research.config.layout import batch_sizes, sequence_lengths
 from research.config.schema import MODELS, Experiment
 
@@ -54,6 +54,12 @@ def _check_kind(experiment: Experiment) -> None:
         names = listed(f"a {MODELS[kind].__name__}" for kind in kinds)
         fitting = listed(kind for kind, models in MODELS_OF_EXAMPLES.items() if experiment.model.kind in models)
         raise Mistake(f"data.examples = {shown} are samples for {names}, and the model is a {own} → use {fitting} (docs/samples.md)")
+    has_head = isinstance(experiment.model, BERT) and experiment.model.sentence_head
+    if isinstance(examples, Masked) and examples.sentence_order != has_head:
+        raise Mistake(
+            f"model.sentence_head = {has_head} does not fit data.examples = Masked(…, sentence_order={examples.sentence_order}) → set both "
+            "to True, or both to False"
+        )
     if experiment.model.kind != "gpt" and experiment.sample.every:
         raise Mistake(f"sample.every = {experiment.sample.every} lets the model write texts, which a {own} cannot do → use sample.every 0")
     if experiment.model.kind != "gpt" and experiment.evaluate.every:

@@ -81,6 +81,9 @@ class Masked(ExampleSettings):
     kind: Literal["masked"] = Field(default="masked", description="the class of examples")
     rate: float = Field(gt=0, lt=1, description="share of the tokens that are predicted; BERT: 0.15")
     mask: Text = Field(default="<mask>", description="the token that masks; it stands for 80 % of them, another one for 10 %")
+    sentence_order: bool = Field(
+        default=False, description="each sample is two sentences, half of the samples in the wrong order, for a model with sentence_head"
+    )
 
 
 class Supervised(ExampleSettings):

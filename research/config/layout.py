@@ -5,6 +5,7 @@ Imports no torch.
 
 from dataclasses import dataclass
 
+from models.encoder_config import T5, AnyModel
 from parallel.engines.deepspeed_config import EngineSettings
 from research.config.batch_sizes import BatchSizes
 from research.config.schema import Experiment, Parallel, Schedule
@@ -23,7 +24,7 @@ class Layout:
     micro_batches: int
     """Micro-batches that a data rank accumulates before an optimizer step with schedule.batch_size sequences."""
     tokens_per_step: int
-    """Of a step with schedule.batch_size sequences of model.seq_length tokens."""
+    """Of a step with schedule.batch_size sequences of full length."""
     batch_sizes: BatchSizes
     """The sequences of each step."""
     sequence_lengths: SequenceLengths
@@ -49,10 +50,15 @@ def layout(experiment: Experiment, world: int) -> Layout:
         world=world,
         zero_stage=effective_zero_stage(parallel),
         micro_batches=schedule.batch_size // (schedule.micro_batch_size * data),
-        tokens_per_step=schedule.batch_size * experiment.model.seq_length,
+        tokens_per_step=schedule.batch_size * sample_length(experiment.model),
         batch_sizes=batch_sizes(schedule),
         sequence_lengths=sequence_lengths(experiment),
     )
+
+
+def sample_length(model: AnyModel) -> int:
+    """The tokens of a sample: for a T5 those of its source and of its target."""
+    return model.seq_length + (model.source_length if isinstance(model, T5) else 0)
 
 
 def batch_sizes(schedule: Schedule) -> BatchSizes:
@@ -62,7 +68,7 @@ def batch_sizes(schedule: Schedule) -> BatchSizes:
 
 def sequence_lengths(experiment: Experiment) -> SequenceLengths:
     """The tokens of each sequence."""
-    return SequenceLengths(experiment.model.seq_length, batch_sizes(experiment.schedule), experiment.schedule.length_ramp)
+    return SequenceLengths(sample_length(experiment.model), batch_sizes(experiment.schedule), experiment.schedule.length_ramp)
 
 
 def effective_zero_stage(parallel: Parallel) -> int:

@@ -18,7 +18,7 @@ from research.data.token_store import TokenStore
 
 
 class Batch(NamedTuple):
-    """One pass of one data rank. `targets` are `ids` one token later.
+    """One pass of one data rank. `targets` are `ids` one token later, or what the class of the samples says (examples.py).
 
     The loss of a pass is Σ weights · loss; averaged over a step's passes and data ranks it is the mean over the tokens
     of the step's whole batch.
@@ -29,16 +29,24 @@ class Batch(NamedTuple):
     weights: np.ndarray  # b s, float32
     samples: np.ndarray  # b, int64: the run's sample numbers, counted over epochs
     segments: np.ndarray | None = None  # b s, int64: equal numbers attend to each other; None: attention is not confined
+    token_types: np.ndarray | None = None  # b s, int64: 0 or 1, the first or the second sentence; None: all 0
+    sentences: np.ndarray | None = None  # b, int64: what the sentence head is to say; None: there is none
 
     @property
-    def labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """What models.gpt.TokenLoss takes beside the logits."""
-        return self.targets, self.weights
+    def labels(self) -> tuple[np.ndarray, ...]:
+        """What models.gpt.TokenLoss takes beside the logits; with `sentences`, what models.bert.PretrainingLoss takes.
+
+        Every pass of a step has as many samples, so each weighs 1/b of the pass's mean over sentences.
+        """
+        if self.sentences is None:
+            return self.targets, self.weights
+        return self.targets, self.weights, self.sentences, np.full(len(self.sentences), 1 / len(self.sentences), np.float32)
 
     @property
     def context(self) -> dict[str, np.ndarray]:
         """What layers may read beside x, by name."""
-        return {"samples": self.samples} | ({} if self.segments is None else {"segments": self.segments})
+        beside = {"segments": self.segments, "token_types": self.token_types}
+        return {"samples": self.samples} | {name: array for name, array in beside.items() if array is not None}
 
 
 def num_samples(store: TokenStore, seq_length: int) -> int:

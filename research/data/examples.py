@@ -17,12 +17,17 @@ from research.data.token_store import TokenStore
 
 
 class Rows(NamedTuple):
-    """Samples as a model takes them, and what the loss counts."""
+    """Samples as a model takes them, and what the loss counts.
+
+    For an encoder and a decoder, ids and segments are 'b (s + t)', a source and behind it what the decoder reads; targets are 'b t'.
+    """
 
     ids: np.ndarray  # b s, int64
     targets: np.ndarray  # b s, int64
     counts: np.ndarray | None = None  # b s, bool: whether the loss of the target counts; None: of all
     segments: np.ndarray | None = None  # b s, int64: equal numbers attend to each other; None: attention is not confined
+    token_types: np.ndarray | None = None  # b s, int64: 0 or 1, the first or the second sentence; None: all 0
+    sentences: np.ndarray | None = None  # b, int64: what the sentence head is to say; None: there is none
 
 
 class Examples(Protocol):
@@ -66,7 +71,7 @@ class ExampleSampler:
         for samples in numbers:
             rows = self._rows(self.order.consecutive(samples))
             weights = np.full(rows.targets.shape, weight, np.float32) if rows.counts is None else rows.counts * weight
-            yield Batch(rows.ids, rows.targets, weights, samples, rows.segments)
+            yield Batch(rows.ids, rows.targets, weights, samples, rows.segments, rows.token_types, rows.sentences)
 
     def mask_sum(self, step: int) -> int:
         """As in Sampler."""
@@ -109,19 +114,19 @@ class ExampleSampler:
             for source in np.unique(located.sources).tolist()
             if (here := located.sources == source).any()
         }
-        ids, targets, counts, segments = (
+        ids, targets, *others = (
             _together(located.sources, {source: rows[i] for source, rows in parts.items()}) for i in range(len(Rows._fields))
         )
         assert ids is not None and targets is not None
-        return Rows(ids, targets, counts, segments)
+        return Rows(ids, targets, *others)
 
 
 def _together(sources: np.ndarray, parts: dict[int, np.ndarray | None]) -> np.ndarray | None:
-    """'b s': the rows of several sources in the order of the samples. Where some sources count everything, their part is None."""
+    """'b …': the rows of several sources in the order of the samples. Where some sources count everything, their part is None."""
     there = [part for part in parts.values() if part is not None]
     if not there:
         return None
-    found = np.ones((len(sources), there[0].shape[1]), there[0].dtype)
+    found = np.ones((len(sources), *there[0].shape[1:]), there[0].dtype)
     for source, part in parts.items():
         if part is not None:
             found[sources == source] = part

@@ -15,17 +15,34 @@ LAST = np.uint32(2**31)
 """The key of what is drawn only if nothing else is left."""
 
 
+SENTENCES = 0x53656E74
+"""Makes the draws of sentence order independent of the masks of the same sample."""
+
+
 class MaskedExamples:
     """Sample i is the window tokens[i*s : i*s + s]. The targets are these tokens; those that were drawn count.
 
     In each sample the same number of tokens is drawn, `rate` times the sequence's, rounded, and at least one. No end-of-text is drawn as
     long as there are enough other tokens.
+
+    With `sentence_order`, a sample is two sentences, the halves of its window (token types 0 and 1), and every second sample on average
+    has them in the wrong order, which its sentence label tells: 0 for the right order, 1 for the wrong one (arXiv:1909.11942, section 3.1).
     """
 
     confines = False
 
-    def __init__(self, store: TokenStore, tokenizer: Tokenizer, seq_length: int, seed: int, *, rate: float, mask: str) -> None:
-        self.store, self.seq_length, self.seed = store, seq_length, seed
+    def __init__(
+        self,
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        seq_length: int,
+        seed: int,
+        *,
+        rate: float,
+        mask: str,
+        sentence_order: bool = False,
+    ) -> None:
+        self.store, self.seq_length, self.seed, self.sentence_order = store, seq_length, seed, sentence_order
         self.vocab_size, self.end_of_text = tokenizer.vocab_size, tokenizer.end_of_text
         number = tokenizer.backend.token_to_id(mask)
         if number is None or number in tokenizer.encode(mask):
@@ -42,6 +59,12 @@ class MaskedExamples:
         """As in Examples, but for the targets: they are the tokens at the same places."""
         s = self.seq_length
         targets = np.stack([self.store.tokens[number * s : (number + 1) * s] for number in numbers.tolist()]).astype(np.int64)
+        token_types = sentences = None
+        if self.sentence_order:
+            sentences = (random_keys(self.seed ^ SENTENCES, epochs, numbers, count=1)[:, 0] & 1).astype(np.int64)
+            targets[sentences == 1] = np.roll(targets[sentences == 1], s // 2, axis=1)
+            begins = np.where(sentences == 1, s // 2, s - s // 2)  # of the second sentence
+            token_types = (np.arange(s) >= begins[:, None]).astype(np.int64)
         keys = random_keys(self.seed, epochs, numbers, count=s + 2 * self.drawn)
         order, how, others = np.split(keys, [s, s + self.drawn], axis=1)
         order = np.where(targets == self.end_of_text, LAST, order >> 1)
@@ -51,7 +74,7 @@ class MaskedExamples:
         ids, counts = targets.copy(), np.zeros(targets.shape, bool)
         np.put_along_axis(ids, places, replaced, 1)
         np.put_along_axis(counts, places, True, 1)
-        return Rows(ids, targets, counts)
+        return Rows(ids, targets, counts, None, token_types, sentences)
 
     def counted(self, numbers: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """As in Examples."""

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch.distributed import ProcessGroup
 
+from models.bert import PretrainingLoss
 from models.config import chosen
+from models.encoder_config import BERT, AnyModel
 from models.gpt import TokenLoss
 from parallel.engines.engine import Loss
 from parallel.engines.optimizer_state import state_names_of
@@ -23,14 +25,27 @@ OPTIMIZER_CLASSES: dict[str, type | None] = {OPTIMIZERS[0]: None}
 
 
 def training_loss(experiment: Experiment, group: ProcessGroup | None, variants: Mapping[str, Any]) -> Loss:
-    """The loss that training minimises. A class of variant.py has the constructor and the call of models.gpt.TokenLoss."""
+    """The loss that training minimises. A class of variant.py has the constructor and the call of models.gpt.TokenLoss.
+
+    With a sentence head, cross entropy is that of the tokens and that of the sentences.
+    """
     make = chosen("loss", experiment.loss, LOSS_CLASSES, variants)
+    if make is TokenLoss and has_sentence_head(experiment.model):
+        make = PretrainingLoss
     return make(experiment.model.vocab_size, experiment.optimizer.label_smoothing, group)
 
 
 def held_out_loss(experiment: Experiment, group: ProcessGroup | None) -> Loss:
-    """The loss of a validation: the plain cross entropy, whatever training minimises, so that bits per byte can be compared."""
-    return TokenLoss(experiment.model.vocab_size, 0.0, group)
+    """The loss of a validation: the plain cross entropy of tokens, whatever training minimises, so that bits per byte can be compared."""
+    loss = TokenLoss(experiment.model.vocab_size, 0.0, group)
+    if not has_sentence_head(experiment.model):
+        return loss
+    return lambda logits, labels: loss(logits[0], labels[:2])
+
+
+def has_sentence_head(model: AnyModel) -> bool:
+    """Whether the model returns a tuple: logits of tokens, and of sentences."""
+    return isinstance(model, BERT) and model.sentence_head
 
 
 def optimizer_class(experiment: Experiment, variants: Mapping[str, Any]) -> type | None:

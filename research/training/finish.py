@@ -12,6 +12,7 @@ from parallel.errors import Mistake
 from parallel.grid import Grid
 from research.cluster.environment import activate_command
 from research.config import Experiment
+from research.config.abilities import ABILITIES
 from research.data.tokenizer import Tokenizer
 from research.generation.generator import GeneratedText, TextGenerator
 from research.generation.restore import DecoderSpec
@@ -44,7 +45,8 @@ def finish(run: Run, checkpointer: Checkpointer) -> None:
     schedule, best = run.job.experiment.schedule, checkpointer.periodic.best
     skipped, picture, memory = run.engine.skipped_steps, run.folder.loss_png.name, run.meter.memory_row()
     run.console.done(run.step, schedule.steps, run.meter.seconds(), best, skipped, picture, memory)
-    if not (run.stop.signal or run.stop.trouble):  # a run that was asked to end does not start anything new
+    ended = run.stop.signal or run.stop.trouble  # a run that was asked to end does not start anything new
+    if isinstance(run.job.experiment.model, GPT) and not ended:
         show_sample(run)
 
 
@@ -88,6 +90,7 @@ def show_next_commands(run: Run) -> None:
     """Shows what to type next: only commands that have something to work on."""
     folder, prompt = run.folder.shown, shlex.quote(first_words(run.corpus))
     saved, tracked = newest_complete(run.folder.checkpoints), wandb_record.files_of(run.folder)
-    generate = [f"python -m research generate {folder} --prompt {prompt}"] if saved else []
+    writes = run.job.experiment.model.kind in ABILITIES["generate"]
+    generate = [f"python -m research generate {folder} --prompt {prompt}"] if saved and writes else []
     dashboard = [f"wandb leet {folder}/wandb"] if tracked else []
     run.console.next([*generate, *dashboard, "python -m research runs"], first=activate_command())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.encoder_config import T5
 from models.estimates.parameters import parameters, parameters_on_rank
 from parallel.engines.deepspeed_config import derive
 from parallel.errors import Mistake
@@ -179,11 +180,17 @@ def layout_line(experiment: Experiment, layout: Layout) -> str:
 
 
 def model_line(experiment: Experiment, layout: Layout) -> str:
-    """'gpt 4 layers, hidden 192, 6 heads · 3.4 M parameters (1.7 M on each rank)'; '6 heads of 48' if that is not 192 / 6."""
+    """'gpt 4 layers, hidden 192, 6 heads · 3.4 M parameters (1.7 M on each rank)'; '6 heads of 48' if that is not 192 / 6.
+
+    't5 4 + 4 layers' for an encoder's and a decoder's.
+    """
     model = experiment.model
     heads = plural(model.num_heads, "head") + (f" ({model.num_kv_heads} kv)" if model.num_kv_heads != model.num_heads else "")
     heads += f" of {model.head_size}" if model.num_heads * model.head_size != model.hidden_size else ""
-    shape = f"gpt {plural(model.num_layers, 'layer')}, hidden {model.hidden_size}, {heads}"
+    layers = plural(model.num_layers, "layer")
+    if isinstance(model, T5):
+        layers = f"{model.num_encoder_layers} + {layers}"
+    shape = f"{model.kind} {layers}, hidden {model.hidden_size}, {heads}"
     total, own = parameters(model), parameters_on_rank(model, layout.tensor)
     if total is None or own is None:
         return f"{shape} · parameters counted once built (variant.py)"

@@ -161,7 +161,7 @@ def train_steps(run: Run, anomalies: AnomalyMonitor, periodic: Periodic, checkpo
         with profiler.step(run.step + 1):
             batches = profiler.batches(run.meter.waited_for(step_batches(run)))
             loss = run.engine.train_batch(batches, lr, run.job.layout.micro_batches_of(run.step))
-        run.meter.step(loss, run.sampler.mask_sum(run.step))
+        run.meter.step(loss, run.job.layout.tokens_before(run.step + 1) - run.job.layout.tokens_before(run.step))
         run.step += 1
         run.failure = anomalies.check(run.step, loss)
 

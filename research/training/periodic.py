@@ -19,6 +19,7 @@ from research.config import Experiment
 from research.config.schema import MEASURE
 from research.data.batches import validation_batches
 from research.data.confined import segments
+from research.data.held_out import HeldOutSamples, held_out_batches
 from research.data.prepare import SHARED, HeldOut
 from research.evaluation import in_training
 from research.evaluation.in_training import PreparedTask
@@ -66,29 +67,35 @@ class Validation:
 
 def validate(
     engine: Engine,
-    text: HeldOut,
+    text: HeldOut | HeldOutSamples,
     seq_length: int,
     end_of_text: int,
     should_continue: Callable[[], bool] = lambda: True,
     advance: Advance = nothing,
 ) -> Validation | None:
-    """Every held-out token, predicted once from at most seq_length tokens before it. Collective.
+    """Every held-out token, predicted once from at most seq_length tokens before it, or the held-out samples. Collective.
 
     If training confines attention to each document, so does a validation: `end_of_text` is the token in front of each.
     `should_continue()` is called before each batch and must return the same on every rank. Returns None if it was False.
     """
     grid, settings = engine.grid, engine.settings
-    nats, ids = 0.0, text.store.tokens[: text.tokens + 1]
-    for batch, count in validation_batches(ids, seq_length, settings.micro_batch_size, grid.data_rank, grid.data):
+    nats, part = 0.0, (settings.micro_batch_size, grid.data_rank, grid.data)
+    if isinstance(text, HeldOutSamples):
+        batches = held_out_batches(text, *part)
+    else:
+        batches = validation_batches(text.store.tokens[: text.tokens + 1], seq_length, *part)
+    for batch, count in batches:
         if not should_continue():
             return None
-        context = batch.context | ({SEGMENTS: segments(batch.ids, end_of_text)} if SEGMENTS in engine.context else {})
+        context = batch.context
+        if SEGMENTS in engine.context and SEGMENTS not in context:
+            context |= {SEGMENTS: segments(batch.ids, end_of_text)}
         nats += engine.evaluate_batch(MicroBatch.of(batch.ids, batch.labels, context)) * count
         advance(count)
     return Validation(nats, text.tokens, text.num_bytes)
 
 
-def shared_texts(texts: Sequence[HeldOut]) -> list[HeldOut]:
+def shared_texts(texts: Sequence[HeldOut | HeldOutSamples]) -> list[HeldOut | HeldOutSamples]:
     """The held-out texts that make val/loss: that of data.validation, or of a split of several sources all parts."""
     return [text for text in texts if text.source == SHARED] or list(texts)
 
@@ -103,7 +110,7 @@ def intervals(experiment: Experiment) -> dict[str, int]:
 class Periodic:
     """Carries out what is due between two steps. All methods but `state` and `restore` are collective."""
 
-    def __init__(self, run: Run, texts: Sequence[HeldOut], tasks: Sequence[PreparedTask], prompts: Sequence[str]) -> None:
+    def __init__(self, run: Run, texts: Sequence[HeldOut | HeldOutSamples], tasks: Sequence[PreparedTask], prompts: Sequence[str]) -> None:
         """`texts` are validated on every schedule.validate_every steps; `tasks` and `prompts` have intervals of their own."""
         self.run, self.texts, self.tasks, self.prompts = run, texts, tasks, prompts
         self.intervals = intervals(run.job.experiment)

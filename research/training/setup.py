@@ -38,6 +38,7 @@ from research.config.sources import TRAIN, describe_texts
 from research.data import prepare
 from research.data.batches import Sampler
 from research.data.examples import ExampleSampler
+from research.data.held_out import HeldOutSamples
 from research.data.prepare import Corpus, HeldOut
 from research.evaluation import in_training
 from research.reliability.watchdog import Watchdog
@@ -58,7 +59,7 @@ from research.training.job import Job, describe, layout_line
 from research.training.locked_run import LockedRun
 from research.training.meter import Meter
 from research.training.periodic import Periodic, shared_texts
-from research.training.sampler import context_of, sampler_of
+from research.training.sampler import context_of, held_out_of, sampler_of
 from research.training.state import Run
 
 MOST_EPOCHS = 4
@@ -184,7 +185,7 @@ def prepare_run(
         show = functools.partial(console.progress, unit="characters")
         corpus = prepare.load(experiment.data, job.root, experiment.model.vocab_size, show, believe_since_ns)
         prepare.refuse_short_parts(experiment.data, corpus, experiment.model.seq_length)
-        sampler, texts = sampler_of(experiment, corpus, variants), prepare.held_out_texts(corpus, experiment.schedule.validate_tokens)
+        sampler, texts = sampler_of(experiment, corpus, variants), held_out_of(experiment, corpus, variants)
         if not resumed:
             prepare.refuse_same_text(experiment.data, corpus)
         show_data(job, corpus, sampler, texts, console)
@@ -221,12 +222,13 @@ def prepare_run(
     return run, anomalies, periodic, checkpointer
 
 
-def show_data(job: Job, corpus: Corpus, sampler: Sampler, texts: Sequence[HeldOut], console: Console) -> None:
+def show_data(job: Job, corpus: Corpus, sampler: Sampler, texts: Sequence[HeldOut | HeldOutSamples], console: Console) -> None:
     """Shows the texts, the tokenizer and their sizes, and warns of what does not fit together and only the texts can tell."""
     data, schedule = job.experiment.data, job.experiment.schedule
     seen = sampler.epochs(job.layout.batch_sizes.before(schedule.steps))
     shared = shared_texts(texts)
-    predicted, there = sum(text.tokens for text in shared), sum(text.store.num_tokens for text in shared)
+    predicted, stores = sum(text.tokens for text in shared), [corpus.held_out[text.source] for text in shared]
+    there = sum(store.num_tokens for store in stores)
     trained = sum(store.num_tokens for store in corpus.sources.values())
     sizes = f"{fmt.count(trained)} train, {fmt.count(there)} validation tokens"
     if predicted < there - len(shared):

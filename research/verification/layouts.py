@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from models.encoder_config import AnyModel
+from models.encoder_config import T5, AnyModel
 from parallel.engines.deepspeed_config import OWNED, SAME
 from research.config import Experiment, serialization
 from research.config.checks import kv_heads_fit
 from research.tracking import format as fmt
 
-BATCH, LENGTH, HEAD_SIZE, VOCABULARY = 16, 16, 8, 83
+BATCH, LENGTH, SOURCE_LENGTH, HEAD_SIZE, VOCABULARY = 16, 16, 8, 8, 83
 """Sizes of the shrunk experiment. 8 data ranks divide the batch; no tensor degree divides the vocabulary."""
 STAGES, SEQUENCES, RECOMPUTES = (1, 2, 3), (False, True), ("none", "selective", "full")
 LEAST = 0.1
@@ -126,7 +126,9 @@ def shrunk(experiment: Experiment, ranks: int, steps: int = 3) -> Experiment:
     kv_heads = ranks * max(1, 4 // ranks) if groups == 1 else fewest
     heads = math.lcm(groups * kv_heads, ranks)
     sizes: dict[str, Any] = {
-        "num_layers": max(2, ranks),
+        # of two stacks, the encoder is deeper by one block, so that a pipeline is cut beside their border
+        "num_layers": max(2, ranks // 2 if isinstance(model, T5) else ranks),
+        "num_encoder_layers": max(2, ranks // 2) + 1,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "hidden_size": (hidden := hidden_size_of(model, heads)),
@@ -134,10 +136,11 @@ def shrunk(experiment: Experiment, ranks: int, steps: int = 3) -> Experiment:
         "ffn_size": nearest_multiple(model.ffn_size / model.hidden_size * hidden, ranks),
         "vocab_size": VOCABULARY,
         "seq_length": LENGTH,
+        "source_length": SOURCE_LENGTH,
     }
     settings = serialization.resolved(experiment)
     del settings["schema"]
-    settings["model"] |= sizes
+    settings["model"] |= of_fields(model, sizes)
     # Two steps more than are taken: the learning rate has not reached the end of its decay.
     settings["schedule"] |= {"steps": steps + 2, "batch_size": BATCH, "micro_batch_size": 1}
     own = experiment.optimizer
@@ -147,6 +150,11 @@ def shrunk(experiment: Experiment, ranks: int, steps: int = 3) -> Experiment:
     deepspeed = without_keys(experiment.deepspeed, CHANGED_KEYS)
     deepspeed["zero_optimization"] = deepspeed.get("zero_optimization", {}) | ZERO_3
     return serialization.build(settings | {"precision": "fp32", "deepspeed": deepspeed})
+
+
+def of_fields(model: AnyModel, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the sizes that are settings of this kind of model."""
+    return {name: size for name, size in sizes.items() if name in type(model).model_fields}
 
 
 def without_keys(table: Mapping[str, Any], keys: Collection[str], path: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.encoder_config import T5, AnyModel
 from parallel.grid import Grid
 from research import ROOT
 from research.cluster import forked_ranks
@@ -31,6 +32,10 @@ NEGLIGIBLE = 1e-6
 """A gradient smaller than this fraction of the global norm is compared relative to the global norm: its own digits are noise."""
 PATIENCE = 300.0
 """Seconds for a whole layout. Ranks that make no progress end much sooner (research/verification/hangs.py)."""
+
+
+LOGITS = ("head", "head_bias", "outputs")
+"""The layers whose output is cut by vocabulary rows."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +163,8 @@ def whole_outputs(records: list[TrainingRecord], case: LayoutCase, experiment: E
     """Each layer's output for the whole batch, by layer@step, joined from the ranks. One table for each copy that tensor ranks hold.
 
     A layer's output is cut over data ranks by samples. Over tensor ranks the logits are cut by vocabulary rows, other outputs by
-    positions under sequence parallelism, and are otherwise equal. An output that a rank lacks, or that has another shape there, is in no
-    table.
+    positions under sequence parallelism (of a T5 the source and the target each by itself), and are otherwise equal. An output that a rank
+    lacks, or that has another shape there, is in no table.
     """
     by_place: dict[tuple[str, int], list[Tensor]] = {}
     for rank, record in enumerate(records):
@@ -172,14 +177,23 @@ def whole_outputs(records: list[TrainingRecord], case: LayoutCase, experiment: E
         shapes = [piece.shape for pieces in by_data_rank for piece in pieces]
         if len(shapes) < case.data * case.tensor or len(set(shapes)) > 1:
             continue
-        if name.startswith("head@"):
+        if name.partition("@")[0] in LOGITS:
             whole = [torch.cat(pieces, dim=-1)[..., : experiment.model.vocab_size] for pieces in by_data_rank]
             by_data_rank = [[logits] * case.tensor for logits in whole]
-        elif shapes[0][1] < experiment.model.seq_length:
-            by_data_rank = [[torch.cat(pieces, dim=1)] * case.tensor for pieces in by_data_rank]
+        elif case.sequence and len(shapes[0]) == 3:
+            by_data_rank = [[joined_positions(pieces, experiment.model)] * case.tensor for pieces in by_data_rank]
         for copy, table in enumerate(tables):
             table[name] = torch.cat([pieces[copy] for pieces in by_data_rank])
     return tables
+
+
+def joined_positions(pieces: list[Tensor], model: AnyModel) -> Tensor:
+    """The positions of all tensor ranks, 'b s/tp d' each -> 'b s d'. A T5's rank has its part of the source, then of the target."""
+    length = sum(piece.shape[1] for piece in pieces)
+    if not isinstance(model, T5) or length != model.source_length + model.seq_length:
+        return torch.cat(pieces, dim=1)
+    border = model.source_length // len(pieces)
+    return torch.cat([piece[:, :border] for piece in pieces] + [piece[:, border:] for piece in pieces], dim=1)
 
 
 def errors_of(by_rank: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from models.config import GPT
 from parallel.errors import Mistake
 from research import ROOT
 from research.cluster import forked_ranks
@@ -21,14 +22,26 @@ from research.config import Experiment, serialization
 from research.config.experiment_folder import LoadedExperiment
 from research.config.sources import texts_to_train_on
 from research.data import documents
+from research.data.special_tokens import PLUS
 from research.data.splits import SPLIT
 from research.data.stores import STORE
+from research.data.tokenizer import declared_vocab_size
 from research.tracking.run_folder import RunFolder, every
+from research.verification.layouts import of_fields
 
 CHARACTERS = 40_000
 """Length of the training text."""
 SIZES: dict[str, dict[str, Any]] = {
-    "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 64, "vocab_size": 391, "seq_length": 16},
+    "model": {
+        "num_layers": 2,
+        "num_encoder_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_size": 64,
+        "seq_length": 16,
+        "source_length": 16,
+    },
     "schedule": {"steps": 12, "batch_size": 8, "micro_batch_size": 2, "validate_every": 0, "log_every": 1},
     "checkpoints": {"every": 3},
     "evaluate": {"every": 0},
@@ -37,7 +50,10 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """The settings that are small or switched off. Tasks and prompts are off because the context is too short for them.
 
-If the experiment has grouped queries, they stay grouped. No tensor degree divides the vocabulary."""
+If the experiment has grouped queries, they stay grouped."""
+TOKENIZER = "builtin:bpe-384"
+VOCABULARIES = (391, 491)
+"""The size of the vocabulary: the first that has room for the special tokens. No tensor degree divides one of them."""
 
 NOT_TEXT = (STORE, SPLIT)
 BUILTIN_TEXTS = {"train": "state_of_the_union/train", "validation": "state_of_the_union/val"}
@@ -48,13 +64,24 @@ def small(loaded: LoadedExperiment, place: Path, changes: dict[str, dict[str, An
     settings = serialization.resolved(loaded.experiment)
     del settings["schema"]
     texts = {name: str(place / f"{name}.txt") for name in ("train", "validation")}
-    data = {"data": texts | {"tokenizer": "builtin:bpe-384", "cache": str(place / "cache")}, "track": {"runs": str(place / "runs")}}
+    tokenizer = with_special_tokens(TOKENIZER, loaded.experiment.data.tokenizer)
+    data = {"data": texts | {"tokenizer": tokenizer, "cache": str(place / "cache")}, "track": {"runs": str(place / "runs")}}
     for group, values in itertools.chain(SIZES.items(), data.items(), (changes or {}).items()):
         settings[group] = settings[group] | values if isinstance(values, dict) else values
-    if loaded.experiment.model.num_kv_heads == loaded.experiment.model.num_heads:
+    named = settings["data"]["tokenizer"]
+    needed = declared_vocab_size(named) if named.startswith(documents.BUILTIN) else 0
+    sizes = {"vocab_size": next(size for size in VOCABULARIES if size >= needed)} | (changes or {}).get("model", {})
+    settings["model"] = of_fields(loaded.experiment.model, settings["model"] | sizes)
+    if isinstance(loaded.experiment.model, GPT) and loaded.experiment.model.num_kv_heads == loaded.experiment.model.num_heads:
         settings["model"]["num_kv_heads"] = settings["model"]["num_heads"]
     settings["optimizer"]["warmup_steps"] = min(4, settings["optimizer"]["warmup_steps"])
     return LoadedExperiment(serialization.build(settings), loaded.folder, loaded.name)
+
+
+def with_special_tokens(tokenizer: str, other: str) -> str:
+    """A built-in tokenizer with the special tokens that another one has, such as builtin:bpe-384+fim for builtin:bpe-8192+fim."""
+    base, plus, names = other.partition(PLUS)
+    return f"{tokenizer}{plus}{names}" if base.startswith(documents.BUILTIN) else tokenizer
 
 
 def write_texts(loaded: LoadedExperiment, place: Path) -> None:

@@ -24,7 +24,6 @@ from spmd_types.checker import typecheck
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models import architectures
-from models.segments import SEGMENTS
 from parallel.engines.engine import Loss
 from parallel.engines.micro_batch import MicroBatch
 from parallel.errors import Mistake
@@ -38,7 +37,8 @@ from research.tracking import format as fmt
 from research.tracking.console import Console
 from research.training.components import training_loss
 from research.training.sampler import context_of
-from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENCES, hidden_size_of, nearest_multiple, shrunk
+from research.verification.layouts import HEAD_SIZE, LENGTH, RECOMPUTES, SEQUENCES, hidden_size_of, nearest_multiple, of_fields, shrunk
+from research.verification.random_batches import batch_of
 from research.verification.results import conclude, row_fields
 from research.verification.spmd_collectives import TypeMismatch, typed_collectives, typed_recompute
 from research.verification.spmd_functions import TypeFinder
@@ -133,14 +133,16 @@ def fitted(experiment: Experiment, degree: int) -> Experiment:
         kv_heads = next(k for k in range(fewest, degree + 1) if degree % k == 0 and HEAD_SIZE % (degree // k) == 0)
         heads = degree if kv_heads < degree else 2 * degree
     sizes: dict[str, Any] = {
+        "num_encoder_layers": LAYERS,
         "num_layers": LAYERS,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "hidden_size": (hidden := hidden_size_of(model, heads)),
         "ffn_size": nearest_multiple(model.ffn_size / model.hidden_size * hidden, degree),
-        "seq_length": nearest_multiple(max(LENGTH, degree), degree),
+        "seq_length": (length := nearest_multiple(max(LENGTH, degree), degree)),
+        "source_length": length,
     }
-    return small.model_copy(update={"model": model.model_copy(update=sizes)})
+    return small.model_copy(update={"model": model.model_copy(update=of_fields(model, sizes))})
 
 
 def fault_of(experiment: Experiment, case: TensorCase, variants: Mapping[str, Any], rank: int) -> Fault | None:
@@ -186,15 +188,14 @@ def typed_pass(experiment: Experiment, module: PlainModule, loss_function: Loss)
 
 
 def inputs(experiment: Experiment) -> MicroBatch:
-    """A micro-batch with all that may travel beside x, the same on every rank. Each row has two documents."""
-    model = experiment.model
+    """A micro-batch with all that may travel beside x, the same on every rank."""
     with spmd.no_typecheck():
-        tokens = torch.randint(0, model.vocab_size, (BATCH, model.seq_length + 1), generator=torch.Generator().manual_seed(0))
-        weights = torch.full((BATCH, model.seq_length), 1 / model.seq_length)
-        segments = (torch.arange(model.seq_length) >= model.seq_length // 2).long().expand(BATCH, -1).contiguous()
-        arrays = [tokens[:, :-1], tokens[:, 1:], weights, torch.arange(BATCH), segments]
-        ids, targets, weights, samples, segments = spmd.assert_type(arrays, R)
-    return MicroBatch(ids, (targets, weights), {"samples": samples, SEGMENTS: segments})
+        batch = batch_of(experiment, 0)
+        names, beside = zip(*batch.context.items(), strict=True)
+        tensors = [batch.ids, *batch.labels, *beside]
+        ids, *others = spmd.assert_type([tensor[:BATCH].contiguous() for tensor in tensors], R)
+    labels, context = others[: len(batch.labels)], others[len(batch.labels) :]
+    return MicroBatch(ids, tuple(labels), dict(zip(names, context, strict=True)))
 
 
 @contextmanager

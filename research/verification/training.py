@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import architectures, gpt
-from models.segments import SEGMENTS
+from models import architectures
+from models.bert import PretrainingLoss
+from models.gpt import TokenLoss
 from parallel.engines.deepspeed_config import EngineSettings
 from parallel.engines.engine import Engine, Loss, make_engine
-from parallel.engines.micro_batch import MicroBatch
 from parallel.grid import Grid, make_grid
 from parallel.layers import Call, PlainModule, unique_parameters
 from parallel.slices import slice_of
@@ -33,7 +33,8 @@ from research.training.components import optimizer_class, training_loss
 from research.training.sampler import context_of
 from research.training.schedule import learning_rate
 from research.verification.hangs import advance_at_layers, ended_if_hung
-from research.verification.layouts import BATCH, BUCKET_ELEMENTS, LOGITS_AT_ONCE, LayoutCase
+from research.verification.layouts import BUCKET_ELEMENTS, LOGITS_AT_ONCE, LayoutCase
+from research.verification.random_batches import batch_of, share_of
 
 HANG_SECONDS = 30.0
 """Seconds without progress after which a layout is taken to hang. A whole layout takes about one."""
@@ -55,13 +56,16 @@ class TrainingRecord:
         self.gradients |= {f"{name}@{len(self.losses)}": gradient for name, gradient in gradients.items()}
 
     def keep_output(self, layer: str, call: Call) -> Call:
-        """A CallHook that keeps what the layer returns. The outputs of a step's micro-batches are joined in their order."""
+        """A CallHook that keeps what the layer returns; what it returns behind x, under layer.1@step. The outputs of a step's micro-batches
+        are joined in their order."""
 
         def kept(*arguments: Any, **context: Any) -> Any:
             result = call(*arguments, **context)
             key = f"{layer}@{len(self.losses)}"
-            earlier = [self.outputs[key]] if key in self.outputs else []
-            self.outputs[key] = torch.cat([*earlier, result.detach()])
+            outputs = result if isinstance(result, tuple) else (result,)
+            for name, output in zip([key, *(f"{layer}.{i}@{len(self.losses)}" for i in range(1, len(outputs)))], outputs, strict=True):
+                earlier = [self.outputs[name]] if name in self.outputs else []
+                self.outputs[name] = torch.cat([*earlier, output.detach()])
             return result
 
         return kept
@@ -156,9 +160,7 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
             group["lr"] = lr
 
         batch = batch_of(experiment, step)
-        logits = module(batch.inputs(module.context))
-        assert isinstance(logits, Tensor)
-        loss = loss_function(logits, batch.labels)
+        loss = loss_function(module(batch.inputs(module.context)), batch.labels)
         loss.backward()
         record.add_gradients({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()})
         record.losses.append(float(loss.detach()))
@@ -170,14 +172,19 @@ def reference_run(experiment: Experiment, steps: int, variants: Path) -> Trainin
 
 
 def reference_loss(experiment: Experiment, variants: Mapping[str, Any]) -> Loss:
-    """torch's own cross entropy over whole logits. Only a loss of variant.py is taken as it is."""
+    """torch's own cross entropy over whole logits, and over those of a sentence head. Only a loss of variant.py is taken as it is."""
     if experiment.loss not in LOSSES:
         return training_loss(experiment, None, variants)
 
-    def cross_entropy(logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-        (targets, weights), smoothing = labels, experiment.optimizer.label_smoothing
+    def cross_entropy(output: Tensor | tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
+        (targets, weights, *of_sentences), smoothing = labels, experiment.optimizer.label_smoothing
+        logits, of_sentence = output if isinstance(output, tuple) else (output, None)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=smoothing)
-        return (weights.flatten() * losses).sum()
+        loss = (weights.flatten() * losses).sum()
+        if of_sentence is not None:
+            sentences, sentence_weights = of_sentences
+            loss = loss + (sentence_weights * F.cross_entropy(of_sentence, sentences, reduction="none")).sum()
+        return loss
 
     return cross_entropy
 
@@ -196,7 +203,7 @@ def one_thread() -> Iterator[None]:
 def loss_of(experiment: Experiment, grid: Grid, variants: Mapping[str, Any]) -> Loss:
     """The experiment's loss function, ours with several blocks of rows in a micro-batch. `variants`: what it names of its variant.py."""
     loss = training_loss(experiment, grid.tensor_group, variants)
-    return replace(loss, logits_at_once=LOGITS_AT_ONCE) if isinstance(loss, gpt.TokenLoss) else loss
+    return replace(loss, logits_at_once=LOGITS_AT_ONCE) if isinstance(loss, TokenLoss | PretrainingLoss) else loss
 
 
 def engine_of(experiment: Experiment, case: LayoutCase, grid: Grid, variants: Mapping[str, Any], loss: Loss) -> Engine:
@@ -221,33 +228,3 @@ def settings_of(experiment: Experiment, case: LayoutCase) -> EngineSettings:
     schedule = experiment.schedule.model_copy(update={"micro_batch_size": case.micro_batch})
     laid_out = experiment.model_copy(update={"parallel": parallel.model_copy(update=changes), "schedule": schedule})
     return replace(engine_settings(laid_out, layout(laid_out, case.world)), bucket_elements=BUCKET_ELEMENTS)
-
-
-def batch_of(experiment: Experiment, step: int) -> MicroBatch:
-    """The global batch of a step: random tokens. In its second half every third token is masked.
-
-    So the mean over all tokens differs from the mean of the micro-batches' means. In every second step the tokens are the first few of
-    the vocabulary, which makes the gradient longer.
-    """
-    model = experiment.model
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, model.vocab_size, (BATCH, model.seq_length + 1), generator=generator)
-    if step % 2:
-        tokens = tokens % 5
-    mask = torch.ones(BATCH, model.seq_length)
-    mask[BATCH // 2 :, ::3] = 0
-    samples = step * BATCH + torch.arange(BATCH)
-    # documents of 1 to 7 tokens, which packed samples confine attention to; others do not read them
-    segments = (torch.rand(BATCH, model.seq_length, generator=generator) < 0.3).cumsum(1)
-    return MicroBatch(tokens[:, :-1], (tokens[:, 1:], mask / mask.sum()), {"samples": samples, SEGMENTS: segments})
-
-
-def share_of(experiment: Experiment, step: int, grid: Grid, case: LayoutCase) -> Iterator[MicroBatch]:
-    """This data rank's micro-batches of a step, with weights for engines that average over micro-batches and data ranks."""
-    whole, micro = batch_of(experiment, step), case.micro_batch
-    targets, weights = whole.labels
-    for i in range(case.accumulated):
-        first = (grid.data_rank * case.accumulated + i) * micro
-        rows = slice(first, first + micro)
-        labels = targets[rows], weights[rows] * case.accumulated * case.data
-        yield MicroBatch(whole.ids[rows], labels, {name: tensor[rows] for name, tensor in whole.context.items()})

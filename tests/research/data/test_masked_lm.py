@@ -29,7 +29,7 @@ def examples_of(store, own, seq_length=128, seed=1, **changes):
 def test_what_is_replaced_counts_and_the_targets_are_the_tokens(store, own):
     one = examples_of(store, own)
     assert (one.drawn, one.size) == (19, 100_000 // 128)  # 0.15 · 128 = 19.2
-    ids, targets, counts, _ = one.rows(np.arange(one.size), np.zeros(one.size, int))
+    ids, targets, counts, *_ = one.rows(np.arange(one.size), np.zeros(one.size, int))
     assert (targets.ravel() == store.tokens[: one.size * 128]).all()
     assert (counts.sum(1) == one.drawn).all() and (one.counted(np.arange(5), np.zeros(5, int)) == one.drawn).all()
     assert (ids[~counts] == targets[~counts]).all() and not counts[targets == own.end_of_text].any()
@@ -66,3 +66,18 @@ def test_mistakes(store, own):
     assert "data.examples.rate = 1 does not work → use a finite number greater than 0 and below 1" in sentence(
         lambda: examples_of(store, own, rate=1)
     )
+
+
+def test_half_of_the_sentences_are_in_the_wrong_order_and_say_so(store, own):
+    one, plain, numbers = examples_of(store, own, 127, sentence_order=True), examples_of(store, own, 127), np.arange(700)
+    rows, before = one.rows(numbers, numbers * 0), plain.rows(numbers, numbers * 0)
+    assert before.sentences is None and before.token_types is None
+    assert abs(rows.sentences.mean() - 0.5) < 4 * 0.5 / np.sqrt(700)
+    for i in numbers[:50]:
+        swapped = rows.sentences[i]
+        first, second = before.targets[i, :64], before.targets[i, 64:]
+        assert (rows.targets[i] == np.concatenate([second, first] if swapped else [first, second])).all()
+        assert (rows.token_types[i] == ([0] * 63 + [1] * 64 if swapped else [0] * 64 + [1] * 63)).all()
+    assert (rows.counts.sum(1) == one.drawn).all() and (rows.ids[~rows.counts] == rows.targets[~rows.counts]).all()
+    again = one.rows(numbers[::-1], numbers * 0)
+    assert (again.sentences[::-1] == rows.sentences).all() and (one.rows(numbers, numbers * 0 + 1).sentences != rows.sentences).any()
