@@ -5,7 +5,7 @@ Tensors are whole, as in checkpoints; a layout cuts them with each parameter's S
 Nothing here reads files or imports transformers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.config import ATTENTIONS, GPT
-from models.conversion.families import FAMILIES, Family, Fused, Same, qkv_rows
+from models.conversion.families import BERT_MODULES, FAMILIES, Family, Fused, Same, qkv_rows
 from models.conversion.read_config import GATED_MLPS
 from models.encoder_config import BERT, AnyModel
 from parallel.errors import Mistake
@@ -117,6 +117,13 @@ def _keys_in_files(family: Family, names: Mapping[str, object]) -> tuple[dict[st
     if len(heads) > 1:
         raise Mistake(both.format(*heads[:2]))
     return keys, heads[0] if heads else None
+
+
+def with_heads_in_files(model: AnyModel, names: Collection[str]) -> AnyModel:
+    """The model with the heads that the files hold: a BERT's configuration may name a class without the sentence head that they have."""
+    if not isinstance(model, BERT):
+        return model
+    return model.model_copy(update={"sentence_head": f"{BERT_MODULES['sentence.classifier'].names[0]}.weight" in names})
 
 
 def from_hf(model: AnyModel, family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
