@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 
-from models import bert, gpt
+from models import bert, gpt, t5
 from models.encoder_config import AnyModel
 from parallel.grid import Grid
 from parallel.layers import Layer
 
-LAYERS: dict[str, Callable[..., list[Layer]]] = {"gpt": gpt.layers, "bert": bert.layers}
+LAYERS: dict[str, Callable[..., list[Layer]]] = {"gpt": gpt.layers, "bert": bert.layers, "t5": t5.layers}
 """`model.kind` -> the function that lists its layers."""
 
 

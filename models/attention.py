@@ -1,6 +1,7 @@
 """Self-attention, causal or in both directions (multi-head, grouped-query, multi-query), with its heads distributed over tensor ranks."""
 
 import math
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dropout import dropped, mixed
+from models.init import GPT2Init
 from models.position import Position
 from models.recompute import recomputed
 from models.registry import BuildContext
@@ -32,8 +34,12 @@ class Core(nn.Module):
         """q 'b h s e', k and v 'b k s e', bias 'h s s' or 'b h s s' or None (causal) -> 'b h s e'."""
         if q.shape[1] != k.shape[1] and needs_repeated_heads(q.dtype, q.device):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped)
+        settings = {"is_causal": bias is None, "enable_gqa": q.shape[1] != k.shape[1], "scale": 1 / self.divisor(q)}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **settings)
+
+    def divisor(self, q: Tensor) -> float:
+        """What the scores q kᵀ are divided by: √e."""
+        return math.sqrt(q.shape[-1])
 
 
 def needs_repeated_heads(dtype: torch.dtype, device: torch.device) -> bool:
@@ -52,22 +58,22 @@ class DroppingCore(Core):
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor:
-        if not self.training:
+        if not (self.training and self.p):
             return super().forward(q, k, v, bias, samples)
 
         # The fused kernel's computation written out.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         length = q.shape[2]
         causal = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1) if bias is None else bias
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + causal
+        scores = q @ k.transpose(-1, -2) / self.divisor(q) + causal
         probabilities = scores.float().softmax(-1).to(q.dtype) if q.dtype.itemsize < 4 else scores.softmax(-1)
-        return probabilities.masked_fill(self.mask(samples, q), 0.0) * (1 / (1 - self.p)) @ v
+        return probabilities.masked_fill(self.mask(samples, q, k), 0.0) * (1 / (1 - self.p)) @ v
 
-    def mask(self, samples: Tensor | None, q: Tensor) -> Tensor:
-        """'b h s t' bool, True where a probability of this rank's queries 'b h s e' is dropped."""
+    def mask(self, samples: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+        """'b h s t' bool, True where a probability of this rank's queries 'b h s e' for the keys 'b h t e' is dropped."""
         heads, queries = q.shape[1], mixed(self.key, samples, self.places.of(q))  # b s
         global_heads = torch.arange(heads, device=q.device) + self.tensor_rank * heads
-        features = (global_heads[:, None] << 32) + self.places.of_keys(q)  # h t; a head's numbers do not depend on the length
+        features = (global_heads[:, None] << 32) + self.places.of(k)  # h t; a head's numbers do not depend on the length
         return rearrange(dropped(queries, features.flatten(), self.p), "b s (h t) -> b h s t", h=heads)
 
 
@@ -93,7 +99,8 @@ class Attention(nn.Module):
         e, q_size, kv_size = model.head_size, model.num_heads * model.head_size, model.num_kv_heads * model.head_size
         refuse_uneven((model.num_heads,), grid, f"{name}'s heads")  # a size that is divisible could still cut through a head
         self.head_size, self.kv_group = e, context.kv_group
-        self.qkv = ColumnParallelLinear(f"{name}.qkv", model.hidden_size, (q_size, kv_size, kv_size), model.qkv_bias, init.inner, grid)
+        parts, draw = (q_size, kv_size, kv_size), partial(self.initial_qkv, init)
+        self.qkv = ColumnParallelLinear(f"{name}.qkv", model.hidden_size, parts, model.qkv_bias, draw, grid)
         self.output = RowParallelLinear(f"{name}.output", q_size, model.hidden_size, model.output_bias, init.residual, grid)
 
         # A position scheme of the input is a layer of its own; inside attention there is then none.
@@ -124,6 +131,10 @@ class Attention(nn.Module):
             bias = bias if segments is None else confined(segments, bias, q.dtype)
             y = self.core(q, k, v, bias, samples)
         return self.output(rearrange(y, "b h s e -> b s (h e)"))
+
+    def initial_qkv(self, init: GPT2Init, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The whole fused projection, the rows of q first."""
+        return init.inner(name, shape)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x 'b s d' -> q 'b h s e', k and v 'b k s e' of this rank's heads."""

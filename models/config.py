@@ -11,7 +11,7 @@ from parallel.errors import Mistake
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "none")
 ATTENTIONS = ("softmax",)
-MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu")
+MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh")
 RESIDUALS = ("pre_norm", "post_norm", "parallel")
 INITS = ("gpt2", "small_wang")
 CHOICES = {"norm": NORMS, "position": POSITIONS, "attention": ATTENTIONS, "mlp": MLPS, "residual": RESIDUALS, "init": INITS}
@@ -60,7 +60,7 @@ class GPT(BaseModel):
     head_size: Size = Field(  # type: ignore[assignment]  # a value that follows is filled in by _consistent
         default=None, description="width of one head; not set: hidden_size / num_heads (Qwen3 sets another)"
     )
-    ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu)")
+    ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu, geglu_tanh)")
     vocab_size: Size = Field(description="as the tokenizer counts it; padding for tensor ranks is added and inert")
     seq_length: Size = Field(description="tokens a sample; longest position of a learned table")
     norm: str = Field(description=f"{', '.join(NORMS)} or variant:Class")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FieldSerializationInfo, field
 from models.config import GPT, INITS, MLPS, Chance, Size, divisors, refuse_unknown
 
 BERT_RESIDUALS = ("post_norm", "pre_norm")
+T5_INITS = (*INITS, "t5")
 
 
 class _Encoder(BaseModel):
@@ -19,7 +20,7 @@ class _Encoder(BaseModel):
 
     hidden_size: Size = Field(description="width of the residual stream")
     num_heads: Size = Field(description="attention heads; distributed over tensor ranks")
-    ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in geglu)")
+    ffn_size: Size = Field(description="inner width of the MLP (of each of gate and up in swiglu, geglu, geglu_tanh)")
     vocab_size: Size = Field(description="as the tokenizer counts it; padding for tensor ranks is added and inert")
     norm_eps: float = Field(gt=0, description="added to the variance before its square root")
     mlp: str = Field(description=f"{', '.join(MLPS)} or variant:Class")
@@ -121,6 +122,8 @@ class T5(_Encoder):
     """
 
     kind: Literal["t5"] = Field(default="t5", description="the kind of model; fixed by the class that config.py names")
+    init: str = Field(description=f"{', '.join(T5_INITS)} or variant:Class")
+    embedding_dropout: Chance = Field(description="of what enters the first block of either stack, and of what leaves its final norm")
     num_encoder_layers: Size = Field(description="blocks of the encoder; distributed over pipeline stages, in front of the decoder's")
     num_layers: Size = Field(description="blocks of the decoder, which also attend to the encoder's output")
     head_size: Size = Field(  # type: ignore[assignment]
@@ -141,6 +144,11 @@ class T5(_Encoder):
     def position(self) -> str:
         """Relative positions: buckets of distances, with a bias for each bucket and head."""
         return "relative"
+
+    @property
+    def attention(self) -> str:
+        """Softmax attention, of each stack its own (models/t5_attention.py)."""
+        return "softmax"
 
     @property
     def residual(self) -> str:
@@ -176,7 +184,7 @@ class T5(_Encoder):
 
     @model_validator(mode="after")
     def _consistent(self) -> "T5":
-        for field, names in {"mlp": MLPS, "init": INITS}.items():
+        for field, names in {"mlp": MLPS, "init": T5_INITS}.items():
             refuse_unknown(f"model.{field}", getattr(self, field), names)
         if self.relative_buckets % 2 or self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets // 2:
             raise ValueError(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.config import GPT
+from models.encoder_config import AnyModel
 from models.seed import seed_of
 
 
@@ -33,7 +33,7 @@ class GPT2Init:
     A variant overrides the three standard deviations. `embedding`, `inner` and `residual` are each a `parallel.linear.Draw`.
     """
 
-    def __init__(self, model: GPT, seed: int) -> None:
+    def __init__(self, model: AnyModel, seed: int) -> None:
         self.model, self.seed = model, seed
 
     def embedding_std(self) -> float:
@@ -74,6 +74,23 @@ class SmallWangInit(GPT2Init):
         return 2 / (self.model.num_layers * math.sqrt(self.model.hidden_size))
 
 
+class T5Init(GPT2Init):
+    """N(0, 1) tables, and projections whose outputs have the variance of their inputs: N(0, 1/inputs) (arXiv:1910.10683's code).
+
+    An untied head counts as a projection. models/t5_attention.py divides what it draws for queries by √e, because scores are not.
+    """
+
+    def embedding_std(self) -> float:
+        return 1.0
+
+    def inner_std(self) -> float:
+        return 1 / math.sqrt(self.model.hidden_size)
+
+    def residual(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A whole projection onto the residual stream, from shape[1] features."""
+        return normal(self.seed, name, shape, 1 / math.sqrt(shape[1]))
+
+
 class UninitializedWeights(GPT2Init):
     """Zeros, which cost no time: for a model whose weights are then all read from a file."""
 
@@ -85,3 +102,4 @@ class UninitializedWeights(GPT2Init):
 
 
 INITS = {"gpt2": GPT2Init, "small_wang": SmallWangInit}
+T5_INITS = {**INITS, "t5": T5Init}

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.config import GPT
 from models.dropout import Dropout
+from models.encoder_config import AnyModel
 from models.init import GPT2Init
 from parallel.grid import Grid
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -20,7 +20,7 @@ class MLP(nn.Module):
 
     gates = 1
 
-    def __init__(self, name: str, model: GPT, init: GPT2Init, grid: Grid) -> None:
+    def __init__(self, name: str, model: AnyModel, init: GPT2Init, grid: Grid) -> None:
         super().__init__()
         d, f = model.hidden_size, model.ffn_size
         self.dropout = Dropout(name, model.mlp_dropout, init.seed, grid, sliced=True)
@@ -84,4 +84,22 @@ class GeGLU(MLP):
         return F.gelu(gate) * up
 
 
-MLPS = {"gelu": GELU, "gelu_tanh": GELUTanh, "relu": ReLU, "relu2": ReLU2, "swiglu": SwiGLU, "geglu": GeGLU}
+class GeGLUTanh(MLP):
+    """The tanh approximation of gelu(gate)·up, as in T5 1.1."""
+
+    gates = 2
+
+    def activate(self, x: Tensor) -> Tensor:
+        gate, up = torch.chunk(x, 2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
+
+MLPS = {
+    "gelu": GELU,
+    "gelu_tanh": GELUTanh,
+    "relu": ReLU,
+    "relu2": ReLU2,
+    "swiglu": SwiGLU,
+    "geglu": GeGLU,
+    "geglu_tanh": GeGLUTanh,
+}

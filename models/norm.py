@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from models.config import GPT
+from models.encoder_config import AnyModel
 from parallel.collectives import copy_to_tensor_ranks
 from parallel.slices import Slice, make_parameter
 
@@ -18,7 +18,7 @@ class Norm(nn.Module):
     ranks normalise the same data and so have the same gradient.
     """
 
-    def __init__(self, name: str, size: int, model: GPT, partial_group: ProcessGroup | None, bias: bool) -> None:
+    def __init__(self, name: str, size: int, model: AnyModel, partial_group: ProcessGroup | None, bias: bool) -> None:
         super().__init__()
         self.size, self.eps, self.partial_group = (size,), model.norm_eps, partial_group
         self.weight = make_parameter(f"{name}.weight", torch.ones(size), Slice((size,)), 0, 1)
@@ -33,7 +33,7 @@ class Norm(nn.Module):
 class LayerNorm(Norm):
     """(x − mean)/√(var + eps) · w + b (arXiv:1607.06450). There is a b only if `model.bias` is True."""
 
-    def __init__(self, name: str, size: int, model: GPT, partial_group: ProcessGroup | None = None) -> None:
+    def __init__(self, name: str, size: int, model: AnyModel, partial_group: ProcessGroup | None = None) -> None:
         super().__init__(name, size, model, partial_group, bias=model.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """x/√(mean(x²) + eps) · w (arXiv:1910.07467)."""
 
-    def __init__(self, name: str, size: int, model: GPT, partial_group: ProcessGroup | None = None) -> None:
+    def __init__(self, name: str, size: int, model: AnyModel, partial_group: ProcessGroup | None = None) -> None:
         super().__init__(name, size, model, partial_group, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

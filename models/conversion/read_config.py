@@ -15,7 +15,7 @@ from models.config import GPT
 from parallel.errors import Mistake
 
 PLAIN_MLPS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
-GATED_MLPS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
+GATED_MLPS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh"}
 """Their activation -> our mlp, for models without and with a gate."""
 
 NO_DROPOUT = {"embedding_dropout": 0.0, "residual_dropout": 0.0, "mlp_dropout": 0.0, "attention_dropout": 0.0}

@@ -9,7 +9,7 @@ from models.config import GPT
 from models.encoder_config import BERT, AnyModel
 from models.estimates.communication import has_closed_form, norm_parameters
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_tanh")
 """The MLPs with a gate projection beside up."""
 
 

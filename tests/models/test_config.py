@@ -12,7 +12,10 @@ SENTENCES = [
     (dict(num_kv_heads=8), "model.num_kv_heads = 8 does not divide model.num_heads = 4 → use 1, 2 or 4"),
     (dict(norm="batchnorm"), "model.norm = 'batchnorm' is not known → use layernorm, rmsnorm or variant:YourClass"),
     (dict(position="rope"), "model.position = 'rope' is not known → use learned, sinusoidal, rotary, alibi, none or variant:YourClass"),
-    (dict(mlp="silu"), "model.mlp = 'silu' is not known → use gelu, gelu_tanh, relu, relu2, swiglu, geglu or variant:YourClass"),
+    (
+        dict(mlp="silu"),
+        "model.mlp = 'silu' is not known → use gelu, gelu_tanh, relu, relu2, swiglu, geglu, geglu_tanh or variant:YourClass",
+    ),
     (dict(residual="Parallel"), "model.residual = 'Parallel' is not known → use pre_norm, post_norm, parallel or variant:YourClass"),
     (dict(init="xavier"), "model.init = 'xavier' is not known → use gpt2, small_wang or variant:YourClass"),
     (dict(norm="variant:"), "model.norm = 'variant:' is not known → use layernorm, rmsnorm or variant:YourClass"),

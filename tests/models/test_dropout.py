@@ -51,7 +51,7 @@ def test_the_module_s_mask_is_that_of_plain_integers():
 
 def test_attention_s_mask_is_that_of_plain_integers():
     """Key u of head h is feature number h·2³² + u of the query's position."""
-    mask = DroppingCore("layer", 0.4, SEED, ALONE).mask(torch.tensor([3, 8]), queries(3, 5))
+    mask = DroppingCore("layer", 0.4, SEED, ALONE).mask(torch.tensor([3, 8]), queries(3, 5), queries(3, 5))
     for (i, sample), head, t, u in itertools.product(enumerate([3, 8]), range(3), range(5), range(5)):
         assert bool(mask[i, head, t, u]) == is_dropped(true_place("layer", sample, t, SEED), (head << 32) + u, 0.4)
 
@@ -69,7 +69,7 @@ def test_the_hash_is_the_one_that_earlier_runs_used():
 
 def attention_mask(p: float) -> Tensor:
     """'b h s s' of eight samples and heads."""
-    return DroppingCore("layer", p, SEED, ALONE).mask(torch.arange(8), queries(8, 64))
+    return DroppingCore("layer", p, SEED, ALONE).mask(torch.arange(8), queries(8, 64), queries(8, 64))
 
 
 # Statistics. Everything is fixed, so a bound of five deviations is met once and for all.
@@ -190,15 +190,15 @@ def test_slices_of_features_positions_and_samples_are_slices_of_the_whole(tensor
 
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_a_rank_s_heads_are_dropped_as_on_one_rank(tensor):
-    whole = DroppingCore("layer", 0.3, SEED, ALONE).mask(SAMPLES, queries(8, 16))
+    whole = DroppingCore("layer", 0.3, SEED, ALONE).mask(SAMPLES, queries(8, 16), queries(8, 16))
     for rank in range(tensor):
-        own = DroppingCore("layer", 0.3, SEED, described(tensor, rank)).mask(SAMPLES, queries(8 // tensor, 16))
+        own = DroppingCore("layer", 0.3, SEED, described(tensor, rank)).mask(SAMPLES, queries(8 // tensor, 16), queries(8 // tensor, 16))
         assert torch.equal(own, whole.chunk(tensor, 1)[rank])
 
 
 def test_a_shorter_sequence_is_dropped_as_the_beginning_of_a_longer_one():
     core = DroppingCore("layer", 0.3, SEED, ALONE)
-    assert torch.equal(core.mask(SAMPLES, queries(4, 9)), core.mask(SAMPLES, queries(4, 16))[..., :9, :9])
+    assert torch.equal(core.mask(SAMPLES, queries(4, 9), queries(4, 9)), core.mask(SAMPLES, queries(4, 16), queries(4, 16))[..., :9, :9])
 
 
 # The module.

@@ -30,6 +30,7 @@ FORMULAS = {
     "relu2": lambda x: torch.where(x > 0, x * x, 0),
     "swiglu": gated(lambda x: x / (1 + torch.exp(-x))),
     "geglu": gated(gelu),
+    "geglu_tanh": gated(reference.gelu_tanh),
 }
 
 

@@ -11,6 +11,7 @@ from research.data.run_tokenizer import load_tokenizer
 from research.tracking import run_folder
 from research.training import finish
 from tests.research.helpers import untrained
+from tests.research.helpers.example import bert, example
 
 
 @pytest.mark.parametrize(("precision", "temperature"), [("fp32", 0.0), ("bf16", 0.0), ("fp32", 0.8)])
@@ -49,7 +50,8 @@ def test_next_names_only_what_there_is(tmp_path, monkeypatch):
     folder = run_folder.create(tmp_path, "gpt")
     folder.wandb.mkdir()
     shown: list[str] = []
-    run = SimpleNamespace(folder=folder, corpus=None, console=SimpleNamespace(next=lambda commands, first: shown.extend(commands)))
+    console, job = SimpleNamespace(next=lambda commands, first: shown.extend(commands)), SimpleNamespace(experiment=example())
+    run = SimpleNamespace(folder=folder, corpus=None, console=console, job=job)
     finish.show_next_commands(run)
     assert shown == ["python -m research runs"]
 
@@ -61,3 +63,8 @@ def test_next_names_only_what_there_is(tmp_path, monkeypatch):
     assert [command.split()[0:4] for command in shown] == [
         ["python", "-m", "research", "generate"], ["wandb", "leet", f"{folder.path}/wandb"], ["python", "-m", "research", "runs"]
     ]  # fmt: skip
+
+    job.experiment = bert()
+    shown.clear()
+    finish.show_next_commands(run)
+    assert [command.split()[0] for command in shown] == ["wandb", "python"]

@@ -11,7 +11,7 @@ from tests.research.helpers.small_runs import DROPS, Stage, bits, stopped_in_ste
 
 CLOSE = 1e-5
 """Relative: what the order of additions changes between layouts in fp32."""
-EXPERIMENTS = {"bert": "bert_sotu"}
+EXPERIMENTS = {"bert": "bert_sotu", "t5": "t5_sotu"}
 LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("dp2", 2, {}),
     ("zero3", 2, {"zero_stage": 3}),
