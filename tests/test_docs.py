@@ -30,6 +30,7 @@ SMALL = {
     "validate_every=90": "validate_every=30",
     "warmup_steps=30": "warmup_steps=10",
     **{"hidden_size=128": "hidden_size=32", "ffn_size=512": "ffn_size=64", "warmup_steps=50": "warmup_steps=5"},  # code_stdlib
+    "steps=2600, batch_size=8, micro_batch_size=4, validate_every=650": "steps=110, batch_size=2, micro_batch_size=2, validate_every=0",
     "steps=1500, batch_size=8, micro_batch_size=8, validate_every=500": "steps=10, batch_size=2, micro_batch_size=2, validate_every=5",
 }
 """What is smaller in the copy's experiments. The vocabulary and the context stay, because commands name them."""
@@ -51,6 +52,7 @@ FILES = {
     "data/lambada/test.jsonl": '{"text": "The state of the union is strong"}\n',
     "my_pairs.jsonl": '{"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."}\n',
     "my_questions.jsonl": QUESTION,
+    "pairs.jsonl": "".join(json.dumps({"source": f"{n} cats", "target": f"{n} Katzen"}) + "\n" for n in range(500)),
     "chats.jsonl": "".join(json.dumps({"prompt": f"What is {n} and {n}?", "response": f" It is {2 * n}."}) + "\n" for n in range(1000)),
     "my_problems.jsonl": json.dumps(PROBLEM) + "\n",
     "my_tasks/test.jsonl": QUESTION,

@@ -22,15 +22,17 @@ from research import ROOT
 from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
+from research.config import Pairs
 from research.config.abilities import gpt_of
 from research.data.run_tokenizer import load_tokenizer
 from research.data.text_stores import cache_folder
-from research.evaluation import human_eval, lm_eval_task, perplexity, registry
+from research.evaluation import human_eval, lm_eval_task, perplexity, registry, translation
 from research.evaluation.human_eval import HumanEval, Sampling
 from research.evaluation.limited_program import PATIENCE, Limits
 from research.evaluation.lm_eval_task import LMEvalTask
 from research.evaluation.results import Key, Result, Results, code_digest, model_digest, with_digests
 from research.evaluation.task import Settings, Task, TaskContext, TextTask, evaluate
+from research.evaluation.translation import Translation
 from research.generation.infilling import trained_sentinels
 from research.tracking import format as fmt
 from research.tracking import run_folder
@@ -48,10 +50,10 @@ RIGHT_ALIGNED = ("value", "± stderr", "examples", "time")
 LONGEST_CELL = 400
 """The most characters of a cell: names of tasks and metrics come from files."""
 
-UNSHOWN = (lm_eval_task.PACKAGE, human_eval.INTERPRETER)
+UNSHOWN = (lm_eval_task.PACKAGE, human_eval.INTERPRETER, translation.PACKAGE)
 """Settings of tasks that are versions of software."""
 
-AnyTask = Task | TextTask | LMEvalTask | HumanEval
+AnyTask = Task | TextTask | LMEvalTask | HumanEval | Translation
 
 
 def main(argv: list[str]) -> None:
@@ -66,8 +68,9 @@ def main(argv: list[str]) -> None:
     # the tasks whose results are not known yet
     data = command.experiment.data
     tokenizer = load_tokenizer(data, ROOT, say)
-    sentinels = trained_sentinels(command.experiment, tokenizer)
-    context = TaskContext(tokenizer, command.experiment.model.seq_length + 1, data, ROOT, say, sentinels)
+    sentinels, examples = trained_sentinels(command.experiment, tokenizer), data.examples
+    separator = examples.separator if isinstance(examples, Pairs) else None
+    context = TaskContext(tokenizer, command.experiment.model.seq_length + 1, data, ROOT, say, sentinels, separator)
     precision = _precision(command)
     determined_by = (tokenizer.fingerprint, model_digest(command.folder, command.model), code_digest(), precision)
     keys = {task: Key(task.name, task.settings, task.digest(context), *determined_by) for task in command.tasks}
@@ -139,6 +142,8 @@ def parser() -> Parser:
     add("--seed", type=int, help="seed of the draws (default: 0)")
     timeout = f"CPU seconds of a completion and its tests (default: {Limits().cpu_seconds}); by the clock {PATIENCE} times as many"
     add("--timeout", type=int, metavar="S", help=timeout)
+    beams = "beams of the search for a translation (default: 1, always the likeliest token)"
+    parser.add_argument_group(translation.NAME).add_argument("--beams", type=int, metavar="N", help=beams)
     machine = parser.add_argument_group("how it is computed")
     machine.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: as trained (fp16 on a CPU: fp32)")
     machine.add_argument("--tensor", type=int, default=1, metavar="T", help="slice the model over T processes of this machine")
@@ -183,8 +188,10 @@ def prepared(arguments: argparse.Namespace) -> Command:
             values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)}
             sampling = Sampling(**values | {"k": arguments.k and tuple(arguments.k)})
             tasks.append(human_eval.create_task(name, settings, sampling, arguments.execute))
+        elif translation.is_name(name):
+            tasks.append(translation.create_task(name, settings, arguments.beams, trained.experiment))
         else:
-            tasks += registry.create_tasks([name], settings, others=tuple(human_eval.TASKS))
+            tasks += registry.create_tasks([name], settings, others=(*human_eval.TASKS, translation.NAME))
     if any(isinstance(task, LMEvalTask) for task in tasks):
         lm_eval_task.keep_offline(user_path(ROOT, trained.experiment.data.cache) / "lm_eval")
     batch = max(1, TOKENS_AT_ONCE // seq_length) if arguments.batch is None else arguments.batch
@@ -222,6 +229,9 @@ def _evaluate(command: Command, context: TaskContext, keys: Mapping[AnyTask, Key
                     metrics, examples = texts.metrics(session.texts(texts.requests, advance)), texts.examples
             elif isinstance(task, HumanEval):
                 metrics, examples = task.evaluate(session, console.progress, lambda text: console.header([("limits", text)]), console.warn)
+            elif isinstance(task, Translation):
+                console.header([("metrics", f"{translation.PACKAGE} · {' · '.join(translation.signatures())}")])
+                metrics, examples = task.evaluate(session, context, console.progress)
             else:
                 requests = task.requests(context)
                 with console.progress(task.name, len(requests.requests)) as advance:
@@ -240,6 +250,7 @@ def show_tasks() -> None:
     rows = [
         *registry.descriptions(),
         (human_eval.NAME, "HumanEval, pass@k: executes what the model writes (--execute); humaneval:FILE for problems of yours"),
+        (translation.NAME, "BLEU and chrF of translations, of LibreOffice's help; translation:FILE.jsonl for pairs of yours"),
         ("humaneval_chat", "the same, asked for in a conversation, with the run's chat template"),
         (f"{lm_eval_task.PREFIX}NAME", "a task of lm-evaluation-harness (requirements-eval.txt), --lm_eval_tasks FOLDER"),
     ]

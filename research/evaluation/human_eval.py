@@ -7,10 +7,10 @@ import importlib.util
 import math
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake, listed, listed_up_to
@@ -20,7 +20,7 @@ from research.evaluation import statistics
 from research.evaluation.examples import check_file, file_digest
 from research.evaluation.human_eval_problems import LARGEST_FILE, MOST_NAMED, Problem, read_problems
 from research.evaluation.limited_program import RESTRICTIONS, Limits, Outcome, check_system, run_programs
-from research.evaluation.task import Metric, Settings
+from research.evaluation.task import Metric, Settings, ShowProgress
 from research.generation.chat_template import TemplateError, chat_template_of
 from research.generation.settings import GenerationSettings, text_seed
 
@@ -40,12 +40,6 @@ DEFAULT_TOKENS = 512
 COUNTS = ("samples", "passed", "failed", "timed_out", "prompts_cut")
 """The metrics that are numbers of samples, and of problems. `failed` includes `timed_out`."""
 INTERPRETER = "python"
-
-
-class ShowProgress(Protocol):
-    """Console.progress: shows work of `total` parts, and yields a function that is told of n more parts."""
-
-    def __call__(self, label: str, total: int | None = None, /) -> AbstractContextManager[Callable[[int], object]]: ...
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Self
 
 from models.config import GPT
 from models.inference.scoring import TokenScorer
+from parallel.errors import Mistake
 from research.cluster.tensor_ranks import opened
 from research.data.tokenizer import Tokenizer
 from research.evaluation.scorer import Score, ScoreRequest
@@ -55,7 +56,8 @@ class Session:
     """A context manager that owns the restored model and its other tensor ranks, and ends them on exit."""
 
     run: Path
-    checkpoint: Path
+    checkpoint: Path | None
+    """None: the initial weights of the run's seed."""
     model: GPT
     tokenizer: Tokenizer
     precision: str | None
@@ -77,6 +79,7 @@ class Session:
         """The model as a scorer; releases a generator first."""
         if self._scorer is None:
             self.close()
+            assert self.checkpoint is not None
             spec = ScorerSpec(self.run, self.checkpoint, self.precision)
             self._scorer = RestoredScorer(self._stack.enter_context(opened(spec, self.tensor)), self.length, self.batch)
         return self._scorer
@@ -101,13 +104,31 @@ class Session:
             self._generator = TextGenerator(decoder, self.tokenizer, self.model, context)
         return self._generator
 
-    def texts(self, requests: Sequence[TextRequest], progress: Callable[[int], object] = lambda n: None) -> list[str]:
-        """The text that the model writes for each request, in order. Calls `progress(n)` after n more texts."""
+    def untrained(self) -> "Session":
+        """A session of the same model with its initial weights. Releases the model of this one."""
+        self.close()
+        return Session(self.run, None, self.model, self.tokenizer, self.precision, self.tensor, self.batch, self.warn)
+
+    def texts(self, requests: Sequence[TextRequest], progress: Callable[[int], object] = lambda n: None, beams: int = 1) -> list[str]:
+        """The text that the model writes for each request, in order. Calls `progress(n)` after n more texts.
+
+        With several beams, each is the best text of a beam search.
+        """
+        if beams > 1:
+            return [self._best_beam(request, beams, progress) for request in requests]
         generator = self.generator
         texts = [generator.submit_ids(one.ids, GenerationSettings(one.max_new_tokens), one.ends) for one in requests]
         while generator:
             progress(sum(text.finish is not None for text in generator.step()))
         return [text.text for text in texts]
+
+    def _best_beam(self, request: TextRequest, beams: int, progress: Callable[[int], object]) -> str:
+        if beams > self.batch:
+            raise Mistake(f"--beams {beams} needs as many texts at once, and --batch is {self.batch} → use --batch {beams} or more")
+        settings = GenerationSettings(request.max_new_tokens)
+        [text] = self.generator.search_ids(request.ids, settings, request.ends, beams, 1)
+        progress(1)
+        return text.text
 
     def close(self) -> None:
         """Releases the model."""

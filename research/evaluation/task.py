@@ -8,6 +8,7 @@ A task makes requests from a file and computes metrics from the scores:
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +21,12 @@ from research.evaluation.scorer import Score, Scorer, ScoreRequest
 
 BATCH_SIZE = 64
 """Number of requests between two updates of a progress bar; several batches of the scorer."""
+
+
+class ShowProgress(Protocol):
+    """Console.progress: shows work of `total` parts, and yields a function that is told of n more parts."""
+
+    def __call__(self, label: str, total: int | None = None, /) -> AbstractContextManager[Callable[[int], object]]: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class TaskContext:
     """Shows slow work such as tokenizing a text."""
     sentinels: Sentinels | None = None
     """Those of a run that was trained to fill in a middle."""
+    separator: str | None = None
+    """The token between source and target of a run that was trained on pairs."""
 
 
 @dataclass(frozen=True)

@@ -175,11 +175,16 @@ class TextGenerator:
 
         The decoder must be a Decoder without running texts. Of `settings`, max_new_tokens and the repetition penalty are used.
         """
+        return self.search_ids(self.tokenizer.prompt(prompt), settings, self.ends, beams, count, prompt)
+
+    def search_ids(
+        self, ids: tuple[int, ...], settings: GenerationSettings, ends: Collection[int], beams: int, count: int, prompt: str = ""
+    ) -> list[GeneratedText]:
+        """Like `search`, for a prompt that is already tokenized (at least one id) and texts that end at any of `ends`."""
         assert isinstance(self.decoder, Decoder)
-        ids = self.tokenizer.prompt(prompt)
         refuse_long(len(ids), settings.max_new_tokens, self.context, self.model)
         penalty = settings.sampling.repetition_penalty
-        options = BeamSearchParams(beams, settings.max_new_tokens, tuple(self.ends), self.tokenizer.vocab_size, penalty)
+        options = BeamSearchParams(beams, settings.max_new_tokens, tuple(ends), self.tokenizer.vocab_size, penalty)
 
         texts = []
         for beam in beam_search(self.decoder, ids, options)[:count]:

@@ -32,7 +32,8 @@ class DecoderSpec:
 
     run: Path
     """The run's folder."""
-    checkpoint: Path
+    checkpoint: Path | None
+    """None: the model has the initial weights of the run's seed."""
     precision: str | None = None
     """fp32, bf16 or fp16; None: the precision of training, except that fp16 becomes fp32 on a CPU, which has few kernels for it."""
     slots: int = 1
@@ -74,16 +75,20 @@ class ScorerSpec:
 def restored(spec: DecoderSpec, grid: Grid, place: torch.device | None = None) -> PlainModule:
     """The module with the checkpoint's weights on `place` (None: this rank's device): each rank's own slices, whatever layout saved them.
 
+    Without a checkpoint it keeps its initial weights.
+
     Executes the variant.py that the run folder holds a copy of.
     """
     folder, place = RunFolder(spec.run), place or device()
     experiment = serialization.load(folder.config)
     model, variants = GPT(**experiment.model.model_dump()), dict(load_variants(folder.source, experiment.model))
-    if not model.init.startswith(VARIANT):  # an init class of the experiment may serve other classes of its variant.py
+    # an init class of the experiment may serve other classes of its variant.py
+    if spec.checkpoint is not None and not model.init.startswith(VARIANT):
         model, variants = without_init(model, variants)
     module = PlainModule(gpt.layers(model, grid, experiment.seed, variants)).to(dtype_of(spec.precision, experiment.precision, place))
-    with Reader(spec.checkpoint) as reader:
-        load_weights(module, reader, grid)
+    if spec.checkpoint is not None:
+        with Reader(spec.checkpoint) as reader:
+            load_weights(module, reader, grid)
     return module.to(place).eval()
 
 
