@@ -1,14 +1,14 @@
-"""How transformers stores GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2 and Qwen3: for each a table from our modules to theirs."""
+"""How transformers stores the models of eight families, from GPT-2 to MegatronBERT: for each a table from our modules to theirs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.config import GPT
 from models.conversion.read_config import GATED_MLPS, PLAIN_MLPS
+from models.encoder_config import AnyModel
 from parallel.errors import Mistake
 
 
@@ -23,11 +23,11 @@ class Same:
         """Their modules that make up our one."""
         return (self.name,)
 
-    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+    def to_ours(self, tensors: list[Tensor], model: AnyModel) -> Tensor:
         """Their tensors, in the order of `names` -> our tensor."""
         return tensors[0]
 
-    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
+    def to_theirs(self, tensor: Tensor, model: AnyModel) -> list[Tensor]:
         """Our tensor -> their tensors, in the order of `names`."""
         return [tensor]
 
@@ -35,11 +35,11 @@ class Same:
 class Transposed(Same):
     """GPT-2's Conv1D: a weight '[in, out]'."""
 
-    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+    def to_ours(self, tensors: list[Tensor], model: AnyModel) -> Tensor:
         """'[in, out]' -> '[out, in]'; a bias is unchanged."""
         return tensors[0].t().contiguous()
 
-    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
+    def to_theirs(self, tensor: Tensor, model: AnyModel) -> list[Tensor]:
         """'[out, in]' -> '[in, out]'; a bias is unchanged."""
         return [tensor.t().contiguous()]
 
@@ -47,11 +47,11 @@ class Transposed(Same):
 class HeadByHead(Same):
     """GPT-NeoX's qkv: the rows of the first head's q, k and v, then those of the next head, and so on."""
 
-    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+    def to_ours(self, tensors: list[Tensor], model: AnyModel) -> Tensor:
         """Rows '(h 3 e)' -> '(3 h e)' of a weight or a bias."""
         return rearrange(tensors[0], "(h three e) ... -> (three h e) ...", three=3, h=model.num_heads)
 
-    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
+    def to_theirs(self, tensor: Tensor, model: AnyModel) -> list[Tensor]:
         """Rows '(3 h e)' -> '(h 3 e)' of a weight or a bias."""
         return [rearrange(tensor, "(three h e) ... -> (h three e) ...", three=3, h=model.num_heads)]
 
@@ -61,9 +61,9 @@ class Fused:
     """Several of their modules are concatenated by rows to one of ours; `rows` gives the number of rows of each."""
 
     names: tuple[str, ...]
-    rows: Callable[[GPT], list[int]]
+    rows: Callable[[AnyModel], list[int]]
 
-    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+    def to_ours(self, tensors: list[Tensor], model: AnyModel) -> Tensor:
         """q, k, v or gate, up -> one tensor."""
         heights = [len(tensor) for tensor in tensors]
         if heights != self.rows(model):  # wrong numbers of rows with the right sum would otherwise go unnoticed
@@ -72,12 +72,12 @@ class Fused:
             )
         return torch.cat(tensors)
 
-    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
+    def to_theirs(self, tensor: Tensor, model: AnyModel) -> list[Tensor]:
         """One tensor -> q, k, v or gate, up."""
         return [part.contiguous() for part in tensor.split(self.rows(model))]
 
 
-def qkv_rows(model: GPT) -> list[int]:
+def qkv_rows(model: AnyModel) -> list[int]:
     """The number of rows of q, k and v."""
     return [model.num_heads * model.head_size] + [model.num_kv_heads * model.head_size] * 2
 
@@ -102,6 +102,12 @@ class Family:
     """Whether head_size may be other than hidden_size / num_heads."""
     free_hidden_size: bool = False
     """Whether num_heads need not divide hidden_size."""
+    kind: str = "gpt"
+    """The `kind` of the models that it can express."""
+    unprefixed: tuple[str, ...] = ()
+    """Beginnings of names that have no prefix, besides the heads'."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """The name of a tensor that files may hold as a copy -> the name of the tensor that it is equal to."""
 
 
 LLAMA_MODULES: dict[str, Same | Fused] = {
@@ -120,6 +126,46 @@ LLAMA_HOLDS: dict[str, tuple] = {
     "norm": ("rmsnorm",), "position": ("rotary",), "rotary_fraction": (1.0,), "residual": ("pre_norm",),
     "mlp": tuple(GATED_MLPS.values()),
 }  # fmt: skip
+
+BERT_MODULES: dict[str, Same | Fused] = {
+    "embedding": Same("embeddings.word_embeddings"),
+    "token_types": Same("embeddings.token_type_embeddings"),
+    "position": Same("embeddings.position_embeddings"),
+    "blocks.*.attention.qkv": Fused(tuple(f"encoder.layer.*.attention.self.{part}" for part in ("query", "key", "value")), qkv_rows),
+    "blocks.*.attention.output": Same("encoder.layer.*.attention.output.dense"),
+    "blocks.*.mlp.up": Same("encoder.layer.*.intermediate.dense"),
+    "blocks.*.mlp.down": Same("encoder.layer.*.output.dense"),
+    "sentence.pooler": Same("pooler.dense"),
+    "sentence.classifier": Same("cls.seq_relationship"),
+    "masked_lm.dense": Same("cls.predictions.transform.dense"),
+    "masked_lm.norm": Same("cls.predictions.transform.LayerNorm"),
+    "head_bias": Same("cls.predictions"),
+}
+"""The names that BERT and MegatronBERT share: all but those of norms."""
+POST_NORMS: dict[str, Same | Fused] = {
+    "embedding_norm": Same("embeddings.LayerNorm"),
+    "blocks.*.attention_norm": Same("encoder.layer.*.attention.output.LayerNorm"),
+    "blocks.*.mlp_norm": Same("encoder.layer.*.output.LayerNorm"),
+}
+PRE_NORMS: dict[str, Same | Fused] = {
+    "blocks.*.attention_norm": Same("encoder.layer.*.attention.ln"),
+    "blocks.*.mlp_norm": Same("encoder.layer.*.ln"),
+    "final_norm": Same("encoder.ln"),
+}
+
+
+def _bert(name: str, residual: str, norms: dict[str, Same | Fused]) -> Family:
+    return Family(
+        name=name,
+        prefix="bert.",
+        heads=("cls.predictions.decoder",),
+        modules=BERT_MODULES | norms,
+        holds={"attention": ("bidirectional",), "residual": (residual,), "mlp": ("gelu",)},
+        grouped=False,
+        kind="bert",
+        unprefixed=("cls.",),
+        copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+    )
 
 
 FAMILIES = {
@@ -202,5 +248,7 @@ FAMILIES = {
         free_head_size=True,
         free_hidden_size=True,
     ),
+    "bert": _bert("bert", "post_norm", POST_NORMS),
+    "megatron-bert": _bert("megatron-bert", "pre_norm", PRE_NORMS),
 }  # fmt: skip
 """transformers' `model_type` -> family."""

@@ -13,9 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.config import GPT
 from models.conversion.families import FAMILIES, Family, Fused, Same, qkv_rows
 from models.conversion.read_config import ConfigReader
+from models.encoder_config import AnyModel
 from parallel.errors import Mistake
 
 ROTARY_FACTORS = "rope_freqs.weight"
@@ -27,13 +27,13 @@ LLAMA_3 = (1.0, 4.0, 8192)
 class Interleaved(Fused):
     """q, k and v, where the rows of each head of q and k alternate between its first and its second half."""
 
-    def to_ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+    def to_ours(self, tensors: list[Tensor], model: AnyModel) -> Tensor:
         """Rows '(h half two)' of q and k -> '(h two half)'; then q, k and v are concatenated by rows."""
         q, k, v = tensors
         q, k = (rearrange(x, "(h half two) ... -> (h two half) ...", two=2, half=model.head_size // 2) for x in (q, k))
         return super().to_ours([q, k, v], model)
 
-    def to_theirs(self, tensor: Tensor, model: GPT) -> list[Tensor]:
+    def to_theirs(self, tensor: Tensor, model: AnyModel) -> list[Tensor]:
         q, k, v = super().to_theirs(tensor, model)
         q, k = (rearrange(x, "(h two half) ... -> (h half two) ...", two=2, half=model.head_size // 2) for x in (q, k))
         return [q, k, v]

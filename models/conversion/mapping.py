@@ -5,21 +5,28 @@ Tensors are whole, as in checkpoints; a layout cuts them with each parameter's S
 Nothing here reads files or imports transformers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from models.config import ATTENTIONS, GPT
-from models.conversion.families import FAMILIES, Family, Fused, Same, qkv_rows
+from models.conversion.families import BERT_MODULES, FAMILIES, Family, Fused, Same, qkv_rows
 from models.conversion.read_config import GATED_MLPS
+from models.encoder_config import BERT, AnyModel
 from parallel.errors import Mistake
 
 OTHER = " → is the configuration this model's?"
 """The way out in errors about weights that do not fit the configuration."""
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
-"""Suffixes of tensors in older files that are no weights: masks and rotary tables."""
+BUFFERS = (
+    *(".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"),
+    *("rotary_emb.inv_freq", "embeddings.position_ids"),
+)
+"""Suffixes of tensors in older files that are no weights: masks, rotary tables and the numbers of positions."""
+OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Suffixes in BERT's first files -> those of today."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class ParameterMapping:
     keys: tuple[str, ...]
     form: Same | Fused
 
-    def ours(self, tensors: list[Tensor], model: GPT) -> Tensor:
+    def ours(self, tensors: list[Tensor], model: AnyModel) -> Tensor:
         """Their tensors, in the order of `keys`, as our parameter. A Mistake if they do not have the right shapes."""
         try:
             tensor = self.form.to_ours(tensors, model)
@@ -44,11 +51,11 @@ class ParameterMapping:
             raise Mistake(f"{self.keys[0]} makes {self.name} {list(tensor.shape)}, this model's is {list(self.shape)}{OTHER}")
         return tensor
 
-    def theirs(self, tensor: Tensor, model: GPT) -> dict[str, Tensor]:
+    def theirs(self, tensor: Tensor, model: AnyModel) -> dict[str, Tensor]:
         """Our parameter as their tensors, by key."""
         return dict(zip(self.keys, self.form.to_theirs(tensor, model), strict=True))
 
-    def their_shapes(self, model: GPT) -> dict[str, tuple[int, ...]]:
+    def their_shapes(self, model: AnyModel) -> dict[str, tuple[int, ...]]:
         """The shapes of their tensors, by key."""
         return {key: tuple(tensor.shape) for key, tensor in self.theirs(torch.empty(self.shape, device="meta"), model).items()}
 
@@ -62,7 +69,7 @@ class Plan:
     """The key of a tied head that is in the files beside the embedding. It must be equal to the embedding."""
 
 
-def plan(model: GPT, family: Family, shapes_in_files: Mapping[str, tuple[int, ...]]) -> Plan:
+def plan(model: AnyModel, family: Family, shapes_in_files: Mapping[str, tuple[int, ...]]) -> Plan:
     """How `model` is read from files with tensors of these names and shapes.
 
     A tensor that is missing, left over, doubled or of the wrong shape is a Mistake. No tensor is read to find out.
@@ -96,6 +103,12 @@ def _keys_in_files(family: Family, names: Mapping[str, object]) -> tuple[dict[st
     keys: dict[str, str] = {}
     for name in names:
         bare = name.removeprefix(family.prefix)
+        for old, new in OLD_SUFFIXES.items():
+            bare = bare.removesuffix(old) + new if bare.endswith(old) else bare
+        if original := family.copies.get(bare):
+            if original in names:
+                continue
+            bare = original
         if bare in keys:
             raise Mistake(both.format(keys[bare], name))
         if not name.endswith(BUFFERS):
@@ -106,7 +119,14 @@ def _keys_in_files(family: Family, names: Mapping[str, object]) -> tuple[dict[st
     return keys, heads[0] if heads else None
 
 
-def from_hf(model: GPT, family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_heads_in_files(model: AnyModel, names: Collection[str]) -> AnyModel:
+    """The model with the heads that the files hold: a BERT's configuration may name a class without the sentence head that they have."""
+    if not isinstance(model, BERT):
+        return model
+    return model.model_copy(update={"sentence_head": f"{BERT_MODULES['sentence.classifier'].names[0]}.weight" in names})
+
+
+def from_hf(model: AnyModel, family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every parameter of `model`, whole, by our logical names, from their tensors. The same errors as `plan`."""
     if family not in FAMILIES:
         raise Mistake(f"model_type = {family!r} is not a family we can read or write → use {', '.join(FAMILIES)}")
@@ -123,7 +143,7 @@ def check_copy(head: Tensor, embedding: Tensor) -> None:
         raise Mistake("model.tied = True, but the head's weights are not the embedding's → set tie_word_embeddings to false")
 
 
-def parameter_mappings(model: GPT, family: Family) -> list[ParameterMapping]:
+def parameter_mappings(model: AnyModel, family: Family) -> list[ParameterMapping]:
     """A mapping for each parameter, in the order of the layers, with keys as transformers writes them."""
     if misfits := unlike(model, family):
         raise Mistake(misfits[0])
@@ -133,24 +153,26 @@ def parameter_mappings(model: GPT, family: Family) -> list[ParameterMapping]:
         module, _, weight_or_bias = name.rpartition(".")
         number = module.split(".")[1] if module.startswith("blocks.") else ""
         form = modules[module.replace(f".{number}.", ".*.") if number else module]
-        prefix = "" if module == "head" else family.prefix
+        prefix = "" if module == "head" or form.names[0].startswith(family.unprefixed) else family.prefix
         keys = tuple(f"{prefix}{theirs.replace('*', number)}.{weight_or_bias}" for theirs in form.names)
         mappings.append(ParameterMapping(name, shape, keys, form))
     return mappings
 
 
-def family_of(model: GPT) -> str:
+def family_of(model: AnyModel) -> str:
     """The family that can express the model. If there is none, a Mistake lists every setting that the nearest one cannot express."""
-    misfits = {name: unlike(model, family) for name, family in FAMILIES.items()}
+    misfits = {name: unlike(model, family) for name, family in FAMILIES.items() if family.kind == model.kind}
     nearest = min(misfits, key=lambda name: len(misfits[name]))
     if misfits[nearest]:
         settings = "; ".join(misfits[nearest])
-        raise Mistake(f"no family of transformers that we write ({', '.join(FAMILIES)}) is this model: {settings} → train one that fits")
+        raise Mistake(f"no family of transformers that we write ({', '.join(misfits)}) is this model: {settings} → train one that fits")
     return nearest
 
 
-def unlike(model: GPT, family: Family) -> list[str]:
+def unlike(model: AnyModel, family: Family) -> list[str]:
     """A sentence for each setting of the model that the family cannot express."""
+    if model.kind != family.kind:
+        return [f"model.kind = {model.kind!r} is no {family.name} → that has {family.kind!r}"]
     misfits = []
     for field, values in {"attention": ATTENTIONS, **family.holds}.items():
         if getattr(model, field) not in values:
@@ -169,29 +191,43 @@ def unlike(model: GPT, family: Family) -> list[str]:
     if family.free_head_size and not family.free_hidden_size and model.hidden_size % model.num_heads:
         sizes = f"model.num_heads = {model.num_heads} with model.hidden_size = {model.hidden_size}"
         misfits.append(f"{sizes} is no {family.name} → there the one divides the other")
-    if model.position == "rotary" and int(model.head_size * (model.rotary_fraction or 0)) % 2:
+    if isinstance(model, GPT) and model.position == "rotary" and int(model.head_size * (model.rotary_fraction or 0)) % 2:
         what = f"model.rotary_fraction = {model.rotary_fraction} of {model.head_size} features, an odd number,"
         misfits.append(f"{what} is no {family.name} → that turns an even number of them")
     return misfits
 
 
-def shapes(model: GPT) -> dict[str, tuple[int, ...]]:
+def shapes(model: AnyModel) -> dict[str, tuple[int, ...]]:
     """Logical name -> whole shape of every parameter, in the order of the layers. Nothing is built or drawn."""
     result: dict[str, tuple[int, ...]] = {}
-    for name, shape, bias in _modules(model):
+    for name, shape, bias in _bert_modules(model) if isinstance(model, BERT) else _modules(model):
         result[f"{name}.weight"] = shape
         if bias:
             result[f"{name}.bias"] = shape[:1]
+    if isinstance(model, BERT):
+        result["head_bias.bias"] = (model.vocab_size,)
     return result
 
 
-def _modules(model: GPT) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """(name, shape of its weight, whether it has a bias) of each module with parameters, for models of these families."""
-    d, f, table = model.hidden_size, model.ffn_size, (model.vocab_size, model.hidden_size)
-    norm_bias, gates = model.norm == "layernorm" and model.bias, 2 if model.mlp in GATED_MLPS.values() else 1
+Module: TypeAlias = tuple[str, tuple[int, ...], bool]
+"""The name of a module with parameters, the shape of its weight, and whether it has a bias."""
+
+
+def _modules(model: AnyModel) -> Iterator[Module]:
+    """The modules of a GPT of these families."""
+    table = model.vocab_size, model.hidden_size
     yield "embedding", table, False
     if model.position == "learned":
-        yield "position", (model.seq_length, d), False
+        yield "position", (model.seq_length, model.hidden_size), False
+    yield from _block_modules(model)
+    yield "final_norm", (model.hidden_size,), _norm_bias(model)
+    if not model.tied:
+        yield "head", table, False
+
+
+def _block_modules(model: AnyModel) -> Iterator[Module]:
+    d, f = model.hidden_size, model.ffn_size
+    norm_bias, gates = _norm_bias(model), 2 if model.mlp in GATED_MLPS.values() else 1
     for block in (f"blocks.{i}" for i in range(model.num_layers)):
         yield f"{block}.attention_norm", (d,), norm_bias
         yield f"{block}.attention.qkv", (sum(qkv_rows(model)), d), model.qkv_bias
@@ -201,6 +237,25 @@ def _modules(model: GPT) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         yield f"{block}.mlp_norm", (d,), norm_bias
         yield f"{block}.mlp.up", (gates * f, d), model.bias
         yield f"{block}.mlp.down", (d, f), model.bias
-    yield "final_norm", (d,), norm_bias
-    if not model.tied:
-        yield "head", table, False
+
+
+def _norm_bias(model: AnyModel) -> bool:
+    return model.norm == "layernorm" and model.bias
+
+
+def _bert_modules(model: BERT) -> Iterator[Module]:
+    """All modules of a BERT but the bias of its logits, which has no weight."""
+    d = model.hidden_size
+    yield "embedding", (model.vocab_size, d), False
+    yield "token_types", (model.token_types, d), False
+    yield "position", (model.seq_length, d), False
+    if model.residual == "post_norm":
+        yield "embedding_norm", (d,), True
+    yield from _block_modules(model)
+    if model.residual == "pre_norm":
+        yield "final_norm", (d,), True
+    if model.sentence_head:
+        yield "sentence.pooler", (d, d), True
+        yield "sentence.classifier", (2, d), True
+    yield "masked_lm.dense", (d, d), True
+    yield "masked_lm.norm", (d,), True

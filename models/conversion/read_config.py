@@ -1,4 +1,4 @@
-"""Reads a transformers config.json of GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2 or Qwen3 as our model settings.
+"""Reads a transformers config.json of GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2, Qwen3, BERT or MegatronBERT as our settings.
 
 Does not import transformers.
 
@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from models.config import GPT
+from models.encoder_config import BERT
 from parallel.errors import Mistake
 
 PLAIN_MLPS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
@@ -42,6 +43,10 @@ SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
 _LLAMA = dict(
     hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False
 )
+_BERT = dict(
+    hidden_act="gelu", max_position_embeddings=512, type_vocab_size=2, layer_norm_eps=1e-12, tie_word_embeddings=True, is_decoder=False,
+    add_cross_attention=False,
+)  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": dict(
         vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, activation_function="gelu_new", layer_norm_epsilon=1e-5,
@@ -65,9 +70,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         vocab_size=151_936, intermediate_size=22016, num_key_value_heads=32, head_dim=128, max_position_embeddings=32768,
         attention_bias=False, use_sliding_window=False, sliding_window=4096, max_window_layers=28,
     ),
+    "bert": _BERT | dict(vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "megatron-bert": _BERT | dict(
+        vocab_size=29056, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
 }  # fmt: skip
 """Family -> what transformers takes for a key that config.json does not have."""
-DROPOUT_KEYS = ("embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout")
+DROPOUT_KEYS = (
+    *("embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+)
 QUIET_KEYS = {
     "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map", "quantization_config",
     "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "n_ctx", "gradient_checkpointing",
@@ -134,10 +146,10 @@ class ConfigReader:
         return value
 
 
-def settings(hf_config: Any) -> GPT:
+def settings(hf_config: Any) -> GPT | BERT:
     """Our settings of a transformers configuration, which is an object or the dict of a config.json.
 
-    What GPT cannot express is a Mistake that names it. `unread_keys` lists the keys that are ignored.
+    What no model of ours can express is a Mistake that names it. `unread_keys` lists the keys that are ignored.
     """
     return _read(hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict())[0]
 
@@ -154,7 +166,7 @@ def unread_keys(config: Mapping[str, Any]) -> list[str]:
     return [key for key, value in config.items() if value not in (None, False, [], {}) and key not in quiet]
 
 
-def _read(whole: Mapping[str, Any]) -> tuple[GPT, ConfigReader]:
+def _read(whole: Mapping[str, Any]) -> tuple[GPT | BERT, ConfigReader]:
     """(the settings, the reader, which knows what was read)"""
     config = ConfigReader(whole)
     family = config.text("model_type")
@@ -165,8 +177,8 @@ def _read(whole: Mapping[str, Any]) -> tuple[GPT, ConfigReader]:
     config = ConfigReader(DEFAULTS[family] | without_nulls(whole))
     values = READERS[family](config) | dict(vocab_size=config.count("vocab_size"), init="gpt2", **NO_DROPOUT)
     try:
-        return GPT(**{"qk_norm": False, **values}), config
-    except ValidationError as error:  # each value alone is valid, so this is usually a sentence of GPT's own validator
+        return (BERT(**values) if family in BERTS else GPT(**{"qk_norm": False, **values})), config
+    except ValidationError as error:  # each value alone is valid, so this is usually a sentence of the model's own validator
         first = error.errors(include_url=False)[0]
         other = f"model.{first['loc'][-1]} = {first['input']!r:.60}: {first['msg']} → is it a whole config.json?" if first["loc"] else ""
         raise Mistake(other or str(first["ctx"]["error"])) from None
@@ -222,10 +234,27 @@ def _qwen3(config: ConfigReader) -> dict[str, Any]:
     return _llama_like(config) | dict(bias=False, qkv_bias=attention_bias, output_bias=attention_bias, qk_norm=True)
 
 
+def _bert(config: ConfigReader) -> dict[str, Any]:
+    for key in ("hidden_act", "tie_word_embeddings", "is_decoder", "add_cross_attention"):
+        _require(key, config.get(key), _BERT[key])
+    _require("position_embedding_type", config.get("position_embedding_type", "absolute"), "absolute")  # a key of transformers 4
+    names = config.get("architectures", [])
+    return dict(
+        num_layers=config.count("num_hidden_layers"), hidden_size=config.count("hidden_size"),
+        num_heads=config.count("num_attention_heads"), ffn_size=config.count("intermediate_size"),
+        seq_length=config.count("max_position_embeddings"), token_types=config.count("type_vocab_size"),
+        norm_eps=config.number("layer_norm_eps"), mlp="gelu", residual="post_norm" if config.text("model_type") == "bert" else "pre_norm",
+        sentence_head=any(str(name).endswith("ForPreTraining") for name in names) if isinstance(names, list) else False,
+    )  # fmt: skip
+
+
 READERS: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
     "gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3,
+    "bert": _bert, "megatron-bert": _bert,
 }  # fmt: skip
 """transformers' `model_type` -> the function that reads its configuration."""
+BERTS = ("bert", "megatron-bert")
+"""Those of them whose models are a BERT. The others are a GPT."""
 
 
 def _llama_like(config: ConfigReader) -> dict[str, Any]:

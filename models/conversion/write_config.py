@@ -3,10 +3,12 @@
 Rotary settings are written in the form of transformers 4 (`rope_theta`, `rope_scaling`, `rotary_pct`), which version 5 also reads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from models.config import GPT
 from models.conversion.read_config import GATED_MLPS, NO_DROPOUT, PLAIN_MLPS
+from models.encoder_config import BERT, AnyModel
 
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -15,20 +17,31 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "bert": "BertForPreTraining",
+    "megatron-bert": "MegatronBertForPreTraining",
 }
 """Family -> transformers' class of a language model."""
 DROPOUTS = {
     "gpt2": {"embedding_dropout": "embd_pdrop", "residual_dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
     "gpt_neox": {"residual_dropout": "hidden_dropout", "attention_dropout": "attention_dropout"},
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), {"attention_dropout": "attention_dropout"}),
+    **dict.fromkeys(
+        ("bert", "megatron-bert"), {"residual_dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+    ),
 }
 """Family -> {our dropout setting: theirs}."""
 
 
-def config(model: GPT, family: str, dtype: str, bos: int | None, eos: int | list[int] | None) -> dict[str, Any]:
+def architecture(model: AnyModel, family: str) -> str:
+    """transformers' class of the model. One without a sentence head has another name."""
+    name = ARCHITECTURES[family]
+    return name.replace("ForPreTraining", "ForMaskedLM") if isinstance(model, BERT) and not model.sentence_head else name
+
+
+def config(model: AnyModel, family: str, dtype: str, bos: int | None, eos: int | list[int] | None) -> dict[str, Any]:
     """The config.json of a model that `family` can express (mapping.family_of), with weights written as `dtype` ("float32", …)."""
     common = {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [architecture(model, family)],
         "model_type": family,
         "dtype": dtype,
         "torch_dtype": dtype,  # the same, for transformers 4
@@ -43,7 +56,7 @@ def config(model: GPT, family: str, dtype: str, bos: int | None, eos: int | list
     return common | WRITERS[family](model) | dropouts
 
 
-def left_behind(model: GPT, family: str) -> list[str]:
+def left_behind(model: AnyModel, family: str) -> list[str]:
     """The training settings that `family` cannot express, as text. They have no effect on trained weights."""
     dropouts = [name for name in NO_DROPOUT if name not in DROPOUTS[family] and getattr(model, name)]
     return [f"model.{name} = {getattr(model, name)!r}" for name in (*dropouts, "init")]
@@ -91,7 +104,19 @@ def _qwen3(model: GPT) -> dict[str, Any]:
     return _llama_like(model) | {"attention_bias": model.qkv_bias, "use_sliding_window": False}
 
 
-WRITERS = {"gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+def _bert(model: BERT) -> dict[str, Any]:
+    return _sizes(model) | {
+        "type_vocab_size": model.token_types,
+        "layer_norm_eps": model.norm_eps,
+        "hidden_act": "gelu",
+        "pad_token_id": None,  # transformers' own default, 0, would give the token 0 no gradient
+    }
+
+
+WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3,
+    "bert": _bert, "megatron-bert": _bert,
+}  # fmt: skip
 """Family -> the function that writes its own settings."""
 
 
@@ -106,7 +131,7 @@ def _llama_like(model: GPT) -> dict[str, Any]:
     }
 
 
-def _sizes(model: GPT) -> dict[str, Any]:
+def _sizes(model: GPT | BERT) -> dict[str, Any]:
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,

@@ -10,7 +10,7 @@ from research.cli.verbs import Parser
 from research.tracking import run_folder
 from research.tracking.console import Console
 
-DESCRIPTION = """Writes a folder that AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load: safetensors, config.json,
+DESCRIPTION = """Writes a folder that transformers' from_pretrained and AutoTokenizer.from_pretrained load: safetensors, config.json,
 the tokenizer, generation_config.json, and certificate.json, which compares transformers' model with ours on the same text. If they differ
 by more than rounding, the exit code is 1 and the folder is removed."""
 DTYPES = ("float32", "bfloat16", "float16")

@@ -9,7 +9,7 @@ ABILITIES: dict[str, tuple[str, ...]] = {
     "generate": ("gpt",),
     "evaluate": ("gpt",),
     "serve": ("gpt",),
-    "export": ("gpt",),
+    "export": ("gpt", "bert"),
     "compare --windows": ("gpt",),
     "research.api": ("gpt",),
 }

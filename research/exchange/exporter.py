@@ -7,12 +7,13 @@ from torch import Tensor
 
 from models.conversion import mapping, write_config
 from models.conversion.families import FAMILIES
+from models.encoder_config import BERT
 from parallel.checkpoint.reader import Reader, check_shape
 from parallel.errors import Mistake
 from parallel.files import write_json
 from research import ROOT
 from research.config import Experiment
-from research.config.abilities import gpt_of
+from research.config.abilities import refuse_other_kinds
 from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.exchange import hf_tokenizer, hf_writer, parity, tokenizer_parity
@@ -29,7 +30,8 @@ class Export:
     def __init__(self, run: RunFolder, checkpoint: Path, experiment: Experiment, dtype: str, shard_size: int) -> None:
         self.run, self.checkpoint, self.dtype, self.shard_size = run, checkpoint, dtype, shard_size
         self.experiment = experiment
-        self.model = gpt_of("export", experiment.model, run.title)
+        refuse_other_kinds("export", experiment.model, run.title)
+        self.model = experiment.model
         self.family = mapping.family_of(self.model)
         self.links = mapping.parameter_mappings(self.model, FAMILIES[self.family])
         self.tokenizer: Tokenizer = load_tokenizer(self.experiment.data, ROOT)
@@ -39,7 +41,7 @@ class Export:
 
     def line(self) -> str:
         """What is exported, as one line for the terminal."""
-        return f"export {self.run.title} · {self.checkpoint.name} · {write_config.ARCHITECTURES[self.family]} · {self.dtype}"
+        return f"export {self.run.title} · {self.checkpoint.name} · {write_config.architecture(self.model, self.family)} · {self.dtype}"
 
     def notes(self) -> list[str]:
         """What a user should know: the settings of the model that transformers has no counterpart for."""
@@ -76,6 +78,7 @@ class Export:
             lambda: parity.their_auto_logits(folder),
             lambda: parity.our_logits(self.model, self.checkpoint, dtype),
             advance,
+            parity.OWN if isinstance(self.model, BERT) else parity.NEXT,
         )
         origin = {"run": self.run.title, "checkpoint": self.checkpoint.name, "dtype": self.dtype}
         write_json(folder / CERTIFICATE, origin | certificate.table() | {"ids": compared.table()})

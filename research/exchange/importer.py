@@ -6,16 +6,18 @@ from pathlib import Path
 
 import psutil
 
-from models.config import GPT as Shape
 from models.conversion import mapping, read_config
 from models.conversion.mapping import Plan
+from models.encoder_config import BERT, AnyModel
 from models.estimates.parameters import parameters
 from parallel.checkpoint.folder import latest
 from parallel.checkpoint.writer import write
 from parallel.errors import Mistake
 from parallel.files import sha256_of, user_path, write_json
 from research.cluster.environment import git_state
-from research.config import GPT, Data, Experiment, Optimizer, Parallel, Schedule, Track, serialization
+from research.config import Data, Experiment, Masked, Optimizer, Parallel, Schedule, Track, serialization
+from research.config.examples import STREAM
+from research.config.schema import MODELS
 from research.data import tokenizer as tokenizers
 from research.data import tokenizer_file
 from research.data.tokenizer import Tokenizer
@@ -35,6 +37,8 @@ TEXT = ("builtin:state_of_the_union/train", "builtin:state_of_the_union/val")
 CERTIFICATE = "certificate.json"
 TOKENIZER = "tokenizer"
 CHECKPOINT = "step_000000"
+MASKS = ("<mask>", "[MASK]")
+"""The names of the token that masks: RoBERTa's, which is also ours, and BERT's."""
 OTHER_TOKENIZER = "the folder's own tokenizer: --tokenizer takes its place, and token ids are not compared"
 
 
@@ -53,7 +57,7 @@ class Import:
 
     def __init__(self, source: Source, staging: RunFolder, final: RunFolder, tree: Path) -> None:
         self.source, self.staging, self.final, self.tree = source, staging, final, tree
-        self.model: Shape = read_config.settings(source.config)
+        self.model: AnyModel = mapping.with_heads_in_files(read_config.settings(source.config), source.shapes)
         self.plan: Plan = mapping.plan(self.model, source.family, source.shapes)
         self.left_out: list[str] = []
         """A sentence for each thing that the source holds and that is not taken."""
@@ -82,7 +86,7 @@ class Import:
         runs = self.final.path.parent.parent
         relative_runs = runs.relative_to(self.tree) if runs.is_relative_to(self.tree) else runs
         checkpoint = self.named(self.staging.checkpoints / CHECKPOINT)
-        settings = experiment(self.model, self.source.path.name, checkpoint, name, str(relative_runs))
+        settings = experiment(self.model, self.source.path.name, checkpoint, name, str(relative_runs), samples_for(self.model, tokenizer))
         serialization.save(settings, self.staging.config)
 
         with report.progress("reading the weights", len(self.plan.parameters)) as advance:
@@ -90,7 +94,8 @@ class Import:
         ids = parity.sample_ids(tokenizer, self.model.seq_length)
         with report.progress("comparing with transformers", 2 * len(ids)) as advance:
             ours = lambda: parity.our_logits(self.model, latest(self.staging.checkpoints))  # noqa: E731
-            certificate = parity.certify(ids, self._their_logits, ours, advance)
+            ahead = parity.OWN if isinstance(self.model, BERT) else parity.NEXT
+            certificate = parity.certify(ids, self._their_logits, ours, advance, ahead)
         self._write_metadata(certificate)
         return certificate
 
@@ -154,7 +159,7 @@ class Import:
         write_json(self.staging.run, {"schema": 1, **run, "layout": "", "precision": "fp32", "steps": 0, **run_folder.owner(), **source})
 
 
-def _check_memory(model: Shape, source: Source) -> None:
+def _check_memory(model: AnyModel, source: Source) -> None:
     """Raises a Mistake if the model is too large for this machine: the certificate needs one in fp32 as a whole.
 
     A file that is mostly holes claims terabytes and takes none of the disk.
@@ -165,14 +170,22 @@ def _check_memory(model: Shape, source: Source) -> None:
         raise Mistake(f"{size}, this machine has {memory(total / 1e6)} → import it on a machine with more")
 
 
-def experiment(model: Shape, source: str, checkpoint: str, tokenizer: str, runs: str) -> Experiment:
+def samples_for(model: AnyModel, tokenizer: Tokenizer) -> str | Masked:
+    """`data.examples` for training the model further. A BERT needs a mask; if the tokenizer has none, training says so."""
+    if not isinstance(model, BERT):
+        return STREAM
+    mask = next((name for name in MASKS if tokenizer.backend.token_to_id(name) is not None), MASKS[0])
+    return Masked(rate=0.15, mask=mask, sentence_order=model.sentence_head)
+
+
+def experiment(model: AnyModel, source: str, checkpoint: str, tokenizer: str, runs: str, examples: str | Masked = STREAM) -> Experiment:
     """The experiment of an import: the imported model, and defaults for training it further with a small learning rate."""
     return Experiment(
         question=f"What does {one_line(source)[:80]} know, and what does it learn when it is trained further?",
         parent=None,
-        model=GPT(**model.model_dump()),
+        model=MODELS[model.kind](**model.model_dump()),
         init_from=checkpoint,
-        data=Data(train=TEXT[0], validation=TEXT[1], tokenizer=tokenizer),
+        data=Data(train=TEXT[0], validation=TEXT[1], tokenizer=tokenizer, examples=examples),
         schedule=Schedule(steps=100, batch_size=8, micro_batch_size=1, validate_every=50),
         optimizer=Optimizer(
             lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0, decay="cosine", warmup_steps=10, min_lr=1e-6,

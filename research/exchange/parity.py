@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import gpt
-from models.config import GPT
+from models import architectures
 from models.conversion.write_config import ARCHITECTURES
+from models.encoder_config import AnyModel
 from parallel.checkpoint.reader import Reader, load_weights
 from parallel.errors import Mistake
 from parallel.grid import Grid
@@ -37,6 +37,8 @@ Rounding alone gives 1e-7 to 1e-5. A normalisation epsilon of 1e-6 instead of 1e
 1e-1 (docs/exchange.md).
 """
 
+NEXT, OWN = 1, 0
+"""How many places ahead of a place the token is that its logits predict: the next token, or the place's own."""
 Logits = Callable[[Tensor], Tensor]
 """ids 'b s' -> logits 'b s v'."""
 LOAD_OPTIONS = {
@@ -47,6 +49,8 @@ LOAD_OPTIONS = {
     "trust_remote_code": False,
 }
 """Loads safetensors from the folder only, and never runs code from it."""
+AUTO_CLASSES = {"ForPreTraining": "AutoModelForPreTraining", "ForMaskedLM": "AutoModelForMaskedLM"}
+"""The ending of a class's name -> the class of transformers that loads it. The others are loaded by AutoModelForCausalLM."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,12 @@ def sample_texts(tokenizer: Tokenizer, wanted: int = TOKENS) -> list[int]:
 
 
 @torch.no_grad()
-def certify(ids: Tensor, theirs: Callable[[], Logits], ours: Callable[[], Logits], advance: Advance = nothing) -> Certificate:
+def certify(
+    ids: Tensor, theirs: Callable[[], Logits], ours: Callable[[], Logits], advance: Advance = nothing, ahead: int = NEXT
+) -> Certificate:
     """Compares the two models on ids 'b s'. `theirs` and `ours` load a model each; only one is in memory at a time.
 
-    `advance` is called with 1 for each window and model.
+    `advance` is called with 1 for each window and model. `ahead`: NEXT for a GPT, OWN for a BERT.
     """
 
     def logits_of_windows(load: Callable[[], Logits]) -> Iterator[Tensor]:
@@ -118,12 +124,12 @@ def certify(ids: Tensor, theirs: Callable[[], Logits], ours: Callable[[], Logits
             yield model(window[None])[0].float()
 
     def perplexity(nats: Tensor) -> float:
-        mean = float(nats.sum() / max(ids.shape[0] * (ids.shape[1] - 1), 1))
+        mean = float(nats.sum() / max(ids.shape[0] * (ids.shape[1] - ahead), 1))
         return math.exp(mean) if mean < 700 else math.inf
 
     expected = list(counted(logits_of_windows(theirs), advance))
     actual = counted(logits_of_windows(ours), advance)
-    rows = [_compare(their, our, window) for their, our, window in zip(expected, actual, ids, strict=True)]
+    rows = [_compare(their, our, window, ahead) for their, our, window in zip(expected, actual, ids, strict=True)]
     difference, logit, kl, their_nats, our_nats = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
     return Certificate(
         tokens=ids.numel(),
@@ -135,30 +141,36 @@ def certify(ids: Tensor, theirs: Callable[[], Logits], ours: Callable[[], Logits
     )
 
 
-def _compare(theirs: Tensor, ours: Tensor, ids: Tensor) -> tuple[float, float, float, float, float]:
+def _compare(theirs: Tensor, ours: Tensor, ids: Tensor, ahead: int) -> tuple[float, float, float, float, float]:
     """Compares logits 's v' of one window.
 
-    Returns the largest difference, the largest logit, the sum of the KL divergences, and the sum of the nats of the tokens that
-    follow, theirs and ours. If a logit is NaN or infinite, the difference is infinite.
+    Returns the largest difference, the largest logit, the sum of the KL divergences, and the sum of the nats of the tokens
+    `ahead` places further, theirs and ours. If a logit is NaN or infinite, the difference is infinite.
     """
     if theirs.shape != ours.shape:
         raise Mistake(f"transformers' model has {theirs.shape[-1]} logits, ours {ours.shape[-1]} → is vocab_size the table's height?")
     p, q = F.log_softmax(theirs.double(), -1), F.log_softmax(ours.double(), -1)
     difference = torch.nan_to_num((theirs - ours).abs(), nan=math.inf, posinf=math.inf).max()
-    nats = (-logs[:-1].gather(1, ids[1:, None]).sum() for logs in (p, q))
+    nats = (-logs[: len(ids) - ahead].gather(1, ids[ahead:, None]).sum() for logs in (p, q))
     return (float(difference), float(theirs.abs().max()), float((p.exp() * (p - q)).sum()), *map(float, nats))  # type: ignore[return-value]
 
 
-def our_logits(model: GPT, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Logits:
+def our_logits(model: AnyModel, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Logits:
     """Our model in fp32 with the weights of a checkpoint, which are rounded to `dtype` first."""
     model, variants = without_init(model, {})
-    module = PlainModule(gpt.layers(model, Grid(), seed=0, variants=variants))
+    module = PlainModule(architectures.layers(model, Grid(), seed=0, variants=variants))
     with Reader(checkpoint) as reader:
         load_weights(module, reader, Grid())
     with torch.no_grad():
         for _, parameter in unique_parameters(module):
             parameter.copy_(parameter.to(dtype))
-    return module.eval()
+    module.eval()
+
+    def logits(ids: Tensor) -> Tensor:
+        output = module(ids)
+        return output if isinstance(output, Tensor) else output[0]  # a BERT's sentence logits follow its others
+
+    return logits
 
 
 def their_logits(folder: Path, family: str, shown: Path | None = None) -> Logits:
@@ -173,7 +185,12 @@ def their_auto_logits(folder: Path) -> Logits:
     """transformers' model of a folder in fp32, loaded by the class that the folder names, as a user loads it."""
     import transformers
 
-    return _load(lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, **LOAD_OPTIONS), folder)
+    def make() -> nn.Module:
+        names = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).architectures or [""]
+        auto = next((auto for ending, auto in AUTO_CLASSES.items() if names[0].endswith(ending)), "AutoModelForCausalLM")
+        return getattr(transformers, auto).from_pretrained(folder, **LOAD_OPTIONS)
+
+    return _load(make, folder)
 
 
 def their_gguf_logits(path: Path, config: dict[str, Any]) -> Logits:
@@ -201,7 +218,8 @@ def _load(make: Callable[[], Any], path: Path, shown: Path | None = None) -> Log
         except Exception as error:
             said = " ".join(str(error).split()).replace(str(path), str(shown or path))[:160]
             raise Mistake(f"transformers cannot read {shown or path} ({type(error).__name__}: {said}) → fetch it again") from None
-    return lambda ids: model(ids, use_cache=False).logits
+    model.config.use_cache = False  # a BERT's call takes no such argument
+    return lambda ids: model(ids)[0]
 
 
 @contextlib.contextmanager

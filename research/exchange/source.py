@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.config import GPT
 from models.conversion.families import Family
 from models.conversion.mapping import Plan, check_copy
+from models.encoder_config import AnyModel
 from parallel.errors import Mistake
 from parallel.files import write_json
 from research.data.tokenizer_file import read_tokenizer_table
@@ -40,7 +40,7 @@ class Source(Protocol):
         """The files that the model is read from."""
 
 
-def weights(source: Source, plan: Plan, model: GPT) -> Iterator[Tensor]:
+def weights(source: Source, plan: Plan, model: AnyModel) -> Iterator[Tensor]:
     """Yields every parameter of `model`, unsliced and in fp32, in the order of the plan. One is in memory at a time."""
     for link in plan.parameters:
         tensor = link.ours([source.read(key) for key in link.keys], model)

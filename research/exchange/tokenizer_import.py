@@ -8,7 +8,7 @@ compared with transformers' own, and given the text of the certificate. What has
 from pathlib import Path
 from typing import Any
 
-from models.config import GPT
+from models.encoder_config import AnyModel
 from parallel.errors import Mistake
 from parallel.regular_files import check_inside
 from research.cluster.limited_process import run_limited
@@ -35,7 +35,7 @@ def _import_what_the_child_needs() -> None:
 class TokenizerImport:
     """The tokenizer of one import: that of `source`, or the file `named` in its place. `target` is the folder that it is written to."""
 
-    def __init__(self, source: Source, named: Path | None, target: Path, model: GPT) -> None:
+    def __init__(self, source: Source, named: Path | None, target: Path, model: AnyModel) -> None:
         self.source, self.named, self.target, self.model = source, named, target, model
         self.left_out: list[str] = []
         """A sentence for each thing that is not taken."""

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from pydantic import BaseModel
 
 from models import gpt
 from models.config import GPT, VARIANT
@@ -20,6 +22,8 @@ from parallel.layers import PlainModule
 from research.config import serialization
 from research.config.experiment_folder import load_variants
 from research.tracking.run_folder import RunFolder
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def restored(spec: DecoderSpec, grid: Grid, place: torch.device | None = None) -
     return module.to(place).eval()
 
 
-def without_init(model: GPT, variants: Mapping[str, type]) -> tuple[GPT, dict[str, type]]:
+def without_init(model: M, variants: Mapping[str, type]) -> tuple[M, dict[str, type]]:
     """The model and its variants, changed to leave weights zero until they are read: initialising them takes longer than reading."""
     name = UninitializedWeights.__name__
     return model.model_copy(update={"init": f"{VARIANT}{name}"}), {**variants, name: UninitializedWeights}

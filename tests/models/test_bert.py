@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BertConfig, BertForPreTraining, MegatronBertConfig, MegatronBertForPreTraining
 
 from models import bert
 from models.block import PreNormBlock
@@ -35,65 +34,17 @@ from tests.models.helpers.bert import (
     whole_model,
 )
 from tests.models.helpers.build import ALONE, as_arrays, fill, gradients, joined_as, relative, values, worst
+from tests.models.helpers.their_bert import CLASSES, by_our_names, their_model
 
-CLASSES = {"post_norm": (BertConfig, BertForPreTraining), "pre_norm": (MegatronBertConfig, MegatronBertForPreTraining)}
 LAYOUTS = [(1, False), (2, False), (2, True)]
 """(tensor ranks, sequence parallelism)"""
 OUTPUTS = ("logits", "sentence_logits", "loss")
 
 
-# Their weights by our names, written out here: models/conversion/ has its own table.
-
-OF_A_BLOCK = {
-    "post_norm": {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"},
-    "pre_norm": {"attention_norm": "attention.ln", "mlp_norm": "ln"},
-}
-OUTSIDE = {
-    "embedding.weight": "bert.embeddings.word_embeddings.weight",
-    "token_types.weight": "bert.embeddings.token_type_embeddings.weight",
-    "position.weight": "bert.embeddings.position_embeddings.weight",
-    "embedding_norm": "bert.embeddings.LayerNorm",
-    "final_norm": "bert.encoder.ln",
-    "sentence.pooler": "bert.pooler.dense",
-    "sentence.classifier": "cls.seq_relationship",
-    "masked_lm.dense": "cls.predictions.transform.dense",
-    "masked_lm.norm": "cls.predictions.transform.LayerNorm",
-    "head_bias.bias": "cls.predictions.bias",
-}
-
-
-def by_our_names(model: BERT, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
-    for ours, name in OUTSIDE.items():
-        for part in ("",) if ours.endswith(("weight", "bias")) else (".weight", ".bias"):
-            if name + part in theirs:
-                found[ours + part] = theirs[name + part]
-    names = {"attention.output": "attention.output.dense", "mlp.up": "intermediate.dense", "mlp.down": "output.dense"}
-    for i in range(model.num_layers):
-        block = f"bert.encoder.layer.{i}"
-        for part in ("weight", "bias"):
-            for ours, name in {**names, **OF_A_BLOCK[model.residual]}.items():
-                found[f"blocks.{i}.{ours}.{part}"] = theirs[f"{block}.{name}.{part}"]
-            qkv = [theirs[f"{block}.attention.self.{name}.{part}"] for name in ("query", "key", "value")]
-            found[f"blocks.{i}.attention.qkv.{part}"] = torch.cat(qkv)
-    assert sum(tensor.numel() for tensor in found.values()) == sum(tensor.numel() for tensor in theirs.values())
-    return found
-
-
 @functools.cache
 def truth(residual: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(random weights by our names, transformers' logits, loss and gradients with them)."""
-    config, make = CLASSES[residual]
-    model = make(config(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=LENGTH,
-        type_vocab_size=2, attn_implementation="eager",
-    )).eval()  # fmt: skip
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0
-            parameter.copy_(centre + 0.3 * torch.randn(parameter.shape, generator=g) / parameter.dim())
-    model = model.to(dtype)
+    model = their_model(residual, dtype)
     ids, segments, types = inputs()
     found = model(ids, attention_mask=(segments >= 0).long(), token_type_ids=types)
     targets, weights, sentences, sentence_weights = labels(dtype)
@@ -101,7 +52,7 @@ def truth(residual: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
     of_sentences = F.cross_entropy(found.seq_relationship_logits, sentences, reduction="none")
     loss = (weights.flatten() * of_tokens).sum() + (sentence_weights * of_sentences).sum()
     loss.backward()
-    ours = functools.partial(by_our_names, shape(residual=residual))
+    ours = functools.partial(by_our_names, residual)
     outputs = {"logits": found.prediction_logits, "sentence_logits": found.seq_relationship_logits, "loss": loss}
     gradient = ours({name: parameter.grad for name, parameter in model.named_parameters()})
     return ours({name: p.detach() for name, p in model.named_parameters()}), {n: t.detach() for n, t in (outputs | gradient).items()}
