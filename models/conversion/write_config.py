@@ -20,7 +20,6 @@ ARCHITECTURES = {
     "bert": "BertForPreTraining",
     "megatron-bert": "MegatronBertForPreTraining",
     "umt5": "UMT5ForConditionalGeneration",
-    "t5": "T5ForConditionalGeneration",
 }
 """Family -> transformers' class of a language model."""
 DROPOUTS = {
@@ -30,7 +29,7 @@ DROPOUTS = {
     **dict.fromkeys(
         ("bert", "megatron-bert"), {"residual_dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
     ),
-    **dict.fromkeys(("umt5", "t5"), {"residual_dropout": "dropout_rate"}),
+    "umt5": {"residual_dropout": "dropout_rate"},
 }
 """Family -> {our dropout setting: theirs}."""
 
@@ -137,7 +136,7 @@ def _t5(model: T5) -> dict[str, Any]:
 
 WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3,
-    "bert": _bert, "megatron-bert": _bert, "umt5": _t5, "t5": _t5,
+    "bert": _bert, "megatron-bert": _bert, "umt5": _t5,
 }  # fmt: skip
 """Family -> the function that writes its own settings."""
 
