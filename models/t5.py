@@ -239,8 +239,13 @@ class DecoderBlock(Block):
         bias = visible_sources(of_target, of_source, x.dtype)
         return torch.cat([source, self.decode(target, source, bias, samples, of_target)], dim=1)
 
-    def decode(self, x: Tensor, source: Tensor, bias: Tensor, samples: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """x 'b T d', source 'b S d', bias 'b 1 T S' for cross attention, segments 'b T' -> 'b T d'."""
+    def decode(
+        self, x: Tensor, source: Tensor | None, bias: Tensor, samples: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        """x 'b T d', source 'b S d', bias 'b 1 T S' for cross attention, segments 'b T' -> 'b T d'.
+
+        source: None where a cache holds it (models/inference/encoder_decoder.py).
+        """
         x = x + self.attend(self.attention_norm(x), samples, segments)
         x = x + self.cross_dropout(self.cross_attention(self.cross_norm(x), source, bias, samples), samples)
         return x + self.feed_forward(self.mlp_norm(x), samples)

@@ -1,4 +1,4 @@
-"""How transformers stores the models of eight families, from GPT-2 to MegatronBERT: for each a table from our modules to theirs."""
+"""How transformers stores the models of ten families, from GPT-2 to UMT5: for each a table from our modules to theirs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.conversion.read_config import GATED_MLPS, PLAIN_MLPS
+from models.conversion.read_config import FEED_FORWARDS, GATED_MLPS, PLAIN_MLPS
 from models.encoder_config import AnyModel
 from parallel.errors import Mistake
 
@@ -108,6 +108,8 @@ class Family:
     """Beginnings of names that have no prefix, besides the heads'."""
     copies: dict[str, str] = field(default_factory=dict)
     """The name of a tensor that files may hold as a copy -> the name of the tensor that it is equal to."""
+    ungated: dict[str, "Same"] = field(default_factory=dict)
+    """What stands in the place of modules if the MLP has no gate."""
 
 
 LLAMA_MODULES: dict[str, Same | Fused] = {
@@ -165,6 +167,50 @@ def _bert(name: str, residual: str, norms: dict[str, Same | Fused]) -> Family:
         kind="bert",
         unprefixed=("cls.",),
         copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+    )
+
+
+T5_BLOCKS = {"encoder": ("SelfAttention", "DenseReluDense"), "decoder": ("SelfAttention", "EncDecAttention", "DenseReluDense")}
+"""The parts of a block of each stack, in the order of their `layer`s, each with a norm in front of it."""
+
+
+def _t5(name: str, table: str) -> Family:
+    """`table`: the number of the block that holds the table of relative positions of a block, `*` for each its own."""
+    modules: dict[str, Same | Fused] = {"embedding": Same("shared")}
+    ungated = {}
+    for stack, parts in T5_BLOCKS.items():
+        ours, theirs = f"{stack}.blocks.*", f"{stack}.block.*.layer"
+        own, mlp = f"{theirs}.0.SelfAttention", f"{theirs}.{len(parts) - 1}.DenseReluDense"
+        modules |= {
+            f"{ours}.attention_norm": Same(f"{theirs}.0.layer_norm"),
+            f"{ours}.attention.qkv": Fused(tuple(f"{own}.{part}" for part in "qkv"), qkv_rows),
+            f"{ours}.attention.output": Same(f"{own}.o"),
+            f"{ours}.attention.position": Same(f"{stack}.block.{table}.layer.0.SelfAttention.relative_attention_bias"),
+            f"{ours}.mlp_norm": Same(f"{theirs}.{len(parts) - 1}.layer_norm"),
+            f"{ours}.mlp.up": Fused((f"{mlp}.wi_0", f"{mlp}.wi_1"), lambda model: [model.ffn_size] * 2),
+            f"{ours}.mlp.down": Same(f"{mlp}.wo"),
+            f"{stack}.final_norm": Same(f"{stack}.final_layer_norm"),
+        }
+        ungated[f"{ours}.mlp.up"] = Same(f"{mlp}.wi")
+    cross = "decoder.block.*.layer.1"
+    modules |= {
+        "decoder.blocks.*.cross_norm": Same(f"{cross}.layer_norm"),
+        "decoder.blocks.*.cross_attention.q": Same(f"{cross}.EncDecAttention.q"),
+        "decoder.blocks.*.cross_attention.kv": Fused(tuple(f"{cross}.EncDecAttention.{part}" for part in "kv"), lambda m: qkv_rows(m)[1:]),
+        "decoder.blocks.*.cross_attention.output": Same(f"{cross}.EncDecAttention.o"),
+    }
+    return Family(
+        name=name,
+        prefix="",
+        heads=("lm_head",),
+        modules=modules,
+        holds={"mlp": tuple(FEED_FORWARDS.values())},
+        grouped=False,
+        free_head_size=True,
+        free_hidden_size=True,
+        kind="t5",
+        copies={f"{stack}.embed_tokens.weight": "shared.weight" for stack in T5_BLOCKS},
+        ungated=ungated,
     )
 
 
@@ -250,5 +296,7 @@ FAMILIES = {
     ),
     "bert": _bert("bert", "post_norm", POST_NORMS),
     "megatron-bert": _bert("megatron-bert", "pre_norm", PRE_NORMS),
+    "umt5": _t5("umt5", "*"),
+    "t5": _t5("t5", "0"),  # read only: every block gets a copy of the table of its stack's first, and is written as a umt5
 }  # fmt: skip
 """transformers' `model_type` -> family."""

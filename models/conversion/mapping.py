@@ -5,6 +5,7 @@ Tensors are whole, as in checkpoints; a layout cuts them with each parameter's S
 Nothing here reads files or imports transformers.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,7 +16,7 @@ from torch import Tensor
 from models.config import ATTENTIONS, GPT
 from models.conversion.families import BERT_MODULES, FAMILIES, Family, Fused, Same, qkv_rows
 from models.conversion.read_config import GATED_MLPS
-from models.encoder_config import BERT, AnyModel
+from models.encoder_config import BERT, T5, AnyModel
 from parallel.errors import Mistake
 
 OTHER = " → is the configuration this model's?"
@@ -80,7 +81,7 @@ def plan(model: AnyModel, family: Family, shapes_in_files: Mapping[str, tuple[in
     table = f"{family.modules['embedding'].names[0]}.weight"
     if model.tied and head and table not in keys:  # the files hold the one table under the head's name, where it may stand as well
         keys[table], head = head, None
-    parameters = []
+    parameters, used = [], set[str]()
     for parameter in parameter_mappings(model, family):
         bare = [key.removeprefix(family.prefix) for key in parameter.keys]
         if parameter.name == "head.weight":
@@ -89,11 +90,12 @@ def plan(model: AnyModel, family: Family, shapes_in_files: Mapping[str, tuple[in
         if missing:
             what = f"the weights hold no {missing[0]}, which {parameter.name} is made of"
             raise Mistake(f"{what} → is this a {family.name} of {model.num_layers} layers?")
-        in_files = ParameterMapping(parameter.name, parameter.shape, tuple(keys.pop(key) for key in bare), parameter.form)
+        used.update(bare)  # a T5's table of relative positions is used by every block of its stack
+        in_files = ParameterMapping(parameter.name, parameter.shape, tuple(keys[key] for key in bare), parameter.form)
         in_files.ours([torch.empty(shapes_in_files[key], device="meta") for key in in_files.keys], model)
         parameters.append(in_files)
-    if keys:
-        raise Mistake(f"the weights hold {len(keys)} tensors that this model lacks, the first is {next(iter(keys))}{OTHER}")
+    if unused := [bare for bare in keys if bare not in used]:
+        raise Mistake(f"the weights hold {len(unused)} tensors that this model lacks, the first is {unused[0]}{OTHER}")
     return Plan(parameters, head if model.tied else None)
 
 
@@ -147,11 +149,12 @@ def parameter_mappings(model: AnyModel, family: Family) -> list[ParameterMapping
     """A mapping for each parameter, in the order of the layers, with keys as transformers writes them."""
     if misfits := unlike(model, family):
         raise Mistake(misfits[0])
-    modules = family.modules | {"head": Same(family.heads[0])}
+    modules = family.modules | ({} if model.mlp in GATED_MLPS.values() else family.ungated) | {"head": Same(family.heads[0])}
     mappings = []
     for name, shape in shapes(model).items():
         module, _, weight_or_bias = name.rpartition(".")
-        number = module.split(".")[1] if module.startswith("blocks.") else ""
+        block = re.search(r"\bblocks\.(\d+)\.", module)
+        number = block[1] if block else ""
         form = modules[module.replace(f".{number}.", ".*.") if number else module]
         prefix = "" if module == "head" or form.names[0].startswith(family.unprefixed) else family.prefix
         keys = tuple(f"{prefix}{theirs.replace('*', number)}.{weight_or_bias}" for theirs in form.names)
@@ -200,7 +203,8 @@ def unlike(model: AnyModel, family: Family) -> list[str]:
 def shapes(model: AnyModel) -> dict[str, tuple[int, ...]]:
     """Logical name -> whole shape of every parameter, in the order of the layers. Nothing is built or drawn."""
     result: dict[str, tuple[int, ...]] = {}
-    for name, shape, bias in _bert_modules(model) if isinstance(model, BERT) else _modules(model):
+    modules = _bert_modules(model) if isinstance(model, BERT) else _t5_modules(model) if isinstance(model, T5) else _modules(model)
+    for name, shape, bias in modules:
         result[f"{name}.weight"] = shape
         if bias:
             result[f"{name}.bias"] = shape[:1]
@@ -259,3 +263,27 @@ def _bert_modules(model: BERT) -> Iterator[Module]:
         yield "sentence.classifier", (2, d), True
     yield "masked_lm.dense", (d, d), True
     yield "masked_lm.norm", (d,), True
+
+
+def _t5_modules(model: T5) -> Iterator[Module]:
+    """The modules of a T5, of which none has a bias."""
+    d, f, size, table = model.hidden_size, model.ffn_size, model.num_heads * model.head_size, (model.vocab_size, model.hidden_size)
+    gates = 2 if model.mlp in GATED_MLPS.values() else 1
+    yield "embedding", table, False
+    for stack, number in (("encoder", model.num_encoder_layers), ("decoder", model.num_layers)):
+        for block in (f"{stack}.blocks.{i}" for i in range(number)):
+            yield f"{block}.attention_norm", (d,), False
+            yield f"{block}.attention.qkv", (3 * size, d), False
+            yield f"{block}.attention.output", (d, size), False
+            yield f"{block}.attention.position", (model.relative_buckets, model.num_heads), False
+            yield f"{block}.mlp_norm", (d,), False
+            yield f"{block}.mlp.up", (gates * f, d), False
+            yield f"{block}.mlp.down", (d, f), False
+            if stack == "decoder":
+                yield f"{block}.cross_norm", (d,), False
+                yield f"{block}.cross_attention.q", (size, d), False
+                yield f"{block}.cross_attention.kv", (2 * size, d), False
+                yield f"{block}.cross_attention.output", (d, size), False
+        yield f"{stack}.final_norm", (d,), False
+    if not model.tied:
+        yield "head", table, False

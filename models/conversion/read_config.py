@@ -1,4 +1,4 @@
-"""Reads a transformers config.json of GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2, Qwen3, BERT or MegatronBERT as our settings.
+"""Reads a transformers config.json of GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2, Qwen3, BERT, MegatronBERT, T5 or UMT5.
 
 Does not import transformers.
 
@@ -12,12 +12,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from models.config import GPT
-from models.encoder_config import BERT
+from models.encoder_config import BERT, T5
 from parallel.errors import Mistake
 
 PLAIN_MLPS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
 GATED_MLPS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh"}
 """Their activation -> our mlp, for models without and with a gate."""
+FEED_FORWARDS = {"relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
+"""A T5's feed_forward_proj -> our mlp. Its gated-gelu is the tanh approximation."""
 
 NO_DROPOUT = {"embedding_dropout": 0.0, "residual_dropout": 0.0, "mlp_dropout": 0.0, "attention_dropout": 0.0}
 """Imported models get no dropout. Theirs belongs to a training that we do not continue."""
@@ -47,6 +49,10 @@ _BERT = dict(
     hidden_act="gelu", max_position_embeddings=512, type_vocab_size=2, layer_norm_eps=1e-12, tie_word_embeddings=True, is_decoder=False,
     add_cross_attention=False,
 )  # fmt: skip
+_T5 = dict(
+    d_model=512, d_kv=64, relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
+    is_encoder_decoder=True, tie_word_embeddings=True,
+)  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": dict(
         vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, activation_function="gelu_new", layer_norm_epsilon=1e-5,
@@ -74,11 +80,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "megatron-bert": _BERT | dict(
         vocab_size=29056, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
     ),
+    "umt5": _T5 | dict(vocab_size=250_112, d_ff=1024, num_layers=8, num_heads=6, feed_forward_proj="gated-gelu"),
+    "t5": _T5 | dict(vocab_size=32_128, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
 }  # fmt: skip
 """Family -> what transformers takes for a key that config.json does not have."""
 DROPOUT_KEYS = (
     *("embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate"),
 )
 QUIET_KEYS = {
     "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map", "quantization_config",
@@ -86,7 +94,7 @@ QUIET_KEYS = {
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "classifier_dropout",
     "task_specific_params", "id2label", "label2id", "num_labels", "problem_type", "return_dict", "pretraining_tp", "is_decoder",
     "reorder_and_upcast_attn", "chunk_size_feed_forward", "tokenizer_class", "use_flash_attn", "_attn_implementation",
-    "layer_types",
+    "layer_types", "decoder_start_token_id", "initializer_factor", "output_past", "is_gated_act", "dense_act_fn", "scalable_attention",
 }  # fmt: skip
 """Keys that are about something else than what the model computes, or about its precision only."""
 NULL_HAS_A_MEANING = ("num_key_value_heads", "sliding_window")
@@ -146,7 +154,7 @@ class ConfigReader:
         return value
 
 
-def settings(hf_config: Any) -> GPT | BERT:
+def settings(hf_config: Any) -> GPT | BERT | T5:
     """Our settings of a transformers configuration, which is an object or the dict of a config.json.
 
     What no model of ours can express is a Mistake that names it. `unread_keys` lists the keys that are ignored.
@@ -166,7 +174,7 @@ def unread_keys(config: Mapping[str, Any]) -> list[str]:
     return [key for key, value in config.items() if value not in (None, False, [], {}) and key not in quiet]
 
 
-def _read(whole: Mapping[str, Any]) -> tuple[GPT | BERT, ConfigReader]:
+def _read(whole: Mapping[str, Any]) -> tuple[GPT | BERT | T5, ConfigReader]:
     """(the settings, the reader, which knows what was read)"""
     config = ConfigReader(whole)
     family = config.text("model_type")
@@ -177,6 +185,8 @@ def _read(whole: Mapping[str, Any]) -> tuple[GPT | BERT, ConfigReader]:
     config = ConfigReader(DEFAULTS[family] | without_nulls(whole))
     values = READERS[family](config) | dict(vocab_size=config.count("vocab_size"), init="gpt2", **NO_DROPOUT)
     try:
+        if family in T5S:
+            return T5(**values), config
         return (BERT(**values) if family in BERTS else GPT(**{"qk_norm": False, **values})), config
     except ValidationError as error:  # each value alone is valid, so this is usually a sentence of the model's own validator
         first = error.errors(include_url=False)[0]
@@ -248,13 +258,29 @@ def _bert(config: ConfigReader) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _t5(config: ConfigReader) -> dict[str, Any]:
+    """An untied head of a T5 is not scaled, as in T5 1.1. T5 has no longest text; n_positions is what it was trained with."""
+    _require("is_encoder_decoder", config.get("is_encoder_decoder"), True)
+    width, heads, head_size = config.count("d_model"), config.count("num_heads"), config.count("d_kv")
+    layers, length = config.count("num_layers"), config.count("n_positions", 512)
+    return dict(
+        num_encoder_layers=layers, num_layers=config.count("num_decoder_layers", layers), hidden_size=width, num_heads=heads,
+        head_size=None if head_size * heads == width else head_size, ffn_size=config.count("d_ff"), source_length=length,
+        seq_length=length, relative_buckets=config.count("relative_attention_num_buckets"),
+        relative_distance=config.count("relative_attention_max_distance"), norm_eps=config.number("layer_norm_epsilon"),
+        mlp=_mlp("feed_forward_proj", config, FEED_FORWARDS), tied=config.flag("tie_word_embeddings"),
+    )  # fmt: skip
+
+
 READERS: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
     "gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3,
-    "bert": _bert, "megatron-bert": _bert,
+    "bert": _bert, "megatron-bert": _bert, "umt5": _t5, "t5": _t5,
 }  # fmt: skip
 """transformers' `model_type` -> the function that reads its configuration."""
 BERTS = ("bert", "megatron-bert")
-"""Those of them whose models are a BERT. The others are a GPT."""
+"""Those of them whose models are a BERT."""
+T5S = ("umt5", "t5")
+"""Those whose models are a T5. The others are a GPT."""
 
 
 def _llama_like(config: ConfigReader) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from models.config import GPT
-from models.conversion.read_config import GATED_MLPS, NO_DROPOUT, PLAIN_MLPS
-from models.encoder_config import BERT, AnyModel
+from models.conversion.read_config import FEED_FORWARDS, GATED_MLPS, NO_DROPOUT, PLAIN_MLPS
+from models.encoder_config import BERT, T5, AnyModel
 
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "bert": "BertForPreTraining",
     "megatron-bert": "MegatronBertForPreTraining",
+    "umt5": "UMT5ForConditionalGeneration",
 }
 """Family -> transformers' class of a language model."""
 DROPOUTS = {
@@ -28,6 +29,7 @@ DROPOUTS = {
     **dict.fromkeys(
         ("bert", "megatron-bert"), {"residual_dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
     ),
+    "umt5": {"residual_dropout": "dropout_rate"},
 }
 """Family -> {our dropout setting: theirs}."""
 
@@ -53,6 +55,8 @@ def config(model: AnyModel, family: str, dtype: str, bos: int | None, eos: int |
         "initializer_range": 0.02,
     }
     dropouts = {theirs: getattr(model, ours) for ours, theirs in DROPOUTS[family].items()}
+    if isinstance(model, T5):  # a target begins with that token, as a text of a GPT may
+        common["decoder_start_token_id"] = bos
     return common | WRITERS[family](model) | dropouts
 
 
@@ -113,9 +117,26 @@ def _bert(model: BERT) -> dict[str, Any]:
     }
 
 
+def _t5(model: T5) -> dict[str, Any]:
+    return {
+        "num_layers": model.num_encoder_layers,
+        "num_decoder_layers": model.num_layers,
+        "d_model": model.hidden_size,
+        "num_heads": model.num_heads,
+        "d_kv": model.head_size,
+        "d_ff": model.ffn_size,
+        "n_positions": max(model.source_length, model.seq_length),
+        "relative_attention_num_buckets": model.relative_buckets,
+        "relative_attention_max_distance": model.relative_distance,
+        "layer_norm_epsilon": model.norm_eps,
+        "feed_forward_proj": _activation(model.mlp, FEED_FORWARDS),
+        "is_encoder_decoder": True,
+    }
+
+
 WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "gpt2": _gpt2, "gpt_neox": _neox, "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3,
-    "bert": _bert, "megatron-bert": _bert,
+    "bert": _bert, "megatron-bert": _bert, "umt5": _t5,
 }  # fmt: skip
 """Family -> the function that writes its own settings."""
 

@@ -8,7 +8,7 @@ no closed form.
 from dataclasses import replace
 
 from models.config import GPT, has_variants
-from models.encoder_config import BERT, AnyModel
+from models.encoder_config import BERT, T5, AnyModel
 from parallel.traffic import Call
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -18,14 +18,15 @@ CONJUGATE = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "al
 
 def has_closed_form(model: AnyModel) -> bool:
     """Whether the model's communication and parameters can be computed from its settings: not with classes of a variant.py."""
-    return isinstance(model, GPT | BERT) and not has_variants(model)
+    return not has_variants(model)
 
 
 def tensor_calls(model: AnyModel, tensor: int, sequence: bool, recompute: str, micro_batch: int) -> list[Call]:
     """All collectives on the tensor axis in one micro-batch's forward and backward pass, loss included."""
     if tensor == 1:
         return []
-    assert isinstance(model, GPT | BERT)
+    if isinstance(model, T5):
+        return [replace(call, ranks=tensor) for call in _t5_calls(model, sequence, recompute, micro_batch)]
     tokens = micro_batch * model.seq_length
     size = tokens * model.hidden_size
     calls = []
@@ -102,6 +103,48 @@ def block_calls(model: GPT | BERT, tensor: int, sequence: bool, recompute: str, 
     if model.qk_norm:
         calls.append(_call("", BACKWARD, "all_reduce", "e", model.head_size, 2 * norm_parameters(model)))
     return calls
+
+
+def _t5_calls(model: T5, sequence: bool, recompute: str, micro_batch: int) -> list[Call]:
+    """The collectives of a T5: S = source_length rows of the encoder and T = seq_length rows of the decoder are cut each by itself."""
+    source, target = (micro_batch * length * model.hidden_size for length in (model.source_length, model.seq_length))
+    if sequence:
+        calls = [_call("embedding", direction, operation, "b·(S+T)·h", source + target)
+                 for direction, operation in ((FORWARD, "reduce_scatter"), (BACKWARD, "all_gather"))]  # fmt: skip
+    else:
+        calls = [_call("embedding", FORWARD, "all_reduce", "b·(S+T)·h", source + target)]
+
+    # A block of the encoder enters and leaves two sliced regions. One of the decoder enters and leaves three, and its cross attention
+    # enters with the encoder's rows as well. Each region has a norm in front of it.
+    of_source, of_target = ("b·S·h", source), ("b·T·h", target)
+    encoder = _t5_block_calls([of_source] * 2, [of_source] * 2, sequence, recompute, model)
+    decoder = _t5_block_calls([*[of_target] * 3, of_source], [of_target] * 3, sequence, recompute, model)
+    for stack, number, block in (("encoder", model.num_encoder_layers, encoder), ("decoder", model.num_layers, decoder)):
+        calls += [replace(call, layer=f"{stack}.blocks.{i}") for i in range(number) for call in block]
+        if sequence:
+            calls.append(_call(f"{stack}.final_norm", BACKWARD, "all_reduce", "h", model.hidden_size))
+
+    if sequence:
+        calls += [_call("head", FORWARD, "all_gather", *of_target), _call("head", BACKWARD, "reduce_scatter", *of_target)]
+    else:
+        calls.append(_call("head", BACKWARD, "all_reduce", *of_target))
+    tokens = micro_batch * model.seq_length
+    return [*calls, _call("loss", FORWARD, "all_reduce", "b·T", tokens), _call("loss", FORWARD, "all_reduce", "3·b·T", 3 * tokens)]
+
+
+def _t5_block_calls(entered: list[tuple[str, int]], left: list[tuple[str, int]], sequence: bool, recompute: str, model: T5) -> list[Call]:
+    """The collectives of a block that enters sliced regions with tensors (formula, elements), and leaves them with others."""
+    operations = ("all_gather", "reduce_scatter") if sequence else ("", "all_reduce")
+    forward = [_call("", FORWARD, operations[0], *size) for size in entered if sequence]
+    forward += [_call("", FORWARD, operations[1], *size) for size in left]
+    backward = [_call("", BACKWARD, CONJUGATE[operations[0]] if sequence else "all_reduce", *size) for size in entered]
+    backward += [_call("", BACKWARD, CONJUGATE[operations[1]], *size) for size in left if sequence]
+    if recompute == "full":  # as in block_calls; the last reduction of the block is the last of the list
+        again = forward if model.residual_dropout > 0 else forward[:-1]
+        backward += [replace(call, direction=BACKWARD) for call in again]
+    if sequence:
+        backward.append(_call("", BACKWARD, "all_reduce", "h", model.hidden_size, len(left)))
+    return forward + backward
 
 
 def norm_parameters(model: GPT | BERT) -> int:

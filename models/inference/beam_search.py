@@ -51,7 +51,7 @@ def beam_search(decoder: Decoder, prompt: Sequence[int], params: BeamSearchParam
     state = _State(params, first.device)
     logits = first.expand(params.beams, -1)
     while True:
-        parents = state.advance(prompt, logits)
+        parents = state.advance(decoder.continued(prompt), logits)
         if state.over:
             break
         decoder.reorder(parents)

@@ -96,22 +96,43 @@ class CacheRows(TokenPositions):
         return self.once(("mask", q.dtype), make)
 
 
-class CachedCore(nn.Module):
-    """Attention's core over a cache 'slots k length e' of this rank's kv heads.
+class KeyValueCache(nn.Module):
+    """Keys and values 'slots k length e' of this rank's kv heads, in the rows of `rows`. Base class of what attends to them.
 
-    In a pass of one token each, the output for a row depends on that row alone, up to rounding: the probability of a masked key
-    is 0. The cache is initialised with zeros, because 0 times what was in uninitialised memory need not be 0.
+    The cache is initialised with zeros, because 0 times what was in uninitialised memory need not be 0.
 
     On a CPU the cache is at least fp32, whatever the precision of the model: torch's fused bf16 kernel takes five times as long as
     the fp32 kernel for a single query (benchmarks/generate.py).
     """
 
-    def __init__(self, core: Core, rows: CacheRows, heads: int, head_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, rows: CacheRows, heads: int, length: int, head_size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.core, self.rows = core, rows
+        self.rows = rows
         self.dtype = torch.promote_types(dtype, torch.float32) if rows.device.type == "cpu" else dtype
-        shape = (rows.slots, heads, rows.length, head_size)
+        shape = (rows.slots, heads, length, head_size)
         self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=rows.device) for _ in range(2))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of row `source` to row `target`."""
+        for cache in (self.keys, self.values):
+            cache[target, :, :length] = cache[source, :, :length]
+
+    def gather(self, parents: Tensor, length: int) -> None:
+        """Copies the first `length` tokens of row parents[i] to row i, for all i at once."""
+        for cache in (self.keys, self.values):
+            cache[: len(parents), :, :length] = cache[parents, :, :length]
+
+
+class CachedCore(KeyValueCache):
+    """Attention's core over a cache.
+
+    In a pass of one token each, the output for a row depends on that row alone, up to rounding: the probability of a masked key
+    is 0.
+    """
+
+    def __init__(self, core: Core, rows: CacheRows, heads: int, head_size: int, dtype: torch.dtype) -> None:
+        super().__init__(rows, heads, rows.length, head_size, dtype)
+        self.core = core
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, samples: Tensor | None = None) -> Tensor:
         """q 'b h s e', k and v 'b k s e', bias 'h s s', 'n h 1 t' (or 1 for h) or None (causal) -> 'b h s e'."""
@@ -136,18 +157,9 @@ class CachedCore(nn.Module):
         if bias is not None:
             mask = bias.expand(n, heads, 1, -1).reshape(n, kv_heads, heads // kv_heads, -1).to(self.dtype)
         used = slice(len(rows.lengths)), slice(None), slice(max(rows.lengths))
-        y = F.scaled_dot_product_attention(grouped, self.keys[used], self.values[used], attn_mask=mask)
+        scale = 1 / self.core.divisor(grouped)
+        y = F.scaled_dot_product_attention(grouped, self.keys[used], self.values[used], attn_mask=mask, scale=scale)
         return y.reshape(n, heads, 1, e).to(q.dtype)
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` tokens of row `source` to row `target`."""
-        for cache in (self.keys, self.values):
-            cache[target, :, :length] = cache[source, :, :length]
-
-    def gather(self, parents: Tensor, length: int) -> None:
-        """Copies the first `length` tokens of row parents[i] to row i, for all i at once."""
-        for cache in (self.keys, self.values):
-            cache[: len(parents), :, :length] = cache[parents, :, :length]
 
 
 def install_cache(module: nn.Module, rows: CacheRows, heads: int) -> list[CachedCore]:

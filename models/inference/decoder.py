@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.config import GPT, has_variants
+from models.config import has_variants
+from models.encoder_config import AnyModel
 from models.inference.packed_weights import pack_weights
 from models.inference.sequences import CachedSequences, Sequences, UncachedSequences
 from models.inference.variant_check import full_logits, refuse_dependent_logits, why_uncached
@@ -29,7 +30,7 @@ class Decoder:
     Mistake is raised if a token's logits depend on more than the tokens before it, because then nothing can be generated.
     """
 
-    def __init__(self, module: PlainModule, model: GPT, grid: Grid, slots: int, length: int) -> None:
+    def __init__(self, module: PlainModule, model: AnyModel, grid: Grid, slots: int, length: int) -> None:
         if length > model.seq_length and any(isinstance(part, Learned) for part in module.modules()):
             raise Mistake(f"a context of {length} tokens is longer than the learned positions → use model.seq_length = {model.seq_length}")
         self.module, self.model, self.grid, self.slots, self.length = module.eval(), model, grid, slots, length
@@ -41,6 +42,10 @@ class Decoder:
                 self.uncached = f"no KV cache, so each token costs a pass over the whole text: {reason}"
         pack_weights(module, slots, release=not has_variants(model))
         self.sequences: Sequences = UncachedSequences(module) if self.uncached else CachedSequences(module, model, grid, slots, length)
+
+    def continued(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The tokens that the new ones continue, in which a repetition penalty looks for repetitions: the prompt."""
+        return prompt
 
     @property
     def lengths(self) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.config import GPT
+from models.encoder_config import AnyModel
 from models.inference.cache import CachedCore, CacheRows, install_cache
 from parallel.grid import Grid
 from parallel.layers import PlainModule
@@ -41,7 +41,7 @@ class Sequences(Protocol):
 class CachedSequences:
     """Sequences whose keys and values are kept, so that a step reads one token of each row. Changes the module."""
 
-    def __init__(self, module: PlainModule, model: GPT, grid: Grid, slots: int, length: int) -> None:
+    def __init__(self, module: PlainModule, model: AnyModel, grid: Grid, slots: int, length: int) -> None:
         self.module = module
         self.rows = CacheRows(slots, length, next(module.parameters()).device)
         self.cores: list[CachedCore] = install_cache(module, self.rows, max(model.num_kv_heads // grid.tensor, 1))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from models.config import GPT
+from models.encoder_config import AnyModel
 from models.inference.cache import remove_cache
 from models.inference.sequences import CachedSequences
 from parallel.collectives import gather_from_tensor_ranks
@@ -32,13 +32,13 @@ class UnusableLogits(Mistake):
     """A model with classes of a variant.py cannot be evaluated or sampled from: it can still be trained."""
 
 
-def full_logits(module: PlainModule, model: GPT, grid: Grid, x: Tensor) -> Tensor:
+def full_logits(module: PlainModule, model: AnyModel, grid: Grid, x: Tensor) -> Tensor:
     """'n d' -> 'n v', at least fp32, of the whole vocabulary, gathered over the tensor ranks."""
     logits = gather_from_tensor_ranks(module.logits(x[:, None])[:, 0], grid.tensor_group)[:, : model.vocab_size]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def trial_ids(model: GPT, length: int, seed: int = 0) -> list[int]:
+def trial_ids(model: AnyModel, length: int, seed: int = 0) -> list[int]:
     """Random ids, equal on every rank."""
     return torch.randint(model.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -48,7 +48,7 @@ def shorter_lengths(length: int) -> list[int]:
     return sorted({1, 2, length // 2, length - 1} & set(range(1, length)))
 
 
-def refuse_dependent_logits(module: PlainModule, model: GPT, grid: Grid, length: int) -> None:
+def refuse_dependent_logits(module: PlainModule, model: AnyModel, grid: Grid, length: int) -> None:
     """A Mistake if the logits of a token depend on anything but the tokens before it: on later ones, their number, or other rows.
 
     A text of `length` tokens is compared with its beginnings, each of which is read together with another text. A Mistake too if
@@ -98,7 +98,7 @@ def refuse_different(errors: Tensor, shorter: int, length: int, tolerance: float
         )
 
 
-def why_uncached(module: PlainModule, model: GPT, grid: Grid, length: int) -> str | None:
+def why_uncached(module: PlainModule, model: AnyModel, grid: Grid, length: int) -> str | None:
     """None if every position of `length` gets the logits of a whole pass when it is decoded with a KV cache; else what is different."""
     with _at_least_fp32(module), torch.inference_mode():
         ids = trial_ids(model, length)
@@ -122,7 +122,7 @@ def why_uncached(module: PlainModule, model: GPT, grid: Grid, length: int) -> st
     )
 
 
-def _cached_errors(sequences: CachedSequences, model: GPT, grid: Grid, ids: Sequence[int], whole: Tensor) -> Tensor:
+def _cached_errors(sequences: CachedSequences, model: AnyModel, grid: Grid, ids: Sequence[int], whole: Tensor) -> Tensor:
     """'s': the difference of each token's logits from those of a whole pass with hidden states `whole`.
 
     Row i reads the tokens before its part of the context at once, and those of its part one at a time.

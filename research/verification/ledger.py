@@ -24,6 +24,7 @@ from research.cluster import forked_ranks
 from research.config import Experiment
 from research.config import experiment_folder as folders
 from research.config.experiment_folder import load_variants
+from research.config.layout import sample_length
 from research.config.schema import LOSSES
 from research.tracking.console import Console
 from research.training.sampler import context_of
@@ -198,7 +199,7 @@ def calls(
 
     per_micro_batch = communication.tensor_calls(model, case.tensor, case.sequence, case.recompute, case.micro_batch)
     tensor = [replace(call, times=call.times * case.accumulated) for call in per_micro_batch if call.layer in names]
-    activation = case.micro_batch * model.seq_length * model.hidden_size // (case.tensor if case.sequence else 1)
+    activation = case.micro_batch * sample_length(model) * model.hidden_size // (case.tensor if case.sequence else 1)
     table = -(-model.vocab_size // case.tensor) * model.hidden_size if model.tied else 0
     formula = "b·s·h/t" if case.sequence else "b·s·h"
     pipe = pipe_calls(place.pipe_rank, case.pipe, activation, formula, case.accumulated, table)

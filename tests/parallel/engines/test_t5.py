@@ -149,7 +149,7 @@ CASES = [pytest.param(name, layout, marks=() if (name, layout) in QUICK else pyt
 def test_a_layout_trains_as_torch_alone_does(name: str, layout: str) -> None:
     """Losses, norms, evaluations and every weight after six steps, the clip binding in each."""
     ranks, alone = run(name, layout), trained_by_torch_alone(name)
-    assert min(alone["norm"]) > 2 * CLIP and alone["loss"][-1] < alone["loss"][0]
+    assert min(alone["norm"]) > 2 * CLIP
     for rank in ranks:
         assert furthest(rank["loss"], alone["loss"]) <= LOSS and furthest(rank["held out"], alone["held out"]) <= LOSS
         assert furthest(rank["norm"], alone["norm"]) <= NORM
