@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from models.config import GPT
+from models.encoder_config import T5
 from parallel.errors import Mistake
 from parallel.files import user_path
 from research import ROOT
@@ -23,7 +24,7 @@ from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.config import Pairs
-from research.config.abilities import gpt_of
+from research.config.abilities import writer_of
 from research.data.run_tokenizer import load_tokenizer
 from research.data.text_stores import cache_folder
 from research.evaluation import human_eval, lm_eval_task, perplexity, registry, translation
@@ -34,6 +35,7 @@ from research.evaluation.results import Key, Result, Results, code_digest, model
 from research.evaluation.task import Settings, Task, TaskContext, TextTask, evaluate
 from research.evaluation.translation import Translation
 from research.generation.infilling import trained_sentinels
+from research.generation.sources import source_form
 from research.tracking import format as fmt
 from research.tracking import run_folder
 from research.tracking.console import Console, TerminalConsole
@@ -102,7 +104,7 @@ def main(argv: list[str]) -> None:
 class Command(Trained):
     """A checked command."""
 
-    model: GPT
+    model: GPT | T5
     tasks: tuple[AnyTask, ...]
     batch: int
     """How many windows of full length are scored at once."""
@@ -176,7 +178,8 @@ def prepared(arguments: argparse.Namespace) -> Command:
         raise Mistake(f"--fewshot {arguments.fewshot} does not work → use 0 or more")
 
     trained = find(arguments, ["validation"] if registry.VALIDATION in task_names(arguments) else [])
-    model = gpt_of("evaluate", trained.experiment.model, trained.folder.title)
+    model = writer_of("evaluate", trained.experiment.model, trained.folder.title)
+    refuse_unsuited(model, task_names(arguments), trained.folder.title)
     seq_length = model.seq_length
     settings = Settings(arguments.limit, arguments.window, arguments.stride, arguments.data)
     perplexity.window_sizes(settings, seq_length + 1)
@@ -198,6 +201,13 @@ def prepared(arguments: argparse.Namespace) -> Command:
     return Command(**vars(trained), model=model, tasks=tuple(tasks), batch=batch)
 
 
+def refuse_unsuited(model: GPT | T5, names: Sequence[str], title: str) -> None:
+    """Raises a Mistake if a task scores texts that a decoder-only model continues, and the model has an encoder."""
+    others = [name for name in names if not translation.is_name(name)]
+    if isinstance(model, T5) and others:
+        raise Mistake(f"{others[0]} is for models that continue texts, and {title} is a T5 → use --tasks {translation.NAME}")
+
+
 # Evaluation
 
 
@@ -215,7 +225,8 @@ def _evaluate(command: Command, context: TaskContext, keys: Mapping[AnyTask, Key
     from research.evaluation.session import Session
 
     arguments, experiment, console, opened = command.arguments, command.experiment, Console(sys.stderr), set[Path]()
-    machine = (arguments.precision, arguments.tensor, command.batch, console.warn)
+    source = source_form(experiment, context.tokenizer)
+    machine = (arguments.precision, arguments.tensor, command.batch, console.warn, source)
     with Session(command.folder.path, command.checkpoint, command.model, context.tokenizer, *machine) as session:
         for task, key in keys.items():
             began = time.monotonic()

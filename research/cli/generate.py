@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.config import GPT
+from models.encoder_config import T5
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake, listed
 from parallel.text import decoded_line, printable
@@ -23,12 +24,13 @@ from research.cli.json_output import print_json
 from research.cli.trained_run import Trained, add_trust_option, find, refuse_launcher, say
 from research.cli.verbs import Parser
 from research.cluster.exit_codes import show_mistake
-from research.config.abilities import gpt_of
+from research.config.abilities import writer_of
 from research.data.fill_in_middle import Sentinels
 from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.generation import infilling, prompts
 from research.generation.settings import DEFAULT_TOKENS, GenerationSettings, refuse_context, refuse_long, text_seed
+from research.generation.sources import SourceForm, source_form
 from research.tracking.console import Console
 from research.tracking.format import json_line
 from research.tracking.streams import without_escaping
@@ -36,8 +38,8 @@ from research.tracking.streams import without_escaping
 if TYPE_CHECKING:  # both import torch
     from research.generation.generator import GeneratedText, TextGenerator
 
-WHAT = """Continues prompts with a trained model. By default it takes the likeliest token at each step (greedy); with --temperature
-it draws one. The same command gives the same text, whatever is generated beside it and on any number of tensor ranks, up to rounding:
+WHAT = """Continues prompts with a trained model. A run that was trained on pairs reads a prompt as a source, and writes its target: a
+translation, for example. By default it takes the likeliest token at each step (greedy); with --temperature it draws one. The same command gives the same text, whatever is generated beside it and on any number of tensor ranks, up to rounding:
 always in fp32; in bf16, two tokens may be so close that rounding decides between them. A text ends at end-of-text."""
 INPUT_PROMPT = "▸ "
 
@@ -51,11 +53,12 @@ def main(argv: list[str]) -> None:
     from research.generation.generator import TextGenerator
     from research.generation.restore import DecoderSpec
 
-    spec = DecoderSpec(task.folder.path, task.checkpoint, task.arguments.precision, task.slots, task.cache_length)
+    start = None if task.source is None else task.source.start
+    spec = DecoderSpec(task.folder.path, task.checkpoint, task.arguments.precision, task.slots, task.cache_length, start)
     with opened(spec, task.arguments.tensor) as decoder:
         if decoder.uncached:
             Console(sys.stderr).warn(decoder.uncached)
-        generator = TextGenerator(decoder, task.tokenizer, task.model, task.context, ends_of(task.tokenizer, ROOT))
+        generator = TextGenerator(decoder, task.tokenizer, task.model, task.context, ends_of(task.tokenizer, ROOT), task.source)
         write(task, generator)
 
 
@@ -66,36 +69,41 @@ def main(argv: list[str]) -> None:
 class Task(Trained):
     """A checked command."""
 
-    model: GPT
+    model: GPT | T5
     tokenizer: Tokenizer
     sampling: SamplingParams
     prompts: tuple[str, ...]
     """Empty in an interactive session."""
     sentinels: Sentinels | None
     """Of --fim, whose prefix is the prompt."""
+    source: SourceForm | None
+    """Of a run that was trained on sources and targets: prompts are sources."""
 
     @property
     def context(self) -> int:
-        """The maximum number of tokens of a prompt and its text together."""
+        """The maximum number of tokens of a prompt and its text together; of an encoder–decoder those of a text."""
         requested, trained = self.arguments.context, self.experiment.model.seq_length
         return trained if requested is None else requested
 
     def ids(self, prompt: str) -> tuple[int, ...]:
-        """The tokens that the model continues."""
+        """The tokens that the model continues, or reads as a source."""
+        if self.source is not None:
+            return self.source.ids(self.tokenizer, prompt)
         if self.sentinels is None:
             return self.tokenizer.prompt(prompt)
         prefix, suffix = self.tokenizer.encode_batch([prompt, self.arguments.fim[1]])
         return infilling.infilling_prompt(self.tokenizer, self.sentinels, prefix, suffix)
 
     def shown(self, prompt: str) -> str:
-        """What is printed in front of a text: with --fim nothing, because it does not only follow the prompt."""
-        return prompt if self.sentinels is None else ""
+        """What is printed in front of a text: nothing with --fim or behind a source, because it does not only follow the prompt."""
+        return prompt if self.sentinels is None and self.source is None else ""
 
     def settings(self, prompt: str, number: int = 0, text: int = 0) -> GenerationSettings:
         """The settings of text `text` of prompt number `number`. Raises a Mistake if it does not fit into the context."""
         arguments, length = self.arguments, len(self.ids(prompt))
         seed = text_seed(arguments.seed, number, text)
-        default = max(1, min(DEFAULT_TOKENS, self.context - length))
+        room = self.context - (0 if isinstance(self.model, T5) else length)
+        default = max(1, min(DEFAULT_TOKENS, room))
         tokens = default if arguments.max_new_tokens is None else arguments.max_new_tokens
         settings = GenerationSettings(tokens, self.sampling, seed, tuple(map(prompts.check, arguments.stop)), arguments.logprobs)
         refuse_long(length, tokens, self.context, self.model)
@@ -110,7 +118,8 @@ class Task(Trained):
     @property
     def cache_length(self) -> int:
         """The number of tokens in each row of the cache: the longest prompt and its text; in an interactive session the whole context."""
-        lengths = [len(self.ids(prompt)) + self.settings(prompt).max_new_tokens for prompt in self.prompts]
+        before = (0 if isinstance(self.model, T5) else len(self.ids(prompt)) for prompt in self.prompts)
+        lengths = [length + self.settings(prompt).max_new_tokens for length, prompt in zip(before, self.prompts, strict=True)]
         return max(lengths, default=self.context)
 
 
@@ -182,8 +191,16 @@ def prepared(arguments: argparse.Namespace) -> Task:
     sentinels = None
     if arguments.fim:
         sentinels = infilling.refuse_untrained(infilling.trained_sentinels(trained.experiment, tokenizer), trained.folder.title)
-    model = gpt_of("generate", trained.experiment.model, trained.folder.title)
-    task = Task(**vars(trained), model=model, tokenizer=tokenizer, sampling=sampling, prompts=tuple(texts), sentinels=sentinels)
+    model = writer_of("generate", trained.experiment.model, trained.folder.title)
+    task = Task(
+        **vars(trained),
+        model=model,
+        tokenizer=tokenizer,
+        sampling=sampling,
+        prompts=tuple(texts),
+        sentinels=sentinels,
+        source=source_form(trained.experiment, tokenizer),
+    )
     refuse_context(task.context, task.model)
     for prompt in task.prompts or ("",):
         task.settings(prompt)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.config import GPT
+from models.encoder_config import T5
 from parallel.errors import Mistake
 from parallel.text import printable, read_text
 from research import ROOT
@@ -17,12 +18,13 @@ from research.cli.trained_run import Trained, add_trust_option, find, refuse_lau
 from research.cli.verbs import Parser
 from research.cluster.environment import limit_kernel_cache
 from research.cluster.memory import limit_heaps
-from research.config.abilities import gpt_of
+from research.config.abilities import writer_of
 from research.data.run_tokenizer import load_tokenizer
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import LONGEST_TEMPLATE, TEMPLATE
 from research.generation.infilling import trained_sentinels
 from research.generation.settings import refuse_context
+from research.generation.sources import source_form
 from research.serving.limits import Limits
 from research.serving.prompts import example_prompts
 from research.tracking.format import compact, memory
@@ -48,7 +50,7 @@ class Task(Trained):
 
     tokenizer: Tokenizer
     limits: Limits
-    model: GPT
+    model: GPT | T5
     token: str | None
     template: str | None
     """The text of --chat_template; None: the one beside the run's tokenizer."""
@@ -76,6 +78,7 @@ class Task(Trained):
             folder=self.folder.path,
             checkpoint=self.checkpoint,
             model=self.model,
+            source=source_form(self.experiment, self.tokenizer),
             tokenizer=self.tokenizer,
             precision=arguments.precision,
             tensor=arguments.tensor,
@@ -145,7 +148,7 @@ def checked_task(arguments: argparse.Namespace) -> Task:
     limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
     token = _read_token(arguments)
     trained = find(arguments)
-    model, template = gpt_of("serve", trained.experiment.model, trained.folder.title), _read_template(arguments.chat_template)
+    model, template = writer_of("serve", trained.experiment.model, trained.folder.title), _read_template(arguments.chat_template)
     if arguments.context is not None:
         refuse_context(arguments.context, model)
     tokenizer = load_tokenizer(trained.experiment.data, ROOT, say)
@@ -189,10 +192,10 @@ def _bind(arguments: argparse.Namespace) -> socket.socket:
     return listener
 
 
-def cache_bytes(model: GPT, slots: int, context: int, tensor: int, bytes_per_number: int) -> int:
-    """Size of the KV cache on one of `tensor` ranks."""
-    heads = max(model.num_kv_heads // tensor, 1)
-    return 2 * model.num_layers * slots * heads * context * model.head_size * bytes_per_number
+def cache_bytes(model: GPT | T5, slots: int, context: int, tensor: int, bytes_per_number: int) -> int:
+    """Size of the KV cache on one of `tensor` ranks; of an encoder–decoder for sources and targets."""
+    heads, places = max(model.num_kv_heads // tensor, 1), context + (model.source_length if isinstance(model, T5) else 0)
+    return 2 * model.num_layers * slots * heads * places * model.head_size * bytes_per_number
 
 
 def _check_memory(task: Task) -> None:

@@ -1,14 +1,14 @@
 """Which verb can use which kind of model: a BERT writes no text, for example. Imports no torch."""
 
 from models.config import GPT
-from models.encoder_config import AnyModel
+from models.encoder_config import T5, AnyModel
 from parallel.errors import Mistake, listed
 from research.config.schema import MODELS
 
 ABILITIES: dict[str, tuple[str, ...]] = {
-    "generate": ("gpt",),
-    "evaluate": ("gpt",),
-    "serve": ("gpt",),
+    "generate": ("gpt", "t5"),
+    "evaluate": ("gpt", "t5"),
+    "serve": ("gpt", "t5"),
     "export": ("gpt", "bert"),
     "compare --windows": ("gpt",),
     "research.api": ("gpt",),
@@ -24,6 +24,13 @@ def refuse_other_kinds(verb: str, model: AnyModel, title: str) -> None:
     others = [other for other, able in ABILITIES.items() if model.kind in able and " " not in other and "." not in other]
     way_out = f"name a run of such a model, or use {listed([*others, 'verify', 'inspect', 'replay'])}"
     raise Mistake(f"{verb} needs {kinds}, and {title} is a {MODELS[model.kind].__name__} → {way_out}")
+
+
+def writer_of(verb: str, model: AnyModel, title: str) -> GPT | T5:
+    """The model, which writes texts, for a verb that uses such a one. A Mistake if it is a BERT."""
+    refuse_other_kinds(verb, model, title)
+    assert isinstance(model, GPT | T5)
+    return model
 
 
 def gpt_of(verb: str, model: AnyModel, title: str) -> GPT:

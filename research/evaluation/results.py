@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.config import GPT
+from models.encoder_config import AnyModel
 from parallel.checkpoint.folder import MANIFEST
 from parallel.errors import Mistake
 from parallel.files import locked, read_json, sha256_of, write_json
@@ -129,7 +129,7 @@ def _digest(path: Path) -> str:
         return ""
 
 
-def model_digest(folder: RunFolder, model: GPT) -> str:
+def model_digest(folder: RunFolder, model: AnyModel) -> str:
     """SHA-256 of what a run's folder adds to the weights of its checkpoints: the model's settings, and variant.py if they name it."""
     settings = json.dumps(model.model_dump(), sort_keys=True)
     variants = _digest(folder.source / VARIANTS) if variant_names(model) else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from models.config import GPT
+from models.encoder_config import T5
 from models.inference.scoring import TokenScorer
 from parallel.errors import Mistake
 from research.cluster.tensor_ranks import opened
@@ -16,6 +17,7 @@ from research.evaluation.task import TextRequest
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec, ScorerSpec
 from research.generation.settings import GenerationSettings
+from research.generation.sources import SourceForm
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,15 @@ class Session:
     run: Path
     checkpoint: Path | None
     """None: the initial weights of the run's seed."""
-    model: GPT
+    model: GPT | T5
     tokenizer: Tokenizer
     precision: str | None
     tensor: int
     batch: int
     warn: Callable[[str], object] = lambda line: None
     """Shows a line to the user."""
+    source: SourceForm | None = None
+    """As of TextGenerator."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _scorer: RestoredScorer | None = None
     _generator: TextGenerator | None = None
@@ -97,17 +101,18 @@ class Session:
         if self._generator is None or self._generator.context != context:
             self.close()
             slots = max(1, self.batch * self.model.seq_length // context)
-            spec = DecoderSpec(self.run, self.checkpoint, self.precision, slots, context)
+            start = None if self.source is None else self.source.start
+            spec = DecoderSpec(self.run, self.checkpoint, self.precision, slots, context, start)
             decoder = self._stack.enter_context(opened(spec, self.tensor))
             if decoder.uncached:
                 self.warn(decoder.uncached)
-            self._generator = TextGenerator(decoder, self.tokenizer, self.model, context)
+            self._generator = TextGenerator(decoder, self.tokenizer, self.model, context, source=self.source)
         return self._generator
 
     def untrained(self) -> "Session":
         """A session of the same model with its initial weights. Releases the model of this one."""
         self.close()
-        return Session(self.run, None, self.model, self.tokenizer, self.precision, self.tensor, self.batch, self.warn)
+        return Session(self.run, None, self.model, self.tokenizer, self.precision, self.tensor, self.batch, self.warn, self.source)
 
     def texts(self, requests: Sequence[TextRequest], progress: Callable[[int], object] = lambda n: None, beams: int = 1) -> list[str]:
         """The text that the model writes for each request, in order. Calls `progress(n)` after n more texts.

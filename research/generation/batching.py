@@ -5,7 +5,7 @@ The tokens of a request do not depend on the other requests in the batch (models
 """
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,6 +33,9 @@ class DecoderLike(Protocol):
 
     def drop(self, row: int) -> None:
         """Frees a row; the last row takes its place."""
+
+    def continued(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The tokens that the new ones continue: the prompt, or for an encoder–decoder its start token."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class BatchScheduler:
 
     def _append_tokens(self, logits: Tensor, generations: list[Generation]) -> None:
         """Chooses the next token of each generation from its row of logits, and ends those that are complete."""
-        rows = [Row(one.request.sampling, one.request.seed, one.request.prompt, one.ids) for one in generations]
+        rows = [Row(one.request.sampling, one.request.seed, self.decoder.continued(one.request.prompt), one.ids) for one in generations]
         tokens = next_tokens(logits, rows)
 
         recorded = [one.request.logprobs for one in generations if one.request.logprobs is not None]

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from models.config import GPT
+from models.encoder_config import T5
 from models.inference.beam_search import BeamSearchParams, beam_search
 from models.inference.decoder import Decoder
 from research.data.tokenizer import Tokenizer
 from research.generation.batching import CANCELLED, END, LENGTH, STOP, BatchScheduler, DecoderLike, Generation, Request
 from research.generation.settings import GenerationSettings, refuse_long
+from research.generation.sources import SourceForm
 from research.generation.stop_strings import StopStringFinder
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -109,11 +111,13 @@ class TextGenerator:
 
     decoder: DecoderLike
     tokenizer: Tokenizer
-    model: GPT
+    model: GPT | T5
     context: int
-    """The maximum number of tokens of a prompt and its text together."""
+    """The maximum number of tokens of a prompt and its text together; for an encoder–decoder those of a text."""
     ends: Collection[int] = ()
     """Ids that end a text; if empty, end-of-text."""
+    source: SourceForm | None = None
+    """What surrounds prompts that are sources; None if texts continue their prompts."""
     scheduler: BatchScheduler = field(init=False)
     _texts: dict[Generation, GeneratedText] = field(init=False, default_factory=dict)
 
@@ -129,14 +133,18 @@ class TextGenerator:
 
         An empty prompt starts a new document.
         """
-        return self.submit_ids(self.tokenizer.prompt(prompt), settings, self.ends, prompt)
+        return self.submit_ids(self.ids(prompt), settings, self.ends, prompt)
+
+    def ids(self, prompt: str) -> tuple[int, ...]:
+        """The tokens of a prompt as the model reads them."""
+        return self.tokenizer.prompt(prompt) if self.source is None else self.source.ids(self.tokenizer, prompt)
 
     def submit_ids(self, ids: tuple[int, ...], settings: GenerationSettings, ends: Collection[int], prompt: str = "") -> GeneratedText:
         """Like `submit`, for a prompt that is already tokenized (at least one id) and a text that ends at any of `ends`."""
         refuse_long(len(ids), settings.max_new_tokens, self.context, self.model)
         request = Request(ids, settings.max_new_tokens, settings.sampling, settings.seed, ends, settings.logprobs)
         generation = self.scheduler.submit(request)
-        detokenizer = IncrementalDetokenizer(self.tokenizer, ids, settings.stops)
+        detokenizer = IncrementalDetokenizer(self.tokenizer, self.decoder.continued(ids), settings.stops)
         self._texts[generation] = GeneratedText(prompt, settings, generation, detokenizer)
         return self._texts[generation]
 
@@ -175,7 +183,7 @@ class TextGenerator:
 
         The decoder must be a Decoder without running texts. Of `settings`, max_new_tokens and the repetition penalty are used.
         """
-        return self.search_ids(self.tokenizer.prompt(prompt), settings, self.ends, beams, count, prompt)
+        return self.search_ids(self.ids(prompt), settings, self.ends, beams, count, prompt)
 
     def search_ids(
         self, ids: tuple[int, ...], settings: GenerationSettings, ends: Collection[int], beams: int, count: int, prompt: str = ""
@@ -190,7 +198,7 @@ class TextGenerator:
         for beam in beam_search(self.decoder, ids, options)[:count]:
             finish = END if beam.ended else LENGTH
             generation = Generation(Request(ids, settings.max_new_tokens), list(beam.ids), finish=finish)
-            detokenizer = IncrementalDetokenizer(self.tokenizer, ids)
+            detokenizer = IncrementalDetokenizer(self.tokenizer, self.decoder.continued(ids))
             text = GeneratedText(prompt, settings, generation, detokenizer, score=beam.score)
             text.text = "".join(map(detokenizer.push, beam.ids[: -1 if beam.ended else None])) + detokenizer.finish()
             texts.append(text)

@@ -8,12 +8,15 @@ from typing import TypeVar
 import torch
 from pydantic import BaseModel
 
-from models import gpt
+from models import architectures
 from models.config import GPT, VARIANT
+from models.encoder_config import BERT, T5, AnyModel
 from models.inference.decoder import Decoder
 from models.inference.driver import DriverDecoder, DriverScorer, run_worker
+from models.inference.encoder_decoder import DriverT5Decoder, T5Decoder
 from models.inference.scoring import TokenScorer
 from models.init import UninitializedWeights
+from models.segments import SEGMENTS
 from parallel.checkpoint.reader import Reader, load_weights
 from parallel.distributed import PRECISIONS, device
 from parallel.errors import Mistake
@@ -39,13 +42,18 @@ class DecoderSpec:
     slots: int = 1
     """The number of texts that are generated at once."""
     context: int = 1
-    """The maximum number of tokens of each text, prompt included."""
+    """The maximum number of tokens of each text: prompt included, or for an encoder–decoder those of the target."""
+    start: int | None = None
+    """The token that a target begins with; None for a decoder-only model."""
 
     def on(self, grid: Grid, place: torch.device | None = None) -> Decoder:
         """This rank's decoder on `place` (None: this rank's device); with several tensor ranks, rank 0 drives the others."""
-        model = GPT(**serialization.load(RunFolder(self.run).config).model.model_dump())
-        decoder_class = DriverDecoder if grid.tensor > 1 and grid.rank == 0 else Decoder
-        return decoder_class(restored(self, grid, place), model, grid, self.slots, self.context)
+        model, drives = model_of(self.run), grid.tensor > 1 and grid.rank == 0
+        module = restored(self, grid, place)
+        if isinstance(model, T5):
+            assert self.start is not None
+            return (DriverT5Decoder if drives else T5Decoder)(module, model, grid, self.slots, self.context, self.start)
+        return (DriverDecoder if drives else Decoder)(module, model, grid, self.slots, self.context)
 
     def follow(self, grid: Grid) -> None:
         """The work of a tensor rank > 0: carries out what rank 0 broadcasts until rank 0 releases it."""
@@ -63,13 +71,24 @@ class ScorerSpec:
 
     def on(self, grid: Grid) -> TokenScorer:
         """This rank's scorer; with several tensor ranks, rank 0 drives the others."""
-        model = GPT(**serialization.load(RunFolder(self.run).config).model.model_dump())
+        model = model_of(self.run)
+        assert isinstance(model, GPT)
         scorer_class = DriverScorer if grid.tensor > 1 and grid.rank == 0 else TokenScorer
         return scorer_class(restored(DecoderSpec(self.run, self.checkpoint, self.precision), grid), model, grid)
 
     def follow(self, grid: Grid) -> None:
         """The work of a tensor rank > 0: carries out what rank 0 broadcasts until rank 0 releases it."""
         run_worker(self.on(grid))
+
+
+PLAIN: dict[str, type[GPT] | type[BERT] | type[T5]] = {"gpt": GPT, "bert": BERT, "t5": T5}
+"""`model.kind` -> its settings without the checks of an experiment, which a run's models are built from."""
+
+
+def model_of(run: Path) -> AnyModel:
+    """The settings of a run's model."""
+    model = serialization.load(RunFolder(run).config).model
+    return PLAIN[model.kind](**model.model_dump())
 
 
 def restored(spec: DecoderSpec, grid: Grid, place: torch.device | None = None) -> PlainModule:
@@ -81,11 +100,13 @@ def restored(spec: DecoderSpec, grid: Grid, place: torch.device | None = None) -
     """
     folder, place = RunFolder(spec.run), place or device()
     experiment = serialization.load(folder.config)
-    model, variants = GPT(**experiment.model.model_dump()), dict(load_variants(folder.source, experiment.model))
+    model, variants = model_of(spec.run), dict(load_variants(folder.source, experiment.model))
+    context = (SEGMENTS,) if isinstance(model, T5) else ()
     # an init class of the experiment may serve other classes of its variant.py
     if spec.checkpoint is not None and not model.init.startswith(VARIANT):
         model, variants = without_init(model, variants)
-    module = PlainModule(gpt.layers(model, grid, experiment.seed, variants)).to(dtype_of(spec.precision, experiment.precision, place))
+    layers = architectures.layers(model, grid, experiment.seed, variants, context=context)
+    module = PlainModule(layers).to(dtype_of(spec.precision, experiment.precision, place))
     if spec.checkpoint is not None:
         with Reader(spec.checkpoint) as reader:
             load_weights(module, reader, grid)

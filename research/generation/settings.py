@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from models.config import GPT
+from models.encoder_config import T5
 from models.inference.sampling_params import GREEDY, SamplingParams
 from models.seed import seed_of
 from parallel.errors import Mistake
@@ -38,8 +39,17 @@ def text_seed(seed: int, prompt: int, text: int) -> int:
     return seed_of(seed, f"prompt {prompt}, text {text}")
 
 
-def refuse_long(prompt: int, max_new_tokens: int, context: int, model: GPT) -> None:
-    """Raises a Mistake if a prompt of `prompt` tokens and the tokens to generate do not fit into `context` places of the cache."""
+def refuse_long(prompt: int, max_new_tokens: int, context: int, model: GPT | T5) -> None:
+    """Raises a Mistake if a prompt of `prompt` tokens and the tokens to generate do not fit into `context` places of the cache.
+
+    The prompt of an encoder–decoder is its source, which has model.source_length places of its own.
+    """
+    if isinstance(model, T5):
+        if prompt > model.source_length:
+            raise Mistake(f"a source of {prompt} tokens is longer than model.source_length = {model.source_length} → shorten it")
+        if max_new_tokens > context:
+            raise Mistake(f"max_new_tokens = {max_new_tokens} is more than the {context} places of a target → use {context} or less")
+        return
     if prompt + max_new_tokens <= context:
         return
     need = f"a prompt of {prompt} tokens with max_new_tokens = {max_new_tokens} needs {prompt + max_new_tokens} places"
@@ -49,7 +59,7 @@ def refuse_long(prompt: int, max_new_tokens: int, context: int, model: GPT) -> N
     raise Mistake(f"{need}, the context has {context} and does not slide → {', or '.join(ways)}")
 
 
-def refuse_context(context: int, model: GPT) -> None:
+def refuse_context(context: int, model: GPT | T5) -> None:
     """Raises a Mistake if the model has no positions for a context of this length."""
     if context < 2:
         raise Mistake(f"context = {context} does not work → use 2 tokens or more, the model was trained on {model.seq_length}")
@@ -57,6 +67,6 @@ def refuse_context(context: int, model: GPT) -> None:
         raise Mistake(f"context = {context} is longer than the positions learned, model.seq_length = {model.seq_length} → use that or less")
 
 
-def can_be_longer(model: GPT) -> bool:
+def can_be_longer(model: GPT | T5) -> bool:
     """Whether the model can run on more tokens than it was trained on, whatever the quality. False for a position class of variant.py."""
-    return model.position in ("sinusoidal", "rotary", "alibi", "none")
+    return model.position in ("sinusoidal", "rotary", "alibi", "relative", "none")

@@ -8,7 +8,7 @@ from parallel.errors import Mistake
 from research.generation.chat_template import Messages, RendererClosed, TemplateError
 from research.generation.infilling import infilling_prompt
 from research.serving.engine import Job, Token
-from research.serving.errors import check_unicode, invalid_field, shutting_down
+from research.serving.errors import ApiError, check_unicode, invalid_field, shutting_down
 from research.serving.requests import ChatRequest, CompletionRequest, validate_message
 from research.serving.responses import token_bytes, token_text
 from research.serving.service import Service
@@ -74,7 +74,8 @@ class CompletionEndpoint:
         tokenizer = self.service.tokenizer
         if isinstance(prompt, str):
             with _refused_text(place):
-                return tokenizer.prompt(check_unicode(prompt, place))
+                text, source = check_unicode(prompt, place), self.service.source
+                return tokenizer.prompt(text) if source is None else source.ids(tokenizer, text)
         return self._text_ids(prompt, place) or (tokenizer.end_of_text,)
 
     def _text_ids(self, prompt: Any, place: str) -> tuple[int, ...]:
@@ -93,7 +94,7 @@ class CompletionEndpoint:
 
     def _leave_out_beginnings(self) -> None:
         """Shortens each prompt to its last tokens, so that its text has room."""
-        places = prompt_places(self.service.context, self.request.max_tokens or DEFAULT_TOKENS)
+        places = self.service.prompt_places(self.request.max_tokens or DEFAULT_TOKENS)
         whole, begin = sum(map(len, self.prompts)), self.service.tokenizer.begin
         self.prompts = [latest_tokens(ids, begin, places) for ids in self.prompts]
         self.left_out = {"tokens_left_out": whole - sum(map(len, self.prompts))}
@@ -151,6 +152,8 @@ class ChatEndpoint:
 
     def __init__(self, service: Service, request: ChatRequest) -> None:
         service.check_model(request.model)
+        if service.source is not None:
+            raise ApiError(400, "the model was trained on pairs of texts and has no conversations → send a source to /v1/completions")
         self.service, self.request = service, request
         messages = _messages(request.messages, service.limits.messages)
         service.check_characters(sum(len(text) for message in messages for text in message.values()), "messages")

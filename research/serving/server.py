@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from models.config import GPT
+from models.encoder_config import T5
 from parallel.checkpoint.folder import step_of
 from parallel.distributed import PRECISIONS
 from parallel.errors import Mistake
@@ -27,6 +28,7 @@ from research.data.tokenizer_file import ends_of
 from research.generation.chat_template import ChatTemplate, chat_template_of
 from research.generation.generator import TextGenerator
 from research.generation.restore import DecoderSpec
+from research.generation.sources import SourceForm
 from research.serving.access import Access
 from research.serving.app import Middleware, make_app
 from research.serving.connection import Connection
@@ -54,7 +56,9 @@ class ServerSpec:
     """The run's title, which is the name of the model in responses."""
     folder: Path
     checkpoint: Path
-    model: GPT
+    model: GPT | T5
+    source: SourceForm | None
+    """What surrounds prompts that are sources; None if texts continue their prompts."""
     tokenizer: Tokenizer
     precision: str | None
     """None: the precision of the training."""
@@ -81,7 +85,9 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
     They are answered from `run` on. Before the model is restored, connections are refused.
     """
     end_ids, memory = ends_of(spec.tokenizer, ROOT), HostMemory()
-    decoder_spec = DecoderSpec(spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context)
+    decoder_spec = DecoderSpec(
+        spec.folder, spec.checkpoint, spec.precision, spec.slots, spec.context, None if spec.source is None else spec.source.start
+    )
     limits = spec.limits
     with (
         chat_template_of(
@@ -93,7 +99,7 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
             BoundedExecutor("the chat template", THREADS, limits.template_queue, math.ceil(limits.template_seconds))
         ) as conversations,
     ):
-        generator = TextGenerator(decoder, spec.tokenizer, spec.model, spec.context, end_ids)
+        generator = TextGenerator(decoder, spec.tokenizer, spec.model, spec.context, end_ids, spec.source)
         metrics = Metrics(spec.slots, before_model=memory.before * MB)
         dtype = next(decoder.module.parameters()).dtype
         service = Service(
@@ -102,6 +108,7 @@ def make_server(spec: ServerSpec, log: Log) -> Iterator["Running"]:
             precision=next(name for name, known in PRECISIONS.items() if known == dtype),
             created=int(time.time()),
             model=spec.model,
+            source=spec.source,
             tokenizer=spec.tokenizer,
             context=spec.context,
             slots=spec.slots,

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import GPT
+from models.encoder_config import T5
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake
 from research.data.fill_in_middle import Sentinels
 from research.data.tokenizer import Tokenizer
 from research.generation.chat_template import ChatTemplate, PlainTemplate
 from research.generation.settings import GenerationSettings, refuse_long, text_seed
+from research.generation.sources import SourceForm
 from research.serving.access import Access
 from research.serving.engine import Job
 from research.serving.errors import ApiError, invalid_field
@@ -19,6 +21,7 @@ from research.serving.limits import Limits
 from research.serving.prometheus import Metrics
 from research.serving.request_queue import RequestQueue
 from research.serving.requests import CommonFields
+from research.serving.truncation import prompt_places
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Service:
     precision: str
     created: int
     """When the server was started, in seconds since 1970."""
-    model: GPT
+    model: GPT | T5
+    source: SourceForm | None
+    """What surrounds prompts that are sources; None if texts continue their prompts."""
     tokenizer: Tokenizer
     context: int
     """Number of tokens that a prompt and its text may have together."""
@@ -137,5 +142,12 @@ class Service:
         return [Job(ids, each, end_ids) for each in settings]
 
     def tokens_left(self, ids: tuple[int, ...]) -> int:
-        """Number of tokens that may follow a prompt; at least 1, so that a prompt that is too long is rejected by `jobs`."""
-        return max(1, self.context - len(ids))
+        """Number of tokens that may follow a prompt; at least 1, so that a prompt that is too long is rejected by `jobs`.
+
+        A source and its target have places of their own.
+        """
+        return max(1, self.context - (0 if isinstance(self.model, T5) else len(ids)))
+
+    def prompt_places(self, max_tokens: int) -> int:
+        """The places that a prompt may have in front of a text of `max_tokens`."""
+        return self.model.source_length if isinstance(self.model, T5) else prompt_places(self.context, max_tokens)

@@ -188,6 +188,10 @@ class LiveDecoder:
             row.append(token)
         return self.live.next_logits(self.rows)
 
+    def continued(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The prompt."""
+        return prompt
+
     def drop(self, row: int) -> None:
         """Frees a row. The last row takes its place."""
         last = self.rows.pop()

@@ -7,7 +7,8 @@ from typing import Any
 
 from models.inference.sampling_params import SamplingParams
 from parallel.errors import Mistake
-from research.config import Experiment
+from research.config import Experiment, Pairs
+from research.data.pair_inputs import separator_of
 from research.data.prepare import Corpus
 from research.data.run_tokenizer import tokenizer_at_hand
 from research.data.tokenizer import Tokenizer
@@ -57,6 +58,16 @@ def refuse_long(experiment: Experiment, texts: Sequence[str], tokenizer: Tokeniz
 def first_words(corpus: Corpus) -> str:
     """The first tokens of the held-out text, on one line, so that they can be typed."""
     return fmt.one_line(corpus.tokenizer.decode(corpus.validation.tokens[:PROMPT_TOKENS].tolist()))
+
+
+def first_prompt(experiment: Experiment, corpus: Corpus) -> str:
+    """What a sample of the held-out text is written for: its first words, or of pairs the first source, on one line."""
+    if not isinstance(experiment.data.examples, Pairs):
+        return first_words(corpus)
+    begin, end = corpus.validation.document_offsets()[:2].tolist()
+    tokens = corpus.validation.tokens[begin:end].tolist()
+    separator = separator_of(corpus.tokenizer, experiment.data.examples.separator)
+    return fmt.one_line(corpus.tokenizer.decode(tokens[: tokens.index(separator)]))
 
 
 def prompts_of(experiment: Experiment, corpus: Corpus) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ It does what `launch.py` does, without the seconds that starting an interpreter 
 import contextlib
 import gc
 import itertools
+import json
 import os
 import socket
 import sys
@@ -18,7 +19,7 @@ from parallel.errors import Mistake
 from research import ROOT
 from research.cluster import forked_ranks
 from research.cluster.environment import LOCALHOST, Ranks
-from research.config import Experiment, serialization
+from research.config import Experiment, Pairs, serialization
 from research.config.experiment_folder import LoadedExperiment
 from research.config.sources import texts_to_train_on
 from research.data import documents
@@ -55,6 +56,8 @@ TOKENIZER = "builtin:bpe-384"
 VOCABULARIES = (391, 491)
 """The size of the vocabulary: the first that has room for the special tokens. No tensor degree divides one of them."""
 
+MOST_LETTERS = 5
+"""Of the sides of small pairs."""
 NOT_TEXT = (STORE, SPLIT)
 BUILTIN_TEXTS = {"train": "state_of_the_union/train", "validation": "state_of_the_union/val"}
 
@@ -63,7 +66,7 @@ def small(loaded: LoadedExperiment, place: Path, changes: dict[str, dict[str, An
     """The experiment with small sizes. It reads the texts in `place`, and its run folders go to `place`/runs."""
     settings = serialization.resolved(loaded.experiment)
     del settings["schema"]
-    texts = {name: str(place / f"{name}.txt") for name in ("train", "validation")}
+    texts = {name: str(place / f"{name}{suffix_of(loaded.experiment)}") for name in ("train", "validation")}
     tokenizer = with_special_tokens(TOKENIZER, loaded.experiment.data.tokenizer)
     data = {"data": texts | {"tokenizer": tokenizer, "cache": str(place / "cache")}, "track": {"runs": str(place / "runs")}}
     for group, values in itertools.chain(SIZES.items(), data.items(), (changes or {}).items()):
@@ -84,6 +87,11 @@ def with_special_tokens(tokenizer: str, other: str) -> str:
     return f"{tokenizer}{plus}{names}" if base.startswith(documents.BUILTIN) else tokenizer
 
 
+def suffix_of(experiment: Experiment) -> str:
+    """Of the texts: lines of pairs, or running text."""
+    return ".jsonl" if isinstance(experiment.data.examples, Pairs) else ".txt"
+
+
 def write_texts(loaded: LoadedExperiment, place: Path) -> None:
     """Writes the beginning of the experiment's own training text and of its validation text to `place`.
 
@@ -96,7 +104,14 @@ def write_texts(loaded: LoadedExperiment, place: Path) -> None:
         text, source = "", documents.documents(texts, ROOT)
         while len(text) < most and (document := next(source, None)) is not None:
             text += document[: most - len(text)]
-        (place / f"{name}.txt").write_text(text, encoding="utf-8")
+        path = place / f"{name}{suffix_of(loaded.experiment)}"
+        path.write_text(pairs_of_words(text) if path.suffix == ".jsonl" else text, encoding="utf-8")
+
+
+def pairs_of_words(text: str) -> str:
+    """Lines of JSON: each word of the text, and as its target the word backwards. Both have room in a small sample."""
+    words = (word[:MOST_LETTERS] for word in text.split())
+    return "".join(json.dumps({"source": word, "target": word[::-1]}) + "\n" for word in words)
 
 
 def start(loaded: LoadedExperiment, world: int, output: Path, resume: str = "never", prelude: Any = None) -> list[ForkServerProcess]:

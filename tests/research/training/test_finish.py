@@ -46,7 +46,7 @@ def test_a_large_model_is_left_alone(tmp_path, monkeypatch):
 
 def test_next_names_only_what_there_is(tmp_path, monkeypatch):
     """No dashboard without a W&B record, even if W&B's folder is there, and nothing to generate with without a checkpoint."""
-    monkeypatch.setattr(finish, "first_words", lambda corpus: "the people")
+    monkeypatch.setattr(finish, "first_prompt", lambda experiment, corpus: "the people")
     folder = run_folder.create(tmp_path, "gpt")
     folder.wandb.mkdir()
     shown: list[str] = []
