@@ -62,8 +62,11 @@ def main(argv: list[str]) -> None:
             if not is_own(place.run):
                 report.warn(f"the mark of {run} could not be written, so verbs that use the run will need --trust")
         report.header([("run", f"{run} · {CERTIFICATE}"), ("folder", str(arguments.experiment))])
-        generate = [f"python -m research generate {run} --prompt 'The meaning of life is'"] if job.model.kind == "gpt" else []
-        report.next([*generate, f"python {arguments.experiment / experiment_folder.LAUNCHER} --dry-run"])
+        uses = {
+            "gpt": [f"python -m research generate {run} --prompt 'The meaning of life is'"],
+            "bert": [f"python -m research embed {run} --text 'A man is eating.' --text 'A man eats.'"],
+        }
+        report.next([*uses.get(job.model.kind, []), f"python {arguments.experiment / experiment_folder.LAUNCHER} --dry-run"])
 
 
 def check_exists(model: Path) -> None:
