@@ -39,8 +39,9 @@ if TYPE_CHECKING:  # both import torch
     from research.generation.generator import GeneratedText, TextGenerator
 
 WHAT = """Continues prompts with a trained model. A run that was trained on pairs reads a prompt as a source, and writes its target: a
-translation, for example. By default it takes the likeliest token at each step (greedy); with --temperature it draws one. The same command gives the same text, whatever is generated beside it and on any number of tensor ranks, up to rounding:
-always in fp32; in bf16, two tokens may be so close that rounding decides between them. A text ends at end-of-text."""
+translation, for example. By default it takes the likeliest token at each step (greedy); with --temperature it draws one. The same command
+gives the same text, whatever is generated beside it and on any number of tensor ranks, up to rounding: always in fp32; in bf16, two tokens
+may be so close that rounding decides between them. A text ends at end-of-text."""
 INPUT_PROMPT = "▸ "
 
 
