@@ -18,10 +18,11 @@ from research.tracking.console import Console
 from research.tracking.own_runs import is_own, mark_as_own
 from research.tracking.run_folder import RunFolder
 
-DESCRIPTION = """Reads GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2, Qwen3, BERT and MegatronBERT from a Hugging Face folder
-(safetensors), and Llama, Mistral, Qwen2 and Qwen3 from a .gguf file. Makes a run folder with a checkpoint, which every layout can read, and
-an experiment whose runs begin with it (init_from). Says what of the folder it leaves out. Compares transformers' tokenizer and model with
-ours on the same text: if the models differ by more than rounding, the exit code is 1 and both folders are removed."""
+DESCRIPTION = """Reads GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2, Qwen3, BERT and MegatronBERT (also without heads, as sentence
+encoders are) from a Hugging Face folder (safetensors), and Llama, Mistral, Qwen2 and Qwen3 from a .gguf file. Makes a run folder with a
+checkpoint, which every layout can read, and an experiment whose runs begin with it (init_from). Says what of the folder it leaves out.
+Compares transformers' tokenizer and model with ours on the same text: if the models differ by more than rounding, the exit code is 1 and
+both folders are removed."""
 GGUF = ".gguf"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 
