@@ -1,6 +1,7 @@
 """`embed`: its vectors are transformers' hidden states, pooled; its files and its table; and every error in one sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,34 @@ def test_without_a_file_there_is_a_table_of_cosines_or_one_vector(small: Case, c
     command.main([str(small.run.path), *words[:2]])
     found = json.loads(capsys.readouterr().out)
     assert found["text"] == TEXTS[0] and np.abs(found["embedding"] - vectors[0]).max() <= 1e-6
+
+
+def changed(case: Case, place: Path, **groups: dict) -> RunFolder:
+    """A copy of the run whose settings differ."""
+    copy = RunFolder(place / "runs" / "changed" / "abc123")
+    shutil.copytree(case.run.path, copy.path)
+    table = json.loads(copy.config.read_text())
+    for group, settings in groups.items():
+        table[group] |= settings
+    copy.config.write_text(json.dumps(table))
+    return copy
+
+
+def test_a_model_that_was_trained_with_dropout_has_none_here(small: Case, tmp_path) -> None:
+    dropout = {"embedding_dropout": 0.1, "residual_dropout": 0.2, "attention_dropout": 0.3}
+    run = changed(small, tmp_path, model=dropout)
+    encoder = restored_encoder(DecoderSpec(run.path, checkpoint_folder.latest(run.checkpoints)))
+    found = embed(encoder, [small.tokenizer(text).input_ids for text in TEXTS])
+    assert np.abs(found.numpy() - small.theirs(TEXTS)).max() <= 1e-6
+
+
+def test_a_built_in_tokenizer_puts_nothing_around_a_text(small: Case, tmp_path) -> None:
+    """So an empty text has no tokens, and no vector."""
+    run = changed(small, tmp_path, data={"tokenizer": "builtin:bytes"})
+    words = [str(run.path), "--trust", "--text", "war"]
+    assert command.prepared(command.parser().parse_args(words)).rows == (tuple(b"war"),)
+    said = sentence(lambda: command.prepared(command.parser().parse_args([*words, "--text", ""])))
+    assert said == "text 2 of 2 has no tokens: it is empty → leave it out"
 
 
 MISTAKES = {
