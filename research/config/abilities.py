@@ -9,7 +9,7 @@ ABILITIES: dict[str, tuple[str, ...]] = {
     "generate": ("gpt", "t5"),
     "evaluate": ("gpt", "t5"),
     "serve": ("gpt", "t5"),
-    "export": ("gpt", "bert"),
+    "export": ("gpt", "bert", "t5"),
     "compare --windows": ("gpt",),
     "research.api": ("gpt",),
 }
