@@ -17,6 +17,7 @@ from research.cli import export
 from research.config import Spans, serialization
 from research.data import documents
 from research.exchange.importer import CERTIFICATE
+from research.exchange.pair_parity import PairParity
 from tests.research.helpers.hf_models import imported
 from tests.research.helpers.launches import ROOT
 
@@ -34,6 +35,7 @@ CASES = {
     "t5 1.1": (T5ForConditionalGeneration, T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
 }  # fmt: skip
 UNTIED = ("umt5, untied", "t5 1.1")
+SLOW = ("umt5, untied", "t5 1.0")
 SOURCES = ("The state of the union is strong.", "jobs", "We, the people, — and the budget of 2016")
 TOKENS = 12
 
@@ -97,7 +99,7 @@ def their_ids(case: str, beams: int) -> list[list[int]]:
     return found
 
 
-@pytest.fixture(scope="module", params=[pytest.param(case, marks=pytest.mark.slow if case == "t5 1.0" else ()) for case in CASES])
+@pytest.fixture(scope="module", params=[pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
 def made(request, tmp_path_factory):
     """(case, place, the tensors of transformers' files, the run that was imported from them)"""
     place = tmp_path_factory.mktemp("t5")
@@ -131,3 +133,22 @@ def test_generate_writes_what_transformers_does(made, beams, capsys) -> None:
     case, _, _, run = made
     found = ids_of(run.path, capsys, "--beams", str(beams))
     assert found == their_ids(case, beams) and len({tuple(ids) for ids in found}) == len(SOURCES)
+
+
+def test_texts_that_differ_fail_the_certificate(tmp_path, monkeypatch, capsys) -> None:
+    """Where all logits are equal; nothing is left behind."""
+    saved("t5 1.1", tmp_path / "theirs")
+    right = PairParity._greedy
+    monkeypatch.setattr(PairParity, "_greedy", lambda self, decoder, source: right(self, decoder, source)[:-1] + [PAD])
+    with pytest.raises(SystemExit):
+        imported(tmp_path / "theirs", tmp_path, "mine")
+    said = capsys.readouterr().out
+    assert "parity   FAILED · " in said and "· 3 of 6 texts equal" in said
+    assert not list((tmp_path / "runs").iterdir()) and not (tmp_path / "tree" / "experiments" / "mine").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [1, 4])
+def test_tensor_ranks_write_what_transformers_does(made, beams, capsys) -> None:
+    case, _, _, run = made
+    assert ids_of(run.path, capsys, "--beams", str(beams), "--tensor", "2") == their_ids(case, beams)
