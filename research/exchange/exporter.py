@@ -68,8 +68,7 @@ class Export:
         """Writes all files but the certificate. `advance` is called with 1 for each parameter."""
         length = self.model.source_length if isinstance(self.model, T5) else self.model.seq_length
         ids = hf_tokenizer.export_tokenizer(folder, self.tokenizer, ROOT, length)
-        begin = self.source.start if self.source else ids["bos_token_id"]
-        config = write_config.config(self.model, self.family, self.dtype, begin, ids["eos_token_id"])
+        config = write_config.config(self.model, self.family, self.dtype, ids["bos_token_id"], ids["eos_token_id"])
         write_json(folder / CONFIG, config | (self._write_generation(folder) if self.source else {}))
         shapes = [hf_writer.TensorShape(key, shape) for link in self.links for key, shape in link.their_shapes(self.model).items()]
         with Reader(self.checkpoint) as reader:
