@@ -52,7 +52,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def theirs(case: str) -> transformers.PreTrainedModel:
-    """Random weights that are large enough for texts that do not repeat one token, norms about one.
+    """Random weights that are large enough for texts that do not repeat one token, norms about one. Some texts end.
 
     Scores are not divided by √e: larger queries would make a softmax nearly 0 or 1, which multiplies rounding errors.
     """
@@ -65,6 +65,7 @@ def theirs(case: str) -> transformers.PreTrainedModel:
         for name, parameter in model.named_parameters():
             centre, width = (1.0, 0.3) if parameter.dim() == 1 else (0.0, 0.1 if name.endswith("Attention.q.weight") else 0.4)
             parameter.copy_(centre + width * torch.randn(parameter.shape, generator=g))
+        model.lm_head.weight[END] *= 3  # the embedding, if it is tied
     return model
 
 
