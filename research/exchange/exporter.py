@@ -82,11 +82,17 @@ class Export:
     def _write_generation(self, folder: Path) -> dict[str, Any]:
         """Adds to generation_config.json what a target begins with, and what follows its end, and returns it.
 
-        Without a padding token, end-of-text stands behind the end of a text.
+        Without a padding token, end-of-text stands behind the end of a text. transformers' cache has as many layers as the encoder: where
+        the decoder has more, it is switched off.
         """
-        assert self.source
+        assert self.source and isinstance(self.model, T5)
         table = read_tokenizer_table(folder / GENERATION)
-        added = {"decoder_start_token_id": self.source.start, "pad_token_id": table.get("pad_token_id", self.tokenizer.end_of_text)}
+        added: dict[str, Any] = {
+            "decoder_start_token_id": self.source.start,
+            "pad_token_id": table.get("pad_token_id", self.tokenizer.end_of_text),
+        }
+        if self.model.num_layers > self.model.num_encoder_layers:
+            added["use_cache"] = False
         write_json(folder / GENERATION, {"eos_token_id": self.tokenizer.end_of_text} | table | added)
         return added
 

@@ -10,7 +10,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration, UMT5Config, UMT5ForConditionalGeneration
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 from research.__main__ import main
 from research.cli import export
@@ -124,6 +132,9 @@ def test_in_and_out_again_it_is_the_same_to_the_bit(made, capsys) -> None:
     config, generation = (json.loads((place / "out" / f"{name}.json").read_text()) for name in ("config", "generation_config"))
     for table in (config, generation):
         assert [table[f"{name}_token_id"] for name in ("decoder_start", "eos", "pad")] == [PAD, END, PAD]
+    again, words = AutoModelForSeq2SeqLM.from_pretrained(place / "out"), AutoTokenizer.from_pretrained(place / "out")
+    first = again.generate(words(SOURCES[0], return_tensors="pt").input_ids, max_new_tokens=TOKENS)[0, 1:].tolist()
+    assert first == their_ids(case, 1)[0]  # by the settings in the folder alone
     said = capsys.readouterr().out
     assert ("tie_word_embeddings = False after from_pretrained" in said) == (case in UNTIED)
     assert "which the tokenizer does not add" not in said
