@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 from torch import nn
@@ -191,8 +192,11 @@ def with_start(model: T5, folder: Path, tokenizer: Tokenizer) -> T5:
 
     It is not set if it is end-of-text, which stands there anyway.
     """
-    named = table_in(folder, GENERATION).get("decoder_start_token_id")
-    start = named if are_ids(named) and not isinstance(named, list) else model.start_token
+    start: Any = table_in(folder, GENERATION).get("decoder_start_token_id")
+    start = model.start_token if start is None else start
+    if isinstance(start, list) or not are_ids(start) or start >= model.vocab_size:
+        problem = f"{GENERATION} has decoder_start_token_id = {start!r:.60}, which is not an id below vocab_size = {model.vocab_size}"
+        raise Mistake(f"{problem} → is it this model's?")
     return T5(**model.model_dump() | {"start_token": None if start == tokenizer.end_of_text else start})
 
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ from research.__main__ import main
 from research.cli import export
 from research.config import Spans, serialization
 from research.data import documents
-from research.exchange.importer import CERTIFICATE
+from research.exchange.importer import CERTIFICATE, with_start
 from research.exchange.pair_parity import PairParity
+from tests.research.helpers.example import sentence, t5
 from tests.research.helpers.hf_models import imported
 from tests.research.helpers.launches import ROOT
 
@@ -145,6 +147,17 @@ def test_generate_writes_what_transformers_does(made, beams, capsys) -> None:
     case, _, _, run = made
     found = ids_of(run.path, capsys, "--beams", str(beams))
     assert found == their_ids(case, beams) and len({tuple(ids) for ids in found}) == len(SOURCES)
+
+
+def test_generation_config_says_how_targets_begin(tmp_path) -> None:
+    """Before config.json, as in transformers; a token that the model does not have is refused."""
+    words, model = Mock(end_of_text=END), t5(model={"vocab_size": VOCAB, "start_token": 7})
+    for start, expected in ((9, 9), (END, None), (None, 7)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": start}))
+        assert with_start(model.model, tmp_path, words).start_token == expected
+    for start in (VOCAB, -1, [9], "9"):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": start}))
+        assert "which is not an id below vocab_size = 300" in sentence(lambda: with_start(model.model, tmp_path, words))
 
 
 def test_texts_that_differ_fail_the_certificate(tmp_path, monkeypatch, capsys) -> None:
