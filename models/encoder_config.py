@@ -134,6 +134,11 @@ class T5(_Encoder):
     relative_buckets: Size = Field(description="rows of a table of relative positions: T5 has 32")
     relative_distance: Size = Field(description="distances from here on share the last bucket: T5 has 128")
     tied: bool = Field(description="the head is the transposed embedding, scaled by hidden_size^−½ as in T5 1.0; False: a table of its own")
+    start_token: int | None = Field(
+        default=None,
+        ge=0,
+        description="what a target begins with, such as T5's <pad>; not set: end-of-text. Of pairs it is their separator",
+    )
 
     @property
     def norm(self) -> str:
@@ -190,6 +195,11 @@ class T5(_Encoder):
             raise ValueError(
                 f"model.relative_buckets = {self.relative_buckets} with model.relative_distance = {self.relative_distance} → "
                 "use an even number of 4 or more, and a distance above half of it (T5: 32 and 128)"
+            )
+        if self.start_token is not None and self.start_token >= self.vocab_size:
+            raise ValueError(
+                f"model.start_token = {self.start_token} is none of model.vocab_size = {self.vocab_size} tokens → "
+                f"use 0 to {self.vocab_size - 1}, or leave it out"
             )
         if "head_size" not in self.model_fields_set:
             self._refuse_uneven_heads()

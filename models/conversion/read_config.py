@@ -127,6 +127,12 @@ class ConfigReader:
         fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
         return self._checked(key, value, fits, f"a count up to {most:,}")
 
+    def token(self, key: str, *default: int) -> int:
+        """The id of a token."""
+        value, size = self.get(key, *default), self.count("vocab_size")
+        fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
+        return self._checked(key, value, fits, f"an id below vocab_size = {size}")
+
     def number(self, key: str, *default: float) -> float:
         """A finite number above 0."""
         value = self.get(key, *default)
@@ -259,7 +265,11 @@ def _bert(config: ConfigReader) -> dict[str, Any]:
 
 
 def _t5(config: ConfigReader) -> dict[str, Any]:
-    """An untied head of a T5 is not scaled, as in T5 1.1. T5 has no longest text; n_positions is what it was trained with."""
+    """An untied head of a T5 is not scaled, as in T5 1.1. T5 has no longest text; n_positions is what it was trained with.
+
+    transformers 5 writes of every model that it is tied, and of a T5 1.1 that its decoder's output is not scaled. A target begins with
+    the token 0, as T5's did, where nothing is said.
+    """
     _require("is_encoder_decoder", config.get("is_encoder_decoder"), True)
     width, heads, head_size = config.count("d_model"), config.count("num_heads"), config.count("d_kv")
     layers, length = config.count("num_layers"), config.count("n_positions", 512)
@@ -268,7 +278,8 @@ def _t5(config: ConfigReader) -> dict[str, Any]:
         head_size=None if head_size * heads == width else head_size, ffn_size=config.count("d_ff"), source_length=length,
         seq_length=length, relative_buckets=config.count("relative_attention_num_buckets"),
         relative_distance=config.count("relative_attention_max_distance"), norm_eps=config.number("layer_norm_epsilon"),
-        mlp=_mlp("feed_forward_proj", config, FEED_FORWARDS), tied=config.flag("tie_word_embeddings"),
+        mlp=_mlp("feed_forward_proj", config, FEED_FORWARDS), start_token=config.token("decoder_start_token_id", 0),
+        tied=config.flag("tie_word_embeddings") and config.flag("scale_decoder_outputs", True),
     )  # fmt: skip
 
 

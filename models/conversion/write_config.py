@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "bert": "BertForPreTraining",
     "megatron-bert": "MegatronBertForPreTraining",
     "umt5": "UMT5ForConditionalGeneration",
+    "t5": "T5ForConditionalGeneration",
 }
 """Family -> transformers' class of a language model."""
 DROPOUTS = {

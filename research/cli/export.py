@@ -7,6 +7,7 @@ from parallel.errors import Mistake
 from parallel.files import megabytes, refuse_existing, staged
 from research.cli.trained_run import add_trust_option, say_choice, settings_of_run
 from research.cli.verbs import Parser
+from research.config.layout import sample_length
 from research.tracking import run_folder
 from research.tracking.console import Console
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
     with staged(arguments.folder) as folder:
         with report.progress("writing the weights", len(export.links)) as advance:
             export.write(folder, advance)
-        ids = parity.sample_ids(export.tokenizer, export.model.seq_length)
+        ids = parity.sample_ids(export.tokenizer, sample_length(export.model))
         with report.progress("comparing with transformers", 2 * len(ids)) as advance:
             certificate = export.certify(folder, ids, advance)
         report.header([("parity", certificate.line())])

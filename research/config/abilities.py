@@ -10,7 +10,7 @@ ABILITIES: dict[str, tuple[str, ...]] = {
     "evaluate": ("gpt", "t5"),
     "serve": ("gpt", "t5"),
     "embed": ("bert",),
-    "export": ("gpt", "bert"),
+    "export": ("gpt", "bert", "t5"),
     "compare --windows": ("gpt",),
     "research.api": ("gpt",),
 }

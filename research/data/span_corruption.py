@@ -53,8 +53,11 @@ class SpanExamples:
         rate: float,
         mean_length: float,
         sentinels: str,
+        start_token: int | None = None,
     ) -> None:
+        """`start_token`: what the decoder begins with; None: end-of-text."""
         self.store, self.seed, self.end_of_text = store, seed, tokenizer.end_of_text
+        self.start_token = tokenizer.end_of_text if start_token is None else start_token
         self.source_length, self.seq_length = source_length, seq_length
         self.lengths = lengths_of(source_length, rate, mean_length)
         if self.lengths.target > seq_length:
@@ -95,9 +98,10 @@ class SpanExamples:
         return SpanPairs(taken(~is_noise), taken(is_noise))
 
     def rows(self, numbers: np.ndarray, epochs: np.ndarray) -> Rows:
-        """As in Examples: [source | end-of-text and the target without its last token], each part filled up with padding in segment −1."""
+        """As in Examples: [source | start token and the target without its last], each part filled up with padding in segment −1."""
         source, target = self.pairs(numbers, epochs)
-        shifted = np.roll(target, 1, axis=1)  # every target ends in end-of-text, with which the decoder begins
+        shifted = np.roll(target, 1, axis=1)
+        shifted[:, 0] = self.start_token
         widths = (self.source_length, self.seq_length)
         ids = [_filled(part, width, self.end_of_text) for part, width in zip((source, shifted), widths, strict=True)]
         segments = [_filled(np.zeros_like(part), width, -1) for part, width in zip((source, shifted), widths, strict=True)]

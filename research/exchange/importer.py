@@ -4,33 +4,39 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.conversion import mapping, read_config, write_config
 from models.conversion.mapping import Plan
-from models.encoder_config import BERT, AnyModel
+from models.encoder_config import BERT, T5, AnyModel
 from models.estimates.parameters import parameters
 from parallel.checkpoint.folder import latest
 from parallel.checkpoint.writer import write
 from parallel.errors import Mistake
 from parallel.files import sha256_of, user_path, write_json
 from research.cluster.environment import git_state
-from research.config import Data, Experiment, Masked, Optimizer, Parallel, Schedule, Track, serialization
+from research.config import Data, Experiment, Masked, Optimizer, Pairs, Parallel, Schedule, Spans, Track, serialization
 from research.config.examples import STREAM
+from research.config.layout import sample_length
 from research.config.schema import MODELS
 from research.data import tokenizer as tokenizers
 from research.data import tokenizer_file
+from research.data.pair_inputs import SEPARATOR
 from research.data.tokenizer import Tokenizer
+from research.data.tokenizer_file import GENERATION, are_ids, ends_of, table_in
 from research.exchange import left_out, parity, plain_encoder
 from research.exchange.gguf import GGUFFile
 from research.exchange.hf_reader import CONFIG, HFFolder
+from research.exchange.pair_parity import PairParity
 from research.exchange.parity import Certificate
 from research.exchange.plain_encoder import HiddenCertificate
 from research.exchange.source import Source, private_view, weights
 from research.exchange.tokenizer_import import TokenizerImport
 from research.exchange.tokenizer_parity import IdsComparison
+from research.generation.sources import source_form
 from research.tracking import run_folder
 from research.tracking.console import Advance, Console, counted
 from research.tracking.format import compact, memory, one_line, plural
@@ -91,20 +97,26 @@ class Import:
         runs = self.final.path.parent.parent
         relative_runs = runs.relative_to(self.tree) if runs.is_relative_to(self.tree) else runs
         checkpoint = self.named(self.staging.checkpoints / CHECKPOINT)
+        if isinstance(self.model, T5):
+            self.model = with_start(self.model, self.source.path, tokenizer)
         settings = experiment(self.model, self.source.path.name, checkpoint, name, str(relative_runs), samples_for(self.model, tokenizer))
         serialization.save(settings, self.staging.config)
 
         with report.progress("reading the weights", len(self.plan.parameters)) as advance:
             self._write_checkpoint(advance)
-        ids = parity.sample_ids(tokenizer, self.model.seq_length)
+        ids = parity.sample_ids(tokenizer, sample_length(self.model))
         with report.progress("comparing with transformers", 2 * len(ids)) as advance:
-            certificate = self._certify(ids, advance)
+            certificate = self._certify(settings, tokenizer, ids, advance)
         self._write_metadata(certificate)
         return certificate
 
-    def _certify(self, ids: Tensor, advance: Advance) -> Certificate | HiddenCertificate:
-        """Compares logits, or hidden states of a plain encoder, of ids 'b s'. `advance` is called with 1 for each window and model."""
+    def _certify(self, settings: Experiment, tokenizer: Tokenizer, ids: Tensor, advance: Advance) -> Certificate | HiddenCertificate:
+        """Compares logits, or hidden states of a plain encoder, of ids 'b s'; of a T5 texts as well. `advance` is called with 1 for each
+        window and model."""
         model, checkpoint = self.model, latest(self.staging.checkpoints)
+        if isinstance(model, T5) and (form := source_form(settings, tokenizer)):
+            pairs = PairParity(model, form, ends_of(tokenizer, Path()), ids)
+            return pairs.certify(self._their_model, checkpoint, advance=advance)
         if self.plan.initial:
             assert isinstance(model, BERT)
             return plain_encoder.certify(ids, self._theirs, lambda: plain_encoder.our_hidden_states(model, checkpoint), advance)
@@ -163,9 +175,13 @@ class Import:
         """transformers' model, read from the same files: its logits, or a plain encoder's hidden states."""
         if isinstance(self.source, GGUFFile):
             return parity.their_gguf_logits(self.source.path, self.source.config)
+        return parity.logits_of(self._their_model())
+
+    def _their_model(self) -> nn.Module:
+        """transformers' model of a folder."""
         with private_view(self.source.files(), {CONFIG: self.source.config}) as folder:
             classes = plain_encoder.CLASSES if self.plan.initial else write_config.ARCHITECTURES
-            return parity.their_logits(folder, self.source.family.name, self.source.path, classes)
+            return parity.their_model(folder, self.source.family.name, self.source.path, classes)
 
     def _write_metadata(self, certificate: Certificate | HiddenCertificate) -> None:
         """Writes certificate.json, and run.json, which makes the folder a run."""
@@ -188,15 +204,36 @@ def _check_memory(model: AnyModel, source: Source) -> None:
         raise Mistake(f"{size}, this machine has {memory(total / 1e6)} → import it on a machine with more")
 
 
-def samples_for(model: AnyModel, tokenizer: Tokenizer) -> str | Masked:
-    """`data.examples` for training the model further. A BERT needs a mask; if the tokenizer has none, training says so."""
+def with_start(model: T5, folder: Path, tokenizer: Tokenizer) -> T5:
+    """The model with the token that its targets begin with: generation_config.json's goes before config.json's, as in transformers.
+
+    It is not set if it is end-of-text, which stands there anyway.
+    """
+    start: Any = table_in(folder, GENERATION).get("decoder_start_token_id")
+    start = model.start_token if start is None else start
+    if isinstance(start, list) or not are_ids(start) or start >= model.vocab_size:
+        problem = f"{GENERATION} has decoder_start_token_id = {start!r:.60}, which is not an id below vocab_size = {model.vocab_size}"
+        raise Mistake(f"{problem} → is it this model's?")
+    return T5(**model.model_dump() | {"start_token": None if start == tokenizer.end_of_text else start})
+
+
+def samples_for(model: AnyModel, tokenizer: Tokenizer) -> str | Masked | Spans | Pairs:
+    """`data.examples` for training the model further. A BERT needs a mask, a T5 sentinels; if the tokenizer has none, training says so.
+
+    A T5 whose targets begin with the separator of pairs was trained on pairs.
+    """
+    if isinstance(model, T5):
+        separator = tokenizer.backend.token_to_id(SEPARATOR)
+        return Spans(rate=0.15, mean_length=3.0) if separator is None or model.start_token != separator else Pairs()
     if not isinstance(model, BERT):
         return STREAM
     mask = next((name for name in MASKS if tokenizer.backend.token_to_id(name) is not None), MASKS[0])
     return Masked(rate=0.15, mask=mask, sentence_order=model.sentence_head)
 
 
-def experiment(model: AnyModel, source: str, checkpoint: str, tokenizer: str, runs: str, examples: str | Masked = STREAM) -> Experiment:
+def experiment(
+    model: AnyModel, source: str, checkpoint: str, tokenizer: str, runs: str, examples: str | Masked | Spans | Pairs = STREAM
+) -> Experiment:
     """The experiment of an import: the imported model, and defaults for training it further with a small learning rate."""
     return Experiment(
         question=f"What does {one_line(source)[:80]} know, and what does it learn when it is trained further?",

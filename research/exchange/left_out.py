@@ -48,6 +48,8 @@ def of_settings(config: Mapping[str, Any]) -> list[str]:
     window, length = config.get("sliding_window"), config.get("max_position_embeddings")
     if window and (config.get("model_type") == "mistral" or config.get("use_sliding_window")):
         sentences.append(f"{MODEL_CONFIG}: sliding_window = {window}: not kept, because no text of {length} tokens is longer")
+    if config.get("model_type") == "t5":
+        sentences.append(f"{MODEL_CONFIG}: one table of relative positions for all layers of a stack: each layer gets a copy of its own")
     if code := config.get("auto_map"):
         sentences.append(f"{MODEL_CONFIG}: auto_map names programs ({_short(code)}), which are not run")
     if unread := [f"{key} = {_short(config[key])}" for key in unread_keys(config)]:

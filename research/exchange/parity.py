@@ -49,7 +49,11 @@ LOAD_OPTIONS = {
     "trust_remote_code": False,
 }
 """Loads safetensors from the folder only, and never runs code from it."""
-AUTO_CLASSES = {"ForPreTraining": "AutoModelForPreTraining", "ForMaskedLM": "AutoModelForMaskedLM"}
+AUTO_CLASSES = {
+    "ForPreTraining": "AutoModelForPreTraining",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+}
 """The ending of a class's name -> the class of transformers that loads it. The others are loaded by AutoModelForCausalLM."""
 
 
@@ -66,6 +70,10 @@ class Certificate:
     perplexity_theirs: float
     perplexity_ours: float
     bound: float = BOUND
+    texts: int = 0
+    """How many texts both models wrote (pair_parity.py)."""
+    equal_texts: int = 0
+    """How many of them are equal, token for token."""
 
     @property
     def relative(self) -> float:
@@ -75,18 +83,20 @@ class Certificate:
     @property
     def passed(self) -> bool:
         """Whether the models differ by rounding only."""
-        return self.relative <= self.bound
+        return self.relative <= self.bound and self.equal_texts == self.texts
 
     def line(self) -> str:
         """The certificate as one line for the terminal."""
         difference = f"largest difference of a logit {self.largest_difference:.1e} of {self.largest_logit:.3g} = {self.relative:.1e}"
         verdict = "passed" if self.passed else "FAILED"
         perplexities = f"perplexity {self.perplexity_theirs:.5g} theirs, {self.perplexity_ours:.5g} ours"
-        return f"{verdict} · {difference} (bound {self.bound:.0e}) · KL {self.kl:.1e} · {perplexities} · {self.tokens} tokens"
+        texts = f" · {self.equal_texts} of {self.texts} texts equal" if self.texts else ""
+        return f"{verdict} · {difference} (bound {self.bound:.0e}) · KL {self.kl:.1e} · {perplexities} · {self.tokens} tokens{texts}"
 
     def table(self) -> dict[str, Any]:
         """The content of certificate.json. Numbers that are not finite become strings, because JSON has none."""
-        return finite(asdict(self) | {"relative": self.relative}) | {"passed": self.passed, "text": TEXT}
+        numbers = {name: value for name, value in asdict(self).items() if self.texts or not name.endswith("texts")}
+        return finite(numbers | {"relative": self.relative}) | {"passed": self.passed, "text": TEXT}
 
 
 def relative(difference: float, largest: float) -> float:
@@ -120,7 +130,8 @@ def certify(
 ) -> Certificate:
     """Compares the two models on ids 'b s'. `theirs` and `ours` load a model each; only one is in memory at a time.
 
-    `advance` is called with 1 for each window and model. `ahead`: NEXT for a GPT, OWN for a BERT.
+    `advance` is called with 1 for each window and model. `ahead`: NEXT for a GPT, OWN for a BERT. Logits may be of the last places of a
+    window alone.
     """
 
     def logits_of_windows(load: Callable[[], Logits]) -> Iterator[Tensor]:
@@ -129,18 +140,19 @@ def certify(
             yield model(window[None])[0].float()
 
     def perplexity(nats: Tensor) -> float:
-        mean = float(nats.sum() / max(ids.shape[0] * (ids.shape[1] - ahead), 1))
+        mean = float(nats.sum() / max(tokens - len(ids) * ahead, 1))
         return math.exp(mean) if mean < 700 else math.inf
 
     expected = list(counted(logits_of_windows(theirs), advance))
+    tokens = sum(map(len, expected))
     actual = counted(logits_of_windows(ours), advance)
     rows = [_compare(their, our, window, ahead) for their, our, window in zip(expected, actual, ids, strict=True)]
     difference, logit, kl, their_nats, our_nats = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
     return Certificate(
-        tokens=ids.numel(),
+        tokens=tokens,
         largest_difference=float(difference.max()),
         largest_logit=float(logit.max()),
-        kl=float(kl.sum() / ids.numel()),
+        kl=float(kl.sum() / tokens),
         perplexity_theirs=perplexity(their_nats),
         perplexity_ours=perplexity(our_nats),
     )
@@ -154,16 +166,22 @@ def _compare(theirs: Tensor, ours: Tensor, ids: Tensor, ahead: int) -> tuple[flo
     """
     if theirs.shape != ours.shape:
         raise Mistake(f"transformers' model has {theirs.shape[-1]} logits, ours {ours.shape[-1]} → is vocab_size the table's height?")
+    ids = ids[len(ids) - len(theirs) :]
     p, q = F.log_softmax(theirs.double(), -1), F.log_softmax(ours.double(), -1)
     difference = torch.nan_to_num((theirs - ours).abs(), nan=math.inf, posinf=math.inf).max()
     nats = (-logs[: len(ids) - ahead].gather(1, ids[ahead:, None]).sum() for logs in (p, q))
     return (float(difference), float(theirs.abs().max()), float((p.exp() * (p - q)).sum()), *map(float, nats))  # type: ignore[return-value]
 
 
-def our_logits(model: AnyModel, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Logits:
-    """Our model in fp32 with the weights of a checkpoint, which are rounded to `dtype` first."""
+def our_model(model: AnyModel, checkpoint: Path, dtype: torch.dtype = torch.float32, context: tuple[str, ...] = ()) -> PlainModule:
+    """Our model in fp32 with the weights of a checkpoint, which are rounded to `dtype` first. It reads the tensors of `context`."""
     model, variants = without_init(model, {})
-    module = read_module(architectures.layers(model, Grid(), seed=0, variants=variants), checkpoint, dtype)
+    return read_module(architectures.layers(model, Grid(), seed=0, variants=variants, context=context), checkpoint, dtype)
+
+
+def our_logits(model: AnyModel, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Logits:
+    """Our model's logits, as in `our_model`."""
+    module = our_model(model, checkpoint, dtype)
 
     def logits(ids: Tensor) -> Tensor:
         output = module(ids)
@@ -183,10 +201,20 @@ def read_module(layers: Sequence[Layer], checkpoint: Path, dtype: torch.dtype = 
     return module.eval()
 
 
+def logits_of(model: nn.Module) -> Logits:
+    """Those of a model of transformers."""
+    return lambda ids: model(ids)[0]
+
+
 def their_logits(folder: Path, family: str, shown: Path | None = None, classes: Mapping[str, str] = ARCHITECTURES) -> Logits:
+    """Those of `their_model`. Of a class without heads, what is returned gives hidden states."""
+    return logits_of(their_model(folder, family, shown, classes))
+
+
+def their_model(folder: Path, family: str, shown: Path | None = None, classes: Mapping[str, str] = ARCHITECTURES) -> nn.Module:
     """transformers' model of a folder in fp32, loaded by the class of `family`. `shown`: the path that an error names instead.
 
-    `classes`: family -> its class. Of a class without heads, what is returned gives hidden states.
+    `classes`: family -> its class.
     """
     import transformers
 
@@ -195,6 +223,11 @@ def their_logits(folder: Path, family: str, shown: Path | None = None, classes: 
 
 
 def their_auto_logits(folder: Path) -> Logits:
+    """Those of `their_auto_model`."""
+    return logits_of(their_auto_model(folder))
+
+
+def their_auto_model(folder: Path) -> nn.Module:
     """transformers' model of a folder in fp32, loaded by the class that the folder names, as a user loads it."""
     import transformers
 
@@ -220,10 +253,10 @@ def their_gguf_logits(path: Path, config: dict[str, Any]) -> Logits:
             raise ValueError(f"it lacks {missing[:1]}, or has {unknown[:1]} too much")
         return model
 
-    return _load(make, path)
+    return logits_of(_load(make, path))
 
 
-def _load(make: Callable[[], Any], path: Path, shown: Path | None = None) -> Logits:
+def _load(make: Callable[[], Any], path: Path, shown: Path | None = None) -> nn.Module:
     """Makes a model of transformers; whatever it raises becomes a Mistake about `path`, or about `shown` in its place."""
     with quiet_transformers():
         try:
@@ -232,7 +265,7 @@ def _load(make: Callable[[], Any], path: Path, shown: Path | None = None) -> Log
             said = " ".join(str(error).split()).replace(str(path), str(shown or path))[:160]
             raise Mistake(f"transformers cannot read {shown or path} ({type(error).__name__}: {said}) → fetch it again") from None
     model.config.use_cache = False  # a BERT's call takes no such argument
-    return lambda ids: model(ids)[0]
+    return model
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ compared with transformers' own, and given the text of the certificate. What has
 from pathlib import Path
 from typing import Any
 
-from models.encoder_config import AnyModel
+from models.encoder_config import T5, AnyModel
 from parallel.errors import Mistake
 from parallel.regular_files import check_inside
 from research.cluster.limited_process import run_limited
@@ -115,7 +115,7 @@ class TokenizerImport:
         if first.difference:
             other = f"{tokenizer_file.FILE} as it stands: transformers' {type(theirs).__name__} gives other ids, which are taken"
             self.left_out.append(f"{other}: {first.difference} → {way_out}")
-        if self.ids.tail:
+        if self.ids.tail and not (isinstance(self.model, T5) and self.ids.tail == (tokenizer.end_of_text,)):  # the end of a source
             self.left_out.append(
                 f"{tokenizer.decode(self.ids.tail)!r:.40} at the end of a text: training puts end-of-text there, prompts nothing"
             )

@@ -23,9 +23,14 @@ class SourceForm:
 
 
 def source_form(experiment: Experiment, tokenizer: Tokenizer) -> SourceForm | None:
-    """That of the experiment's samples: the separator of pairs, or end-of-text without pairs. None if its texts continue their prompts."""
-    examples, has_encoder = experiment.data.examples, isinstance(experiment.model, T5)
-    if not (has_encoder or isinstance(examples, Pairs)):
+    """That of the experiment's samples: the separator of pairs; without pairs end-of-text, and model.start_token if it is set.
+
+    None if its texts continue their prompts.
+    """
+    examples, model = experiment.data.examples, experiment.model
+    if isinstance(examples, Pairs):
+        separator = separator_of(tokenizer, examples.separator)
+        return SourceForm(separator, separator if isinstance(model, T5) else None)
+    if not isinstance(model, T5):
         return None
-    token = separator_of(tokenizer, examples.separator) if isinstance(examples, Pairs) else tokenizer.end_of_text
-    return SourceForm(token, token if has_encoder else None)
+    return SourceForm(tokenizer.end_of_text, tokenizer.end_of_text if model.start_token is None else model.start_token)

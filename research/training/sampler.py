@@ -106,5 +106,7 @@ def examples_maker(experiment: Experiment, corpus: Corpus, variants: Mapping[str
         options |= {"cache": corpus.cache}
     if isinstance(model, T5):
         options |= {"source_length": model.source_length}
+        if found is SpanExamples:
+            options |= {"start_token": model.start_token}
     make: Callable[..., Examples] = found
     return lambda store: make(store, corpus.tokenizer, model.seq_length, experiment.seed, **options)

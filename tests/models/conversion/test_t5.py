@@ -17,8 +17,8 @@ from tests.models.helpers.build import fill, relative
 from tests.models.helpers.conversion import to_hf
 from tests.models.helpers.t5 import PADDING, batch, random_weights, shape, their_model, their_names, their_settings, whole_model
 
-IMPORTED = dict(source_length=512, seq_length=512, init="gpt2")
-"""What an import sets: the length T5 was trained with."""
+IMPORTED = dict(source_length=512, seq_length=512, init="gpt2", start_token=0)
+"""What an import sets: the length T5 was trained with, and the token that a target begins with."""
 MODELS = {
     "tied": shape(**IMPORTED),
     "gated, wide heads": shape(mlp="geglu_tanh", head_size=12, num_encoder_layers=3, num_layers=1, **IMPORTED),
@@ -111,6 +111,10 @@ def test_what_cannot_be_read_or_written_is_refused():
         read_config.settings(written | {"feed_forward_proj": "gated-relu"})
     with pytest.raises(Mistake, match="is_encoder_decoder = False has no counterpart here"):
         read_config.settings(written | {"is_encoder_decoder": False})
+    for start in (83, -1, True):
+        with pytest.raises(Mistake, match=f"decoder_start_token_id = {start}, which is not an id below vocab_size = 83"):
+            read_config.settings(written | {"decoder_start_token_id": start})
+    assert not read_config.settings(written | {"scale_decoder_outputs": False}).tied
     with pytest.raises(Mistake, match="model.mlp = 'relu2' is no umt5"):
         mapping.family_of(shape(mlp="relu2"))
     tensors = to_hf(MODELS["tied"], "umt5", in_fp32(MODELS["tied"]))

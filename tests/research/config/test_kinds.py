@@ -57,6 +57,10 @@ ELSE = ", and the model is a T5 → leave it out, or change the model in config.
             "model.relative_buckets = 7 with model.relative_distance = 128 → use an even number of 4 or more, and a distance above half of "
             "it (T5: 32 and 128)",
         ),
+        (
+            ["--model.start_token", "8192"],
+            "model.start_token = 8192 is none of model.vocab_size = 8192 tokens → use 0 to 8191, or leave it out",
+        ),
         (["--model.num_heads", "5"], "model.num_heads = 5 does not divide model.hidden_size = 192 → use 1, 2, 3, 4, 6 or 8"),
     ],
 )
@@ -69,6 +73,13 @@ def test_settings_of_each_kind_can_be_overridden() -> None:
     assert isinstance(changed.model, T5) and changed.model.head_size == 64
     assert overrides == [("model.source_length", 64, 32), ("model.num_heads", 6, 3)]
     assert parse(bert(), ["--model.residual=pre_norm"])[0] == bert(model={"residual": "pre_norm"})
+
+
+def test_a_saved_t5_of_before_the_start_token_could_be_set_is_loaded() -> None:
+    saved = resolved(t5())
+    del saved["schema"]
+    assert saved["model"].pop("start_token") is None and build(saved) == t5()
+    assert parse(t5(), ["--model.start_token", "0"])[0].model.start_token == 0
 
 
 def test_help_shows_the_settings_of_the_model_that_is_there(capsys) -> None:

@@ -27,9 +27,9 @@ def store(own, tmp_path_factory):
     return TokenStore(prefix)
 
 
-def examples_of(store, own, source_length=100, seed=1, seq_length=400, **changes):
+def examples_of(store, own, source_length=100, seed=1, seq_length=400, start_token=None, **changes):
     chosen = Spans(**{"rate": 0.15, "mean_length": 3.0} | changes).model_dump(exclude={"kind"})
-    return SpanExamples(store, own, seq_length, seed, source_length=source_length, **chosen)
+    return SpanExamples(store, own, seq_length, seed, source_length=source_length, start_token=start_token, **chosen)
 
 
 def t5_lengths(inputs_length, density, mean):
@@ -125,3 +125,12 @@ def test_mistakes(store, own):
     assert "no special token '<x0>'" in sentence(lambda: examples_of(store, own, sentinels="<x{}>"))
     assert "has no place for a number → write it as <extra_id_{}>" in sentence(lambda: examples_of(store, own, sentinels="<x>"))
     assert "rate = 0 does not work" in sentence(lambda: examples_of(store, own, rate=0))
+
+
+def test_the_decoder_begins_with_the_start_token(own, store):
+    """Of its own, or end-of-text; nothing else depends on it."""
+    numbers, epochs = np.arange(3), np.zeros(3, np.int64)
+    usual, other = (examples_of(store, own, start_token=token).rows(numbers, epochs) for token in (None, 7))
+    assert (usual.ids[:, 100] == own.end_of_text).all() and (other.ids[:, 100] == 7).all()
+    other.ids[:, 100] = own.end_of_text
+    assert all(np.array_equal(a, b) for a, b in zip(usual, other, strict=True))

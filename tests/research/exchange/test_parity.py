@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,11 @@ def test_the_line_and_the_table_say_the_same():
         "passed · largest difference of a logit 2.0e-05 of 20 = 1.0e-06 (bound 1e-04) · KL 1.0e-12 · "
         "perplexity 23.191 theirs, 23.191 ours · 512 tokens"
     )
+    with_texts = replace(found, texts=6, equal_texts=5)
+    assert (
+        not with_texts.passed and with_texts.line().startswith("FAILED") and with_texts.line().endswith("512 tokens · 5 of 6 texts equal")
+    )
+    assert with_texts.table().items() >= {"texts": 6, "equal_texts": 5}.items() and "texts" not in found.table()
     table = found.table()
     assert (table["relative"], table["bound"], table["passed"], table["tokens"]) == (pytest.approx(1e-6), BOUND, True, 512)
     assert table["text"].startswith("builtin:")

@@ -185,7 +185,7 @@ def test_weights_that_are_not_the_checkpoint_s_are_told(tmp_path):
 
 
 def test_every_family_has_its_class():
-    others = {"bert", "megatron-bert", "umt5"}  # tests/research/exchange/test_bert.py, tests/models/conversion/test_t5.py
+    others = {"bert", "megatron-bert", "umt5", "t5"}  # tests/research/exchange/test_bert.py, tests/research/exchange/test_t5.py
     assert set(write_config.ARCHITECTURES) - others == {CASES[case].model_type for case in CASES}
     for case, config in CASES.items():
         assert type(their_model(case)).__name__ == write_config.ARCHITECTURES[config.model_type]

@@ -8,10 +8,12 @@ import torch
 from parallel.checkpoint.folder import latest
 from parallel.grid import Grid
 from research.__main__ import main
-from research.config import serialization
+from research.config import Pairs, serialization
+from research.data import tokenizer
 from research.data.run_tokenizer import load_tokenizer
 from research.generation.restore import DecoderSpec, model_of, restored
-from research.generation.sources import source_form
+from research.generation.sources import SourceForm, source_form
+from tests.research.helpers.example import t5
 from tests.research.helpers.small_runs import Stage
 
 SOURCES = ("tne", "and the", "a")
@@ -32,10 +34,10 @@ def run(request, tmp_path_factory):
 def greedy(run, text: str) -> list[int]:
     """The likeliest tokens, each from a pass over everything before it, without a cache."""
     experiment = serialization.load(run.config)
-    tokenizer, model = load_tokenizer(experiment.data, run.path), model_of(run.path)
-    form = source_form(experiment, tokenizer)
+    words, model = load_tokenizer(experiment.data, run.path), model_of(run.path)
+    form = source_form(experiment, words)
     module = restored(DecoderSpec(run.path, latest(run.checkpoints)), Grid())
-    source, found = list(form.ids(tokenizer, text)), []
+    source, found = list(form.ids(words, text)), []
     with torch.no_grad():
         for _ in range(TOKENS):
             if form.start is None:
@@ -45,8 +47,8 @@ def greedy(run, text: str) -> list[int]:
                 target = [form.start, *found] + [0] * (model.seq_length - len(found) - 1)
                 segments = [0] * len(source) + [-1] * len(padding) + [0] * (len(found) + 1) + [-1] * (model.seq_length - len(found) - 1)
                 logits = module((torch.tensor([source + padding + target]), torch.tensor([segments])))[0, len(found)]
-            found.append(int(logits[: tokenizer.vocab_size].argmax()))
-            if found[-1] == tokenizer.end_of_text:
+            found.append(int(logits[: words.vocab_size].argmax()))
+            if found[-1] == words.end_of_text:
                 break
     return found
 
@@ -95,3 +97,15 @@ def test_scoring_tasks_are_for_models_that_continue_texts(run, capsys) -> None:
     if model_of(run.path).kind == "t5":
         assert main(["evaluate", str(run.path)]) == 2
         assert "validation is for models that continue texts, and " in capsys.readouterr().err
+
+
+def test_a_target_begins_with_the_start_token_of_the_model() -> None:
+    """Without pairs: their separator is what a decoder of theirs has learned to begin with."""
+    words = tokenizer.fixed("builtin:bytes+sep")
+    separator = words.backend.token_to_id("<sep>")
+    for start, expected in ((None, words.end_of_text), (0, 0)):
+        model = {"start_token": start}
+        assert source_form(t5(model=model), words) == SourceForm(words.end_of_text, expected)
+        of_pairs = t5(model=model)
+        of_pairs = of_pairs.model_copy(update={"data": of_pairs.data.model_copy(update={"examples": Pairs()})})
+        assert source_form(of_pairs, words) == SourceForm(separator, separator)
