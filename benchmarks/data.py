@@ -10,6 +10,8 @@ reader takes micro-batches of ids and targets in int64 as torch tensors, at rand
               file is opened once and not for each micro-batch
     fim, fim rate 1, spans, masked
               ExampleSampler over the classes of docs/samples.md: fim with rate and spm_rate 0.5, spans and masked with 15 %
+    packed, supervised, pairs
+              the same of whole documents of 48 tokens: the second half of each is a response, or the target of a pair
     datasets  a Dataset of rows of seq_length + 1 tokens, format "torch", indexed with random rows (left out if it is not installed)
 
 The file lies in the page cache and every page of both memory maps has been touched, so that neither reader waits for the disk or the
@@ -37,20 +39,27 @@ from research import ROOT
 from research.cli.verbs import count
 from research.cluster.exit_codes import refusing
 from research.config.batch_sizes import BatchSizes
-from research.config.examples import FillInMiddle, Masked, Spans
+from research.config.examples import ExampleSettings, FillInMiddle, Masked, Pairs, Spans, Supervised
 from research.data import documents, tokenizer
 from research.data.batches import Sampler, StreamSampler, one_source
 from research.data.blend import Blend, Stage
 from research.data.examples import Examples, ExampleSampler
 from research.data.fill_in_middle import FillInMiddleExamples
+from research.data.mask_store import MaskWriter
 from research.data.masked_lm import MaskedExamples
+from research.data.packing import PackedDocuments
+from research.data.pairs import JoinedPairs
 from research.data.span_corruption import SpanExamples
-from research.data.token_store import TokenStore, write
+from research.data.special_tokens import SEPARATOR
+from research.data.supervised import SupervisedExamples
+from research.data.token_store import StoreWriter, TokenStore, write
 from research.data.tokenizer import Tokenizer
 
 LENGTHS = (128, 1024)
-TOKENIZER = "builtin:gpt2+fim+spans+mask"
+TOKENIZER = "builtin:gpt2+fim+spans+mask+sep"
 TEXT = "builtin:state_of_the_union/train"
+HALVES = 48
+"""Tokens of the documents with two halves."""
 SAMPLES = 1024
 """Samples of a turn."""
 NOT_COUNTED = 2
@@ -67,11 +76,26 @@ def store_of(folder: Path, name: str, texts: list[np.ndarray], tokens: int, own:
     return TokenStore(folder / name)
 
 
-def of_examples(made: type, store: TokenStore, own: Tokenizer, length: int, size: int, chosen: FillInMiddle | Spans | Masked) -> Reader:
+def of_examples(made: type, store: TokenStore, own: Tokenizer, length: int, size: int, chosen: ExampleSettings | None) -> Reader:
     """The examples of a class, with these settings; of a T5, with source and target of `length` tokens."""
+    options = {} if chosen is None else chosen.options
     more = {"source_length": length} if isinstance(chosen, Spans) else {}
-    examples: Examples = made(store, own, length, 0, **chosen.options, **more)
+    examples: Examples = made(store, own, length, 0, **options, **more)
     return of_sampler(ExampleSampler([examples], Blend([store.prefix.name], [Stage(0, (1.0,))], 0), BatchSizes(size), size, 0))
+
+
+def store_of_halves(folder: Path, texts: list[np.ndarray], tokens: int, own: Tokenizer) -> TokenStore:
+    """Documents of HALVES tokens: a half, the separator, the other half, end-of-text; and the mask of the second halves."""
+    stream = np.concatenate(texts)
+    stream = stream[stream < own.end_of_text]
+    rows = np.resize(stream, (tokens // HALVES, HALVES)).astype(np.uint16)
+    rows[:, HALVES // 2], rows[:, -1] = own.backend.token_to_id(SEPARATOR), own.end_of_text
+    lengths, mask = np.full(len(rows), HALVES), np.zeros(rows.shape, np.uint8)
+    mask[:, HALVES // 2 + 1 :] = 1
+    with StoreWriter(folder / "halves", own.vocab_size, {}) as writer, MaskWriter(folder / "halves", writer.facts) as masks:
+        writer.add_documents(rows.ravel(), lengths, int(lengths.sum()))
+        masks.add_documents(mask.ravel(), lengths)
+    return TokenStore(folder / "halves")
 
 
 def of_sampler(sampler: Sampler) -> Reader:
@@ -152,7 +176,8 @@ def main() -> None:
         store = store_of(Path(folder), "one", texts, arguments.tokens, own)
         parts = [store_of(Path(folder), f"part{i}", texts, arguments.tokens // arguments.sources, own) for i in range(arguments.sources)]
         names = [part.prefix.name for part in parts]
-        for each in (store, *parts):
+        halves = store_of_halves(Path(folder), texts, arguments.tokens, own)
+        for each in (store, halves, *parts):
             each.tokens.max()  # touches every page
         for length in LENGTHS:
             blend = Blend(names, [Stage(0, (1.0,) * len(names))], 0)
@@ -165,6 +190,9 @@ def main() -> None:
                 "fim rate 1": of_examples(FillInMiddleExamples, store, own, length, size, FillInMiddle(rate=1, spm_rate=0.5, confine=True)),
                 "spans": of_examples(SpanExamples, store, own, length, size, Spans(rate=0.15, mean_length=3)),
                 "masked": of_examples(MaskedExamples, store, own, length, size, Masked(rate=0.15)),
+                "packed": of_examples(PackedDocuments, halves, own, length, size, None),
+                "supervised": of_examples(SupervisedExamples, halves, own, length, size, Supervised(train_on="responses")),
+                "pairs": of_examples(JoinedPairs, halves, own, length, size, Pairs()),
             }
             found = measured({name: reader for name, reader in readers.items() if reader}, size, arguments.repetitions)
             print(f"seq_length {length}, micro-batches of {size}, {arguments.tokens:,} tokens")

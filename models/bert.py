@@ -44,13 +44,28 @@ def layers(
     recompute: str = "none",
     context: tuple[str, ...] = (),
 ) -> list[Layer]:
-    """The unbuilt layers in order: embedding, token_types, position, (embedding_norm), blocks.0 …, (final_norm), (sentence), masked_lm,
-    head, head_bias, (outputs).
+    """The unbuilt layers in order: those of `encoder_layers`, (sentence), masked_lm, head, head_bias, (outputs).
 
-    Input: ids 'b s'. Between any two layers: x 'b s d'. Output: logits 'b s v' of this rank's vocabulary rows; with a sentence head the
-    tuple (logits, sentence logits 'b 2', equal on every rank). If the model has dropout, the context begins with `samples` 'b', the global
-    sample indices. `context`: the names of what else the data bring, at most `segments` 'b s' (models/segments.py; padding has a number
-    of its own) and `token_types` 'b s'.
+    Output: logits 'b s v' of this rank's vocabulary rows; with a sentence head the tuple (logits, sentence logits 'b 2', equal on every
+    rank). The rest is as of `encoder_layers`.
+    """
+    encoder = encoder_layers(model, grid, seed, variants, recompute, context)
+    return encoder + _heads(BuildContext(model, grid, seed, variants or {}, recompute), encoder[-1].context)
+
+
+def encoder_layers(
+    model: BERT,
+    grid: Grid,
+    seed: int,
+    variants: Mapping[str, type] | None = None,
+    recompute: str = "none",
+    context: tuple[str, ...] = (),
+) -> list[Layer]:
+    """The unbuilt layers without the heads: embedding, token_types, position, (embedding_norm), blocks.0 …, (final_norm).
+
+    Input: ids 'b s'. Between any two layers, and behind the last: x 'b s d', followed by the context. If the model has dropout, the
+    context begins with `samples` 'b', the global sample indices. `context`: the names of what else the data bring, at most `segments`
+    'b s' (models/segments.py; padding has a number of its own) and `token_types` 'b s'.
     """
     build = BuildContext(model, grid, seed, variants or {}, recompute)
     samples, segments, types = (SAMPLES if model.drops else ()), *((name,) * (name in context) for name in (SEGMENTS, TOKEN_TYPES))
@@ -76,8 +91,7 @@ def layers(
         result.append(Layer(f"blocks.{i}", make, is_block=True, reads=samples + segments))
     if block.final_norm:
         result.append(Layer("final_norm", build.norm, {"name": "final_norm", **size}))
-    passed = (*samples, *context)
-    return [replace(layer, context=passed) for layer in result] + _heads(build, passed)
+    return [replace(layer, context=(*samples, *context)) for layer in result]
 
 
 def _heads(build: BuildContext, passed: tuple[str, ...]) -> list[Layer]:

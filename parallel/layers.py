@@ -119,7 +119,7 @@ def stage_bounds(layers: Sequence[Layer], stages: int) -> list[int]:
     """
     blocks = [i for i, layer in enumerate(layers) if layer.is_block]
     if len(blocks) < stages:
-        raise Mistake(f"parallel.pipe = {stages} is more than model.num_layers = {len(blocks)} → use {len(blocks)} or less")
+        raise Mistake(f"parallel.pipe = {stages} is more than the {len(blocks)} blocks of the model → use {len(blocks)} or less")
     firsts = [blocks[len(blocks) * stage // stages] for stage in range(1, stages)]
     return [0, *firsts, len(layers)]
 

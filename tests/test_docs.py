@@ -30,7 +30,8 @@ SMALL = {
     "validate_every=90": "validate_every=30",
     "warmup_steps=30": "warmup_steps=10",
     **{"hidden_size=128": "hidden_size=32", "ffn_size=512": "ffn_size=64", "warmup_steps=50": "warmup_steps=5"},  # code_stdlib
-    "steps=2600, batch_size=8, micro_batch_size=4, validate_every=650": "steps=110, batch_size=2, micro_batch_size=2, validate_every=0",
+    "steps=1300, batch_size=16, micro_batch_size=8, validate_every=325": "steps=40, batch_size=4, micro_batch_size=2, validate_every=0",
+    "steps=600, batch_size=16, micro_batch_size=8, validate_every=100": "steps=10, batch_size=4, micro_batch_size=2, validate_every=5",
     "steps=1500, batch_size=8, micro_batch_size=8, validate_every=500": "steps=10, batch_size=2, micro_batch_size=2, validate_every=5",
 }
 """What is smaller in the copy's experiments. The vocabulary and the context stay, because commands name them."""

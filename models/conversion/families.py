@@ -129,6 +129,8 @@ LLAMA_HOLDS: dict[str, tuple] = {
     "mlp": tuple(GATED_MLPS.values()),
 }  # fmt: skip
 
+BERT_HEADS = "cls."
+"""How the names of a BERT's heads begin, the pooler's excepted. A plain encoder has no such names."""
 BERT_MODULES: dict[str, Same | Fused] = {
     "embedding": Same("embeddings.word_embeddings"),
     "token_types": Same("embeddings.token_type_embeddings"),
@@ -165,7 +167,7 @@ def _bert(name: str, residual: str, norms: dict[str, Same | Fused]) -> Family:
         holds={"attention": ("bidirectional",), "residual": (residual,), "mlp": ("gelu",)},
         grouped=False,
         kind="bert",
-        unprefixed=("cls.",),
+        unprefixed=(BERT_HEADS,),
         copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
     )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.config import ATTENTIONS, GPT
-from models.conversion.families import BERT_MODULES, FAMILIES, Family, Fused, Same, qkv_rows
+from models.conversion.families import BERT_HEADS, BERT_MODULES, FAMILIES, Family, Fused, Same, qkv_rows
 from models.conversion.read_config import GATED_MLPS
 from models.encoder_config import BERT, T5, AnyModel
 from parallel.errors import Mistake
@@ -68,12 +68,15 @@ class Plan:
     parameters: list[ParameterMapping]
     copy: str | None
     """The key of a tied head that is in the files beside the embedding. It must be equal to the embedding."""
+    initial: tuple[str, ...] = ()
+    """The parameters of heads that the files of a plain encoder do not hold, in the order of the layers. They get initial values."""
 
 
 def plan(model: AnyModel, family: Family, shapes_in_files: Mapping[str, tuple[int, ...]]) -> Plan:
     """How `model` is read from files with tensors of these names and shapes.
 
-    A tensor that is missing, left over, doubled or of the wrong shape is a Mistake. No tensor is read to find out.
+    A tensor that is missing, left over, doubled or of the wrong shape is a Mistake. No tensor is read to find out. A BERT without heads
+    (transformers' BertModel) is a plain encoder: its heads are `initial`.
     """
     if model.num_layers > len(shapes_in_files):
         raise Mistake(f"the weights hold {len(shapes_in_files)} tensors, too few for a {family.name} of {model.num_layers} layers{OTHER}")
@@ -81,12 +84,16 @@ def plan(model: AnyModel, family: Family, shapes_in_files: Mapping[str, tuple[in
     table = f"{family.modules['embedding'].names[0]}.weight"
     if model.tied and head and table not in keys:  # the files hold the one table under the head's name, where it may stand as well
         keys[table], head = head, None
-    parameters, used = [], set[str]()
+    parameters, used, initial = [], set[str](), []
+    plain = is_plain_encoder(model, shapes_in_files)
     for parameter in parameter_mappings(model, family):
         bare = [key.removeprefix(family.prefix) for key in parameter.keys]
         if parameter.name == "head.weight":
             keys |= {bare[0]: head} if head else {}
         missing = [key for key in bare if key not in keys]
+        if missing and plain and missing[0].startswith(BERT_HEADS):
+            initial.append(parameter.name)
+            continue
         if missing:
             what = f"the weights hold no {missing[0]}, which {parameter.name} is made of"
             raise Mistake(f"{what} → is this a {family.name} of {model.num_layers} layers?")
@@ -96,7 +103,7 @@ def plan(model: AnyModel, family: Family, shapes_in_files: Mapping[str, tuple[in
         parameters.append(in_files)
     if unused := [bare for bare in keys if bare not in used]:
         raise Mistake(f"the weights hold {len(unused)} tensors that this model lacks, the first is {unused[0]}{OTHER}")
-    return Plan(parameters, head if model.tied else None)
+    return Plan(parameters, head if model.tied else None, tuple(initial))
 
 
 def _keys_in_files(family: Family, names: Mapping[str, object]) -> tuple[dict[str, str], str | None]:
@@ -122,14 +129,27 @@ def _keys_in_files(family: Family, names: Mapping[str, object]) -> tuple[dict[st
 
 
 def with_heads_in_files(model: AnyModel, names: Collection[str]) -> AnyModel:
-    """The model with the heads that the files hold: a BERT's configuration may name a class without the sentence head that they have."""
+    """The model with the heads that the files hold: a BERT's configuration may name a class without the sentence head that they have.
+
+    A plain encoder with a pooler has a sentence head, so that the pooler is kept.
+    """
     if not isinstance(model, BERT):
         return model
-    return model.model_copy(update={"sentence_head": f"{BERT_MODULES['sentence.classifier'].names[0]}.weight" in names})
+    pooler, classifier = (f"{BERT_MODULES[f'sentence.{part}'].names[0]}.weight" for part in ("pooler", "classifier"))
+    pooled = is_plain_encoder(model, names) and any(name.endswith(pooler) for name in names)
+    return model.model_copy(update={"sentence_head": pooled or classifier in names})
+
+
+def is_plain_encoder(model: AnyModel, names: Collection[str]) -> bool:
+    """Whether files with tensors of these names hold a BERT without its heads, as transformers' BertModel writes it."""
+    return isinstance(model, BERT) and not any(name.startswith(BERT_HEADS) for name in names)
 
 
 def from_hf(model: AnyModel, family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every parameter of `model`, whole, by our logical names, from their tensors. The same errors as `plan`."""
+    """Every parameter of `model`, whole, by our logical names, from their tensors. The same errors as `plan`.
+
+    Of a plain encoder, every parameter but those of the heads.
+    """
     if family not in FAMILIES:
         raise Mistake(f"model_type = {family!r} is not a family we can read or write → use {', '.join(FAMILIES)}")
     planned = plan(model, FAMILIES[family], {key: tuple(tensor.shape) for key, tensor in state_dict.items()})

@@ -172,8 +172,9 @@ def documents_of_step(arguments: argparse.Namespace) -> dict[str, Any]:
     left_out = len(numbers) - len(shown)
 
     first = sampler.windows(numbers[0])[0]
-    size = f"{first.stop - first.start - 1} + 1 tokens each"
-    console.header([("", f"{folder.title} · step {step} of {steps} · samples {numbers[0]:,}–{numbers[-1]:,} of {size}")])
+    form = experiment.data.examples
+    kind = f"of {first.stop - first.start - 1} + 1 tokens each" if form == examples.STREAM else f"· {examples.describe_examples(form)}"
+    console.header([("", f"{folder.title} · step {step} of {steps} · samples {numbers[0]:,}–{numbers[-1]:,} {kind}")])
     console.header([("data", f"{describe_texts(experiment.data.train)} · {corpus.tokenizer.name} · {said_of_text(checkpoint)}")])
     if step > logged:
         newest = f"the last row is of step {logged}" if logged else "there is no row yet"

@@ -13,6 +13,7 @@ VERBS = {
     "prepare": "turn your own text into a corpus to train on: prepare book.txt notes/ --as mine",
     "runs": "list the runs: status, steps, bits per byte, and what differs",
     "generate": "continue a prompt with a trained model: generate RUN --prompt 'My fellow citizens'",
+    "embed": "turn texts into vectors with a BERT: embed RUN --text 'A man eats.' --text 'A man is eating.'",
     "evaluate": "evaluate a trained model on tasks: evaluate RUN --tasks validation agreement",
     "serve": "serve a trained model over HTTP, with OpenAI's API: serve RUN",
     "export": "write a run for transformers to load: export RUN FOLDER",

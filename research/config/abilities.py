@@ -1,7 +1,7 @@
 """Which verb can use which kind of model: a BERT writes no text, for example. Imports no torch."""
 
 from models.config import GPT
-from models.encoder_config import T5, AnyModel
+from models.encoder_config import BERT, T5, AnyModel
 from parallel.errors import Mistake, listed
 from research.config.schema import MODELS
 
@@ -9,6 +9,7 @@ ABILITIES: dict[str, tuple[str, ...]] = {
     "generate": ("gpt", "t5"),
     "evaluate": ("gpt", "t5"),
     "serve": ("gpt", "t5"),
+    "embed": ("bert",),
     "export": ("gpt", "bert", "t5"),
     "compare --windows": ("gpt",),
     "research.api": ("gpt",),
@@ -30,6 +31,13 @@ def writer_of(verb: str, model: AnyModel, title: str) -> GPT | T5:
     """The model, which writes texts, for a verb that uses such a one. A Mistake if it is a BERT."""
     refuse_other_kinds(verb, model, title)
     assert isinstance(model, GPT | T5)
+    return model
+
+
+def bert_of(verb: str, model: AnyModel, title: str) -> BERT:
+    """The model, which is a BERT, for a verb that can use no other kind. A Mistake if it is none."""
+    refuse_other_kinds(verb, model, title)
+    assert isinstance(model, BERT)
     return model
 
 

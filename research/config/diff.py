@@ -28,6 +28,7 @@ PLUMBING = (
     "track",
 )
 """Settings, or groups of them, that affect no result: they describe, record, or change speed and memory. All others are science."""
+MODEL = "model"
 MOST = 8
 """The most differences that one sentence lists."""
 
@@ -36,8 +37,16 @@ Change = tuple[str, Any, Any]
 
 
 def diff(then: Experiment, now: Experiment) -> list[Change]:
-    """Every setting that differs, by dotted name, in the order of the schema."""
+    """Every setting that differs, by dotted name, in the order of the schema.
+
+    Models of two kinds have settings that do not correspond: they are one difference, 'model', of the kinds.
+    """
     old, new = flatten(resolved(then)), flatten(resolved(now))
+    if then.model.kind != now.model.kind:
+        old, new = (
+            {MODEL: settings[f"{MODEL}.kind"]} | {name: value for name, value in settings.items() if not belongs(name, (MODEL,))}
+            for settings in (old, new)
+        )
     return [(name, old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
 
 

@@ -54,11 +54,12 @@ class MaskedExamples:
         self.drawn = max(1, round(rate * seq_length))
         """Tokens of each sample that are predicted."""
         self.size = whole_windows(store, seq_length)
+        self._windows = store.tokens[: self.size * seq_length].reshape(self.size, seq_length)
 
     def rows(self, numbers: np.ndarray, epochs: np.ndarray) -> Rows:
         """As in Examples, but for the targets: they are the tokens at the same places."""
         s = self.seq_length
-        targets = np.stack([self.store.tokens[number * s : (number + 1) * s] for number in numbers.tolist()]).astype(np.int64)
+        targets = self._windows[numbers].astype(np.int64)
         token_types = sentences = None
         if self.sentence_order:
             sentences = (random_keys(self.seed ^ SENTENCES, epochs, numbers, count=1)[:, 0] & 1).astype(np.int64)

@@ -77,11 +77,12 @@ class SpanExamples:
             )
         self.sentinels = np.array(found, np.int64)
         self.size = whole_windows(store, self.lengths.tokens)
+        self._windows = store.tokens[: self.size * self.lengths.tokens].reshape(self.size, self.lengths.tokens)
 
     def pairs(self, numbers: np.ndarray, epochs: np.ndarray) -> SpanPairs:
         """The source and the target of each sample."""
         n = self.lengths.tokens
-        tokens = np.stack([self.store.tokens[number * n : (number + 1) * n] for number in numbers.tolist()]).astype(np.int64)
+        tokens = self._windows[numbers].astype(np.int64)
         is_noise = self._noise(numbers, epochs)
         begins = is_noise & ~np.roll(is_noise, 1, axis=1)  # the first token of a sample is kept, the last one is replaced
         places = np.zeros((len(tokens), 2 * n), np.int64)  # of each token, and in front of it of a sentinel

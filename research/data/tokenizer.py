@@ -69,6 +69,8 @@ class Tokenizer:
     """Whether a long text may be cut before it is tokenized (`pieces`). The pattern of the built-in tokenizers allows it."""
     begin: tuple[int, ...] = ()
     """The ids in front of every prompt (`<s>`, `<|begin_of_text|>`) if an imported model was trained so. The built-in ones have none."""
+    behind: tuple[int, ...] = ()
+    """The ids behind a whole text (`[SEP]`) by the template of a tokenizer.json. An encoder reads them; a text that goes on has none."""
 
     def pieces(self, text: str) -> Iterator[str]:
         """`text` in parts whose ids, one after the other, are the ids of `text`."""

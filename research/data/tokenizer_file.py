@@ -29,8 +29,8 @@ LARGEST, MOST_VALUES = 128 * 2**20, 2**22
 LONGEST_TEMPLATE = 2**20
 """The most characters of a chat template."""
 MOST_BEGIN = 256
-"""The most tokens that a post-processor puts in front of a text."""
-ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+"""The most tokens that a post-processor puts in front of a text, or behind it."""
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 """The usual names of the token that ends a text, for a tokenizer.json without a tokenizer_config.json."""
 RIGHT_FILE = "is it the right file?"
 WAY_OUT = "give it a tokenizer.json as Hugging Face's tokenizers saves it"
@@ -64,7 +64,7 @@ def load(name: str, root: Path) -> Tokenizer:
         raise Mistake(f"{path} has no token {marker!r:.80}, with which {CONFIG} ends a text → {WAY_OUT}")
     fingerprint = hashlib.sha256(content + b"\0" + marker.encode()).hexdigest()
 
-    # what the file's post-processor puts in front of a text; what it puts behind one is left out, because it ends texts
+    # what the file's post-processor puts around a text
     probe = known_letters(backend, "a") or next((token for token in backend.get_vocab() if token != marker), "")
     try:
         text, marked = (backend.encode(probe, add_special_tokens=special).ids for special in (False, True))
@@ -72,8 +72,9 @@ def load(name: str, root: Path) -> Tokenizer:
         raise library_error(error, f"{path} cannot encode the text {probe!r:.40}") from None
     places = range(min(len(marked) - len(text), MOST_BEGIN) + 1)
     starts = (start for start in places if marked[start : start + len(text)] == text)
-    begin = tuple(marked[: next(starts, 0)])
-    return Tokenizer(name, _vocab_size(path, table), marker_id, fingerprint, backend, cuts=False, begin=begin)
+    start = next(starts, None)
+    begin, behind = ((), ()) if start is None else (tuple(marked[:start]), tuple(marked[start + len(text) :][:MOST_BEGIN]))
+    return Tokenizer(name, _vocab_size(path, table), marker_id, fingerprint, backend, cuts=False, begin=begin, behind=behind)
 
 
 def parsed(path: Path) -> Any:

@@ -1,14 +1,15 @@
 """Fills the run folder of an import: tokenizer, config.json, a checkpoint, certificate.json, and run.json with the source."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-from torch import nn
+from torch import Tensor, nn
 
-from models.conversion import mapping, read_config
+from models.conversion import mapping, read_config, write_config
 from models.conversion.mapping import Plan
 from models.encoder_config import BERT, T5, AnyModel
 from models.estimates.parameters import parameters
@@ -26,15 +27,16 @@ from research.data import tokenizer_file
 from research.data.pair_inputs import SEPARATOR
 from research.data.tokenizer import Tokenizer
 from research.data.tokenizer_file import GENERATION, are_ids, ends_of, table_in
-from research.exchange import left_out, parity
+from research.exchange import left_out, parity, plain_encoder
 from research.exchange.gguf import GGUFFile
 from research.exchange.hf_reader import CONFIG, HFFolder
 from research.exchange.pair_parity import PairParity
 from research.exchange.parity import Certificate
+from research.exchange.plain_encoder import HiddenCertificate
 from research.exchange.source import Source, private_view, weights
 from research.exchange.tokenizer_import import TokenizerImport
 from research.exchange.tokenizer_parity import IdsComparison
-from research.generation.sources import source_form
+from research.generation.sources import SourceForm, source_form
 from research.tracking import run_folder
 from research.tracking.console import Advance, Console, counted
 from research.tracking.format import compact, memory, one_line, plural
@@ -44,6 +46,8 @@ TEXT = ("builtin:state_of_the_union/train", "builtin:state_of_the_union/val")
 CERTIFICATE = "certificate.json"
 TOKENIZER = "tokenizer"
 CHECKPOINT = "step_000000"
+SEED = 1
+"""Of the experiment that an import makes, and of heads that a plain encoder's files do not hold."""
 MASKS = ("<mask>", "[MASK]")
 """The names of the token that masks: RoBERTa's, which is also ours, and BERT's."""
 OTHER_TOKENIZER = "the folder's own tokenizer: --tokenizer takes its place, and token ids are not compared"
@@ -81,7 +85,7 @@ class Import:
         size = compact(parameters(self.model) or 0)
         return f"import {self.source.path.name} · {self.source.family.name} · {shape} · {size} parameters"
 
-    def fill(self, tokenizer_name: str | None, report: Console) -> Certificate:
+    def fill(self, tokenizer_name: str | None, report: Console) -> Certificate | HiddenCertificate:
         """Writes everything into the staged folder. Small files are first, so that most errors come before gigabytes are read."""
         for folder in (self.staging.checkpoints, self.staging.logs, self.staging.path / TOKENIZER):
             folder.mkdir()
@@ -102,15 +106,24 @@ class Import:
             self._write_checkpoint(advance)
         ids = parity.sample_ids(tokenizer, sample_length(self.model))
         with report.progress("comparing with transformers", 2 * len(ids)) as advance:
-            written = latest(self.staging.checkpoints)
-            if isinstance(self.model, T5) and (form := source_form(settings, tokenizer)):
-                pairs = PairParity(self.model, form, ends_of(tokenizer, Path()), ids)
-                certificate = pairs.certify(self._their_model, written, advance=advance)
-            else:
-                ahead = parity.OWN if isinstance(self.model, BERT) else parity.NEXT
-                certificate = parity.certify(ids, self._their_logits, lambda: parity.our_logits(self.model, written), advance, ahead)
+            certificate = self._certify(ids, source_form(settings, tokenizer), ends_of(tokenizer, Path()), advance)
         self._write_metadata(certificate)
         return certificate
+
+    def _certify(self, ids: Tensor, form: SourceForm | None, ends: tuple[int, ...], advance: Advance) -> Certificate | HiddenCertificate:
+        """Compares logits, or hidden states of a plain encoder, of ids 'b s'. `advance` is called with 1 for each window and model.
+
+        `form` and `ends`: what surrounds sources and ends texts, for the texts of an encoder–decoder.
+        """
+        model, checkpoint = self.model, latest(self.staging.checkpoints)
+        if isinstance(model, T5):
+            assert form
+            return PairParity(model, form, ends, ids).certify(self._their_model, checkpoint, advance=advance)
+        if self.plan.initial:
+            assert isinstance(model, BERT)
+            return plain_encoder.certify(ids, self._theirs, lambda: plain_encoder.our_hidden_states(model, checkpoint), advance)
+        ahead = parity.OWN if isinstance(model, BERT) else parity.NEXT
+        return parity.certify(ids, self._theirs, lambda: parity.our_logits(model, checkpoint), advance, ahead)
 
     def named(self, path: Path) -> str:
         """The name of a staged path after the run folder is renamed: relative to the tree if it is inside it."""
@@ -140,6 +153,7 @@ class Import:
             return
         folder, read = self.source.path, [path.name for path in self.source.files()]
         self.left_out = [
+            *([plain_encoder.note(self.plan.initial)] if self.plan.initial else []),
             *left_out.of_settings(self.source.config),
             *self.left_out,
             *(left_out.of_tokenizer(folder, self.model.seq_length) if tokenizer_name is None else [OTHER_TOKENIZER]),
@@ -149,14 +163,18 @@ class Import:
 
     def _write_checkpoint(self, advance: Advance) -> None:
         """Converts the weights one parameter at a time. `advance` is called with 1 for each."""
-        shapes = {link.name: link.shape for link in self.plan.parameters}
+        shapes, initial = {link.name: link.shape for link in self.plan.parameters}, list[Tensor]()
+        if self.plan.initial:
+            assert isinstance(self.model, BERT)
+            initial = plain_encoder.initial_heads(self.model, self.plan.initial, SEED)
+            shapes |= {name: tuple(tensor.shape) for name, tensor in zip(self.plan.initial, initial, strict=True)}
         digests = {path.name: sha256_of(path) for path in self.source.files()}
         facts = {"step": 0, "samples": 0, "tokens": 0, "commit": git_state(self.tree)[0], "imported": digests}
-        tensors = weights(self.source, self.plan, self.model)
-        write(self.staging.checkpoints / CHECKPOINT, shapes, counted(tensors, advance), facts)
+        tensors = counted(weights(self.source, self.plan, self.model), advance)
+        write(self.staging.checkpoints / CHECKPOINT, shapes, itertools.chain(tensors, initial), facts)
 
-    def _their_logits(self) -> parity.Logits:
-        """transformers' model, read from the same files."""
+    def _theirs(self) -> parity.Logits:
+        """transformers' model, read from the same files: its logits, or a plain encoder's hidden states."""
         if isinstance(self.source, GGUFFile):
             return parity.their_gguf_logits(self.source.path, self.source.config)
         return parity.logits_of(self._their_model())
@@ -164,9 +182,10 @@ class Import:
     def _their_model(self) -> nn.Module:
         """transformers' model of a folder."""
         with private_view(self.source.files(), {CONFIG: self.source.config}) as folder:
-            return parity.their_model(folder, self.source.family.name, self.source.path)
+            classes = plain_encoder.CLASSES if self.plan.initial else write_config.ARCHITECTURES
+            return parity.their_model(folder, self.source.family.name, self.source.path, classes)
 
-    def _write_metadata(self, certificate: Certificate) -> None:
+    def _write_metadata(self, certificate: Certificate | HiddenCertificate) -> None:
         """Writes certificate.json, and run.json, which makes the folder a run."""
         ids = {"ids": self.ids.table()} if self.ids else {}
         write_json(self.staging.path / CERTIFICATE, certificate.table() | ids)
@@ -232,5 +251,5 @@ def experiment(
         parallel=Parallel(),
         precision="fp32",
         track=Track(runs=runs),
-        seed=1,
+        seed=SEED,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from models.encoder_config import AnyModel
 from parallel.checkpoint.reader import Reader, load_weights
 from parallel.errors import Mistake
 from parallel.grid import Grid
-from parallel.layers import PlainModule, unique_parameters
+from parallel.layers import Layer, PlainModule, unique_parameters
 from research.data import documents
 from research.data.tokenizer import Tokenizer, known_letters
 from research.generation.restore import without_init
@@ -78,8 +78,7 @@ class Certificate:
     @property
     def relative(self) -> float:
         """The largest difference divided by the largest logit; infinite if either is not finite."""
-        ratio = self.largest_difference / max(self.largest_logit, 1e-30)
-        return ratio if math.isfinite(ratio) else math.inf
+        return relative(self.largest_difference, self.largest_logit)
 
     @property
     def passed(self) -> bool:
@@ -98,6 +97,12 @@ class Certificate:
         """The content of certificate.json. Numbers that are not finite become strings, because JSON has none."""
         numbers = {name: value for name, value in asdict(self).items() if self.texts or not name.endswith("texts")}
         return finite(numbers | {"relative": self.relative}) | {"passed": self.passed, "text": TEXT}
+
+
+def relative(difference: float, largest: float) -> float:
+    """The difference divided by the largest value; infinite if either is not finite."""
+    ratio = difference / max(largest, 1e-30)
+    return ratio if math.isfinite(ratio) else math.inf
 
 
 def sample_ids(tokenizer: Tokenizer, length: int) -> Tensor:
@@ -171,13 +176,7 @@ def _compare(theirs: Tensor, ours: Tensor, ids: Tensor, ahead: int) -> tuple[flo
 def our_model(model: AnyModel, checkpoint: Path, dtype: torch.dtype = torch.float32, context: tuple[str, ...] = ()) -> PlainModule:
     """Our model in fp32 with the weights of a checkpoint, which are rounded to `dtype` first. It reads the tensors of `context`."""
     model, variants = without_init(model, {})
-    module = PlainModule(architectures.layers(model, Grid(), seed=0, variants=variants, context=context))
-    with Reader(checkpoint) as reader:
-        load_weights(module, reader, Grid())
-    with torch.no_grad():
-        for _, parameter in unique_parameters(module):
-            parameter.copy_(parameter.to(dtype))
-    return module.eval()
+    return read_module(architectures.layers(model, Grid(), seed=0, variants=variants, context=context), checkpoint, dtype)
 
 
 def our_logits(model: AnyModel, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Logits:
@@ -191,6 +190,17 @@ def our_logits(model: AnyModel, checkpoint: Path, dtype: torch.dtype = torch.flo
     return logits
 
 
+def read_module(layers: Sequence[Layer], checkpoint: Path, dtype: torch.dtype = torch.float32) -> PlainModule:
+    """The layers in fp32 with the weights of a checkpoint, which are rounded to `dtype` first."""
+    module = PlainModule(layers)
+    with Reader(checkpoint) as reader:
+        load_weights(module, reader, Grid())
+    with torch.no_grad():
+        for _, parameter in unique_parameters(module):
+            parameter.copy_(parameter.to(dtype))
+    return module.eval()
+
+
 def logits_of(model: nn.Module) -> Logits:
     """Those of a model of transformers."""
     return lambda ids: model(ids)[0]
@@ -201,11 +211,14 @@ def their_logits(folder: Path, family: str, shown: Path | None = None) -> Logits
     return logits_of(their_model(folder, family, shown))
 
 
-def their_model(folder: Path, family: str, shown: Path | None = None) -> nn.Module:
-    """transformers' model of a folder in fp32, loaded by the class of `family`. `shown`: the path that an error names instead."""
+def their_model(folder: Path, family: str, shown: Path | None = None, classes: Mapping[str, str] = ARCHITECTURES) -> nn.Module:
+    """transformers' model of a folder in fp32, loaded by the class of `family`. `shown`: the path that an error names instead.
+
+    `classes`: family -> its class. A class without heads gives hidden states.
+    """
     import transformers
 
-    architecture = getattr(transformers, ARCHITECTURES[family])
+    architecture = getattr(transformers, classes[family])
     return _load(lambda: architecture.from_pretrained(folder, **LOAD_OPTIONS), folder, shown)
 
 

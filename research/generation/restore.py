@@ -1,4 +1,5 @@
-"""Restores a model from a run's checkpoint, on any number of tensor ranks, as a decoder that generates or a scorer of given tokens."""
+"""Restores a model from a run's checkpoint: a decoder that generates or a scorer of given tokens, on any number of tensor ranks, or an
+encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +9,9 @@ from typing import TypeVar
 import torch
 from pydantic import BaseModel
 
-from models import architectures
+from models import architectures, bert
 from models.config import GPT, VARIANT
+from models.conversion.read_config import NO_DROPOUT
 from models.encoder_config import BERT, T5, AnyModel
 from models.inference.decoder import Decoder
 from models.inference.driver import DriverDecoder, DriverScorer, run_worker
@@ -105,8 +107,28 @@ def restored(spec: DecoderSpec, grid: Grid, place: torch.device | None = None) -
     # an init class of the experiment may serve other classes of its variant.py
     if spec.checkpoint is not None and not model.init.startswith(VARIANT):
         model, variants = without_init(model, variants)
-    layers = architectures.layers(model, grid, experiment.seed, variants, context=context)
-    module = PlainModule(layers).to(dtype_of(spec.precision, experiment.precision, place))
+    module = PlainModule(architectures.layers(model, grid, experiment.seed, variants, context=context))
+    return _with_weights(module, spec, grid, experiment.precision, place)
+
+
+def restored_encoder(spec: DecoderSpec) -> PlainModule:
+    """The encoder of a BERT's run on this rank's device, without its heads: (ids 'b s', segments 'b s') -> (x 'b s d', segments).
+
+    Executes the variant.py that the run folder holds a copy of.
+    """
+    folder = RunFolder(spec.run)
+    experiment, settings = serialization.load(folder.config), model_of(spec.run)
+    assert isinstance(settings, BERT)
+    model, variants = settings.model_copy(update=NO_DROPOUT), dict(load_variants(folder.source, experiment.model))
+    if not model.init.startswith(VARIANT):
+        model, variants = without_init(model, variants)
+    module = PlainModule(bert.encoder_layers(model, Grid(), experiment.seed, variants, context=(SEGMENTS,)))
+    return _with_weights(module, spec, Grid(), experiment.precision, device())
+
+
+def _with_weights(module: PlainModule, spec: DecoderSpec, grid: Grid, trained: str, place: torch.device) -> PlainModule:
+    """The module with the checkpoint's weights, if there is one, on `place`, for inference. `trained`: the precision of training."""
+    module = module.to(dtype_of(spec.precision, trained, place))
     if spec.checkpoint is not None:
         with Reader(spec.checkpoint) as reader:
             load_weights(module, reader, grid)

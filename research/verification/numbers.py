@@ -85,7 +85,8 @@ def verify(folder: Path, world: int, everything: bool, steps: int) -> int:
     # The reference: one process, no DeepSpeed.
     console = Console()
     model = experiment.model
-    shape = f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads ({model.num_kv_heads} kv)"
+    layers = f"{model.num_encoder_layers} + {model.num_layers}" if isinstance(model, T5) else model.num_layers
+    shape = f"{layers} layers, hidden {model.hidden_size}, {model.num_heads} heads ({model.num_kv_heads} kv)"
     console.header([("", f"verify {loaded.name}"), ("model", f"shrunk to {shape}, vocabulary {model.vocab_size} · fp32 · {steps} steps")])
     console.header([("serial", f"plain torch, no DeepSpeed · loss {reference.losses[0]:.6f} → {reference.losses[-1]:.6f}"), ("", "")])
 

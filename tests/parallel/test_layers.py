@@ -32,7 +32,7 @@ def test_stages_cover_the_list_and_each_holds_a_block(blocks: int, before: int, 
 
 
 def test_more_stages_than_blocks_is_refused_with_both_numbers() -> None:
-    with pytest.raises(Mistake, match="parallel.pipe = 5 is more than model.num_layers = 4 → use 4 or less"):
+    with pytest.raises(Mistake, match="parallel.pipe = 5 is more than the 4 blocks of the model → use 4 or less"):
         stage_bounds(listed(4, 1, 1), 5)
 
 

@@ -137,10 +137,14 @@ def test_a_model_of_another_kind_or_family_is_refused() -> None:
 
 
 def test_a_missing_head_is_named(tmp_path) -> None:
+    """If the files hold another head. Files without any are a plain encoder's, whose other weights are read."""
     settings, theirs = saved(tmp_path, "post_norm")
-    encoder = {key: tensor for key, tensor in theirs.items() if not key.startswith("cls.")}
+    model = read_config.settings(settings)
     with pytest.raises(Mistake, match="hold no cls.seq_relationship.weight, which sentence.classifier.weight is made of"):
-        mapping.from_hf(read_config.settings(settings), "bert", encoder)
+        mapping.from_hf(model, "bert", {key: tensor for key, tensor in theirs.items() if not key.startswith("cls.seq")})
+    found = mapping.from_hf(model, "bert", {key: tensor for key, tensor in theirs.items() if not key.startswith("cls.")})
+    heads = ("sentence.classifier.", "masked_lm.", "head_bias.")
+    assert found.keys() == {name for name in mapping.shapes(model) if not name.startswith(heads)}
 
 
 def test_dropout_is_theirs_where_they_have_a_word_for_it() -> None:

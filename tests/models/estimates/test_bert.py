@@ -72,7 +72,8 @@ def entries(jobs: list[tuple[BERT, bool, str]]) -> list[list[Entry]]:
     return found
 
 
-@pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [2, 4])
 def test_what_real_ranks_communicate(tensor: int) -> None:
     """Every call by layer, direction, operation and size, with and without sequence parallelism and recomputation."""
     kinds = [(sequence, recompute) for sequence in (False, True) for recompute in ("none", "full")]

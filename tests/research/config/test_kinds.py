@@ -11,6 +11,7 @@ from research.cluster.environment import Ranks
 from research.config import BERT, GPT, T5, Experiment, FillInMiddle, Masked, serialization
 from research.config.abilities import ABILITIES, refuse_other_kinds
 from research.config.checks import check
+from research.config.diff import diff
 from research.config.overrides import parse, show_help
 from research.config.schema import MODELS
 from research.config.serialization import build, load, migrated, resolved, save
@@ -155,3 +156,9 @@ def test_a_verb_says_what_it_needs_and_what_else_can_be_done() -> None:
     said = sentence(lambda: refuse_other_kinds("generate", BERT(**BERT_MODEL), "runs/x"))
     assert said.startswith("generate needs a GPT") and "and runs/x is a BERT → name a run of such a model, or use " in said
     assert isinstance(example().model, GPT)
+
+
+def test_models_of_two_kinds_differ_in_one_thing() -> None:
+    assert diff(t5(), bert())[0] == ("model", "t5", "bert")
+    assert [name for name, _, _ in diff(t5(), bert())] == ["model", "data.examples"]
+    assert diff(t5(), t5(model={"num_layers": 2})) == [("model.num_layers", 4, 2)]

@@ -151,8 +151,8 @@ HOSTILE = {
     "config: beyond": (WHOLE, settings(n_embd=2**62), "n_embd = .* which is not a count"),
     "config: family": (
         WHOLE,
-        settings(model_type="bert"),
-        "model_type = 'bert' is not a family",
+        settings(model_type="xlnet"),
+        "model_type = 'xlnet' is not a family",
     ),
     "config: code": (
         WHOLE,

@@ -268,7 +268,7 @@ def test_no_message_names_a_temporary_path(folder, tmp_path):
         for path in model.glob("*.safetensors"):
             path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(Mistake) as caught:
-            found._their_logits()
+            found._theirs()
     for sentence in (*found.left_out, str(caught.value)):
         assert str(found.staging.path) not in sentence and tempfile.gettempdir() not in sentence.replace(str(tmp_path), "")
 

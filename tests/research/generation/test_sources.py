@@ -20,7 +20,7 @@ SOURCES = ("tne", "and the", "a")
 TOKENS = 8
 
 
-@pytest.fixture(scope="module", params=["translate_en_de", "translate_en_de_decoder"])
+@pytest.fixture(scope="module", params=["translate_en_de", pytest.param("translate_en_de_decoder", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
     """A small run that has learned a little of writing words backwards."""
     stage = Stage(tmp_path_factory.mktemp(request.param), request.param)

