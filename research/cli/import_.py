@@ -18,11 +18,11 @@ from research.tracking.console import Console
 from research.tracking.own_runs import is_own, mark_as_own
 from research.tracking.run_folder import RunFolder
 
-DESCRIPTION = """Reads GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2, Qwen3, BERT and MegatronBERT (also without heads, as sentence
-encoders are), T5 and UMT5 from a Hugging Face folder (safetensors), and Llama, Mistral, Qwen2 and Qwen3 from a .gguf file. Makes a run
-folder with a checkpoint, which every layout can read, and an experiment whose runs begin with it (init_from). Says what of the folder it
-leaves out. Compares transformers' tokenizer and model with ours on the same text: if the models differ by more than rounding, the exit code
-is 1 and both folders are removed."""
+DESCRIPTION = """Reads GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2, Qwen3, T5, UMT5, BERT and MegatronBERT (also without heads, as
+sentence encoders are) from a Hugging Face folder (safetensors), and Llama, Mistral, Qwen2 and Qwen3 from a .gguf file. Makes a run folder
+with a checkpoint, which every layout can read, and an experiment whose runs begin with it (init_from). Says what of the folder it leaves
+out. Compares transformers' tokenizer and model with ours on the same text: if the models differ by more than rounding, the exit code is 1
+and both folders are removed."""
 GGUF = ".gguf"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 
@@ -63,8 +63,10 @@ def main(argv: list[str]) -> None:
             if not is_own(place.run):
                 report.warn(f"the mark of {run} could not be written, so verbs that use the run will need --trust")
         report.header([("run", f"{run} · {CERTIFICATE}"), ("folder", str(arguments.experiment))])
+        generate = [f"python -m research generate {run} --prompt 'The meaning of life is'"]
         uses = {
-            **dict.fromkeys(("gpt", "t5"), [f"python -m research generate {run} --prompt 'The meaning of life is'"]),
+            "gpt": generate,
+            "t5": generate,
             "bert": [f"python -m research embed {run} --text 'A man is eating.' --text 'A man eats.'"],
         }
         report.next([*uses.get(job.model.kind, []), f"python {arguments.experiment / experiment_folder.LAUNCHER} --dry-run"])

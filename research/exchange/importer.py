@@ -36,7 +36,7 @@ from research.exchange.plain_encoder import HiddenCertificate
 from research.exchange.source import Source, private_view, weights
 from research.exchange.tokenizer_import import TokenizerImport
 from research.exchange.tokenizer_parity import IdsComparison
-from research.generation.sources import source_form
+from research.generation.sources import SourceForm, source_form
 from research.tracking import run_folder
 from research.tracking.console import Advance, Console, counted
 from research.tracking.format import compact, memory, one_line, plural
@@ -106,17 +106,19 @@ class Import:
             self._write_checkpoint(advance)
         ids = parity.sample_ids(tokenizer, sample_length(self.model))
         with report.progress("comparing with transformers", 2 * len(ids)) as advance:
-            certificate = self._certify(settings, tokenizer, ids, advance)
+            certificate = self._certify(ids, source_form(settings, tokenizer), ends_of(tokenizer, Path()), advance)
         self._write_metadata(certificate)
         return certificate
 
-    def _certify(self, settings: Experiment, tokenizer: Tokenizer, ids: Tensor, advance: Advance) -> Certificate | HiddenCertificate:
-        """Compares logits, or hidden states of a plain encoder, of ids 'b s'; of a T5 texts as well. `advance` is called with 1 for each
-        window and model."""
+    def _certify(self, ids: Tensor, form: SourceForm | None, ends: tuple[int, ...], advance: Advance) -> Certificate | HiddenCertificate:
+        """Compares logits, or hidden states of a plain encoder, of ids 'b s'. `advance` is called with 1 for each window and model.
+
+        `form` and `ends`: what surrounds sources and ends texts, for the texts of an encoder–decoder.
+        """
         model, checkpoint = self.model, latest(self.staging.checkpoints)
-        if isinstance(model, T5) and (form := source_form(settings, tokenizer)):
-            pairs = PairParity(model, form, ends_of(tokenizer, Path()), ids)
-            return pairs.certify(self._their_model, checkpoint, advance=advance)
+        if isinstance(model, T5):
+            assert form
+            return PairParity(model, form, ends, ids).certify(self._their_model, checkpoint, advance=advance)
         if self.plan.initial:
             assert isinstance(model, BERT)
             return plain_encoder.certify(ids, self._theirs, lambda: plain_encoder.our_hidden_states(model, checkpoint), advance)

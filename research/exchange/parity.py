@@ -214,7 +214,7 @@ def their_logits(folder: Path, family: str, shown: Path | None = None, classes: 
 def their_model(folder: Path, family: str, shown: Path | None = None, classes: Mapping[str, str] = ARCHITECTURES) -> nn.Module:
     """transformers' model of a folder in fp32, loaded by the class of `family`. `shown`: the path that an error names instead.
 
-    `classes`: family -> its class.
+    `classes`: family -> its class. A class without heads gives hidden states.
     """
     import transformers
 

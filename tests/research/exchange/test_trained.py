@@ -22,7 +22,7 @@ from research.training.sampler import held_out_of
 from tests.research.helpers.hf_models import imported
 from tests.research.helpers.small_runs import Ended, Stage
 
-STEPS, MIDDLE = 8, 4
+STEPS, MIDDLE = 4, 2
 CLOSE = 1e-5
 """Relative: the order of additions in fp32."""
 
@@ -31,7 +31,7 @@ def trained(place: Path, name: str, world: int = 1, **changes) -> Ended:
     """A small run with a validation and a checkpoint in the middle and at the end, between which it has learned something."""
     stage = Stage(place, name)
     for file in place.glob("validation.*"):
-        file.write_text("".join(file.read_text().splitlines(keepends=True)[:100]))
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:60]))
     ended = stage.run(
         "run", world, schedule={"steps": STEPS, "validate_every": MIDDLE}, checkpoints={"every": MIDDLE, "keep_last": 2}, **changes
     )
