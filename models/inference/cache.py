@@ -157,7 +157,8 @@ class CachedCore(KeyValueCache):
         if bias is not None:
             mask = bias.expand(n, heads, 1, -1).reshape(n, kv_heads, heads // kv_heads, -1).to(self.dtype)
         used = slice(len(rows.lengths)), slice(None), slice(max(rows.lengths))
-        scale = 1 / self.core.divisor(grouped)
+        # A core of variant.py need not be a Core. Whether the cache then computes what it does is tried first (variant_check.py).
+        scale = 1 / self.core.divisor(grouped) if isinstance(self.core, Core) else None
         y = F.scaled_dot_product_attention(grouped, self.keys[used], self.values[used], attn_mask=mask, scale=scale)
         return y.reshape(n, heads, 1, e).to(q.dtype)
 

@@ -56,6 +56,9 @@ class WholePasses:
         self.texts = [[*text, token] for text, token in zip(self.texts, ids, strict=True)]
         return torch.stack([logits_of(self.module, self.model, text) for text in self.texts])
 
+    def continued(self, prompt):
+        return prompt
+
     def reorder(self, parents):
         self.texts = [self.texts[parent] for parent in parents]
 
