@@ -1,4 +1,4 @@
-"""Translation by a decoder alone, with about as many parameters and tokens as translate_en_de. Two CPU cores, about twenty minutes."""
+"""Translation by a decoder alone, with about as many parameters and tokens as translate_en_de. Two CPU cores, about half an hour."""
 
 from research.config import GPT, Data, Experiment, Optimizer, Pairs, Parallel, Schedule, Track
 
