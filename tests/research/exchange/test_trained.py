@@ -58,7 +58,8 @@ def loss_of_pairs(folder: Path, pairs: Path) -> float:
     return float(model(input_ids=sources.input_ids, attention_mask=sources.attention_mask, labels=labels).loss)
 
 
-@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
 def test_a_t5_of_pairs_has_the_loss_of_its_training(tensor: int, tmp_path) -> None:
     """The import of an export knows that it was trained on pairs, and holds the same weights."""
     parallel = {"tensor": tensor, "sequence": tensor > 1}
