@@ -16,6 +16,8 @@ from parallel.region import TensorParallelRegion
 
 SEGMENTS = "segments"
 """The name of the context tensor; research/training/sampler.py names it too."""
+PADDING = -1
+"""The number of places that hold no token."""
 
 
 class SegmentPositions(TokenPositions):

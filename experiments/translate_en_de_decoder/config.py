@@ -1,4 +1,4 @@
-"""Translation by a decoder alone, with about as many parameters and tokens as translate_en_de. Two CPU cores, about half an hour."""
+"""Translation by a decoder alone, which reads as many tokens as translate_en_de."""
 
 from research.config import GPT, Data, Experiment, Optimizer, Pairs, Parallel, Schedule, Track
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.segments import PADDING
 from parallel.errors import Mistake
 from parallel.layers import PlainModule
 
-PADDING, TEXT = -1, 0
-"""Numbers of segments: padding attends to padding alone, and the tokens of a text to one another."""
+TEXT = 0
+"""The segment of a text, whose tokens attend to one another; padding attends to padding alone."""
 
 
 def mean_pooling(x: Tensor, segments: Tensor) -> Tensor:

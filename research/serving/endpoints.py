@@ -153,7 +153,7 @@ class ChatEndpoint:
     def __init__(self, service: Service, request: ChatRequest) -> None:
         service.check_model(request.model)
         if service.source is not None:
-            raise ApiError(400, "the model was trained on pairs of texts and has no conversations → send a source to /v1/completions")
+            raise ApiError(400, "the model writes targets for sources and has no conversations → send a source to /v1/completions")
         self.service, self.request = service, request
         messages = _messages(request.messages, service.limits.messages)
         service.check_characters(sum(len(text) for message in messages for text in message.values()), "messages")

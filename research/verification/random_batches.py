@@ -7,14 +7,11 @@ from torch import Tensor
 
 from models.bert import TOKEN_TYPES
 from models.encoder_config import BERT, T5, AnyModel
-from models.segments import SEGMENTS
+from models.segments import PADDING, SEGMENTS
 from parallel.engines.micro_batch import MicroBatch
 from parallel.grid import Grid
 from research.config import Experiment
 from research.verification.layouts import BATCH, LayoutCase
-
-PADDING = -1
-"""The segment of places that hold no token."""
 
 
 def batch_of(experiment: Experiment, step: int) -> MicroBatch:

@@ -105,6 +105,7 @@ def test_rows_are_independent():
     check(ours.admit([b]), [(b, [])])
 
 
+@pytest.mark.slow
 def test_two_tensor_ranks_write_what_one_writes():
     """Greedy, drawn and with beams, token for token."""
     models = [SHAPES["tied"], SHAPES["untied, gated, wide heads"]]

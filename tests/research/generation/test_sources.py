@@ -16,11 +16,12 @@ from research.generation.sources import SourceForm, source_form
 from tests.research.helpers.example import t5
 from tests.research.helpers.small_runs import Stage
 
+pytestmark = pytest.mark.slow  # quick ones of the parts: test_translation.py, models/inference/test_encoder_decoder.py
 SOURCES = ("tne", "and the", "a")
 TOKENS = 8
 
 
-@pytest.fixture(scope="module", params=["translate_en_de", pytest.param("translate_en_de_decoder", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["translate_en_de", "translate_en_de_decoder"])
 def run(request, tmp_path_factory):
     """A small run that has learned a little of writing words backwards."""
     stage = Stage(tmp_path_factory.mktemp(request.param), request.param)
@@ -63,7 +64,6 @@ def test_what_is_generated_is_what_whole_passes_say(run, capsys) -> None:
     assert [row["ids"] for row in written(run, capsys)] == [greedy(run, source) for source in SOURCES]
 
 
-@pytest.mark.slow
 def test_tensor_ranks_and_beams_write_the_same(run, capsys) -> None:
     for options in ((), ("--beams", "3", "--n", "2"), ("--temperature", "1", "--repetition_penalty", "1.2")):
         alone, sliced = written(run, capsys, *options), written(run, capsys, *options, "--tensor", "2")
